@@ -1,0 +1,218 @@
+"""What `config.json` says of a network's shape. No torch; reads no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sensebatch.errors import CheckpointError
+
+FM_HEAD_HIDDEN = 4096
+"""Hidden width of the MLP pixel head, whatever the backbone's."""
+PIXEL_HEAD_CHANNELS = 1024
+"""Channels of the convolutional head's first convolution."""
+TIMESTEP_FREQUENCIES = 256
+"""Sinusoids of a timestep or noise scale, cosines and sines together."""
+NOISE_SCALE_MODES = ("resolution", "dynamic", "dynamic_sqrt")
+TEMPLATES = ("neo1_0",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moe:
+    """The sparse feed-forward blocks of one expert path (Qwen3-MoE rules)."""
+
+    num_experts: int
+    num_experts_per_tok: int
+    intermediate_size: int
+    norm_topk_prob: bool
+    sparse_layers: tuple[bool, ...]
+    """For each layer, whether its block is sparse rather than a dense SwiGLU."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """The shape of a SenseNova-U1 network."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_theta_hw: float
+    vision_hidden_size: int
+    vision_rope_theta: float
+    patch_size: int
+    """Pixels a side of a patch; a token is a square of 2 by 2 patches."""
+    use_pixel_head: bool
+    """Whether the pixel head is convolutional rather than an MLP."""
+    add_noise_scale_embedding: bool
+    noise_scale: float
+    noise_scale_mode: str
+    noise_scale_base_image_seq_len: int
+    noise_scale_max_value: float
+    understanding_moe: Moe | None
+    generation_moe: Moe | None
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether the backbone is Qwen3-MoE."""
+        return self.generation_moe is not None
+
+
+class _Fields:
+    """Reads typed values from one level of `config.json`, naming the field in every complaint."""
+
+    def __init__(self, values: Mapping[str, Any], prefix: str = "") -> None:
+        self._values = values
+        self._prefix = prefix
+
+    def has(self, name: str) -> bool:
+        return self._values.get(name) is not None
+
+    def get(self, name: str, kind: type, default: Any = None) -> Any:
+        """Returns a value of `kind`; a list of one counts as its element (an upstream habit)."""
+        value = self._values.get(name)
+        if isinstance(value, list | tuple) and len(value) == 1 and kind is not list:
+            value = value[0]
+        if value is None:
+            if default is None:
+                raise CheckpointError(f"config.json: {self._prefix}{name}: expected, not found")
+            return default
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise CheckpointError(
+                f"config.json: {self._prefix}{name}: expected {kind.__name__}, found {value!r}"
+            )
+        return value
+
+    def section(self, name: str) -> _Fields:
+        value = self._values.get(name)
+        if not isinstance(value, Mapping):
+            raise CheckpointError(f"config.json: {self._prefix}{name}: expected a section")
+        return _Fields(value, f"{self._prefix}{name}.")
+
+    def reject(self, name: str, value: Any, expected: str) -> CheckpointError:
+        return CheckpointError(
+            f"config.json: {self._prefix}{name}: expected {expected}, found {value!r}; "
+            "this checkpoint is not supported"
+        )
+
+
+def _require(fields: _Fields, name: str, kind: type, default: Any, allowed: tuple[Any, ...]) -> Any:
+    value = fields.get(name, kind, default)
+    if value not in allowed:
+        raise fields.reject(name, value, " or ".join(repr(item) for item in allowed))
+    return value
+
+
+def _moe(llm: _Fields, num_layers: int) -> tuple[Moe, Moe]:
+    num_experts = llm.get("num_experts", int)
+    per_tok = llm.get("num_experts_per_tok", int)
+    intermediate = llm.get("moe_intermediate_size", int)
+    norm_topk = llm.get("norm_topk_prob", bool, True)
+    step = llm.get("decoder_sparse_step", int, 1)
+    dense_only = set(llm.get("mlp_only_layers", list, []))
+    understanding = Moe(
+        num_experts=num_experts,
+        num_experts_per_tok=per_tok,
+        intermediate_size=intermediate,
+        norm_topk_prob=norm_topk,
+        sparse_layers=tuple(
+            i not in dense_only and num_experts > 0 and (i + 1) % step == 0
+            for i in range(num_layers)
+        ),
+    )
+    generation = Moe(
+        num_experts=llm.get("gen_num_experts", int, num_experts),
+        num_experts_per_tok=llm.get("gen_num_experts_per_tok", int, per_tok),
+        intermediate_size=llm.get("gen_moe_intermediate_size", int, intermediate),
+        norm_topk_prob=norm_topk,
+        sparse_layers=(True,) * num_layers,
+    )
+    return understanding, generation
+
+
+def parse_architecture(config: Mapping[str, Any]) -> Architecture:
+    """Returns the network's shape from the parsed `config.json`.
+
+    Raises:
+        CheckpointError: A field is missing, of the wrong type, or asks for something that is not
+            supported; the message names the field and its value.
+    """
+    top = _Fields(config)
+    _require(top, "model_type", str, "", ("neo_chat",))
+    _require(top, "template", str, TEMPLATES[0], TEMPLATES)
+    _require(top, "concat_time_token_num", int, 0, (0,))
+    _require(top, "downsample_ratio", float, 0.5, (0.5,))
+    if top.has("use_adaLN"):
+        _require(top, "use_adaLN", bool, False, (False,))
+    llm = top.section("llm_config")
+    vision = top.section("vision_config")
+    _require(llm, "hidden_act", str, "silu", ("silu",))
+    _require(llm, "attention_bias", bool, False, (False,))
+    use_pixel_head = top.get("use_pixel_head", bool, False)
+    fm_head_layers = top.get("fm_head_layers", int, 2)
+    if fm_head_layers != 2:
+        raise top.reject("fm_head_layers", fm_head_layers, "2")
+    num_layers = llm.get("num_hidden_layers", int)
+    is_moe = llm.get("num_experts", int, 0) > 1 or "moe" in llm.get("model_type", str, "")
+    understanding_moe, generation_moe = _moe(llm, num_layers) if is_moe else (None, None)
+    heads = llm.get("num_attention_heads", int)
+    hidden = llm.get("hidden_size", int)
+    arch = Architecture(
+        hidden_size=hidden,
+        intermediate_size=llm.get("intermediate_size", int),
+        num_layers=num_layers,
+        num_heads=heads,
+        num_kv_heads=llm.get("num_key_value_heads", int, heads),
+        head_dim=llm.get("head_dim", int, hidden // heads),
+        vocab_size=llm.get("vocab_size", int),
+        rms_norm_eps=llm.get("rms_norm_eps", float, 1e-6),
+        rope_theta=llm.get("rope_theta", float, 5e6),
+        rope_theta_hw=llm.get("rope_theta_hw", float, 1e4),
+        vision_hidden_size=vision.get("hidden_size", int),
+        vision_rope_theta=vision.get("rope_theta_vision", float, 1e4),
+        patch_size=_require(top, "patch_size", int, vision.get("patch_size", int, 16), (16,)),
+        use_pixel_head=use_pixel_head,
+        add_noise_scale_embedding=top.get("add_noise_scale_embedding", bool, False),
+        noise_scale=top.get("noise_scale", float, 1.0),
+        noise_scale_mode=_require(
+            top, "noise_scale_mode", str, NOISE_SCALE_MODES[0], NOISE_SCALE_MODES
+        ),
+        noise_scale_base_image_seq_len=top.get("noise_scale_base_image_seq_len", int, 64),
+        noise_scale_max_value=top.get("noise_scale_max_value", float, 8.0),
+        understanding_moe=understanding_moe,
+        generation_moe=generation_moe,
+    )
+    _check_shapes(arch)
+    return arch
+
+
+def _check_shapes(arch: Architecture) -> None:
+    """Raises where sizes contradict one another, before a layer fails on it."""
+    if arch.num_heads % arch.num_kv_heads:
+        raise CheckpointError(
+            f"config.json: llm_config.num_key_value_heads: expected a divisor of "
+            f"num_attention_heads ({arch.num_heads}), found {arch.num_kv_heads}"
+        )
+    if arch.head_dim % 8:
+        raise CheckpointError(
+            "config.json: llm_config.head_dim: expected a multiple of 8 (halves for t, quarters "
+            f"for h and w, rotated in pairs), found {arch.head_dim}"
+        )
+    if arch.use_pixel_head and arch.hidden_size % 4:
+        raise CheckpointError(
+            "config.json: llm_config.hidden_size: expected a multiple of 4 for the convolutional "
+            f"head, found {arch.hidden_size}"
+        )
+    if arch.vision_hidden_size % 4:
+        raise CheckpointError(
+            "config.json: vision_config.hidden_size: expected a multiple of 4, found "
+            f"{arch.vision_hidden_size}"
+        )

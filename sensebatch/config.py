@@ -1,0 +1,159 @@
+"""Every setting of a run and every default. Flags and files start out unset and override these.
+
+Precedence: the defaults here < the model's own defaults (`default_config`) < a configuration
+file < command line flags. Nothing else in the package states a default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from sensebatch.jobs import CfgNorm, Sampling, Task
+from sensebatch.resolutions import (
+    BUCKETS_INTERLEAVE,
+    BUCKETS_T2I,
+    BUCKETS_TINY,
+    PixelLimits,
+    Resolution,
+)
+
+TINY_MODEL = "tiny"
+"""Name of the embedded checkpoint."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskDefaults:
+    """What a job of one task gets where its manifest is silent.
+
+    Source: the published defaults of the SenseNova-U1 inference scripts.
+    """
+
+    resolution: Resolution
+    """Without input images; edit and interleave jobs follow their first input."""
+    buckets: Mapping[str, Resolution]
+    """What `resolution: "16:9"` means."""
+    seed: int = 42
+    think: bool = False
+    target_pixels: int = 2048 * 2048
+    """Pixels of an edit's output, in the first input's aspect ratio."""
+    input_max_pixels: int | str | None = "auto"
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Which weights, and how they are computed with."""
+
+    model: str = TINY_MODEL
+    """A checkpoint folder, a Hub id, or `tiny`."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub id."""
+    lora_path: str | None = None
+    """LoRA file merged into the weights at load."""
+    device: str = "auto"
+    """`auto`, `cuda` or `cpu`."""
+    dtype: str = "auto"
+    """`bfloat16`, `float16`, `float32`; auto is bfloat16 on a GPU and float32 on a CPU."""
+    attn_backend: str = "auto"
+    """`auto`, `flash` or `sdpa`; auto takes flash-attn where it is installed and can be used."""
+    system_prompt_file: str | None = None
+    """JSON with `generation` and `interleave`; None looks in the checkpoint."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryConfig:
+    """How much memory a run may take, and so how many jobs share a pass."""
+
+    vram_mode: str = "full"
+    """Only `full`: all weights stay on the device."""
+    max_batch_size: int = 8
+    """Most jobs in one batch."""
+    max_batch_image_tokens: int = 8192
+    """Most image tokens in one batch, over all its jobs; one job always fits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputConfig:
+    """How pictures are written."""
+
+    image_format: str = "png"
+    """`png`, `webp` or `jpeg`."""
+    image_quality: int = 95
+    """Of jpeg, 1 to 100; webp is lossless at 100."""
+    embed_metadata: bool = True
+    """Whether prompt, seed and settings are written into the picture."""
+    num_writers: int = 2
+    """Background threads that encode."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecutionConfig:
+    """How failures are dealt with."""
+
+    max_attempts: int = 1
+    """Tries a job gets before it counts as failed."""
+    max_failures: int | None = None
+    """Failed jobs after which the run stops; None never stops."""
+    retry_failed: bool = False
+    """Whether jobs that failed in an earlier run are tried again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """Everything that a run is told besides its manifests."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+    pixel_limits: PixelLimits = field(default_factory=PixelLimits)
+    tasks: Mapping[Task, TaskDefaults]
+
+
+def _sampling() -> Sampling:
+    return Sampling(
+        num_steps=50,
+        timestep_shift=3.0,
+        cfg_scale=4.0,
+        img_cfg_scale=1.0,
+        cfg_norm=CfgNorm.NONE,
+        cfg_interval=(0.0, 1.0),
+        max_think_tokens=1024,
+        max_images=10,
+        max_new_tokens=8192,
+    )
+
+
+def _official_tasks() -> dict[Task, TaskDefaults]:
+    square = TaskDefaults(resolution=BUCKETS_T2I["1:1"], buckets=BUCKETS_T2I, sampling=_sampling())
+    return {
+        Task.T2I: square,
+        Task.EDIT: square,
+        Task.INTERLEAVE: replace(
+            square, resolution=BUCKETS_INTERLEAVE["16:9"], buckets=BUCKETS_INTERLEAVE, think=True
+        ),
+    }
+
+
+def _tiny_tasks() -> dict[Task, TaskDefaults]:
+    sampling = replace(_sampling(), num_steps=12, max_think_tokens=64, max_new_tokens=256)
+    square = TaskDefaults(
+        resolution=BUCKETS_TINY["1:1"],
+        buckets=BUCKETS_TINY,
+        target_pixels=256 * 256,
+        input_max_pixels=None,
+        sampling=sampling,
+    )
+    return {Task.T2I: square, Task.EDIT: square, Task.INTERLEAVE: square}
+
+
+def default_config(model: str = TINY_MODEL) -> RunConfig:
+    """Returns the defaults for a model: the published ones, or small ones for `tiny`."""
+    if model == TINY_MODEL:
+        return RunConfig(
+            model=ModelConfig(model=model),
+            pixel_limits=PixelLimits(base_pixels=2 * 256 * 256, min_pixels=128 * 128),
+            tasks=_tiny_tasks(),
+        )
+    return RunConfig(model=ModelConfig(model=model), tasks=_official_tasks())

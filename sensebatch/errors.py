@@ -1,0 +1,74 @@
+"""Errors a user can act on. Imports nothing; every other module may import it.
+
+Each child says what was expected, what was found, and where. One place in `cli/` maps them
+to exit codes; our own mistakes are plain exceptions and keep their traceback.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class SensebatchError(Exception):
+    """Base of everything a user can fix."""
+
+
+class ConfigError(SensebatchError):
+    """A setting, on the command line or in a configuration file, that cannot be used."""
+
+
+class CheckpointError(SensebatchError):
+    """A checkpoint, LoRA or tokenizer that cannot be loaded as what it claims to be."""
+
+
+class RunFolderError(SensebatchError):
+    """A run folder that is in use, damaged, or made by something else."""
+
+
+class StorageFullError(SensebatchError):
+    """The disk that holds the run's folder has no room left; the run can be resumed."""
+
+
+class JobError(SensebatchError):
+    """One job cannot be done; the others are not concerned."""
+
+
+class OutOfMemoryError(SensebatchError):
+    """A batch did not fit the device; the executor may split it and try again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One mistake in a manifest."""
+
+    file: str
+    """The manifest as the user named it."""
+    row: str
+    """Where in it: `line 12` (YAML, JSONL) or `row 3` (Parquet, counted from 0)."""
+    field: str
+    """The field, or an empty string where the row as a whole is wrong."""
+    message: str
+    """What was expected and what was found."""
+
+    def __str__(self) -> str:
+        place = f"{self.file}: {self.row}"
+        return (
+            f"{place}: {self.field}: {self.message}" if self.field else f"{place}: {self.message}"
+        )
+
+
+class ManifestError(SensebatchError):
+    """Every mistake found in a manifest, in the order of its rows.
+
+    Args:
+        problems: The mistakes kept for printing; at least one.
+        num_problems: How many there were; more than `problems` where the list was cut.
+    """
+
+    def __init__(self, problems: list[Problem], num_problems: int | None = None) -> None:
+        self.problems = problems
+        self.num_problems = len(problems) if num_problems is None else num_problems
+        lines = [str(problem) for problem in problems]
+        if self.num_problems > len(problems):
+            lines.append(f"... and {self.num_problems - len(problems)} more")
+        super().__init__("\n".join(lines))

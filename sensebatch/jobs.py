@@ -1,0 +1,272 @@
+"""The nouns: what a job is, what a batch is, and what becomes of them.
+
+A job arrives here with every default filled in, so that its key covers all that decides its
+pixels. Nothing here reads a file or knows how a job is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from sensebatch.resolutions import Resolution
+
+if TYPE_CHECKING:
+    import numpy as np
+
+KEY_VERSION = 1
+"""Raised when a change of the code changes the pixels that a job means."""
+
+
+class Task(StrEnum):
+    """What a job makes."""
+
+    T2I = "t2i"
+    EDIT = "edit"
+    INTERLEAVE = "interleave"
+
+
+class CfgNorm(StrEnum):
+    """How the guided velocity is rescaled."""
+
+    NONE = "none"
+    GLOBAL = "global"
+    CHANNEL = "channel"
+    CFG_ZERO_STAR = "cfg_zero_star"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How pictures and text are sampled; the defaults live in `config.TaskDefaults`."""
+
+    num_steps: int
+    """Euler steps from noise to image."""
+    timestep_shift: float
+    """Shift of the timestep schedule towards noise."""
+    cfg_scale: float
+    """Guidance scale of the text (1 turns it off)."""
+    img_cfg_scale: float
+    """Guidance scale of the input images; not used by t2i."""
+    cfg_norm: CfgNorm
+    cfg_interval: tuple[float, float]
+    """Timesteps between which guidance is applied."""
+    max_think_tokens: int
+    """Longest think text of t2i and edit."""
+    max_images: int
+    """Most pictures of one interleave job."""
+    max_new_tokens: int
+    """Most text tokens of one interleave job."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputImage:
+    """A picture a job starts from: where its bytes are, and what they are."""
+
+    path: str
+    """An image file, or the Parquet manifest that holds the bytes."""
+    member: tuple[int, str, int] | None = None
+    """(row, column, index in the column's list) inside a Parquet manifest; None for a file."""
+    sha256: str
+    """Of the encoded bytes."""
+    height: int
+    """Pixels, as stored."""
+    width: int
+    """Pixels, as stored."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Where a job was written down."""
+
+    file: str
+    row: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One unit of work; it succeeds or fails alone."""
+
+    id: str
+    """The manifest's or a derived one; names the job's files."""
+    task: Task
+    prompt: str
+    images: tuple[InputImage, ...] = ()
+    resolution: Resolution
+    """Of every picture the job makes."""
+    seed: int
+    think: bool
+    system_prompt: str | None = None
+    """The job's own; None uses the run's."""
+    input_max_pixels: int | None = None
+    """Pixels that edit inputs are brought to before the model's own resize; None skips it."""
+    sampling: Sampling
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """Passed through to the log; decides nothing."""
+    source: Source
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelIdentity:
+    """What a job's result depends on besides the job: the same for every job of a run."""
+
+    checkpoint: str
+    """Fingerprint of the checkpoint's tensors, configuration and tokenizer."""
+    lora: str | None
+    """Fingerprint of the merged LoRA."""
+    dtype: str
+    """Of weights and activations: `bfloat16`, `float16` or `float32`."""
+    generation_prompt: str
+    """System prompt of t2i and edit jobs that bring none of their own."""
+    interleave_prompt: str
+    """System prompt of interleave jobs that bring none of their own."""
+
+    def system_prompt(self, task: Task) -> str:
+        """Returns the run's system prompt for a task."""
+        return self.interleave_prompt if task is Task.INTERLEAVE else self.generation_prompt
+
+
+def job_key(job: Job, identity: ModelIdentity) -> str:
+    """Returns the hash (64 hex digits) of everything that decides the job's pixels and text.
+
+    The id, the place in the manifest, metadata and input paths are left out: renaming a job or
+    moving its inputs does not make it another job.
+    """
+    prompt = job.system_prompt
+    content = {
+        "version": KEY_VERSION,
+        "task": job.task,
+        "prompt": job.prompt,
+        "images": [image.sha256 for image in job.images],
+        "resolution": asdict(job.resolution),
+        "seed": job.seed,
+        "think": job.think,
+        "system_prompt": identity.system_prompt(job.task) if prompt is None else prompt,
+        "input_max_pixels": job.input_max_pixels,
+        "sampling": asdict(job.sampling),
+        "checkpoint": identity.checkpoint,
+        "lora": identity.lora,
+        "dtype": identity.dtype,
+    }
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class GroupKey:
+    """What jobs must share to be run in one batch."""
+
+    task: Task
+    resolution: Resolution
+    num_steps: int
+    think: bool
+    branches: tuple[str, ...]
+    """Guidance branches a step may evaluate: of `cond`, `img_cond`, `uncond`."""
+
+
+def guidance_branches(task: Task, cfg_scale: float, img_cfg_scale: float) -> tuple[str, ...]:
+    """Returns the branches that the guidance rule of a task evaluates, conditional first."""
+    if task is Task.T2I:
+        return ("cond", "uncond") if cfg_scale > 1 else ("cond",)
+    if cfg_scale == 1 and img_cfg_scale == 1:
+        return ("cond",)
+    if img_cfg_scale == 1:
+        return ("cond", "img_cond")
+    if img_cfg_scale == cfg_scale:
+        return ("cond", "uncond")
+    return ("cond", "img_cond", "uncond")
+
+
+def group_key(job: Job) -> GroupKey:
+    """Returns the group a job belongs to."""
+    sampling = job.sampling
+    return GroupKey(
+        task=job.task,
+        resolution=job.resolution,
+        num_steps=sampling.num_steps,
+        think=job.think,
+        branches=guidance_branches(job.task, sampling.cfg_scale, sampling.img_cfg_scale),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Jobs of one group that go through the network together, in this order."""
+
+    id: str
+    """Derived from the members' keys, so a batch run again has the same id."""
+    group: GroupKey
+    jobs: tuple[Job, ...]
+    keys: tuple[str, ...]
+    """The job keys, one for each job."""
+
+
+def batch_id(keys: tuple[str, ...]) -> str:
+    """Returns the id (16 hex digits) of the batch with these members in this order."""
+    return hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobResult:
+    """What the engine made of one job: pictures and text, or an error."""
+
+    images: tuple[np.ndarray, ...] = ()
+    """uint8 `[height, width, 3]`, in the order drawn."""
+    text: str | None = None
+    """The think text of t2i and edit, or the text of interleave with an `<image>` a picture."""
+    think_tokens: int = 0
+    text_tokens: int = 0
+    """Decoded tokens that are not think tokens."""
+    error: Exception | None = None
+    """Set where this job failed and the rest of the batch did not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchMetrics:
+    """What a batch cost; every figure is the batch's, not a job's. Seconds and bytes."""
+
+    prefill_s: float = 0.0
+    """Input images, prompts and re-encoded pictures through the understanding path."""
+    think_s: float = 0.0
+    """Decoding text, think or interleave."""
+    denoise_s: float = 0.0
+    num_denoise_steps: int = 0
+    """Euler steps run, each over the whole batch."""
+    total_s: float = 0.0
+    """Wall time of the generation, what tok/s is measured by."""
+    peak_allocated_bytes: int = 0
+    """Of device memory; 0 on a CPU."""
+    peak_reserved_bytes: int = 0
+    """Of device memory; 0 on a CPU."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchResult:
+    """What became of a batch: one result for each job, in the batch's order."""
+
+    results: tuple[JobResult, ...]
+    metrics: BatchMetrics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What the log says of the engine that made a row."""
+
+    identity: ModelIdentity
+    model: str
+    """As the user named it."""
+    system_prompt_source: Mapping[Task, str]
+    """Where the run's system prompt of a task was found."""
+    device: str
+    dtype: str
+    attn_backend: str
+    vram_mode: str
+    budget_bytes: int | None
+    torch_version: str
+    load_s: float
+    load_peak_allocated_bytes: int
+    load_peak_reserved_bytes: int
+    load_peak_rss_bytes: int

@@ -1,0 +1,184 @@
+"""Image sizes: the token grid, the resize rules and the named aspect ratios. Integers only.
+
+Every size is a multiple of `PATCH_PIXELS`, the side of the square that becomes one image token.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from sensebatch.errors import SensebatchError
+
+PATCH_PIXELS = 32
+MAX_ASPECT_RATIO = 200
+
+
+class ResolutionError(SensebatchError):
+    """A size that the model cannot draw or read."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class Resolution:
+    """An image size in pixels; both sides are multiples of `PATCH_PIXELS`.
+
+    Raises:
+        ResolutionError: A side is not a positive multiple of `PATCH_PIXELS`.
+    """
+
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        for name, side in (("height", self.height), ("width", self.width)):
+            if side <= 0 or side % PATCH_PIXELS:
+                raise ResolutionError(
+                    f"expected {name} as a positive multiple of {PATCH_PIXELS}, found {side}"
+                )
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of one image of this size."""
+        return (self.height // PATCH_PIXELS) * (self.width // PATCH_PIXELS)
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PixelLimits:
+    """How many pixels a checkpoint was trained on; the input resize rules follow from it."""
+
+    base_pixels: int = 2048 * 2048
+    """Pixels of a full-size picture."""
+    min_pixels: int = 512 * 512
+    """Smaller input images are enlarged to this."""
+
+    def model_max_pixels(self, num_images: int) -> int:
+        """Most pixels of one input image when a prompt holds `num_images` of them."""
+        return min(self.base_pixels, 4 * self.base_pixels // max(num_images, 1))
+
+    def auto_input_max_pixels(self, num_images: int) -> int:
+        """What `input_max_pixels: auto` means for a prompt with `num_images` images."""
+        if num_images <= 2:
+            return self.base_pixels
+        return max(2 * self.base_pixels // num_images, self.min_pixels)
+
+    def resolve_input_max_pixels(self, value: int | str | None, num_images: int) -> int | None:
+        """Turns `auto`, a number of pixels or None (skip the first resize) into pixels or None.
+
+        Raises:
+            ResolutionError: A number below `min_pixels`, or another word than `auto`.
+        """
+        if value is None:
+            return None
+        if isinstance(value, str):
+            if value != "auto":
+                raise ResolutionError(
+                    f"expected 'auto', null or a number of pixels, found {value!r}"
+                )
+            return self.auto_input_max_pixels(num_images)
+        if value < self.min_pixels:
+            raise ResolutionError(f"expected at least {self.min_pixels} pixels, found {value}")
+        return value
+
+
+def smart_resize(height: int, width: int, *, min_pixels: int, max_pixels: int) -> Resolution:
+    """Returns the multiple-of-32 size that keeps the aspect ratio within the pixel limits.
+
+    Both sides are rounded to the factor (half to even); above `max_pixels` the original sides
+    are scaled down and floored, below `min_pixels` scaled up and ceiled. A very long picture may
+    exceed `max_pixels`, because no side falls under one token.
+
+    Raises:
+        ResolutionError: The sides are not positive or their ratio exceeds 200.
+
+    Source: `smart_resize` of the SenseNova-U1 release (there after Qwen2-VL).
+    """
+    if height <= 0 or width <= 0:
+        raise ResolutionError(f"expected positive sides, found {width}x{height}")
+    ratio = max(height, width) / min(height, width)
+    if ratio > MAX_ASPECT_RATIO:
+        raise ResolutionError(
+            f"expected an aspect ratio of at most {MAX_ASPECT_RATIO}, found {ratio:.1f} "
+            f"({width}x{height})"
+        )
+    factor = PATCH_PIXELS
+    new_height = max(factor, round(height / factor) * factor)
+    new_width = max(factor, round(width / factor) * factor)
+    if new_height * new_width > max_pixels:
+        scale = math.sqrt((height * width) / max_pixels)
+        new_height = max(factor, math.floor(height / scale / factor) * factor)
+        new_width = max(factor, math.floor(width / scale / factor) * factor)
+    elif new_height * new_width < min_pixels:
+        scale = math.sqrt(min_pixels / (height * width))
+        new_height = math.ceil(height * scale / factor) * factor
+        new_width = math.ceil(width * scale / factor) * factor
+    return Resolution(height=new_height, width=new_width)
+
+
+def input_size(height: int, width: int, *, max_pixels: int | None) -> tuple[int, int]:
+    """Returns (height, width) of an edit input after the first resize; None skips it."""
+    if max_pixels is None:
+        return height, width
+    size = smart_resize(height, width, min_pixels=max_pixels, max_pixels=max_pixels)
+    return size.height, size.width
+
+
+def edit_output_size(height: int, width: int, *, target_pixels: int) -> Resolution:
+    """Returns the output size of an edit whose first (already resized) input has these sides."""
+    return smart_resize(height, width, min_pixels=target_pixels, max_pixels=target_pixels)
+
+
+def interleave_output_size(height: int, width: int, *, limits: PixelLimits) -> Resolution:
+    """Returns the size of an interleave job's pictures whose first input has these sides."""
+    return smart_resize(
+        height, width, min_pixels=limits.min_pixels, max_pixels=limits.base_pixels // 2
+    )
+
+
+def _with_transposed(table: dict[str, tuple[int, int]]) -> dict[str, Resolution]:
+    """Maps `W:H` to a resolution from (width, height) pairs, with every ratio's transpose."""
+    sizes: dict[str, Resolution] = {}
+    for name, (width, height) in table.items():
+        sizes[name] = Resolution(height=height, width=width)
+        first, second = name.split(":")
+        sizes[f"{second}:{first}"] = Resolution(height=width, width=height)
+    return sizes
+
+
+BUCKETS_T2I = _with_transposed(
+    {
+        "1:1": (2048, 2048),
+        "16:9": (2720, 1536),
+        "3:2": (2496, 1664),
+        "4:3": (2368, 1760),
+        "2:1": (2880, 1440),
+        "3:1": (3456, 1152),
+    }
+)
+"""The t2i and edit sizes the official checkpoints were trained on."""
+
+BUCKETS_INTERLEAVE = _with_transposed(
+    {
+        "1:1": (1536, 1536),
+        "16:9": (2048, 1152),
+        "3:2": (1888, 1248),
+        "4:3": (1760, 1312),
+        "2:1": (2144, 1088),
+        "3:1": (2592, 864),
+    }
+)
+"""The interleave sizes the official checkpoints were trained on."""
+
+BUCKETS_TINY = _with_transposed(
+    {
+        "1:1": (256, 256),
+        "16:9": (320, 192),
+        "3:2": (288, 192),
+        "4:3": (288, 224),
+        "2:1": (320, 160),
+        "3:1": (384, 128),
+    }
+)
+"""The sizes of the embedded tiny checkpoint, for all tasks."""
