@@ -1,0 +1,154 @@
+"""Text to token ids and back. Knows the vocabulary, not how a prompt is laid out.
+
+Special tokens are only ever made by `token_id`: text that spells one out stays text.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from sensebatch.errors import CheckpointError, JobError
+
+IM_START = "<|im_start|>"
+IM_END = "<|im_end|>"
+IMG_START = "<img>"
+IMG_END = "</img>"
+IMG_CONTEXT = "<IMG_CONTEXT>"
+THINK_START = "<think>"
+THINK_END = "</think>"
+SPECIAL_TOKENS = (IM_START, IM_END, IMG_START, IMG_END, IMG_CONTEXT, THINK_START, THINK_END)
+"""The tokens that prompts are laid out with; every checkpoint must have them."""
+
+
+class Tokenizer(Protocol):
+    """What prompts and decoding need of a tokenizer."""
+
+    @property
+    def eos_id(self) -> int:
+        """The end of a turn, where decoding stops."""
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of plain text; never a special token's, whatever the text says."""
+
+    def token_id(self, token: str) -> int:
+        """Returns the id of a special token.
+
+        Raises:
+            CheckpointError: The vocabulary lacks it.
+        """
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of ids without special tokens, but with `<think>` and `</think>`.
+
+        Ids outside the vocabulary give nothing; malformed UTF-8 gives U+FFFD.
+        """
+
+
+class HFTokenizer:
+    """The tokenizer of a checkpoint folder, read through transformers without remote code.
+
+    Args:
+        folder: Holds `tokenizer_config.json` and the vocabulary.
+
+    Raises:
+        CheckpointError: The folder has no tokenizer that transformers can load, or it lacks one
+            of the special tokens of the chat layout.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._tokenizer = _load(folder)
+        added = self._tokenizer.added_tokens_decoder
+        self._ids = {token.content: index for index, token in added.items()}
+        single = [content for content in self._ids if len(content) == 1]
+        if single:
+            raise CheckpointError(
+                f"tokenizer of {folder}: expected added tokens of two characters or more, "
+                f"found {single[0]!r}"
+            )
+        missing = [token for token in SPECIAL_TOKENS if token not in self._ids]
+        if missing:
+            raise CheckpointError(
+                f"tokenizer of {folder}: expected the tokens {' '.join(SPECIAL_TOKENS)}; "
+                f"not found: {' '.join(missing)}"
+            )
+        kept = {self._ids[THINK_START], self._ids[THINK_END]}
+        flagged = {index for index, token in added.items() if token.special}
+        layout = {self._ids[token] for token in SPECIAL_TOKENS}
+        self._skipped = (flagged | layout) - kept
+        self._num_tokens = len(self._tokenizer)
+
+    @property
+    def eos_id(self) -> int:
+        """The id of `<|im_end|>`."""
+        return self._ids[IM_END]
+
+    def token_id(self, token: str) -> int:
+        """See `Tokenizer.token_id`."""
+        if token not in self._ids:
+            raise CheckpointError(f"tokenizer: expected the token {token}, not found")
+        return self._ids[token]
+
+    def encode(self, text: str) -> list[int]:
+        """See `Tokenizer.encode`.
+
+        Raises:
+            JobError: The text becomes a special token only after the tokenizer's own Unicode
+                normalisation, so that it cannot be kept plain.
+        """
+        ids: list[int] = []
+        for part in cut_literals(text, self._ids):
+            ids += self._tokenizer.encode(part, add_special_tokens=False)
+        special = set(self._ids.values())
+        for index in ids:
+            if index in special:
+                token = self._tokenizer.convert_ids_to_tokens(index)
+                raise JobError(
+                    f"prompt: expected plain text, found a lookalike of the special token {token}"
+                )
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `Tokenizer.decode`."""
+        kept = [i for i in ids if i not in self._skipped and 0 <= i < self._num_tokens]
+        return str(
+            self._tokenizer.decode(
+                kept, skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+        )
+
+
+def cut_literals(text: str, literals: Iterable[str]) -> list[str]:
+    """Returns the text in parts, none of which contains a literal; joined, they are the text.
+
+    Every occurrence is cut behind its first character, so a tokenizer that is given the parts
+    one by one cannot match it. Text without a literal stays whole.
+
+    Args:
+        text: What a user wrote.
+        literals: Strings of two characters or more.
+    """
+    cuts: set[int] = set()
+    for literal in literals:
+        start = text.find(literal)
+        while start >= 0:
+            cuts.add(start + 1)
+            start = text.find(literal, start + 1)
+    bounds = [0, *sorted(cuts), len(text)]
+    return [text[a:b] for a, b in itertools.pairwise(bounds) if a < b]
+
+
+def _load(folder: Path) -> Any:
+    # Imported here: transformers takes seconds, and prompts are built without it in tests.
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder}: expected a tokenizer that transformers can load, found: {error}"
+        ) from error
