@@ -1,0 +1,328 @@
+"""Settings from a YAML file and from flags on top of the defaults, and back to plain data.
+
+Knows the shape of a configuration file; every default stays in `config.py`. What `dump_settings`
+returns is itself such a file, so a run's folder says how to repeat it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic_core import ErrorDetails
+
+from sensebatch.config import (
+    TINY_MODEL,
+    ExecutionConfig,
+    MemoryConfig,
+    ModelConfig,
+    OutputConfig,
+    RunConfig,
+    TaskDefaults,
+    default_config,
+)
+from sensebatch.errors import ConfigError
+from sensebatch.jobs import CfgNorm, Sampling, Task
+from sensebatch.resolutions import PixelLimits, Resolution, ResolutionError
+
+RUN_SECTION = "config"
+"""Where a run's own record, `run.yaml`, holds its settings; such a file can be given as well."""
+
+_COMMAND_LINE = "command line"
+
+
+def _parse_size(value: object) -> Resolution:
+    match = re.fullmatch(r"(\d+)x(\d+)", value) if isinstance(value, str) else None
+    if match is None:
+        hint = " (YAML reads 16:9 as a number: quote it)" if isinstance(value, int) else ""
+        raise ValueError(
+            f"expected WIDTHxHEIGHT in pixels or a bucket of the task, found {value!r}{hint}"
+        )
+    try:
+        return Resolution(width=int(match[1]), height=int(match[2]))
+    except ResolutionError as error:
+        raise ValueError(str(error)) from None
+
+
+Count = Annotated[int, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Size = Annotated[Any, BeforeValidator(_parse_size), PlainSerializer(str)]
+
+
+class _Section(BaseModel):
+    """Part of a configuration file: unknown keys and loose types are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelSection(_Section):
+    """The file's form of `config.ModelConfig`."""
+
+    model: Annotated[str, Field(min_length=1)]
+    revision: str | None
+    lora_path: str | None
+    device: Literal["auto", "cuda", "cpu"]
+    dtype: Literal["auto", "bfloat16", "float16", "float32"]
+    attn_backend: Literal["auto", "flash", "sdpa"]
+    system_prompt_file: str | None
+
+
+class MemorySection(_Section):
+    """The file's form of `config.MemoryConfig`."""
+
+    vram_mode: Literal["full"]
+    max_batch_size: Count
+    max_batch_image_tokens: Count
+
+
+class OutputSection(_Section):
+    """The file's form of `config.OutputConfig`."""
+
+    image_format: Literal["png", "webp", "jpeg"]
+    image_quality: Annotated[int, Field(ge=1, le=100)]
+    embed_metadata: bool
+    num_writers: Count
+
+
+class ExecutionSection(_Section):
+    """The file's form of `config.ExecutionConfig`."""
+
+    max_attempts: Count
+    max_failures: Count | None
+    retry_failed: bool
+
+
+class PixelLimitsSection(_Section):
+    """The file's form of `resolutions.PixelLimits`."""
+
+    base_pixels: Count
+    min_pixels: Count
+
+
+class SamplingSection(_Section):
+    """The file's form of `jobs.Sampling`."""
+
+    num_steps: Count
+    timestep_shift: Positive
+    cfg_scale: Annotated[float, Field(ge=0)]
+    img_cfg_scale: Annotated[float, Field(ge=0)]
+    cfg_norm: CfgNorm
+    cfg_interval: tuple[Fraction, Fraction]
+    max_think_tokens: Count
+    max_images: Count
+    max_new_tokens: Count
+
+
+class TaskSection(SamplingSection):
+    """The file's form of `config.TaskDefaults`, its sampling settings beside the others."""
+
+    resolution: Size
+    """`WIDTHxHEIGHT`, or the name of one of the buckets."""
+    buckets: dict[str, Size]
+    seed: Annotated[int, Field(ge=0)]
+    think: bool
+    target_pixels: Count
+    input_max_pixels: Literal["auto"] | Count | None
+
+
+class TasksSection(_Section):
+    """The defaults of each task."""
+
+    t2i: TaskSection
+    edit: TaskSection
+    interleave: TaskSection
+
+
+class Settings(_Section):
+    """A whole configuration file, every setting filled in."""
+
+    model: ModelSection
+    memory: MemorySection
+    output: OutputSection
+    execution: ExecutionSection
+    pixel_limits: PixelLimitsSection
+    tasks: TasksSection
+
+
+def resolve_settings(
+    *, config_file: Path | None = None, flags: Mapping[str, object] | None = None
+) -> RunConfig:
+    """Returns the settings of a run: the model's defaults < the file < the flags.
+
+    Args:
+        config_file: A YAML file; every key may be left out.
+        flags: Values by dotted place (`execution.max_attempts`); None means not given.
+
+    Raises:
+        ConfigError: Every unknown key and unusable value, each with its place.
+    """
+    from_file = {} if config_file is None else _read_yaml(config_file)
+    from_flags = _nested(
+        {name: value for name, value in (flags or {}).items() if value is not None}
+    )
+    chosen = _merge(from_file, from_flags)
+    section = chosen.get("model")
+    model = section.get("model") if isinstance(section, Mapping) else None
+    defaults = dump_settings(default_config(model if isinstance(model, str) else TINY_MODEL))
+    values = _merge(defaults, chosen)
+    _name_buckets(values)
+    try:
+        settings = Settings.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        source = str(config_file or _COMMAND_LINE)
+        raise ConfigError(_complaints(error.errors(), values, source, from_flags)) from None
+    return _run_config(settings)
+
+
+def dump_settings(config: RunConfig) -> dict[str, Any]:
+    """Returns the settings as plain data that YAML and JSON can hold; a valid file again."""
+    return {
+        "model": asdict(config.model),
+        "memory": asdict(config.memory),
+        "output": asdict(config.output),
+        "execution": asdict(config.execution),
+        "pixel_limits": asdict(config.pixel_limits),
+        "tasks": {task.value: _dump_task(defaults) for task, defaults in config.tasks.items()},
+    }
+
+
+def _dump_task(defaults: TaskDefaults) -> dict[str, Any]:
+    values = asdict(defaults)
+    sampling = values.pop("sampling")
+    values["resolution"] = str(defaults.resolution)
+    values["buckets"] = {name: str(size) for name, size in defaults.buckets.items()}
+    sampling["cfg_norm"] = defaults.sampling.cfg_norm.value
+    sampling["cfg_interval"] = list(defaults.sampling.cfg_interval)
+    return {**values, **sampling}
+
+
+def _task_defaults(section: TaskSection) -> TaskDefaults:
+    values = {name: getattr(section, name) for name in TaskSection.model_fields}
+    sampling = Sampling(**{name: values.pop(name) for name in SamplingSection.model_fields})
+    return TaskDefaults(sampling=sampling, **values)
+
+
+def _run_config(settings: Settings) -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(**settings.model.model_dump()),
+        memory=MemoryConfig(**settings.memory.model_dump()),
+        output=OutputConfig(**settings.output.model_dump()),
+        execution=ExecutionConfig(**settings.execution.model_dump()),
+        pixel_limits=PixelLimits(**settings.pixel_limits.model_dump()),
+        tasks={task: _task_defaults(getattr(settings.tasks, task.value)) for task in Task},
+    )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: expected UTF-8 text, found {error.reason}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if isinstance(values, dict) and RUN_SECTION in values:
+        values = values[RUN_SECTION]
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected sections with settings, found {values!r}")
+    try:
+        # JSON's keys are strings: `1: 2` becomes an unknown setting like any other.
+        return dict(json.loads(json.dumps(values, default=str)))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: expected sections with settings: {error}") from None
+
+
+def _nested(values: Mapping[str, object]) -> dict[str, Any]:
+    """Turns `{"a.b": 1}` into `{"a": {"b": 1}}`."""
+    nested: dict[str, Any] = {}
+    for name, value in values.items():
+        *sections, key = name.split(".")
+        place = nested
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[key] = value
+    return nested
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `below` with the values of `above`; sections are merged, all else replaced.
+
+    A section left empty in YAML is null and changes nothing.
+    """
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        if isinstance(old, Mapping):
+            merged[key] = old if value is None else value
+            if isinstance(value, Mapping):
+                merged[key] = _merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _name_buckets(values: dict[str, Any]) -> None:
+    """Replaces a default resolution that names one of its task's buckets by the size."""
+    tasks = values["tasks"]
+    for section in tasks.values() if isinstance(tasks, Mapping) else ():
+        if isinstance(section, dict) and isinstance(section.get("buckets"), Mapping):
+            name = section.get("resolution")
+            section["resolution"] = section["buckets"].get(str(name), name)
+
+
+def _complaints(
+    errors: list[ErrorDetails],
+    values: Mapping[str, Any],
+    source: str,
+    from_flags: Mapping[str, Any],
+) -> str:
+    """Returns a line for each place that pydantic complains of, with file or flag, then place."""
+    complaints: dict[str, list[str]] = {}
+    found: dict[str, str] = {}
+    for error in errors:
+        path = list(_existing(values, [str(part) for part in error["loc"]]))
+        by_flag = list(_existing(from_flags, path)) == path
+        where = f"--{path[-1].replace('_', '-')}" if by_flag else f"{source}: {'.'.join(path)}"
+        message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        if error["type"] == "extra_forbidden":
+            message = f"unknown setting{_suggestion(path)}"
+        elif not message.startswith("expected "):
+            message = re.sub("^(greater|less)", r"a number \1", message.removeprefix("a valid "))
+            message = message.replace("an object", "a section")
+            found[where] = f", found {error['input']!r}"
+        complaints.setdefault(where, []).append(message)
+    return "\n".join(
+        f"{where}: expected {' or '.join(messages)}{found[where]}"
+        if where in found
+        else f"{where}: {messages[0]}"
+        for where, messages in complaints.items()
+    )
+
+
+def _existing(values: object, path: list[str]) -> Iterator[str]:
+    """Yields the part of a place that is in the data; pydantic appends names of its own."""
+    for part in path:
+        if not isinstance(values, Mapping) or part not in values:
+            return
+        values = values[part]
+        yield part
+
+
+def _suggestion(path: list[str]) -> str:
+    """Returns `; did you mean ...?` for a key that resembles one of its section's."""
+    section: type[BaseModel] = Settings
+    for part in path[:-1]:
+        section = cast("type[BaseModel]", section.model_fields[part].annotation)
+    close = difflib.get_close_matches(path[-1], section.model_fields, n=1)
+    return f"; did you mean {close[0]}?" if close else ""

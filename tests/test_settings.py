@@ -1,0 +1,210 @@
+"""Defaults < file < flags, and one clear complaint for every mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sensebatch import config, settings
+from sensebatch.config import RunConfig, default_config
+from sensebatch.errors import ConfigError
+from sensebatch.jobs import Sampling, Task
+from sensebatch.resolutions import PixelLimits, Resolution
+from sensebatch.settings import dump_settings, resolve_settings
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def _file(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "settings.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _complaints(tmp_path: Path, text: str, **flags: object) -> list[str]:
+    path = _file(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        resolve_settings(
+            config_file=path, flags={k.replace("__", "."): v for k, v in flags.items()}
+        )
+    return str(caught.value).replace(str(path), "FILE").splitlines()
+
+
+def test_no_file_and_no_flags_are_the_defaults() -> None:
+    assert resolve_settings() == default_config()
+
+
+def test_file_beats_defaults_and_flags_beat_file(tmp_path: Path) -> None:
+    path = _file(tmp_path, "execution: {max_attempts: 3, retry_failed: true}\n")
+    flags = {"execution.max_attempts": 5, "execution.max_failures": None}
+    execution = resolve_settings(config_file=path, flags=flags).execution
+    assert execution == config.ExecutionConfig(max_attempts=5, retry_failed=True)
+
+
+def test_false_flag_is_given_and_none_is_not(tmp_path: Path) -> None:
+    path = _file(tmp_path, "output: {embed_metadata: true, image_quality: 80}\n")
+    flags = {"output.embed_metadata": False, "output.image_quality": None}
+    output = resolve_settings(config_file=path, flags=flags).output
+    assert output == config.OutputConfig(embed_metadata=False, image_quality=80)
+
+
+@pytest.mark.parametrize("by_flag", [True, False])
+def test_model_decides_the_defaults_wherever_it_is_named(tmp_path: Path, by_flag: bool) -> None:
+    path = _file(tmp_path, "{}" if by_flag else "model: {model: owner/name}")
+    resolved = resolve_settings(
+        config_file=path, flags={"model.model": "owner/name" if by_flag else None}
+    )
+    assert resolved == default_config("owner/name")
+
+
+def test_null_in_a_file_sets_what_may_be_null_and_empty_section_sets_nothing(
+    tmp_path: Path,
+) -> None:
+    path = _file(tmp_path, "memory:\ntasks: {edit: {input_max_pixels: null}}\n")
+    resolved = resolve_settings(config_file=path, flags={"model.model": "owner/name"})
+    assert resolved.tasks[Task.EDIT].input_max_pixels is None
+    assert resolved.memory == config.MemoryConfig()
+
+
+def test_default_resolution_by_size_or_by_bucket(tmp_path: Path) -> None:
+    path = _file(tmp_path, "tasks: {t2i: {resolution: '16:9'}, edit: {resolution: 64x32}}\n")
+    tasks = resolve_settings(config_file=path).tasks
+    assert tasks[Task.T2I].resolution == tasks[Task.T2I].buckets["16:9"]
+    assert tasks[Task.EDIT].resolution == Resolution(width=64, height=32)
+
+
+@pytest.mark.parametrize("model", ["tiny", "owner/name"])
+def test_dumped_settings_read_back_the_same(tmp_path: Path, model: str) -> None:
+    resolved = default_config(model)
+    path = _file(tmp_path, yaml.safe_dump(dump_settings(resolved)))
+    assert resolve_settings(config_file=path) == resolved
+
+
+def test_settings_of_a_run_can_be_given_to_another(tmp_path: Path) -> None:
+    resolved = default_config("owner/name")
+    run = {"sensebatch": "1.0", "manifests": ["a.yaml"], "config": dump_settings(resolved)}
+    assert resolve_settings(config_file=_file(tmp_path, yaml.safe_dump(run))) == resolved
+
+
+@given(
+    attempts=st.integers(1, 100),
+    interval=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    sides=st.tuples(st.integers(1, 100), st.integers(1, 100)),
+    prompt_file=st.none() | st.text(st.characters(codec="utf-8", categories=["L", "N"])),
+)
+def test_any_settings_survive_dump_and_read(
+    tmp_path_factory: pytest.TempPathFactory,
+    attempts: int,
+    interval: tuple[float, float],
+    sides: tuple[int, int],
+    prompt_file: str | None,
+) -> None:
+    start = default_config()
+    task = start.tasks[Task.T2I]
+    changed = dataclasses.replace(
+        start,
+        model=dataclasses.replace(start.model, system_prompt_file=prompt_file),
+        execution=dataclasses.replace(start.execution, max_attempts=attempts),
+        tasks={
+            **start.tasks,
+            Task.T2I: dataclasses.replace(
+                task,
+                resolution=Resolution(height=32 * sides[0], width=32 * sides[1]),
+                sampling=dataclasses.replace(task.sampling, cfg_interval=interval),
+            ),
+        },
+    )
+    path = _file(tmp_path_factory.mktemp("settings"), yaml.safe_dump(dump_settings(changed)))
+    assert resolve_settings(config_file=path) == changed
+
+
+@pytest.mark.parametrize(
+    ("section", "noun"),
+    [
+        (settings.ModelSection, config.ModelConfig),
+        (settings.MemorySection, config.MemoryConfig),
+        (settings.OutputSection, config.OutputConfig),
+        (settings.ExecutionSection, config.ExecutionConfig),
+        (settings.PixelLimitsSection, PixelLimits),
+        (settings.SamplingSection, Sampling),
+        (settings.Settings, RunConfig),
+    ],
+)
+def test_file_offers_exactly_the_settings_there_are(
+    section: type[settings.BaseModel], noun: type
+) -> None:
+    assert list(section.model_fields) == [field.name for field in dataclasses.fields(noun)]
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("modle: {}", "FILE: modle: unknown setting; did you mean model?"),
+        ("model: {devise: cpu}", "FILE: model.devise: unknown setting; did you mean device?"),
+        (
+            "tasks: {t2i: {nums_steps: 3}}",
+            "FILE: tasks.t2i.nums_steps: unknown setting; did you mean num_steps?",
+        ),
+        ("1: 2", "FILE: 1: unknown setting"),
+        (
+            "model: {device: gpu}",
+            "FILE: model.device: expected 'auto', 'cuda' or 'cpu', found 'gpu'",
+        ),
+        (
+            "memory: {max_batch_size: '8'}",
+            "FILE: memory.max_batch_size: expected integer, found '8'",
+        ),
+        ("memory: 3", "FILE: memory: expected a section, found 3"),
+        (
+            "tasks: {edit: {input_max_pixels: 0}}",
+            "FILE: tasks.edit.input_max_pixels: expected 'auto' or a number greater than 0, "
+            "found 0",
+        ),
+        (
+            "tasks: {t2i: {resolution: 16:9}}",
+            "FILE: tasks.t2i.resolution: expected WIDTHxHEIGHT in pixels or a bucket of the task, "
+            "found 969 (YAML reads 16:9 as a number: quote it)",
+        ),
+        (
+            "tasks: {t2i: {resolution: 500x512}}",
+            "FILE: tasks.t2i.resolution: expected width as a positive multiple of 32, found 500",
+        ),
+        ("- 1", "FILE: expected sections with settings, found [1]"),
+    ],
+)
+def test_mistake_in_a_file_names_file_place_expected_and_found(
+    tmp_path: Path, text: str, complaint: str
+) -> None:
+    assert _complaints(tmp_path, text) == [complaint]
+
+
+def test_all_mistakes_are_told_at_once_and_flags_by_their_name(tmp_path: Path) -> None:
+    text = "model: {dtype: int8}\nmemory: {max_batch_size: 0}\n"
+    assert _complaints(tmp_path, text, memory__max_batch_size=-1, execution__max_attempts=0) == [
+        "FILE: model.dtype: expected 'auto', 'bfloat16', 'float16' or 'float32', found 'int8'",
+        "--max-batch-size: expected a number greater than 0, found -1",
+        "--max-attempts: expected a number greater than 0, found 0",
+    ]
+
+
+@pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe\x00", b"a: &x [*x]"])
+def test_file_that_is_no_settings_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"broken\.yaml"):
+        resolve_settings(config_file=path)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot be read"):
+        resolve_settings(config_file=tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_configurations_resolve(path: Path) -> None:
+    assert isinstance(resolve_settings(config_file=path), RunConfig)
