@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from sensebatch.errors import CheckpointError
@@ -117,6 +117,8 @@ def _moe(llm: _Fields, num_layers: int) -> tuple[Moe, Moe]:
     intermediate = llm.get("moe_intermediate_size", int)
     norm_topk = llm.get("norm_topk_prob", bool, True)
     step = llm.get("decoder_sparse_step", int, 1)
+    if step < 1:
+        raise llm.reject("decoder_sparse_step", step, "1 or more")
     dense_only = set(llm.get("mlp_only_layers", list, []))
     understanding = Moe(
         num_experts=num_experts,
@@ -156,6 +158,9 @@ def parse_architecture(config: Mapping[str, Any]) -> Architecture:
     vision = top.section("vision_config")
     _require(llm, "hidden_act", str, "silu", ("silu",))
     _require(llm, "attention_bias", bool, False, (False,))
+    _require(llm, "use_sliding_window", bool, False, (False,))
+    if llm.has("rope_scaling"):
+        raise llm.reject("rope_scaling", llm.get("rope_scaling", object), "null")
     use_pixel_head = top.get("use_pixel_head", bool, False)
     fm_head_layers = top.get("fm_head_layers", int, 2)
     if fm_head_layers != 2:
@@ -196,6 +201,18 @@ def parse_architecture(config: Mapping[str, Any]) -> Architecture:
 
 def _check_shapes(arch: Architecture) -> None:
     """Raises where sizes contradict one another, before a layer fails on it."""
+    for field in fields(arch):
+        value = getattr(arch, field.name)
+        if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
+            raise CheckpointError(
+                f"config.json: {field.name}: expected more than 0, found {value!r}"
+            )
+    for moe in (arch.understanding_moe, arch.generation_moe):
+        if moe is not None and not 0 < moe.num_experts_per_tok <= moe.num_experts:
+            raise CheckpointError(
+                "config.json: llm_config.num_experts_per_tok: expected 1 to "
+                f"{moe.num_experts} experts, found {moe.num_experts_per_tok}"
+            )
     if arch.num_heads % arch.num_kv_heads:
         raise CheckpointError(
             f"config.json: llm_config.num_key_value_heads: expected a divisor of "

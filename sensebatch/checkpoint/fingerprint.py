@@ -1,0 +1,90 @@
+"""The identity of weights on disk, for job keys. Reads samples of a checkpoint, not all of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from sensebatch.checkpoint.files import Checkpoint, TensorFile
+from sensebatch.errors import CheckpointError
+
+SAMPLE_BYTES = 4096
+"""How much of each tensor is read, from its middle."""
+
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """Returns the identity (64 hex digits) of a checkpoint's weights, configuration, tokenizer.
+
+    It covers the content of `config.json`, the tokenizer files byte by byte, and of every tensor
+    the name, dtype, shape and `SAMPLE_BYTES` from its middle. So it is the same for a folder, its
+    copy in the Hub cache and a resharded copy, and differs after any training or merge, which
+    touches all numbers of a tensor. It does not see a change that spares the middle of every
+    tensor, such as a damaged block or a few edited rows of an embedding table.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+    """
+    tokenizer = {
+        name: hashlib.sha256(_read(checkpoint.path / name)).hexdigest()
+        for name in TOKENIZER_FILES
+        if (checkpoint.path / name).exists()
+    }
+    content = {
+        "config": checkpoint.config,
+        "tokenizer": tokenizer,
+        "tensors": {
+            name: [tensor.dtype, tensor.shape, sample]
+            for name, (tensor, sample) in _samples(checkpoint).items()
+        },
+    }
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def fingerprint_file(file: Path) -> str:
+    """Returns the sha256 (64 hex digits) of a whole file, such as a LoRA.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{file}: expected a readable file: {error.strerror}") from error
+
+
+def _samples(checkpoint: Checkpoint) -> dict[str, tuple[TensorFile, str]]:
+    """Returns every tensor with the hash of its sample, read file by file in ascending order."""
+    by_file: dict[Path, list[tuple[str, TensorFile]]] = {}
+    for name, tensor in sorted(checkpoint.tensors.items(), key=lambda item: item[1].offset):
+        by_file.setdefault(tensor.file, []).append((name, tensor))
+    samples = {}
+    for file, tensors in by_file.items():
+        try:
+            with file.open("rb", buffering=0) as stream:
+                for name, tensor in tensors:
+                    num_bytes = min(SAMPLE_BYTES, tensor.nbytes)
+                    stream.seek(tensor.offset + (tensor.nbytes - num_bytes) // 2)
+                    sample = hashlib.sha256(stream.read(num_bytes)).hexdigest()
+                    samples[name] = (tensor, sample)
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
+    return samples
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error

@@ -1,0 +1,150 @@
+"""Where the run's system prompts come from, in order of preference. Executes nothing it reads.
+
+A job's own `system_prompt` goes before all of these; that is the job's affair.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sensebatch.checkpoint.files import Checkpoint
+from sensebatch.config import TINY_MODEL
+from sensebatch.errors import CheckpointError
+from sensebatch.jobs import Task
+
+KINDS = {Task.T2I: "generation", Task.EDIT: "generation", Task.INTERLEAVE: "interleave"}
+"""Which of the two prompts serves a task."""
+
+CONSTANTS = {"generation": "SYSTEM_MESSAGE_FOR_GEN", "interleave": "DEFAULT_SYSTEM_MESSAGE"}
+"""Their names in the upstream release's Python files."""
+
+BUILT_IN = "built-in"
+"""The source of a prompt written for this project."""
+
+_BUILT_IN_FILE = Path(__file__).with_name("prompts.json")
+_PACKAGE = "sensenova_u1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SystemPrompt:
+    """The system prompt of a task."""
+
+    text: str
+    source: str
+    """For the log: the file it was read from, or `built-in`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SystemPrompts:
+    """The system prompts of a run."""
+
+    by_task: Mapping[Task, SystemPrompt]
+    warn_built_in: bool
+    """Whether a built-in prompt meets a checkpoint that was trained with another one."""
+
+
+def resolve_system_prompts(checkpoint: Checkpoint, file: Path | None = None) -> SystemPrompts:
+    """Returns the system prompts of a run by task.
+
+    Each of the two kinds (generation, interleave) is looked for on its own, in this order: the
+    file named in the configuration, the checkpoint folder's Python files, an installed
+    `sensenova_u1` package, the built-in texts.
+
+    Args:
+        checkpoint: Its folder may hold the upstream Python files.
+        file: JSON with `generation`, `interleave` or both; None where none is named.
+
+    Raises:
+        CheckpointError: The named file cannot be used.
+    """
+    prompts = {} if file is None else _from_json(file)
+    wanted = {kind: name for kind, name in CONSTANTS.items() if kind not in prompts}
+    for files in (checkpoint.path.glob("*.py"), _package_files()):
+        constants = _constants(sorted(files), set(wanted.values()))
+        for kind, name in wanted.items():
+            if kind not in prompts and name in constants:
+                prompts[kind] = constants[name]
+    built_in = _from_json(_BUILT_IN_FILE)
+    for kind in CONSTANTS.keys() - prompts.keys():
+        prompts[kind] = SystemPrompt(text=built_in[kind].text, source=BUILT_IN)
+    return SystemPrompts(
+        by_task={task: prompts[kind] for task, kind in KINDS.items()},
+        warn_built_in=checkpoint.name != TINY_MODEL
+        and any(prompt.source == BUILT_IN for prompt in prompts.values()),
+    )
+
+
+def _from_json(file: Path) -> dict[str, SystemPrompt]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{file}: expected a JSON file: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file}: expected JSON, found: {error}") from error
+    kinds = " and ".join(CONSTANTS)
+    if not isinstance(values, dict) or not values:
+        raise CheckpointError(f"{file}: expected a JSON object with {kinds}")
+    for kind, text in values.items():
+        if kind not in CONSTANTS:
+            raise CheckpointError(f"{file}: {kind}: expected only {kinds}")
+        if not isinstance(text, str):
+            raise CheckpointError(f"{file}: {kind}: expected a string, found {text!r}")
+    return {kind: SystemPrompt(text=text, source=str(file)) for kind, text in values.items()}
+
+
+def _package_files() -> list[Path]:
+    """Returns the installed package's Python files; finding it does not import it."""
+    spec = importlib.util.find_spec(_PACKAGE)
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    return [file for folder in folders for file in Path(folder).rglob("*.py")]
+
+
+def _constants(files: Iterable[Path], names: set[str]) -> dict[str, SystemPrompt]:
+    """Returns the string constants of some names; the first file that has one wins."""
+    found: dict[str, SystemPrompt] = {}
+    for file in files:
+        try:
+            source = file.read_text(encoding="utf-8")
+            if not any(name in source for name in names):
+                continue
+            tree = ast.parse(source)
+        except (OSError, SyntaxError, ValueError):
+            # Someone else's code: a file that cannot be read holds no prompt for us.
+            continue
+        for name, text in _assignments(tree):
+            if name in names and name not in found:
+                found[name] = SystemPrompt(text=text, source=f"{file}: {name}")
+    return found
+
+
+def _assignments(tree: ast.Module) -> Iterable[tuple[str, str]]:
+    """Yields (name, text) of every module-level assignment of a string constant."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign):
+            targets, value = node.targets, node.value
+        elif isinstance(node, ast.AnnAssign) and node.value is not None:
+            targets, value = [node.target], node.value
+        else:
+            continue
+        text = _text(value)
+        if text is not None:
+            yield from ((target.id, text) for target in targets if isinstance(target, ast.Name))
+
+
+def _text(node: ast.expr) -> str | None:
+    """Returns the string that an expression of literals, `+` and `.strip()` spells, or None."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            first, second = _text(left), _text(right)
+            return None if first is None or second is None else first + second
+        case ast.Call(func=ast.Attribute(value=value, attr="strip"), args=[], keywords=[]):
+            inner = _text(value)
+            return None if inner is None else inner.strip()
+    return None

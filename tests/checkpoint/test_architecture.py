@@ -1,0 +1,88 @@
+"""config.json: what is understood, and what is refused by field and value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sensebatch.checkpoint.architecture import parse_architecture
+from sensebatch.errors import CheckpointError
+from tests.golden_data import golden_architecture, golden_config
+
+
+def edited(config: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """Sets the field at a dotted path."""
+    *sections, name = path.split(".")
+    section = config
+    for part in sections:
+        section = section[part]
+    section[name] = value
+    return config
+
+
+def test_golden_configurations_are_understood() -> None:
+    dense = golden_architecture("dense_fm")
+    assert (dense.hidden_size, dense.num_layers, dense.head_dim) == (64, 3, 32)
+    assert not dense.use_pixel_head
+    assert not dense.is_moe
+    pixel = golden_architecture("dense_pixel")
+    assert pixel.use_pixel_head
+    assert pixel.noise_scale_max_value == 16.0
+
+
+def test_generation_experts_differ_from_understanding_ones_and_default_to_them() -> None:
+    moe = golden_architecture("moe")
+    assert moe.understanding_moe is not None
+    assert moe.generation_moe is not None
+    assert (moe.understanding_moe.num_experts, moe.generation_moe.num_experts) == (8, 4)
+    config = golden_config("moe")
+    for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
+        del config["llm_config"][f"gen_{name}"]
+    config["llm_config"]["decoder_sparse_step"] = 2
+    moe = parse_architecture(config)
+    assert moe.understanding_moe is not None
+    assert moe.generation_moe is not None
+    assert moe.generation_moe.num_experts == 8
+    assert moe.understanding_moe.sparse_layers == (False, True)
+    assert moe.generation_moe.sparse_layers == (True, True)
+
+
+def test_lists_of_one_count_as_their_element() -> None:
+    config = edited(golden_config("dense_fm"), "downsample_ratio", [0.5])
+    assert parse_architecture(config) == golden_architecture("dense_fm")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model_type", "llama"),
+        ("template", "neo2_0"),
+        ("use_adaLN", True),
+        ("concat_time_token_num", 1),
+        ("fm_head_layers", 3),
+        ("noise_scale_mode", "other"),
+        ("downsample_ratio", 0.25),
+        ("noise_scale_max_value", 0),
+        ("llm_config.hidden_act", "gelu"),
+        ("llm_config.attention_bias", True),
+        ("llm_config.rope_scaling", {"type": "yarn"}),
+        ("llm_config.use_sliding_window", True),
+        ("llm_config.num_key_value_heads", 3),
+        ("llm_config.head_dim", 20),
+        ("llm_config.num_hidden_layers", 0),
+        ("llm_config.hidden_size", "64"),
+        ("llm_config.num_experts_per_tok", 9),
+        ("llm_config.decoder_sparse_step", 0),
+        ("llm_config.vocab_size", None),
+        ("vision_config.hidden_size", 50),
+        ("vision_config", []),
+    ],
+)
+def test_unsupported_value_is_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(CheckpointError) as raised:
+        parse_architecture(edited(golden_config("moe"), field, value))
+    message = str(raised.value)
+    name = {"num_hidden_layers": "num_layers"}.get(field.split(".")[-1], field.split(".")[-1])
+    assert name in message
+    assert value in (None, []) or str(value) in message or repr(value) in message
