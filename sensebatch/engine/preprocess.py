@@ -1,0 +1,210 @@
+"""Pictures to patches and back. Knows pixels; the patch embedding is the network's.
+
+Shape legend: H, W = height and width in pixels; P = patches of an image, row-major; D = numbers
+of a patch, channel-first (c, y, x); B = images; C = 3 colour channels.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sensebatch.engine.prompts import Grid
+from sensebatch.errors import JobError
+from sensebatch.resolutions import (
+    PATCH_PIXELS,
+    PixelLimits,
+    ResolutionError,
+    input_size,
+    smart_resize,
+)
+
+VISION_PATCH_PIXELS = 16
+"""Side of a patch; a token is a square of 2 by 2 patches."""
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_STD = (0.229, 0.224, 0.225)
+
+_BROKEN = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    ArithmeticError,
+    LookupError,
+    struct.error,
+    zlib.error,
+)
+"""What Pillow's decoders raise on bytes that are no whole image."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patches:
+    """One image as the vision embedder reads it."""
+
+    rows_PD: torch.Tensor
+    """float32, normalised with ImageNet's mean and standard deviation."""
+    grid_hw: tuple[int, int]
+    """Rows and columns of patches."""
+
+    @property
+    def token_grid(self) -> Grid:
+        """Rows and columns of tokens."""
+        merge = PATCH_PIXELS // VISION_PATCH_PIXELS
+        return Grid(self.grid_hw[0] // merge, self.grid_hw[1] // merge)
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """Returns an encoded image as RGB, transparency flattened on white.
+
+    The orientation noted by a camera (EXIF) is left alone, as the reference leaves it. An
+    animation gives its first frame.
+
+    Args:
+        data: An image file's bytes.
+        name: What to call it in an error.
+
+    Raises:
+        JobError: The bytes are no image, are cut short, or unpack to far more than a picture.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of large photographs, which are fine (twice as large is its error),
+            # and of broken metadata, which is not read.
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data)) as image:
+                image.load()
+                return flatten(image)
+    except Image.DecompressionBombError as error:
+        raise JobError(f"{name}: expected a picture of ordinary size: {error}") from error
+    except _BROKEN as error:
+        raise JobError(f"{name}: expected an image that can be read: {error}") from error
+
+
+def flatten(image: Image.Image) -> Image.Image:
+    """Returns an image as RGB; where it has transparency of any kind, on white.
+
+    Grey of 16 bits keeps its high byte: Pillow's own conversion would clip it to white.
+
+    Raises:
+        ValueError: The image has 32 bits a pixel in one channel, whose range is not known.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        high = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+        return Image.fromarray(high).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"expected 8 or 16 bits a channel, found mode {image.mode}")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    with_alpha = image.convert("RGBA")
+    white = Image.new("RGB", image.size, (255, 255, 255))
+    white.paste(with_alpha, mask=with_alpha.getchannel("A"))
+    return white
+
+
+def resize_input(image: Image.Image, max_pixels: int | None) -> Image.Image:
+    """Returns an edit's input after the first resize (Lanczos); small pictures grow.
+
+    Args:
+        image: RGB.
+        max_pixels: The job's `input_max_pixels`; None leaves the image as it is.
+
+    Raises:
+        ResolutionError: The picture is longer than the resize rule allows.
+    """
+    height, width = input_size(image.height, image.width, max_pixels=max_pixels)
+    return _resized(image, height, width, Image.Resampling.LANCZOS)
+
+
+def resize_for_model(image: Image.Image, *, min_pixels: int, max_pixels: int) -> Image.Image:
+    """Returns an input after the model's own resize (bicubic), sides multiples of 32.
+
+    Raises:
+        ResolutionError: The picture is longer than the resize rule allows.
+    """
+    size = smart_resize(image.height, image.width, min_pixels=min_pixels, max_pixels=max_pixels)
+    return _resized(image, size.height, size.width, Image.Resampling.BICUBIC)
+
+
+def load_input(
+    data: bytes, name: str, *, num_images: int, first_max_pixels: int | None, limits: PixelLimits
+) -> Patches:
+    """Returns an input image of a job as patches, after both resizes.
+
+    Args:
+        data: The encoded image.
+        name: What to call it in an error.
+        num_images: How many input images the job has; more images are made smaller.
+        first_max_pixels: Pixels of the first resize, which only edit has; None skips it.
+        limits: Of the checkpoint.
+
+    Raises:
+        JobError: The image cannot be used.
+    """
+    image = decode_image(data, name)
+    try:
+        image = resize_input(image, first_max_pixels)
+        image = resize_for_model(
+            image,
+            min_pixels=limits.min_pixels,
+            max_pixels=limits.model_max_pixels(num_images),
+        )
+    except ResolutionError as error:
+        raise JobError(f"{name}: {error}") from error
+    return image_to_patches(image)
+
+
+def image_to_patches(image: Image.Image) -> Patches:
+    """Returns an RGB image, sides multiples of 32, as normalised patches."""
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32)) / 255
+    return _normalised_patches(pixels.permute(2, 0, 1))
+
+
+def drawn_to_patches(image_CHW: torch.Tensor) -> Patches:
+    """Returns a drawn image as normalised patches for the understanding path.
+
+    Args:
+        image_CHW: float32, values around [-1, 1]; neither clamped nor quantised, as the network
+            is to see what it drew.
+    """
+    return _normalised_patches(image_CHW.float() * 0.5 + 0.5)
+
+
+def to_uint8(image_BCHW: torch.Tensor) -> torch.Tensor:
+    """Returns drawn images as pixels, uint8 `[B, H, W, 3]`.
+
+    The order of operations (scale, clamp, times 255, round half to even, all float32) decides
+    the levels at the ties.
+    """
+    unit = (image_BCHW.float() * 0.5 + 0.5).clamp(0, 1)
+    return (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def patchify(image_CHW: torch.Tensor) -> torch.Tensor:
+    """Returns an image's patches `[P, D]`, rows channel-first."""
+    channels, height, width = image_CHW.shape
+    side = VISION_PATCH_PIXELS
+    grid = image_CHW.reshape(channels, height // side, side, width // side, side)
+    return grid.permute(1, 3, 0, 2, 4).reshape(-1, channels * side * side)
+
+
+def _normalised_patches(unit_CHW: torch.Tensor) -> Patches:
+    _, height, width = unit_CHW.shape
+    mean = unit_CHW.new_tensor(IMAGE_MEAN).reshape(3, 1, 1)
+    std = unit_CHW.new_tensor(IMAGE_STD).reshape(3, 1, 1)
+    return Patches(
+        rows_PD=patchify((unit_CHW - mean) / std),
+        grid_hw=(height // VISION_PATCH_PIXELS, width // VISION_PATCH_PIXELS),
+    )
+
+
+def _resized(image: Image.Image, height: int, width: int, filter_: Image.Resampling) -> Image.Image:
+    if (image.height, image.width) == (height, width):
+        return image
+    return image.resize((width, height), filter_)

@@ -1,0 +1,181 @@
+"""Pictures to patches and back, against the golden vectors and by hand."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from sensebatch.engine.preprocess import (
+    decode_image,
+    drawn_to_patches,
+    flatten,
+    image_to_patches,
+    load_input,
+    patchify,
+    resize_for_model,
+    resize_input,
+    to_uint8,
+)
+from sensebatch.errors import JobError
+from sensebatch.resolutions import PixelLimits
+from tests.golden_data import case_ids, load_case, load_cases, relative_error
+
+LIMITS = PixelLimits(base_pixels=256 * 256, min_pixels=64 * 64)
+
+
+def encode(image: Image.Image, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, **{"format": "PNG", **options})
+    return buffer.getvalue()
+
+
+def picture(width: int = 64, height: int = 32) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("case", load_cases("common", "preprocess"), ids=lambda case: case.name)
+def test_preprocessing_equals_the_golden_steps(case) -> None:
+    image = decode_image(encode(Image.fromarray(case.tensor("source").numpy())), case.name)
+    assert np.array_equal(np.asarray(image), case.tensor("rgb").numpy())
+    resized = resize_for_model(
+        image, min_pixels=case.params["min_pixels"], max_pixels=case.params["max_pixels"]
+    )
+    assert np.array_equal(np.asarray(resized), case.tensor("resized_rgb").numpy())
+    patches = image_to_patches(resized)
+    assert relative_error(patches.rows_PD, case.tensor("pixel_values")) < 1e-6
+    assert [list(patches.grid_hw)] == case.tensor("grid_hw").tolist()
+
+
+@pytest.mark.parametrize(("config", "name"), case_ids("edit", "edit_think", "interleave"))
+def test_input_images_of_a_job_equal_the_golden_patches(config: str, name: str) -> None:
+    case = load_case(config, name)
+    sources = [case.tensor(key).numpy() for key in sorted(case.entries) if "source_image" in key]
+    if not sources:
+        assert "pixel_values" not in case
+        return
+    limits = PixelLimits(min_pixels=case.params["load_image_native_min_pixels"])
+    assert limits.model_max_pixels(len(sources)) == case.params["load_image_native_max_pixels"]
+    patches = [
+        load_input(
+            encode(Image.fromarray(source)),
+            "image",
+            num_images=len(sources),
+            first_max_pixels=None,
+            limits=limits,
+        )
+        for source in sources
+    ]
+    rows = torch.cat([item.rows_PD for item in patches])
+    assert relative_error(rows, case.tensor("pixel_values")) < 1e-6
+    assert [list(item.grid_hw) for item in patches] == case.tensor("grid_hw").tolist()
+
+
+@pytest.mark.parametrize("case", load_cases("common", "denorm"), ids=lambda case: case.name)
+def test_final_pixels_equal_the_golden_levels(case) -> None:
+    assert torch.equal(to_uint8(case.tensor("image")), case.tensor("uint8"))
+
+
+def test_patch_rows_are_channel_first_and_row_major() -> None:
+    image = torch.arange(3 * 32 * 64, dtype=torch.float32).reshape(3, 32, 64)
+    rows = patchify(image)
+    assert rows.shape == (8, 768)
+    assert rows[5, 256 + 3 * 16 + 2] == image[1, 16 + 3, 16 + 2]
+
+
+def test_drawn_image_is_normalised_without_clamping_or_rounding() -> None:
+    image = picture()
+    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
+    drawn = drawn_to_patches(pixels / 255 * 2 - 1)
+    assert relative_error(drawn.rows_PD, image_to_patches(image).rows_PD) < 1e-5
+    assert drawn.token_grid == (1, 2)
+    bright = drawn_to_patches(torch.full((3, 32, 32), 3.0)).rows_PD
+    assert bright[0, 0].item() == pytest.approx((2 - 0.485) / 0.229)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
+def test_alpha_of_every_mode_is_flattened_on_white(mode: str) -> None:
+    image = Image.new("RGBA", (32, 32), (0, 0, 0, 0)).convert(mode)
+    assert flatten(image).getcolors() == [(1024, (255, 255, 255))]
+
+
+def test_transparent_palette_entry_is_white() -> None:
+    image = Image.new("P", (32, 32), 1)
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    data = encode(image, transparency=1)
+    assert decode_image(data, "x").getpixel((0, 0)) == (255, 255, 255)
+    assert decode_image(encode(image), "x").getpixel((0, 0)) == (40, 50, 60)
+
+
+def test_camera_orientation_is_left_alone() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode_image(encode(picture(64, 32), format="JPEG", exif=exif), "x").size == (64, 32)
+
+
+def test_grey_of_sixteen_bits_keeps_its_levels() -> None:
+    levels = np.linspace(0, 65535, 32 * 32).astype(np.uint16).reshape(32, 32)
+    decoded = np.asarray(decode_image(encode(Image.fromarray(levels)), "x"))
+    assert np.array_equal(decoded[..., 0], levels >> 8)
+
+
+def test_unknown_range_is_the_jobs_error() -> None:
+    data = encode(Image.new("F", (32, 32)), format="TIFF")
+    with pytest.raises(JobError, match=r"scan\.tiff: .*8 or 16 bits a channel, found mode F"):
+        decode_image(data, "scan.tiff")
+
+
+def test_first_resize_enlarges_and_leaves_a_fitting_picture_untouched() -> None:
+    image = picture(48, 48)
+    assert resize_input(image, 64 * 64).size == (64, 64)
+    fitting = picture(64, 64)
+    assert resize_input(fitting, 64 * 64) is fitting
+    assert resize_input(image, None) is image
+
+
+def test_picture_too_long_for_the_model_is_the_jobs_error() -> None:
+    with pytest.raises(JobError, match="wide: expected an aspect ratio of at most 200"):
+        load_input(
+            encode(picture(402, 2)), "wide", num_images=1, first_max_pixels=None, limits=LIMITS
+        )
+
+
+def test_bomb_is_the_jobs_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode(picture(64, 64))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 32)
+    decode_image(encode(picture(64, 50)), "large")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(JobError, match="bomb: expected a picture of ordinary size"):
+        decode_image(data, "bomb")
+
+
+@pytest.mark.parametrize("format_", ["PNG", "JPEG", "WEBP", "GIF"])
+def test_picture_cut_short_is_the_jobs_error(format_: str) -> None:
+    data = encode(picture(), format=format_)
+    decode_image(data, "whole")
+    with pytest.raises(JobError, match="cut: expected an image that can be read"):
+        decode_image(data[: len(data) // 3], "cut")
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"]),
+    st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=6),
+)
+def test_damaged_picture_is_read_or_the_jobs_error(
+    format_: str, edits: list[tuple[float, int]]
+) -> None:
+    data = bytearray(encode(picture(16, 16), format=format_))
+    for place, value in edits:
+        data[int(place * (len(data) - 1))] = value
+    try:
+        image = decode_image(bytes(data), "damaged")
+    except JobError:
+        return
+    assert image.mode == "RGB"
