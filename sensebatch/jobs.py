@@ -162,6 +162,7 @@ class GroupKey:
     task: Task
     resolution: Resolution
     num_steps: int
+    timestep_shift: float
     think: bool
     branches: tuple[str, ...]
     """Guidance branches a step may evaluate: of `cond`, `img_cond`, `uncond`."""
@@ -187,6 +188,7 @@ def group_key(job: Job) -> GroupKey:
         task=job.task,
         resolution=job.resolution,
         num_steps=sampling.num_steps,
+        timestep_shift=sampling.timestep_shift,
         think=job.think,
         branches=guidance_branches(job.task, sampling.cfg_scale, sampling.img_cfg_scale),
     )

@@ -1,0 +1,238 @@
+"""The engine: a loaded model that turns a batch of jobs into pictures and text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import psutil
+import torch
+
+from sensebatch.checkpoint.files import Checkpoint
+from sensebatch.checkpoint.tensors import expected_tensors
+from sensebatch.config import RunConfig
+from sensebatch.engine.loading import load_network
+from sensebatch.engine.lora import Lora
+from sensebatch.engine.model.attention import Attention
+from sensebatch.engine.model.network import Network
+from sensebatch.engine.model.tokenizer import HFTokenizer, Tokenizer
+from sensebatch.engine.preprocess import load_input
+from sensebatch.engine.runner import Runner
+from sensebatch.engine.runtime import BACKENDS, DTYPES, resolve_attention
+from sensebatch.engine.tasks.interleave import run_interleave
+from sensebatch.engine.tasks.single_image import run_single_image
+from sensebatch.engine.tasks.state import PreparedJob, job_generator
+from sensebatch.errors import JobError, OutOfMemoryError
+from sensebatch.executor import Checkpoints, Progress
+from sensebatch.jobs import (
+    Batch,
+    BatchMetrics,
+    BatchResult,
+    EngineInfo,
+    Job,
+    JobResult,
+    ModelIdentity,
+    Task,
+)
+from sensebatch.resolutions import PixelLimits
+
+
+class SenseNovaEngine:
+    """Implements the executor's `Engine` with a network that stays on one device.
+
+    Args:
+        network: Loaded.
+        tokenizer: Of the same checkpoint.
+        attention: How one run or picture attends.
+        pixel_limits: Sizes of input images.
+        info: What the log says of it.
+    """
+
+    def __init__(
+        self,
+        *,
+        network: Network,
+        tokenizer: Tokenizer,
+        attention: Attention,
+        pixel_limits: PixelLimits,
+        info: EngineInfo,
+    ) -> None:
+        self._network = network
+        self._tokenizer = tokenizer
+        self._attention = attention
+        self._pixel_limits = pixel_limits
+        self._info = info
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the log says of the engine."""
+        return self._info
+
+    def generate(
+        self,
+        batch: Batch,
+        inputs: Sequence[Sequence[bytes]],
+        *,
+        checkpoints: Checkpoints,
+        progress: Callable[[Progress], None],
+    ) -> BatchResult:
+        """Runs a batch; see `executor.Engine.generate`."""
+        device = self._network.device
+        memory = _DevicePeak(device)
+        runner = Runner(self._network, self._tokenizer, self._attention, progress)
+        start = time.perf_counter()
+        try:
+            with torch.inference_mode():
+                results = self._run(runner, batch, inputs, checkpoints)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            message = str(error).splitlines()[0]
+        else:
+            allocated, reserved = memory.read()
+            return BatchResult(
+                results=results,
+                metrics=BatchMetrics(
+                    prefill_s=runner.seconds["prefill"],
+                    think_s=runner.seconds["think"],
+                    denoise_s=runner.seconds["denoise"],
+                    num_denoise_steps=runner.num_denoise_steps,
+                    total_s=time.perf_counter() - start,
+                    peak_allocated_bytes=allocated,
+                    peak_reserved_bytes=reserved,
+                ),
+            )
+        # Outside the handler: the traceback, which keeps the batch's tensors alive, is gone.
+        del runner
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        raise OutOfMemoryError(
+            f"a batch of {len(batch.jobs)} at {batch.group.resolution} did not fit: {message}"
+        )
+
+    def _run(
+        self,
+        runner: Runner,
+        batch: Batch,
+        inputs: Sequence[Sequence[bytes]],
+        checkpoints: Checkpoints,
+    ) -> tuple[JobResult, ...]:
+        results: dict[int, JobResult] = {}
+        prepared: list[tuple[int, PreparedJob]] = []
+        for index, (job, of_job) in enumerate(zip(batch.jobs, inputs, strict=True)):
+            try:
+                prepared.append((index, self._prepare(job, of_job)))
+            except JobError as error:
+                results[index] = JobResult(error=error)
+        if prepared:
+            if batch.group.task is Task.INTERLEAVE:
+                made = run_interleave(runner, prepared, checkpoints)
+            else:
+                made = run_single_image(runner, [job for _, job in prepared])
+            results |= {index: result for (index, _), result in zip(prepared, made, strict=True)}
+        return tuple(results[index] for index in range(len(batch.jobs)))
+
+    def _prepare(self, job: Job, inputs: Sequence[bytes]) -> PreparedJob:
+        system = job.system_prompt
+        if system is None:
+            system = self._info.identity.system_prompt(job.task)
+        images = [
+            load_input(
+                data,
+                f"input image {number}",
+                num_images=len(inputs),
+                first_max_pixels=job.input_max_pixels,
+                limits=self._pixel_limits,
+            )
+            for number, data in enumerate(inputs, start=1)
+        ]
+        # Encoding refuses text that cannot be kept plain; better here, where it fails one job.
+        self._tokenizer.encode(job.prompt)
+        return PreparedJob(
+            job=job, system_prompt=system, images=images, generator=job_generator(job.seed)
+        )
+
+
+class _DevicePeak:
+    """Peak device memory since its making; zeros on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def read(self) -> tuple[int, int]:
+        """Returns peak allocated and reserved bytes."""
+        if self._device.type != "cuda":
+            return 0, 0
+        return (
+            torch.cuda.max_memory_allocated(self._device),
+            torch.cuda.max_memory_reserved(self._device),
+        )
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+
+
+def load_engine(
+    config: RunConfig,
+    *,
+    checkpoint: Checkpoint,
+    identity: ModelIdentity,
+    system_prompt_source: Mapping[Task, str],
+    device: str,
+) -> SenseNovaEngine:
+    """Loads a model for a run.
+
+    Args:
+        config: Model, attention and memory settings.
+        checkpoint: Its files.
+        identity: What job keys were made with; its dtype is loaded.
+        system_prompt_source: For the log.
+        device: Of `runtime.resolve_runtime`.
+
+    Raises:
+        CheckpointError: The checkpoint, its tokenizer or the LoRA does not fit.
+        ConfigError: The attention backend cannot be used.
+        OutOfMemoryError: The weights do not fit the device.
+    """
+    start = time.perf_counter()
+    backend = resolve_attention(config.model.attn_backend, device, identity.dtype)
+    tokenizer = HFTokenizer(checkpoint.path)
+    lora = None
+    if config.model.lora_path is not None:
+        lora = Lora.open(Path(config.model.lora_path), expected_tensors(checkpoint.architecture))
+    memory = _DevicePeak(torch.device(device))
+    try:
+        network = load_network(
+            checkpoint, device=torch.device(device), dtype=DTYPES[identity.dtype], lora=lora
+        )
+    except RuntimeError as error:
+        if _is_out_of_memory(error):
+            raise OutOfMemoryError(f"the weights did not fit {device}: {error}") from None
+        raise
+    allocated, reserved = memory.read()
+    info = EngineInfo(
+        identity=identity,
+        model=config.model.model,
+        system_prompt_source=system_prompt_source,
+        device=torch.cuda.get_device_name() if device == "cuda" else device,
+        dtype=identity.dtype,
+        attn_backend=backend,
+        vram_mode=config.memory.vram_mode,
+        budget_bytes=None,
+        torch_version=torch.__version__,
+        load_s=time.perf_counter() - start,
+        load_peak_allocated_bytes=allocated,
+        load_peak_reserved_bytes=reserved,
+        load_peak_rss_bytes=psutil.Process().memory_info().rss,
+    )
+    return SenseNovaEngine(
+        network=network,
+        tokenizer=tokenizer,
+        attention=BACKENDS[backend],
+        pixel_limits=config.pixel_limits,
+        info=info,
+    )

@@ -1,0 +1,72 @@
+"""Grouped-query attention of one sequence, and of the runs of a prompt.
+
+Shape suffixes: Q query tokens, L key tokens, H query heads, K key/value heads, E head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Attention = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
+"""(q_QHE, k_LKE, v_LKE, causal) -> `[Q, H, E]`; causal aligns the last query with the last key."""
+
+Segment = tuple[int, int, bool]
+"""(start, end, is_image): a run of new tokens; the tokens of an image see one another."""
+
+
+def sdpa(q_QHE: Tensor, k_LKE: Tensor, v_LKE: Tensor, causal: bool) -> Tensor:
+    """Torch's own attention; see `Attention`."""
+    num_queries, num_keys = q_QHE.shape[0], k_LKE.shape[0]
+    mask = None
+    if causal and 1 < num_queries < num_keys:
+        mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q_QHE.device)
+        mask = mask.tril(num_keys - num_queries)
+    out = F.scaled_dot_product_attention(
+        q_QHE.transpose(0, 1)[None],
+        k_LKE.transpose(0, 1)[None],
+        v_LKE.transpose(0, 1)[None],
+        attn_mask=mask,
+        is_causal=causal and num_queries == num_keys > 1,
+        enable_gqa=q_QHE.shape[1] != k_LKE.shape[1],
+    )
+    return out[0].transpose(0, 1)
+
+
+def flash(q_QHE: Tensor, k_LKE: Tensor, v_LKE: Tensor, causal: bool) -> Tensor:
+    """The flash-attn package's attention; see `Attention`. Needs half precision and CUDA."""
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(q_QHE[None], k_LKE[None], v_LKE[None], causal=causal)[0]
+
+
+def attend_segments(
+    attention: Attention,
+    q_QHE: Tensor,
+    k_LKE: Tensor,
+    v_LKE: Tensor,
+    segments: Sequence[Segment],
+) -> Tensor:
+    """Attends from a prompt's new tokens to everything before them and to themselves.
+
+    A token sees all earlier ones; the tokens of one image also see the later ones of that image.
+    Going run by run never forms the prompt's whole score matrix or mask.
+
+    Args:
+        attention: How one run attends.
+        q_QHE: Queries of the new tokens.
+        k_LKE: Keys of the cached tokens and, behind them, of the new ones.
+        v_LKE: Values, likewise.
+        segments: The runs of the new tokens, in order and without gaps.
+    """
+    num_cached = k_LKE.shape[0] - q_QHE.shape[0]
+    outputs = [
+        attention(
+            q_QHE[start:end], k_LKE[: num_cached + end], v_LKE[: num_cached + end], not is_image
+        )
+        for start, end, is_image in segments
+    ]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

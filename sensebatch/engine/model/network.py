@@ -1,0 +1,214 @@
+"""The whole network: embedders, the two experts and the heads. Knows no prompts and no sampling.
+
+Shape suffixes: T tokens of a pass, D hidden, V vocabulary, B images of one size, N tokens of an
+image, P patches, A the axes t, h, w.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sensebatch.checkpoint.architecture import TIMESTEP_FREQUENCIES, Architecture
+from sensebatch.engine.model.attention import Attention
+from sensebatch.engine.model.kv_cache import (
+    GenerationContext,
+    KVCache,
+    Span,
+    UnderstandingContext,
+)
+from sensebatch.engine.model.patchify import (
+    MERGE,
+    MlpHead,
+    PatchEmbedding,
+    PixelHead,
+    tokens_to_patches,
+)
+from sensebatch.engine.model.rope import Rotary, patch_rotary, token_rotary
+from sensebatch.engine.model.transformer import Expert
+from sensebatch.resolutions import Resolution
+
+
+class ScalarEmbedder(nn.Module):
+    """A number in [0, 1] to a vector of hidden size: sinusoids, then an MLP.
+
+    Args:
+        hidden: Size of the vector.
+    """
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(TIMESTEP_FREQUENCIES, hidden)
+        self.second = nn.Linear(hidden, hidden)
+
+    def forward(self, value_B: Tensor) -> Tensor:
+        """Returns `[B, D]` from float32 `[B]`; cosines first, no factor of 1000.
+
+        Source: `TimestepEmbedder` of the SenseNova-U1 release (there after DiT).
+        """
+        half = TIMESTEP_FREQUENCIES // 2
+        exponents = torch.arange(half, dtype=torch.float32, device=value_B.device) / half
+        angles = value_B.float()[:, None] * (10000.0**-exponents)[None, :]
+        waves = torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.first.weight.dtype)
+        return self.second(F.silu(self.first(waves)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImagePositions:
+    """What every denoising step of the same pictures shares, computed once."""
+
+    resolution: Resolution
+    token_rotary: Rotary
+    """Of all tokens of all pictures."""
+    patch_rotary: Rotary
+    patch_grids: tuple[tuple[int, int], ...]
+
+
+class Network(nn.Module):
+    """SenseNova-U1.
+
+    Args:
+        arch: The network's shape.
+    """
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        self.arch = arch
+        hidden = arch.hidden_size
+        self.embed_tokens = nn.Embedding(arch.vocab_size, hidden)
+        self.lm_head = nn.Linear(hidden, arch.vocab_size, bias=False)
+        self.understanding = Expert(arch, arch.understanding_moe)
+        self.generation = Expert(arch, arch.generation_moe)
+        self.understanding_vision = PatchEmbedding(arch)
+        self.generation_vision = PatchEmbedding(arch)
+        self.timestep_embedder = ScalarEmbedder(hidden)
+        self.noise_scale_embedder = (
+            ScalarEmbedder(hidden) if arch.add_noise_scale_embedding else None
+        )
+        self.head: MlpHead | PixelHead = PixelHead(arch) if arch.use_pixel_head else MlpHead(arch)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs of the network belong."""
+        return self.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
+        return self.embed_tokens.weight.dtype
+
+    def new_cache(self) -> KVCache:
+        """Returns an empty cache for one sequence."""
+        return KVCache(
+            num_layers=self.arch.num_layers,
+            num_kv_heads=self.arch.num_kv_heads,
+            head_dim=self.arch.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def _token_rotary(self, positions_AT: Tensor) -> Rotary:
+        return token_rotary(
+            positions_AT,
+            head_dim=self.arch.head_dim,
+            theta=self.arch.rope_theta,
+            theta_hw=self.arch.rope_theta_hw,
+            dtype=self.dtype,
+        )
+
+    def embed_images(self, patches_Px: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+        """Returns `[tokens, D]` of input images through the understanding embedder.
+
+        Args:
+            patches_Px: `[patches, 768]` normalised rows of all images, (channel, y, x).
+            grids: (rows, columns) of patches of each image.
+        """
+        rotary = self._patch_rotary(tuple(grids))
+        return self.understanding_vision(patches_Px.to(self.device), grids, rotary)
+
+    def _patch_rotary(self, grids: tuple[tuple[int, int], ...]) -> Rotary:
+        return patch_rotary(
+            grids,
+            channels=self.arch.vision_hidden_size,
+            theta=self.arch.vision_rope_theta,
+            device=self.device,
+        )
+
+    def understand(
+        self, x_TD: Tensor, positions_AT: Tensor, spans: Sequence[Span], attention: Attention
+    ) -> Tensor:
+        """Runs prompt tokens of several sequences and caches them; returns normed `[T, D]`.
+
+        The caller advances the caches.
+
+        Args:
+            x_TD: Embedded tokens, sequences one after the other as in `spans`.
+            positions_AT: int64 `[3, T]`, rows t, h, w.
+            spans: Each sequence's cache, number of tokens and runs.
+            attention: How one run attends.
+        """
+        context = UnderstandingContext(spans, attention)
+        return self.understanding(x_TD, self._token_rotary(positions_AT.to(self.device)), context)
+
+    def image_positions(self, caches: Sequence[KVCache], resolution: Resolution) -> ImagePositions:
+        """Returns the positions of one picture behind each cache."""
+        rows, columns = resolution.height // 32, resolution.width // 32
+        grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).T
+        positions = [
+            torch.cat((torch.full((1, rows * columns), cache.next_t), grid)) for cache in caches
+        ]
+        patch_grids = ((rows * MERGE, columns * MERGE),) * len(caches)
+        return ImagePositions(
+            resolution=resolution,
+            token_rotary=self._token_rotary(torch.cat(positions, dim=1).to(self.device)),
+            patch_rotary=self._patch_rotary(patch_grids),
+            patch_grids=patch_grids,
+        )
+
+    def predict_image(
+        self,
+        z_BNx: Tensor,
+        t_B: Tensor,
+        noise_scale: float,
+        caches: Sequence[KVCache],
+        positions: ImagePositions,
+        attention: Attention,
+    ) -> Tensor:
+        """Returns the predicted clean pictures, float32 `[B, N, 3072]`.
+
+        Args:
+            z_BNx: Noisy pictures as tokens (y, x, channel), one for each cache.
+            t_B: float32 timesteps, 0 noise to 1 image.
+            noise_scale: Standard deviation of the noise that the pictures started from.
+            caches: The prefix of each picture; only read.
+            positions: Of `image_positions` for the same caches.
+            attention: How one picture attends.
+        """
+        size = positions.resolution
+        embedded_TD = self.embed_noisy(z_BNx, t_B, noise_scale, positions)
+        context = GenerationContext(caches, size.image_tokens, attention)
+        hidden_TD = self.generation(embedded_TD, positions.token_rotary, context)
+        hidden_BND = hidden_TD.unflatten(0, (len(caches), -1))
+        return self.head(hidden_BND, size.height, size.width).float()
+
+    def embed_noisy(
+        self, z_BNx: Tensor, t_B: Tensor, noise_scale: float, positions: ImagePositions
+    ) -> Tensor:
+        """Returns `[B * N, D]`, what the generation expert reads; see `predict_image`."""
+        size = positions.resolution
+        patches = tokens_to_patches(z_BNx, size.height, size.width)
+        x_TD = self.generation_vision(patches, positions.patch_grids, positions.patch_rotary)
+        condition_BD = self.timestep_embedder(t_B)
+        if self.noise_scale_embedder is not None:
+            ratio = noise_scale / self.arch.noise_scale_max_value
+            condition_BD = condition_BD + self.noise_scale_embedder(torch.full_like(t_B, ratio))
+        x_BND = x_TD.unflatten(0, (z_BNx.shape[0], -1)) + condition_BD[:, None, :]
+        return x_BND.flatten(0, 1)
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """Returns `[T, V]`."""
+        return self.lm_head(hidden_TD)

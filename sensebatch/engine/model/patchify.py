@@ -1,0 +1,124 @@
+"""Pixels to tokens and back: layouts, the two patch embedders, the two pixel heads.
+
+An image token is a square of 32 by 32 pixels, which is 2 by 2 patches of 16 by 16. The sampler's
+state keeps a token's pixels as (y, x, channel); the embedders read a patch's as (channel, y, x).
+
+Shape suffixes: B images of one size, N tokens of an image, P patches, D hidden, C patch channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sensebatch.checkpoint.architecture import FM_HEAD_HIDDEN, PIXEL_HEAD_CHANNELS, Architecture
+from sensebatch.engine.model.rope import Rotary, rotate_patches
+from sensebatch.resolutions import PATCH_PIXELS
+
+MERGE = 2
+"""Patches a side of a token."""
+PATCH = PATCH_PIXELS // MERGE
+"""Pixels a side of a patch."""
+TOKEN_NUMBERS = PATCH_PIXELS * PATCH_PIXELS * 3
+"""Numbers of a token: its pixels' channels."""
+
+
+def image_to_tokens(image_B3HW: Tensor) -> Tensor:
+    """Returns `[B, N, 3072]` from `[B, 3, height, width]`; tokens row-major, pixels (y, x, c)."""
+    height, width = image_B3HW.shape[-2:]
+    rows, columns = height // PATCH_PIXELS, width // PATCH_PIXELS
+    cut = image_B3HW.reshape(-1, 3, rows, PATCH_PIXELS, columns, PATCH_PIXELS)
+    return cut.permute(0, 2, 4, 3, 5, 1).reshape(-1, rows * columns, TOKEN_NUMBERS)
+
+
+def tokens_to_image(tokens_BNx: Tensor, height: int, width: int) -> Tensor:
+    """Returns `[B, 3, height, width]`, the inverse of `image_to_tokens`."""
+    rows, columns = height // PATCH_PIXELS, width // PATCH_PIXELS
+    cut = tokens_BNx.reshape(-1, rows, columns, PATCH_PIXELS, PATCH_PIXELS, 3)
+    return cut.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, height, width)
+
+
+def tokens_to_patches(tokens_BNx: Tensor, height: int, width: int) -> Tensor:
+    """Returns patch rows `[B * patches, 768]`, row-major over each image, pixels (c, y, x)."""
+    rows, columns = height // PATCH_PIXELS, width // PATCH_PIXELS
+    cut = tokens_BNx.reshape(-1, rows, columns, MERGE, PATCH, MERGE, PATCH, 3)
+    return cut.permute(0, 1, 3, 2, 5, 7, 4, 6).reshape(-1, 3 * PATCH * PATCH)
+
+
+class PatchEmbedding(nn.Module):
+    """Patches to tokens: a convolution over patches, 2-D RoPE, a convolution over 2 by 2 of them.
+
+    Args:
+        arch: The network's shape.
+    """
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        channels = arch.vision_hidden_size
+        self.patch_embedding = nn.Conv2d(3, channels, PATCH, PATCH)
+        self.dense_embedding = nn.Conv2d(channels, arch.hidden_size, MERGE, MERGE)
+
+    def forward(
+        self, patches_Px: Tensor, grids: Sequence[tuple[int, int]], rotary: Rotary
+    ) -> Tensor:
+        """Returns `[tokens, D]`, the tokens of each image row-major.
+
+        Both convolutions do not overlap, so they are matrix products over all images at once.
+
+        Args:
+            patches_Px: `[patches, 768]` rows, images one after the other.
+            grids: (rows, columns) of patches of each image.
+            rotary: Of `rope.patch_rotary` for the same grids.
+        """
+        first = self.patch_embedding
+        x_PC = F.linear(patches_Px.to(first.weight.dtype), first.weight.flatten(1), first.bias)
+        x_PC = rotate_patches(F.gelu(x_PC), rotary)
+        squares = []
+        for image_PC, (rows, columns) in zip(
+            x_PC.split([rows * columns for rows, columns in grids]), grids, strict=True
+        ):
+            cut = image_PC.reshape(rows // MERGE, MERGE, columns // MERGE, MERGE, -1)
+            squares.append(cut.permute(0, 2, 4, 1, 3).flatten(2).flatten(0, 1))
+        second = self.dense_embedding
+        return F.linear(torch.cat(squares), second.weight.flatten(1), second.bias)
+
+
+class MlpHead(nn.Module):
+    """Hidden states to the predicted picture, token by token.
+
+    Args:
+        arch: The network's shape.
+    """
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        self.first = nn.Linear(arch.hidden_size, FM_HEAD_HIDDEN)
+        self.second = nn.Linear(FM_HEAD_HIDDEN, TOKEN_NUMBERS)
+
+    def forward(self, x_BND: Tensor, height: int, width: int) -> Tensor:  # noqa: ARG002
+        """Returns `[B, N, 3072]`; the image's sides do not matter here."""
+        return self.second(F.gelu(self.first(x_BND)))
+
+
+class PixelHead(nn.Module):
+    """Hidden states to the predicted picture by convolutions over the whole image.
+
+    Args:
+        arch: The network's shape.
+    """
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(arch.hidden_size // 4, PIXEL_HEAD_CHANNELS, 3, padding=1)
+        self.conv2 = nn.Conv2d(PIXEL_HEAD_CHANNELS // 4, 3 * 8 * 8, 3, padding=1)
+
+    def forward(self, x_BND: Tensor, height: int, width: int) -> Tensor:
+        """Returns `[B, N, 3072]` for images of these pixels."""
+        rows, columns = height // PATCH_PIXELS, width // PATCH_PIXELS
+        x = x_BND.transpose(1, 2).unflatten(2, (rows, columns))
+        x = F.gelu(self.conv1(F.pixel_shuffle(x, 2)))
+        x = self.conv2(F.pixel_shuffle(x, 2))
+        return image_to_tokens(F.pixel_shuffle(x, 8))

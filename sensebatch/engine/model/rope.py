@@ -1,0 +1,92 @@
+"""Rotary position embeddings: of text and image tokens, and of image patches.
+
+Knows positions and angles only. Shape suffixes: T tokens, A the axes t, h, w, E head_dim,
+P patches, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Rotary = tuple[Tensor, Tensor]
+"""Cosines and sines, shaped for the tensor that they rotate."""
+
+
+def _angles(positions: Tensor, dim: int, theta: float) -> Tensor:
+    """Returns float32 `[len(positions), dim / 2]` angles of `dim` rotated channels."""
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
+    return positions.float()[:, None] * (1.0 / theta**exponents)[None, :]
+
+
+def token_rotary(
+    positions_AT: Tensor, *, head_dim: int, theta: float, theta_hw: float, dtype: torch.dtype
+) -> Rotary:
+    """Returns cos and sin `[tokens, 1, head_dim]` for tokens at (t, h, w).
+
+    The first half of a head follows t, the last two quarters h and w; each part is rotated by
+    itself (rotate-half), so the table repeats each part's angles.
+
+    Args:
+        positions_AT: int64 `[3, tokens]`, rows t, h, w.
+        head_dim: Channels of a head, a multiple of 8.
+        theta: Base of the t angles.
+        theta_hw: Base of the h and w angles.
+        dtype: Of the activations; angles are float32.
+
+    Source: SenseNova-U1 technical report (arXiv 2605.12500), decoupled 3-D RoPE.
+    """
+    t, h, w = positions_AT.unbind(0)
+    parts = (
+        _angles(t, head_dim // 2, theta),
+        _angles(h, head_dim // 4, theta_hw),
+        _angles(w, head_dim // 4, theta_hw),
+    )
+    angles_TE = torch.cat([part for angles in parts for part in (angles, angles)], dim=-1)
+    return angles_TE.cos().to(dtype)[:, None, :], angles_TE.sin().to(dtype)[:, None, :]
+
+
+def rotate_token_heads(x_THE: Tensor, rotary: Rotary) -> Tensor:
+    """Rotates queries or keys `[tokens, heads, head_dim]` with a table of `token_rotary`."""
+    cos, sin = rotary
+    head_dim = x_THE.shape[-1]
+    t1, t2, h1, h2, w1, w2 = x_THE.split(
+        [head_dim // 4, head_dim // 4, *([head_dim // 8] * 4)], dim=-1
+    )
+    turned_THE = torch.cat((-t2, t1, -h2, h1, -w2, w1), dim=-1)
+    return x_THE * cos + turned_THE * sin
+
+
+def patch_rotary(
+    grids: Sequence[tuple[int, int]], *, channels: int, theta: float, device: torch.device
+) -> Rotary:
+    """Returns float32 cos and sin `[patches, channels / 2]` for images of patches.
+
+    The first half of the channels is rotated by the column, the second by the row, in adjacent
+    pairs.
+
+    Args:
+        grids: (rows, columns) of each image; patches are row-major, images one after the other.
+        channels: Channels of a patch embedding, a multiple of 4.
+        theta: Base of the angles.
+        device: Where the table is made.
+    """
+    tables = []
+    for rows, columns in grids:
+        by_row = _angles(torch.arange(rows, device=device), channels // 2, theta)
+        by_column = _angles(torch.arange(columns, device=device), channels // 2, theta)
+        column_part = by_column[None, :, :].expand(rows, -1, -1)
+        row_part = by_row[:, None, :].expand(-1, columns, -1)
+        tables.append(torch.cat((column_part, row_part), dim=-1).flatten(0, 1))
+    angles = torch.cat(tables)
+    return angles.cos(), angles.sin()
+
+
+def rotate_patches(x_PC: Tensor, rotary: Rotary) -> Tensor:
+    """Rotates patch embeddings `[patches, channels]` in float32 and returns their dtype."""
+    cos, sin = rotary
+    even, odd = x_PC.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).to(x_PC.dtype)

@@ -1,0 +1,131 @@
+"""Runs prompts and pictures of several sequences through the network, and times it.
+
+Joins the network with the prompts' layout; which prompts, and what is decoded or drawn behind
+them, is the tasks' business. Shape suffixes: T tokens of a pass, S sequences, D hidden.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sensebatch.engine.model.attention import Attention
+from sensebatch.engine.model.kv_cache import KVCache, Span
+from sensebatch.engine.model.network import Network
+from sensebatch.engine.model.tokenizer import IMG_CONTEXT, IMG_END, Tokenizer
+from sensebatch.engine.preprocess import Patches
+from sensebatch.engine.prompts import Grid, ImageSpan, Prompt, positions, segments
+from sensebatch.executor import Progress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extension:
+    """Tokens to be put behind what a sequence has cached."""
+
+    cache: KVCache
+    prompt: Prompt
+    embeds: Sequence[Tensor] = ()
+    """Of each image of the prompt, `[tokens, D]`."""
+
+
+class Runner:
+    """The network with its tokenizer, attention and clock.
+
+    Args:
+        network: Loaded.
+        tokenizer: Of the same checkpoint.
+        attention: How one run or picture attends.
+        progress: Told where a phase is.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        tokenizer: Tokenizer,
+        attention: Attention,
+        progress: Callable[[Progress], None],
+    ) -> None:
+        self.network = network
+        self.tokenizer = tokenizer
+        self.attention = attention
+        self.progress = progress
+        self.seconds: dict[str, float] = defaultdict(float)
+        """Wall seconds by phase."""
+        self.num_denoise_steps = 0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Counts the time of a block; the device has finished it when the block ends."""
+        start = time.perf_counter()
+        yield
+        if self.network.device.type == "cuda":
+            torch.cuda.synchronize(self.network.device)
+        self.seconds[name] += time.perf_counter() - start
+
+    def embed_images(self, images: Sequence[Patches]) -> list[Tensor]:
+        """Returns `[tokens, D]` of each input image, all embedded in one pass."""
+        if not images:
+            return []
+        embeds = self.network.embed_images(
+            torch.cat([image.rows_PD for image in images]), [image.grid_hw for image in images]
+        )
+        return list(embeds.split([math.prod(image.token_grid) for image in images]))
+
+    def new_extension(self, prompt: Prompt, embeds: Sequence[Tensor] = ()) -> Extension:
+        """Returns a prompt with its images' embeds, to be cached as a new sequence."""
+        return Extension(cache=self.network.new_cache(), prompt=prompt, embeds=embeds)
+
+    def extend(self, extensions: Sequence[Extension]) -> Tensor:
+        """Caches tokens of several sequences in one pass.
+
+        Returns:
+            `[S, D]`, the normed output of each sequence's last token.
+        """
+        device = self.network.device
+        ids = torch.tensor([i for e in extensions for i in e.prompt.token_ids], device=device)
+        x_TD = self.network.embed_tokens(ids)
+        spans, places, next_ts, start = [], [], [], 0
+        for extension in extensions:
+            prompt = extension.prompt
+            for image, embeds in zip(prompt.images, extension.embeds, strict=True):
+                x_TD[start + image.start : start + image.end] = embeds
+            relative = torch.from_numpy(positions(prompt))
+            relative[0] += extension.cache.next_t
+            places.append(relative)
+            next_ts.append(int(relative[0].max()) + 1)
+            runs = [run for run in segments(prompt) if run.end > run.start]
+            num_tokens = len(prompt.token_ids)
+            spans.append(Span(cache=extension.cache, num_tokens=num_tokens, segments=runs))
+            start += num_tokens
+        hidden_TD = self.network.understand(x_TD, torch.cat(places, 1), spans, self.attention)
+        for span, next_t in zip(spans, next_ts, strict=True):
+            span.cache.advance(span.num_tokens, next_t)
+        ends = torch.tensor([span.num_tokens for span in spans], device=device).cumsum(0) - 1
+        return hidden_TD[ends]
+
+    def choose(self, hidden_SD: Tensor) -> list[int]:
+        """Returns the greedy choice behind each sequence's last token."""
+        return self.network.logits(hidden_SD).argmax(-1).tolist()
+
+    def append_tokens(self, taken: Sequence[tuple[KVCache, Sequence[int]]]) -> Tensor:
+        """Caches text tokens; see `extend`."""
+        return self.extend(
+            [Extension(cache=cache, prompt=Prompt(token_ids=tuple(ids))) for cache, ids in taken]
+        )
+
+    def generated_image(self, cache: KVCache, grid: Grid, embeds: Tensor) -> Extension:
+        """Returns a drawn picture and its `</img>` as tokens to follow a cached `<img>`."""
+        context = self.tokenizer.token_id(IMG_CONTEXT)
+        ids = (*([context] * math.prod(grid)), self.tokenizer.token_id(IMG_END))
+        return Extension(
+            cache=cache,
+            prompt=Prompt(token_ids=ids, images=(ImageSpan(0, grid),)),
+            embeds=(embeds,),
+        )

@@ -1,0 +1,82 @@
+"""Rectified flow from noise (t = 0) to image (t = 1): schedule, noise scale, Euler steps.
+
+Knows neither the network nor guidance: it integrates a velocity function it is given. The state
+stays in float32. Shape suffixes: J jobs, N tokens of an image.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+T_EPS = 0.02
+"""Smallest divisor of the velocity; the published loops use it whatever the checkpoint says."""
+
+Velocity = Callable[[Tensor, int, float], Tensor]
+"""(z_JNx, step index, t) -> v_JNx"""
+
+
+def timesteps(num_steps: int, shift: float) -> Tensor:
+    """Returns float32 `[num_steps + 1]` rising from 0 to 1, shifted towards noise.
+
+    Also a shift of 1 passes through 1 - (1 - t), as the published schedule does.
+
+    Source: `_apply_time_schedule` of the SenseNova-U1 release, its standard schedule.
+    """
+    sigma = 1 - torch.linspace(0, 1, num_steps + 1)
+    return 1 - shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def noise_scale(
+    image_tokens: int, *, scale: float, mode: str, base_image_seq_len: int, max_value: float
+) -> float:
+    """Returns the standard deviation of the starting noise of an image.
+
+    Args:
+        image_tokens: Tokens of the image.
+        scale: The checkpoint's `noise_scale`.
+        mode: `resolution`, `dynamic` or `dynamic_sqrt`.
+        base_image_seq_len: Tokens at which the scale is the checkpoint's own.
+        max_value: Upper limit.
+    """
+    scaled = scale * math.sqrt(image_tokens / base_image_seq_len)
+    if mode == "dynamic_sqrt":
+        scaled = math.sqrt(scaled)
+    return min(scaled, max_value)
+
+
+def initial_noise(height: int, width: int, scale: float, generator: torch.Generator) -> Tensor:
+    """Returns float32 `[3, height, width]` on the CPU.
+
+    It is drawn on the CPU whatever the device, so that a seed means the same picture everywhere.
+
+    Args:
+        height: Pixels.
+        width: Pixels.
+        scale: Standard deviation.
+        generator: The job's own; a job's later pictures go on where the earlier ones stopped.
+    """
+    return scale * torch.randn(1, 3, height, width, generator=generator)[0]
+
+
+def velocity_from_image(x_JNx: Tensor, z_JNx: Tensor, t: float) -> Tensor:
+    """Returns the velocity that leads from z at t to the predicted image x at 1."""
+    return (x_JNx - z_JNx) / max(1 - t, T_EPS)
+
+
+def euler(z_JNx: Tensor, schedule: Tensor, velocity: Velocity) -> Tensor:
+    """Integrates from the schedule's first timestep to its last.
+
+    Args:
+        z_JNx: float32 noise as tokens; not changed.
+        schedule: float32 `[num_steps + 1]` of `timesteps`.
+        velocity: Guided velocity of all jobs at a step.
+    """
+    times = schedule.tolist()
+    steps = (schedule[1:] - schedule[:-1]).tolist()
+    for index, step in enumerate(steps):
+        z_JNx = z_JNx + step * velocity(z_JNx, index, times[index])
+    return z_JNx

@@ -1,0 +1,93 @@
+"""Classifier-free guidance: which branches a step needs, and how they become one velocity.
+
+One job at a time; numbers only. Shape suffixes: N tokens of an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from sensebatch.jobs import CfgNorm, Sampling, Task, guidance_branches
+
+COND = "cond"
+IMG_COND = "img_cond"
+UNCOND = "uncond"
+NORM_EPS = 1e-8
+
+
+class Guidance:
+    """The guidance rule of one job.
+
+    Args:
+        task: Decides the formula and how the interval's ends count.
+        sampling: Scales, rescaling and interval.
+    """
+
+    def __init__(self, task: Task, sampling: Sampling) -> None:
+        self._is_t2i = task is Task.T2I
+        self._scale = sampling.cfg_scale
+        self._image_scale = sampling.img_cfg_scale
+        self._norm = sampling.cfg_norm
+        self._interval = sampling.cfg_interval
+        self.branches = guidance_branches(task, sampling.cfg_scale, sampling.img_cfg_scale)
+        """Every branch some step may need."""
+
+    def active(self, t: float) -> bool:
+        """Whether guidance is applied at timestep t.
+
+        The interval is closed for t2i; for edit and interleave it is open, and a lower end of 0
+        always counts.
+        """
+        low, high = self._interval
+        if len(self.branches) == 1:
+            return False
+        if self._is_t2i:
+            return low <= t <= high
+        return low < t < high or low == 0
+
+    def branches_at(self, t: float) -> tuple[str, ...]:
+        """Returns the branches to evaluate at timestep t."""
+        return self.branches if self.active(t) else (COND,)
+
+    def combine(self, velocities: Mapping[str, Tensor], step: int, t: float) -> Tensor:
+        """Returns the velocity `[N, 3072]` from those of `branches_at(t)`, all float32.
+
+        Args:
+            velocities: Velocity of each branch.
+            step: Index of the step; `cfg_zero_star` stands still at the first.
+            t: Timestep.
+
+        Source: SenseNova-U1 release; CFG-Zero* (arXiv 2503.18886) with one zeroed step.
+        """
+        cond = velocities[COND]
+        if not self.active(t):
+            return cond
+        if self._norm is CfgNorm.CFG_ZERO_STAR:
+            return self._zero_star(cond, velocities[UNCOND], step)
+        guided = self._mix(velocities)
+        if self._norm is CfgNorm.NONE:
+            return guided
+        dim = None if self._norm is CfgNorm.GLOBAL else -1
+        cond_norm = torch.linalg.vector_norm(cond, dim=dim, keepdim=True)
+        guided_norm = torch.linalg.vector_norm(guided, dim=dim, keepdim=True)
+        return guided * (cond_norm / (guided_norm + NORM_EPS)).clamp(0, 1)
+
+    def _mix(self, velocities: Mapping[str, Tensor]) -> Tensor:
+        cond = velocities[COND]
+        if self.branches == (COND, UNCOND):
+            uncond = velocities[UNCOND]
+            return uncond + self._scale * (cond - uncond)
+        img_cond = velocities[IMG_COND]
+        if self.branches == (COND, IMG_COND):
+            return img_cond + self._scale * (cond - img_cond)
+        uncond = velocities[UNCOND]
+        return uncond + self._scale * (cond - img_cond) + self._image_scale * (img_cond - uncond)
+
+    def _zero_star(self, cond: Tensor, uncond: Tensor, step: int) -> Tensor:
+        if step == 0:
+            return torch.zeros_like(cond)
+        alpha = (cond * uncond).sum() / (uncond.square().sum() + NORM_EPS)
+        return alpha * uncond + self._scale * (cond - alpha * uncond)

@@ -1,0 +1,113 @@
+"""Draws one picture for each of several jobs together, behind the prefixes they have cached.
+
+Shape suffixes: J jobs, B evaluations of a step (one for each job and branch), N tokens of an
+image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sensebatch.engine.model.kv_cache import KVCache
+from sensebatch.engine.model.network import ImagePositions
+from sensebatch.engine.model.patchify import image_to_tokens, tokens_to_image
+from sensebatch.engine.runner import Runner
+from sensebatch.engine.sampling.flow_matching import (
+    euler,
+    initial_noise,
+    noise_scale,
+    timesteps,
+    velocity_from_image,
+)
+from sensebatch.engine.sampling.guidance import Guidance
+from sensebatch.executor import Progress
+from sensebatch.resolutions import Resolution
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawing:
+    """One picture to be drawn."""
+
+    guidance: Guidance
+    caches: Mapping[str, KVCache]
+    """The cached prefix of each of the guidance's branches."""
+    noise: Tensor
+    """float32 `[3, height, width]`, already scaled."""
+
+
+def image_noise_scale(runner: Runner, resolution: Resolution) -> float:
+    """Returns the standard deviation of the noise a picture of this size starts from."""
+    arch = runner.network.arch
+    return noise_scale(
+        resolution.image_tokens,
+        scale=arch.noise_scale,
+        mode=arch.noise_scale_mode,
+        base_image_seq_len=arch.noise_scale_base_image_seq_len,
+        max_value=arch.noise_scale_max_value,
+    )
+
+
+def draw_noise(runner: Runner, resolution: Resolution, generator: torch.Generator) -> Tensor:
+    """Returns a picture's starting noise, float32 `[3, height, width]` on the CPU."""
+    scale = image_noise_scale(runner, resolution)
+    return initial_noise(resolution.height, resolution.width, scale, generator)
+
+
+def denoise(
+    runner: Runner,
+    drawings: Sequence[Drawing],
+    resolution: Resolution,
+    *,
+    num_steps: int,
+    timestep_shift: float,
+) -> Tensor:
+    """Returns the finished pictures, float32 `[J, 3, height, width]`, not clamped.
+
+    Every step evaluates all branches of all jobs in one pass of the network; a job whose
+    guidance rests at a timestep takes part with its conditional branch alone.
+
+    Args:
+        runner: The network.
+        drawings: One for each job.
+        resolution: Of every picture.
+        num_steps: Euler steps.
+        timestep_shift: Of the schedule.
+    """
+    device = runner.network.device
+    scale = image_noise_scale(runner, resolution)
+    shared: dict[tuple[tuple[str, ...], ...], ImagePositions] = {}
+
+    def velocity(z_JNx: Tensor, step: int, t: float) -> Tensor:
+        branches = tuple(drawing.guidance.branches_at(t) for drawing in drawings)
+        rows = [job for job, names in enumerate(branches) for _ in names]
+        caches = [
+            drawing.caches[name]
+            for drawing, names in zip(drawings, branches, strict=True)
+            for name in names
+        ]
+        if branches not in shared:
+            shared[branches] = runner.network.image_positions(caches, resolution)
+        z_BNx = z_JNx[torch.tensor(rows, device=device)]
+        t_B = torch.full((len(rows),), t, device=device)
+        x_BNx = runner.network.predict_image(
+            z_BNx, t_B, scale, caches, shared[branches], runner.attention
+        )
+        v_BNx = velocity_from_image(x_BNx, z_BNx, t)
+        guided, start = [], 0
+        for drawing, names in zip(drawings, branches, strict=True):
+            of_job = dict(zip(names, v_BNx[start : start + len(names)], strict=True))
+            guided.append(drawing.guidance.combine(of_job, step, t))
+            start += len(names)
+        runner.num_denoise_steps += 1
+        runner.progress(Progress(phase="denoise", step=step + 1, num_steps=num_steps))
+        return torch.stack(guided)
+
+    noise = torch.stack([drawing.noise for drawing in drawings]).to(device)
+    with runner.phase("denoise"):
+        schedule = timesteps(num_steps, timestep_shift)
+        z_JNx = euler(image_to_tokens(noise), schedule, velocity)
+    return tokens_to_image(z_JNx, resolution.height, resolution.width)

@@ -1,0 +1,237 @@
+"""Interleaved text and pictures: jobs advance together in rounds of writing and drawing.
+
+A round decodes every job to its next `<img>` (or its end), draws the pictures of all jobs that
+want one together, keeps them as checkpoints, and re-encodes them into the prefixes. A run that
+goes on from checkpoints goes through the same operations with the kept pictures in place of the
+denoising, so that it ends in the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sensebatch.engine.model.tokenizer import IMG_START
+from sensebatch.engine.preprocess import drawn_to_patches, to_uint8
+from sensebatch.engine.prompts import IMAGE_MARK, Grid
+from sensebatch.engine.runner import Extension, Runner
+from sensebatch.engine.sampling.guidance import COND, IMG_COND
+from sensebatch.engine.sampling.text import greedy_decode
+from sensebatch.engine.tasks.denoise import Drawing, denoise, draw_noise
+from sensebatch.engine.tasks.state import PreparedJob, RunningJob, check_finite, start_jobs
+from sensebatch.errors import JobError
+from sensebatch.executor import Checkpoints, DrawnImage, Progress
+from sensebatch.jobs import JobResult
+from sensebatch.resolutions import PATCH_PIXELS, Resolution
+
+
+@dataclass(slots=True, kw_only=True)
+class Story:
+    """One job while it is written."""
+
+    state: RunningJob
+    index: int
+    """Of the job in its batch; names its checkpoints."""
+    resolutions: Sequence[Resolution]
+    """Of each picture; the last serves all that follow."""
+    kept: Sequence[DrawnImage] = ()
+    """Pictures an interrupted run has drawn."""
+    text: str = ""
+    choices: list[int] = field(default_factory=list)
+    """Every greedy choice so far."""
+    num_text_tokens: int = 0
+    images: list[Tensor] = field(default_factory=list)
+    """Finished pictures, float32 `[3, height, width]`."""
+    error: JobError | None = None
+
+    @property
+    def resolution(self) -> Resolution:
+        """Of the next picture."""
+        return self.resolutions[min(len(self.images), len(self.resolutions) - 1)]
+
+
+def run_interleave(
+    runner: Runner,
+    jobs: Sequence[tuple[int, PreparedJob]],
+    checkpoints: Checkpoints,
+    resolutions: Sequence[Sequence[Resolution]] | None = None,
+) -> list[JobResult]:
+    """Runs interleave jobs of one group.
+
+    Args:
+        runner: The network.
+        jobs: Each with its index in the batch.
+        checkpoints: Where finished pictures of unfinished jobs are kept.
+        resolutions: Of each picture of each job; None draws all at the job's size.
+
+    Returns:
+        A result for each job; one with a picture that is not finite carries its error.
+    """
+    kept = checkpoints.load()
+    running = start_jobs(runner, [prepared for _, prepared in jobs], decodes=True)
+    stories = [
+        Story(
+            state=state,
+            index=index,
+            resolutions=[state.job.resolution] if resolutions is None else resolutions[place],
+            kept=kept[index] if index < len(kept) else (),
+        )
+        for place, ((index, _), state) in enumerate(zip(jobs, running, strict=True))
+    ]
+    writing = stories
+    while writing:
+        drawing = _write(runner, writing)
+        _draw(runner, drawing, checkpoints)
+        writing = [
+            story
+            for story in drawing
+            if story.error is None and len(story.images) < story.state.job.sampling.max_images
+        ]
+        if writing:
+            _read_back(runner, writing)
+    return [_result(story) for story in stories]
+
+
+def _write(runner: Runner, stories: Sequence[Story]) -> list[Story]:
+    """Decodes every story to its next picture or its end; returns those that want a picture."""
+    image_start = runner.tokenizer.token_id(IMG_START)
+    caches = [story.state.caches[COND] for story in stories]
+    num_steps = 0
+
+    def step(taken: Sequence[tuple[int, int]]) -> list[int]:
+        nonlocal num_steps
+        num_steps += 1
+        runner.progress(Progress(phase="think", step=num_steps, num_steps=0))
+        return runner.choose(
+            runner.append_tokens([(caches[place], [token]) for place, token in taken])
+        )
+
+    first, limits = {}, {}
+    for place, story in enumerate(stories):
+        assert story.state.choice is not None
+        first[place] = story.state.choice
+        limits[place] = story.state.job.sampling.max_new_tokens - story.num_text_tokens
+    with runner.phase("think"):
+        decoded = greedy_decode(
+            first, limits, step, stop_before=frozenset({runner.tokenizer.eos_id, image_start})
+        )
+    drawing = []
+    for place, story in enumerate(stories):
+        said = decoded[place]
+        story.text += runner.tokenizer.decode(said.tokens)
+        story.choices += said.tokens
+        story.num_text_tokens += len(said.tokens)
+        if said.stopped_by == image_start:
+            story.choices.append(image_start)
+            drawing.append(story)
+    return drawing
+
+
+def _draw(runner: Runner, stories: Sequence[Story], checkpoints: Checkpoints) -> None:
+    """Draws the next picture of every story, those of one size together, or takes a kept one."""
+    if not stories:
+        return
+    image_start = runner.tokenizer.token_id(IMG_START)
+    with runner.phase("prefill"):
+        runner.append_tokens(
+            [
+                (story.state.caches[branch], [image_start])
+                for story in stories
+                for branch in (COND, IMG_COND)
+                if branch in story.state.caches
+            ]
+        )
+    by_size: dict[Resolution, list[tuple[Story, Tensor]]] = {}
+    for story in stories:
+        # Drawn also where a kept picture makes it needless: the generator must move on.
+        noise = draw_noise(runner, story.resolution, story.state.prepared.generator)
+        image = _kept_image(story)
+        if image is None:
+            by_size.setdefault(story.resolution, []).append((story, noise))
+        else:
+            _finish_image(story, image.to(runner.network.device))
+    for resolution, group in by_size.items():
+        _denoise_stories(runner, group, resolution, checkpoints)
+
+
+def _kept_image(story: Story) -> Tensor | None:
+    """Returns the checkpoint of the next picture, if it was drawn behind the same text."""
+    number = len(story.images)
+    if number >= len(story.kept) or list(story.kept[number].tokens) != story.choices:
+        return None
+    return torch.from_numpy(story.kept[number].image)
+
+
+def _denoise_stories(
+    runner: Runner,
+    group: Sequence[tuple[Story, Tensor]],
+    resolution: Resolution,
+    checkpoints: Checkpoints,
+) -> None:
+    sampling = group[0][0].state.job.sampling
+    images = denoise(
+        runner,
+        [
+            Drawing(guidance=story.state.guidance, caches=story.state.caches, noise=noise)
+            for story, noise in group
+        ],
+        resolution,
+        num_steps=sampling.num_steps,
+        timestep_shift=sampling.timestep_shift,
+    )
+    drawn = []
+    for (story, _), image in zip(group, images, strict=True):
+        _finish_image(story, image)
+        if story.error is None:
+            kept = DrawnImage(image=image.cpu().numpy(), tokens=tuple(story.choices))
+            drawn.append((story.index, kept))
+    if drawn:
+        checkpoints.save(drawn)
+
+
+def _finish_image(story: Story, image: Tensor) -> None:
+    try:
+        check_finite(image)
+    except JobError as error:
+        story.error = JobError(f"picture {len(story.images)}: {error}")
+        return
+    story.images.append(image)
+    story.text += IMAGE_MARK
+
+
+def _read_back(runner: Runner, stories: Sequence[Story]) -> None:
+    """Re-encodes every story's last picture into its prefixes and takes the next choice."""
+    with runner.phase("prefill"):
+        embeds = runner.embed_images([drawn_to_patches(story.images[-1]) for story in stories])
+        extensions: list[Extension] = []
+        cond_rows = []
+        for story, embed in zip(stories, embeds, strict=True):
+            size = story.images[-1].shape
+            grid = Grid(size[1] // PATCH_PIXELS, size[2] // PATCH_PIXELS)
+            for branch in (COND, IMG_COND):
+                if branch not in story.state.caches:
+                    continue
+                if branch == COND:
+                    cond_rows.append(len(extensions))
+                cache = story.state.caches[branch]
+                extensions.append(runner.generated_image(cache, grid, embed))
+        choices = runner.choose(runner.extend(extensions)[cond_rows])
+    for story, choice in zip(stories, choices, strict=True):
+        story.state.choice = choice
+
+
+def _result(story: Story) -> JobResult:
+    return JobResult(
+        images=() if story.error else tuple(_pixels(image) for image in story.images),
+        text=story.text,
+        text_tokens=story.num_text_tokens,
+        error=story.error,
+    )
+
+
+def _pixels(image: Tensor) -> np.ndarray:
+    return to_uint8(image[None])[0].cpu().numpy()

@@ -1,0 +1,116 @@
+"""The golden models as loaded networks, and golden cases as jobs."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from sensebatch.engine.model.attention import sdpa
+from sensebatch.engine.model.network import Network
+from sensebatch.engine.model.state_dict_adapter import checkpoint_slots, parameters_by_name
+from sensebatch.engine.preprocess import Patches
+from sensebatch.engine.runner import Runner
+from sensebatch.engine.tasks.state import PreparedJob, job_generator
+from sensebatch.executor import DrawnImage
+from sensebatch.jobs import CfgNorm, Job, Sampling, Source, Task
+from sensebatch.resolutions import Resolution
+from tests.golden_data import ByteTokenizer, Case, golden_architecture, rule_weights
+
+TASKS = {
+    "t2i": Task.T2I,
+    "think": Task.T2I,
+    "edit": Task.EDIT,
+    "edit_think": Task.EDIT,
+    "interleave": Task.INTERLEAVE,
+}
+
+
+def build_network(config: str, edits: Sequence[dict[str, Any]] = ()) -> Network:
+    """Returns a golden model in float32, with a case's weight edits."""
+    return _cached_network(config, json.dumps(list(edits)))
+
+
+@functools.lru_cache(maxsize=32)
+def _cached_network(config: str, edits: str) -> Network:
+    arch = golden_architecture(config)
+    network = Network(arch).requires_grad_(False).eval()
+    parameters = parameters_by_name(network)
+    slots = checkpoint_slots(arch)
+    for name, weight in rule_weights(config, json.loads(edits)).items():
+        slots[name].view(parameters).copy_(weight)
+    return network
+
+
+def build_runner(case: Case) -> Runner:
+    """Returns a runner of the case's model."""
+    network = build_network(case.config, case.weight_edits)
+    return Runner(network, ByteTokenizer(), sdpa, lambda _: None)
+
+
+def case_resolutions(case: Case) -> list[Resolution]:
+    """Returns the size of each picture of a case; the last holds for all that follow."""
+    sizes = case.params["image_size"]
+    pairs = sizes if isinstance(sizes[0], list) else [sizes]
+    return [Resolution(height=height, width=width) for width, height in pairs]
+
+
+def build_job(case: Case, system: str) -> PreparedJob:
+    """Returns the job of a t2i, edit or interleave case, its input images already patches."""
+    params = case.params
+    sampling = Sampling(
+        num_steps=params["num_steps"],
+        timestep_shift=params["timestep_shift"],
+        cfg_scale=params["cfg_scale"],
+        img_cfg_scale=params.get("img_cfg_scale", 1.0),
+        cfg_norm=CfgNorm(params.get("cfg_norm", "none")),
+        cfg_interval=tuple(params.get("cfg_interval", (0, 1))),
+        max_think_tokens=params.get("max_think_tokens", 1024),
+        max_images=10,
+        max_new_tokens=params.get("max_new_tokens", 8192),
+    )
+    job = Job(
+        id=case.name,
+        task=TASKS[case.kind],
+        prompt=params["prompt"],
+        resolution=case_resolutions(case)[0],
+        seed=params["seed"],
+        think=params.get("think_mode", False),
+        sampling=sampling,
+        source=Source(file="golden", row=case.name),
+    )
+    return PreparedJob(
+        job=job,
+        system_prompt=system,
+        images=case_patches(case) if "pixel_values" in case else (),
+        generator=job_generator(params["seed"]),
+    )
+
+
+def case_patches(case: Case) -> list[Patches]:
+    """Returns the stored input images of a case."""
+    grids = [tuple(grid) for grid in case.tensor("grid_hw").tolist()]
+    rows = case.tensor("pixel_values").split([height * width for height, width in grids])
+    return [Patches(rows_PD=part, grid_hw=grid) for part, grid in zip(rows, grids, strict=True)]
+
+
+class KeptImages:
+    """Checkpoints of one batch in memory."""
+
+    def __init__(self, num_jobs: int) -> None:
+        self.images: list[list[DrawnImage]] = [[] for _ in range(num_jobs)]
+
+    def load(self) -> list[list[DrawnImage]]:
+        return [list(kept) for kept in self.images]
+
+    def save(self, drawn: Sequence[tuple[int, DrawnImage]]) -> None:
+        for index, image in drawn:
+            self.images[index].append(image)
+
+
+def infer() -> torch.inference_mode:
+    """Returns the mode the engine runs in."""
+    return torch.inference_mode()

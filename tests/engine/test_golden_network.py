@@ -1,0 +1,118 @@
+"""The network against the reference, piece by piece."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sensebatch.engine.model.attention import sdpa
+from sensebatch.engine.model.kv_cache import KVCache, Span
+from sensebatch.engine.model.patchify import image_to_tokens
+from sensebatch.engine.prompts import ImageSpan, Prompt
+from sensebatch.engine.runner import Extension, Runner
+from sensebatch.engine.sampling.flow_matching import velocity_from_image
+from sensebatch.resolutions import Resolution
+from tests.engine.golden_model import build_network, build_runner, case_patches, infer
+from tests.golden_data import TOLERANCE, Case, case_ids, load_case, relative_error
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    # The reference keeps a batch axis of one.
+    assert relative_error(actual.reshape(expected.shape), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize(("config", "name"), case_ids("vision"))
+def test_both_patch_embedders_match_the_reference(config: str, name: str) -> None:
+    case = load_case(config, name)
+    network = build_network(config)
+    rows = case.tensor("pixel_values")
+    grids = tuple((int(h), int(w)) for h, w in case.tensor("grid_hw"))
+    with infer():
+        assert_close(network.embed_images(rows, grids), case.tensor("und_embeds"))
+        rotary = network._patch_rotary(grids)
+        assert_close(network.generation_vision(rows, grids, rotary), case.tensor("gen_embeds"))
+
+
+def prefill_text(runner: Runner, case: Case) -> tuple[KVCache, torch.Tensor]:
+    ids = case.tensor("input_ids")
+    indexes = case.tensor("indexes")
+    network = runner.network
+    cache = network.new_cache()
+    segments = ((0, len(ids), False),)
+    spans = [Span(cache=cache, num_tokens=len(ids), segments=segments)]
+    hidden = network.understand(network.embed_tokens(ids), indexes, spans, sdpa)
+    cache.advance(len(ids), int(indexes[0].max()) + 1)
+    return cache, hidden
+
+
+@pytest.mark.parametrize(("config", "name"), case_ids("prefix_text"))
+def test_text_prefix_matches_the_reference_with_its_cache(config: str, name: str) -> None:
+    case = load_case(config, name)
+    runner = build_runner(case)
+    with infer():
+        cache, hidden = prefill_text(runner, case)
+        assert_close(hidden, case.tensor("last_hidden_state"))
+        assert_close(runner.network.logits(hidden), case.tensor("logits"))
+        for layer in range(runner.network.arch.num_layers):
+            keys, values = cache.read(layer)
+            for cached, stored in ((keys, f"key_{layer}"), (values, f"value_{layer}")):
+                assert_close(cached.transpose(0, 1), case.tensor(stored))
+
+
+@pytest.mark.parametrize(("config", "name"), case_ids("prefix_image"))
+def test_image_prefix_matches_the_reference(config: str, name: str) -> None:
+    case = load_case(config, name)
+    runner = build_runner(case)
+    network = runner.network
+    ids = case.tensor("input_ids").tolist()
+    context = runner.tokenizer.token_id("<IMG_CONTEXT>")
+    spans, place = [], 0
+    patches = case_patches(case)
+    for image in patches:
+        place = ids.index(context, place)
+        spans.append(ImageSpan(place, image.token_grid))
+        place = spans[-1].end
+    with infer():
+        embeds = runner.embed_images(patches)
+        prompt = Prompt(token_ids=tuple(ids), images=tuple(spans))
+        seen: list[torch.Tensor] = []
+        original = network.understanding.forward
+
+        def record(*args: object) -> torch.Tensor:
+            seen.extend((args[0], original(*args)))
+            return seen[1]
+
+        network.understanding.forward = record
+        try:
+            extension = Extension(cache=network.new_cache(), prompt=prompt, embeds=embeds)
+            last = runner.extend([extension])
+        finally:
+            network.understanding.forward = original
+        assert_close(seen[0], case.tensor("input_embeds"))
+        assert_close(seen[1], case.tensor("last_hidden_state"))
+        assert_close(network.logits(seen[1]), case.tensor("logits"))
+        assert torch.equal(last[0], seen[1][-1])
+        assert extension.cache.next_t == int(case.tensor("indexes")[0].max()) + 1
+
+
+@pytest.mark.parametrize(("config", "name"), case_ids("gen_step"))
+def test_one_velocity_matches_the_reference(config: str, name: str) -> None:
+    case = load_case(config, name)
+    prefix = load_case(config, "prefix_text")
+    runner = build_runner(prefix)
+    network = runner.network
+    t = float(case.params["t"])
+    scale = float(case.params["noise_scale"])
+    image = case.tensor("z_image")
+    size = Resolution(height=image.shape[-2], width=image.shape[-1])
+    z = image_to_tokens(image)
+    with infer():
+        cache, _ = prefill_text(runner, prefix)
+        positions = network.image_positions([cache], size)
+        t_batch = torch.tensor([t])
+        embedded = network.embed_noisy(z, t_batch, scale, positions)
+        assert_close(embedded, case.tensor("input_embeds"))
+        x = network.predict_image(z, t_batch, scale, [cache], positions, sdpa)
+        assert_close(x, case.tensor("x_pred"))
+        v = velocity_from_image(x, z, t)
+        assert_close(v, case.tensor("v_pred"))
