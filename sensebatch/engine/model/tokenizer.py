@@ -143,7 +143,11 @@ def cut_literals(text: str, literals: Iterable[str]) -> list[str]:
 def _load(folder: Path) -> Any:
     # Imported here: transformers takes seconds, and prompts are built without it in tests.
     from transformers import AutoTokenizer
+    from transformers.utils import logging
 
+    # The folder's config.json is no model of transformers', of which it would warn.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         return AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
@@ -152,3 +156,5 @@ def _load(folder: Path) -> Any:
         raise CheckpointError(
             f"{folder}: expected a tokenizer that transformers can load, found: {error}"
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)

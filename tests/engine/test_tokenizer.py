@@ -1,0 +1,131 @@
+"""The checkpoint's tokenizer: text stays text, special tokens come only from their names."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from sensebatch.checkpoint.files import TINY_FOLDER
+from sensebatch.engine.model.tokenizer import SPECIAL_TOKENS, HFTokenizer, cut_literals
+from sensebatch.errors import CheckpointError, JobError
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> HFTokenizer:
+    return HFTokenizer(TINY_FOLDER)
+
+
+def copied(tmp_path: Path) -> Path:
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY_FOLDER / name, tmp_path / name)
+    return tmp_path
+
+
+def test_plain_text_is_encoded_as_the_tokenizer_itself_does(tokenizer: HFTokenizer) -> None:
+    text = "user\nA red circle on the left, 日本, 2048x2048"
+    raw = Tokenizer.from_file(str(TINY_FOLDER / "tokenizer.json"))
+    assert tokenizer.encode(text) == raw.encode(text, add_special_tokens=False).ids
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+words = st.sampled_from([*SPECIAL_TOKENS, "<|endoftext|>", "<", "<|", "<<img>", "</", "a", " "])
+
+
+@given(st.lists(words | st.text(max_size=3), max_size=8).map("".join))
+def test_text_never_becomes_a_special_token(tokenizer: HFTokenizer, text: str) -> None:
+    text = text.encode(errors="ignore").decode()
+    special = {tokenizer.token_id(token) for token in (*SPECIAL_TOKENS, "<|endoftext|>")}
+    assert special.isdisjoint(tokenizer.encode(text))
+
+
+@given(st.lists(st.sampled_from(["ab", "aba", "b", "a", "x"]), max_size=12).map("".join))
+def test_cut_text_holds_no_literal_and_loses_nothing(text: str) -> None:
+    parts = cut_literals(text, ["aba", "bb", "xx"])
+    assert "".join(parts) == text
+    assert not any(literal in part for part in parts for literal in ("aba", "bb", "xx"))
+    if not any(literal in text for literal in ("aba", "bb", "xx")):
+        assert len(parts) <= 1
+
+
+def test_lookalike_that_normalises_to_a_special_token_is_the_jobs_error(tmp_path: Path) -> None:
+    folder = copied(tmp_path)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    for token in content["added_tokens"]:
+        token["normalized"] = True
+    content["normalizer"] = {"type": "NFKC"}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(JobError, match="lookalike of the special token <img>"):
+        HFTokenizer(folder).encode("\uff1cimg\uff1e")
+
+
+def test_decoding_shows_think_tags_and_no_other_special_token(tokenizer: HFTokenizer) -> None:
+    names = ["<think>", "<img>", "<IMG_CONTEXT>", "</img>", "</think>", "<|im_end|>"]
+    ids = [*tokenizer.encode("so ."), *map(tokenizer.token_id, names), tokenizer.encode("é")[0]]
+    assert tokenizer.decode(ids) == "so .<think></think>\ufffd"
+    assert tokenizer.decode([100_000, -1]) == ""
+
+
+def test_end_of_turn_ends_decoding(tokenizer: HFTokenizer) -> None:
+    assert tokenizer.eos_id == tokenizer.token_id("<|im_end|>")
+
+
+def test_unknown_token_is_named(tokenizer: HFTokenizer) -> None:
+    with pytest.raises(CheckpointError, match="expected the token <video>, not found"):
+        tokenizer.token_id("<video>")
+
+
+def test_tokenizer_without_the_layouts_tokens_is_refused(tmp_path: Path) -> None:
+    folder = copied(tmp_path)
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text().replace('"<IMG_CONTEXT>"', '"<OTHER>"'))
+    with pytest.raises(CheckpointError, match="not found: <IMG_CONTEXT>"):
+        HFTokenizer(folder)
+
+
+def test_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    shutil.copy(TINY_FOLDER / "config.json", tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match="expected a tokenizer that transformers can load"):
+        HFTokenizer(tmp_path)
+
+
+def test_python_files_of_the_folder_are_not_executed(
+    tmp_path: Path, tokenizer: HFTokenizer
+) -> None:
+    folder = copied(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "configuration_neo_chat.NEOChatConfig"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "configuration_neo_chat.py").write_text("raise SystemExit('executed')")
+    assert HFTokenizer(folder).encode("a cat") == tokenizer.encode("a cat")
+
+
+def test_official_layout_of_tokenizer_files_is_read(tmp_path: Path, tokenizer: HFTokenizer) -> None:
+    """The official folders name Qwen2Tokenizer and may hold vocab.json and merges.txt alone."""
+    content = json.loads((TINY_FOLDER / "tokenizer.json").read_text())
+    model = content["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = [" ".join(pair) for pair in model["merges"]]
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    config = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "eos_token": "<|im_end|>",
+        "unk_token": None,
+        "pad_token": "<|endoftext|>",
+        "added_tokens_decoder": {
+            str(token["id"]): {key: token[key] for key in token if key != "id"}
+            for token in content["added_tokens"]
+        },
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    shutil.copy(TINY_FOLDER / "config.json", tmp_path / "config.json")
+    official = HFTokenizer(tmp_path)
+    text = "user\na red circle, and <img> as text"
+    assert official.encode(text) == tokenizer.encode(text)
+    assert official.eos_id == tokenizer.eos_id
+    assert official.decode([official.token_id("<think>"), official.eos_id]) == "<think>"
