@@ -1,0 +1,202 @@
+"""Writes manifests: the jobs of one, expanded, in another format."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import yaml
+
+from sensebatch.config import RunConfig
+from sensebatch.errors import ManifestError, Problem
+from sensebatch.inputs import InputReader
+from sensebatch.jobs import InputImage, Task
+from sensebatch.manifest.fields import EXPANSION_FIELDS, IMAGE_FIELDS
+from sensebatch.manifest.read import (
+    JSONL_SUFFIXES,
+    PARQUET_SUFFIXES,
+    SUFFIXES,
+    YAML_SUFFIXES,
+    ReadJob,
+    manifest_name,
+    read_jobs,
+)
+from sensebatch.manifest.yaml_values import ValueDumper
+
+ROWS_IN_MEMORY = 1024
+"""Rows that a Parquet writer collects."""
+PICTURE_ROWS_IN_MEMORY = 32
+"""Rows that a Parquet writer collects where they hold the bytes of pictures."""
+
+Row = dict[str, Any]
+"""A job as a manifest says it: plain values under the names of its fields."""
+
+_REPLACED = EXPANSION_FIELDS | IMAGE_FIELDS | {"type", "think_mode", "conversations"}
+
+
+def convert_manifest(
+    src: Path,
+    dst: Path,
+    config: RunConfig,
+    *,
+    task: Task | None = None,
+    embed_images: bool = False,
+) -> int:
+    """Writes the jobs of one manifest as another and returns how many there are.
+
+    Every job gets its id and its task; seeds, repetitions, matrices and the manifest's defaults
+    are worked out, while defaults of the model stay open. Paths of pictures are made relative to
+    the new manifest. Pictures stored inside `src` go to files in the folder `<dst's stem>-images`
+    unless they are embedded again.
+
+    Args:
+        src: A YAML, JSONL or Parquet manifest.
+        dst: The file to write; replaced only when all of it is there.
+        config: Checks the jobs.
+        task: What rows make that do not say so.
+        embed_images: Stores the pictures inside `dst`, which is Parquet then.
+
+    Raises:
+        ManifestError: Something is wrong in `src`, or `dst` cannot be written in this way.
+        JobError: A picture changed while it was being copied.
+    """
+    suffix = dst.suffix.lower()
+    _check_destination(dst, suffix, embed_images)
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    temporary = dst.with_name(f".{dst.name}.tmp")
+    reader = InputReader()
+    count = 0
+
+    def rows() -> Iterator[Row]:
+        nonlocal count
+        for read in read_jobs([src], config, task=task):
+            count += 1
+            yield _row(read, dst, reader, embed_images)
+
+    try:
+        with temporary.open("wb") as file:
+            if suffix in YAML_SUFFIXES:
+                _write_yaml(rows(), file, manifest_name([src]))
+            elif suffix in JSONL_SUFFIXES:
+                _write_jsonl(rows(), file)
+            else:
+                _write_parquet(rows(), file, embed_images)
+        temporary.replace(dst)
+    finally:
+        temporary.unlink(missing_ok=True)
+        reader.close()
+    return count
+
+
+def _check_destination(dst: Path, suffix: str, embed_images: bool) -> None:
+    message = ""
+    if suffix not in SUFFIXES:
+        message = f"expected a name that ends in one of {', '.join(SUFFIXES)}, found {dst.name!r}"
+    elif embed_images and suffix not in PARQUET_SUFFIXES:
+        message = f"expected a Parquet manifest to store pictures in, found {dst.name!r}"
+    if message:
+        raise ManifestError([Problem(file=str(dst), row="manifest", field="", message=message)])
+
+
+def _row(read: ReadJob, dst: Path, reader: InputReader, embed_images: bool) -> Row:
+    """Returns a job as a row: what was given, under our names, and nothing of the defaults."""
+    job = read.job
+    given = read.fields.model_dump(exclude_none=True, exclude=set(_REPLACED))
+    row: Row = {"id": job.id, "task": str(job.task), "prompt": job.prompt}
+    if job.images:
+        row["images"] = [_picture(image, dst, reader, embed_images) for image in job.images]
+    row |= {name: value for name, value in given.items() if name not in row}
+    if job.system_prompt is not None:
+        row["system_prompt"] = job.system_prompt
+    if read.fields.think_mode is not None:
+        row["think"] = job.think
+    if "type" in job.metadata:
+        row["metadata"] = {n: value for n, value in job.metadata.items() if n != "tags"}
+    return row
+
+
+def _picture(image: InputImage, dst: Path, reader: InputReader, embed_images: bool) -> Any:
+    """Returns a picture as the new manifest names it, copying its bytes where that is needed."""
+    if embed_images:
+        name = Path(image.path).name if image.member is None else None
+        return {"bytes": reader.read(image), "path": name}
+    if image.member is None:
+        if Path(image.path).is_absolute():
+            return image.path
+        return Path(os.path.relpath(image.path, dst.parent)).as_posix()
+    folder = dst.with_name(f"{dst.stem}-images")
+    folder.mkdir(exist_ok=True)
+    copy = folder / image.sha256
+    if not copy.exists():
+        temporary = copy.with_name(f".{copy.name}.tmp")
+        temporary.write_bytes(reader.read(image))
+        temporary.replace(copy)
+    return f"{folder.name}/{copy.name}"
+
+
+def _write_yaml(rows: Iterable[Row], file: BinaryIO, name: str) -> None:
+    file.write(_yaml({"version": 1, "name": name}))
+    file.write(b"jobs:\n")
+    for row in rows:
+        file.write(_yaml([row]))
+
+
+def _yaml(value: Any) -> bytes:
+    text: str = yaml.dump(value, Dumper=ValueDumper, sort_keys=False, allow_unicode=True)
+    return text.encode()
+
+
+def _write_jsonl(rows: Iterable[Row], file: BinaryIO) -> None:
+    for row in rows:
+        file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+
+
+def _write_parquet(rows: Iterator[Row], file: BinaryIO, embed_images: bool) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = _parquet_schema(embed_images)
+    size = PICTURE_ROWS_IN_MEMORY if embed_images else ROWS_IN_MEMORY
+    with pq.ParquetWriter(file, schema) as writer:
+        while some := [_parquet_row(row) for row in islice(rows, size)]:
+            writer.write_table(pa.Table.from_pylist(some, schema=schema))
+
+
+def _parquet_row(row: Row) -> Row:
+    """Returns a row in the types of its columns, which must fit every row."""
+    row = dict(row)
+    if "input_max_pixels" in row:
+        row["input_max_pixels"] = str(row["input_max_pixels"])
+    if "metadata" in row:
+        row["metadata"] = json.dumps(row["metadata"], ensure_ascii=False)
+    return row
+
+
+def _parquet_schema(embed_images: bool) -> Any:
+    import pyarrow as pa
+
+    text, whole, real = pa.string(), pa.int64(), pa.float64()
+    picture = pa.struct([("bytes", pa.binary()), ("path", text)]) if embed_images else text
+    columns: Sequence[tuple[str, Any]] = [
+        *((name, text) for name in ("id", "task", "prompt")),
+        ("images", pa.list_(picture)),
+        ("resolution", text),
+        *((name, whole) for name in ("width", "height", "seed")),
+        ("think", pa.bool_()),
+        ("system_prompt", text),
+        ("num_steps", whole),
+        *((name, real) for name in ("cfg_scale", "img_cfg_scale")),
+        ("cfg_norm", text),
+        ("cfg_interval", pa.list_(real)),
+        ("timestep_shift", real),
+        ("target_pixels", whole),
+        ("input_max_pixels", text),
+        *((name, whole) for name in ("max_think_tokens", "max_images", "max_new_tokens")),
+        ("tags", pa.list_(text)),
+        ("metadata", text),
+    ]
+    return pa.schema(columns)

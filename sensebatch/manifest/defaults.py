@@ -1,0 +1,55 @@
+"""Lays a job over its manifest's defaults. Knows which fields exclude one another."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from sensebatch.jobs import Task
+from sensebatch.manifest.fields import FOREIGN_FIELDS, SIZE_FIELDS
+
+_OVERRIDDEN = {
+    **dict.fromkeys(SIZE_FIELDS, SIZE_FIELDS),
+    "seeds": frozenset({"seed", "n"}),
+    "n": frozenset({"seeds"}),
+    "seed": frozenset({"seeds"}),
+}
+"""What a field, once given, takes away from the layers below it, besides itself."""
+
+
+def defaults_for(task: Task, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the defaults of a task: its own section over the common ones.
+
+    Common fields that the task does not have are left out.
+    """
+    sections = {str(known) for known in Task}
+    common = {
+        name: value
+        for name, value in defaults.items()
+        if name not in sections and name not in FOREIGN_FIELDS[task]
+    }
+    return overlaid(common, defaults.get(task) or {}, ())
+
+
+def overlaid(
+    below: Mapping[str, Any], above: Mapping[str, Any], matrix: Collection[str]
+) -> dict[str, Any]:
+    """Returns the fields of two layers; the upper one wins, and metadata is joined.
+
+    Args:
+        below: The defaults.
+        above: The job.
+        matrix: Names that the job's matrix sets.
+    """
+    if not below:
+        return dict(above)
+    taken = set(above) | set(matrix)
+    for name in (*above, *matrix):
+        taken |= _OVERRIDDEN.get(name, frozenset())
+    if "seed" in matrix:
+        taken.add("n")
+    fields = {**{n: value for n, value in below.items() if n not in taken}, **above}
+    lower, upper = below.get("metadata"), above.get("metadata")
+    if isinstance(lower, Mapping) and isinstance(upper, Mapping):
+        fields["metadata"] = {**lower, **upper}
+    return fields

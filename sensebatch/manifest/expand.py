@@ -1,0 +1,198 @@
+"""Turns one row into its jobs: seeds, repetitions and the combinations of a matrix.
+
+The ids of the jobs follow from the values that tell them apart, never from the place of a value
+in a list, so that adding or moving values renames nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from sensebatch.manifest.fields import EXPANSION_FIELDS, JOB_FIELD_NAMES, MAX_SEED, JobFields
+from sensebatch.manifest.ids import slug, with_suffixes
+from sensebatch.manifest.problems import RowErrors, found, suggestion
+
+Axis = tuple[str, Sequence[Any]]
+"""A name and its values."""
+
+MATRIX_FIELDS = frozenset(JOB_FIELD_NAMES) - EXPANSION_FIELDS.union(
+    ["id", "task", "tags", "metadata", "type", "think_mode", "conversations"]
+)
+"""The fields that a matrix can set."""
+
+_NAME = re.compile(r"[A-Za-z_]\w*")
+_TOKEN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expanded:
+    """One job of a row, before validation."""
+
+    fields: Mapping[str, Any]
+    """What the row and the defaults say, without `seeds`, `n` and `matrix`."""
+    own: frozenset[str]
+    """The names in `fields` that do not come from the defaults."""
+
+
+def expand(
+    fields: Mapping[str, Any], own: frozenset[str], *, default_seed: int, errors: RowErrors
+) -> Iterator[Expanded]:
+    """Yields the jobs of a row, the first axis varying slowest.
+
+    Args:
+        fields: The row, merged with the defaults.
+        own: The names that the row itself gives.
+        default_seed: Where `n` starts counting if there is no seed.
+        errors: Receives what is wrong with the expansion; nothing is yielded then.
+    """
+    if EXPANSION_FIELDS.isdisjoint(fields):
+        yield Expanded(fields=fields, own=own)
+        return
+    num_errors = len(errors)
+    axes = _axes(fields, default_seed, errors)
+    if len(errors) == num_errors:
+        _check_used(fields, axes, errors)
+    if len(errors) > num_errors:
+        return
+    names = frozenset(name for name, _ in axes)
+    base = {name: value for name, value in fields.items() if name not in EXPANSION_FIELDS}
+    in_matrix = "matrix" in fields
+    for values in itertools.product(*(values for _, values in axes)):
+        combination = dict(zip((name for name, _ in axes), values, strict=True))
+        yield Expanded(
+            fields=_combined(base, combination, in_matrix=in_matrix),
+            own=(own | (names & MATRIX_FIELDS)) - EXPANSION_FIELDS,
+        )
+
+
+def placeholders(template: object) -> set[str]:
+    """Returns the names in braces in a text; nothing for anything else."""
+    if not isinstance(template, str):
+        return set()
+    return {match.group(1) for match in _TOKEN.finditer(template) if match.group(1) is not None}
+
+
+def _axes(fields: Mapping[str, Any], default_seed: int, errors: RowErrors) -> list[Axis]:
+    """Returns what the row varies over, checked value by value."""
+    concerned = EXPANSION_FIELDS | {"seed"}
+    try:
+        checked = JobFields.model_validate(
+            {name: value for name, value in fields.items() if name in concerned}
+        )
+    except ValidationError as error:
+        errors.add_validation(error, ())
+        return []
+    axes: list[Axis] = list((checked.matrix or {}).items())
+    for name, values in axes:
+        _check_axis(name, values, fields, errors)
+    if checked.seeds is not None:
+        for other in ("seed", "n"):
+            if other in fields:
+                errors.add("seeds", f"expected either seeds or {other}, found both")
+        _check_distinct("seeds", checked.seeds, errors)
+        axes.append(("seed", checked.seeds))
+    elif checked.n is not None:
+        first = default_seed if checked.seed is None else checked.seed
+        if first + checked.n - 1 > MAX_SEED:
+            errors.add("n", f"expected seeds up to {MAX_SEED}, found {checked.n} from {first} on")
+        axes.append(("seed", range(first, first + checked.n)))
+    return axes
+
+
+def _check_axis(
+    name: str, values: Sequence[Any], fields: Mapping[str, Any], errors: RowErrors
+) -> None:
+    """Checks one list of a matrix."""
+    location = ("matrix", name)
+    if name in MATRIX_FIELDS:
+        rivals = {name, "seeds", "n"} if name == "seed" else {name}
+        for rival in sorted(rivals & fields.keys()):
+            errors.add(location, f"expected either {rival} or a matrix of {name}, found both")
+    elif name in JOB_FIELD_NAMES:
+        errors.add(location, f"expected a field that a matrix can set, found {name!r}")
+    elif not _NAME.fullmatch(name):
+        errors.add(location, f"expected a name of letters, digits and _, found {name!r}")
+    else:
+        for index, value in enumerate(values):
+            if not isinstance(value, str | int | float):
+                expected = "expected text, a number, true or false"
+                errors.add((*location, index), f"{expected}, found {found(value)}")
+    _check_distinct(location, values, errors)
+
+
+def _check_distinct(
+    location: str | tuple[str, ...], values: Sequence[Any], errors: RowErrors
+) -> None:
+    seen: set[str] = set()
+    for value in values:
+        text = json.dumps(value, sort_keys=True, default=repr)
+        if text in seen:
+            errors.add(location, f"expected every value once, found {found(value)} again")
+        seen.add(text)
+
+
+def _check_used(fields: Mapping[str, Any], axes: Sequence[Axis], errors: RowErrors) -> None:
+    """Checks the braces of prompt and id, and that every name of the matrix is used."""
+    names = {name for name, _ in axes}
+    templates = [("id", fields.get("id"))]
+    if "matrix" in fields:
+        prompts = dict(axes).get("prompt", [fields.get("prompt")])
+        templates += [("prompt", prompt) for prompt in prompts]
+    used: set[str] = set()
+    for field, template in templates:
+        used |= placeholders(template)
+        _check_template(field, template, names - {field}, errors)
+    for name in sorted(names - used - MATRIX_FIELDS):
+        hint = suggestion(name, MATRIX_FIELDS)
+        message = f"expected {{{name}}} in the prompt or the id, or the name of a field"
+        errors.add(("matrix", name), f"{message}, found neither{hint}")
+
+
+def _check_template(field: str, template: object, names: set[str], errors: RowErrors) -> None:
+    if not isinstance(template, str):
+        return
+    for match in _TOKEN.finditer(template):
+        name = match.group(1)
+        if match.group() in ("{", "}"):
+            errors.add(field, f"expected {match.group() * 2} for a brace, found a single one")
+        elif name is not None and name not in names:
+            known = ", ".join(f"{{{known}}}" for known in sorted(names))
+            message = f"expected one of {known}, found {{{name}}}; a plain brace is doubled"
+            errors.add(field, message + suggestion(name, names))
+
+
+def _combined(
+    base: Mapping[str, Any], combination: Mapping[str, Any], *, in_matrix: bool
+) -> dict[str, Any]:
+    """Returns the fields of one combination, with prompt and id filled in."""
+    set_by_matrix = {name: v for name, v in combination.items() if name in MATRIX_FIELDS}
+    fields = {**base, **set_by_matrix}
+    prompt, job_id = fields.get("prompt"), fields.get("id")
+    if in_matrix and isinstance(prompt, str):
+        fields["prompt"] = _filled(prompt, {n: _text(v) for n, v in combination.items()})
+    if isinstance(job_id, str):
+        missing = combination.keys() - placeholders(job_id)
+        filled = _filled(job_id, {name: slug(value) for name, value in combination.items()})
+        fields["id"] = with_suffixes(filled, ((name, combination[name]) for name in missing))
+    return fields
+
+
+def _filled(template: str, texts: Mapping[str, str]) -> str:
+    """Returns a template, already checked, with its names replaced and its braces undoubled."""
+
+    def replacement(match: re.Match[str]) -> str:
+        name = match.group(1)
+        return match.group()[0] if name is None else texts[name]
+
+    return _TOKEN.sub(replacement, template)
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=repr)

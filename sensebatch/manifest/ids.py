@@ -1,0 +1,140 @@
+"""Job ids: which may name a file, when two would name the same one, and how they are made up.
+
+An id that is made up depends on what the job says, never on where it stands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from sensebatch.jobs import Task
+
+MAX_ID_BYTES = 150
+MAX_SLUG_CHARS = 40
+
+_FORBIDDEN = re.compile(r'[/\\<>:"|?*]')
+_OUTPUT_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg", ".txt")
+_WINDOWS_DEVICES = frozenset(
+    ["con", "prn", "aux", "nul"]
+    + [f"{port}{digit}" for port in ("com", "lpt") for digit in "0123456789¹²³"]
+)
+_FILE_BITS = 16
+_FILE_MASK = (1 << _FILE_BITS) - 1
+_HIDDEN_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
+_SAFE = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_=-]*[A-Za-z0-9_])?")
+_SLUG_GAPS = re.compile(r"[^\w.+-]+")
+_RATIO = re.compile(r"(\d+):(\d+)")
+
+
+def id_error(job_id: str) -> str | None:
+    """Returns why an id cannot name files on every common file system, or None if it can."""
+    if _SAFE.fullmatch(job_id) and len(job_id) <= MAX_ID_BYTES and not _is_device(job_id):
+        return None
+    if not job_id:
+        return "expected an id that is not empty"
+    if match := _FORBIDDEN.search(job_id):
+        return f"expected an id without {match.group()!r}, since it names a file, found {job_id!r}"
+    if any(unicodedata.category(char) in _HIDDEN_CATEGORIES for char in job_id):
+        return f"expected an id without control characters, found {job_id!r}"
+    if job_id[0] in ".-" or job_id[0].isspace():
+        return f"expected an id that does not start with {job_id[0]!r}, found {job_id!r}"
+    if job_id[-1] == "." or job_id[-1].isspace():
+        return f"expected an id that does not end with {job_id[-1]!r}, found {job_id!r}"
+    if job_id.casefold().endswith(_OUTPUT_SUFFIXES):
+        return f"expected an id without a file's suffix, found {job_id!r}"
+    if _is_device(job_id):
+        return f"expected an id that is no reserved name of Windows, found {job_id!r}"
+    num_bytes = len(job_id.encode())
+    if num_bytes > MAX_ID_BYTES:
+        return f"expected an id of at most {MAX_ID_BYTES} bytes, found {num_bytes}: {job_id!r}"
+    return None
+
+
+def _is_device(job_id: str) -> bool:
+    return job_id.partition(".")[0].strip().lower() in _WINDOWS_DEVICES
+
+
+def collision_key(job_id: str) -> str:
+    """Returns what two ids share that some file system takes for the same name."""
+    if job_id.isascii():
+        return job_id.lower()
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", job_id).casefold())
+
+
+class IdRegistry:
+    """Remembers which ids were used and in which row, in about a hundred bytes each."""
+
+    def __init__(self) -> None:
+        self._files: list[tuple[str, str]] = []
+        self._rows: dict[int, int] = {}
+
+    def start_file(self, file: str, unit: str) -> None:
+        """Says that the ids that follow are of this file, whose rows are counted in `unit`s."""
+        self._files.append((file, unit))
+
+    def add(self, job_id: str, number: int) -> str | None:
+        """Remembers an id; returns the place of the row that has it already, or None.
+
+        Args:
+            job_id: A valid id.
+            number: Of the row within the current file.
+        """
+        key = collision_key(job_id).encode()
+        digest = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+        current = len(self._files) - 1
+        known = self._rows.get(digest)
+        if known is None:
+            self._rows[digest] = (number << _FILE_BITS) | current
+            return None
+        file, unit = self._files[known & _FILE_MASK]
+        row = f"{unit} {known >> _FILE_BITS}"
+        return row if known & _FILE_MASK == current else f"{file}: {row}"
+
+
+def derived_id(task: Task, content: Mapping[str, Any]) -> str:
+    """Returns an id made of the task and a hash of what a row says.
+
+    Args:
+        task: The job's task.
+        content: The row's own fields; bytes count by their hash.
+    """
+    canonical = json.dumps(content, sort_keys=True, ensure_ascii=False, default=_bytes_digest)
+    return f"{task}-{hashlib.sha256(canonical.encode()).hexdigest()[:16]}"
+
+
+def _bytes_digest(value: object) -> str:
+    if not isinstance(value, bytes):
+        raise TypeError(f"a row that was validated holds {type(value).__name__}")
+    return hashlib.sha256(value).hexdigest()
+
+
+def slug(value: object) -> str:
+    """Returns a value as part of an id.
+
+    Numbers and plain words stand as they are, `16:9` becomes `16x9` and spaces become dashes;
+    whatever loses more than that gets a hash behind it.
+    """
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = unicodedata.normalize("NFC", text)
+    if ratio := _RATIO.fullmatch(text):
+        return "x".join(ratio.groups())
+    plain = text.replace(" ", "-")
+    short = _SLUG_GAPS.sub("-", plain)[:MAX_SLUG_CHARS].strip("-")
+    if short == plain:
+        return short
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return f"{short}~{digest}" if short else digest
+
+
+def with_suffixes(job_id: str, values: Iterable[tuple[str, object]]) -> str:
+    """Returns an id with `-name=value` for each pair, in the order of the names."""
+    return job_id + "".join(f"-{name}={slug(value)}" for name, value in sorted(values, key=_name))
+
+
+def _name(pair: tuple[str, object]) -> str:
+    return pair[0]

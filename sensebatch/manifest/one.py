@@ -1,0 +1,55 @@
+"""Makes one job out of plain values, as the one-job commands do, by the rules of a manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sensebatch.config import RunConfig
+from sensebatch.errors import Problem
+from sensebatch.jobs import Job, Source
+from sensebatch.manifest.expand import Expanded
+from sensebatch.manifest.fields import EXPANSION_FIELDS
+from sensebatch.manifest.problems import ProblemList, RowErrors, field_name
+from sensebatch.manifest.read import job_of
+from sensebatch.manifest.resolve import JobResolver, Origin, Warn
+from sensebatch.manifest.upstream import choose_task
+
+
+def job_from_fields(
+    fields: Mapping[str, Any],
+    config: RunConfig,
+    *,
+    source: Source,
+    base: Path | None = None,
+    warn: Warn | None = None,
+) -> Job:
+    """Returns the job that these fields describe.
+
+    Args:
+        fields: Names and values as in a manifest, without `seeds`, `n` and `matrix`; None means
+            that a field was not given (`input_max_pixels: "none"` skips the first resize).
+        config: Where every default comes from.
+        source: Where the values were written down; mistakes are reported there.
+        base: Folder that relative image paths start from; the current one if None.
+        warn: Receives what is allowed but deserves a look.
+
+    Raises:
+        ManifestError: Something is wrong, with every mistake.
+    """
+    errors = RowErrors()
+    given = {name: value for name, value in fields.items() if value is not None}
+    for name in sorted(EXPANSION_FIELDS & given.keys()):
+        errors.add(name, "expected one job, found a field that makes several")
+    task = choose_task(given, None, None, ())
+    origin = Origin(base=Path() if base is None else base, source=source)
+    expanded = Expanded(fields=given, own=frozenset(given))
+    read = job_of(expanded, task, origin, JobResolver(config, warn), errors)
+    problems = ProblemList()
+    for location, message in errors:
+        name = field_name(location)
+        problems.add(Problem(file=source.file, row=source.row, field=name, message=message))
+    problems.raise_any()
+    assert read is not None
+    return read.job

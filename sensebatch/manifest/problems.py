@@ -1,0 +1,156 @@
+"""Collects the mistakes of a manifest and words them: what was expected, what was found.
+
+Knows pydantic's error records; knows nothing of rows, files or jobs.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from sensebatch.errors import ManifestError, Problem
+
+MAX_KEPT = 100
+"""Mistakes kept for printing; the others are only counted."""
+
+MAX_FOUND_CHARS = 60
+"""Longest piece of a wrong text that a message repeats."""
+
+Location = tuple[str | int, ...]
+"""A field and the way into it: `("images", 1)`."""
+
+_EXPECTED = {
+    "bool_type": "true or false",
+    "bytes_type": "bytes",
+    "dict_type": "a mapping",
+    "finite_number": "a finite number",
+    "float_type": "a number",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "int_type": "a whole number",
+    "invalid-json-value": "a value that JSON can hold",
+    "less_than_equal": "at most {le}",
+    "list_type": "a list",
+    "literal_error": "{expected}",
+    "missing": "a value",
+    "model_type": "a mapping",
+    "string_too_short": "text",
+    "string_type": "text",
+    "too_long": "a list of at most {max_length}",
+    "too_short": "a list of at least {min_length}",
+}
+"""What a pydantic error type expected; the braces are filled from the error's context."""
+
+
+class ProblemList:
+    """Keeps the first mistakes and counts them all."""
+
+    def __init__(self) -> None:
+        self.kept: list[Problem] = []
+        self.num_problems = 0
+
+    def add(self, problem: Problem) -> None:
+        """Adds one mistake."""
+        self.num_problems += 1
+        if len(self.kept) < MAX_KEPT:
+            self.kept.append(problem)
+
+    def raise_any(self) -> None:
+        """Raises the mistakes, if there were any.
+
+        Raises:
+            ManifestError: There was at least one.
+        """
+        if self.num_problems:
+            raise ManifestError(self.kept, self.num_problems)
+
+
+class RowErrors:
+    """The mistakes of one row, each said once, before they are given a place in a file."""
+
+    def __init__(self) -> None:
+        self._errors: dict[tuple[Location, str], None] = {}
+
+    def __len__(self) -> int:
+        return len(self._errors)
+
+    def __iter__(self) -> Iterator[tuple[Location, str]]:
+        return iter(self._errors)
+
+    def add(self, location: str | Location, message: str) -> None:
+        """Adds a mistake of a field; an empty text means the row as a whole."""
+        if isinstance(location, str):
+            location = (location,) if location else ()
+        self._errors[(location, message)] = None
+
+    def add_validation(self, error: ValidationError, known: Iterable[str]) -> None:
+        """Adds everything that pydantic found, worded for people.
+
+        Args:
+            error: What the validation raised.
+            known: Names to suggest for an unknown field.
+        """
+        for record in error.errors(include_url=False):
+            self.add(*_worded(record, known))
+
+
+def field_name(location: Location) -> str:
+    """Returns a location as people write it: `images[1]`, `metadata.source`."""
+    name = ""
+    for part in location:
+        if isinstance(part, int):
+            name += f"[{part}]"
+        else:
+            name += f".{part}" if name else part
+    return name
+
+
+def found(value: object) -> str:
+    """Returns a wrong value as a message names it: short, and with its type where that helps."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return repr(value if len(value) <= MAX_FOUND_CHARS else value[:MAX_FOUND_CHARS] + "...")
+    if isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, list | tuple):
+        return f"a list of {len(value)}"
+    return f"a value of type {type(value).__name__}"
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Returns `; did you mean 'x'?`, or nothing where no known name is close."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def unknown_field(name: str, known: Iterable[str]) -> str:
+    """Returns the message about a field that does not exist."""
+    return f"expected a known field, found {found(name)}{suggestion(name, known)}"
+
+
+def _worded(record: Any, known: Iterable[str]) -> tuple[Location, str]:
+    """Returns the location and the message of one of pydantic's error records."""
+    location: Location = tuple(part for part in record["loc"] if not _is_tag(part))
+    if record["type"] == "extra_forbidden":
+        return location, unknown_field(str(location[-1]), known)
+    if location[0] == "metadata":
+        location = ("metadata",)
+    kind = record["type"]
+    expected = record["msg"] if kind == "wrong_type" else _EXPECTED.get(kind)
+    if expected is None:
+        return location, f"{record['msg']}, found {found(record['input'])}"
+    value = None if kind == "missing" else record["input"]
+    return location, f"expected {expected.format(**record.get('ctx', {}))}, found {found(value)}"
+
+
+def _is_tag(part: str | int) -> bool:
+    """Whether a part of a location names the branch of a union and no field."""
+    return isinstance(part, str) and part.startswith("<")

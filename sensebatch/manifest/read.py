@@ -1,0 +1,314 @@
+"""Reads manifests into jobs, one row at a time, and reports every mistake at the end.
+
+Memory grows by an id's digest a row. Nothing is loaded and nothing is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from sensebatch.config import RunConfig
+from sensebatch.errors import Problem
+from sensebatch.jobs import Job, Source, Task
+from sensebatch.manifest.defaults import defaults_for, overlaid
+from sensebatch.manifest.expand import Expanded, expand
+from sensebatch.manifest.fields import JOB_FIELD_NAMES, JobFields
+from sensebatch.manifest.ids import IdRegistry, id_error
+from sensebatch.manifest.jsonl import jsonl_rows
+from sensebatch.manifest.problems import MAX_KEPT, Location, ProblemList, RowErrors, field_name
+from sensebatch.manifest.resolve import JobResolver, Origin, Warn
+from sensebatch.manifest.rows import ManifestRows, RawRow, Report
+from sensebatch.manifest.upstream import choose_task, named_task
+from sensebatch.manifest.yaml_manifest import read_yaml_manifest
+
+YAML_SUFFIXES = (".yaml", ".yml")
+JSONL_SUFFIXES = (".jsonl", ".ndjson")
+PARQUET_SUFFIXES = (".parquet", ".pq")
+SUFFIXES = YAML_SUFFIXES + JSONL_SUFFIXES + PARQUET_SUFFIXES
+
+
+def read_manifest(
+    path: Path, config: RunConfig, *, task: Task | None = None, warn: Warn | None = None
+) -> Iterator[Job]:
+    """Yields the jobs of a manifest as they are found good.
+
+    A job can be trusted only when the iterator is exhausted: mistakes in other rows, or in the
+    same one, are raised at the end.
+
+    Args:
+        path: A YAML, JSONL or Parquet file; the suffix tells which.
+        config: Where every default comes from.
+        task: What rows make that do not say so.
+        warn: Receives what is allowed but deserves a look.
+
+    Raises:
+        ManifestError: Something is wrong; raised at the end, with every mistake.
+    """
+    return read_manifests([path], config, task=task, warn=warn)
+
+
+def read_manifests(
+    paths: Sequence[Path],
+    config: RunConfig,
+    *,
+    task: Task | None = None,
+    limit: int | None = None,
+    warn: Warn | None = None,
+) -> Iterator[Job]:
+    """Yields the jobs of several manifests, whose ids must differ; see `read_manifest`.
+
+    Args:
+        paths: The files, in order.
+        config: Where every default comes from.
+        task: What rows make that do not say so.
+        limit: Stops after so many jobs; what follows is not even read.
+        warn: Receives what is allowed but deserves a look.
+
+    Raises:
+        ManifestError: Something is wrong; raised at the end, with every mistake.
+    """
+    for read in read_jobs(paths, config, task=task, limit=limit, warn=warn):
+        yield read.job
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadJob:
+    """A job and the words it was written down in."""
+
+    job: Job
+    fields: JobFields
+    """What the row and the defaults say, with seeds and matrix worked out."""
+
+
+def read_jobs(
+    paths: Sequence[Path],
+    config: RunConfig,
+    *,
+    task: Task | None = None,
+    limit: int | None = None,
+    warn: Warn | None = None,
+) -> Iterator[ReadJob]:
+    """Yields what `read_manifests` does, together with the fields as given.
+
+    Raises:
+        ManifestError: Something is wrong; raised at the end, with every mistake.
+    """
+    reader = ManifestReader(config, task=task, warn=warn)
+    num_jobs = 0
+    if limit is None or limit > 0:
+        for path in paths:
+            for read in reader.read(path):
+                yield read
+                num_jobs += 1
+                if num_jobs == limit:
+                    reader.problems.raise_any()
+                    return
+    reader.problems.raise_any()
+
+
+class ManifestReader:
+    """Reads manifests that belong together.
+
+    Args:
+        config: Where every default comes from.
+        task: What rows make that do not say so.
+        warn: Receives what is allowed but deserves a look.
+    """
+
+    def __init__(
+        self, config: RunConfig, *, task: Task | None = None, warn: Warn | None = None
+    ) -> None:
+        self.problems = ProblemList()
+        self._config = config
+        self._task = task
+        self._resolver = JobResolver(config, warn)
+        self._ids = IdRegistry()
+
+    def read(self, path: Path) -> Iterator[ReadJob]:
+        """Yields the good jobs of a file and adds the mistakes of the others to `problems`."""
+        unit = unit_of(path)
+        self._ids.start_file(str(path), unit)
+
+        def report(number: int, location: Location, message: str) -> None:
+            self._add(path, f"{unit} {number}", location, message)
+
+        num_rows = 0
+        num_problems = self.problems.num_problems
+        try:
+            manifest = open_rows(path, report)
+            per_task = {task: defaults_for(task, manifest.defaults) for task in Task}
+            for row in manifest.rows:
+                num_rows += 1
+                yield from self._row(path, manifest, per_task, row)
+        except FileNotFoundError:
+            self._add(path, "manifest", (), "expected a file, found none")
+        except OSError as error:
+            self._add(path, "manifest", (), f"expected a readable file, found: {error}")
+        if not num_rows and self.problems.num_problems == num_problems:
+            self._add(path, "manifest", (), "expected at least one job, found none")
+
+    def _row(
+        self,
+        path: Path,
+        manifest: ManifestRows,
+        per_task: Mapping[Task, Mapping[str, Any]],
+        row: RawRow,
+    ) -> Iterator[ReadJob]:
+        """Yields the good jobs of a row."""
+        errors = RowErrors()
+        in_matrix = row.fields.get("matrix")
+        matrix = in_matrix.keys() if isinstance(in_matrix, dict) else ()
+        task = choose_task(row.fields, self._task, manifest.defaults.get("task"), matrix)
+        said = named_task(row.fields.get("task"))
+        if said is not None and said is not task:
+            errors.add("task", f"expected {task}, as asked for, found {said}")
+        fields = overlaid(per_task[task], row.fields, matrix) if manifest.defaults else row.fields
+        source = Source(file=str(path), row=f"{manifest.unit} {row.number}")
+        origin = Origin(
+            base=path.parent,
+            source=source,
+            parquet_row=(path, row.number) if manifest.stores_images else None,
+        )
+        default_seed = self._config.tasks[task].seed
+        own = frozenset(row.fields)
+        num_bad = 0
+        for expanded in expand(fields, own, default_seed=default_seed, errors=errors):
+            read = self._job(expanded, task, origin, row.number, errors)
+            if read is not None:
+                yield read
+                continue
+            num_bad += 1
+            if num_bad == MAX_KEPT:
+                break
+        for location, message in errors:
+            place = source.row
+            if row.line_of is not None:
+                place = f"line {row.line_of(location)}"
+            self._add(path, place, location, message)
+
+    def _job(
+        self, expanded: Expanded, task: Task, origin: Origin, number: int, errors: RowErrors
+    ) -> ReadJob | None:
+        """Returns one job of a row, or None after adding what is wrong with it."""
+        mistakes = RowErrors()
+        read = job_of(expanded, task, origin, self._resolver, mistakes)
+        if read is not None and (other := self._ids.add(read.job.id, number)) is not None:
+            mistakes.add(*_collision(read, other))
+            read = None
+        for location, message in mistakes:
+            errors.add(location, message)
+        return read
+
+    def _add(self, path: Path, row: str, location: Location, message: str) -> None:
+        self.problems.add(
+            Problem(file=str(path), row=row, field=field_name(location), message=message)
+        )
+
+
+def job_of(
+    expanded: Expanded, task: Task, origin: Origin, resolver: JobResolver, errors: RowErrors
+) -> ReadJob | None:
+    """Returns the job of one combination of fields, or None after adding what is wrong."""
+    try:
+        fields = JobFields.model_validate(expanded.fields)
+    except ValidationError as error:
+        errors.add_validation(error, JOB_FIELD_NAMES)
+        return None
+    own = {name: expanded.fields[name] for name in expanded.own if name in expanded.fields}
+    job = resolver.resolve(fields, task, origin, own, errors)
+    return None if job is None else ReadJob(job=job, fields=fields)
+
+
+def _collision(read: ReadJob, other: str) -> tuple[str, str]:
+    """Returns the field and the message about an id that another job has.
+
+    Args:
+        read: The later job.
+        other: The place of the earlier one.
+    """
+    where = "another job of this row" if other == read.job.source.row else other
+    if read.fields.id is None:
+        message = f"expected other content than that of {where}, found the same"
+        return "", f"{message}; give one of the two an id or another seed"
+    message = f"expected another id than that of {where}, even if upper and lower case are the same"
+    return "id", f"{message}, found {read.job.id!r}"
+
+
+def unit_of(path: Path) -> str:
+    """Returns what the rows of a manifest are counted in."""
+    return "row" if path.suffix.lower() in PARQUET_SUFFIXES else "line"
+
+
+def open_rows(path: Path, report: Report) -> ManifestRows:
+    """Returns the rows of a manifest of any format.
+
+    Args:
+        path: The file.
+        report: Receives the mistakes outside the rows' fields.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    suffix = path.suffix.lower()
+    if suffix in YAML_SUFFIXES:
+        manifest = read_yaml_manifest(path, report)
+        return ManifestRows(unit="line", rows=manifest.rows, defaults=manifest.defaults)
+    if suffix in JSONL_SUFFIXES:
+        return ManifestRows(unit="line", rows=jsonl_rows(path, report))
+    if suffix in PARQUET_SUFFIXES:
+        # pyarrow is slow to import, and most manifests are not Parquet.
+        from sensebatch.manifest.parquet import parquet_rows
+
+        return ManifestRows(unit="row", rows=parquet_rows(path, report), stores_images=True)
+    known = ", ".join(SUFFIXES)
+    report(1, (), f"expected a manifest that ends in one of {known}, found {path.name!r}")
+    return ManifestRows(unit="line", rows=iter(()))
+
+
+def manifest_name(paths: Sequence[Path]) -> str:
+    """Returns what a run of these manifests is called, and so its folder.
+
+    The `name` of a YAML manifest, else the file's stem; several are joined by `+`.
+
+    Args:
+        paths: At least one manifest.
+
+    Raises:
+        ManifestError: A YAML manifest cannot be read, or the name cannot name a folder.
+    """
+    problems = ProblemList()
+    names = [_name(path, problems) for path in paths]
+    problems.raise_any()
+    joined = "+".join(names)
+    return joined if id_error(joined) is None else f"{names[0]}+{len(names) - 1}-more"
+
+
+def _name(path: Path, problems: ProblemList) -> str:
+    """Returns the name of one manifest after adding what is wrong with it."""
+
+    def report(number: int, location: Location, message: str) -> None:
+        place = f"line {number}" if number else "manifest"
+        field = field_name(location)
+        problems.add(Problem(file=str(path), row=place, field=field, message=message))
+
+    try:
+        if path.suffix.lower() in YAML_SUFFIXES:
+            name = read_yaml_manifest(path, report).name
+            if name is not None:
+                return name
+    except OSError as error:
+        report(0, (), f"expected a readable file, found: {error}")
+    if (message := id_error(path.stem)) is not None:
+        report(
+            0,
+            (),
+            f"{message}; the file's name names the run's folder".replace(
+                " an id ", " a file name "
+            ),
+        )
+    return path.stem

@@ -1,0 +1,280 @@
+"""Turns the validated fields of one job into a job with every default filled in.
+
+Knows the rules that join several fields: which belong to a task, sizes, images and their marks.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from sensebatch.config import RunConfig
+from sensebatch.errors import Problem
+from sensebatch.jobs import CfgNorm, InputImage, Job, Sampling, Source, Task
+from sensebatch.manifest.fields import FOREIGN_FIELDS, PASSED_THROUGH, ImageStruct, JobFields
+from sensebatch.manifest.ids import derived_id, id_error
+from sensebatch.manifest.images import ImageProbe, UnusableImageError
+from sensebatch.manifest.problems import Location, RowErrors
+from sensebatch.manifest.sizes import (
+    explicit_size,
+    has_explicit_size,
+    implied_size,
+    resolved_input_max_pixels,
+)
+from sensebatch.manifest.upstream import metadata_of, prompt_of, system_prompt_of, think_of
+from sensebatch.resolutions import Resolution, ResolutionError, smart_resize
+
+IMAGE_MARK = "<image>"
+
+Warn = Callable[[Problem], None]
+"""Receives what is allowed but deserves a look."""
+
+_WHOLE_SETTINGS = ("num_steps", "max_think_tokens", "max_images", "max_new_tokens")
+_REAL_SETTINGS = ("timestep_shift", "cfg_scale", "img_cfg_scale")
+_whole_values = attrgetter(*_WHOLE_SETTINGS)
+_real_values = attrgetter(*_REAL_SETTINGS)
+_UNNAMED = PASSED_THROUGH | {"id", "task", "type"}
+"""Fields that a derived id does not depend on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Where a job's fields come from."""
+
+    base: Path
+    """Folder that relative image paths start from."""
+    source: Source
+    parquet_row: tuple[Path, int] | None = None
+    """The Parquet manifest and the row in it, where pictures may be stored in the row."""
+
+
+class JobResolver:
+    """Makes jobs out of validated fields.
+
+    Args:
+        config: Where every default comes from.
+        warn: Called once for each size that the model was not trained on.
+    """
+
+    def __init__(self, config: RunConfig, warn: Warn | None = None) -> None:
+        self._config = config
+        self._warn = warn
+        self._warned: set[tuple[Task, Resolution]] = set()
+        self._probe = ImageProbe()
+        # Most rows say the same few things; equal settings become one object.
+        self._sampling = lru_cache(maxsize=1024)(_sampling)
+
+    def resolve(
+        self,
+        fields: JobFields,
+        task: Task,
+        origin: Origin,
+        own: Mapping[str, Any],
+        errors: RowErrors,
+    ) -> Job | None:
+        """Returns the job, or None after adding everything that is wrong with it.
+
+        Args:
+            fields: What the row and the manifest's defaults say.
+            task: The job's task.
+            origin: Where the row is.
+            own: What the row itself says; a derived id depends on it.
+            errors: Empty; receives the mistakes.
+        """
+        defaults = self._config.tasks[task]
+        for name in sorted(fields.model_fields_set & FOREIGN_FIELDS[task]):
+            if getattr(fields, name) != []:
+                errors.add(name, f"expected a field of {task} jobs, found one of other tasks")
+        prompt = prompt_of(fields, errors)
+        images = () if task is Task.T2I else self._images(fields, task, origin, errors)
+        _check_marks(prompt, None if images is None else len(images), errors)
+        input_max_pixels = None
+        if task is Task.EDIT:
+            input_max_pixels = resolved_input_max_pixels(
+                fields,
+                defaults.input_max_pixels,
+                self._config.pixel_limits,
+                len(images or ()),
+                errors,
+            )
+        resolution = self._size(fields, task, images or (), input_max_pixels, errors)
+        think = think_of(fields, errors)
+        sampling = self._sampling_of(fields, task, errors)
+        metadata = metadata_of(fields, errors)
+        system_prompt = system_prompt_of(fields, errors)
+        job_id = _id(fields, task, own, errors)
+        if len(errors) or resolution is None:
+            return None
+        job = Job(
+            id=job_id,
+            task=task,
+            prompt=prompt,
+            images=images or (),
+            resolution=resolution,
+            seed=defaults.seed if fields.seed is None else fields.seed,
+            think=defaults.think if think is None else think,
+            system_prompt=system_prompt,
+            input_max_pixels=input_max_pixels,
+            sampling=sampling,
+            metadata=metadata,
+            source=origin.source,
+        )
+        if has_explicit_size(fields):
+            self._warn_of_size(job)
+        return job
+
+    def _images(
+        self, fields: JobFields, task: Task, origin: Origin, errors: RowErrors
+    ) -> tuple[InputImage, ...] | None:
+        """Returns the job's input images, or None where some cannot be used."""
+        num_errors = len(errors)
+        if fields.image is not None and fields.images is not None:
+            errors.add("images", "expected either image or images, found both")
+            return None
+        name = "image" if fields.images is None else "images"
+        given = getattr(fields, name)
+        listed = given if isinstance(given, list) else [] if given is None else [given]
+        if not listed and task is Task.EDIT:
+            errors.add("image", "expected at least one input image, found none")
+        images: list[InputImage] = []
+        for index, image in enumerate(listed):
+            location: Location = (name, index) if isinstance(given, list) else (name,)
+            try:
+                found_image = self._image(image, origin, name, index)
+                self._check_ratio(found_image, len(listed))
+            except (UnusableImageError, ResolutionError) as error:
+                errors.add(location, str(error))
+            else:
+                images.append(found_image)
+        return tuple(images) if len(errors) == num_errors else None
+
+    def _image(
+        self, image: str | ImageStruct, origin: Origin, column: str, index: int
+    ) -> InputImage:
+        if isinstance(image, ImageStruct):
+            if image.content is not None and origin.parquet_row is not None:
+                path, row = origin.parquet_row
+                return self._probe.member(path, (row, column, index), image)
+            if image.path is None:
+                raise UnusableImageError(
+                    "expected a path, or bytes in a Parquet manifest, found neither"
+                )
+            image = image.path
+        if not image:
+            raise UnusableImageError("expected a path, found ''")
+        return self._probe.file(origin.base / image)
+
+    def _check_ratio(self, image: InputImage, num_images: int) -> None:
+        """Raises ResolutionError for a picture that the model's own resize refuses."""
+        limits = self._config.pixel_limits
+        smart_resize(
+            image.height,
+            image.width,
+            min_pixels=limits.min_pixels,
+            max_pixels=limits.model_max_pixels(num_images),
+        )
+
+    def _sampling_of(self, fields: JobFields, task: Task, errors: RowErrors) -> Sampling:
+        interval = fields.cfg_interval
+        if interval is not None and interval[0] > interval[1]:
+            message = f"expected the lower end first, found {interval[0]} before {interval[1]}"
+            errors.add("cfg_interval", message)
+        if fields.cfg_norm == "cfg_zero_star" and task is not Task.T2I:
+            message = f"expected 'none', 'global' or 'channel' for {task}, found 'cfg_zero_star'"
+            errors.add("cfg_norm", message)
+        return self._sampling(
+            self._config.tasks[task].sampling,
+            fields.cfg_norm,
+            None if interval is None else (interval[0], interval[1]),
+            _whole_values(fields),
+            _real_values(fields),
+        )
+
+    def _size(
+        self,
+        fields: JobFields,
+        task: Task,
+        images: tuple[InputImage, ...],
+        input_max_pixels: int | None,
+        errors: RowErrors,
+    ) -> Resolution | None:
+        """Returns the size of the job's pictures, or None after adding what is wrong with it."""
+        defaults = self._config.tasks[task]
+        if has_explicit_size(fields):
+            return explicit_size(fields, defaults.buckets, errors)
+        try:
+            return implied_size(
+                task,
+                fields.target_pixels,
+                defaults=defaults,
+                limits=self._config.pixel_limits,
+                images=images,
+                input_max_pixels=input_max_pixels,
+            )
+        except ResolutionError as error:
+            errors.add("image", str(error))
+            return None
+
+    def _warn_of_size(self, job: Job) -> None:
+        """Warns, once a size, of one that the model was not trained on."""
+        size = (job.task, job.resolution)
+        known = self._config.tasks[job.task].buckets.values()
+        if self._warn is None or size in self._warned or job.resolution in known:
+            return
+        self._warned.add(size)
+        message = (
+            f"{job.resolution} is none of the {job.task} sizes that the model was trained on: "
+            + ", ".join(str(resolution) for resolution in known)
+        )
+        source = job.source
+        self._warn(Problem(file=source.file, row=source.row, field="resolution", message=message))
+
+
+def _check_marks(prompt: str, num_images: int | None, errors: RowErrors) -> None:
+    """Checks that every `<image>` mark of a prompt has its picture."""
+    num_marks = prompt.count(IMAGE_MARK)
+    if num_images is not None and num_marks > num_images:
+        found_images = f"{num_marks} marks and {num_images} images"
+        errors.add(
+            "prompt", f"expected at most one {IMAGE_MARK} mark an image, found {found_images}"
+        )
+
+
+def _id(fields: JobFields, task: Task, own: Mapping[str, Any], errors: RowErrors) -> str:
+    """Returns the job's id, given or made up."""
+    if fields.id is None:
+        content = {name: value for name, value in own.items() if name not in _UNNAMED}
+        return "" if len(errors) else derived_id(task, content)
+    job_id = unicodedata.normalize("NFC", fields.id)
+    if (message := id_error(job_id)) is not None:
+        errors.add("id", message)
+    return job_id
+
+
+def _sampling(
+    defaults: Sampling,
+    cfg_norm: str | None,
+    cfg_interval: tuple[float, float] | None,
+    whole: tuple[int | None, ...],
+    real: tuple[float | None, ...],
+) -> Sampling:
+    """Returns the defaults with everything replaced that is not None."""
+    changes: dict[str, Any] = {
+        name: value for name, value in zip(_WHOLE_SETTINGS, whole, strict=True) if value is not None
+    }
+    # A whole number must not make another job key than the same number with a point.
+    changes |= {
+        name: float(value)
+        for name, value in zip(_REAL_SETTINGS, real, strict=True)
+        if value is not None
+    }
+    if cfg_norm is not None:
+        changes["cfg_norm"] = CfgNorm(cfg_norm)
+    if cfg_interval is not None:
+        changes["cfg_interval"] = (float(cfg_interval[0]), float(cfg_interval[1]))
+    return replace(defaults, **changes)

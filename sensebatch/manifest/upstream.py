@@ -1,0 +1,91 @@
+"""The names and forms of the upstream JSONL files, in terms of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from sensebatch.jobs import Task
+from sensebatch.manifest.fields import IMAGE_FIELDS, JobFields
+from sensebatch.manifest.problems import RowErrors, found
+
+_TASKS = {str(task): task for task in Task}
+_ASKING = frozenset({"human", "user"})
+
+
+def named_task(value: object) -> Task | None:
+    """Returns the task of this name, or None where it is another word or no text."""
+    return _TASKS.get(value) if isinstance(value, str) else None
+
+
+def choose_task(
+    row: Mapping[str, Any], given: Task | None, default: object, matrix: Collection[str]
+) -> Task:
+    """Returns the task of a row: the given one, the row's, the default, or what the row implies.
+
+    Args:
+        row: A row as it was read; it may be wrong.
+        given: The task that the caller asks for.
+        default: The `task` of the manifest's defaults.
+        matrix: Names that the row's matrix sets.
+    """
+    for task in (given, named_task(row.get("task")), named_task(row.get("type"))):
+        if task is not None:
+            return task
+    if (task := named_task(default)) is not None:
+        return task
+    has_images = any(row.get(name) or name in matrix for name in IMAGE_FIELDS)
+    return Task.EDIT if has_images else Task.T2I
+
+
+def prompt_of(fields: JobFields, errors: RowErrors) -> str:
+    """Returns the prompt, which upstream files may hold as the first turn of a conversation."""
+    if fields.prompt is not None:
+        name, prompt = "prompt", fields.prompt
+    elif fields.conversations is not None:
+        name = "conversations"
+        asked = [turn.value for turn in fields.conversations if turn.speaker in _ASKING]
+        if len(asked) != 1:
+            errors.add(name, f"expected one turn from 'human' or 'user', found {len(asked)}")
+            return ""
+        prompt = asked[0]
+    else:
+        errors.add("prompt", "expected text, found nothing")
+        return ""
+    if not prompt or prompt.isspace():
+        errors.add(name, f"expected text, found {found(prompt)}")
+    return prompt
+
+
+def system_prompt_of(fields: JobFields, errors: RowErrors) -> str | None:
+    """Returns the job's own system prompt, from its field or a conversation's system turn."""
+    if fields.system_prompt is not None or fields.conversations is None:
+        return fields.system_prompt
+    turns = [turn.value for turn in fields.conversations if turn.speaker == "system"]
+    if len(turns) > 1:
+        errors.add("conversations", f"expected at most one system turn, found {len(turns)}")
+    return turns[0] if turns else None
+
+
+def think_of(fields: JobFields, errors: RowErrors) -> bool | None:
+    """Returns whether the job thinks, under either name of the field."""
+    if fields.think is None:
+        return fields.think_mode
+    if fields.think_mode is not None and fields.think_mode != fields.think:
+        errors.add("think_mode", "expected the same as think, found the opposite")
+    return fields.think
+
+
+def metadata_of(fields: JobFields, errors: RowErrors) -> dict[str, Any]:
+    """Returns what is passed through to the log; tags, and a `type` that is no task, join it."""
+    metadata: dict[str, Any] = dict(fields.metadata or {})
+    extras: dict[str, Any] = {"tags": fields.tags}
+    if fields.type is not None and named_task(fields.type) is None:
+        extras["type"] = fields.type
+    for name, value in extras.items():
+        if value is None:
+            continue
+        if name in metadata:
+            errors.add(("metadata", name), f"expected {name} once, found it as a field as well")
+        metadata[name] = value
+    return metadata

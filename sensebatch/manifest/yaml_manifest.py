@@ -1,0 +1,136 @@
+"""Reads YAML manifests: the header, the defaults, and the jobs with the lines of their fields."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from sensebatch.jobs import Task
+from sensebatch.manifest.fields import (
+    DEFAULTS_FIELD_NAMES,
+    FOREIGN_FIELDS,
+    SHARED_FIELD_NAMES,
+    DefaultsFields,
+    ManifestHeader,
+    SharedFields,
+)
+from sensebatch.manifest.ids import id_error
+from sensebatch.manifest.problems import RowErrors, found
+from sensebatch.manifest.rows import RawRow, Report, given
+from sensebatch.manifest.yaml_values import YamlTextError, YamlValue, load_yaml
+
+_TOP_NAMES = ("version", "name", "defaults", "jobs")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class YamlManifest:
+    """A YAML manifest that was read; its rows are not checked yet."""
+
+    name: str | None
+    defaults: Mapping[str, Any]
+    """Checked; what was wrong in them is left out."""
+    rows: Iterator[RawRow]
+
+
+def read_yaml_manifest(path: Path, report: Report) -> YamlManifest:
+    """Reads a YAML manifest.
+
+    Args:
+        path: The file.
+        report: Receives every mistake outside the rows.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    nothing = YamlManifest(name=None, defaults={}, rows=iter(()))
+    try:
+        document = load_yaml(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        report(1, (), f"expected UTF-8 text, found: {error}")
+        return nothing
+    except YamlTextError as error:
+        report(error.line, (), str(error))
+        return nothing
+    top = document.value
+    if not isinstance(top, dict):
+        report(1, (), f"expected a mapping with version and jobs, found {found(top)}")
+        return nothing
+    errors = RowErrors()
+    header = {name: value for name, value in top.items() if name not in ("defaults", "jobs")}
+    _validate(ManifestHeader, header, _TOP_NAMES, errors)
+    name = top.get("name")
+    if isinstance(name, str) and (message := id_error(name)) is not None:
+        errors.add("name", message.replace("an id", "a name"))
+    defaults = _checked_defaults(top.get("defaults"), errors)
+    jobs = top.get("jobs")
+    if not isinstance(jobs, list):
+        errors.add("jobs", f"expected a list of jobs, found {found(jobs)}")
+    for location, message in errors:
+        report(document.line_of(location), location, message)
+    return YamlManifest(
+        name=name if isinstance(name, str) else None,
+        defaults=defaults,
+        rows=_rows(document, report) if isinstance(jobs, list) else iter(()),
+    )
+
+
+def _rows(document: YamlValue, report: Report) -> Iterator[RawRow]:
+    for job in document.children("jobs"):
+        if not isinstance(job.value, dict):
+            report(job.line_of(()), (), f"expected a mapping, found {found(job.value)}")
+            continue
+        yield RawRow(fields=given(job.value), number=job.line_of(()), line_of=job.line_of)
+
+
+def _validate(
+    model: type[BaseModel], value: Any, known: tuple[str, ...], errors: RowErrors
+) -> None:
+    try:
+        model.model_validate(value)
+    except ValidationError as error:
+        errors.add_validation(error, known)
+
+
+def _checked_defaults(value: Any, errors: RowErrors) -> dict[str, Any]:
+    """Returns the defaults without the fields that are wrong."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        errors.add("defaults", f"expected a mapping, found {found(value)}")
+        return {}
+    common = {name: item for name, item in given(value).items() if name not in set(Task)}
+    checked = _section(DefaultsFields, common, ("defaults",), DEFAULTS_FIELD_NAMES, errors)
+    for task in Task:
+        section = value.get(task)
+        if section is None:
+            continue
+        place = ("defaults", str(task))
+        if not isinstance(section, dict):
+            errors.add(place, f"expected a mapping, found {found(section)}")
+            continue
+        foreign = section.keys() & FOREIGN_FIELDS[task]
+        for name in sorted(foreign):
+            errors.add((*place, name), f"expected a field of {task} jobs, found {name!r}")
+        fields = {name: item for name, item in given(section).items() if name not in foreign}
+        checked[task] = _section(SharedFields, fields, place, SHARED_FIELD_NAMES, errors)
+    return checked
+
+
+def _section(
+    model: type[BaseModel],
+    fields: dict[str, Any],
+    place: tuple[str, ...],
+    known: tuple[str, ...],
+    errors: RowErrors,
+) -> dict[str, Any]:
+    """Returns the good fields of one section of the defaults."""
+    mistakes = RowErrors()
+    _validate(model, fields, known, mistakes)
+    bad = {location[0] for location, _ in mistakes}
+    for location, message in mistakes:
+        errors.add((*place, *location), message)
+    return {name: value for name, value in fields.items() if name not in bad}

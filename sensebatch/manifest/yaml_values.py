@@ -1,0 +1,190 @@
+"""YAML values and the lines they stand on, under the YAML 1.2 rules of what a plain word means.
+
+Under the older rules of the library `16:9` would be a number of seconds, `no` would be false and
+`1e6` a text. Knows nothing of manifests.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from sensebatch.manifest.problems import Location
+from sensebatch.manifest.rows import is_unicode
+
+try:
+    from yaml import CSafeLoader as _Loader
+except ImportError:
+    from yaml import SafeLoader as _Loader  # type: ignore[assignment]
+
+_STRING = "tag:yaml.org,2002:str"
+_MERGE = "tag:yaml.org,2002:merge"
+_INTEGER = "tag:yaml.org,2002:int"
+_FLOAT = "tag:yaml.org,2002:float"
+_PLAIN_WORDS = (
+    ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    (_INTEGER, r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    (
+        _FLOAT,
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+    (_MERGE, r"<<", ["<"]),
+)
+
+
+class YamlTextError(Exception):
+    """Text that is no YAML, or a value that a manifest cannot hold.
+
+    Args:
+        message: What is wrong.
+        line: Where, counted from 1.
+    """
+
+    def __init__(self, message: str, line: int) -> None:
+        self.line = line
+        super().__init__(message)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class YamlValue:
+    """A value and the node it was made from."""
+
+    value: Any
+    node: yaml.Node
+
+    def line_of(self, location: Location) -> int:
+        """Returns the line of a field inside the value, or of the last part that is there."""
+        node, line = self.node, self.node.start_mark.line
+        for part in location:
+            step = _step(node, part)
+            if step is None:
+                break
+            line, node = step
+        return line + 1
+
+    def children(self, *location: str) -> Iterator[YamlValue]:
+        """Yields the items of the list at a location inside the value."""
+        node, value = self.node, self.value
+        for part in location:
+            step = _step(node, part)
+            if step is None:
+                return
+            node, value = step[1], value[part]
+        for child, item in zip(node.value, value, strict=True):
+            yield YamlValue(value=item, node=child)
+
+
+def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
+    table: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    for tag, pattern, starts in _PLAIN_WORDS:
+        for start in starts:
+            table.setdefault(start, []).append((tag, re.compile(rf"(?:{pattern})$")))
+    return table
+
+
+class _ValueLoader(_Loader):
+    yaml_implicit_resolvers = _resolvers()
+
+    def construct_integer(self, node: yaml.ScalarNode) -> int:
+        text = self.construct_scalar(node)
+        for prefix, base in (("0o", 8), ("0x", 16)):
+            if text.startswith(prefix):
+                return int(text, base)
+        return int(text)
+
+    def construct_real(self, node: yaml.ScalarNode) -> float:
+        return float(
+            self.construct_scalar(node).lower().replace(".inf", "inf").replace(".nan", "nan")
+        )
+
+
+_ValueLoader.add_constructor(_INTEGER, _ValueLoader.construct_integer)
+_ValueLoader.add_constructor(_FLOAT, _ValueLoader.construct_real)
+
+
+class ValueDumper(yaml.SafeDumper):
+    """Quotes exactly the words that the loader would not read as text."""
+
+    yaml_implicit_resolvers = _resolvers()
+
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
+        """Writes every value out, however often it occurs."""
+        return True
+
+
+def load_yaml(text: str) -> YamlValue:
+    """Returns the one document of a text.
+
+    Raises:
+        YamlTextError: The text is no YAML or empty, repeats a key, has a key that is no text, or
+            contains itself.
+    """
+    try:
+        loader = _ValueLoader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                raise YamlTextError("expected a mapping, found an empty file", 1)
+            _check_node(node, set(), set())
+            return YamlValue(value=loader.construct_document(node), node=node)
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        parts = [part for part in (error.context, error.problem) if part]
+        line = 1 if mark is None else mark.line + 1
+        raise YamlTextError(f"expected YAML, found an error: {', '.join(parts)}", line) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise YamlTextError(f"expected YAML, found an error: {error}", 1) from error
+
+
+def _step(node: yaml.Node, part: str | int) -> tuple[int, yaml.Node] | None:
+    """Returns the line and the node of a mapping's value or a list's item."""
+    if isinstance(node, yaml.MappingNode):
+        # Merged keys come first in the node, so the last one is the mapping's own.
+        for key, value in reversed(node.value):
+            if key.value == part:
+                return key.start_mark.line, value
+    elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+        item = node.value[part]
+        return item.start_mark.line, item
+    return None
+
+
+def _check_node(node: yaml.Node, above: set[int], checked: set[int]) -> None:
+    """Checks keys and texts of a node and everything below it, each node once."""
+    line = node.start_mark.line + 1
+    if id(node) in above:
+        raise YamlTextError("expected a finite value, found one that contains itself", line)
+    if id(node) in checked:
+        return
+    checked.add(id(node))
+    if isinstance(node, yaml.ScalarNode):
+        if not is_unicode(node.value):
+            raise YamlTextError("expected Unicode text, found half of a surrogate pair", line)
+        return
+    above.add(id(node))
+    children = node.value
+    if isinstance(node, yaml.MappingNode):
+        _check_keys(node)
+        children = [value for _, value in node.value]
+    for child in children:
+        _check_node(child, above, checked)
+    above.remove(id(node))
+
+
+def _check_keys(node: yaml.MappingNode) -> None:
+    seen: set[str] = set()
+    for key, _ in node.value:
+        line = key.start_mark.line + 1
+        if key.tag not in (_STRING, _MERGE):
+            raise YamlTextError(f"expected text as a key, found {key.value!r}", line)
+        if key.value in seen:
+            raise YamlTextError(f"expected every key once, found {key.value!r} again", line)
+        seen.add(key.value)
