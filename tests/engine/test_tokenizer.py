@@ -64,6 +64,11 @@ def test_lookalike_that_normalises_to_a_special_token_is_the_jobs_error(tmp_path
         HFTokenizer(folder).encode("\uff1cimg\uff1e")
 
 
+def test_half_a_character_is_the_jobs_error(tokenizer: HFTokenizer) -> None:
+    with pytest.raises(JobError, match="expected valid Unicode"):
+        tokenizer.encode("a \ud800 b")
+
+
 def test_decoding_shows_think_tags_and_no_other_special_token(tokenizer: HFTokenizer) -> None:
     names = ["<think>", "<img>", "<IMG_CONTEXT>", "</img>", "</think>", "<|im_end|>"]
     ids = [*tokenizer.encode("so ."), *map(tokenizer.token_id, names), tokenizer.encode("é")[0]]

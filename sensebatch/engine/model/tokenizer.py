@@ -96,8 +96,12 @@ class HFTokenizer:
 
         Raises:
             JobError: The text becomes a special token only after the tokenizer's own Unicode
-                normalisation, so that it cannot be kept plain.
+                normalisation, so that it cannot be kept plain; or it is no valid Unicode.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise JobError(f"prompt: expected valid Unicode: {error}") from error
         ids: list[int] = []
         for part in cut_literals(text, self._ids):
             ids += self._tokenizer.encode(part, add_special_tokens=False)
