@@ -66,6 +66,25 @@ def expected_tensors(arch: Architecture) -> dict[str, TensorSpec]:
     return specs
 
 
+def largest_layer_elements(arch: Architecture) -> int:
+    """Returns how many numbers the largest decoder layer of either expert holds."""
+    return max(
+        sum(math.prod(shape) for shape in _layer(arch, layer, group).values())
+        for layer in range(arch.num_layers)
+        for group in (TensorGroup.UNDERSTANDING, TensorGroup.GENERATION)
+    )
+
+
+def head_part_rows(arch: Architecture) -> list[int]:
+    """Returns the rows of `lm_head` in each of its parts, none larger than a decoder layer.
+
+    The head is computed part by part wherever it is kept, so that its logits do not depend on it.
+    """
+    num_parts = -(-arch.vocab_size * arch.hidden_size // largest_layer_elements(arch))
+    rows = -(-arch.vocab_size // num_parts)
+    return [min(rows, arch.vocab_size - start) for start in range(0, arch.vocab_size, rows)]
+
+
 def _suffix(group: TensorGroup) -> str:
     return GENERATION_SUFFIX if group is TensorGroup.GENERATION else ""
 

@@ -48,5 +48,6 @@ def load_network(
                 weight = opened.get_tensor(name)
                 if lora is not None:
                     weight = lora.apply(name, weight)
-                slots[name].view(parameters).copy_(weight)
+                for slot in slots[name]:
+                    slot.view(parameters).copy_(slot.part(weight))
     return network

@@ -89,8 +89,8 @@ class Runner:
             `[S, D]`, the normed output of each sequence's last token.
         """
         device = self.network.device
-        ids = torch.tensor([i for e in extensions for i in e.prompt.token_ids], device=device)
-        x_TD = self.network.embed_tokens(ids)
+        ids = torch.tensor([i for e in extensions for i in e.prompt.token_ids])
+        x_TD = self.network.embed_text(ids)
         spans, places, next_ts, start = [], [], [], 0
         for extension in extensions:
             prompt = extension.prompt

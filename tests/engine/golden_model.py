@@ -11,7 +11,7 @@ import torch
 
 from sensebatch.engine.model.attention import sdpa
 from sensebatch.engine.model.network import Network
-from sensebatch.engine.model.state_dict_adapter import checkpoint_slots, parameters_by_name
+from sensebatch.engine.model.state_dict_adapter import load_state_dict
 from sensebatch.engine.preprocess import Patches
 from sensebatch.engine.runner import Runner
 from sensebatch.engine.tasks.state import PreparedJob, job_generator
@@ -38,10 +38,7 @@ def build_network(config: str, edits: Sequence[dict[str, Any]] = ()) -> Network:
 def _cached_network(config: str, edits: str) -> Network:
     arch = golden_architecture(config)
     network = Network(arch).requires_grad_(False).eval()
-    parameters = parameters_by_name(network)
-    slots = checkpoint_slots(arch)
-    for name, weight in rule_weights(config, json.loads(edits)).items():
-        slots[name].view(parameters).copy_(weight)
+    load_state_dict(network, arch, rule_weights(config, json.loads(edits)))
     return network
 
 

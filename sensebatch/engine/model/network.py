@@ -6,7 +6,8 @@ image, P patches, A the axes t, h, w.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sensebatch.checkpoint.architecture import TIMESTEP_FREQUENCIES, Architecture
+from sensebatch.checkpoint.tensors import head_part_rows
 from sensebatch.engine.model.attention import Attention
 from sensebatch.engine.model.kv_cache import (
     GenerationContext,
@@ -57,6 +59,48 @@ class ScalarEmbedder(nn.Module):
         return self.second(F.silu(self.first(waves)))
 
 
+class HeadPart(nn.Module):
+    """Some rows of the vocabulary head.
+
+    Args:
+        num_rows: How many.
+        hidden: Size of a row.
+    """
+
+    def __init__(self, num_rows: int, hidden: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_rows, hidden))
+
+
+class VocabularyHead(nn.Module):
+    """Hidden states to logits, in parts (`checkpoint.tensors.head_part_rows`).
+
+
+    Args:
+        arch: The network's shape.
+    """
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(
+            HeadPart(rows, arch.hidden_size) for rows in head_part_rows(arch)
+        )
+        self.lend: Callable[[int], AbstractContextManager[nn.Module]] = self._own
+        """Gives a part that can be computed with; see `Expert.lend`."""
+
+    def _own(self, index: int) -> AbstractContextManager[nn.Module]:
+        return nullcontext(self.parts[index])
+
+    def forward(self, hidden_TD: Tensor) -> Tensor:
+        """Returns `[T, V]`."""
+        logits = []
+        for index in range(len(self.parts)):
+            with self.lend(index) as part:
+                assert isinstance(part, HeadPart)
+                logits.append(F.linear(hidden_TD, part.weight))
+        return torch.cat(logits, dim=-1)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImagePositions:
     """What every denoising step of the same pictures shares, computed once."""
@@ -80,7 +124,7 @@ class Network(nn.Module):
         self.arch = arch
         hidden = arch.hidden_size
         self.embed_tokens = nn.Embedding(arch.vocab_size, hidden)
-        self.lm_head = nn.Linear(hidden, arch.vocab_size, bias=False)
+        self.lm_head = VocabularyHead(arch)
         self.understanding = Expert(arch, arch.understanding_moe)
         self.generation = Expert(arch, arch.generation_moe)
         self.understanding_vision = PatchEmbedding(arch)
@@ -94,12 +138,12 @@ class Network(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where inputs of the network belong."""
-        return self.embed_tokens.weight.device
+        return self.understanding.norm.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of weights and activations."""
-        return self.embed_tokens.weight.dtype
+        return self.understanding.norm.dtype
 
     def new_cache(self) -> KVCache:
         """Returns an empty cache for one sequence."""
@@ -212,3 +256,7 @@ class Network(nn.Module):
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Returns `[T, V]`."""
         return self.lm_head(hidden_TD)
+
+    def embed_text(self, ids_T: Tensor) -> Tensor:
+        """Returns `[T, D]` on the network's device; the table itself may be in host memory."""
+        return self.embed_tokens(ids_T.to(self.embed_tokens.weight.device)).to(self.device)

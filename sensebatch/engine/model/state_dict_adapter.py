@@ -10,33 +10,38 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from sensebatch.checkpoint.architecture import Architecture, Moe
+from sensebatch.checkpoint.tensors import head_part_rows
 
 Index = tuple[int | slice, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A place in the network's parameters."""
+    """A place in the network's parameters for a checkpoint tensor, or for some of its rows."""
 
     parameter: str
     index: Index = ()
-    """Which part of the parameter; empty for the whole."""
+    """Which part of the parameter; empty for the whole. Always contiguous."""
+    rows: tuple[int, int] | None = None
+    """Which rows (start, end) of the checkpoint tensor go here; None for all."""
 
     def view(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """Returns the part as a view that can be copied into."""
         parameter = parameters[self.parameter]
         return parameter[self.index] if self.index else parameter
 
+    def part(self, weight: Tensor) -> Tensor:
+        """Returns the part of the checkpoint tensor that goes here."""
+        return weight if self.rows is None else weight[slice(*self.rows)]
 
-def checkpoint_slots(arch: Architecture) -> dict[str, Slot]:
-    """Returns the slot of every checkpoint tensor by its name."""
-    slots = {
-        "language_model.model.embed_tokens.weight": Slot("embed_tokens.weight"),
-        "language_model.lm_head.weight": Slot("lm_head.weight"),
-    }
+
+def checkpoint_slots(arch: Architecture) -> dict[str, tuple[Slot, ...]]:
+    """Returns the slots of every checkpoint tensor by its name; all but the head have one."""
+    slots = {"language_model.model.embed_tokens.weight": Slot("embed_tokens.weight")}
     slots |= _expert(arch, "understanding", "", arch.understanding_moe)
     slots |= _expert(arch, "generation", "_mot_gen", arch.generation_moe)
     slots |= _vision("vision_model", "understanding_vision")
@@ -53,7 +58,39 @@ def checkpoint_slots(arch: Architecture) -> dict[str, Slot]:
     for name, module in names.items():
         for kind in ("weight", "bias"):
             slots[f"fm_modules.{name}.{kind}"] = Slot(f"{module}.{kind}")
-    return slots
+    whole = {name: (slot,) for name, slot in slots.items()}
+    return whole | {"language_model.lm_head.weight": _head(arch)}
+
+
+def load_state_dict(network: nn.Module, arch: Architecture, weights: Mapping[str, Tensor]) -> None:
+    """Copies checkpoint tensors into a network whose parameters exist.
+
+    Raises:
+        KeyError: A tensor is missing.
+    """
+    parameters = parameters_by_name(network)
+    for name, slots in checkpoint_slots(arch).items():
+        for slot in slots:
+            slot.view(parameters).copy_(slot.part(weights[name]))
+
+
+def state_dict(network: nn.Module, arch: Architecture) -> dict[str, Tensor]:
+    """Returns the network's weights as checkpoint tensors, the inverse of `load_state_dict`."""
+    parameters = parameters_by_name(network)
+    return {
+        name: torch.cat([slot.view(parameters) for slot in slots]).contiguous()
+        if len(slots) > 1
+        else slots[0].view(parameters).contiguous()
+        for name, slots in checkpoint_slots(arch).items()
+    }
+
+
+def _head(arch: Architecture) -> tuple[Slot, ...]:
+    slots, start = [], 0
+    for part, rows in enumerate(head_part_rows(arch)):
+        slots.append(Slot(f"lm_head.parts.{part}.weight", rows=(start, start + rows)))
+        start += rows
+    return tuple(slots)
 
 
 def _vision(name: str, module: str) -> dict[str, Slot]:

@@ -10,6 +10,8 @@ I intermediate, X feed-forward experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -18,6 +20,10 @@ from torch import Tensor, nn
 
 from sensebatch.checkpoint.architecture import Architecture, Moe
 from sensebatch.engine.model.rope import Rotary, rotate_token_heads
+
+ROWS = 4096
+"""Tokens that go through the halves of a layer at a time, so that what they need for a moment
+does not grow with the batch. Matrix products of this many rows already run at full speed."""
 
 
 class AttentionContext(Protocol):
@@ -148,11 +154,47 @@ class Expert(nn.Module):
             for i in range(arch.num_layers)
         )
         self.norm = nn.Parameter(torch.empty(arch.hidden_size))
+        self.lend: Callable[[int], AbstractContextManager[nn.Module]] = self._own
+        """Gives a layer that can be computed with for as long as the context is open. Its own
+        by default; replaced where weights are not on the device all the time."""
+
+    def _own(self, index: int) -> AbstractContextManager[nn.Module]:
+        return nullcontext(self.layers[index])
 
     def forward(self, x_TD: Tensor, rotary: Rotary, context: AttentionContext) -> Tensor:
         """Returns the normed output `[T, D]` of all layers."""
-        for index, layer in enumerate(self.layers):
-            assert isinstance(layer, DecoderLayer)
-            q_THE, k_TKE, v_TKE = layer.project(x_TD, rotary)
-            x_TD = layer.finish(x_TD, context.attend(index, q_THE, k_TKE, v_TKE))
+        for index in range(len(self.layers)):
+            with self.lend(index) as layer:
+                assert isinstance(layer, DecoderLayer)
+                q_THE, k_TKE, v_TKE = _project(layer, x_TD, rotary)
+                attended_THE = context.attend(index, q_THE, k_TKE, v_TKE)
+                del q_THE, k_TKE, v_TKE
+                x_TD = _finish(layer, x_TD, attended_THE)
         return rms_norm(x_TD, self.norm, self._eps)
+
+
+def _project(layer: DecoderLayer, x_TD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+    """`DecoderLayer.project`, `ROWS` tokens at a time."""
+    if x_TD.shape[0] <= ROWS or torch.is_grad_enabled():
+        return layer.project(x_TD, rotary)
+    num_tokens = x_TD.shape[0]
+    outputs: tuple[Tensor, ...] = ()
+    for start in range(0, num_tokens, ROWS):
+        rows = slice(start, start + ROWS)
+        parts = layer.project(x_TD[rows], (rotary[0][rows], rotary[1][rows]))
+        if not outputs:
+            outputs = tuple(part.new_empty(num_tokens, *part.shape[1:]) for part in parts)
+        for output, part in zip(outputs, parts, strict=True):
+            output[rows] = part
+    q_THE, k_TKE, v_TKE = outputs
+    return q_THE, k_TKE, v_TKE
+
+
+def _finish(layer: DecoderLayer, x_TD: Tensor, attended_THE: Tensor) -> Tensor:
+    """`DecoderLayer.finish`, `ROWS` tokens at a time; overwrites `x_TD` where there are more."""
+    if x_TD.shape[0] <= ROWS or torch.is_grad_enabled():
+        return layer.finish(x_TD, attended_THE)
+    for start in range(0, x_TD.shape[0], ROWS):
+        rows = slice(start, start + ROWS)
+        x_TD[rows] = layer.finish(x_TD[rows], attended_THE[rows])
+    return x_TD
