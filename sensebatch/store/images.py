@@ -1,0 +1,125 @@
+"""Pictures as files: PNG, WebP or JPEG with the settings that made them. The same arrays give
+the same bytes: no times are written. Knows nothing of folders."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from sensebatch.config import OutputConfig
+from sensebatch.jobs import Job, ModelIdentity
+
+EXTENSIONS = {"png": "png", "webp": "webp", "jpeg": "jpg"}
+"""Of each image format."""
+
+METADATA_KEY = "sensebatch"
+"""Keyword of the PNG text chunk that holds the settings as JSON."""
+
+_USER_COMMENT = 0x9286
+_EXIF_IFD = 0x8769
+_EXIF_ASCII = b"ASCII\0\0\0"
+_MAX_EXIF_PROMPT = 4000
+"""Characters of the prompt that go into EXIF; a JPEG has room for 64 KiB, six bytes a character
+at worst."""
+
+
+def picture_metadata(job: Job, key: str, identity: ModelIdentity, index: int) -> dict[str, Any]:
+    """Returns what is embedded in a picture: the prompt, the seed and every setting.
+
+    Args:
+        job: The job that made it.
+        key: The job's key.
+        identity: The model that drew it.
+        index: Which of the job's pictures it is, from 0.
+    """
+    sampling = job.sampling
+    return {
+        "id": job.id,
+        "task": job.task,
+        "prompt": job.prompt,
+        "seed": job.seed,
+        "width": job.resolution.width,
+        "height": job.resolution.height,
+        "think": job.think,
+        "system_prompt": job.system_prompt,
+        "input_max_pixels": job.input_max_pixels,
+        "input_sha256": [image.sha256 for image in job.images],
+        "image_index": index,
+        "sampling": {name: getattr(sampling, name) for name in type(sampling).__slots__},
+        "checkpoint": identity.checkpoint,
+        "lora": identity.lora,
+        "dtype": identity.dtype,
+        "key": key,
+    }
+
+
+def encode_image(pixels: np.ndarray, output: OutputConfig, metadata: dict[str, Any]) -> bytes:
+    """Returns a picture as the bytes of a file.
+
+    Args:
+        pixels: uint8 `[height, width, 3]`.
+        output: The format, its quality, and whether `metadata` is embedded.
+        metadata: What JSON can hold.
+
+    Raises:
+        ValueError: The array is no picture.
+    """
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise ValueError(
+            f"expected uint8 pixels [height, width, 3], found {pixels.dtype} {list(pixels.shape)}"
+        )
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    buffer = io.BytesIO()
+    embedded = metadata if output.embed_metadata else None
+    if output.image_format == "png":
+        image.save(buffer, "PNG", pnginfo=_png_text(embedded))
+    elif output.image_format == "webp":
+        image.save(
+            buffer,
+            "WEBP",
+            quality=output.image_quality,
+            lossless=output.image_quality == 100,
+            exif=_exif(embedded),
+        )
+    elif output.image_format == "jpeg":
+        image.save(
+            buffer, "JPEG", quality=output.image_quality, subsampling=0, exif=_exif(embedded)
+        )
+    else:
+        raise ValueError(f"expected png, webp or jpeg, found {output.image_format!r}")
+    return buffer.getvalue()
+
+
+def read_metadata(image: Image.Image) -> dict[str, Any] | None:
+    """Returns what `encode_image` embedded in a picture, or None."""
+    text = getattr(image, "text", {}).get(METADATA_KEY)
+    if text is None:
+        comment = image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT, b"")
+        if not isinstance(comment, bytes) or not comment.startswith(_EXIF_ASCII):
+            return None
+        text = comment.removeprefix(_EXIF_ASCII).decode("ascii")
+    return json.loads(text)
+
+
+def _png_text(metadata: dict[str, Any] | None) -> PngInfo | None:
+    if metadata is None:
+        return None
+    info = PngInfo()
+    info.add_itxt(METADATA_KEY, json.dumps(metadata, ensure_ascii=False))
+    return info
+
+
+def _exif(metadata: dict[str, Any] | None) -> bytes:
+    if metadata is None:
+        return b""
+    prompt, system = metadata["prompt"], metadata["system_prompt"]
+    cut = {"prompt": prompt[:_MAX_EXIF_PROMPT], "system_prompt": system and system[:1000]}
+    text = json.dumps({**metadata, **cut}, ensure_ascii=True)
+    exif = Image.Exif()
+    exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = _EXIF_ASCII + text.encode("ascii")
+    return exif.tobytes()

@@ -1,0 +1,191 @@
+"""Reading manifests into the state: what is new, what changed, what is gone."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from sensebatch.errors import ManifestError, Problem
+from sensebatch.jobs import GroupKey, Job, ModelIdentity, job_key
+from sensebatch.plan import plan_entry
+from sensebatch.store import tables
+from sensebatch.store.attempts import DONE, PENDING
+from sensebatch.store.codec import group_to_json, job_from_json, job_to_json
+
+_MAX_PROBLEMS = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Changes:
+    """What a new reading of the manifests changed."""
+
+    jobs: int
+    added: int
+    changed: int
+    """Jobs with an old id and a new definition that had been tried; they run again."""
+    removed: int
+    """Jobs that are no longer in the manifests; their files are kept."""
+    restored: int
+    """Done jobs whose files are gone; they run again."""
+
+
+class _Row(NamedTuple):
+    """What is read of a known job to see whether it changed."""
+
+    number: int
+    id: str
+    seen: int
+    position: int
+    key: str
+    definition: str
+    wanted: int
+    attempts: int
+    outputs: str
+
+
+class Ingest:
+    """One reading of the manifests into the jobs table."""
+
+    def __init__(self, db: sqlite3.Connection, identity: ModelIdentity) -> None:
+        self._db = db
+        self._identity = identity
+        self._number = tables.increment(db, "reading")
+        self._jobs = self._added = self._changed = self._num_problems = 0
+        self._problems: list[Problem] = []
+        self._group_number = lru_cache(maxsize=None)(self._find_group)
+
+    def add(self, position: int, job: Job) -> None:
+        """Inserts, updates or confirms one job."""
+        self._jobs += 1
+        key = job_key(job, self._identity)
+        definition = job_to_json(job)
+        folded = tables.fold(job.id)
+        row = self._db.execute(
+            "SELECT number, id, seen, position, key, definition, wanted, attempts, outputs"
+            " FROM jobs WHERE folded = ?",
+            (folded,),
+        ).fetchone()
+        old = None if row is None else _Row._make(row)
+        if old is not None and old.id != job.id and self._is_forgotten(old):
+            self._db.execute("DELETE FROM jobs WHERE number = ?", (old.number,))
+            old = None
+        if old is None:
+            self._insert(position, job, key, definition, folded)
+        elif old.id != job.id or old.seen == self._number:
+            self._clash(job, old)
+        else:
+            self._update(position, job, key, definition, old)
+
+    def _is_forgotten(self, old: _Row) -> bool:
+        """Whether a job of earlier manifests has made nothing that its name must keep."""
+        return old.seen != self._number and old.outputs == "[]"
+
+    def _insert(self, position: int, job: Job, key: str, definition: str, folded: str) -> None:
+        entry = plan_entry(job)
+        self._added += 1
+        self._db.execute(
+            "INSERT INTO jobs VALUES (NULL, ?, ?, ?, ?, 1, ?, ?, ?, ?, ?, 0, 0, 0, '[]')",
+            (
+                folded,
+                job.id,
+                position,
+                self._number,
+                key,
+                self._group_number(entry.group),
+                entry.max_images,
+                definition,
+                PENDING,
+            ),
+        )
+
+    def _update(self, position: int, job: Job, key: str, definition: str, old: _Row) -> None:
+        if (old.position, old.key, old.definition, old.wanted) == (position, key, definition, 1):
+            self._db.execute(
+                "UPDATE jobs SET seen = ? WHERE number = ?", (self._number, old.number)
+            )
+            return
+        entry = plan_entry(job)
+        self._db.execute(
+            "UPDATE jobs SET seen = ?, position = ?, wanted = 1, key = ?, group_number = ?,"
+            " max_images = ?, definition = ? WHERE number = ?",
+            (
+                self._number,
+                position,
+                key,
+                self._group_number(entry.group),
+                entry.max_images,
+                definition,
+                old.number,
+            ),
+        )
+        if key != old.key:
+            self._changed += old.attempts > 0
+            self._db.execute(
+                "UPDATE jobs SET status = ?, tries = 0, alone = 0 WHERE number = ?",
+                (PENDING, old.number),
+            )
+
+    def _clash(self, job: Job, old: _Row) -> None:
+        self._num_problems += 1
+        if len(self._problems) < _MAX_PROBLEMS:
+            other = job_from_json(old.definition)
+            found = f"{job.id!r} again (first in {other.source.file}: {other.source.row})"
+            if job.id != old.id:
+                found = (
+                    f"{job.id!r}, which a disk that ignores case takes for {old.id!r} "
+                    f"({other.source.file}: {other.source.row})"
+                )
+            self._problems.append(
+                Problem(
+                    file=job.source.file,
+                    row=job.source.row,
+                    field="id",
+                    message=f"expected an id of its own, found {found}",
+                )
+            )
+
+    def _find_group(self, group: GroupKey) -> int:
+        text = group_to_json(group)
+        self._db.execute("INSERT OR IGNORE INTO groups VALUES (NULL, ?)", (text,))
+        query = "SELECT number FROM groups WHERE definition = ?"
+        return self._db.execute(query, (text,)).fetchone()[0]
+
+    def finish(self, root: Path) -> Changes:
+        """Marks the jobs that were not read, and those whose files are gone."""
+        if self._problems:
+            raise ManifestError(self._problems, self._num_problems)
+        removed = self._db.execute(
+            "UPDATE jobs SET wanted = 0 WHERE wanted = 1 AND seen <> ?", (self._number,)
+        ).rowcount
+        done = self._db.execute(
+            "SELECT number, outputs FROM jobs WHERE wanted = 1 AND status = ?", (DONE,)
+        )
+        gone = [
+            (PENDING, number)
+            for number, outputs in done
+            if not all((root / path).is_file() for path in json.loads(outputs))
+        ]
+        self._db.executemany(
+            "UPDATE jobs SET status = ?, tries = 0, alone = 0 WHERE number = ?", gone
+        )
+        self._drop_outdated_batches()
+        return Changes(
+            jobs=self._jobs,
+            added=self._added,
+            changed=self._changed,
+            removed=removed,
+            restored=len(gone),
+        )
+
+    def _drop_outdated_batches(self) -> None:
+        """Forgets started batches of which a job changed or is no longer wanted."""
+        query = "SELECT key FROM jobs WHERE folded = ? AND wanted = 1 AND status = ?"
+        for batch in tables.started_batches(self._db):
+            for job_id, key in batch.members:
+                if self._db.execute(query, (tables.fold(job_id), PENDING)).fetchone() != (key,):
+                    self._db.execute("DELETE FROM batches WHERE seq = ?", (batch.seq,))
+                    break

@@ -1,0 +1,222 @@
+"""log.parquet: one row per attempt, always rebuildable from the state database.
+
+The file is rewritten whole and replaced, so that it can be read at any moment. What does not
+change any more is kept in parts of a fixed number of rows, so that a rewrite only copies them.
+Knows the columns and the files; what a row says is decided in `rows`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sensebatch.errors import RunFolderError
+from sensebatch.store.attempts import row_from_json
+from sensebatch.store.files import storage_errors, sync_folders
+from sensebatch.store.run_dir import RunDir
+from sensebatch.store.state import State
+
+PART_ROWS = 4096
+"""Rows of a part."""
+
+_MIN_INTERVAL_S = 2.0
+_MAX_SHARE = 0.05
+"""Share of the time that rewriting may take."""
+
+_TIME = pa.timestamp("us", tz="UTC")
+
+SCHEMA = pa.schema(
+    [
+        pa.field("run", pa.string(), nullable=False),
+        pa.field("session", pa.int32(), nullable=False),
+        pa.field("job_id", pa.string(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("task", pa.string(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("attempt", pa.int32(), nullable=False),
+        pa.field("error_type", pa.string()),
+        pa.field("error_message", pa.string()),
+        pa.field("error_file", pa.string()),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("num_steps", pa.int32(), nullable=False),
+        pa.field("cfg_scale", pa.float64(), nullable=False),
+        pa.field("img_cfg_scale", pa.float64(), nullable=False),
+        pa.field("cfg_norm", pa.string(), nullable=False),
+        pa.field("cfg_interval", pa.list_(pa.float64()), nullable=False),
+        pa.field("timestep_shift", pa.float64(), nullable=False),
+        pa.field("think", pa.bool_(), nullable=False),
+        pa.field("num_input_images", pa.int32(), nullable=False),
+        pa.field("num_images", pa.int32(), nullable=False),
+        pa.field("image_tokens", pa.int64(), nullable=False),
+        pa.field("think_tokens", pa.int64(), nullable=False),
+        pa.field("text_tokens", pa.int64(), nullable=False),
+        pa.field("batch_id", pa.string()),
+        pa.field("batch_size", pa.int32(), nullable=False),
+        pa.field("shared_figures", pa.bool_(), nullable=False),
+        pa.field("queue_s", pa.float64(), nullable=False),
+        pa.field("load_s", pa.float64(), nullable=False),
+        pa.field("prefill_s", pa.float64(), nullable=False),
+        pa.field("think_s", pa.float64(), nullable=False),
+        pa.field("denoise_s", pa.float64(), nullable=False),
+        pa.field("encode_s", pa.float64(), nullable=False),
+        pa.field("total_s", pa.float64(), nullable=False),
+        pa.field("step_s", pa.float64()),
+        pa.field("image_tok_per_s", pa.float64()),
+        pa.field("text_tok_per_s", pa.float64()),
+        pa.field("peak_allocated_bytes", pa.int64(), nullable=False),
+        pa.field("peak_reserved_bytes", pa.int64(), nullable=False),
+        pa.field("peak_rss_bytes", pa.int64(), nullable=False),
+        pa.field("load_peak_allocated_bytes", pa.int64(), nullable=False),
+        pa.field("load_peak_reserved_bytes", pa.int64(), nullable=False),
+        pa.field("load_peak_rss_bytes", pa.int64(), nullable=False),
+        pa.field("vram_mode", pa.string(), nullable=False),
+        pa.field("budget_bytes", pa.int64()),
+        pa.field("attn_backend", pa.string(), nullable=False),
+        pa.field("dtype", pa.string(), nullable=False),
+        pa.field("device", pa.string(), nullable=False),
+        pa.field("torch_version", pa.string(), nullable=False),
+        pa.field("model", pa.string(), nullable=False),
+        pa.field("checkpoint", pa.string(), nullable=False),
+        pa.field("lora", pa.string()),
+        pa.field("system_prompt_source", pa.string(), nullable=False),
+        pa.field("image_paths", pa.list_(pa.string()), nullable=False),
+        pa.field("image_sha256", pa.list_(pa.string()), nullable=False),
+        pa.field("text_path", pa.string()),
+        pa.field("text_sha256", pa.string()),
+        pa.field("started_at", _TIME, nullable=False),
+        pa.field("finished_at", _TIME, nullable=False),
+        pa.field("source_file", pa.string(), nullable=False),
+        pa.field("source_row", pa.string(), nullable=False),
+        pa.field("metadata", pa.string(), nullable=False),
+    ]
+)
+"""The columns, described one by one in docs/log.md."""
+
+
+class Log:
+    """Keeps log.parquet up to date with the state.
+
+    Args:
+        run_dir: The run's folder.
+        state: Its database.
+    """
+
+    def __init__(self, run_dir: RunDir, state: State) -> None:
+        self._run_dir = run_dir
+        self._state = state
+        self._schema = SCHEMA.with_metadata({"sensebatch.run": state.run_id})
+        self._due = 0.0
+
+    def update(self) -> None:
+        """Writes the log if it was not just written; cheap to call after every commit.
+
+        Raises:
+            StorageFullError: The disk is full; the log before is still there.
+        """
+        if time.monotonic() >= self._due:
+            self.write()
+
+    def write(self) -> None:
+        """Writes the log with every row there is.
+
+        Raises:
+            StorageFullError: The disk is full; the log before is still there.
+        """
+        start = time.monotonic()
+        last = self._state.num_attempts()
+        complete = last // PART_ROWS
+        for number in range(complete):
+            if not self._is_part(self._part(number)):
+                self._write(self._part(number), iter([self._rows_of_part(number)]))
+        self._write(self._run_dir.log, self._tables(complete, last))
+        end = time.monotonic()
+        self._due = end + max(_MIN_INTERVAL_S, (end - start) / _MAX_SHARE)
+
+    def is_current(self) -> bool:
+        """Returns whether log.parquet is there, whole, and has every row."""
+        try:
+            with pq.ParquetFile(self._run_dir.log) as file:
+                rows = file.metadata.num_rows
+                return self._is_own(file) and rows == self._state.num_attempts()
+        except (OSError, pa.ArrowException):
+            return False
+
+    def _tables(self, complete: int, last: int) -> Iterator[pa.Table]:
+        for number in range(complete):
+            yield pq.read_table(self._part(number), schema=self._schema)
+        yield self._rows(complete * PART_ROWS + 1, last)
+
+    def _rows_of_part(self, number: int) -> pa.Table:
+        return self._rows(number * PART_ROWS + 1, (number + 1) * PART_ROWS)
+
+    def _rows(self, first: int, last: int) -> pa.Table:
+        rows = [row_from_json(text) for text in self._state.attempt_rows(first, last)]
+        return pa.Table.from_pylist(rows, schema=self._schema)
+
+    def _part(self, number: int) -> Path:
+        return self._run_dir.log_parts / f"part-{number:05d}.parquet"
+
+    def _is_part(self, path: Path) -> bool:
+        try:
+            with pq.ParquetFile(path) as file:
+                return self._is_own(file) and file.metadata.num_rows == PART_ROWS
+        except (OSError, pa.ArrowException):
+            return False
+
+    def _is_own(self, file: pq.ParquetFile) -> bool:
+        """Whether a file has these columns and belongs to this state, not to one before it."""
+        return file.schema_arrow.equals(self._schema, check_metadata=True)
+
+    def _write(self, path: Path, tables: Iterator[pa.Table]) -> None:
+        temporary = path.with_name(f".{path.name}.tmp")
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with temporary.open("wb") as file:
+                    with pq.ParquetWriter(file, self._schema, compression="zstd") as writer:
+                        for table in tables:
+                            writer.write_table(table)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)  # noqa: PTH105, one name to stop at in tests
+            except OSError:
+                temporary.unlink(missing_ok=True)
+                raise
+        sync_folders([path], self._run_dir.root)
+
+
+def rebuild_log(run_dir: RunDir, state: State) -> int:
+    """Writes log.parquet anew from the state alone, and returns its number of rows."""
+    for part in sorted(run_dir.log_parts.glob("part-*.parquet")):
+        part.unlink()
+    Log(run_dir, state).write()
+    return state.num_attempts()
+
+
+def metadata_text(metadata: object) -> str:
+    """Returns a job's metadata as the log holds it."""
+    return json.dumps(metadata, ensure_ascii=False, sort_keys=True)
+
+
+def read_log(run_dir: RunDir) -> pa.Table:
+    """Returns the rows of log.parquet; works while a run writes it.
+
+    Raises:
+        RunFolderError: There is no log, or it cannot be read.
+    """
+    try:
+        return pq.read_table(run_dir.log)
+    except (OSError, pa.ArrowException) as error:
+        raise RunFolderError(
+            f"{run_dir.log}: expected the log of a run: {error}; running the same command again "
+            "writes it anew"
+        ) from error

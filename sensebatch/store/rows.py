@@ -1,0 +1,151 @@
+"""What a row of the log says: a job, its result and the figures of its batch, joined. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sensebatch.jobs import BatchMetrics, EngineInfo
+from sensebatch.store.attempts import DONE, FAILED, Attempt, Failure
+from sensebatch.store.log import metadata_text
+from sensebatch.store.state import StoredJob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenJob:
+    """What the files of a job came to."""
+
+    image_paths: tuple[str, ...] = ()
+    image_sha256: tuple[str, ...] = ()
+    text_path: str | None = None
+    text_sha256: str | None = None
+    think_tokens: int = 0
+    text_tokens: int = 0
+    encode_s: float = 0.0
+    failure: Failure | None = None
+    error_file: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowContext:
+    """What all rows of a process have in common."""
+
+    run: str
+    session: int
+    info: EngineInfo
+
+
+def job_columns(context: RowContext, stored: StoredJob) -> dict[str, Any]:
+    """Returns the columns that say what was to be done and by what."""
+    job, info = stored.job, context.info
+    sampling = job.sampling
+    own_prompt = job.system_prompt is not None
+    return {
+        "run": context.run,
+        "session": context.session,
+        "job_id": job.id,
+        "key": stored.key,
+        "task": job.task.value,
+        "attempt": stored.attempts + 1,
+        "prompt": job.prompt,
+        "seed": job.seed,
+        "width": job.resolution.width,
+        "height": job.resolution.height,
+        "num_steps": sampling.num_steps,
+        "cfg_scale": sampling.cfg_scale,
+        "img_cfg_scale": sampling.img_cfg_scale,
+        "cfg_norm": sampling.cfg_norm.value,
+        "cfg_interval": sampling.cfg_interval,
+        "timestep_shift": sampling.timestep_shift,
+        "think": job.think,
+        "num_input_images": len(job.images),
+        "load_s": info.load_s,
+        "load_peak_allocated_bytes": info.load_peak_allocated_bytes,
+        "load_peak_reserved_bytes": info.load_peak_reserved_bytes,
+        "load_peak_rss_bytes": info.load_peak_rss_bytes,
+        "vram_mode": info.vram_mode,
+        "budget_bytes": info.budget_bytes,
+        "attn_backend": info.attn_backend,
+        "dtype": info.dtype,
+        "device": info.device,
+        "torch_version": info.torch_version,
+        "model": info.model,
+        "checkpoint": info.identity.checkpoint,
+        "lora": info.identity.lora,
+        "system_prompt_source": "job" if own_prompt else info.system_prompt_source[job.task],
+        "source_file": job.source.file,
+        "source_row": job.source.row,
+        "metadata": metadata_text(dict(job.metadata)),
+    }
+
+
+def job_figures(stored: StoredJob, written: WrittenJob) -> dict[str, Any]:
+    """Returns the columns that say what became of one job."""
+    failure = written.failure
+    num_images = len(written.image_paths)
+    return {
+        "status": DONE if failure is None else FAILED,
+        "error_type": None if failure is None else failure.type,
+        "error_message": None if failure is None else failure.message,
+        "error_file": written.error_file,
+        "num_images": num_images,
+        "image_tokens": num_images * stored.job.resolution.image_tokens,
+        "think_tokens": written.think_tokens,
+        "text_tokens": written.text_tokens,
+        "encode_s": written.encode_s,
+        "image_paths": written.image_paths,
+        "image_sha256": written.image_sha256,
+        "text_path": written.text_path,
+        "text_sha256": written.text_sha256,
+    }
+
+
+def batch_figures(
+    metrics: BatchMetrics, jobs: Sequence[StoredJob], written: Sequence[WrittenJob]
+) -> dict[str, Any]:
+    """Returns the columns that the jobs of a batch share.
+
+    Source: tok/s as the published summary counts it, image tokens by the generation's wall time.
+    """
+    done = zip(jobs, written, strict=True)
+    image_tokens = sum(len(w.image_paths) * job.job.resolution.image_tokens for job, w in done)
+    text_tokens = sum(w.think_tokens + w.text_tokens for w in written)
+    return {
+        "batch_size": len(jobs),
+        "shared_figures": len(jobs) > 1,
+        "prefill_s": metrics.prefill_s,
+        "think_s": metrics.think_s,
+        "denoise_s": metrics.denoise_s,
+        "total_s": metrics.total_s,
+        "step_s": _ratio(metrics.denoise_s, metrics.num_denoise_steps),
+        "image_tok_per_s": _ratio(image_tokens, metrics.total_s),
+        "text_tok_per_s": _ratio(text_tokens, metrics.think_s),
+        "peak_allocated_bytes": metrics.peak_allocated_bytes,
+        "peak_reserved_bytes": metrics.peak_reserved_bytes,
+    }
+
+
+def _ratio(amount: float, per: float) -> float | None:
+    return amount / per if amount > 0 and per > 0 else None
+
+
+def early_failure(
+    context: RowContext,
+    stored: StoredJob,
+    written: WrittenJob,
+    *,
+    queue_s: float,
+    at: datetime,
+    rss_bytes: int,
+) -> Attempt:
+    """Returns the row of a job that failed before a batch could begin."""
+    return Attempt(
+        **job_columns(context, stored),
+        **job_figures(stored, written),
+        queue_s=queue_s,
+        peak_rss_bytes=rss_bytes,
+        started_at=at,
+        finished_at=at,
+    )

@@ -1,0 +1,157 @@
+"""The run's folder: what lies where, who holds it, and the settings it was made with.
+
+Knows paths only; what is in `state.db` or in a picture is known elsewhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from sensebatch.errors import JobError, RunFolderError
+from sensebatch.store.files import storage_errors, sync_folders, write_atomic
+
+LOCK_WAIT_S = 2.0
+"""How long a run waits for the lock: `status` holds it for a moment to see whether it is free."""
+
+
+class RunDir:
+    """The layout of a run's folder.
+
+    Args:
+        root: The folder; made by `locked`.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.settings = root / "run.yaml"
+        self.state = root / "state.db"
+        self.log = root / "log.parquet"
+        self.log_parts = root / "log"
+        self.checkpoints = root / "checkpoints"
+        self._lock = root / ".lock"
+        self._holder = root / ".lock-holder.json"
+
+    def image_name(self, job_id: str, extension: str, index: int | None = None) -> str:
+        """Returns a picture's path in the folder, with `/`; `index` is of an interleave job's.
+
+        Raises:
+            JobError: The id would leave the folder.
+        """
+        name = f"{_checked(job_id)}.{extension}"
+        if index is not None:
+            name = f"{_checked(job_id)}/{index:03d}.{extension}"
+        return f"images/{name}"
+
+    def text_name(self, job_id: str) -> str:
+        """Returns the path, in the folder, of a job's think or interleave text."""
+        return f"text/{_checked(job_id)}.txt"
+
+    def error_name(self, job_id: str, attempt: int) -> str:
+        """Returns the path, in the folder, of a failed attempt's traceback."""
+        return f"errors/{_checked(job_id)}-{attempt}.txt"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Makes the folder and holds it for one process; the lock dies with the process.
+
+        Raises:
+            RunFolderError: Another process holds it, or what is there is no run's folder.
+        """
+        with storage_errors(self.root):
+            try:
+                self.root.mkdir(parents=True, exist_ok=True)
+            except FileExistsError:
+                raise RunFolderError(f"{self.root}: expected a folder, found a file") from None
+        lock = FileLock(self._lock)
+        try:
+            with storage_errors(self._lock):
+                lock.acquire(timeout=LOCK_WAIT_S)
+        except Timeout:
+            raise RunFolderError(
+                f"{self.root}: in use by another run{self._held_by()}; wait for it or stop it"
+            ) from None
+        try:
+            self._require_own()
+            holder = {"pid": os.getpid(), "host": socket.gethostname()}
+            write_atomic(self._holder, json.dumps(holder).encode())
+            yield
+            with suppress(OSError):
+                self._holder.unlink(missing_ok=True)
+        finally:
+            lock.release()
+
+    def in_use(self) -> bool:
+        """Returns whether a process works in the folder now."""
+        if not self._lock.exists() or not os.access(self.root, os.W_OK):
+            return False
+        try:
+            with FileLock(self._lock).acquire(timeout=0):
+                return False
+        except Timeout:
+            return True
+
+    def _held_by(self) -> str:
+        try:
+            holder = json.loads(self._holder.read_text())
+            return f" (process {holder['pid']} on {holder['host']})"
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
+
+    def _require_own(self) -> None:
+        """Refuses a folder whose pictures no state database answers for."""
+        if self.state.exists():
+            return
+        names = ("images", "text", "log.parquet")
+        found = [name for name in names if (self.root / name).exists()]
+        if found:
+            raise RunFolderError(
+                f"{self.root}: expected an empty folder or a run's, found {', '.join(found)} "
+                "without state.db; choose another folder, so that nothing is overwritten"
+            )
+
+    def write_settings(self, settings: Mapping[str, Any]) -> None:
+        """Writes run.yaml."""
+        text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
+        write_atomic(self.settings, text.encode())
+        sync_folders([self.settings], self.root)
+
+
+def settings_document(config: Any, manifests: Sequence[str], version: str) -> dict[str, Any]:
+    """Returns what run.yaml says: the version, the manifests and every resolved setting.
+
+    Args:
+        config: The run's `RunConfig`.
+        manifests: Paths as the user named them.
+        version: Of sensebatch.
+    """
+    return {"sensebatch": version, "manifests": list(manifests), "config": _plain(config)}
+
+
+def _plain(value: Any) -> Any:
+    """Returns dataclasses, mappings and enumerations as what YAML can say."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, str) else value
+
+
+def _checked(job_id: str) -> str:
+    path = PurePosixPath(job_id)
+    if not job_id or path.is_absolute() or ".." in path.parts or "\\" in job_id:
+        raise JobError(f"id {job_id!r}: expected a name that stays in the run's folder")
+    return job_id

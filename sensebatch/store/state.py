@@ -1,0 +1,250 @@
+"""What is done and what is not: the truth of a run, in SQLite, in the run's folder.
+
+A job is done when its row here says so; its files are in place before that. Knows nothing of
+pictures, engines or Parquet.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sensebatch.jobs import Job, ModelIdentity
+from sensebatch.plan import PlanEntry
+from sensebatch.store import tables
+from sensebatch.store.attempts import DONE, FAILED, PENDING, Attempt
+from sensebatch.store.codec import group_from_json, job_from_json
+from sensebatch.store.database import Database
+from sensebatch.store.ingest import Changes, Ingest
+from sensebatch.store.tables import StartedBatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """How many of the manifest's jobs are in which state."""
+
+    jobs: int
+    pending: int
+    """Not started."""
+    started: int
+    """In a batch that was begun and not committed: running, or interrupted."""
+    done: int
+    failed: int
+    removed: int
+    """Jobs of earlier manifests that the latest no longer has; not among `jobs`."""
+
+    @property
+    def remaining(self) -> int:
+        """Jobs still to be run."""
+        return self.pending + self.started
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredJob:
+    """A job as the state knows it."""
+
+    job: Job
+    key: str
+    attempts: int
+    """Rows it has in the log."""
+    tries: int
+    """Attempts that count against `max_attempts`."""
+
+
+class State:
+    """The state database of a run's folder.
+
+    Args:
+        path: `state.db`; made where it does not exist.
+        read_only: Reads beside the process that writes.
+
+    Raises:
+        RunFolderError: The file is no state database of this version.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        self._db = Database(path, read_only=read_only)
+        if not read_only:
+            with self._db.transaction() as db:
+                db.execute("INSERT OR IGNORE INTO meta VALUES ('run', ?)", (uuid.uuid4().hex[:12],))
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._db.close()
+
+    @property
+    def run_id(self) -> str:
+        """The folder's id: 12 hex digits, drawn when it was made."""
+        with self._db.reading() as db:
+            return db.execute("SELECT value FROM meta WHERE name = 'run'").fetchone()[0]
+
+    def next_session(self) -> int:
+        """Returns a number for a process that works in the folder; the first is 1."""
+        with self._db.transaction() as db:
+            return tables.increment(db, "session")
+
+    def ingest(self, jobs: Iterable[Job], identity: ModelIdentity, root: Path) -> Changes:
+        """Makes `jobs` the run's manifest, in one transaction.
+
+        Args:
+            jobs: All jobs, in order; read once, one by one. Whatever it raises undoes all.
+            identity: What the keys depend on besides the jobs.
+            root: The run's folder, in which the files of done jobs are looked for.
+
+        Raises:
+            ManifestError: Two jobs have the same id, or ids that a disk which ignores case takes
+                for the same.
+        """
+        with self._db.transaction() as db:
+            reader = Ingest(db, identity)
+            for position, job in enumerate(jobs):
+                reader.add(position, job)
+            return reader.finish(root)
+
+    def counts(self) -> Counts:
+        """Returns the number of jobs in each state."""
+        with self._db.reading() as db:
+            rows = db.execute("SELECT wanted, status, count(*) FROM jobs GROUP BY 1, 2").fetchall()
+            started = sum(len(batch.members) for batch in tables.started_batches(db))
+        wanted = {status: count for is_wanted, status, count in rows if is_wanted}
+        return Counts(
+            jobs=sum(wanted.values()),
+            pending=wanted.get(PENDING, 0) - started,
+            started=started,
+            done=wanted.get(DONE, 0),
+            failed=wanted.get(FAILED, 0),
+            removed=sum(count for is_wanted, _, count in rows if not is_wanted),
+        )
+
+    def retry_failed(self) -> int:
+        """Makes failed jobs pending again, with all their tries; returns how many."""
+        with self._db.transaction() as db:
+            return db.execute(
+                "UPDATE jobs SET status = ?, tries = 0, alone = 1 WHERE wanted = 1 AND status = ?",
+                (PENDING, FAILED),
+            ).rowcount
+
+    def entries(self) -> Iterator[PlanEntry]:
+        """Yields what the plan needs of every job that is to be run and is in no started batch."""
+        with self._db.reading() as db:
+            started = {job_id for batch in tables.started_batches(db) for job_id in batch.ids}
+            groups = {
+                number: group_from_json(text)
+                for number, text in db.execute("SELECT number, definition FROM groups")
+            }
+            rows = db.execute(
+                "SELECT id, group_number, max_images, alone FROM jobs"
+                " WHERE wanted = 1 AND status = ? ORDER BY position",
+                (PENDING,),
+            )
+            for job_id, number, max_images, alone in rows:
+                if job_id not in started:
+                    yield PlanEntry(
+                        id=job_id, group=groups[number], max_images=max_images, alone=bool(alone)
+                    )
+
+    def jobs(self, ids: Sequence[str]) -> list[StoredJob]:
+        """Returns jobs by id, in the order asked for.
+
+        Raises:
+            KeyError: There is no such job.
+        """
+        found = []
+        with self._db.reading() as db:
+            for job_id in ids:
+                row = db.execute(
+                    "SELECT definition, key, attempts, tries FROM jobs WHERE folded = ?",
+                    (tables.fold(job_id),),
+                ).fetchone()
+                if row is None:
+                    raise KeyError(job_id)
+                job = job_from_json(row[0])
+                found.append(StoredJob(job=job, key=row[1], attempts=row[2], tries=row[3]))
+        return found
+
+    def started_batches(self) -> list[StartedBatch]:
+        """Returns the batches that were begun and not committed, in the order they were begun."""
+        with self._db.reading() as db:
+            return tables.started_batches(db)
+
+    def drop_batches(self, seqs: Iterable[int]) -> None:
+        """Forgets that batches were started; their jobs are planned anew."""
+        with self._db.transaction() as db:
+            db.executemany("DELETE FROM batches WHERE seq = ?", ((seq,) for seq in seqs))
+
+    def begin(
+        self,
+        members: Sequence[tuple[str, str]],
+        *,
+        replacing: int | None = None,
+        failed: Sequence[Attempt] = (),
+        max_attempts: int = 1,
+    ) -> int:
+        """Records the composition of a batch before it runs, and returns its number.
+
+        In the same transaction the jobs that cannot run with the others get their failed
+        attempts: were they apart, a kill between them would change later batches.
+
+        Args:
+            members: (id, key) of each job, in the batch's order; may be empty beside failures.
+            replacing: The number of the batch this one takes the place of.
+            failed: Attempts of jobs that failed before the batch began.
+            max_attempts: Tries after which a job counts as failed.
+        """
+        with self._db.transaction() as db:
+            if replacing is not None:
+                db.execute("DELETE FROM batches WHERE seq = ?", (replacing,))
+            tables.record_attempts(db, failed, max_attempts)
+            return tables.insert_batch(db, members) if members else 0
+
+    def split(self, seq: int, parts: Sequence[Sequence[tuple[str, str]]]) -> list[int]:
+        """Replaces a started batch by smaller ones and returns their numbers."""
+        with self._db.transaction() as db:
+            db.execute("DELETE FROM batches WHERE seq = ?", (seq,))
+            return [tables.insert_batch(db, members) for members in parts]
+
+    def commit(self, seq: int, attempts: Sequence[Attempt], *, max_attempts: int) -> list[str]:
+        """Records what became of a whole batch; this is the moment its jobs are done.
+
+        Returns:
+            Paths in the run's folder of files that the jobs no longer have, now to be removed.
+        """
+        with self._db.transaction() as db:
+            stale = tables.record_attempts(db, attempts, max_attempts)
+            db.execute("DELETE FROM batches WHERE seq = ?", (seq,))
+        return stale
+
+    def stale_files(self) -> list[str]:
+        """Returns files that were replaced by a commit and may still be there."""
+        with self._db.reading() as db:
+            return [path for (path,) in db.execute("SELECT path FROM stale ORDER BY path")]
+
+    def forget_stale(self, paths: Iterable[str]) -> None:
+        """Records that stale files are gone."""
+        with self._db.transaction() as db:
+            db.executemany("DELETE FROM stale WHERE path = ?", ((path,) for path in paths))
+
+    def needs_checkpoints(self, seq: int, ids: Iterable[str]) -> bool:
+        """Returns whether a batch is under way, or one of the jobs it had is still to be run."""
+        with self._db.reading() as db:
+            if db.execute("SELECT 1 FROM batches WHERE seq = ?", (seq,)).fetchone():
+                return True
+            query = "SELECT 1 FROM jobs WHERE folded = ? AND wanted = 1 AND status = ?"
+            return any(
+                db.execute(query, (tables.fold(job_id), PENDING)).fetchone() for job_id in ids
+            )
+
+    def num_attempts(self) -> int:
+        """Returns how many rows the log has."""
+        with self._db.reading() as db:
+            return db.execute("SELECT coalesce(max(seq), 0) FROM attempts").fetchone()[0]
+
+    def attempt_rows(self, first: int, last: int) -> list[str]:
+        """Returns the attempts `first` to `last`, counted from 1, both included, as JSON."""
+        with self._db.reading() as db:
+            rows = db.execute(
+                "SELECT row FROM attempts WHERE seq BETWEEN ? AND ? ORDER BY seq", (first, last)
+            )
+            return [row for (row,) in rows]

@@ -1,0 +1,73 @@
+"""A run's folder, opened: its lock held, its state, its checkpoints and its log at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from sensebatch.store.attempts import Attempt
+from sensebatch.store.checkpoints import CheckpointStore
+from sensebatch.store.files import storage_errors
+from sensebatch.store.log import Log
+from sensebatch.store.run_dir import RunDir
+from sensebatch.store.state import State
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Store:
+    """The folder of a run that this process holds."""
+
+    run_dir: RunDir
+    state: State
+    checkpoints: CheckpointStore
+    log: Log
+
+    def commit(self, seq: int, attempts: Sequence[Attempt], *, max_attempts: int) -> None:
+        """Commits a batch whose files are in place, then clears up behind it.
+
+        Raises:
+            StorageFullError: The disk is full; either all of the batch is committed or nothing.
+        """
+        stale = self.state.commit(seq, attempts, max_attempts=max_attempts)
+        self.remove_stale(stale)
+        self.checkpoints.discard(seq, self.state.needs_checkpoints)
+        self.log.update()
+
+    def remove_stale(self, names: Sequence[str]) -> None:
+        """Removes files that a job's earlier definition made and its new one replaced."""
+        if not names:
+            return
+        with storage_errors(self.run_dir.root):
+            for name in names:
+                (self.run_dir.root / PurePosixPath(name)).unlink(missing_ok=True)
+        self.state.forget_stale(names)
+
+
+@contextmanager
+def open_store(root: Path) -> Iterator[Store]:
+    """Opens a run's folder for one process, making it where there is none.
+
+    What an interrupted process left half cleared up is cleared up, and log.parquet is there.
+
+    Raises:
+        RunFolderError: Another process holds the folder, or it is no run's.
+        StorageFullError: The disk is full.
+    """
+    run_dir = RunDir(root)
+    with run_dir.locked():
+        state = State(run_dir.state)
+        try:
+            store = Store(
+                run_dir=run_dir,
+                state=state,
+                checkpoints=CheckpointStore(run_dir.checkpoints),
+                log=Log(run_dir, state),
+            )
+            store.remove_stale(state.stale_files())
+            if not store.log.is_current():
+                store.log.write()
+            yield store
+        finally:
+            state.close()

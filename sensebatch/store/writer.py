@@ -1,0 +1,224 @@
+"""Brings the results of a batch to the disk while the next batch runs, and commits them.
+
+Files first, all of them, then one transaction that names them. Pictures are encoded by several
+threads; one more thread takes batches in their order, waits for the files and commits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import PurePosixPath
+
+import numpy as np
+
+from sensebatch.config import OutputConfig
+from sensebatch.errors import JobError, RunFolderError, StorageFullError
+from sensebatch.jobs import Batch, BatchMetrics, EngineInfo, JobResult, Task
+from sensebatch.store.attempts import Attempt, Failure, peak_rss_bytes
+from sensebatch.store.files import storage_errors, sync_folders, write_atomic
+from sensebatch.store.images import EXTENSIONS, encode_image, picture_metadata
+from sensebatch.store.rows import (
+    RowContext,
+    WrittenJob,
+    batch_figures,
+    early_failure,
+    job_columns,
+    job_figures,
+)
+from sensebatch.store.state import StoredJob
+from sensebatch.store.store import Store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RanBatch:
+    """A batch that the engine is through with."""
+
+    seq: int
+    """Its number in the state."""
+    batch: Batch
+    jobs: tuple[StoredJob, ...]
+    results: tuple[JobResult | Failure, ...]
+    """What became of each job; exceptions are already text."""
+    metrics: BatchMetrics
+    queue_s: float
+    """Seconds from the start of the run to the start of the batch."""
+    started_at: datetime
+
+
+class BatchWriter:
+    """Writes and commits batches in the background; used as a context manager.
+
+    Args:
+        store: The run's folder.
+        info: What the log says of the engine.
+        output: How pictures are written.
+        max_attempts: Tries after which a job counts as failed.
+    """
+
+    def __init__(
+        self, store: Store, info: EngineInfo, output: OutputConfig, *, max_attempts: int
+    ) -> None:
+        self._store = store
+        self._output = output
+        self._max_attempts = max_attempts
+        self._context = RowContext(
+            run=store.state.run_id, session=store.state.next_session(), info=info
+        )
+        self._encoders = ThreadPoolExecutor(output.num_writers, thread_name_prefix="encode")
+        self._committer = ThreadPoolExecutor(1, thread_name_prefix="commit")
+
+    def __enter__(self) -> BatchWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Waits for the batch that is being written; a finished one is not thrown away."""
+        self._committer.shutdown()
+        self._encoders.shutdown()
+
+    def submit(self, ran: RanBatch) -> Future[tuple[Attempt, ...]]:
+        """Starts writing a batch; the future gives its rows once they are committed.
+
+        The future raises StorageFullError or RunFolderError where the disk fails.
+        """
+        return self._committer.submit(self._write_batch, ran)
+
+    def fail_early(
+        self,
+        members: Sequence[tuple[str, str]],
+        failed: Sequence[tuple[StoredJob, Failure]],
+        *,
+        replacing: int | None,
+        queue_s: float,
+    ) -> tuple[int, list[Attempt]]:
+        """Records a batch's composition with the failures of jobs that cannot be in it.
+
+        Returns:
+            The batch's number, and the rows of the failed jobs.
+
+        Raises:
+            StorageFullError: The disk is full.
+        """
+        now = datetime.now(UTC)
+        attempts = [
+            early_failure(
+                self._context,
+                stored,
+                self._write_failure(stored, failure),
+                queue_s=queue_s,
+                at=now,
+                rss_bytes=peak_rss_bytes(),
+            )
+            for stored, failure in failed
+        ]
+        self._sync(attempts)
+        seq = self._store.state.begin(
+            members, replacing=replacing, failed=attempts, max_attempts=self._max_attempts
+        )
+        return seq, attempts
+
+    def _write_batch(self, ran: RanBatch) -> tuple[Attempt, ...]:
+        futures = [
+            self._encoders.submit(self._write_job, stored, result)
+            for stored, result in zip(ran.jobs, ran.results, strict=True)
+        ]
+        written = [
+            self._settled(stored, future) for stored, future in zip(ran.jobs, futures, strict=True)
+        ]
+        attempts = self._attempts(ran, written)
+        self._sync(attempts)
+        self._store.commit(ran.seq, attempts, max_attempts=self._max_attempts)
+        return attempts
+
+    def _settled(self, stored: StoredJob, future: Future[WrittenJob]) -> WrittenJob:
+        """Returns what was written; an error that concerns one job alone is that job's failure."""
+        error = future.exception()
+        if error is None:
+            return future.result()
+        if isinstance(error, StorageFullError | RunFolderError) or not isinstance(error, Exception):
+            raise error
+        return self._write_failure(stored, Failure.of(error))
+
+    def _write_job(self, stored: StoredJob, result: JobResult | Failure) -> WrittenJob:
+        if isinstance(result, Failure):
+            return self._write_failure(stored, result)
+        start = time.monotonic()
+        names = self._image_names(stored, len(result.images))
+        digests = [
+            self._write(name, self._encode(stored, pixels, index))
+            for index, (name, pixels) in enumerate(zip(names, result.images, strict=True))
+        ]
+        text_path, text_sha256 = None, None
+        if result.text is not None:
+            text_path = self._store.run_dir.text_name(stored.job.id)
+            text_sha256 = self._write(text_path, result.text.encode())
+        return WrittenJob(
+            image_paths=tuple(names),
+            image_sha256=tuple(digests),
+            text_path=text_path,
+            text_sha256=text_sha256,
+            think_tokens=result.think_tokens,
+            text_tokens=result.text_tokens,
+            encode_s=time.monotonic() - start,
+        )
+
+    def _write_failure(self, stored: StoredJob, failure: Failure) -> WrittenJob:
+        try:
+            name = self._store.run_dir.error_name(stored.job.id, stored.attempts + 1)
+            self._write(name, failure.traceback.encode())
+        except (JobError, OSError):  # a name that no file can have; the row says enough
+            return WrittenJob(failure=failure)
+        return WrittenJob(failure=failure, error_file=name)
+
+    def _image_names(self, stored: StoredJob, num_images: int) -> list[str]:
+        job, run_dir = stored.job, self._store.run_dir
+        extension = EXTENSIONS[self._output.image_format]
+        if job.task is Task.INTERLEAVE:
+            return [run_dir.image_name(job.id, extension, index) for index in range(num_images)]
+        if num_images != 1:
+            raise ValueError(f"expected one picture of a {job.task} job, found {num_images}")
+        return [run_dir.image_name(job.id, extension)]
+
+    def _encode(self, stored: StoredJob, pixels: np.ndarray, index: int) -> bytes:
+        size = stored.job.resolution
+        if pixels.shape[:2] != (size.height, size.width):
+            raise ValueError(f"expected a picture of {size}, found an array {list(pixels.shape)}")
+        identity = self._context.info.identity
+        metadata = picture_metadata(stored.job, stored.key, identity, index)
+        return encode_image(pixels, self._output, metadata)
+
+    def _write(self, name: str, data: bytes) -> str:
+        """Writes one file of the run's folder and returns its SHA-256."""
+        write_atomic(self._store.run_dir.root / PurePosixPath(name), data)
+        return hashlib.sha256(data).hexdigest()
+
+    def _sync(self, attempts: Sequence[Attempt]) -> None:
+        root = self._store.run_dir.root
+        names = [
+            name for attempt in attempts for name in (*attempt.outputs, attempt.error_file) if name
+        ]
+        with storage_errors(root):
+            sync_folders([root / PurePosixPath(name) for name in names], root)
+
+    def _attempts(self, ran: RanBatch, written: Sequence[WrittenJob]) -> tuple[Attempt, ...]:
+        shared = {
+            **batch_figures(ran.metrics, ran.jobs, written),
+            "batch_id": ran.batch.id,
+            "queue_s": ran.queue_s,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "started_at": ran.started_at,
+            "finished_at": datetime.now(UTC),
+        }
+        return tuple(
+            Attempt(**job_columns(self._context, stored), **job_figures(stored, own), **shared)
+            for stored, own in zip(ran.jobs, written, strict=True)
+        )
+
+
+def without_exceptions(results: Sequence[JobResult]) -> tuple[JobResult | Failure, ...]:
+    """Returns results with every exception as text, so that no frame keeps device memory."""
+    return tuple(result if result.error is None else Failure.of(result.error) for result in results)

@@ -1,0 +1,330 @@
+"""Jobs, a model's identity and an engine that runs everything but numerics.
+
+A picture of the fake engine depends on the batch it was drawn in, so a job that is run again
+among other neighbours comes out different, and a test sees it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sensebatch.config import ExecutionConfig, MemoryConfig, OutputConfig, RunConfig, default_config
+from sensebatch.contract import Checkpoints, DrawnImage, Progress
+from sensebatch.errors import JobError, OutOfMemoryError
+from sensebatch.executor import Summary, execute
+from sensebatch.jobs import (
+    Batch,
+    BatchMetrics,
+    BatchResult,
+    EngineInfo,
+    InputImage,
+    Job,
+    JobResult,
+    ModelIdentity,
+    Source,
+    Task,
+)
+from sensebatch.plan import Plan
+from sensebatch.resolutions import Resolution
+from sensebatch.store.attempts import Attempt
+from sensebatch.store.state import Changes, Counts
+from sensebatch.store.store import Store, open_store
+
+SMALL = Resolution(height=32, width=64)
+
+IDENTITY = ModelIdentity(
+    checkpoint="c" * 64,
+    lora=None,
+    dtype="float32",
+    generation_prompt="",
+    interleave_prompt="Tell a story.",
+)
+
+
+def make_job(job_id: str, task: Task = Task.T2I, **changes: Any) -> Job:
+    """Returns a small job; its prompt tells the fake engine what to do with it."""
+    sampling = replace(default_config().tasks[task].sampling, num_steps=2, max_images=4)
+    values: dict[str, Any] = {
+        "id": job_id,
+        "task": task,
+        "prompt": f"a picture of {job_id}",
+        "resolution": SMALL,
+        "seed": 7,
+        "think": task is Task.INTERLEAVE,
+        "sampling": sampling,
+        "source": Source(file="jobs.yaml", row="line 1"),
+    }
+    return Job(**{**values, **changes})
+
+
+def make_input(name: str) -> InputImage:
+    """Returns an input image that `read_input` reads, or cannot where it is named `gone`."""
+    return InputImage(path=name, sha256=digest(name).hex(), height=32, width=32)
+
+
+def read_input(image: InputImage) -> bytes:
+    """Stands in for the reader of input images."""
+    if image.path.startswith("gone"):
+        raise JobError(f"{image.path}: expected an image, found nothing")
+    return image.path.encode()
+
+
+def make_config(
+    *,
+    max_batch_size: int = 2,
+    output: OutputConfig | None = None,
+    execution: ExecutionConfig | None = None,
+) -> RunConfig:
+    """Returns settings under which small jobs fit `max_batch_size` to a batch."""
+    return replace(
+        default_config(),
+        memory=MemoryConfig(max_batch_size=max_batch_size),
+        output=output or OutputConfig(),
+        execution=execution or ExecutionConfig(),
+    )
+
+
+def digest(*parts: object) -> bytes:
+    """Returns a hash of anything that prints the same every time."""
+    return hashlib.sha256("|".join(map(str, parts)).encode()).digest()
+
+
+def drawn_image(size: Resolution, *parts: object) -> np.ndarray:
+    """Returns float32 noise `[3, height, width]` that depends on `parts` alone."""
+    generator = np.random.default_rng(np.frombuffer(digest(*parts), dtype=np.uint32))
+    return generator.standard_normal((3, size.height, size.width), dtype=np.float32)
+
+
+def to_pixels(image: np.ndarray) -> np.ndarray:
+    """Returns a drawn picture as uint8 `[height, width, 3]`."""
+    return (np.clip(image * 40 + 128, 0, 255)).astype(np.uint8).transpose(1, 2, 0)
+
+
+@dataclass
+class FakeEngine:
+    """An engine whose pictures depend on the job and on its batch, and which fails on demand.
+
+    In a prompt, `fails` makes that job's result an error, `poison` raises for the whole batch,
+    `heavy` does not fit beside another job.
+    """
+
+    on_step: Callable[[], None] = lambda: None
+    batches: list[tuple[str, ...]] = field(default_factory=list)
+    steps: int = 0
+
+    @property
+    def info(self) -> EngineInfo:
+        return EngineInfo(
+            identity=IDENTITY,
+            model="fake",
+            system_prompt_source=dict.fromkeys(Task, "default"),
+            device="cpu",
+            dtype="float32",
+            attn_backend="sdpa",
+            vram_mode="full",
+            budget_bytes=None,
+            torch_version="none",
+            load_s=1.5,
+            load_peak_allocated_bytes=1,
+            load_peak_reserved_bytes=2,
+            load_peak_rss_bytes=3,
+        )
+
+    def generate(
+        self,
+        batch: Batch,
+        inputs: Sequence[Sequence[bytes]],
+        *,
+        checkpoints: Checkpoints,
+        progress: Callable[[Progress], None],
+    ) -> BatchResult:
+        self.batches.append(tuple(job.id for job in batch.jobs))
+        if any("heavy" in job.prompt for job in batch.jobs) and len(batch.jobs) > 1:
+            raise OutOfMemoryError("the batch does not fit")
+        if any("poison" in job.prompt for job in batch.jobs):
+            raise RuntimeError("poisoned")
+        if batch.group.task is Task.INTERLEAVE:
+            results = self._interleave(batch, checkpoints, progress)
+        else:
+            results = [self._picture(batch, index, inputs[index]) for index in range(len(inputs))]
+            self._step(progress)
+        metrics = BatchMetrics(
+            prefill_s=0.5, think_s=2.0, denoise_s=4.0, num_denoise_steps=8, total_s=8.0
+        )
+        return BatchResult(results=tuple(results), metrics=metrics)
+
+    def _step(self, progress: Callable[[Progress], None]) -> None:
+        self.steps += 1
+        progress(Progress(phase="denoise", step=1, num_steps=2))
+        self.on_step()
+
+    def _picture(self, batch: Batch, index: int, inputs: Sequence[bytes]) -> JobResult:
+        job, key = batch.jobs[index], batch.keys[index]
+        if "fails" in job.prompt:
+            return JobResult(error=ValueError("NaN in the output"))
+        image = drawn_image(job.resolution, batch.id, key, *inputs)
+        text = f"thinking in {batch.id}\n" if job.think else None
+        return JobResult(images=(to_pixels(image),), text=text, think_tokens=10 if job.think else 0)
+
+    def _interleave(
+        self, batch: Batch, checkpoints: Checkpoints, progress: Callable[[Progress], None]
+    ) -> list[JobResult]:
+        drawn = [list(pictures) for pictures in checkpoints.load()]
+        wanted = [1 + digest(key)[0] % job.sampling.max_images for job, key in _members(batch)]
+        while True:
+            self._step(progress)
+            unfinished = [i for i, pictures in enumerate(drawn) if len(pictures) < wanted[i]]
+            if not unfinished:
+                break
+            pictures = [(i, self._next(batch, i, drawn[i])) for i in unfinished]
+            checkpoints.save(pictures)
+            for i, picture in pictures:
+                drawn[i].append(picture)
+        return [
+            JobResult(
+                images=tuple(to_pixels(picture.image) for picture in pictures),
+                text=" ".join(str(token) for picture in pictures for token in picture.tokens),
+                text_tokens=5,
+            )
+            for pictures in drawn
+        ]
+
+    def _next(self, batch: Batch, index: int, before: Sequence[DrawnImage]) -> DrawnImage:
+        job, key = batch.jobs[index], batch.keys[index]
+        state = [digest(picture.image.tobytes(), picture.tokens) for picture in before]
+        image = drawn_image(job.resolution, batch.id, key, *state)
+        return DrawnImage(image=image, tokens=tuple(digest(batch.id, key, *state)[:3]))
+
+
+def _members(batch: Batch) -> list[tuple[Job, str]]:
+    return list(zip(batch.jobs, batch.keys, strict=True))
+
+
+@dataclass
+class Recorder:
+    """An observer that remembers."""
+
+    finished: list[Attempt] = field(default_factory=list)
+    failures: list[tuple[str, bool]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    plan: Plan | None = None
+    counts: Counts | None = None
+
+    def run_started(self, counts: Counts, plan: Plan) -> None:
+        self.counts, self.plan = counts, plan
+
+    def batch_started(self, _: Batch) -> None:
+        pass
+
+    def progress(self, progress: Progress) -> None:
+        pass
+
+    def batch_finished(self, _: Batch, attempts: Sequence[Attempt]) -> None:
+        self.finished += attempts
+
+    def job_failed(self, attempt: Attempt, will_retry: bool) -> None:
+        self.failures.append((attempt.job_id, will_retry))
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+class Flag:
+    """A stop signal; may be set after a number of questions."""
+
+    def __init__(self, after: int | None = None) -> None:
+        self._left = after
+
+    def is_set(self) -> bool:
+        if self._left is None:
+            return False
+        self._left -= 1
+        return self._left < 0
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What one run came to."""
+
+    summary: Summary
+    engine: FakeEngine
+    seen: Recorder
+    changes: Changes
+
+
+def run_store(
+    store: Store,
+    jobs: Sequence[Job],
+    config: RunConfig | None = None,
+    *,
+    engine: FakeEngine | None = None,
+    stop: Flag | None = None,
+) -> Ran:
+    """Ingests jobs into an open store and runs them."""
+    engine, seen = engine or FakeEngine(), Recorder()
+    changes = store.state.ingest(jobs, IDENTITY, store.run_dir.root)
+    summary = execute(
+        store=store,
+        engine=engine,
+        config=config or make_config(),
+        read_image=read_input,
+        observer=seen,
+        stop=stop or Flag(),
+    )
+    return Ran(summary=summary, engine=engine, seen=seen, changes=changes)
+
+
+def run_folder(
+    root: Path,
+    jobs: Sequence[Job],
+    config: RunConfig | None = None,
+    *,
+    engine: FakeEngine | None = None,
+    stop: Flag | None = None,
+) -> Ran:
+    """Opens a run's folder, ingests jobs and runs them."""
+    with open_store(root) as store:
+        return run_store(store, jobs, config, engine=engine, stop=stop)
+
+
+def mixed_jobs() -> list[Job]:
+    """Returns jobs of all tasks among which some fail in every way there is."""
+    jobs = [make_job(f"t{i}") for i in range(5)]
+    jobs += [make_job("fails", prompt="this one fails"), make_job("t6", think=True)]
+    jobs += [make_job(f"story{i}", Task.INTERLEAVE) for i in range(3)]
+    jobs += [make_job("poison", prompt="poison"), make_job("t7")]
+    jobs += [
+        make_job(f"edit{i}", Task.EDIT, images=(make_input("gone" if i == 1 else f"in{i}"),))
+        for i in range(4)
+    ]
+    jobs += [make_job(f"heavy{i}", Task.INTERLEAVE, prompt="heavy", seed=i) for i in range(2)]
+    return jobs
+
+
+VOLATILE = frozenset(
+    {"run", "session", "queue_s", "encode_s", "peak_rss_bytes", "started_at", "finished_at"}
+) | {"total_s"}
+"""Columns of the log that no two runs share."""
+
+
+def outcome(root: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
+    """Returns every file a run's jobs made, and its log without what no two runs share."""
+    import pyarrow.parquet as pq
+
+    files = {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for folder in ("images", "text", "errors")
+        for path in sorted((root / folder).rglob("*"))
+        if path.is_file()
+    }
+    rows = [
+        {name: value for name, value in row.items() if name not in VOLATILE}
+        for row in pq.read_table(root / "log.parquet").to_pylist()
+    ]
+    return files, sorted(rows, key=lambda row: (row["job_id"], row["attempt"]))
