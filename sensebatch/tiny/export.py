@@ -1,0 +1,142 @@
+"""The embedded checkpoint as files: its shape, its starting weights, and how it is written."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sensebatch.checkpoint.architecture import Architecture
+from sensebatch.engine.model.network import Network
+from sensebatch.engine.model.state_dict_adapter import checkpoint_slots
+from sensebatch.engine.model.tokenizer import IM_END
+from sensebatch.tiny.vocabulary import (
+    END_OF_TEXT,
+    GENERATION_PROMPT,
+    INTERLEAVE_PROMPT,
+    build_tokenizer,
+)
+
+NOISE_SCALE = 8.0
+"""Of the square picture. Flat pictures say much in few numbers, so it takes much noise to hide
+them; with less, the network would hardly ever have to listen to the prompt."""
+
+
+def network_config(vocab_size: int) -> dict[str, Any]:
+    """Returns the content of `config.json`: an official architecture, as small as it may be."""
+    return {
+        "architectures": ["NEOChatModel"],
+        "model_type": "neo_chat",
+        "template": "neo1_0",
+        "patch_size": 16,
+        "downsample_ratio": 0.5,
+        "use_pixel_head": True,
+        "fm_head_layers": 2,
+        "concat_time_token_num": 0,
+        "noise_scale": NOISE_SCALE,
+        "noise_scale_mode": "resolution",
+        "noise_scale_base_image_seq_len": 64,
+        "noise_scale_max_value": NOISE_SCALE,
+        "add_noise_scale_embedding": True,
+        "vision_config": {"hidden_size": 192, "patch_size": 16, "rope_theta_vision": 10000.0},
+        "llm_config": {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            "vocab_size": vocab_size,
+            "hidden_size": 192,
+            "intermediate_size": 384,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 48,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 10000.0,
+            "rope_theta_hw": 100.0,
+            "attention_bias": False,
+            "tie_word_embeddings": False,
+        },
+    }
+
+
+@torch.no_grad()
+def init_weights(network: Network, seed: int) -> None:
+    """Sets a network's starting weights: normal, scaled by what goes into each matrix.
+
+    What is added to the residual stream is scaled down by the number of layers, the last
+    convolution begins at zero, and the noisy pictures' embedding is scaled to their noise.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    depth = math.sqrt(2 * network.arch.num_layers)
+    for name, parameter in network.named_parameters():
+        if parameter.ndim == 1 or name.endswith(("q_norm", "k_norm")):
+            parameter.fill_(1.0 if "norm" in name else 0.0)
+            continue
+        drawn = torch.randn(parameter.shape, generator=generator)
+        if name == "embed_tokens.weight":
+            drawn *= 0.5
+        else:
+            drawn /= math.sqrt(math.prod(parameter.shape[1:]))
+        if name.endswith(("o.weight", "down.weight")):
+            drawn /= depth
+        if name == "generation_vision.patch_embedding.weight":
+            drawn /= network.arch.noise_scale / 2
+        if name == "head.conv2.weight":
+            drawn *= 0
+        parameter.copy_(drawn)
+
+
+def checkpoint_tensors(
+    arch: Architecture, parameters: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Returns a network's parameters under their checkpoint names, bfloat16 on the CPU."""
+    return {
+        name: slot.view(parameters).detach().to("cpu", torch.bfloat16).contiguous().clone()
+        for name, slot in checkpoint_slots(arch).items()
+    }
+
+
+def export(
+    folder: Path,
+    config: Mapping[str, Any],
+    arch: Architecture,
+    parameters: Mapping[str, Tensor],
+) -> None:
+    """Writes a checkpoint folder: configuration, tokenizer, system prompts and weights.
+
+    Args:
+        folder: Made where it is missing; files in it are replaced.
+        config: Of `network_config`.
+        arch: The same, parsed.
+        parameters: The network's by name.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / "config.json", config)
+    build_tokenizer().save(str(folder / "tokenizer.json"))
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": IM_END,
+            "pad_token": END_OF_TEXT,
+            "clean_up_tokenization_spaces": False,
+        },
+    )
+    (folder / "system_prompts.py").write_text(
+        '"""The system prompts that this checkpoint was trained with."""\n\n'
+        f'SYSTEM_MESSAGE_FOR_GEN = "{GENERATION_PROMPT}"\n'
+        f'DEFAULT_SYSTEM_MESSAGE = "{INTERLEAVE_PROMPT}"\n',
+        encoding="utf-8",
+    )
+    tensors = checkpoint_tensors(arch, parameters)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

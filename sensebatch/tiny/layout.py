@@ -1,0 +1,180 @@
+"""Examples as token sequences, in the layouts that the engine prefills and decodes.
+
+Prompts come from the engine itself; what is decoded, drawn and read back behind them is laid out
+here in one sequence, so that one pass trains on all of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sensebatch.engine.model.tokenizer import (
+    IM_END,
+    IMG_CONTEXT,
+    IMG_END,
+    IMG_START,
+    THINK_END,
+    THINK_START,
+    Tokenizer,
+)
+from sensebatch.engine.prompts import (
+    Grid,
+    ImageSpan,
+    Prompt,
+    cond_prompt,
+    img_cond_prompt,
+    positions,
+    uncond_prompt,
+)
+from sensebatch.jobs import Task
+from sensebatch.resolutions import PATCH_PIXELS, Resolution
+from sensebatch.tiny.vocabulary import GENERATION_PROMPT, INTERLEAVE_PROMPT
+from sensebatch.tiny.world.examples import Example
+from sensebatch.tiny.world.scene import Scene, pick
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slot:
+    """A picture to be denoised behind a prefix of its sequence."""
+
+    scene: Scene
+    prefix: int
+    """Tokens of the sequence that it sees; the last is its `<img>`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sequence:
+    """One example, or the part of it that one guidance branch sees."""
+
+    token_ids: tuple[int, ...]
+    positions: np.ndarray
+    """int64 `[3, tokens]`, rows t, h, w."""
+    images: tuple[tuple[ImageSpan, Scene], ...]
+    """Pictures read by the understanding path."""
+    learned: tuple[int, ...]
+    """Indices of the tokens that the network has to say itself."""
+    slots: tuple[Slot, ...]
+
+
+def system_prompt(task: Task) -> str:
+    """Returns the system prompt that the embedded checkpoint is trained with."""
+    return INTERLEAVE_PROMPT if task is Task.INTERLEAVE else GENERATION_PROMPT
+
+
+def token_grid(resolution: Resolution) -> Grid:
+    """Returns a picture's size in tokens."""
+    return Grid(resolution.height // PATCH_PIXELS, resolution.width // PATCH_PIXELS)
+
+
+@dataclass
+class _Writer:
+    """Appends to a prompt what follows it."""
+
+    tokenizer: Tokenizer
+    ids: list[int]
+    images: list[tuple[ImageSpan, Scene]]
+    learned: list[int] = field(default_factory=list)
+    slots: list[Slot] = field(default_factory=list)
+
+    @classmethod
+    def behind(cls, tokenizer: Tokenizer, prompt: Prompt, inputs: tuple[Scene, ...]) -> _Writer:
+        images = list(zip(prompt.images, inputs[: len(prompt.images)], strict=True))
+        return cls(tokenizer=tokenizer, ids=list(prompt.token_ids), images=images)
+
+    def say(self, *pieces: str, special: bool = False, learned: bool = True) -> None:
+        """Appends text, or one special token."""
+        start = len(self.ids)
+        for piece in pieces:
+            self.ids += (
+                [self.tokenizer.token_id(piece)] if special else self.tokenizer.encode(piece)
+            )
+        if learned:
+            self.learned += range(start, len(self.ids))
+
+    def draw(self, scene: Scene) -> None:
+        """Denoises a picture behind the `<img>` that was said last."""
+        self.slots.append(Slot(scene=scene, prefix=len(self.ids)))
+
+    def read_back(self, scene: Scene) -> None:
+        """Appends a finished picture and its `</img>`."""
+        grid = token_grid(scene.resolution)
+        self.images.append((ImageSpan(len(self.ids), grid), scene))
+        self.ids += [self.tokenizer.token_id(IMG_CONTEXT)] * (grid.height * grid.width)
+        self.ids.append(self.tokenizer.token_id(IMG_END))
+
+    def finish(self) -> Sequence:
+        """Returns the sequence."""
+        spans = tuple(span for span, _ in self.images)
+        prompt = Prompt(token_ids=tuple(self.ids), images=spans)
+        return Sequence(
+            token_ids=prompt.token_ids,
+            positions=positions(prompt),
+            images=tuple(self.images),
+            learned=tuple(self.learned),
+            slots=tuple(self.slots),
+        )
+
+
+def _grids(example: Example) -> list[Grid]:
+    return [token_grid(scene.resolution) for scene in example.inputs]
+
+
+def cond_sequence(tokenizer: Tokenizer, example: Example) -> Sequence:
+    """Returns an example as the conditional branch sees it, with everything it has to say."""
+    interleave = example.task is Task.INTERLEAVE
+    prompt = cond_prompt(
+        tokenizer,
+        task=example.task,
+        system=system_prompt(example.task),
+        prompt=example.prompt,
+        grids=_grids(example),
+        think=example.think is not None,
+    )
+    writer = _Writer.behind(tokenizer, prompt, example.inputs)
+    if example.think is not None:
+        if interleave:
+            writer.say(THINK_START, special=True)
+            writer.say("\n")
+        writer.say(f"{example.think}\n")
+        writer.say(THINK_END, special=True)
+        writer.say("\n\n", learned=interleave)
+        if not interleave:
+            writer.say(IMG_START, special=True, learned=False)
+    if not interleave:
+        writer.draw(example.pictures[0])
+        return writer.finish()
+    for part in example.answer:
+        if isinstance(part, str):
+            writer.say(part)
+            continue
+        writer.say(IMG_START, special=True)
+        writer.draw(part)
+        writer.read_back(part)
+    writer.say(IM_END, special=True)
+    return writer.finish()
+
+
+def img_cond_sequence(tokenizer: Tokenizer, example: Example) -> Sequence:
+    """Returns an edit or interleave example as the image-conditional branch sees it."""
+    prompt = img_cond_prompt(tokenizer, task=example.task, grids=_grids(example))
+    writer = _Writer.behind(tokenizer, prompt, example.inputs)
+    if example.task is not Task.INTERLEAVE:
+        writer.draw(example.pictures[0])
+        return writer.finish()
+    for number, scene in enumerate(example.pictures, start=1):
+        writer.say(IMG_START, special=True, learned=False)
+        writer.draw(scene)
+        if number < len(example.pictures):
+            writer.read_back(scene)
+    return writer.finish()
+
+
+def uncond_sequence(
+    tokenizer: Tokenizer, example: Example, rng: np.random.Generator
+) -> Sequence:
+    """Returns one picture of an example as the unconditional branch sees it: behind nothing."""
+    writer = _Writer.behind(tokenizer, uncond_prompt(tokenizer), ())
+    writer.draw(pick(rng, example.pictures))
+    return writer.finish()

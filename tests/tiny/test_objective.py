@@ -1,0 +1,156 @@
+"""One pass over packed rows computes what the engine computes job by job."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from sensebatch.checkpoint.architecture import parse_architecture
+from sensebatch.engine.model.attention import sdpa
+from sensebatch.engine.model.network import Network
+from sensebatch.engine.model.patchify import image_to_tokens
+from sensebatch.engine.preprocess import drawn_to_patches
+from sensebatch.engine.prompts import Prompt
+from sensebatch.engine.runner import Runner
+from sensebatch.resolutions import BUCKETS_TINY
+from sensebatch.tiny.export import init_weights, network_config
+from sensebatch.tiny.layout import Sequence, cond_sequence, img_cond_sequence, uncond_sequence
+from sensebatch.tiny.objective import Kernels, Objective, ObjectiveConfig
+from sensebatch.tiny.packing import PackedBatch, PackingConfig, collate
+from sensebatch.tiny.vocabulary import WorldTokenizer
+from sensebatch.tiny.world.draw import draw, plan_drawing
+from sensebatch.tiny.world.edits import edit, join_two
+from sensebatch.tiny.world.examples import text_to_image
+from sensebatch.tiny.world.scene import Split
+from sensebatch.tiny.world.stories import story
+
+PACKING = PackingConfig(num_rows=2)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> WorldTokenizer:
+    return WorldTokenizer()
+
+
+@pytest.fixture(scope="module")
+def network(tokenizer: WorldTokenizer) -> Network:
+    config = network_config(tokenizer.vocab_size)
+    config["llm_config"] |= {"num_hidden_layers": 2, "intermediate_size": 64}
+    network = Network(parse_architecture(config)).eval().requires_grad_(False)
+    init_weights(network, 0)
+    torch.nn.init.normal_(network.head.conv2.weight, std=0.02)
+    return network
+
+
+def _rows(tokenizer: WorldTokenizer, size: str) -> list[list[Sequence]]:
+    rng = np.random.default_rng(3)
+    resolution = BUCKETS_TINY[size]
+    examples = [
+        text_to_image(rng, Split.TRAIN, resolution, think=True),
+        edit(rng, Split.TRAIN, resolution, think=False),
+        join_two(rng, Split.TRAIN, resolution),
+        story(rng, Split.TRAIN, resolution, think=True),
+    ]
+    first = [cond_sequence(tokenizer, example) for example in examples[:2]]
+    second = [cond_sequence(tokenizer, examples[3])]
+    third = [
+        cond_sequence(tokenizer, examples[2]),
+        img_cond_sequence(tokenizer, examples[1]),
+        uncond_sequence(tokenizer, examples[0], rng),
+    ]
+    return [first, second, third]
+
+
+def _by_engine(
+    network: Network, tokenizer: WorldTokenizer, sequence: Sequence, noisy: list[torch.Tensor]
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Returns the predicted pictures and the last token's output, the way jobs are run."""
+    runner = Runner(network, tokenizer, sdpa, lambda _: None)
+
+    def embeds(prefix: int) -> tuple[list, list[torch.Tensor]]:
+        kept = [(span, scene) for span, scene in sequence.images if span.end <= prefix]
+        drawn = [draw(plan_drawing([scene]))[0] * 2 - 1 for _, scene in kept]
+        return [span for span, _ in kept], runner.embed_images(
+            [drawn_to_patches(image) for image in drawn]
+        )
+
+    predicted = []
+    for slot, z_Nx in zip(sequence.slots, noisy, strict=True):
+        spans, images = embeds(slot.prefix)
+        prompt = Prompt(token_ids=sequence.token_ids[: slot.prefix], images=tuple(spans))
+        extension = runner.new_extension(prompt, images)
+        runner.extend([extension])
+        positions = network.image_positions([extension.cache], slot.scene.resolution)
+        scale = 8.0 * (slot.scene.resolution.image_tokens / 64) ** 0.5
+        t = torch.full((1,), 0.3)
+        caches = [extension.cache]
+        predicted.append(network.predict_image(z_Nx[None], t, scale, caches, positions, sdpa)[0])
+    spans, images = embeds(len(sequence.token_ids))
+    prompt = Prompt(token_ids=sequence.token_ids, images=tuple(spans))
+    return predicted, runner.extend([runner.new_extension(prompt, images)])[0]
+
+
+@pytest.mark.parametrize("size", ["1:1", "3:1"])
+def test_packed_rows_equal_the_engine(
+    network: Network, tokenizer: WorldTokenizer, size: str
+) -> None:
+    rows = _rows(tokenizer, size)
+    packing = replace(PACKING, num_rows=len(rows))
+    batch = collate(rows, packing)
+    objective = Objective(network, packing, ObjectiveConfig(), Kernels())
+    count = len(batch.drawn_slot)
+    noisy = torch.randn(count, batch.resolution.image_tokens, 3072)
+    predicted, hidden = objective.predict(
+        batch, objective.draw(batch), noisy, torch.full((count,), 0.3)
+    )
+    start = 0
+    for row, members in enumerate(rows):
+        end = row * packing.row_tokens
+        for member in members:
+            end += len(member.token_ids)
+            stop = start + len(member.slots)
+            images, last = _by_engine(network, tokenizer, member, list(noisy[start:stop]))
+            torch.testing.assert_close(predicted[start:stop], torch.stack(images), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(hidden[end - 1], last, atol=1e-4, rtol=1e-4)
+            start = stop
+    assert start == count
+
+
+def test_learned_tokens_are_those_the_job_decodes(tokenizer: WorldTokenizer) -> None:
+    rng = np.random.default_rng(0)
+    example = story(rng, Split.TRAIN, BUCKETS_TINY["1:1"], think=False)
+    sequence = cond_sequence(tokenizer, example)
+    said = tokenizer.decode([sequence.token_ids[index] for index in sequence.learned])
+    assert said == "".join(part for part in example.answer if isinstance(part, str))
+    assert sequence.token_ids[sequence.learned[-1]] == tokenizer.eos_id
+
+
+def test_batches_depend_on_seed_and_step_alone(tokenizer: WorldTokenizer) -> None:
+    from sensebatch.tiny.packing import make_batch
+
+    def tokens(seed: int, step: int) -> PackedBatch:
+        return make_batch(seed, step, tokenizer, PACKING)
+
+    assert torch.equal(tokens(1, 5).token_ids, tokens(1, 5).token_ids)
+    assert not torch.equal(tokens(1, 5).token_ids, tokens(1, 6).token_ids)
+    assert not torch.equal(tokens(1, 5).token_ids, tokens(2, 5).token_ids)
+
+
+def test_a_clean_picture_is_seen_in_the_noisy_one(
+    network: Network, tokenizer: WorldTokenizer
+) -> None:
+    """The losses are finite and their gradient reaches both experts and both embedders."""
+    batch = collate(_rows(tokenizer, "1:1"), replace(PACKING, num_rows=3))
+    network.requires_grad_(True)
+    objective = Objective(network, replace(PACKING, num_rows=3), ObjectiveConfig(), Kernels())
+    losses = objective.losses(batch, torch.Generator().manual_seed(0))
+    losses.total.backward()
+    missing = [name for name, p in network.named_parameters() if p.grad is None]
+    network.zero_grad(set_to_none=True)
+    network.requires_grad_(False)
+    assert missing == []
+    assert torch.isfinite(losses.total)
+    assert image_to_tokens(objective.draw(batch)).shape[1] == 64
