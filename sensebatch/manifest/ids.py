@@ -27,7 +27,7 @@ _FILE_BITS = 16
 _FILE_MASK = (1 << _FILE_BITS) - 1
 _HIDDEN_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
 _SAFE = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_=-]*[A-Za-z0-9_])?")
-_SLUG_GAPS = re.compile(r"[^\w.+-]+")
+_SLUG_GAPS = re.compile(r"[^\w+-]+")
 _RATIO = re.compile(r"(\d+):(\d+)")
 
 
@@ -119,13 +119,15 @@ def slug(value: object) -> str:
     Numbers and plain words stand as they are, `16:9` becomes `16x9` and spaces become dashes;
     whatever loses more than that gets a hash behind it.
     """
+    if isinstance(value, int | float):
+        return json.dumps(value)
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     text = unicodedata.normalize("NFC", text)
     if ratio := _RATIO.fullmatch(text):
         return "x".join(ratio.groups())
     plain = text.replace(" ", "-")
     short = _SLUG_GAPS.sub("-", plain)[:MAX_SLUG_CHARS].strip("-")
-    if short == plain:
+    if short and short == plain:
         return short
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return f"{short}~{digest}" if short else digest

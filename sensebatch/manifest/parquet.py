@@ -21,8 +21,18 @@ PICTURE_ROWS_IN_MEMORY = 32
 """Rows held at once where a column holds the bytes of pictures."""
 
 _WHOLE_NUMBERS = frozenset(
-    "width height seed n num_steps target_pixels input_max_pixels "
-    "max_think_tokens max_images max_new_tokens".split()
+    [
+        "width",
+        "height",
+        "seed",
+        "n",
+        "num_steps",
+        "target_pixels",
+        "input_max_pixels",
+        "max_think_tokens",
+        "max_images",
+        "max_new_tokens",
+    ]
 )
 
 

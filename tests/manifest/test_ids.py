@@ -1,0 +1,163 @@
+"""Ids name files: which are refused, when two are the same, and how they are made up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sensebatch.jobs import Task
+from sensebatch.manifest.ids import (
+    MAX_ID_BYTES,
+    IdRegistry,
+    collision_key,
+    derived_id,
+    id_error,
+    slug,
+    with_suffixes,
+)
+from tests.manifest.conftest import Mistakes, ReadRows
+
+
+@pytest.mark.parametrize(
+    "job_id",
+    ["a", "Cat 1", "köttbullar", "猫", "a.b", "_a", "a=1~b", "x" * MAX_ID_BYTES, "console", "a-"],
+)
+def test_ordinary_ids_are_allowed(job_id: str) -> None:
+    assert id_error(job_id) is None
+
+
+@pytest.mark.parametrize(
+    ("job_id", "reason"),
+    [
+        ("", "not empty"),
+        ("a/b", "without '/'"),
+        ("a\\b", "without"),
+        ("a:b", "without ':'"),
+        ('a"b', "without"),
+        ("a*", "without '*'"),
+        ("a\nb", "control"),
+        ("a\x7f", "control"),
+        ("a\u2028b", "control"),
+        (".a", "start with '.'"),
+        ("..", "start with '.'"),
+        ("-a", "start with '-'"),
+        (" a", "start with ' '"),
+        ("a.", "end with '.'"),
+        ("a ", "end with ' '"),
+        ("a.PNG", "suffix"),
+        ("a.txt", "suffix"),
+        ("nul", "reserved"),
+        ("Com1.x", "reserved"),
+        ("LPT¹", "reserved"),
+        ("é" * 76, "at most 150 bytes, found 152"),
+        ("x" * 151, "at most 150 bytes, found 151"),
+    ],
+)
+def test_an_id_that_cannot_name_a_file_is_refused(job_id: str, reason: str) -> None:
+    error = id_error(job_id)
+    assert error is not None
+    assert reason in error
+
+
+@given(st.text(max_size=40))
+def test_an_allowed_id_is_one_path_component(job_id: str) -> None:
+    if id_error(job_id) is None:
+        assert "/" not in job_id
+        assert "\0" not in job_id
+        assert job_id not in (".", "..")
+
+
+@given(st.text(max_size=20))
+def test_ids_that_differ_in_case_or_accents_encoding_collide(text: str) -> None:
+    assert collision_key(text) == collision_key(text.casefold())
+
+
+def test_composed_and_decomposed_letters_collide() -> None:
+    assert collision_key("e\u0301") == collision_key("É")
+
+
+def test_the_registry_names_the_first_row() -> None:
+    registry = IdRegistry()
+    registry.start_file("a.yaml", "line")
+    assert registry.add("Cat", 7) is None
+    assert registry.add("cat", 9) == "line 7"
+    registry.start_file("b.parquet", "row")
+    assert registry.add("CAT", 0) == "a.yaml: line 7"
+    assert registry.add("dog", 5) is None
+    assert registry.add("DOG", 6) == "row 5"
+
+
+def test_colliding_ids_are_one_mistake_that_names_the_other_row(mistakes: Mistakes) -> None:
+    found = mistakes({"id": "Cat", "prompt": "x"}, {"id": "cat", "prompt": "y"})
+    assert found == [
+        "line 2: id: expected another id than that of line 1, even if upper and lower case are "
+        "the same, found 'cat'"
+    ]
+
+
+def test_identical_rows_without_id_are_told_to_differ(mistakes: Mistakes) -> None:
+    found = mistakes({"prompt": "x"}, {"prompt": "x"})
+    assert len(found) == 1
+    assert found[0].endswith("found the same; give one of the two an id or another seed")
+
+
+def test_ids_are_composed_unicode(read_rows: ReadRows) -> None:
+    assert read_rows({"id": "e\u0301", "prompt": "x"})[0].id == "é"
+
+
+def test_a_derived_id_depends_on_content_and_not_on_place_or_passengers(
+    read_rows: ReadRows,
+) -> None:
+    row = {"prompt": "x", "seed": 1}
+    first = read_rows(row)[0].id
+    moved = read_rows({"prompt": "y"}, {"tags": ["t"], "metadata": {"a": 1}, **row})[1].id
+    assert moved == first
+    assert first.startswith("t2i-")
+    assert read_rows({**row, "num_steps": 3})[0].id != first
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(st.text(), json_values, max_size=4))
+def test_a_derived_id_ignores_the_order_of_names_and_is_allowed(content: dict[str, Any]) -> None:
+    backwards = dict(reversed(content.items()))
+    job_id = derived_id(Task.EDIT, content)
+    assert job_id == derived_id(Task.EDIT, backwards)
+    assert id_error(job_id) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("cat", "cat"),
+        ("red panda", "red-panda"),
+        ("16:9", "16x9"),
+        (7, "7"),
+        (0.5, "0.5"),
+        (True, "true"),
+        ("cat.png", "cat-png~b94f5ce0"),
+        ("end.", "end~2e18562d"),
+        ("a/b", "a-b~c14cddc0"),
+        ("", "e3b0c442"),
+        ("!!!", "e84c538e"),
+    ],
+)
+def test_a_value_in_an_id_is_readable(value: object, expected: str) -> None:
+    assert slug(value) == expected
+
+
+@given(st.text() | st.integers() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False))
+def test_any_value_can_stand_in_an_id(value: object) -> None:
+    assert id_error(with_suffixes("job", [("name", value)])) is None
+
+
+def test_suffixes_come_in_the_order_of_names() -> None:
+    assert with_suffixes("a", [("z", 1), ("b", 2)]) == "a-b=2-z=1"
