@@ -51,6 +51,18 @@ def _parse_size(value: object) -> Resolution:
         raise ValueError(str(error)) from None
 
 
+def _parse_pixels(value: object) -> object:
+    """Takes what a flag can say: `none`, and numbers in digits."""
+    if value == "none":
+        return None
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+Device = Literal["auto", "cuda", "cpu"]
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+AttnBackend = Literal["auto", "flash", "sdpa"]
+VramMode = Literal["full"]
+ImageFormat = Literal["png", "webp", "jpeg"]
 Count = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -69,16 +81,16 @@ class ModelSection(_Section):
     model: Annotated[str, Field(min_length=1)]
     revision: str | None
     lora_path: str | None
-    device: Literal["auto", "cuda", "cpu"]
-    dtype: Literal["auto", "bfloat16", "float16", "float32"]
-    attn_backend: Literal["auto", "flash", "sdpa"]
+    device: Device
+    dtype: Dtype
+    attn_backend: AttnBackend
     system_prompt_file: str | None
 
 
 class MemorySection(_Section):
     """The file's form of `config.MemoryConfig`."""
 
-    vram_mode: Literal["full"]
+    vram_mode: VramMode
     max_batch_size: Count
     max_batch_image_tokens: Count
 
@@ -86,7 +98,7 @@ class MemorySection(_Section):
 class OutputSection(_Section):
     """The file's form of `config.OutputConfig`."""
 
-    image_format: Literal["png", "webp", "jpeg"]
+    image_format: ImageFormat
     image_quality: Annotated[int, Field(ge=1, le=100)]
     embed_metadata: bool
     num_writers: Count
@@ -130,7 +142,7 @@ class TaskSection(SamplingSection):
     seed: Annotated[int, Field(ge=0)]
     think: bool
     target_pixels: Count
-    input_max_pixels: Literal["auto"] | Count | None
+    input_max_pixels: Annotated[Literal["auto"] | Count | None, BeforeValidator(_parse_pixels)]
 
 
 class TasksSection(_Section):

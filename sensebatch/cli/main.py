@@ -1,0 +1,102 @@
+"""The entry point: which commands there are, and what an error means for the exit code.
+
+Commands import what they need when they run, so that `--help` stays quick and torch is loaded
+only by those that compute.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+import sensebatch
+from sensebatch.cli import edit, exits, interleave, manifest, model, plan, report, run, status, t2i
+from sensebatch.cli.options import with_options
+from sensebatch.cli.signals import StoppedError
+from sensebatch.errors import ManifestError, SensebatchError, StorageFullError
+
+_SETTINGS = {
+    # cfg_scale and cfg-scale are the same option; values are left alone.
+    "token_normalize_func": lambda token: token.replace("_", "-"),
+    "help_option_names": ["-h", "--help"],
+}
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"sensebatch {sensebatch.__version__}")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Image datasets with SenseNova-U1: batches of jobs on one GPU, resumable."""
+
+
+def _make_app() -> typer.Typer:
+    app = typer.Typer(
+        name="sensebatch",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings=_SETTINGS,
+    )
+    app.callback()(_root)
+    for command in (run.run, plan.plan, status.status, report.report):
+        app.command()(with_options(command))
+    app.add_typer(manifest.app, name="manifest")
+    app.add_typer(model.app, name="model")
+    for one_job in (t2i.t2i, edit.edit, interleave.interleave):
+        app.command(rich_help_panel="One job")(with_options(one_job))
+    return app
+
+
+app = _make_app()
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line.
+
+    Args:
+        args: Arguments; None takes the process's.
+
+    Raises:
+        SystemExit: Always, with the exit code.
+    """
+    try:
+        app(args=None if args is None else list(args))
+    except SensebatchError as error:
+        print(_message(error), file=sys.stderr)
+        raise SystemExit(exit_code(error)) from None
+    except StoppedError:
+        print("stopped before anything was run; the same command starts it", file=sys.stderr)
+        raise SystemExit(exits.RESUMABLE) from None
+    except KeyboardInterrupt:
+        raise SystemExit(exits.INTERRUPTED) from None
+
+
+def exit_code(error: SensebatchError) -> int:
+    """Returns the exit code of an error that ended a command.
+
+    A full disk leaves a run that can go on; everything else is for the user to put right before
+    anything can be done.
+    """
+    return exits.RESUMABLE if isinstance(error, StorageFullError) else exits.USAGE
+
+
+def _message(error: SensebatchError) -> str:
+    if isinstance(error, ManifestError):
+        noun = "mistake" if error.num_problems == 1 else "mistakes"
+        return (
+            f"{error}\nsensebatch: {error.num_problems} {noun} in the manifest; nothing was started"
+        )
+    return f"sensebatch: {error}"

@@ -1,0 +1,75 @@
+"""`sensebatch manifest`: check, describe and convert manifests. Loads nothing."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sensebatch.cli.options import ModelOptions, with_options
+from sensebatch.jobs import Task
+
+app = typer.Typer(no_args_is_help=True, help="Check, describe and convert manifests.")
+
+TaskOption = Annotated[Task | None, typer.Option(help="What rows make that do not say so (JSONL).")]
+
+
+@app.command()
+@with_options
+def validate(
+    manifests: Annotated[
+        list[Path], typer.Argument(help="YAML, Parquet or JSONL files.", metavar="MANIFEST...")
+    ],
+    model: ModelOptions,
+    task: TaskOption = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object: jobs by task.")
+    ] = False,
+) -> None:
+    """Check manifests as a run would before it starts; prints every mistake there is."""
+    from sensebatch.cli.messages import warn_of
+    from sensebatch.manifest.read import read_manifests
+    from sensebatch.settings import resolve_settings
+
+    config = resolve_settings(config_file=model.config, flags=model.flags())
+    jobs = read_manifests(manifests, config, task=task, warn=warn_of)
+    by_task = Counter(job.task for job in jobs)
+    if as_json:
+        counts = {task.value: by_task[task] for task in Task}
+        print(json.dumps({"jobs": by_task.total(), "by_task": counts}))
+        return
+    words = ", ".join(f"{count:,} {task.value}" for task, count in by_task.items())
+    print(f"no mistakes in {by_task.total():,} jobs ({words})")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a YAML manifest, for editors."""
+    from sensebatch.manifest.fields import manifest_schema
+
+    print(json.dumps(manifest_schema(), indent=2))
+
+
+@app.command()
+@with_options
+def convert(
+    source: Annotated[Path, typer.Argument(help="YAML, Parquet or JSONL file.", metavar="SOURCE")],
+    destination: Annotated[
+        Path, typer.Argument(help="File to write; its suffix says the format.", metavar="DEST")
+    ],
+    model: ModelOptions,
+    task: TaskOption = None,
+    embed_images: Annotated[
+        bool, typer.Option("--embed-images", help="Store the pictures inside DEST (Parquet).")
+    ] = False,
+) -> None:
+    """Write a manifest in another format, one row a job, matrices and defaults worked out."""
+    from sensebatch.manifest.convert import convert_manifest
+    from sensebatch.settings import resolve_settings
+
+    config = resolve_settings(config_file=model.config, flags=model.flags())
+    num_jobs = convert_manifest(source, destination, config, task=task, embed_images=embed_images)
+    print(f"{num_jobs:,} jobs written to {destination}")

@@ -1,0 +1,22 @@
+"""What is said to people beside a command's result: always on stderr."""
+
+from __future__ import annotations
+
+import sys
+
+from sensebatch.errors import Problem
+
+
+def say(text: str) -> None:
+    """Prints a line for people."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    """Prints something that deserves a look."""
+    say(f"warning: {text}")
+
+
+def warn_of(problem: Problem) -> None:
+    """Prints what is allowed in a manifest but deserves a look."""
+    warn(str(problem))

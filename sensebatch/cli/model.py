@@ -1,0 +1,57 @@
+"""`sensebatch model inspect`: what a checkpoint is made of, from its headers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from sensebatch.checkpoint.summary import Summary
+
+app = typer.Typer(no_args_is_help=True, help="Look at checkpoints.")
+
+
+@app.callback()
+def _model() -> None:
+    """Look at checkpoints."""
+
+
+@app.command()
+def inspect(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Checkpoint folder, Hub id (owner/name), or tiny.", metavar="DIR|HUB_ID|tiny"
+        ),
+    ],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of a table.")
+    ] = False,
+) -> None:
+    """Print configuration, parameters and bytes by group; no weights are loaded.
+
+    A folder is read where it lies; a Hub id that is not in the cache is fetched first. The exit
+    code is 2 where tensors are missing, extra or of another shape.
+    """
+    from sensebatch.checkpoint.files import open_checkpoint
+    from sensebatch.checkpoint.summary import summarise
+
+    summary = summarise(open_checkpoint(model, revision))
+    if as_json:
+        print(json.dumps(_plain(summary)))
+    else:
+        from sensebatch.cli.tables import print_model
+
+        print_model(summary)
+    if summary.differences:
+        raise typer.Exit(2)
+
+
+def _plain(summary: Summary) -> dict[str, Any]:
+    values = asdict(summary)
+    values["groups"] = {group.value: asdict(size) for group, size in summary.groups.items()}
+    return values

@@ -1,0 +1,245 @@
+"""The one-job commands: a manifest of one job, or a JSONL file, through the same run as any."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from PIL import Image
+
+from sensebatch.cli.compare import compose
+from sensebatch.cli.job_options import JobOptions
+from sensebatch.cli.messages import say, warn_of
+from sensebatch.cli.outcome import finish
+from sensebatch.cli.session import Backend, Request, run_session
+from sensebatch.config import RunConfig
+from sensebatch.errors import ConfigError, ManifestError, Problem
+from sensebatch.executor import Summary
+from sensebatch.inputs import read_input_image
+from sensebatch.jobs import Job, Source, Task
+from sensebatch.manifest.one import job_from_fields
+from sensebatch.manifest.read import manifest_name, read_manifests
+from sensebatch.settings import resolve_settings
+from sensebatch.store.attempts import DONE
+from sensebatch.store.files import write_atomic
+from sensebatch.store.images import EXTENSIONS
+from sensebatch.store.run_dir import RunDir
+from sensebatch.store.state import State
+
+RUNS_FOLDER = ".sensebatch"
+"""Where the runs of single jobs are kept, in the folder they write to."""
+
+_FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
+_OPTION_OF = {"id": "stem", "images": "image"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """What a one-job command was told."""
+
+    task: Task
+    job: JobOptions
+    fields: Mapping[str, object]
+    """What a manifest's row would say besides task, prompt and name; None is not given."""
+    flags: Mapping[str, object]
+    """Settings by place; None is not given."""
+    config_file: Path | None
+    output: Path | None = None
+    """The file to write."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """A job of a run that is done, and its files."""
+
+    job: Job
+    images: tuple[Path, ...]
+    text: Path | None
+
+
+def run_command(command: Command, backend: Backend | None = None) -> None:
+    """Runs the job of a command line, or those of its JSONL file, and ends the command.
+
+    Raises:
+        ConfigError: Options that are wrong or contradict one another.
+        typer.Exit: Otherwise, with the exit code.
+    """
+    job = command.job
+    if job.jsonl is None:
+        root, summary, written = _run_prompt(command, backend)
+    else:
+        root, summary, written = _run_jsonl(command, job.jsonl, backend)
+    finish(root, summary, profile=job.profile, as_json=job.as_json, outputs=written)
+
+
+def _run_prompt(command: Command, backend: Backend | None) -> tuple[Path, Summary, list[Path]]:
+    if command.job.prompt is None:
+        raise ConfigError("expected --prompt or --jsonl, found neither")
+    folder, stem, config = _place(command)
+    job = _only_job(command, stem, config)
+    suffix = "" if command.task is Task.INTERLEAVE else f".{EXTENSIONS[config.output.image_format]}"
+    if command.output is not None:
+        suffix = command.output.suffix
+    root = folder / RUNS_FOLDER / f"{job.id}{suffix}"
+    request = Request(
+        root=root, config=config, sources=(job.source.file,), jobs=lambda: iter([job])
+    )
+    summary = run_session(request, backend)
+    written = []
+    for finished in finished_jobs(root):
+        written += _copy_out(finished, folder, suffix)
+        written += _extras(command.job, finished, folder / f"{job.id}_compare.png")
+    return root, summary, written
+
+
+def _run_jsonl(
+    command: Command, path: Path, backend: Backend | None
+) -> tuple[Path, Summary, list[Path]]:
+    job, task = command.job, command.task
+    for name, value in (
+        ("prompt", job.prompt),
+        ("stem", job.stem),
+        ("output", command.output),
+        ("system_prompt", job.system_prompt),
+        ("image", command.fields.get("image")),
+    ):
+        if value is not None:
+            raise ConfigError(f"--{_option(name)}: expected no such option beside --jsonl")
+    flags = {**command.flags, **_size_flags(command)}
+    config = resolve_settings(config_file=command.config_file, flags=flags)
+    root = Path("outputs") / manifest_name([path]) if job.output_dir is None else job.output_dir
+    request = Request(
+        root=root,
+        config=config,
+        sources=(str(path),),
+        jobs=lambda: read_manifests([path], config, task=task, warn=warn_of),
+    )
+    summary = run_session(request, backend)
+    written = []
+    if job.compare or job.print_think:
+        for finished in finished_jobs(root):
+            written += _extras(job, finished, root / "compare" / f"{finished.job.id}.png")
+    return root, summary, written
+
+
+def _place(command: Command) -> tuple[Path, str | None, RunConfig]:
+    """Returns the folder to write to, the files' stem if one was given, and the settings."""
+    job, output, flags = command.job, command.output, dict(command.flags)
+    folder = Path("outputs") / command.task.value if job.output_dir is None else job.output_dir
+    stem = job.stem
+    if output is not None:
+        if stem is not None:
+            raise ConfigError("--stem: expected no such option beside --output")
+        image_format = _FORMATS.get(output.suffix.lower())
+        if image_format is None:
+            raise ConfigError(
+                f"--output: expected a file that ends in {', '.join(_FORMATS)}, found {output}"
+            )
+        if flags.get("output.image_format") not in (None, image_format):
+            raise ConfigError(f"--image-format: expected {image_format}, as --output {output} says")
+        flags["output.image_format"] = image_format
+        target = output if job.output_dir is None else folder / output
+        folder, stem = target.parent, target.stem
+    return folder, stem, resolve_settings(config_file=command.config_file, flags=flags)
+
+
+def _only_job(command: Command, stem: str | None, config: RunConfig) -> Job:
+    own = {
+        "task": command.task.value,
+        "prompt": command.job.prompt,
+        "id": stem,
+        "system_prompt": command.job.system_prompt,
+    }
+    source = Source(file="command line", row=f"sensebatch {command.task.value}")
+    try:
+        return job_from_fields({**command.fields, **own}, config, source=source, warn=warn_of)
+    except ManifestError as error:
+        raise ConfigError("\n".join(_complaint(problem) for problem in error.problems)) from None
+
+
+def _complaint(problem: Problem) -> str:
+    """Returns a manifest's complaint in the words of a command line."""
+    name = re.sub(r"\W.*", "", problem.field)
+    return f"--{_option(name)}: {problem.message}" if name else problem.message
+
+
+def _option(name: str) -> str:
+    return _OPTION_OF.get(name, name).replace("_", "-")
+
+
+def _size_flags(command: Command) -> dict[str, object]:
+    """Returns the size that the rows of a JSONL file get that have none.
+
+    Raises:
+        ConfigError: Half a size, or a size for edits, which follow their inputs.
+    """
+    width, height, resolution = (
+        command.fields.get(name) for name in ("width", "height", "resolution")
+    )
+    if (width, height, resolution) == (None, None, None):
+        return {}
+    if command.task is Task.EDIT:
+        raise ConfigError("--jsonl: expected the sizes of edits in the file's rows")
+    if resolution is None and None not in (width, height):
+        resolution = f"{width}x{height}"
+    elif resolution is None or (width, height) != (None, None):
+        raise ConfigError("expected either --resolution or both --width and --height")
+    return {f"tasks.{command.task.value}.resolution": resolution}
+
+
+def finished_jobs(root: Path) -> Iterator[Finished]:
+    """Yields the jobs of a run's folder that are done, in the log's order, each once.
+
+    Args:
+        root: The folder; nothing runs in it.
+    """
+    run_dir = RunDir(root)
+    columns = ["job_id", "status", "key", "image_paths", "text_path"]
+    rows = {row["job_id"]: row for row in pq.read_table(run_dir.log, columns=columns).to_pylist()}
+    state = State(run_dir.state, read_only=True)
+    try:
+        for job_id, row in rows.items():
+            stored = state.jobs([job_id])[0]
+            if row["status"] == DONE and row["key"] == stored.key:
+                text = row["text_path"]
+                yield Finished(
+                    job=stored.job,
+                    images=tuple(root / path for path in row["image_paths"]),
+                    text=None if text is None else root / text,
+                )
+    finally:
+        state.close()
+
+
+def _copy_out(finished: Finished, folder: Path, suffix: str) -> list[Path]:
+    """Copies a job's files to where they were asked for, and returns their paths."""
+    stem, copies = finished.job.id, []
+    if finished.job.task is Task.INTERLEAVE:
+        for index, path in enumerate(finished.images):
+            copies.append((path, folder / f"{stem}_{index}{path.suffix}"))
+        if finished.text is not None:
+            copies.append((finished.text, folder / f"{stem}.txt"))
+    else:
+        copies = [(path, folder / f"{stem}{suffix}") for path in finished.images]
+    for source, target in copies:
+        write_atomic(target, source.read_bytes())
+    return [target for _, target in copies]
+
+
+def _extras(job: JobOptions, finished: Finished, compare: Path) -> list[Path]:
+    """Prints the text and writes the comparison of a job, as asked for."""
+    if job.print_think and finished.text is not None:
+        text = finished.text.read_text(encoding="utf-8")
+        (say if job.as_json else print)(text)
+    if not job.compare or not finished.images:
+        return []
+    inputs = [Image.open(io.BytesIO(read_input_image(image))) for image in finished.job.images]
+    outputs = [Image.open(path) for path in finished.images]
+    buffer = io.BytesIO()
+    compose(inputs, outputs, finished.job.prompt).save(buffer, "PNG")
+    write_atomic(compare, buffer.getvalue())
+    return [compare]

@@ -1,0 +1,189 @@
+"""The options that commands share: each group is declared once and expanded into signatures."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from sensebatch.settings import AttnBackend, Device, Dtype, ImageFormat, VramMode
+
+_MODEL = "Model"
+_OUTPUT = "Output"
+_EXECUTION = "Execution"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions:
+    """Which checkpoint, and how it is computed with."""
+
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML file with settings; flags win over it.", rich_help_panel=_MODEL),
+    ] = None
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "--model-path",
+            help="Checkpoint folder, Hub id (owner/name), or tiny, the embedded one.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None
+    revision: Annotated[
+        str | None,
+        typer.Option(help="Branch, tag or commit of a Hub id.", rich_help_panel=_MODEL),
+    ] = None
+    lora_path: Annotated[
+        str | None,
+        typer.Option(help="LoRA file to merge into the weights.", rich_help_panel=_MODEL),
+    ] = None
+    device: Annotated[
+        Device | None, typer.Option(help="Where to compute.", rich_help_panel=_MODEL)
+    ] = None
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(
+            help="Of weights and activations; auto is bfloat16 on a GPU, float32 on a CPU.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None
+    attn_backend: Annotated[
+        AttnBackend | None, typer.Option(help="Attention kernel.", rich_help_panel=_MODEL)
+    ] = None
+    vram_mode: Annotated[
+        VramMode | None,
+        typer.Option(help="Only full: all weights stay on the device.", rich_help_panel=_MODEL),
+    ] = None
+    system_prompt_file: Annotated[
+        str | None,
+        typer.Option(
+            help="JSON with generation and interleave system prompts.", rich_help_panel=_MODEL
+        ),
+    ] = None
+
+    def flags(self) -> dict[str, object]:
+        """Returns what was given, by place in the settings."""
+        names = (field.name for field in fields(self) if field.name not in ("config", "vram_mode"))
+        values = {f"model.{name}": getattr(self, name) for name in names}
+        return {**values, "memory.vram_mode": self.vram_mode}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchOptions:
+    """How many jobs go through the network together."""
+
+    max_batch_size: Annotated[
+        int | None, typer.Option(help="Most jobs in one batch.", rich_help_panel=_EXECUTION)
+    ] = None
+    max_batch_image_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Most image tokens (32 by 32 pixels each) in one batch.",
+            rich_help_panel=_EXECUTION,
+        ),
+    ] = None
+
+    def flags(self) -> dict[str, object]:
+        """Returns what was given, by place in the settings."""
+        return {f"memory.{field.name}": getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecutionOptions:
+    """How failures are dealt with."""
+
+    max_attempts: Annotated[
+        int | None,
+        typer.Option(
+            help="Tries a job gets before it counts as failed.", rich_help_panel=_EXECUTION
+        ),
+    ] = None
+    max_failures: Annotated[
+        int | None,
+        typer.Option(help="Stop after so many failed jobs.", rich_help_panel=_EXECUTION),
+    ] = None
+    retry_failed: Annotated[
+        bool | None,
+        typer.Option(
+            "--retry-failed/--no-retry-failed",
+            help="Try jobs again that failed in an earlier run.",
+            rich_help_panel=_EXECUTION,
+        ),
+    ] = None
+
+    def flags(self) -> dict[str, object]:
+        """Returns what was given, by place in the settings."""
+        return {f"execution.{field.name}": getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageOptions:
+    """How pictures are written."""
+
+    image_format: Annotated[
+        ImageFormat | None, typer.Option(help="File format.", rich_help_panel=_OUTPUT)
+    ] = None
+    image_quality: Annotated[
+        int | None,
+        typer.Option(
+            help="Of jpeg, 1 to 100; webp is lossless at 100.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None
+    embed_metadata: Annotated[
+        bool | None,
+        typer.Option(
+            "--embed-metadata/--no-embed-metadata",
+            help="Write prompt, seed and settings into the pictures.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None
+
+    def flags(self) -> dict[str, object]:
+        """Returns what was given, by place in the settings."""
+        return {f"output.{field.name}": getattr(self, field.name) for field in fields(self)}
+
+
+def with_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Returns a command whose parameters of a dataclass type became that dataclass's fields.
+
+    Every field is a keyword parameter with the field's annotation and default; the command is
+    called with the dataclass put together again.
+    """
+    hints = get_type_hints(function, include_extras=True)
+    groups: dict[str, type[Any]] = {
+        name: hint for name, hint in hints.items() if isinstance(hint, type) and is_dataclass(hint)
+    }
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters: dict[str, inspect.Parameter] = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name not in groups:
+            parameters[name] = parameter.replace(annotation=hints[name], kind=keyword)
+            continue
+        of_group = get_type_hints(groups[name], include_extras=True)
+        for field in fields(groups[name]):
+            parameters[field.name] = inspect.Parameter(
+                field.name,
+                keyword,
+                default=field.default,
+                annotation=of_group[field.name],
+            )
+
+    @functools.wraps(function)
+    def command(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+        function(**values)
+
+    # Terminals differ in width: paragraphs are joined, and the terminal's width breaks them.
+    command.__doc__ = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(function) or "")
+    command.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
+    command.__annotations__ = {name: item.annotation for name, item in parameters.items()}
+    return command

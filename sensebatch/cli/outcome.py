@@ -1,0 +1,118 @@
+"""How a run ends on screen, and which exit code it has."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from sensebatch.cli import exits
+from sensebatch.cli.messages import say
+from sensebatch.cli.progress import duration
+from sensebatch.cli.session import SUMMARY_NAME
+from sensebatch.executor import Summary
+from sensebatch.report import Summary as Report
+from sensebatch.report import format_summary, read_log, summarise, summary_json
+from sensebatch.store.run_dir import RunDir
+
+
+def finish(
+    root: Path,
+    summary: Summary,
+    *,
+    profile: bool,
+    as_json: bool,
+    outputs: Sequence[Path] | None = None,
+) -> None:
+    """Prints what a run came to and ends the command.
+
+    Args:
+        root: The run's folder.
+        summary: What the run came to.
+        profile: Whether to print what it cost.
+        as_json: Whether to print one object on stdout and nothing else there.
+        outputs: What a one-job command wrote where it was asked to.
+
+    Raises:
+        typer.Exit: Always, with the exit code.
+    """
+    report = _last_session(root) if profile and summary.images else None
+    if as_json:
+        values = outcome_json(root, summary, report)
+        if outputs is not None:
+            values["outputs"] = [str(path) for path in outputs]
+        print(json.dumps(values))
+    elif report is not None:
+        print(format_summary(report))
+    for line in outcome_lines(root, summary):
+        say(line)
+    for path in outputs or ():
+        say(f"  wrote    {path}")
+    raise typer.Exit(exit_code(summary))
+
+
+def exit_code(summary: Summary) -> int:
+    """Returns 0 where all jobs are done, 1 where some failed, 75 where a signal stopped the run."""
+    if summary.stopped:
+        return exits.RESUMABLE
+    return exits.FAILED if summary.counts.failed or summary.too_many_failures else exits.DONE
+
+
+def outcome_lines(root: Path, summary: Summary) -> list[str]:
+    """Returns the last lines of a run: what became of the jobs, and where everything is."""
+    counts = summary.counts
+    words = [f"{counts.done:,} of {counts.jobs:,} jobs done"]
+    if counts.failed:
+        words.append(f"{counts.failed:,} failed")
+    if counts.remaining:
+        words.append(f"{counts.remaining:,} to do")
+    if summary.done or summary.failed:
+        words.append(f"{summary.images:,} images made in {duration(summary.seconds)}")
+    else:
+        words.append("nothing was left to run")
+    folder = RunDir(root)
+    lines = [
+        ", ".join(words),
+        f"  images   {root / 'images'}",
+        f"  log      {folder.log}",
+        f"  summary  {root / SUMMARY_NAME}",
+    ]
+    if summary.stopped:
+        lines.append("stopped; the same command goes on from here")
+    elif summary.too_many_failures:
+        lines.append("stopped after too many failures; the same command goes on from here")
+    if counts.failed:
+        lines.append(f"tracebacks are in {root / 'errors'}; --retry-failed tries those jobs again")
+    return lines
+
+
+def outcome_json(root: Path, summary: Summary, report: Report | None) -> dict[str, Any]:
+    """Returns the object that `--json` prints."""
+    counts = summary.counts
+    values = {
+        "output_dir": str(root),
+        "exit_code": exit_code(summary),
+        "jobs": counts.jobs,
+        "done": counts.done,
+        "failed": counts.failed,
+        "remaining": counts.remaining,
+        "stopped": summary.stopped,
+        "this_run": {
+            "done": summary.done,
+            "failed": summary.failed,
+            "images": summary.images,
+            "seconds": summary.seconds,
+        },
+        "images": str(root / "images"),
+        "log": str(RunDir(root).log),
+        "summary": str(root / SUMMARY_NAME),
+    }
+    return values if report is None else {**values, "profile": summary_json(report)}
+
+
+def _last_session(root: Path) -> Report:
+    log = read_log(RunDir(root).log)
+    return summarise(log, session=max(log["session"].to_pylist()))

@@ -1,0 +1,43 @@
+"""`sensebatch plan`: what a run would do, group by group. Loads nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sensebatch.cli.options import BatchOptions, ModelOptions
+from sensebatch.jobs import Task
+
+
+def plan(
+    manifests: Annotated[
+        list[Path], typer.Argument(help="YAML, Parquet or JSONL files.", metavar="MANIFEST...")
+    ],
+    model: ModelOptions,
+    batch: BatchOptions,
+    task: Annotated[
+        Task | None, typer.Option(help="What rows make that do not say so (JSONL).")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N jobs.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of a table.")
+    ] = False,
+) -> None:
+    """Print how manifests would be cut into batches, as if nothing were done yet."""
+    from sensebatch.cli.messages import warn_of
+    from sensebatch.manifest.read import read_manifests
+    from sensebatch.plan import make_plan, plan_entry, plan_summary
+    from sensebatch.settings import resolve_settings
+
+    config = resolve_settings(config_file=model.config, flags=model.flags() | batch.flags())
+    jobs = read_manifests(manifests, config, task=task, limit=limit, warn=warn_of)
+    summary = plan_summary(make_plan((plan_entry(job) for job in jobs), config.memory))
+    if as_json:
+        print(json.dumps(summary))
+    else:
+        from sensebatch.cli.tables import print_plan
+
+        print_plan(summary)

@@ -1,0 +1,217 @@
+"""What a person sees of a run: a live display on a terminal, plain lines elsewhere; on stderr."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from sensebatch.cli.eta import RemainingTime
+from sensebatch.cli.messages import say
+from sensebatch.cli.signals import StopSignals
+from sensebatch.contract import Progress
+from sensebatch.jobs import Batch
+from sensebatch.plan import Plan
+from sensebatch.store.attempts import DONE, Attempt
+from sensebatch.store.state import Counts
+
+BAR_WIDTH = 32
+
+
+class Tracker:
+    """Where a run is; implements the executor's `Observer` but for what is shown.
+
+    Args:
+        clock: Seconds that only grow.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._remaining: RemainingTime | None = None
+        self._batch_start = 0.0
+        self.num_jobs = self.num_done = self.num_failed = 0
+        self.batch: Batch | None = None
+        self.step = Progress(phase="", step=0, num_steps=0)
+
+    def run_started(self, counts: Counts, plan: Plan) -> None:
+        """The run begins."""
+        self.num_jobs, self.num_done, self.num_failed = counts.jobs, counts.done, counts.failed
+        self._remaining = RemainingTime(plan, counts.started)
+
+    def batch_started(self, batch: Batch) -> None:
+        """A batch goes into the engine; the one before is through."""
+        now = self._clock()
+        assert self._remaining is not None
+        if self.batch is not None:
+            self._remaining.measured(self.batch, now - self._batch_start)
+        self._remaining.started(batch)
+        self.batch, self._batch_start = batch, now
+        self.step = Progress(phase="", step=0, num_steps=0)
+
+    def progress(self, progress: Progress) -> None:
+        """The batch in the engine went on."""
+        self.step = progress
+
+    def batch_finished(self, batch: Batch, attempts: Sequence[Attempt]) -> None:  # noqa: ARG002
+        """A batch is committed."""
+        self.num_done += sum(attempt.status == DONE for attempt in attempts)
+
+    def job_failed(self, attempt: Attempt, will_retry: bool) -> None:  # noqa: ARG002
+        """A job failed."""
+        self.num_failed += not will_retry
+
+    def note(self, text: str) -> None:
+        """Something a person may want to know."""
+
+    def remaining_s(self) -> float | None:
+        """Returns the seconds the run still needs, or None before a batch was measured."""
+        if self._remaining is None or self.batch is None:
+            return None
+        to_come, of_batch = self._remaining.to_come(), self._remaining.of_batch(self.batch)
+        if to_come is None or of_batch is None:
+            return None
+        return to_come + max(0.0, of_batch - (self._clock() - self._batch_start))
+
+    def batch_words(self) -> str:
+        """Returns what the batch is: `t2i 256x256, 8 jobs`."""
+        if self.batch is None:
+            return ""
+        group, num_jobs = self.batch.group, len(self.batch.jobs)
+        think = " with thinking" if group.think else ""
+        return f"{group.task} {group.resolution}{think}, {num_jobs} {_plural(num_jobs, 'job')}"
+
+
+class LiveDisplay(Tracker):
+    """Two lines at the foot of a terminal, with failures and notes scrolling above them.
+
+    Args:
+        console: Of stderr.
+        stop: Says whether the run is about to stop.
+    """
+
+    def __init__(self, console: Console, stop: StopSignals) -> None:
+        super().__init__()
+        self._console = console
+        self._stop = stop
+
+    def job_failed(self, attempt: Attempt, will_retry: bool) -> None:
+        """A job failed."""
+        super().job_failed(attempt, will_retry)
+        self._console.print(Text(failure_line(attempt, will_retry), style="red"))
+
+    def note(self, text: str) -> None:
+        """Something a person may want to know."""
+        self._console.print(Text(text, style="dim"))
+
+    def __rich__(self) -> RenderableType:
+        if self.batch is None:
+            return Text()
+        lines: list[RenderableType] = [self._grid()]
+        if self._stop.is_set():
+            lines.append(Text("stopping after this batch; again to stop at once", style="yellow"))
+        return Group(*lines)
+
+    def _grid(self) -> Table:
+        settled = self.num_done + self.num_failed
+        remaining = self.remaining_s()
+        words = [f"{settled:,} of {self.num_jobs:,} {_plural(self.num_jobs, 'job')}"]
+        if remaining is not None:
+            words.append(f"{duration(remaining)} left")
+        figures = Text(", ".join(words))
+        if self.num_failed:
+            figures.append(f", {self.num_failed:,} failed", style="red")
+        grid = Table.grid(padding=(0, 2))
+        grid.add_row(Text("all"), _bar(settled, self.num_jobs), figures)
+        grid.add_row(
+            Text(self.batch_words(), style="dim"),
+            _bar(self.step.step, self.step.num_steps),
+            Text(step_words(self.step), style="dim"),
+        )
+        return grid
+
+
+class PlainLines(Tracker):
+    """One line for each batch, for files and pipes.
+
+    Args:
+        say: Prints a line.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__()
+        self._say = say
+
+    def batch_finished(self, batch: Batch, attempts: Sequence[Attempt]) -> None:
+        """A batch is committed."""
+        super().batch_finished(batch, attempts)
+        num_jobs = len(batch.jobs)
+        words = [
+            f"{self.num_done} of {self.num_jobs} done",
+            f"{batch.group.task} {batch.group.resolution}, {num_jobs} {_plural(num_jobs, 'job')} "
+            f"in {attempts[0].total_s:.1f} s",
+        ]
+        remaining = self.remaining_s()
+        if remaining is not None and self.num_done + self.num_failed < self.num_jobs:
+            words.append(f"about {duration(remaining)} left")
+        self._say("; ".join(words))
+
+    def job_failed(self, attempt: Attempt, will_retry: bool) -> None:
+        """A job failed."""
+        super().job_failed(attempt, will_retry)
+        self._say(failure_line(attempt, will_retry))
+
+    def note(self, text: str) -> None:
+        """Something a person may want to know."""
+        self._say(text)
+
+
+@contextmanager
+def watch(stop: StopSignals) -> Iterator[Tracker]:
+    """Shows a run on stderr while the block runs, and yields what to tell of it."""
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal or console.is_dumb_terminal:
+        yield PlainLines(say)
+        return
+    display = LiveDisplay(console, stop)
+    with stop.shown_elsewhere(), Live(display, console=console, transient=True):
+        yield display
+
+
+def failure_line(attempt: Attempt, will_retry: bool) -> str:
+    """Returns the line about a failed attempt: job, error, traceback file."""
+    what = "failed, to be tried again" if will_retry else "failed"
+    first = (attempt.error_message or "").partition("\n")[0]
+    return f"{what}: {attempt.job_id}: {attempt.error_type}: {first} ({attempt.error_file})"
+
+
+def duration(seconds: float) -> str:
+    """Returns a duration to read at a glance: `48 s`, `12 min`, `7 h 05 min`."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def step_words(progress: Progress) -> str:
+    """Returns where a batch is: `denoise 7 of 50`, `think 212 tokens`."""
+    if not progress.phase:
+        return "starting"
+    if progress.num_steps:
+        return f"{progress.phase} {progress.step} of {progress.num_steps}"
+    return f"{progress.phase} {progress.step}" if progress.step else progress.phase
+
+
+def _bar(completed: int, total: int) -> ProgressBar:
+    return ProgressBar(total=max(total, 1), completed=completed, width=BAR_WIDTH)
+
+
+def _plural(count: int, noun: str) -> str:
+    return noun if count == 1 else f"{noun}s"

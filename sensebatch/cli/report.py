@@ -1,0 +1,33 @@
+"""`sensebatch report`: the published summary of a run, from its log."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+MAX_CALLS = 20
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="A run's folder.", metavar="DIR")],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object: seconds, bytes, tokens.")
+    ] = False,
+    calls: Annotated[
+        bool, typer.Option("--calls", help=f"Print every call, not only the first {MAX_CALLS}.")
+    ] = False,
+) -> None:
+    """Print what a run cost: load, seconds an image, throughput, peak memory, calls."""
+    from sensebatch.cli.tables import print_groups
+    from sensebatch.report import format_summary, read_log, summarise, summary_json
+    from sensebatch.store.run_dir import RunDir
+
+    summary = summarise(read_log(RunDir(folder).log))
+    if as_json:
+        print(json.dumps(summary_json(summary)))
+        return
+    print(format_summary(summary, max_calls=None if calls else MAX_CALLS))
+    print_groups(summary)

@@ -1,0 +1,220 @@
+"""One run, from resolved settings to the last line: joins checkpoint, manifest, store and engine.
+
+torch is imported here, late: to know the device, and to load weights if there is work to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import sensebatch
+from sensebatch.checkpoint.files import Checkpoint, check_tensors, open_checkpoint
+from sensebatch.checkpoint.fingerprint import fingerprint, fingerprint_file
+from sensebatch.checkpoint.system_prompts import resolve_system_prompts
+from sensebatch.cli.messages import say, warn
+from sensebatch.cli.progress import watch
+from sensebatch.cli.signals import StoppedError, StopSignals
+from sensebatch.config import ModelConfig, RunConfig
+from sensebatch.contract import Engine
+from sensebatch.executor import Summary, execute
+from sensebatch.inputs import InputReader
+from sensebatch.jobs import Job, ModelIdentity, Task
+from sensebatch.report import format_summary, read_log, summarise
+from sensebatch.settings import dump_settings
+from sensebatch.store.files import write_atomic
+from sensebatch.store.ingest import Changes
+from sensebatch.store.run_dir import RunDir, settings_document
+from sensebatch.store.store import Store, open_store
+
+SUMMARY_NAME = "summary.txt"
+"""The published summary over all sessions of a run, in its folder."""
+
+
+class Backend(Protocol):
+    """What computes: the engine, or a stand-in."""
+
+    def resolve_runtime(self, model: ModelConfig) -> tuple[str, str]:
+        """Returns device and dtype by name."""
+
+    def load_engine(
+        self,
+        config: RunConfig,
+        *,
+        checkpoint: Checkpoint,
+        identity: ModelIdentity,
+        system_prompt_source: Mapping[Task, str],
+        device: str,
+    ) -> Engine:
+        """Returns the engine, loaded."""
+
+
+class TorchBackend:
+    """The real one; imports torch when it is asked something."""
+
+    def resolve_runtime(self, model: ModelConfig) -> tuple[str, str]:
+        """Returns device and dtype by name."""
+        from sensebatch.engine.runtime import resolve_runtime
+
+        return resolve_runtime(model)
+
+    def load_engine(
+        self,
+        config: RunConfig,
+        *,
+        checkpoint: Checkpoint,
+        identity: ModelIdentity,
+        system_prompt_source: Mapping[Task, str],
+        device: str,
+    ) -> Engine:
+        """Returns the engine, loaded."""
+        from sensebatch.engine.engine import load_engine
+
+        return load_engine(
+            config,
+            checkpoint=checkpoint,
+            identity=identity,
+            system_prompt_source=system_prompt_source,
+            device=device,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What is to be run, and where."""
+
+    root: Path
+    """The run's folder."""
+    config: RunConfig
+    sources: tuple[str, ...]
+    """The manifests as the user named them."""
+    jobs: Callable[[], Iterator[Job]]
+    """Reads the manifests; called once, when the folder is held."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A checkpoint and everything about it that job keys depend on; no weights."""
+
+    checkpoint: Checkpoint
+    identity: ModelIdentity
+    prompt_source: Mapping[Task, str]
+    device: str
+
+
+def run_session(request: Request, backend: Backend | None = None) -> Summary:
+    """Runs what is missing in a run's folder, and returns what it came to.
+
+    Args:
+        request: What to run.
+        backend: What computes; the engine if None.
+
+    Raises:
+        SensebatchError: Something the user can put right, before any job was run.
+        StorageFullError: The disk is full; the run can go on later.
+        StoppedError: A signal came before there was anything to stop.
+    """
+    backend = TorchBackend() if backend is None else backend
+    with StopSignals().installed() as stop:
+        model = open_model(request.config.model, backend)
+        with open_store(request.root) as store:
+            jobs = _until_stopped(request.jobs(), stop)
+            changes = store.state.ingest(jobs, model.identity, request.root)
+            store.run_dir.write_settings(
+                settings_document(
+                    dump_settings(request.config), request.sources, sensebatch.__version__
+                )
+            )
+            _say_changes(changes)
+            summary = _run_pending(request.config, store, model, backend, stop)
+        log = summarise(read_log(RunDir(request.root).log))
+        write_atomic(request.root / SUMMARY_NAME, f"{format_summary(log)}\n".encode())
+    return summary
+
+
+def open_model(config: ModelConfig, backend: Backend) -> Model:
+    """Opens a checkpoint and works out its identity; loads no weights.
+
+    Raises:
+        CheckpointError: The checkpoint, LoRA or prompt file cannot be used.
+        ConfigError: The device cannot be used.
+    """
+    checkpoint = open_checkpoint(config.model, config.revision)
+    check_tensors(checkpoint)
+    file = config.system_prompt_file
+    prompts = resolve_system_prompts(checkpoint, None if file is None else Path(file))
+    if prompts.warn_built_in:
+        warn(
+            "no system prompt of the release was found beside the checkpoint; the built-in one "
+            "is used, with which the checkpoint was not trained (see --system-prompt-file)"
+        )
+    device, dtype = backend.resolve_runtime(config)
+    identity = ModelIdentity(
+        checkpoint=fingerprint(checkpoint),
+        lora=None if config.lora_path is None else fingerprint_file(Path(config.lora_path)),
+        dtype=dtype,
+        generation_prompt=prompts.by_task[Task.T2I].text,
+        interleave_prompt=prompts.by_task[Task.INTERLEAVE].text,
+    )
+    return Model(
+        checkpoint=checkpoint,
+        identity=identity,
+        prompt_source={task: prompt.source for task, prompt in prompts.by_task.items()},
+        device=device,
+    )
+
+
+def _run_pending(
+    config: RunConfig, store: Store, model: Model, backend: Backend, stop: StopSignals
+) -> Summary:
+    counts = store.state.counts()
+    if not counts.remaining and not (config.execution.retry_failed and counts.failed):
+        return Summary(
+            counts=counts,
+            done=0,
+            failed=0,
+            images=0,
+            stopped=False,
+            too_many_failures=False,
+            seconds=0.0,
+        )
+    say(f"loading {config.model.model} on {model.device} ({model.identity.dtype})")
+    engine = backend.load_engine(
+        config,
+        checkpoint=model.checkpoint,
+        identity=model.identity,
+        system_prompt_source=model.prompt_source,
+        device=model.device,
+    )
+    reader = InputReader()
+    try:
+        with watch(stop) as display:
+            return execute(
+                store=store,
+                engine=engine,
+                config=config,
+                read_image=reader.read,
+                observer=display,
+                stop=stop,
+            )
+    finally:
+        reader.close()
+
+
+def _until_stopped(jobs: Iterator[Job], stop: StopSignals) -> Iterator[Job]:
+    for job in jobs:
+        if stop.is_set():
+            raise StoppedError
+        yield job
+
+
+def _say_changes(changes: Changes) -> None:
+    for count, what in (
+        (changes.changed, "changed since they were last tried and run again"),
+        (changes.restored, "done before but their files are gone; run again"),
+        (changes.removed, "no longer in the manifest; their files are kept"),
+    ):
+        if count:
+            say(f"{count:,} {'job' if count == 1 else 'jobs'} {what}")

@@ -1,0 +1,62 @@
+"""What SIGINT and SIGTERM do to a run: the first asks it to stop, the second ends it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_NOTICE = b"\nstopping after this batch; again to stop at once\n"
+_SHOW_CURSOR = b"\x1b[?25h\n"
+
+
+class StoppedError(Exception):
+    """A signal came before the manifests were read; nothing was changed."""
+
+
+class StopSignals:
+    """Whether a run was asked to stop; a run's `Stop` for the executor."""
+
+    def __init__(self) -> None:
+        self._stop = threading.Event()
+        self._notice = True
+
+    def is_set(self) -> bool:
+        """Returns whether a first signal came."""
+        return self._stop.is_set()
+
+    @contextmanager
+    def installed(self) -> Iterator[StopSignals]:
+        """Handles the signals while the block runs."""
+        before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def shown_elsewhere(self) -> Iterator[None]:
+        """Leaves telling the user to a display while the block runs."""
+        self._notice = False
+        try:
+            yield
+        finally:
+            self._notice = True
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        # Plain writes: the signal may have come in the middle of a print.
+        if self._stop.is_set():
+            if sys.stderr.isatty():
+                os.write(2, _SHOW_CURSOR)
+            # Waiting for threads and buffers would not be at once, and nothing is lost: what
+            # counts is on the disk, as after a kill.
+            os._exit(128 + number)
+        self._stop.set()
+        if self._notice:
+            os.write(2, _NOTICE)

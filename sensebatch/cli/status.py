@@ -1,0 +1,33 @@
+"""`sensebatch status`: how far a run is; works beside the process that runs it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def status(
+    folder: Annotated[Path, typer.Argument(help="A run's folder.", metavar="DIR")],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of a line.")
+    ] = False,
+) -> None:
+    """Print how many jobs of a run are done, failed and still to do."""
+    from sensebatch.store.status import read_status
+
+    found = read_status(folder)
+    if as_json:
+        print(json.dumps({**asdict(found.counts), "running": found.running}))
+        return
+    counts = found.counts
+    parts = [f"{counts.done} of {counts.jobs} jobs done", f"{counts.failed} failed"]
+    word = "running" if found.running else "interrupted"
+    parts += [f"{counts.pending} to do", f"{counts.started} {word}"]
+    if counts.removed:
+        parts.append(f"{counts.removed} no longer in the manifest")
+    state = "running now" if found.running else "not running"
+    print(f"{folder}: {', '.join(parts)} ({state})")

@@ -1,0 +1,104 @@
+"""Tables for people, on stdout: plans, throughput by group, checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from sensebatch.checkpoint.summary import Summary as ModelSummary
+from sensebatch.report import GIB, Summary, Throughput
+
+MAX_NAMES = 5
+
+
+def _table(*columns: str, words: int = 1) -> Table:
+    """Returns an empty table; all columns but the first `words` are figures."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < words else "right", no_wrap=True)
+    return table
+
+
+def _print(*parts: object) -> None:
+    # A table that is piped into a file keeps its width, whatever the terminal's.
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120
+    for part in parts:
+        console.print(part)
+
+
+def print_plan(summary: Mapping[str, Any]) -> None:
+    """Prints what `plan.plan_summary` returned."""
+    table = _table("task", "size", "steps", "jobs", "images", "image tokens", "batches", words=2)
+    for group in summary["groups"]:
+        bound = "" if group["images_exact"] else "<= "
+        table.add_row(
+            f"{group['task']} (think)" if group["think"] else group["task"],
+            f"{group['width']}x{group['height']}",
+            str(group["num_steps"]),
+            f"{group['jobs']:,}",
+            f"{bound}{group['images']:,}",
+            f"{bound}{group['image_tokens']:,}",
+            f"{group['batches']:,} of {group['batch_size']}",
+        )
+    bound = "" if summary["images_exact"] else "at most "
+    total = (
+        f"{summary['jobs']:,} jobs, {bound}{summary['images']:,} images, "
+        f"{summary['batches']:,} batches"
+    )
+    _print(table, total)
+
+
+def print_groups(summary: Summary) -> None:
+    """Prints the throughput of each group of a report."""
+    table = _table(
+        "group", "jobs", "images", "calls", "wall s", "s/image", "image tok/s", "text tokens"
+    )
+    for name, group in summary.by_group.items():
+        table.add_row(name, *_throughput_cells(group))
+    if summary.by_group:
+        _print(table)
+
+
+def _throughput_cells(group: Throughput) -> Iterable[str]:
+    yield from (f"{count:,}" for count in (group.jobs, group.images, group.calls))
+    yield f"{group.wall_s:,.1f}"
+    for value in (group.seconds_per_image, group.image_tok_per_s):
+        yield "-" if value is None else f"{value:,.2f}"
+    yield f"{group.text_tokens:,}"
+
+
+def print_model(summary: ModelSummary) -> None:
+    """Prints a checkpoint's sizes, configuration and, if any, wrong tensors."""
+    sizes = _table("group", "tensors", "parameters", "GiB")
+    for group, size in summary.groups.items():
+        sizes.add_row(
+            group.value,
+            f"{size.num_tensors:,}",
+            f"{size.num_parameters:,}",
+            f"{size.nbytes / GIB:.3f}",
+        )
+    sizes.add_section()
+    sizes.add_row("all", "", f"{summary.num_parameters:,}", f"{summary.nbytes / GIB:.3f}")
+    settings = _table("configuration", "value", words=2)
+    for field in fields(summary.architecture):
+        value = getattr(summary.architecture, field.name)
+        if value is not None:
+            settings.add_row(field.name, str(value))
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in summary.dtypes.items())
+    _print(f"{summary.name}: {summary.num_files} files, {dtypes}", summary.path, settings, sizes)
+    differences = summary.differences
+    for kind, names in (
+        ("missing", differences.missing),
+        ("not expected", differences.extra),
+        ("of another shape or dtype", differences.wrong),
+    ):
+        if names:
+            more = f" ... and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+            _print(f"{len(names)} tensors {kind}: {', '.join(names[:MAX_NAMES])}{more}")

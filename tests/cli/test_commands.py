@@ -1,0 +1,146 @@
+"""The commands that need no model: plan, status, report, manifest, model, and help."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sensebatch
+from tests.cli.conftest import Invoke
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_version(invoke: Invoke) -> None:
+    ended = invoke("--version")
+    assert (ended.code, ended.out) == (0, f"sensebatch {sensebatch.__version__}\n")
+
+
+def test_plan_json_counts_jobs_and_batches_by_group(invoke: Invoke, manifest: Path) -> None:
+    plan = invoke("plan", manifest, "--json", "--max-batch-size", "1").json
+    assert plan["jobs"] == 5
+    first = plan["groups"][0]
+    assert (first["task"], first["width"], first["height"]) == ("t2i", 64, 32)
+    assert (first["jobs"], first["batches"]) == (2, 2)
+    assert plan["images"] == sum(group["images"] for group in plan["groups"])
+
+
+def test_plan_for_people_names_every_group(invoke: Invoke, manifest: Path) -> None:
+    ended = invoke("plan", manifest)
+    assert ended.code == 0
+    for words in ("t2i (think)", "edit", "interleave", "64x32", "5 jobs"):
+        assert words in ended.out
+
+
+def test_plan_makes_no_folder(invoke: Invoke, manifest: Path) -> None:
+    invoke("plan", manifest)
+    assert not Path("outputs").exists()
+
+
+@pytest.mark.usefixtures("backend")
+def test_status_counts_jobs_by_state(invoke: Invoke, manifest: Path) -> None:
+    manifest.write_text(manifest.read_text().replace("a line", "a line that fails"))
+    invoke("run", manifest, "--max-failures", "1", "--max-batch-size", "1")
+    counts = invoke("status", "outputs/small", "--json").json
+    assert counts["jobs"] == 5
+    assert counts["failed"] == 1
+    assert counts["done"] + counts["pending"] == 4
+    assert counts["running"] is False
+    assert "of 5 jobs done, 1 failed" in invoke("status", "outputs/small").out
+
+
+@pytest.mark.parametrize("command", ["status", "report"])
+def test_folder_without_a_run_is_a_clear_error(invoke: Invoke, command: str) -> None:
+    ended = invoke(command, "nowhere")
+    assert ended.code == 2
+    assert ended.err.startswith("sensebatch: nowhere")
+
+
+@pytest.mark.usefixtures("backend")
+def test_report_prints_the_summary_and_groups_or_json(invoke: Invoke, manifest: Path) -> None:
+    invoke("run", manifest)
+    ended = invoke("report", "outputs/small")
+    assert ended.out.startswith("config          vram_mode=full  attn_backend=sdpa  dtype=float32")
+    assert "interleave 64x32" in ended.out
+    assert invoke("report", "outputs/small", "--json").json["total"]["calls"] == 4
+
+
+def test_validate_counts_jobs_or_tells_every_mistake(
+    invoke: Invoke, manifest: Path, tmp_path: Path
+) -> None:
+    assert invoke("manifest", "validate", manifest).out == (
+        "no mistakes in 5 jobs (3 t2i, 1 edit, 1 interleave)\n"
+    )
+    (tmp_path / "in.png").unlink()
+    ended = invoke("manifest", "validate", manifest)
+    assert ended.code == 2
+    assert "image: " in ended.err
+    assert "1 mistake in the manifest" in ended.err
+
+
+def test_schema_is_a_json_schema_of_jobs(invoke: Invoke) -> None:
+    assert "jobs" in invoke("manifest", "schema").json["properties"]
+
+
+def test_convert_writes_a_manifest_with_the_same_plan(invoke: Invoke, manifest: Path) -> None:
+    assert invoke("manifest", "convert", manifest, "out.jsonl").code == 0
+    of_source = invoke("plan", manifest, "--json").json
+    assert invoke("plan", "out.jsonl", "--json").json == of_source
+
+
+def test_model_inspect_adds_up(invoke: Invoke) -> None:
+    values = invoke("model", "inspect", "tiny", "--json").json
+    groups = values["groups"]
+    assert set(groups) == {"understanding", "generation", "shared"}
+    assert values["nbytes"] == sum(group["nbytes"] for group in groups.values())
+    assert "understanding" in invoke("model", "inspect", "tiny").out
+
+
+def test_model_inspect_of_nothing_is_a_clear_error(invoke: Invoke) -> None:
+    ended = invoke("model", "inspect", "./nothing")
+    assert ended.code == 2
+    assert ended.err.startswith("sensebatch: ./nothing: expected")
+
+
+WITHOUT_MODEL = [
+    ["--help"],
+    ["run", "--help"],
+    ["t2i", "--help"],
+    ["manifest", "validate", "manifests/catalog.yaml"],
+    ["manifest", "schema"],
+    ["plan", "manifests/catalog.yaml"],
+    ["model", "inspect", "tiny"],
+    ["status", "outputs/none"],
+    ["report", "outputs/none"],
+]
+
+
+def _imported(commands: list[list[str]], names: tuple[str, ...]) -> list[str]:
+    """Returns which of some modules a fresh process has after these commands."""
+    code = f"""
+import sys
+from sensebatch.cli.main import main
+for args in {commands!r}:
+    try:
+        main(args)
+    except SystemExit as ended:
+        assert ended.code in (0, 2), args
+print(*(name for name in {names!r} if name in sys.modules), sep=",")
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    return ended.stdout.splitlines()[-1].split(",")
+
+
+def test_what_needs_no_model_imports_neither_torch_nor_transformers() -> None:
+    names = ("torch", "transformers", "sensebatch.settings")
+    assert _imported(WITHOUT_MODEL, names) == ["sensebatch.settings"]
+
+
+def test_help_imports_no_library_for_data() -> None:
+    names = ("torch", "pyarrow", "numpy", "PIL", "typer")
+    assert _imported([["--help"], ["edit", "--help"]], names) == ["typer"]

@@ -1,0 +1,203 @@
+"""`sensebatch run`: what scripts may rely on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from sensebatch.settings import dump_settings, resolve_settings
+from tests.cli.conftest import FakeBackend, Invoke
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+
+def _failing(manifest: Path) -> None:
+    text = manifest.read_text().replace("a line", "a line that fails")
+    manifest.write_text(text)
+
+
+def test_run_makes_the_folder_that_the_documentation_names(
+    invoke: Invoke, manifest: Path, tmp_path: Path
+) -> None:
+    ended = invoke("run", manifest)
+    root = tmp_path / "outputs" / "small"
+    assert ended.code == 0
+    assert ended.out == ""
+    for name in (
+        "run.yaml",
+        "state.db",
+        "log.parquet",
+        "summary.txt",
+        "images/a.png",
+        "text/c.txt",
+    ):
+        assert (root / name).is_file(), name
+    assert (root / "images" / "e" / "000.png").is_file()
+    for name in ("images", "log.parquet", "summary.txt"):
+        assert f"outputs/small/{name}" in ended.err
+    assert "5 of 5 jobs done" in ended.err
+
+
+def test_second_run_loads_nothing_and_says_so(
+    invoke: Invoke, manifest: Path, backend: FakeBackend
+) -> None:
+    invoke("run", manifest)
+    ended = invoke("run", manifest)
+    assert ended.code == 0
+    assert len(backend.loaded) == 1
+    assert "nothing was left to run" in ended.err
+
+
+def test_json_is_one_object_on_stdout(invoke: Invoke, manifest: Path) -> None:
+    values = invoke("run", manifest, "--json", "--output-dir", "here").json
+    assert values["output_dir"] == "here"
+    assert values["exit_code"] == 0
+    assert (values["jobs"], values["done"], values["failed"], values["remaining"]) == (5, 5, 0, 0)
+    assert values["this_run"]["images"] == values["this_run"]["done"] + _extra_images("here")
+    assert Path(values["log"]).is_file()
+    assert Path(values["summary"]).is_file()
+    assert Path(values["images"]).is_dir()
+
+
+def _extra_images(root: str) -> int:
+    return len(list(Path(root, "images", "e").iterdir())) - 1
+
+
+def test_profile_is_part_of_the_json_object(invoke: Invoke, manifest: Path) -> None:
+    values = invoke("run", manifest, "--json", "--profile").json
+    assert values["profile"]["total"]["jobs"] == 5
+
+
+def test_profile_prints_the_published_summary_of_this_run_alone(
+    invoke: Invoke, manifest: Path
+) -> None:
+    invoke("run", manifest, "--limit", "1")
+    ended = invoke("run", manifest, "--profile")
+    assert ended.out.startswith("config ")
+    assert "generations     calls=4 " in ended.out
+    everything = (Path("outputs/small") / "summary.txt").read_text()
+    assert "generations     calls=5 " in everything
+
+
+def test_failed_job_gives_exit_code_1_and_is_named(invoke: Invoke, manifest: Path) -> None:
+    _failing(manifest)
+    ended = invoke("run", manifest)
+    assert ended.code == 1
+    assert "failed: b: ValueError: NaN in the output (errors/b-1.txt)" in ended.err
+    assert "4 of 5 jobs done, 1 failed" in ended.err
+    assert (Path("outputs/small") / "errors" / "b-1.txt").is_file()
+
+
+def test_failed_job_stays_failed_until_it_is_retried(
+    invoke: Invoke, manifest: Path, backend: FakeBackend
+) -> None:
+    _failing(manifest)
+    invoke("run", manifest)
+    assert invoke("run", manifest).code == 1
+    assert len(backend.loaded) == 1
+    assert invoke("run", manifest, "--retry-failed").code == 1
+    log = pq.read_table("outputs/small/log.parquet").to_pylist()
+    assert [row["attempt"] for row in log if row["job_id"] == "b"] == [1, 2]
+
+
+def test_max_failures_ends_a_run_that_goes_on_later(invoke: Invoke, manifest: Path) -> None:
+    _failing(manifest)
+    ended = invoke("run", manifest, "--max-failures", "1", "--max-batch-size", "1")
+    assert ended.code == 1
+    assert "stopped after too many failures" in ended.err
+    assert invoke("run", manifest, "--json").json["remaining"] == 0
+
+
+def test_changed_job_is_run_again_and_said_so(invoke: Invoke, manifest: Path) -> None:
+    invoke("run", manifest)
+    manifest.write_text(manifest.read_text().replace("a line", "two lines"))
+    ended = invoke("run", manifest)
+    assert "1 job changed since they were last tried and run again" in ended.err
+    assert "1 images made" in ended.err
+
+
+def test_limit_takes_the_first_jobs_and_the_rest_follows(invoke: Invoke, manifest: Path) -> None:
+    assert invoke("run", manifest, "--limit", "2", "--json").json["jobs"] == 2
+    values = invoke("run", manifest, "--json").json
+    assert (values["jobs"], values["this_run"]["done"]) == (5, 3)
+
+
+def test_run_yaml_holds_the_resolved_settings_and_repeats_the_run(
+    invoke: Invoke, manifest: Path
+) -> None:
+    invoke("run", manifest, "--max-batch-size", "3", "--no-embed-metadata")
+    document = yaml.safe_load(Path("outputs/small/run.yaml").read_text())
+    config = resolve_settings(config_file=Path("outputs/small/run.yaml"))
+    assert document["manifests"] == [str(manifest)]
+    assert document["config"] == dump_settings(config)
+    assert config.memory.max_batch_size == 3
+    assert config.output.embed_metadata is False
+
+
+def test_flags_with_underscores_are_the_same_flags(invoke: Invoke, manifest: Path) -> None:
+    invoke("run", manifest, "--max_batch_size", "3", "--output_dir", "here", "--no_embed_metadata")
+    assert resolve_settings(config_file=Path("here/run.yaml")).memory.max_batch_size == 3
+
+
+def test_mistakes_are_told_at_once_before_anything_is_loaded(
+    invoke: Invoke, tmp_path: Path, backend: FakeBackend
+) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text("version: 1\njobs:\n  - {prompt: a, seeed: 1}\n  - {prompt: b, n: 0}\n")
+    ended = invoke("run", path)
+    assert ended.code == 2
+    assert backend.loaded == []
+    assert "line 3: seeed: " in ended.err
+    assert "did you mean 'seed'?" in ended.err
+    assert "line 4: n: " in ended.err
+    assert "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model", "nowhere/at/all"], "nowhere/at/all: expected"),
+        (["--config", "none.yaml"], "none.yaml: cannot be read"),
+        (["--max-attempts", "0"], "--max-attempts: expected a number greater than 0, found 0"),
+        (["--lora-path", "none.safetensors"], "none.safetensors: expected a readable file"),
+    ],
+)
+def test_mistake_in_a_setting_is_one_clear_line(
+    invoke: Invoke, manifest: Path, args: list[str], message: str
+) -> None:
+    ended = invoke("run", manifest, *args)
+    assert ended.code == 2
+    assert ended.err.startswith(f"sensebatch: {message}")
+    assert not Path("outputs").exists()
+
+
+def test_unknown_option_is_a_usage_error(invoke: Invoke, manifest: Path) -> None:
+    assert invoke("run", manifest, "--batchsize", "3").code == 2
+
+
+def test_folder_of_something_else_is_refused(invoke: Invoke, manifest: Path) -> None:
+    Path("other/images").mkdir(parents=True)
+    ended = invoke("run", manifest, "--output-dir", "other")
+    assert ended.code == 2
+    assert "choose another folder" in ended.err
+
+
+def test_several_manifests_make_one_run(invoke: Invoke, manifest: Path, tmp_path: Path) -> None:
+    more = tmp_path / "more.jsonl"
+    more.write_text('{"id": "z", "prompt": "a dot", "width": 64, "height": 32}\n')
+    values = invoke("run", manifest, more, "--json").json
+    assert values["done"] == 6
+    assert values["output_dir"] == "outputs/small+more"
+
+
+def test_task_of_an_upstream_file_is_given_on_the_command_line(
+    invoke: Invoke, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a story", "width": 64, "height": 32}\n')
+    invoke("run", path, "--task", "interleave")
+    log = pq.read_table("outputs/rows/log.parquet").to_pylist()
+    assert [row["task"] for row in log] == ["interleave"]

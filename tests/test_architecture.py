@@ -1,0 +1,162 @@
+"""The one-way flow of docs/architecture.md, read from the imports of the source."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "sensebatch"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+NOUNS = {"errors", "resolutions", "jobs"}
+MAY_IMPORT = {
+    "errors": set[str](),
+    "resolutions": {"errors"},
+    "jobs": {"errors", "resolutions"},
+    "contract": NOUNS,
+    "config": NOUNS,
+    "settings": NOUNS | {"config"},
+    "inputs": NOUNS,
+    "checkpoint": NOUNS | {"config"},
+    "manifest": NOUNS | {"config", "inputs"},
+    "plan": NOUNS | {"config"},
+    "store": NOUNS,
+    "executor": NOUNS | {"contract", "config", "plan", "store", "inputs"},
+    "engine": NOUNS | {"contract", "config", "checkpoint"},
+    "report": NOUNS | {"store"},
+    "tiny": NOUNS | {"config", "checkpoint", "engine"},
+}
+"""What each module or package beside `cli` may know; `cli` joins them and may know all."""
+
+ENGINE_MAY_IMPORT = {
+    "model": {"model"},
+    "memory": {"memory"},
+    "sampling": {"sampling"},
+    "tasks": {"tasks", "model", "sampling"},
+}
+"""What the parts of the engine may know of one another."""
+
+HEAVY = {"torch", "transformers", "accelerate", "flash_attn"}
+HEAVY_PACKAGES = {"engine", "tiny"}
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 50
+
+
+def _name(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def _package(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def _imports(tree: ast.AST) -> Iterator[str]:
+    """Yields the dotted name of everything imported anywhere in a tree, `from` names included."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in line {node.lineno}"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _own(tree: ast.AST) -> Iterator[list[str]]:
+    """Yields the parts, below `sensebatch`, of every import of our own."""
+    for name in _imports(tree):
+        top, *parts = name.split(".")
+        if top == "sensebatch" and parts:
+            yield parts
+
+
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _by_name(path: Path) -> str:
+    return _name(path)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_by_name)
+def test_module_imports_only_what_its_package_may_know(path: Path) -> None:
+    package = _package(path)
+    if package in ("cli", "__init__"):
+        return
+    known = {parts[0] for parts in _own(_tree(path))} - {package, "__version__"}
+    assert known <= MAY_IMPORT[package]
+
+
+def test_nothing_imports_the_command_line() -> None:
+    importers = [
+        _name(path)
+        for path in SOURCES
+        if _package(path) != "cli" and any(parts[0] == "cli" for parts in _own(_tree(path)))
+    ]
+    assert importers == []
+
+
+@pytest.mark.parametrize("part", sorted(ENGINE_MAY_IMPORT))
+def test_parts_of_the_engine_know_only_those_below_them(part: str) -> None:
+    known = {
+        parts[1]
+        for path in (PACKAGE / "engine" / part).glob("*.py")
+        for parts in _own(_tree(path))
+        if parts[0] == "engine" and (PACKAGE / "engine" / parts[1]).is_dir()
+    }
+    assert known <= ENGINE_MAY_IMPORT[part]
+
+
+def test_only_engine_and_tiny_import_torch_and_transformers() -> None:
+    importers = {
+        _package(path)
+        for path in SOURCES
+        if any(name.split(".")[0] in HEAVY for name in _imports(_tree(path)))
+    }
+    assert importers <= HEAVY_PACKAGES
+
+
+def test_command_line_imports_the_engine_only_inside_functions() -> None:
+    for path in (PACKAGE / "cli").glob("*.py"):
+        top_level = [node for node in _tree(path).body if not isinstance(node, ast.FunctionDef)]
+        for statement in top_level:
+            known = {parts[0] for parts in _own(statement)}
+            assert not known & HEAVY_PACKAGES, f"{_name(path)}: line {statement.lineno}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_by_name)
+def test_files_and_functions_stay_short(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) < MAX_FILE_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            documentation = len((ast.get_docstring(node) or "").splitlines())
+            num_lines = (node.end_lineno or 0) - node.lineno + 1 - documentation
+            assert num_lines < MAX_FUNCTION_LINES, node.name
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("__init__.py")), ids=_by_name)
+def test_packages_hold_no_code_but_the_version(path: Path) -> None:
+    names = [
+        target.id
+        for node in _tree(path).body
+        for target in getattr(node, "targets", [])
+        if isinstance(target, ast.Name)
+    ]
+    statements = [node for node in _tree(path).body if not isinstance(node, ast.Expr)]
+    assert len(statements) == len(names)
+    assert set(names) <= {"__version__"}
+
+
+def test_only_the_command_line_reads_the_environment() -> None:
+    readers = [
+        _name(path)
+        for path in SOURCES
+        if _package(path) != "cli"
+        and any(
+            isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")
+            for node in ast.walk(_tree(path))
+        )
+    ]
+    assert readers == []
