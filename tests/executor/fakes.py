@@ -111,7 +111,7 @@ class FakeEngine:
     """An engine whose pictures depend on the job and on its batch, and which fails on demand.
 
     In a prompt, `fails` makes that job's result an error, `poison` raises for the whole batch,
-    `heavy` does not fit beside another job.
+    `heavy` does not fit beside another job, `grows` no longer fits once two pictures are drawn.
     """
 
     on_step: Callable[[], None] = lambda: None
@@ -176,9 +176,12 @@ class FakeEngine:
         self, batch: Batch, checkpoints: Checkpoints, progress: Callable[[Progress], None]
     ) -> list[JobResult]:
         drawn = [list(pictures) for pictures in checkpoints.load()]
-        wanted = [1 + digest(key)[0] % job.sampling.max_images for job, key in _members(batch)]
+        wanted = [_num_images(job, key) for job, key in zip(batch.jobs, batch.keys, strict=True)]
         while True:
             self._step(progress)
+            grows = len(batch.jobs) > 1 and "grows" in batch.jobs[0].prompt
+            if grows and max(map(len, drawn)) == 2:
+                raise OutOfMemoryError("the batch no longer fits")
             unfinished = [i for i, pictures in enumerate(drawn) if len(pictures) < wanted[i]]
             if not unfinished:
                 break
@@ -202,8 +205,9 @@ class FakeEngine:
         return DrawnImage(image=image, tokens=tuple(digest(batch.id, key, *state)[:3]))
 
 
-def _members(batch: Batch) -> list[tuple[Job, str]]:
-    return list(zip(batch.jobs, batch.keys, strict=True))
+def _num_images(job: Job, key: str) -> int:
+    most = job.sampling.max_images
+    return most if "grows" in job.prompt else 1 + digest(key)[0] % most
 
 
 @dataclass
@@ -304,6 +308,7 @@ def mixed_jobs() -> list[Job]:
         for i in range(4)
     ]
     jobs += [make_job(f"heavy{i}", Task.INTERLEAVE, prompt="heavy", seed=i) for i in range(2)]
+    jobs += [make_job(f"grows{i}", Task.INTERLEAVE, prompt="grows", seed=i) for i in range(2)]
     return jobs
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sensebatch.config import ExecutionConfig
+from sensebatch.jobs import Job, Task
 from sensebatch.store import files
 from sensebatch.store.database import Database
-from tests.executor.fakes import FakeEngine, Flag, make_config, mixed_jobs, outcome, run_folder
+from tests.executor.fakes import (
+    FakeEngine,
+    make_config,
+    make_input,
+    make_job,
+    mixed_jobs,
+    outcome,
+    run_folder,
+)
 
 CONFIG = make_config(execution=ExecutionConfig(max_attempts=2))
 
@@ -69,12 +80,12 @@ def mortal(life: Life) -> Iterator[None]:
         yield
 
 
-def live(root: Path, steps: int | None, flag: Flag | None = None) -> bool:
-    """Runs the jobs for a number of steps; returns whether the run came to its end."""
+def live(root: Path, steps: int | None, jobs: Sequence[Job] | None = None) -> bool:
+    """Runs jobs for a number of steps; returns whether the run came to its end."""
     life = Life(steps)
     try:
         with mortal(life):
-            run_folder(root, mixed_jobs(), CONFIG, engine=FakeEngine(life.step), stop=flag)
+            run_folder(root, jobs or mixed_jobs(), CONFIG, engine=FakeEngine(life.step))
     except Killed:
         return False
     return True
@@ -103,6 +114,34 @@ def test_killed_at_any_step_and_resumed_equals_uninterrupted(
         assert found[0] == uninterrupted[0]
         assert not [path for path in root.rglob("*") if path.name.endswith(".tmp")]
         assert not list((root / "checkpoints").iterdir())
+
+
+SMALL_RUNS = {
+    "an input is missing": ["gone", "in1", "in2"],
+    "a batch fails": ["poison", "in1", "in2"],
+    "a batch grows": ["grows0", "grows1"],
+}
+
+
+@pytest.mark.parametrize("names", SMALL_RUNS.values(), ids=SMALL_RUNS)
+def test_killed_at_every_single_step_and_resumed_equals_uninterrupted(
+    names: list[str], tmp_path: Path
+) -> None:
+    task = Task.INTERLEAVE if "grows0" in names else Task.EDIT
+    jobs = [
+        make_job(name, task, prompt=name, images=() if "grows" in name else (make_input(name),))
+        for name in names
+    ]
+    jobs = [replace(job, sampling=replace(job.sampling, max_images=3)) for job in jobs]
+    assert live(tmp_path / "whole", None, jobs)
+    whole = outcome(tmp_path / "whole")
+    for steps in itertools.count(1):
+        root = tmp_path / str(steps)
+        if live(root, steps, jobs):
+            break
+        assert live(root, None, jobs)
+        assert outcome(root) == whole
+    assert steps > 50
 
 
 def test_sigkill_at_random_moments_leaves_a_run_that_resumes_exactly(tmp_path: Path) -> None:

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from sensebatch.config import ExecutionConfig
+from sensebatch.errors import RunFolderError
+from sensebatch.jobs import Task
+from sensebatch.store import log
+from sensebatch.store.attempts import Attempt
+from sensebatch.store.log import SCHEMA, read_log, rebuild_log
+from sensebatch.store.run_dir import RunDir
+from sensebatch.store.state import State
+from sensebatch.store.store import open_store
+from tests.executor.fakes import IDENTITY, FakeEngine, make_config, make_job, mixed_jobs, run_folder
+
+DOCS = Path(__file__).parents[2] / "docs" / "log.md"
+
+
+def test_columns_are_the_fields_of_an_attempt() -> None:
+    assert SCHEMA.names == [field.name for field in fields(Attempt)]
+
+
+def test_every_column_is_documented_in_order() -> None:
+    documented = re.findall(r"^\| `(\w+)` \|", DOCS.read_text(), re.MULTILINE)
+    assert documented == SCHEMA.names
+
+
+def test_log_is_there_before_the_first_batch(tmp_path: Path) -> None:
+    with open_store(tmp_path):
+        assert read_log(RunDir(tmp_path)).num_rows == 0
+
+
+def test_log_is_readable_at_every_step_of_a_run(tmp_path: Path) -> None:
+    seen = []
+
+    def look() -> None:
+        seen.append(read_log(RunDir(tmp_path)).num_rows)
+
+    run_folder(tmp_path, mixed_jobs(), engine=FakeEngine(look))
+    assert seen == sorted(seen)
+    assert read_log(RunDir(tmp_path)).num_rows == len(mixed_jobs())
+
+
+def test_rows_say_what_was_made_and_what_it_cost(tmp_path: Path) -> None:
+    jobs = [make_job("a", metadata={"tag": "x"}), make_job("b"), make_job("s", Task.INTERLEAVE)]
+    run_folder(tmp_path, jobs)
+    table = read_log(RunDir(tmp_path))
+    assert table.schema.equals(SCHEMA)
+    a, _, story = table.to_pylist()
+    assert (a["image_paths"], a["image_tokens"]) == (["images/a.png"], 2)
+    assert len(a["image_sha256"][0]) == 64
+    assert (a["batch_size"], a["shared_figures"]) == (2, True)
+    assert a["image_tok_per_s"] == pytest.approx(4 / 8.0)
+    assert a["step_s"] == pytest.approx(0.5)
+    assert a["text_tok_per_s"] is None
+    assert (a["checkpoint"], a["system_prompt_source"]) == (IDENTITY.checkpoint, "default")
+    assert json.loads(a["metadata"]) == {"tag": "x"}
+    assert a["started_at"].tzinfo is not None
+    assert a["peak_rss_bytes"] > 0
+    assert (story["batch_size"], story["shared_figures"]) == (1, False)
+    assert story["text_tok_per_s"] == pytest.approx(5 / 2.0)
+    assert story["text_path"] == "text/s.txt"
+    assert story["image_paths"][0] == "images/s/000.png"
+
+
+def test_log_is_rebuilt_from_the_state_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "PART_ROWS", 3)
+    run_folder(tmp_path, mixed_jobs(), make_config(execution=ExecutionConfig(max_attempts=2)))
+    before = pq.read_table(tmp_path / "log.parquet")
+    parts = sorted((tmp_path / "log").iterdir())
+    assert len(parts) == before.num_rows // 3
+    (tmp_path / "log.parquet").unlink()
+    parts[0].write_bytes(b"damaged")
+    run_folder(tmp_path, mixed_jobs())
+    assert pq.read_table(tmp_path / "log.parquet").equals(before)
+    (tmp_path / "log.parquet").write_bytes(b"damaged")
+    state = State(tmp_path / "state.db")
+    assert rebuild_log(RunDir(tmp_path), state) == before.num_rows
+    state.close()
+    assert pq.read_table(tmp_path / "log.parquet").equals(before)
+
+
+def test_parts_of_another_state_are_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "PART_ROWS", 2)
+    run_folder(tmp_path / "a", [make_job(f"a{i}") for i in range(4)])
+    run_folder(tmp_path / "b", [make_job(f"b{i}") for i in range(4)])
+    for part in (tmp_path / "a/log").iterdir():
+        (tmp_path / "b/log" / part.name).write_bytes(part.read_bytes())
+    (tmp_path / "b/log.parquet").unlink()
+    run_folder(tmp_path / "b", [make_job(f"b{i}") for i in range(4)])
+    found = pq.read_table(tmp_path / "b/log.parquet")["job_id"].to_pylist()
+    assert found == ["b0", "b1", "b2", "b3"]
+
+
+def test_missing_log_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match=r"log\.parquet: expected the log of a run"):
+        read_log(RunDir(tmp_path))

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sensebatch.config import default_config
+from sensebatch.errors import JobError, RunFolderError, StorageFullError
+from sensebatch.store import files, run_dir
+from sensebatch.store.files import write_atomic
+from sensebatch.store.run_dir import RunDir, settings_document
+from sensebatch.store.status import read_status
+from sensebatch.store.store import open_store
+from tests.executor.fakes import FakeEngine, make_job, run_folder
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from sensebatch.store.run_dir import RunDir
+with RunDir(Path(sys.argv[1])).locked():
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_second_process_is_refused_by_a_lock_that_a_dead_one_does_not_keep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_dir, "LOCK_WAIT_S", 0.05)
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        assert RunDir(tmp_path / "run").in_use()
+        with (
+            pytest.raises(RunFolderError, match=rf"in use .*process {process.pid} on "),
+            open_store(tmp_path / "run"),
+        ):
+            pass
+        process.send_signal(signal.SIGKILL)
+    assert not RunDir(tmp_path / "run").in_use()
+    with open_store(tmp_path / "run"):
+        pass
+
+
+def test_pictures_without_a_state_are_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    with (
+        pytest.raises(RunFolderError, match=r"found images without state\.db"),
+        open_store(tmp_path),
+    ):
+        pass
+
+
+def test_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(RunFolderError, match="expected a folder"), open_store(tmp_path / "run"):
+        pass
+
+
+def test_status_counts_while_a_run_works_and_after(tmp_path: Path) -> None:
+    seen = []
+    jobs = [make_job(f"j{i}") for i in range(3)] + [make_job("bad", prompt="fails")]
+    run_folder(tmp_path, jobs, engine=FakeEngine(lambda: seen.append(read_status(tmp_path))))
+    assert seen[0].running
+    assert (seen[0].counts.started, seen[0].counts.pending) == (2, 2)
+    after = read_status(tmp_path)
+    assert not after.running
+    assert (after.counts.done, after.counts.failed, after.counts.remaining) == (3, 1, 0)
+
+
+def test_status_of_another_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match=r"no state\.db"):
+        read_status(tmp_path)
+
+
+@pytest.mark.parametrize("job_id", ["", "/etc/x", "../x", "a/../../x", "a\\b"])
+def test_id_that_would_leave_the_folder_is_refused(job_id: str) -> None:
+    with pytest.raises(JobError):
+        RunDir(Path("run")).image_name(job_id, "png")
+
+
+def test_settings_are_written_as_plain_yaml(tmp_path: Path) -> None:
+    folder = RunDir(tmp_path)
+    folder.write_settings(settings_document(default_config(), ["jobs.yaml"], "1.2"))
+    found = yaml.safe_load((tmp_path / "run.yaml").read_text())
+    assert found["manifests"] == ["jobs.yaml"]
+    assert found["config"]["tasks"]["t2i"]["sampling"]["num_steps"] == 12
+
+
+@pytest.mark.parametrize("code", [28, 122])
+def test_full_disk_leaves_the_old_file_and_no_temporary_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    write_atomic(tmp_path / "a", b"old")
+
+    def full(_: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(StorageFullError, match="run the same command again"):
+        write_atomic(tmp_path / "a", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"old"

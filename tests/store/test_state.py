@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sensebatch.errors import ManifestError, RunFolderError
+from sensebatch.jobs import InputImage, Job, Source, Task, group_key
+from sensebatch.store.codec import group_from_json, group_to_json, job_from_json, job_to_json
+from sensebatch.store.state import State
+from tests.executor.fakes import IDENTITY, make_input, make_job, run_folder
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Iterator[State]:
+    opened = State(tmp_path / "state.db")
+    yield opened
+    opened.close()
+
+
+text = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@given(
+    prompt=text,
+    seed=st.integers(),
+    cfg=st.floats(allow_nan=False),
+    system=st.none() | text,
+    metadata=st.dictionaries(text, st.none() | text | st.integers() | st.lists(text)),
+)
+def test_job_is_read_back_as_it_was(
+    prompt: str, seed: int, cfg: float, system: str | None, metadata: dict
+) -> None:
+    job = make_job(
+        "a", Task.EDIT, prompt=prompt, seed=seed, system_prompt=system, metadata=metadata
+    )
+    member = InputImage(path="p", member=(3, "image", 0), sha256="0", height=1, width=2)
+    job = replace(
+        job,
+        images=(make_input("x"), member),
+        sampling=replace(job.sampling, cfg_scale=cfg),
+        input_max_pixels=9,
+    )
+    assert job_from_json(job_to_json(job)) == job
+    assert group_from_json(group_to_json(group_key(job))) == group_key(job)
+
+
+def test_reader_that_raises_undoes_the_whole_reading(state: State, tmp_path: Path) -> None:
+    state.ingest([make_job("a")], IDENTITY, tmp_path)
+
+    def broken() -> Iterator[Job]:
+        yield make_job("b")
+        raise ManifestError([])
+
+    with pytest.raises(ManifestError):
+        state.ingest(broken(), IDENTITY, tmp_path)
+    assert [entry.id for entry in state.entries()] == ["a"]
+
+
+def test_changes_are_counted(tmp_path: Path) -> None:
+    jobs = [make_job("same"), make_job("changed"), make_job("removed")]
+    run_folder(tmp_path, jobs)
+    ran = run_folder(tmp_path, [make_job("new"), jobs[0], make_job("changed", seed=8)])
+    changes = ran.changes
+    assert (changes.jobs, changes.added, changes.changed, changes.removed) == (3, 1, 1, 1)
+    assert ran.engine.batches == [("new", "changed")]
+
+
+def test_renamed_tags_do_not_run_a_job_again(tmp_path: Path) -> None:
+    run_folder(tmp_path, [make_job("a")])
+    moved = make_job("a", metadata={"tag": 1}, source=Source(file="other.yaml", row="line 9"))
+    ran = run_folder(tmp_path, [moved])
+    assert (ran.changes.changed, ran.engine.batches) == (0, [])
+
+
+def test_removed_job_that_comes_back_is_still_done(tmp_path: Path) -> None:
+    jobs = [make_job("a"), make_job("b")]
+    run_folder(tmp_path, jobs)
+    run_folder(tmp_path, jobs[:1])
+    ran = run_folder(tmp_path, jobs)
+    assert ran.engine.batches == []
+    assert ran.summary.counts.done == 2
+
+
+def test_same_id_twice_names_both_places(state: State, tmp_path: Path) -> None:
+    again = make_job("a", source=Source(file="two.yaml", row="line 4"))
+    with pytest.raises(ManifestError) as caught:
+        state.ingest([make_job("a"), again], IDENTITY, tmp_path)
+    assert str(caught.value) == (
+        "two.yaml: line 4: id: expected an id of its own, found 'a' again "
+        "(first in jobs.yaml: line 1)"
+    )
+    assert list(state.entries()) == []
+
+
+def test_ids_that_differ_by_case_are_refused_even_across_runs(tmp_path: Path) -> None:
+    run_folder(tmp_path, [make_job("Cat")])
+    with pytest.raises(ManifestError, match="a disk that ignores case takes for 'Cat'"):
+        run_folder(tmp_path, [make_job("cat")])
+
+
+def test_changed_member_takes_an_interrupted_batch_apart(state: State, tmp_path: Path) -> None:
+    jobs = [make_job("a"), make_job("b")]
+    state.ingest(jobs, IDENTITY, tmp_path)
+    stored = state.jobs(["a", "b"])
+    members = [(one.job.id, one.key) for one in stored]
+    state.begin(members)
+    state.ingest(jobs, IDENTITY, tmp_path)
+    assert [batch.ids for batch in state.started_batches()] == [("a", "b")]
+    assert state.counts().started == 2
+    state.ingest([jobs[0], make_job("b", seed=1)], IDENTITY, tmp_path)
+    assert state.started_batches() == []
+    assert [entry.id for entry in state.entries()] == ["a", "b"]
+
+
+def test_another_sqlite_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    connection = sqlite3.connect(path)
+    connection.execute("CREATE TABLE other (x)")
+    connection.close()
+    with pytest.raises(RunFolderError, match=r"state\.db: expected a state database of format"):
+        State(path)
+
+
+def test_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    path.write_bytes(b"not a database, but long enough to be read as one" * 40)
+    with pytest.raises(RunFolderError, match="not a database"):
+        State(path)
