@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from sensebatch.checkpoint.files import Checkpoint
+from sensebatch.checkpoint.files import Checkpoint, check_tensors
 from sensebatch.checkpoint.tensors import expected_tensors
 from sensebatch.config import RunConfig
 from sensebatch.engine.loading import load_network
@@ -18,11 +18,13 @@ from sensebatch.engine.model.attention import Attention
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.tokenizer import HFTokenizer, Tokenizer
 from sensebatch.engine.preprocess import load_input
+from sensebatch.engine.residency import Residency, WeightPlacement
 from sensebatch.engine.runner import Runner
 from sensebatch.engine.runtime import BACKENDS, DTYPES, resolve_attention
 from sensebatch.engine.tasks.interleave import run_interleave
 from sensebatch.engine.tasks.single_image import run_single_image
 from sensebatch.engine.tasks.state import PreparedJob, job_generator
+from sensebatch.engine.weights import FileWeights
 from sensebatch.errors import JobError, OutOfMemoryError
 from sensebatch.executor import Checkpoints, Progress
 from sensebatch.jobs import (
@@ -43,6 +45,7 @@ class SenseNovaEngine:
 
     Args:
         network: Loaded.
+        residency: Moves its weights.
         tokenizer: Of the same checkpoint.
         attention: How one run or picture attends.
         pixel_limits: Sizes of input images.
@@ -53,12 +56,14 @@ class SenseNovaEngine:
         self,
         *,
         network: Network,
+        residency: Residency,
         tokenizer: Tokenizer,
         attention: Attention,
         pixel_limits: PixelLimits,
         info: EngineInfo,
     ) -> None:
         self._network = network
+        self._residency = residency
         self._tokenizer = tokenizer
         self._attention = attention
         self._pixel_limits = pixel_limits
@@ -80,7 +85,7 @@ class SenseNovaEngine:
         """Runs a batch; see `executor.Engine.generate`."""
         device = self._network.device
         memory = _DevicePeak(device)
-        runner = Runner(self._network, self._tokenizer, self._attention, progress)
+        runner = Runner(self._network, self._tokenizer, self._attention, progress, self._residency)
         start = time.perf_counter()
         try:
             with torch.inference_mode():
@@ -149,6 +154,7 @@ class SenseNovaEngine:
         ]
         # Encoding refuses text that cannot be kept plain; better here, where it fails one job.
         self._tokenizer.encode(job.prompt)
+        self._tokenizer.encode(system)
         return PreparedJob(
             job=job, system_prompt=system, images=images, generator=job_generator(job.seed)
         )
@@ -203,11 +209,17 @@ def load_engine(
     tokenizer = HFTokenizer(checkpoint.path)
     lora = None
     if config.model.lora_path is not None:
-        lora = Lora.open(Path(config.model.lora_path), expected_tensors(checkpoint.architecture))
+        expected = expected_tensors(checkpoint.architecture)
+        lora = Lora.open(Path(config.model.lora_path), expected)
+    check_tensors(checkpoint)
     memory = _DevicePeak(torch.device(device))
     try:
-        network = load_network(
-            checkpoint, device=torch.device(device), dtype=DTYPES[identity.dtype], lora=lora
+        network, residency = load_network(
+            checkpoint.architecture,
+            FileWeights(checkpoint, lora),
+            WeightPlacement(num_buffers=None, embed_on_device=True, host_budget_bytes=None),
+            device=torch.device(device),
+            dtype=DTYPES[identity.dtype],
         )
     except RuntimeError as error:
         if _is_out_of_memory(error):
@@ -231,6 +243,7 @@ def load_engine(
     )
     return SenseNovaEngine(
         network=network,
+        residency=residency,
         tokenizer=tokenizer,
         attention=BACKENDS[backend],
         pixel_limits=config.pixel_limits,

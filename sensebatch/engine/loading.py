@@ -1,53 +1,37 @@
-"""Puts a checkpoint's tensors into a network, one at a time, straight to their place."""
+"""Makes a network of a checkpoint, its weights wherever they are to be."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from pathlib import Path
-
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
 
-from sensebatch.checkpoint.files import Checkpoint, check_tensors
-from sensebatch.engine.lora import Lora
+from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.engine.model.network import Network
-from sensebatch.engine.model.state_dict_adapter import checkpoint_slots, parameters_by_name
+from sensebatch.engine.residency import Residency, WeightPlacement
+from sensebatch.engine.weights import WeightSource
 
 
 def load_network(
-    checkpoint: Checkpoint,
+    arch: Architecture,
+    source: WeightSource,
+    placement: WeightPlacement,
     *,
     device: torch.device,
     dtype: torch.dtype,
-    lora: Lora | None = None,
-) -> Network:
-    """Returns the checkpoint's network, in evaluation mode and without gradients.
+) -> tuple[Network, Residency]:
+    """Returns a network in evaluation mode, without gradients, and what moves its weights.
 
     Args:
-        checkpoint: Checked strictly before memory is taken for it.
-        device: Where weights go.
-        dtype: What they are rounded to.
-        lora: Merged while loading.
+        arch: The network's shape.
+        source: Gives the weights; the checkpoint they are read from has been checked.
+        placement: How much of each memory they take.
+        device: Where the network computes.
+        dtype: What weights are rounded to.
 
     Raises:
-        CheckpointError: A tensor is missing, extra or wrongly shaped.
+        CheckpointError: A file cannot be read.
     """
-    check_tensors(checkpoint)
     with init_empty_weights():
-        network = Network(checkpoint.architecture)
-    network = network.to(dtype).to_empty(device=device).requires_grad_(False).eval()
-    parameters = parameters_by_name(network)
-    slots = checkpoint_slots(checkpoint.architecture)
-    by_file: dict[Path, list[str]] = defaultdict(list)
-    for name, tensor in checkpoint.tensors.items():
-        by_file[tensor.file].append(name)
-    for file, names in by_file.items():
-        with safe_open(file, framework="pt") as opened:
-            for name in names:
-                weight = opened.get_tensor(name)
-                if lora is not None:
-                    weight = lora.apply(name, weight)
-                for slot in slots[name]:
-                    slot.view(parameters).copy_(slot.part(weight))
-    return network
+        network = Network(arch)
+    network = network.to(dtype).requires_grad_(False).eval()
+    return network, Residency(network, source, placement, device, dtype)

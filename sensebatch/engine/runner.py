@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -35,6 +36,19 @@ class Extension:
     """Of each image of the prompt, `[tokens, D]`."""
 
 
+class Weights(Protocol):
+    """Told what comes next, so that the weights for it can be brought."""
+
+    def prefill(self, *, decodes: bool) -> None:
+        """One pass of prompts, with logits behind it where text follows."""
+
+    def decode(self) -> None:
+        """Many passes of the understanding expert with logits."""
+
+    def denoise(self) -> None:
+        """Many passes of the generation expert."""
+
+
 class Runner:
     """The network with its tokenizer, attention and clock.
 
@@ -43,6 +57,7 @@ class Runner:
         tokenizer: Of the same checkpoint.
         attention: How one run or picture attends.
         progress: Told where a phase is.
+        weights: Told which phase comes next; None where they stay where they are.
     """
 
     def __init__(
@@ -51,17 +66,43 @@ class Runner:
         tokenizer: Tokenizer,
         attention: Attention,
         progress: Callable[[Progress], None],
+        weights: Weights | None = None,
     ) -> None:
         self.network = network
         self.tokenizer = tokenizer
         self.attention = attention
         self.progress = progress
+        self._weights = weights
         self.seconds: dict[str, float] = defaultdict(float)
         """Wall seconds by phase."""
         self.num_denoise_steps = 0
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def prefilling(self, *, decodes: bool) -> Iterator[None]:
+        """The phase of prompts: one pass of the understanding expert."""
+        with self._phase("prefill"):
+            if self._weights is not None:
+                self._weights.prefill(decodes=decodes)
+            yield
+
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        """The phase of text: many passes of the understanding expert."""
+        with self._phase("think"):
+            if self._weights is not None:
+                self._weights.decode()
+            yield
+
+    @contextmanager
+    def denoising(self) -> Iterator[None]:
+        """The phase of pictures: many passes of the generation expert."""
+        with self._phase("denoise"):
+            if self._weights is not None:
+                self._weights.denoise()
+            yield
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
         """Counts the time of a block; the device has finished it when the block ends."""
         start = time.perf_counter()
         yield

@@ -31,7 +31,7 @@ from sensebatch.engine.model.patchify import (
     tokens_to_patches,
 )
 from sensebatch.engine.model.rope import Rotary, patch_rotary, token_rotary
-from sensebatch.engine.model.transformer import Expert
+from sensebatch.engine.model.transformer import ROWS, Expert
 from sensebatch.resolutions import Resolution
 
 
@@ -109,7 +109,9 @@ class ImagePositions:
     token_rotary: Rotary
     """Of all tokens of all pictures."""
     patch_rotary: Rotary
-    patch_grids: tuple[tuple[int, int], ...]
+    """Of the patches of one picture."""
+    patch_grid: tuple[int, int]
+    """(rows, columns) of patches of one picture."""
 
 
 class Network(nn.Module):
@@ -205,12 +207,12 @@ class Network(nn.Module):
         positions = [
             torch.cat((torch.full((1, rows * columns), cache.next_t), grid)) for cache in caches
         ]
-        patch_grids = ((rows * MERGE, columns * MERGE),) * len(caches)
+        patch_grid = (rows * MERGE, columns * MERGE)
         return ImagePositions(
             resolution=resolution,
             token_rotary=self._token_rotary(torch.cat(positions, dim=1).to(self.device)),
-            patch_rotary=self._patch_rotary(patch_grids),
-            patch_grids=patch_grids,
+            patch_rotary=self._patch_rotary((patch_grid,)),
+            patch_grid=patch_grid,
         )
 
     def predict_image(
@@ -244,8 +246,18 @@ class Network(nn.Module):
     ) -> Tensor:
         """Returns `[B * N, D]`, what the generation expert reads; see `predict_image`."""
         size = positions.resolution
-        patches = tokens_to_patches(z_BNx, size.height, size.width)
-        x_TD = self.generation_vision(patches, positions.patch_grids, positions.patch_rotary)
+        # So many pictures at a time as keep what is needed for a moment as small as in a layer.
+        num_pictures = max(ROWS // size.image_tokens, 1)
+        x_TD = torch.cat(
+            [
+                self.generation_vision(
+                    tokens_to_patches(z, size.height, size.width),
+                    [positions.patch_grid] * z.shape[0],
+                    positions.patch_rotary,
+                )
+                for z in z_BNx.split(num_pictures)
+            ]
+        )
         condition_BD = self.timestep_embedder(t_B)
         if self.noise_scale_embedder is not None:
             ratio = noise_scale / self.arch.noise_scale_max_value

@@ -71,7 +71,7 @@ class PatchEmbedding(nn.Module):
         Args:
             patches_Px: `[patches, 768]` rows, images one after the other.
             grids: (rows, columns) of patches of each image.
-            rotary: Of `rope.patch_rotary` for the same grids.
+            rotary: Of `rope.patch_rotary` for the same grids, or for one where all are equal.
         """
         first = self.patch_embedding
         x_PC = F.linear(patches_Px.to(first.weight.dtype), first.weight.flatten(1), first.bias)

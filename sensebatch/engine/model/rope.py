@@ -85,8 +85,11 @@ def patch_rotary(
 
 
 def rotate_patches(x_PC: Tensor, rotary: Rotary) -> Tensor:
-    """Rotates patch embeddings `[patches, channels]` in float32 and returns their dtype."""
+    """Rotates patch embeddings `[patches, channels]` in float32 and returns their dtype.
+
+    A table of one image serves any number of images of its size.
+    """
     cos, sin = rotary
-    even, odd = x_PC.float().unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = x_PC.float().unflatten(-1, (-1, 2)).unflatten(0, (-1, cos.shape[0])).unbind(-1)
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return turned.flatten(-2).to(x_PC.dtype)
+    return turned.flatten(-2).flatten(0, 1).to(x_PC.dtype)

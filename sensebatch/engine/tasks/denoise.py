@@ -107,7 +107,7 @@ def denoise(
         return torch.stack(guided)
 
     noise = torch.stack([drawing.noise for drawing in drawings]).to(device)
-    with runner.phase("denoise"):
+    with runner.denoising():
         schedule = timesteps(num_steps, timestep_shift)
         z_JNx = euler(image_to_tokens(noise), schedule, velocity)
     return tokens_to_image(z_JNx, resolution.height, resolution.width)

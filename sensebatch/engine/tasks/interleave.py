@@ -115,7 +115,7 @@ def _write(runner: Runner, stories: Sequence[Story]) -> list[Story]:
         assert story.state.choice is not None
         first[place] = story.state.choice
         limits[place] = story.state.job.sampling.max_new_tokens - story.num_text_tokens
-    with runner.phase("think"):
+    with runner.decoding():
         decoded = greedy_decode(
             first, limits, step, stop_before=frozenset({runner.tokenizer.eos_id, image_start})
         )
@@ -136,7 +136,7 @@ def _draw(runner: Runner, stories: Sequence[Story], checkpoints: Checkpoints) ->
     if not stories:
         return
     image_start = runner.tokenizer.token_id(IMG_START)
-    with runner.phase("prefill"):
+    with runner.prefilling(decodes=False):
         runner.append_tokens(
             [
                 (story.state.caches[branch], [image_start])
@@ -205,7 +205,7 @@ def _finish_image(story: Story, image: Tensor) -> None:
 
 def _read_back(runner: Runner, stories: Sequence[Story]) -> None:
     """Re-encodes every story's last picture into its prefixes and takes the next choice."""
-    with runner.phase("prefill"):
+    with runner.prefilling(decodes=True):
         embeds = runner.embed_images([drawn_to_patches(story.images[-1]) for story in stories])
         extensions: list[Extension] = []
         cond_rows = []

@@ -91,7 +91,7 @@ def think(runner: Runner, running: Sequence[RunningJob]) -> list[list[int]]:
             runner.append_tokens([(caches[index], [token]) for index, token in taken])
         )
 
-    with runner.phase("think"):
+    with runner.decoding():
         first = {}
         for index, state in enumerate(running):
             assert state.choice is not None

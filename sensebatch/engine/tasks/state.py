@@ -59,7 +59,7 @@ def start_jobs(runner: Runner, jobs: Sequence[PreparedJob], *, decodes: bool) ->
         jobs: Of one group.
         decodes: Whether text is decoded behind the conditional prompts.
     """
-    with runner.phase("prefill"):
+    with runner.prefilling(decodes=decodes):
         images = [image for job in jobs for image in job.images]
         embeds = iter(runner.embed_images(images))
         extensions = []

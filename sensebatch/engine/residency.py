@@ -1,0 +1,175 @@
+"""Where the network's weights are during each phase of a batch.
+
+Cuts the network into blocks (decoder layers and parts of the vocabulary head) that memory moves,
+puts everything else on the device for good, and tells memory which blocks a phase goes through.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from sensebatch.checkpoint.architecture import Architecture
+from sensebatch.engine.memory.blocks import Block, Layout, layout_of, new_buffer
+from sensebatch.engine.memory.host import HostStore
+from sensebatch.engine.memory.lanes import lane_for
+from sensebatch.engine.memory.pool import RING, Pool
+from sensebatch.engine.model.network import Network
+from sensebatch.engine.model.state_dict_adapter import Slot, checkpoint_slots
+from sensebatch.engine.weights import WeightSource
+
+BLOCK_PREFIXES = ("understanding.layers.", "generation.layers.", "lm_head.parts.")
+
+Pieces = list[tuple[str, Slot]]
+"""(checkpoint tensor, slot) of one module; the slots name parameters from the module on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightPlacement:
+    """How much of each memory the weights may take."""
+
+    num_buffers: int | None
+    """Device buffers of one block; None gives every block its own."""
+    embed_on_device: bool
+    """Whether the token embeddings are on the device rather than looked up in host memory."""
+    host_budget_bytes: int | None
+    """Host memory for blocks; None for all of them. Unused where every block has a buffer."""
+
+
+class Residency:
+    """Moves the network's weights.
+
+    Args:
+        network: Its parameters are on the meta device; they are given memory here.
+        source: Where weights are read from.
+        placement: How much memory they take.
+        device: Where the network computes.
+        dtype: Of the weights.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        source: WeightSource,
+        placement: WeightPlacement,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        pieces = _pieces_by_parameter(network.arch)
+        self._understanding = _blocks(network, "understanding.layers", pieces, source)
+        self._generation = _blocks(network, "generation.layers", pieces, source)
+        self._head = _blocks(network, "lm_head.parts", pieces, source)
+        _load_rest(network, pieces, source, placement.embed_on_device, device, dtype)
+        blocks = [*self._generation, *self._understanding, *self._head]
+        num_buffers = placement.num_buffers
+        self._whole = num_buffers is None or num_buffers >= len(blocks)
+        lane = lane_for(device)
+        self._host = HostStore(dtype, pin=device.type == "cuda")
+        self._host.keep(blocks, 0 if self._whole else placement.host_budget_bytes, lane)
+        sizes = [block.layout.num_elements for block in blocks]
+        if not self._whole:
+            assert num_buffers is not None
+            sizes = [max(sizes)] * max(num_buffers, RING)
+        buffers = [new_buffer(size, dtype, device) for size in sizes]
+        self._pool = Pool(buffers, self._host, lane)
+        network.understanding.lend = self._lender(self._understanding)
+        network.generation.lend = self._lender(self._generation)
+        network.lm_head.lend = self._lender(self._head)
+        if self._whole:
+            self._load_all(blocks)
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory that blocks take."""
+        return self._host.kept_bytes
+
+    def prefill(self, *, decodes: bool) -> None:
+        """Prepares one pass of prompts, with logits behind it where text follows."""
+        self._schedule([*self._understanding, *(self._head if decodes else [])], keep=False)
+
+    def decode(self) -> None:
+        """Prepares many passes of the understanding expert with logits."""
+        self._schedule([*self._understanding, *self._head], keep=True)
+
+    def denoise(self) -> None:
+        """Prepares many passes of the generation expert."""
+        self._schedule(self._generation, keep=True)
+
+    def _schedule(self, order: Sequence[Block], *, keep: bool) -> None:
+        if not self._whole:
+            self._pool.schedule(order, keep=keep)
+
+    def _lender(
+        self, blocks: Sequence[Block]
+    ) -> Callable[[int], AbstractContextManager[nn.Module]]:
+        return lambda index: self._pool.lend(blocks[index])
+
+    def _load_all(self, blocks: Sequence[Block]) -> None:
+        """Gives every block the buffer of its own size, for good."""
+        self._pool.schedule(blocks, keep=True)
+        for block in blocks:
+            with self._pool.lend(block):
+                pass
+        self._host.close()
+
+
+def _pieces_by_parameter(arch: Architecture) -> dict[str, Pieces]:
+    pieces: dict[str, Pieces] = defaultdict(list)
+    for name, slots in checkpoint_slots(arch).items():
+        for slot in slots:
+            pieces[slot.parameter].append((name, slot))
+    return pieces
+
+
+def _blocks(
+    network: Network, prefix: str, pieces: Mapping[str, Pieces], source: WeightSource
+) -> list[Block]:
+    """Returns a block for each module of a list in the network."""
+    blocks = []
+    for index, module in enumerate(network.get_submodule(prefix).children()):
+        name = f"{prefix}.{index}"
+        layout = layout_of(module)
+        of_block = [
+            (tensor, replace(slot, parameter=parameter))
+            for parameter, _ in module.named_parameters()
+            for tensor, slot in pieces[f"{name}.{parameter}"]
+        ]
+        fill = partial(_fill, layout, of_block, source)
+        blocks.append(Block(name=name, module=module, layout=layout, fill=fill))
+    return blocks
+
+
+def _fill(layout: Layout, pieces: Pieces, source: WeightSource, flat: Tensor) -> None:
+    views = layout.views(flat)
+    for tensor, slot in pieces:
+        source.read_into(tensor, slot.rows, slot.view(views))
+
+
+def _load_rest(
+    network: Network,
+    pieces: Mapping[str, Pieces],
+    source: WeightSource,
+    embed_on_device: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Gives every parameter outside the blocks its memory, on the device but for embeddings."""
+    for name, parameter in list(network.named_parameters()):
+        if name.startswith(BLOCK_PREFIXES):
+            continue
+        value = torch.empty(parameter.shape, dtype=dtype)
+        for tensor, slot in pieces[name]:
+            source.read_into(tensor, slot.rows, slot.view({name: value}))
+        if embed_on_device or not name.startswith("embed_tokens."):
+            value = value.to(device)
+        owner, _, attribute = name.rpartition(".")
+        setattr(network.get_submodule(owner), attribute, nn.Parameter(value, requires_grad=False))

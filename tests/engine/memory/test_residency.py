@@ -1,0 +1,167 @@
+"""Weights that move give the same bits as weights that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sensebatch.engine.loading import load_network
+from sensebatch.engine.model.attention import sdpa
+from sensebatch.engine.residency import Residency, WeightPlacement
+from sensebatch.engine.runner import Runner
+from sensebatch.engine.tasks.interleave import run_interleave
+from sensebatch.engine.tasks.single_image import draw_single_images
+from sensebatch.errors import CheckpointError
+from tests.engine.golden_model import KeptImages, build_job, build_runner, case_resolutions, infer
+from tests.golden_data import (
+    ByteTokenizer,
+    Case,
+    golden_architecture,
+    load_case,
+    rule_weights,
+)
+
+CASES = [
+    ("dense_fm", "t2i_think_end"),
+    ("dense_fm", "edit_2img_cfg4_img2"),
+    ("dense_fm", "il_img_think"),
+    ("dense_pixel", "t2i_cfg4_none"),
+    ("dense_pixel", "edit_think_end"),
+    ("moe", "t2i_think_end"),
+    ("moe", "il_img_nothink"),
+]
+
+
+class RuleWeights:
+    """A weight source of golden weights, with a count of reads and a place to fail."""
+
+    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
+        self.weights = weights
+        self.num_reads = 0
+        self.fails = False
+
+    def read_into(self, name: str, rows: tuple[int, int] | None, target: torch.Tensor) -> None:
+        assert target.is_contiguous()
+        if self.fails:
+            raise CheckpointError(f"{name}: the disk is gone")
+        self.num_reads += 1
+        weight = self.weights[name]
+        target.copy_(weight if rows is None else weight[slice(*rows)])
+
+
+def moving_runner(
+    case: Case, num_buffers: int | None, host_budget_bytes: int | None, embed: bool = False
+) -> tuple[Runner, RuleWeights, Residency]:
+    source = RuleWeights(rule_weights(case.config, case.weight_edits))
+    network, residency = load_network(
+        golden_architecture(case.config),
+        source,
+        WeightPlacement(
+            num_buffers=num_buffers, embed_on_device=embed, host_budget_bytes=host_budget_bytes
+        ),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+    return Runner(network, ByteTokenizer(), sdpa, lambda _: None, residency), source, residency
+
+
+def run_case(runner: Runner, case: Case) -> list[torch.Tensor]:
+    """Returns the exact pictures of a case."""
+    with infer():
+        if case.kind == "interleave":
+            kept = KeptImages(1)
+            job = build_job(case, case.params["system_message"])
+            run_interleave(runner, [(0, job)], kept, resolutions=[case_resolutions(case)])
+            return [torch.from_numpy(drawn.image) for drawn in kept.images[0]]
+        images, _ = draw_single_images(runner, [build_job(case, "You draw.")])
+        return list(images)
+
+
+@pytest.mark.parametrize(("config", "name"), CASES)
+@pytest.mark.parametrize(
+    ("num_buffers", "host_budget_bytes"), [(None, None), (2, None), (3, 0), (5, 300_000), (7, None)]
+)
+def test_pictures_are_bit_identical_wherever_the_weights_are(
+    config: str, name: str, num_buffers: int | None, host_budget_bytes: int | None
+) -> None:
+    case = load_case(config, name)
+    expected = run_case(build_runner(case), case)
+    runner, _, _ = moving_runner(case, num_buffers, host_budget_bytes)
+    # Twice: the second batch meets what the first has left in the buffers.
+    for _ in range(2):
+        found = run_case(runner, case)
+        assert len(found) == len(expected)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_network_that_fits_reads_each_weight_once() -> None:
+    case = load_case("dense_fm", "t2i_cfg4_none")
+    runner, source, residency = moving_runner(case, None, None, embed=True)
+    loaded = source.num_reads
+    run_case(runner, case)
+    assert source.num_reads == loaded
+    assert residency.host_bytes == 0
+
+
+def test_a_host_budget_is_kept() -> None:
+    case = load_case("dense_fm", "t2i_cfg4_none")
+    for budget in (0, 200_000, 400_000):
+        _, _, residency = moving_runner(case, 2, budget)
+        block = 4 * (64 * (4 + 2 * 2) * 32 + 64 * 128 + 3 * 64 * 128 + 4 * 128)
+        assert residency.host_bytes <= max(budget, 2 * block)
+
+
+def test_a_failed_read_is_an_error_of_the_batch_and_not_of_the_next() -> None:
+    case = load_case("dense_fm", "t2i_cfg4_none")
+    expected = run_case(build_runner(case), case)
+    runner, source, _ = moving_runner(case, 2, 0)
+    source.fails = True
+    with pytest.raises(CheckpointError, match="the disk is gone"):
+        run_case(runner, case)
+    source.fails = False
+    assert torch.equal(run_case(runner, case)[0], expected[0])
+
+
+class Allocations(TorchDispatchMode):
+    """Records operations that make tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[str] = []
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
+        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in given:
+            self.made.append(func.__name__)
+        return result
+
+
+@pytest.mark.parametrize("num_buffers", [2, 4])
+def test_moving_weights_allocates_nothing(num_buffers: int) -> None:
+    case = load_case("dense_fm", "t2i_cfg4_none")
+    runner, _, residency = moving_runner(case, num_buffers, None)
+    run_case(runner, case)
+    network = runner.network
+    residency.denoise()
+
+    def passes() -> Iterator[int]:
+        for _ in range(3):
+            for index in range(network.arch.num_layers):
+                with network.generation.lend(index) as layer:
+                    yield next(iter(layer.parameters())).data_ptr()
+
+    with torch.inference_mode(), Allocations() as allocations:
+        addresses = list(passes())
+    assert allocations.made == []
+    assert len(set(addresses)) <= num_buffers
