@@ -15,7 +15,7 @@ from typing import Any
 from sensebatch.jobs import Task
 
 MAX_ID_BYTES = 150
-MAX_SLUG_CHARS = 40
+MAX_SLUG_BYTES = 40
 
 _FORBIDDEN = re.compile(r'[/\\<>:"|?*]')
 _OUTPUT_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg", ".txt")
@@ -28,7 +28,7 @@ _FILE_MASK = (1 << _FILE_BITS) - 1
 _HIDDEN_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
 _SAFE = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_=-]*[A-Za-z0-9_])?")
 _SLUG_GAPS = re.compile(r"[^\w+-]+")
-_RATIO = re.compile(r"(\d+):(\d+)")
+_RATIO = re.compile(r"([0-9]{1,6}):([0-9]{1,6})")
 
 
 def id_error(job_id: str) -> str | None:
@@ -126,7 +126,8 @@ def slug(value: object) -> str:
     if ratio := _RATIO.fullmatch(text):
         return "x".join(ratio.groups())
     plain = text.replace(" ", "-")
-    short = _SLUG_GAPS.sub("-", plain)[:MAX_SLUG_CHARS].strip("-")
+    cut = _SLUG_GAPS.sub("-", plain).encode()[:MAX_SLUG_BYTES]
+    short = cut.decode(errors="ignore").strip("-")
     if short and short == plain:
         return short
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]

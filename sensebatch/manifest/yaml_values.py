@@ -117,6 +117,16 @@ class ValueDumper(yaml.SafeDumper):
         """Writes every value out, however often it occurs."""
         return True
 
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """Escapes every text with a character that is not printable.
+
+        Written as they are, the rarer line breaks (U+0085, U+2028) would be folded away.
+        """
+        return self.represent_scalar(_STRING, text, style=None if text.isprintable() else '"')
+
+
+ValueDumper.add_representer(str, ValueDumper.represent_text)
+
 
 def load_yaml(text: str) -> YamlValue:
     """Returns the one document of a text.

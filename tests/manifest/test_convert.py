@@ -1,0 +1,154 @@
+"""A converted manifest makes the same jobs, whatever the formats on the way."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sensebatch.config import RunConfig, default_config
+from sensebatch.errors import ManifestError
+from sensebatch.inputs import read_input_image
+from sensebatch.jobs import Job, Source
+from sensebatch.manifest.convert import convert_manifest
+from sensebatch.manifest.read import manifest_name, read_manifest
+from tests.manifest.conftest import WriteJsonl
+from tests.manifest.test_images import encoded
+
+NOWHERE = Source(file="", row="")
+SUFFIXES = (".yaml", ".jsonl", ".parquet")
+
+
+def contents(path: Path, config: RunConfig) -> list[Job]:
+    """Returns the jobs without the places that a conversion changes."""
+    return [
+        replace(
+            job,
+            source=NOWHERE,
+            images=tuple(replace(image, path="", member=None) for image in job.images),
+        )
+        for job in read_manifest(path, config)
+    ]
+
+
+YAML = """
+version: 1
+name: night
+defaults:
+  num_steps: 5
+  metadata: {set: a}
+  edit: {input_max_pixels: null}
+jobs:
+  - {id: a, prompt: "A {literal}: 1e6", seeds: [1, 2], tags: [x, "yes"]}
+  - {prompt: "{x}", matrix: {x: [cat, "16:9"], resolution: ["16:9", 64x96]}, cfg_scale: 3}
+  - {prompt: redder, image: in.png, cfg_interval: [0, 0.5]}
+  - {prompt: redder, image: in.png, input_max_pixels: auto, think_mode: true}
+  - {prompt: story, images: [in.png, in.png], task: interleave, max_images: 2, system_prompt: Hi}
+  - {conversations: [{from: system, value: Hm}, {from: human, value: x}], type: portrait}
+  - {prompt: nested, metadata: {a: [1, null, {b: 1.5}], set: b}, width: 32, height: 64, n: 2}
+"""
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(SUFFIXES)))
+def test_any_way_round_gives_the_same_jobs(
+    tmp_path: Path, config: RunConfig, picture: Any, order: tuple[str, ...]
+) -> None:
+    picture()
+    source = tmp_path / "source.yaml"
+    source.write_text(YAML)
+    expected = contents(source, config)
+    assert len(expected) == 12
+    for step, suffix in enumerate(order):
+        target = tmp_path / f"step-{step}" / f"jobs{suffix}"
+        assert convert_manifest(source, target, config) == len(expected)
+        assert contents(target, config) == expected
+        source = target
+
+
+prompts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(
+    lambda text: not text.isspace() and "<image>" not in text
+)
+
+
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(texts=st.lists(prompts, unique=True, min_size=1, max_size=4))
+def test_any_prompt_survives_every_format(
+    tmp_path: Path, config: RunConfig, write_jsonl: WriteJsonl, texts: list[str]
+) -> None:
+    source = write_jsonl(*({"prompt": text, "metadata": {text: text}} for text in texts))
+    for suffix in SUFFIXES:
+        target = tmp_path / f"to{suffix}"
+        convert_manifest(source, target, config)
+        assert [job.prompt for job in read_manifest(target, config)] == texts
+        assert [job.metadata for job in read_manifest(target, config)] == [{t: t} for t in texts]
+
+
+def test_defaults_of_the_model_stay_open(tmp_path: Path, write_jsonl: WriteJsonl) -> None:
+    target = tmp_path / "jobs.parquet"
+    convert_manifest(write_jsonl({"prompt": "x"}), target, default_config())
+    (job,) = read_manifest(target, default_config("some/model"))
+    assert str(job.resolution) == "2048x2048"
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_pictures_inside_a_manifest_come_out_and_go_in(
+    tmp_path: Path, config: RunConfig, suffix: str
+) -> None:
+    source = tmp_path / "inside.parquet"
+    cell = [{"bytes": encoded("PNG"), "path": None}, {"bytes": encoded("JPEG"), "path": None}]
+    pq.write_table(pa.table({"prompt": ["x"], "images": [cell]}), source)
+    target = tmp_path / "out" / f"jobs{suffix}"
+    convert_manifest(source, target, config)
+    source.unlink()
+    embedded = tmp_path / "again.parquet"
+    convert_manifest(target, embedded, config, embed_images=True)
+    (job,) = read_manifest(embedded, config)
+    assert [image.member for image in job.images] == [(0, "images", 0), (0, "images", 1)]
+    assert [read_input_image(image) for image in job.images] == [c["bytes"] for c in cell]
+
+
+def test_the_name_is_kept(tmp_path: Path, config: RunConfig) -> None:
+    source = tmp_path / "source.yaml"
+    source.write_text("version: 1\nname: night\njobs: [{prompt: x}]")
+    convert_manifest(source, tmp_path / "other.yaml", config)
+    assert manifest_name([tmp_path / "other.yaml"]) == "night"
+
+
+def test_a_bad_manifest_leaves_the_target_as_it_was(
+    tmp_path: Path, config: RunConfig, write_jsonl: WriteJsonl
+) -> None:
+    target = tmp_path / "target.yaml"
+    target.write_text("precious")
+    with pytest.raises(ManifestError, match="line 2: prompt"):
+        convert_manifest(write_jsonl({"prompt": "x"}, {"prompt": ""}), target, config)
+    assert target.read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["jobs.jsonl", "target.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("name", "embed", "message"),
+    [
+        ("a.csv", False, "expected a name that ends in one of .yaml"),
+        ("a.yaml", True, "expected a Parquet manifest to store pictures in, found 'a.yaml'"),
+    ],
+)
+def test_a_target_that_cannot_be_written_is_refused(
+    tmp_path: Path,
+    config: RunConfig,
+    write_jsonl: WriteJsonl,
+    name: str,
+    embed: bool,
+    message: str,
+) -> None:
+    source = write_jsonl({"prompt": "x"})
+    with pytest.raises(ManifestError, match=message):
+        convert_manifest(source, tmp_path / name, config, embed_images=embed)

@@ -1,0 +1,77 @@
+"""What docs/manifest.md and the manifests of the project say is true."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from sensebatch.config import RunConfig, default_config
+from sensebatch.errors import Problem
+from sensebatch.jobs import Job, Task
+from sensebatch.manifest.fields import FOREIGN_FIELDS, JobFields
+from sensebatch.manifest.read import read_manifest
+
+ROOT = Path(__file__).parents[2]
+DOCS = (ROOT / "docs/manifest.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"^```(yaml|jsonl)\n(.*?)^```", DOCS, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize(("suffix", "text"), EXAMPLES, ids=range(len(EXAMPLES)))
+def test_every_example_is_a_manifest(
+    tmp_path: Path, config: RunConfig, suffix: str, text: str
+) -> None:
+    path = tmp_path / f"example.{suffix}"
+    path.write_text(text, encoding="utf-8")
+    assert list(read_manifest(path, config))
+
+
+def test_there_are_examples_of_both_text_formats() -> None:
+    assert {suffix for suffix, _ in EXAMPLES} == {"yaml", "jsonl"}
+
+
+def test_the_id_of_the_matrix_example_is_as_described(tmp_path: Path, config: RunConfig) -> None:
+    text = next(text for _, text in EXAMPLES if "matrix:" in text)
+    path = tmp_path / "example.yaml"
+    path.write_text(text, encoding="utf-8")
+    ids = [job.id for job in read_manifest(path, config)]
+    assert len(ids) == 16
+    assert "animals-animal=fox-colour=deep-blue-resolution=16x9-seed=42" in ids
+
+
+def test_every_field_is_documented_with_its_tasks() -> None:
+    table = DOCS.partition("\n## Fields\n")[2].partition("\n### ")[0]
+    rows = re.findall(r"^\| `(\w+)` \|[^|]*\| ([^|]*?) \|", table, re.MULTILINE)
+    assert {name for name, _ in rows} == set(JobFields.model_fields)
+    for name, tasks in rows:
+        having = [str(task) for task in Task if name not in FOREIGN_FIELDS[task]]
+        assert tasks == ("all" if len(having) == len(Task) else ", ".join(having))
+
+
+def read(name: str, model: str) -> list[Job]:
+    warnings: list[Problem] = []
+    path = ROOT / "manifests" / name
+    jobs = list(read_manifest(path, default_config(model), warn=warnings.append))
+    assert warnings == []
+    return jobs
+
+
+def test_the_catalog_is_small_and_has_every_kind_of_job() -> None:
+    jobs = read("catalog.yaml", "tiny")
+    pictures = sum(job.sampling.max_images if job.task is Task.INTERLEAVE else 1 for job in jobs)
+    assert pictures <= 20
+    assert all(job.sampling.num_steps <= 8 for job in jobs)
+    assert {job.task for job in jobs} == set(Task)
+    assert {len(job.images) for job in jobs} == {0, 1, 2}
+    assert {job.think for job in jobs} == {True, False}
+
+
+def test_the_8b_manifest_has_the_published_sizes() -> None:
+    sizes = {job.id: str(job.resolution) for job in read("sensenova-8b.yaml", "some/model")}
+    assert sizes == {
+        "portrait": "2048x2048",
+        "portrait-think": "2048x2048",
+        "coat": "2048x2048",
+        "tomato-sauce": "2048x1152",
+    }
