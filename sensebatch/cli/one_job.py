@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -16,11 +16,11 @@ from sensebatch.cli.job_options import JobOptions
 from sensebatch.cli.messages import say, warn_of
 from sensebatch.cli.outcome import finish
 from sensebatch.cli.session import Backend, Request, run_session
-from sensebatch.config import RunConfig
+from sensebatch.config import ModelConfig, RunConfig
 from sensebatch.errors import ConfigError, ManifestError, Problem
 from sensebatch.executor import Summary
 from sensebatch.inputs import read_input_image
-from sensebatch.jobs import Job, Source, Task
+from sensebatch.jobs import Job, ModelIdentity, Source, Task, job_key
 from sensebatch.manifest.one import job_from_fields
 from sensebatch.manifest.read import manifest_name, read_manifests
 from sensebatch.settings import resolve_settings
@@ -32,6 +32,9 @@ from sensebatch.store.state import State
 
 RUNS_FOLDER = ".sensebatch"
 """Where the runs of single jobs are kept, in the folder they write to."""
+
+STEM_DIGITS = 16
+"""Hex digits in the name of files that were given none."""
 
 _FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
 _OPTION_OF = {"id": "stem", "images": "image"}
@@ -156,9 +159,22 @@ def _only_job(command: Command, stem: str | None, config: RunConfig) -> Job:
     }
     source = Source(file="command line", row=f"sensebatch {command.task.value}")
     try:
-        return job_from_fields({**command.fields, **own}, config, source=source, warn=warn_of)
+        job = job_from_fields({**command.fields, **own}, config, source=source, warn=warn_of)
     except ManifestError as error:
         raise ConfigError("\n".join(_complaint(problem) for problem in error.problems)) from None
+    return job if stem is not None else replace(job, id=_derived_stem(job, config.model))
+
+
+def _derived_stem(job: Job, model: ModelConfig) -> str:
+    """Returns a name that differs for every job and model, so that no file is written over."""
+    told = ModelIdentity(
+        checkpoint=f"{model.model}@{model.revision}",
+        lora=model.lora_path,
+        dtype=model.dtype,
+        generation_prompt=str(model.system_prompt_file),
+        interleave_prompt=str(model.system_prompt_file),
+    )
+    return f"{job.task.value}-{job_key(job, told)[:STEM_DIGITS]}"
 
 
 def _complaint(problem: Problem) -> str:
@@ -237,9 +253,13 @@ def _extras(job: JobOptions, finished: Finished, compare: Path) -> list[Path]:
         (say if job.as_json else print)(text)
     if not job.compare or not finished.images:
         return []
-    inputs = [Image.open(io.BytesIO(read_input_image(image))) for image in finished.job.images]
-    outputs = [Image.open(path) for path in finished.images]
+    inputs = [_decoded(read_input_image(image)) for image in finished.job.images]
+    outputs = [_decoded(path.read_bytes()) for path in finished.images]
     buffer = io.BytesIO()
     compose(inputs, outputs, finished.job.prompt).save(buffer, "PNG")
     write_atomic(compare, buffer.getvalue())
     return [compare]
+
+
+def _decoded(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data))

@@ -141,10 +141,13 @@ class PlainLines(Tracker):
 
     Args:
         say: Prints a line.
+        clock: Seconds that only grow.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        super().__init__()
+    def __init__(
+        self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__(clock)
         self._say = say
 
     def batch_finished(self, batch: Batch, attempts: Sequence[Attempt]) -> None:
@@ -192,7 +195,7 @@ def failure_line(attempt: Attempt, will_retry: bool) -> str:
 
 def duration(seconds: float) -> str:
     """Returns a duration to read at a glance: `48 s`, `12 min`, `7 h 05 min`."""
-    if seconds < 60:
+    if round(seconds) < 60:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     if minutes < 60:

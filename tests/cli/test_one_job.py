@@ -1,0 +1,169 @@
+"""t2i, edit and interleave: the published command lines as they stand."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from sensebatch.checkpoint.files import TINY_FOLDER
+from sensebatch.settings import resolve_settings
+from sensebatch.store.images import read_metadata
+from tests.cli.conftest import FakeBackend, Invoke
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+SMALL = ["--width", "64", "--height", "32", "--num_steps", "2"]
+
+
+def _opened(path: str) -> Image.Image:
+    return Image.open(io.BytesIO(Path(path).read_bytes()))
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "in.png"
+    Image.new("RGB", (64, 64), "red").save(path)
+    return path
+
+
+def test_output_is_where_the_user_asked(invoke: Invoke) -> None:
+    ended = invoke("t2i", "--prompt", "a dot", "--output", "deep/dot.png", *SMALL)
+    assert ended.code == 0
+    assert _opened("deep/dot.png").size == (64, 32)
+    assert "wrote    deep/dot.png" in ended.err
+
+
+def test_published_t2i_command_line(invoke: Invoke) -> None:
+    ended = invoke(
+        "t2i", "--model_path", "tiny", "--prompt", "a dot", "--output", "dot.png",
+        "--width", "64", "--height", "32", "--cfg_scale", "4.0", "--cfg_norm", "cfg_zero_star",
+        "--cfg_interval", "0", "1", "--timestep_shift", "3.0", "--num_steps", "2",
+        "--seed", "7", "--think", "--print_think", "--profile", "--dtype", "float32",
+        "--device", "cpu", "--compare",
+    )  # fmt: skip
+    assert ended.code == 0
+    assert "thinking in " in ended.out
+    assert "throughput " in ended.out
+    embedded = read_metadata(_opened("dot.png"))
+    assert embedded is not None
+    assert embedded["sampling"]["cfg_norm"] == "cfg_zero_star"
+    assert (embedded["seed"], embedded["think"]) == (7, True)
+    assert Path("dot_compare.png").is_file()
+
+
+def test_published_edit_command_line_with_two_images(invoke: Invoke, picture: Path) -> None:
+    ended = invoke(
+        "edit", "--prompt", "both", "--image", picture, "--image", picture, "--output_dir", "out",
+        "--stem", "both", "--img_cfg_scale", "1.5", "--target_pixels", "4096",
+        "--input_max_pixels", "none", "--system_message", "Draw.", "--compare", "--json",
+    )  # fmt: skip
+    assert ended.code == 0
+    assert ended.json["outputs"] == ["out/both.png", "out/both_compare.png"]
+    embedded = read_metadata(_opened("out/both.png"))
+    assert embedded is not None
+    assert embedded["system_prompt"] == "Draw."
+    assert embedded["sampling"]["img_cfg_scale"] == 1.5
+    assert embedded["input_max_pixels"] is None
+    compared = _opened("out/both_compare.png")
+    assert compared.width > 3 * _opened("out/both.png").width
+
+
+def test_interleave_writes_numbered_images_and_the_text(invoke: Invoke) -> None:
+    ended = invoke(
+        "interleave", "--prompt", "a story", "--stem", "story", "--max_images", "2",
+        "--max_new_tokens", "9", "--no_think", "--resolution", "64x32", "--json",
+    )  # fmt: skip
+    outputs = ended.json["outputs"]
+    assert outputs[0] == "outputs/interleave/story_0.png"
+    assert outputs[-1] == "outputs/interleave/story.txt"
+    assert all(Path(path).is_file() for path in outputs)
+
+
+def test_same_command_again_draws_nothing_and_brings_the_file_back(
+    invoke: Invoke, backend: FakeBackend
+) -> None:
+    command = ["t2i", "--prompt", "a dot", "--output", "dot.png", *SMALL]
+    invoke(*command)
+    before = Path("dot.png").read_bytes()
+    Path("dot.png").unlink()
+    assert invoke(*command).code == 0
+    assert Path("dot.png").read_bytes() == before
+    assert len(backend.loaded) == 1
+
+
+def test_without_a_name_different_jobs_and_models_get_different_files(invoke: Invoke) -> None:
+    shutil.copytree(TINY_FOLDER, "copy")
+    first = invoke("t2i", "--prompt", "a dot", *SMALL, "--json").json["outputs"]
+    second = invoke("t2i", "--prompt", "a line", *SMALL, "--json").json["outputs"]
+    third = invoke("t2i", "--prompt", "a line", "--seed", "2", *SMALL, "--json").json["outputs"]
+    fourth = invoke(
+        "t2i", "--prompt", "a line", "--seed", "2", "--model", "./copy", *SMALL, "--json"
+    )
+    assert len({*first, *second, *third, *fourth.json["outputs"]}) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("a.webp", "WEBP"), ("a.jpg", "JPEG"), ("a.jpeg", "JPEG")]
+)
+def test_suffix_of_the_output_says_the_format(invoke: Invoke, name: str, kind: str) -> None:
+    assert invoke("t2i", "--prompt", "a dot", "--output", name, *SMALL).code == 0
+    assert _opened(name).format == kind
+
+
+def test_failed_job_writes_nothing_and_gives_exit_code_1(invoke: Invoke) -> None:
+    ended = invoke("t2i", "--prompt", "this fails", "--output", "dot.png", *SMALL)
+    assert ended.code == 1
+    assert not Path("dot.png").exists()
+
+
+def test_jsonl_is_a_run_whose_rows_win_over_flags(invoke: Invoke, tmp_path: Path) -> None:
+    rows = [
+        {"id": "a", "prompt": "a dot", "seed": 3},
+        {"id": "b", "prompt": "a line", "width": 32, "height": 32},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    ended = invoke(
+        "t2i", "--jsonl", path, "--output_dir", "out", *SMALL, "--seed", "9", "--compare"
+    )
+    assert ended.code == 0
+    embedded = [read_metadata(_opened(f"out/images/{name}.png")) for name in ("a", "b")]
+    assert [values and values["seed"] for values in embedded] == [3, 9]
+    assert [_opened(f"out/images/{name}.png").width for name in ("a", "b")] == [64, 32]
+    assert Path("out/compare/a.png").is_file()
+    assert resolve_settings(config_file=Path("out/run.yaml")).memory.max_batch_size == 8
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["t2i"], "expected --prompt or --jsonl, found neither"),
+        (["t2i", "--prompt", "a", "--jsonl", "b"], "--prompt: expected no such option"),
+        (["t2i", "--prompt", "a", "--width", "33", "--height", "32"], "--width: "),
+        (["t2i", "--prompt", "a", "--num-steps", "0"], "--num-steps: expected a number greater"),
+        (["t2i", "--prompt", "a", "--output", "a.gif"], "--output: expected a file that ends in"),
+        (["t2i", "--prompt", "a", "--output", "a.png", "--stem", "b"], "--stem: expected no such"),
+        (["t2i", "--prompt", "a", "--stem", "../b"], "--stem: "),
+        (["edit", "--prompt", "a"], "--image: expected at least one input image"),
+        (["edit", "--prompt", "a", "--image", "none.png"], "--image: "),
+        (["edit", "--jsonl", "b", "--width", "32"], "--jsonl: expected the sizes of edits"),
+        (["t2i", "--jsonl", "b", "--width", "32"], "expected either --resolution or both"),
+        (["t2i", "--prompt", "a", "--cfg-interval", "0", "2"], "--cfg-interval: expected a number"),
+    ],
+)
+def test_mistake_names_the_option(
+    invoke: Invoke, backend: FakeBackend, args: list[str], message: str
+) -> None:
+    ended = invoke(*args)
+    assert ended.code == 2
+    assert ended.err.startswith(f"sensebatch: {message}")
+    assert backend.loaded == []
+
+
+def test_t2i_has_no_guidance_by_images(invoke: Invoke) -> None:
+    assert invoke("t2i", "--prompt", "a", "--img_cfg_scale", "2").code == 2

@@ -1,0 +1,143 @@
+"""What people see of a run, without a terminal and with one."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+from rich.console import Console
+
+from sensebatch.cli.eta import RemainingTime
+from sensebatch.cli.progress import LiveDisplay, PlainLines, duration, step_words
+from sensebatch.cli.signals import StopSignals
+from sensebatch.contract import Progress
+from sensebatch.jobs import Batch, Job, Task, group_key
+from sensebatch.plan import Plan, make_plan, plan_entry
+from sensebatch.store.state import Counts
+from tests.executor.fakes import make_config, make_job
+
+
+def _plan(jobs: Sequence[Job]) -> Plan:
+    return make_plan((plan_entry(job) for job in jobs), make_config().memory)
+
+
+def _batch(*jobs: Job) -> Batch:
+    keys = tuple(job.id for job in jobs)
+    return Batch(id="b", group=group_key(jobs[0]), jobs=tuple(jobs), keys=keys)
+
+
+def _counts(jobs: int, **counts: int) -> Counts:
+    values = {"pending": jobs, "started": 0, "done": 0, "failed": 0, "removed": 0}
+    return Counts(jobs=jobs, **{**values, **counts})
+
+
+@dataclass
+class Clock:
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+T2I = [make_job(f"t{i}") for i in range(6)]
+EDITS = [make_job(f"e{i}", Task.EDIT) for i in range(2)]
+
+
+def test_nothing_is_promised_before_something_was_measured() -> None:
+    remaining = RemainingTime(_plan(T2I), num_interrupted=0)
+    remaining.started(_batch(*T2I[:2]))
+    assert remaining.to_come() is None
+
+
+def test_remaining_time_follows_the_measured_speed() -> None:
+    remaining = RemainingTime(_plan(T2I), num_interrupted=0)
+    remaining.started(_batch(*T2I[:2]))
+    remaining.measured(_batch(*T2I[:2]), seconds=10.0)
+    assert remaining.to_come() == pytest.approx(20.0)
+    assert remaining.of_batch(_batch(T2I[2])) == pytest.approx(5.0)
+
+
+def test_each_task_has_its_own_speed_once_it_is_measured() -> None:
+    remaining = RemainingTime(_plan([*T2I, *EDITS]), num_interrupted=0)
+    remaining.measured(_batch(*T2I), seconds=6.0)
+    for job in (*T2I, EDITS[0]):
+        remaining.started(_batch(job))
+    before = remaining.to_come()
+    remaining.measured(_batch(EDITS[0]), seconds=100.0)
+    assert before == pytest.approx(1.0)
+    assert remaining.to_come() == pytest.approx(100.0)
+
+
+def test_interrupted_batches_are_not_taken_out_of_the_plan() -> None:
+    remaining = RemainingTime(_plan(T2I), num_interrupted=2)
+    remaining.started(_batch(make_job("x"), make_job("y")))
+    remaining.measured(_batch(make_job("x"), make_job("y")), seconds=2.0)
+    assert remaining.to_come() == pytest.approx(6.0)
+
+
+def test_remaining_time_counts_down_while_a_batch_runs() -> None:
+    clock = Clock()
+    lines = PlainLines(lambda _: None, clock)
+    lines.run_started(_counts(6), _plan(T2I))
+    lines.batch_started(_batch(*T2I[:2]))
+    assert lines.remaining_s() is None
+    clock.now = 10.0
+    lines.batch_started(_batch(*T2I[2:4]))
+    assert lines.remaining_s() == pytest.approx(20.0)
+    clock.now = 14.0
+    assert lines.remaining_s() == pytest.approx(16.0)
+    clock.now = 40.0
+    assert lines.remaining_s() == pytest.approx(10.0)
+
+
+def _shown(display: LiveDisplay, *, color: bool = False) -> str:
+    stream = io.StringIO()
+    console = Console(
+        file=stream, width=110, force_terminal=True, color_system="standard" if color else None
+    )
+    console.print(display)
+    return stream.getvalue()
+
+
+def _display(stop: StopSignals | None = None) -> LiveDisplay:
+    display = LiveDisplay(Console(file=io.StringIO(), width=110), stop or StopSignals())
+    display.run_started(_counts(8, done=1, failed=1, pending=6), _plan(T2I))
+    display.batch_started(_batch(*T2I[:2]))
+    display.progress(Progress(phase="denoise", step=1, num_steps=2))
+    return display
+
+
+def test_live_display_shows_the_whole_and_the_batch() -> None:
+    shown = _shown(_display())
+    assert "2 of 8 jobs, 1 failed" in shown
+    assert "t2i 64x32, 2 jobs" in shown
+    assert "denoise 1 of 2" in shown
+    assert "stopping" not in shown
+
+
+def test_live_display_says_that_it_is_about_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = StopSignals()
+    monkeypatch.setattr(stop, "is_set", lambda: True)
+    assert "stopping after this batch; again to stop at once" in _shown(_display(stop))
+
+
+def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert "\x1b[31m" in _shown(_display(), color=True)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b[31m" not in _shown(_display(), color=True)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.4, "0 s"), (59.4, "59 s"), (59.7, "1 min"), (3600, "1 h 00 min"), (25500, "7 h 05 min")],
+)
+def test_durations_are_read_at_a_glance(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+def test_steps_without_a_known_end_have_no_total() -> None:
+    assert step_words(Progress(phase="think", step=12, num_steps=0)) == "think 12"
+    assert step_words(Progress(phase="denoise", step=3, num_steps=8)) == "denoise 3 of 8"

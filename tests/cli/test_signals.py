@@ -1,0 +1,102 @@
+"""The first signal finishes the batch, the second ends at once; both leave a resumable folder."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sensebatch.cli.signals import StopSignals
+from tests.cli.conftest import FakeBackend, Invoke
+
+ROOT = Path(__file__).parents[2]
+
+KILLED_TWICE = """
+import os, signal, sys
+from sensebatch.cli import session
+from sensebatch.cli.main import main
+from tests.cli.conftest import FakeBackend
+from tests.executor.fakes import FakeEngine
+
+def twice():
+    os.kill(os.getpid(), {number})
+    os.kill(os.getpid(), {number})
+
+session.TorchBackend = FakeBackend(engine=FakeEngine(on_step=twice))
+main(["run", sys.argv[1], "--output-dir", sys.argv[2]])
+"""
+
+
+def _once(number: signal.Signals) -> Callable[[], None]:
+    sent: list[signal.Signals] = []
+
+    def send() -> None:
+        if not sent:
+            sent.append(number)
+            os.kill(os.getpid(), number)
+
+    return send
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_first_signal_commits_the_batch_and_the_same_command_goes_on(
+    invoke: Invoke, manifest: Path, backend: FakeBackend, number: signal.Signals
+) -> None:
+    backend.engine.on_step = _once(number)
+    ended = invoke("run", manifest)
+    assert ended.code == 75
+    assert "stopping after this batch; again to stop at once" in ended.err
+    assert "2 of 5 jobs done, 3 to do" in ended.err
+    assert "the same command goes on from here" in ended.err
+    resumed = invoke("run", manifest, "--json").json
+    assert (resumed["exit_code"], resumed["this_run"]["done"]) == (0, 3)
+
+
+def test_signal_in_the_last_batch_is_a_finished_run(
+    invoke: Invoke, manifest: Path, backend: FakeBackend
+) -> None:
+    invoke("run", manifest, "--limit", "4")
+    backend.engine.on_step = _once(signal.SIGINT)
+    assert invoke("run", manifest).code == 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.usefixtures("backend")
+def test_second_signal_ends_at_once_and_the_run_can_go_on(
+    invoke: Invoke, manifest: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    script = KILLED_TWICE.format(number=int(number))
+    ended = subprocess.run(
+        [sys.executable, "-c", script, manifest, tmp_path / "out"], cwd=ROOT, check=False
+    )
+    assert ended.returncode == code
+    assert invoke("status", "out", "--json").json["started"] == 2
+    assert invoke("run", manifest, "--output-dir", "out", "--json").json["done"] == 5
+
+
+def test_signal_while_the_manifest_is_read_leaves_nothing_started(
+    invoke: Invoke, manifest: Path, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolve = backend.resolve_runtime
+
+    def interrupted(model: object) -> tuple[str, str]:
+        os.kill(os.getpid(), signal.SIGINT)
+        return resolve(model)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(backend, "resolve_runtime", interrupted)
+    ended = invoke("run", manifest)
+    assert ended.code == 75
+    assert "stopped before anything was run" in ended.err
+    assert backend.loaded == []
+
+
+def test_handlers_are_put_back() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with StopSignals().installed():
+        assert signal.getsignal(signal.SIGINT) != before
+    assert signal.getsignal(signal.SIGINT) == before
