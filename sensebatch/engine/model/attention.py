@@ -49,7 +49,8 @@ def attend_segments(
     k_LKE: Tensor,
     v_LKE: Tensor,
     segments: Sequence[Segment],
-) -> Tensor:
+    out_QHE: Tensor,
+) -> None:
     """Attends from a prompt's new tokens to everything before them and to themselves.
 
     A token sees all earlier ones; the tokens of one image also see the later ones of that image.
@@ -61,12 +62,9 @@ def attend_segments(
         k_LKE: Keys of the cached tokens and, behind them, of the new ones.
         v_LKE: Values, likewise.
         segments: The runs of the new tokens, in order and without gaps.
+        out_QHE: Where the result is written.
     """
     num_cached = k_LKE.shape[0] - q_QHE.shape[0]
-    outputs = [
-        attention(
-            q_QHE[start:end], k_LKE[: num_cached + end], v_LKE[: num_cached + end], not is_image
-        )
-        for start, end, is_image in segments
-    ]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    for start, end, is_image in segments:
+        keys, values = k_LKE[: num_cached + end], v_LKE[: num_cached + end]
+        out_QHE[start:end] = attention(q_QHE[start:end], keys, values, not is_image)

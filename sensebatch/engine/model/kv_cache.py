@@ -98,16 +98,16 @@ class UnderstandingContext:
 
     def attend(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
         """Returns `[T, H, E]`; writes the layer's keys and values to the caches."""
-        outputs = []
+        out_THE = torch.empty_like(q_THE)
         start = 0
         for span in self._spans:
             end = start + span.num_tokens
             keys, values = span.cache.write(layer, k_TKE[start:end], v_TKE[start:end])
-            outputs.append(
-                attend_segments(self._attention, q_THE[start:end], keys, values, span.segments)
+            attend_segments(
+                self._attention, q_THE[start:end], keys, values, span.segments, out_THE[start:end]
             )
             start = end
-        return torch.cat(outputs)
+        return out_THE
 
 
 class GenerationContext:
@@ -123,16 +123,14 @@ class GenerationContext:
 
     def attend(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
         """Returns `[T, H, E]`, T being the tokens of all images, one after the other."""
-        outputs = []
+        out_THE = torch.empty_like(q_THE)
         for index, cache in enumerate(self._caches):
             rows = slice(index * self._num_tokens, (index + 1) * self._num_tokens)
             keys, values = cache.read(layer)
-            outputs.append(
-                self._attention(
-                    q_THE[rows],
-                    torch.cat((keys, k_TKE[rows])),
-                    torch.cat((values, v_TKE[rows])),
-                    False,
-                )
+            out_THE[rows] = self._attention(
+                q_THE[rows],
+                torch.cat((keys, k_TKE[rows])),
+                torch.cat((values, v_TKE[rows])),
+                False,
             )
-        return torch.cat(outputs)
+        return out_THE

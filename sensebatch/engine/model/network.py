@@ -173,12 +173,18 @@ class Network(nn.Module):
             patches_Px: `[patches, 768]` normalised rows of all images, (channel, y, x).
             grids: (rows, columns) of patches of each image.
         """
-        rotary = self._patch_rotary(tuple(grids))
-        return self.understanding_vision(patches_Px.to(self.device), grids, rotary)
+        embeds = []
+        # One at a time, so that what is needed for a moment does not grow with their number.
+        for rows, grid in zip(
+            patches_Px.split([rows * columns for rows, columns in grids]), grids, strict=True
+        ):
+            rotary = self._patch_rotary(grid)
+            embeds.append(self.understanding_vision(rows.to(self.device), grid, rotary))
+        return torch.cat(embeds)
 
-    def _patch_rotary(self, grids: tuple[tuple[int, int], ...]) -> Rotary:
+    def _patch_rotary(self, grid: tuple[int, int]) -> Rotary:
         return patch_rotary(
-            grids,
+            grid,
             channels=self.arch.vision_hidden_size,
             theta=self.arch.vision_rope_theta,
             device=self.device,
@@ -211,58 +217,67 @@ class Network(nn.Module):
         return ImagePositions(
             resolution=resolution,
             token_rotary=self._token_rotary(torch.cat(positions, dim=1).to(self.device)),
-            patch_rotary=self._patch_rotary((patch_grid,)),
+            patch_rotary=self._patch_rotary(patch_grid),
             patch_grid=patch_grid,
         )
 
     def predict_image(
         self,
-        z_BNx: Tensor,
+        z_JNx: Tensor,
         t_B: Tensor,
         noise_scale: float,
         caches: Sequence[KVCache],
         positions: ImagePositions,
         attention: Attention,
+        pictures: Sequence[int] | None = None,
     ) -> Tensor:
         """Returns the predicted clean pictures, float32 `[B, N, 3072]`.
 
         Args:
-            z_BNx: Noisy pictures as tokens (y, x, channel), one for each cache.
-            t_B: float32 timesteps, 0 noise to 1 image.
+            z_JNx: Noisy pictures as tokens (y, x, channel).
+            t_B: float32 timestep of each evaluation, 0 noise to 1 image.
             noise_scale: Standard deviation of the noise that the pictures started from.
-            caches: The prefix of each picture; only read.
+            caches: The prefix of each evaluation; only read.
             positions: Of `image_positions` for the same caches.
             attention: How one picture attends.
+            pictures: Which picture each evaluation looks at; None for one evaluation each.
         """
         size = positions.resolution
-        embedded_TD = self.embed_noisy(z_BNx, t_B, noise_scale, positions)
+        seen = range(len(caches)) if pictures is None else pictures
+        x_TD = self.embed_noisy(z_JNx, t_B, noise_scale, positions, seen)
         context = GenerationContext(caches, size.image_tokens, attention)
-        hidden_TD = self.generation(embedded_TD, positions.token_rotary, context)
-        hidden_BND = hidden_TD.unflatten(0, (len(caches), -1))
-        return self.head(hidden_BND, size.height, size.width).float()
+        x_TD = self.generation(x_TD, positions.token_rotary, context)
+        x_BND = x_TD.unflatten(0, (len(caches), -1))
+        parts = x_BND.split(max(ROWS // size.image_tokens, 1))
+        return torch.cat([self.head(part, size.height, size.width).float() for part in parts])
 
     def embed_noisy(
-        self, z_BNx: Tensor, t_B: Tensor, noise_scale: float, positions: ImagePositions
+        self,
+        z_JNx: Tensor,
+        t_B: Tensor,
+        noise_scale: float,
+        positions: ImagePositions,
+        pictures: Sequence[int],
     ) -> Tensor:
         """Returns `[B * N, D]`, what the generation expert reads; see `predict_image`."""
         size = positions.resolution
-        # So many pictures at a time as keep what is needed for a moment as small as in a layer.
-        num_pictures = max(ROWS // size.image_tokens, 1)
-        x_TD = torch.cat(
-            [
-                self.generation_vision(
-                    tokens_to_patches(z, size.height, size.width),
-                    [positions.patch_grid] * z.shape[0],
-                    positions.patch_rotary,
-                )
-                for z in z_BNx.split(num_pictures)
-            ]
-        )
         condition_BD = self.timestep_embedder(t_B)
         if self.noise_scale_embedder is not None:
             ratio = noise_scale / self.arch.noise_scale_max_value
             condition_BD = condition_BD + self.noise_scale_embedder(torch.full_like(t_B, ratio))
-        x_BND = x_TD.unflatten(0, (z_BNx.shape[0], -1)) + condition_BD[:, None, :]
+        # So many pictures at a time as keep what is needed for a moment as small as in a layer.
+        at_a_time = max(ROWS // size.image_tokens, 1)
+        x_BND = condition_BD.new_empty(len(pictures), size.image_tokens, self.arch.hidden_size)
+        for start in range(0, len(pictures), at_a_time):
+            chosen = list(pictures[start : start + at_a_time])
+            embedded_TD = self.generation_vision(
+                tokens_to_patches(z_JNx[chosen], size.height, size.width),
+                positions.patch_grid,
+                positions.patch_rotary,
+            )
+            part_BND = embedded_TD.unflatten(0, (len(chosen), -1))
+            end = start + len(chosen)
+            torch.add(part_BND, condition_BD[start:end, None, :], out=x_BND[start:end])
         return x_BND.flatten(0, 1)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:

@@ -3,14 +3,12 @@
 An image token is a square of 32 by 32 pixels, which is 2 by 2 patches of 16 by 16. The sampler's
 state keeps a token's pixels as (y, x, channel); the embedders read a patch's as (channel, y, x).
 
-Shape suffixes: B images of one size, N tokens of an image, P patches, D hidden, C patch channels.
+Shape suffixes: B images of one size, N tokens of an image, P patches, D hidden, C patch channels,
+x numbers of a patch or token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -61,29 +59,23 @@ class PatchEmbedding(nn.Module):
         self.patch_embedding = nn.Conv2d(3, channels, PATCH, PATCH)
         self.dense_embedding = nn.Conv2d(channels, arch.hidden_size, MERGE, MERGE)
 
-    def forward(
-        self, patches_Px: Tensor, grids: Sequence[tuple[int, int]], rotary: Rotary
-    ) -> Tensor:
+    def forward(self, patches_Px: Tensor, grid: tuple[int, int], rotary: Rotary) -> Tensor:
         """Returns `[tokens, D]`, the tokens of each image row-major.
 
-        Both convolutions do not overlap, so they are matrix products over all images at once.
+        Neither convolution overlaps, so both are matrix products over all images at once.
 
         Args:
-            patches_Px: `[patches, 768]` rows, images one after the other.
-            grids: (rows, columns) of patches of each image.
-            rotary: Of `rope.patch_rotary` for the same grids, or for one where all are equal.
+            patches_Px: `[patches, 768]` rows of any number of images of one size.
+            grid: (rows, columns) of patches of an image.
+            rotary: Of `rope.patch_rotary` for that grid.
         """
-        first = self.patch_embedding
+        first, second = self.patch_embedding, self.dense_embedding
         x_PC = F.linear(patches_Px.to(first.weight.dtype), first.weight.flatten(1), first.bias)
         x_PC = rotate_patches(F.gelu(x_PC), rotary)
-        squares = []
-        for image_PC, (rows, columns) in zip(
-            x_PC.split([rows * columns for rows, columns in grids]), grids, strict=True
-        ):
-            cut = image_PC.reshape(rows // MERGE, MERGE, columns // MERGE, MERGE, -1)
-            squares.append(cut.permute(0, 2, 4, 1, 3).flatten(2).flatten(0, 1))
-        second = self.dense_embedding
-        return F.linear(torch.cat(squares), second.weight.flatten(1), second.bias)
+        rows, columns = grid
+        cut = x_PC.reshape(-1, rows // MERGE, MERGE, columns // MERGE, MERGE, x_PC.shape[-1])
+        squares = cut.permute(0, 1, 3, 5, 2, 4).reshape(-1, second.weight[0].numel())
+        return F.linear(squares, second.weight.flatten(1), second.bias)
 
 
 class MlpHead(nn.Module):

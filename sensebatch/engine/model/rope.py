@@ -6,8 +6,6 @@ P patches, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -60,27 +58,25 @@ def rotate_token_heads(x_THE: Tensor, rotary: Rotary) -> Tensor:
 
 
 def patch_rotary(
-    grids: Sequence[tuple[int, int]], *, channels: int, theta: float, device: torch.device
+    grid: tuple[int, int], *, channels: int, theta: float, device: torch.device
 ) -> Rotary:
-    """Returns float32 cos and sin `[patches, channels / 2]` for images of patches.
+    """Returns float32 cos and sin `[patches, channels / 2]` for an image of patches.
 
     The first half of the channels is rotated by the column, the second by the row, in adjacent
     pairs.
 
     Args:
-        grids: (rows, columns) of each image; patches are row-major, images one after the other.
+        grid: (rows, columns) of the image; patches are row-major.
         channels: Channels of a patch embedding, a multiple of 4.
         theta: Base of the angles.
         device: Where the table is made.
     """
-    tables = []
-    for rows, columns in grids:
-        by_row = _angles(torch.arange(rows, device=device), channels // 2, theta)
-        by_column = _angles(torch.arange(columns, device=device), channels // 2, theta)
-        column_part = by_column[None, :, :].expand(rows, -1, -1)
-        row_part = by_row[:, None, :].expand(-1, columns, -1)
-        tables.append(torch.cat((column_part, row_part), dim=-1).flatten(0, 1))
-    angles = torch.cat(tables)
+    rows, columns = grid
+    by_row = _angles(torch.arange(rows, device=device), channels // 2, theta)
+    by_column = _angles(torch.arange(columns, device=device), channels // 2, theta)
+    column_part = by_column[None, :, :].expand(rows, -1, -1)
+    row_part = by_row[:, None, :].expand(-1, columns, -1)
+    angles = torch.cat((column_part, row_part), dim=-1).flatten(0, 1)
     return angles.cos(), angles.sin()
 
 

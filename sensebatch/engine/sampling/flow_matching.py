@@ -62,9 +62,9 @@ def initial_noise(height: int, width: int, scale: float, generator: torch.Genera
     return scale * torch.randn(1, 3, height, width, generator=generator)[0]
 
 
-def velocity_from_image(x_JNx: Tensor, z_JNx: Tensor, t: float) -> Tensor:
+def velocity_from_image(x_Nx: Tensor, z_Nx: Tensor, t: float) -> Tensor:
     """Returns the velocity that leads from z at t to the predicted image x at 1."""
-    return (x_JNx - z_JNx) / max(1 - t, T_EPS)
+    return (x_Nx - z_Nx) / max(1 - t, T_EPS)
 
 
 def euler(z_JNx: Tensor, schedule: Tensor, velocity: Velocity) -> Tensor:

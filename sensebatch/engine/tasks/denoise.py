@@ -91,23 +91,20 @@ def denoise(
         ]
         if branches not in shared:
             shared[branches] = runner.network.image_positions(caches, resolution)
-        z_BNx = z_JNx[torch.tensor(rows, device=device)]
         t_B = torch.full((len(rows),), t, device=device)
         x_BNx = runner.network.predict_image(
-            z_BNx, t_B, scale, caches, shared[branches], runner.attention
+            z_JNx, t_B, scale, caches, shared[branches], runner.attention, rows
         )
-        v_BNx = velocity_from_image(x_BNx, z_BNx, t)
-        guided, start = [], 0
-        for drawing, names in zip(drawings, branches, strict=True):
-            of_job = dict(zip(names, v_BNx[start : start + len(names)], strict=True))
-            guided.append(drawing.guidance.combine(of_job, step, t))
-            start += len(names)
+        predicted = iter(x_BNx)
+        guided = []
+        for drawing, names, z_Nx in zip(drawings, branches, z_JNx, strict=True):
+            velocities = {name: velocity_from_image(next(predicted), z_Nx, t) for name in names}
+            guided.append(drawing.guidance.combine(velocities, step, t))
         runner.num_denoise_steps += 1
         runner.progress(Progress(phase="denoise", step=step + 1, num_steps=num_steps))
         return torch.stack(guided)
 
-    noise = torch.stack([drawing.noise for drawing in drawings]).to(device)
     with runner.denoising():
-        schedule = timesteps(num_steps, timestep_shift)
-        z_JNx = euler(image_to_tokens(noise), schedule, velocity)
+        z_JNx = image_to_tokens(torch.stack([drawing.noise for drawing in drawings]))
+        z_JNx = euler(z_JNx.to(device), timesteps(num_steps, timestep_shift), velocity)
     return tokens_to_image(z_JNx, resolution.height, resolution.width)
