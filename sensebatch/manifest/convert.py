@@ -20,7 +20,6 @@ from sensebatch.manifest.read import (
     JSONL_SUFFIXES,
     PARQUET_SUFFIXES,
     SUFFIXES,
-    YAML_SUFFIXES,
     ReadJob,
     manifest_name,
     read_jobs,
@@ -79,12 +78,12 @@ def convert_manifest(
 
     try:
         with temporary.open("wb") as file:
-            if suffix in YAML_SUFFIXES:
-                _write_yaml(rows(), file, manifest_name([src]))
-            elif suffix in JSONL_SUFFIXES:
-                _write_jsonl(rows(), file)
-            else:
+            if suffix in PARQUET_SUFFIXES:
                 _write_parquet(rows(), file, embed_images)
+            else:
+                _write_text(
+                    rows(), file, None if suffix in JSONL_SUFFIXES else manifest_name([src])
+                )
         temporary.replace(dst)
     finally:
         temporary.unlink(missing_ok=True)
@@ -138,11 +137,13 @@ def _picture(image: InputImage, dst: Path, reader: InputReader, embed_images: bo
     return f"{folder.name}/{copy.name}"
 
 
-def _write_yaml(rows: Iterable[Row], file: BinaryIO, name: str) -> None:
-    file.write(_yaml({"version": 1, "name": name}))
-    file.write(b"jobs:\n")
+def _write_text(rows: Iterable[Row], file: BinaryIO, name: str | None) -> None:
+    """Writes YAML under a name, or JSONL without one."""
+    if name is not None:
+        file.write(_yaml({"version": 1, "name": name}))
+        file.write(b"jobs:\n")
     for row in rows:
-        file.write(_yaml([row]))
+        file.write(_json(row) if name is None else _yaml([row]))
 
 
 def _yaml(value: Any) -> bytes:
@@ -150,9 +151,8 @@ def _yaml(value: Any) -> bytes:
     return text.encode()
 
 
-def _write_jsonl(rows: Iterable[Row], file: BinaryIO) -> None:
-    for row in rows:
-        file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+def _json(row: Row) -> bytes:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 def _write_parquet(rows: Iterator[Row], file: BinaryIO, embed_images: bool) -> None:

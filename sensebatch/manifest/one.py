@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from sensebatch.config import RunConfig
-from sensebatch.errors import Problem
+from sensebatch.errors import ManifestError, Problem
 from sensebatch.jobs import Job, Source
 from sensebatch.manifest.expand import Expanded
 from sensebatch.manifest.fields import EXPANSION_FIELDS
-from sensebatch.manifest.problems import ProblemList, RowErrors, field_name
+from sensebatch.manifest.problems import RowErrors, field_name
 from sensebatch.manifest.read import job_of
 from sensebatch.manifest.resolve import JobResolver, Origin, Warn
+from sensebatch.manifest.rows import is_unicode
 from sensebatch.manifest.upstream import choose_task
 
 
@@ -40,16 +41,25 @@ def job_from_fields(
     """
     errors = RowErrors()
     given = {name: value for name, value in fields.items() if value is not None}
+    for name, value in given.items():
+        if not is_unicode(value):
+            errors.add(name, "expected Unicode text, found bytes that are none")
+    if len(errors):
+        raise _mistakes(errors, source)
     for name in sorted(EXPANSION_FIELDS & given.keys()):
         errors.add(name, "expected one job, found a field that makes several")
     task = choose_task(given, None, None, ())
     origin = Origin(base=Path() if base is None else base, source=source)
     expanded = Expanded(fields=given, own=frozenset(given))
     read = job_of(expanded, task, origin, JobResolver(config, warn), errors)
-    problems = ProblemList()
-    for location, message in errors:
-        name = field_name(location)
-        problems.add(Problem(file=source.file, row=source.row, field=name, message=message))
-    problems.raise_any()
-    assert read is not None
+    if len(errors) or read is None:
+        raise _mistakes(errors, source)
     return read.job
+
+
+def _mistakes(errors: RowErrors, source: Source) -> ManifestError:
+    problems = [
+        Problem(file=source.file, row=source.row, field=field_name(location), message=message)
+        for location, message in errors
+    ]
+    return ManifestError(problems)

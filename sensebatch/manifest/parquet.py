@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from sensebatch.manifest.fields import IMAGE_FIELDS, JOB_FIELD_NAMES
 from sensebatch.manifest.problems import unknown_field
-from sensebatch.manifest.rows import RawRow, Report
+from sensebatch.manifest.rows import RawRow, Report, is_unicode
 
 ROWS_IN_MEMORY = 2048
 """Rows held at once."""
@@ -51,7 +51,7 @@ def parquet_rows(path: Path, report: Report) -> Iterator[RawRow]:
             for batch in file.iter_batches(batch_size=size, columns=names):
                 yield from _batch_rows(batch, first)
                 first += batch.num_rows
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         report(first, (), f"expected a Parquet file, found an error: {error}")
 
 
@@ -112,9 +112,10 @@ def _mapping(value: Any) -> Any:
     """Returns a mapping from a struct, an Arrow map or JSON text; anything else as it is."""
     if isinstance(value, str):
         try:
-            return json.loads(value)
-        except ValueError:
+            loaded = json.loads(value)
+        except (ValueError, RecursionError):
             return value
+        return loaded if is_unicode(loaded) else value
     if isinstance(value, list) and all(isinstance(item, tuple) for item in value):
         return dict(value)
     return value

@@ -87,21 +87,11 @@ class JobResolver:
             errors: Empty; receives the mistakes.
         """
         defaults = self._config.tasks[task]
-        for name in sorted(fields.model_fields_set & FOREIGN_FIELDS[task]):
-            if getattr(fields, name) != []:
-                errors.add(name, f"expected a field of {task} jobs, found one of other tasks")
+        _check_names(fields, task, errors)
         prompt = prompt_of(fields, errors)
         images = () if task is Task.T2I else self._images(fields, task, origin, errors)
         _check_marks(prompt, None if images is None else len(images), errors)
-        input_max_pixels = None
-        if task is Task.EDIT:
-            input_max_pixels = resolved_input_max_pixels(
-                fields,
-                defaults.input_max_pixels,
-                self._config.pixel_limits,
-                len(images or ()),
-                errors,
-            )
+        input_max_pixels = self._input_max_pixels(fields, task, len(images or ()), errors)
         resolution = self._size(fields, task, images or (), input_max_pixels, errors)
         think = think_of(fields, errors)
         sampling = self._sampling_of(fields, task, errors)
@@ -195,6 +185,15 @@ class JobResolver:
             _real_values(fields),
         )
 
+    def _input_max_pixels(
+        self, fields: JobFields, task: Task, num_images: int, errors: RowErrors
+    ) -> int | None:
+        if task is not Task.EDIT:
+            return None
+        default = self._config.tasks[task].input_max_pixels
+        limits = self._config.pixel_limits
+        return resolved_input_max_pixels(fields, default, limits, num_images, errors)
+
     def _size(
         self,
         fields: JobFields,
@@ -233,6 +232,13 @@ class JobResolver:
         )
         source = job.source
         self._warn(Problem(file=source.file, row=source.row, field="resolution", message=message))
+
+
+def _check_names(fields: JobFields, task: Task, errors: RowErrors) -> None:
+    """Checks that every field belongs to the task; an empty list of pictures says nothing."""
+    for name in sorted(fields.model_fields_set & FOREIGN_FIELDS[task]):
+        if getattr(fields, name) != []:
+            errors.add(name, f"expected a field of {task} jobs, found one of other tasks")
 
 
 def _check_marks(prompt: str, num_images: int | None, errors: RowErrors) -> None:

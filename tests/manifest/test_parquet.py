@@ -123,6 +123,14 @@ def test_wrong_values_are_not_converted(read_table: ReadTable) -> None:
     ]
 
 
+def test_text_that_is_no_unicode_is_a_mistake(read_table: ReadTable) -> None:
+    broken = pa.array([b"a\xff"]).view(pa.string())
+    (found,) = mistakes(read_table, {"prompt": broken})
+    assert found.startswith("row 0: : expected a Parquet file, found an error: ")
+    (found,) = mistakes(read_table, {"prompt": ["a"], "metadata": ['{"a": "\\ud800"}']})
+    assert found.startswith("row 0: metadata: expected a mapping, found")
+
+
 def test_a_damaged_picture_is_named(read_table: ReadTable) -> None:
     image = {"bytes": encoded("PNG")[:200], "path": "a.png"}
     (found,) = mistakes(read_table, {"prompt": ["a"], "images": [[image]]})

@@ -193,6 +193,11 @@ def test_one_job_is_made_by_the_same_rules(
     assert (job.id, job.images, job.sampling) == (same.id, same.images, same.sampling)
 
 
+def test_one_job_refuses_arguments_that_are_no_text(config: RunConfig) -> None:
+    with pytest.raises(ManifestError, match="flags: prompt: expected Unicode text"):
+        job_from_fields({"prompt": "a\udcff"}, config, source=SOURCE)
+
+
 def test_one_job_reports_every_mistake_at_its_source(config: RunConfig) -> None:
     with pytest.raises(ManifestError) as caught:
         job_from_fields({"prompt": "", "seeds": [1], "width": 3}, config, source=SOURCE)
