@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import signal
 import subprocess
@@ -33,6 +34,10 @@ from tests.executor.fakes import (
 )
 
 CONFIG = make_config(execution=ExecutionConfig(max_attempts=2))
+
+
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+"""Where a disk that is flushed thousands of times does not take its time."""
 
 
 class Killed(BaseException):
@@ -91,6 +96,12 @@ def live(root: Path, steps: int | None, jobs: Sequence[Job] | None = None) -> bo
     return True
 
 
+@pytest.fixture
+def memory_path() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+        yield Path(folder)
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
     root = tmp_path_factory.mktemp("uninterrupted")
@@ -103,7 +114,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_killed_at_any_step_and_resumed_equals_uninterrupted(
     uninterrupted: Any, lives: list[int]
 ) -> None:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         root = Path(folder) / "run"
         for steps in lives:
             if live(root, steps):
@@ -125,7 +136,7 @@ SMALL_RUNS = {
 
 @pytest.mark.parametrize("names", SMALL_RUNS.values(), ids=SMALL_RUNS)
 def test_killed_at_every_single_step_and_resumed_equals_uninterrupted(
-    names: list[str], tmp_path: Path
+    names: list[str], memory_path: Path
 ) -> None:
     task = Task.INTERLEAVE if "grows0" in names else Task.EDIT
     jobs = [
@@ -133,10 +144,10 @@ def test_killed_at_every_single_step_and_resumed_equals_uninterrupted(
         for name in names
     ]
     jobs = [replace(job, sampling=replace(job.sampling, max_images=3)) for job in jobs]
-    assert live(tmp_path / "whole", None, jobs)
-    whole = outcome(tmp_path / "whole")
+    assert live(memory_path / "whole", None, jobs)
+    whole = outcome(memory_path / "whole")
     for steps in itertools.count(1):
-        root = tmp_path / str(steps)
+        root = memory_path / str(steps)
         if live(root, steps, jobs):
             break
         assert live(root, None, jobs)
