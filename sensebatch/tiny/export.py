@@ -10,11 +10,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
-from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.engine.model.network import Network
-from sensebatch.engine.model.state_dict_adapter import checkpoint_slots
+from sensebatch.engine.model.state_dict_adapter import state_dict
 from sensebatch.engine.model.tokenizer import IM_END
 from sensebatch.tiny.vocabulary import (
     END_OF_TEXT,
@@ -92,29 +90,17 @@ def init_weights(network: Network, seed: int) -> None:
         parameter.copy_(drawn)
 
 
-def checkpoint_tensors(
-    arch: Architecture, parameters: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Returns a network's parameters under their checkpoint names, bfloat16 on the CPU."""
-    return {
-        name: slot.view(parameters).detach().to("cpu", torch.bfloat16).contiguous().clone()
-        for name, slot in checkpoint_slots(arch).items()
-    }
-
-
 def export(
     folder: Path,
     config: Mapping[str, Any],
-    arch: Architecture,
-    parameters: Mapping[str, Tensor],
+    network: Network,
 ) -> None:
     """Writes a checkpoint folder: configuration, tokenizer, system prompts and weights.
 
     Args:
         folder: Made where it is missing; files in it are replaced.
         config: Of `network_config`.
-        arch: The same, parsed.
-        parameters: The network's by name.
+        network: Its weights are rounded to bfloat16.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "config.json", config)
@@ -134,7 +120,10 @@ def export(
         f'DEFAULT_SYSTEM_MESSAGE = "{INTERLEAVE_PROMPT}"\n',
         encoding="utf-8",
     )
-    tensors = checkpoint_tensors(arch, parameters)
+    tensors = {
+        name: tensor.to("cpu", torch.bfloat16).contiguous().clone()
+        for name, tensor in state_dict(network, network.arch).items()
+    }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -171,9 +171,7 @@ def img_cond_sequence(tokenizer: Tokenizer, example: Example) -> Sequence:
     return writer.finish()
 
 
-def uncond_sequence(
-    tokenizer: Tokenizer, example: Example, rng: np.random.Generator
-) -> Sequence:
+def uncond_sequence(tokenizer: Tokenizer, example: Example, rng: np.random.Generator) -> Sequence:
     """Returns one picture of an example as the unconditional branch sees it: behind nothing."""
     writer = _Writer.behind(tokenizer, uncond_prompt(tokenizer), ())
     writer.draw(pick(rng, example.pictures))

@@ -11,17 +11,30 @@ key/value heads, E head_dim, B pictures, N tokens of a picture.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sensebatch.engine.model.network import Network
-from sensebatch.engine.model.patchify import image_to_tokens, tokens_to_patches
+from sensebatch.engine.model.patchify import (
+    PATCH,
+    PatchEmbedding,
+    image_to_tokens,
+    tokens_to_patches,
+)
 from sensebatch.engine.model.rope import Rotary, patch_rotary, token_rotary
+from sensebatch.engine.model.transformer import (
+    AttentionContext,
+    DecoderLayer,
+    Expert,
+    rms_norm,
+)
 from sensebatch.engine.preprocess import IMAGE_MEAN, IMAGE_STD
 from sensebatch.engine.sampling.flow_matching import noise_scale
+from sensebatch.resolutions import Resolution
 from sensebatch.tiny.packing import PackedBatch, PackingConfig
 from sensebatch.tiny.world.draw import background_weight, paint
 from sensebatch.tiny.world.scene import Pattern
@@ -106,10 +119,21 @@ def run_experts(
     noisy_bias: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Returns the normed outputs of both paths; all shapes fixed, so it compiles once."""
-    keep = _Keep(understood_bias)
-    understood = network.understanding(understood_TD, understood_rotary, keep)
-    noisy = network.generation(noisy_TD, noisy_rotary, _Read(noisy_bias, keep.kept))
-    return understood, noisy
+    keep, eps = _Keep(understood_bias), network.arch.rms_norm_eps
+    understood = _run_layers(network.understanding, understood_TD, understood_rotary, keep, eps)
+    read = _Read(noisy_bias, keep.kept)
+    return understood, _run_layers(network.generation, noisy_TD, noisy_rotary, read, eps)
+
+
+def _run_layers(
+    expert: Expert, x_TD: Tensor, rotary: Rotary, context: AttentionContext, eps: float
+) -> Tensor:
+    """Returns `Expert.forward` without lent layers, which a compiler cannot follow."""
+    for index, layer in enumerate(expert.layers):
+        assert isinstance(layer, DecoderLayer)
+        q_THE, k_TKE, v_TKE = layer.project(x_TD, rotary)
+        x_TD = layer.finish(x_TD, context.attend(index, q_THE, k_TKE, v_TKE))
+    return rms_norm(x_TD, expert.norm, eps)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +173,7 @@ class Objective:
         self._packing = packing
         self._config = config
         self._kernels = kernels
+        self._patterns: dict[Resolution, Tensor] = {}
 
     def losses(self, batch: PackedBatch, generator: torch.Generator) -> Losses:
         """Returns the losses of a batch whose tensors are on the network's device.
@@ -167,7 +192,8 @@ class Objective:
         errors = (predicted.float() - clean).square().mean(dim=(1, 2))
         velocity = (errors / (1 - t).clamp(min=self._config.min_remaining).square()).mean()
         logits = self._network.logits(hidden_TD[batch.label_place]).float()
-        text = F.cross_entropy(logits, batch.label)
+        # A small batch may have nothing to say, of which the mean would be NaN.
+        text = F.cross_entropy(logits, batch.label, reduction="sum") / max(1, len(batch.label))
         total = velocity + self._config.text_weight * text
         return Losses(total=total, velocity=velocity, image=errors.mean(), text=text)
 
@@ -199,14 +225,15 @@ class Objective:
     def draw(self, batch: PackedBatch) -> Tensor:
         """Returns every picture of the batch, float32 `[B, 3, height, width]` in [0, 1]."""
         drawing, device = batch.drawing, self._network.device
-        weights = torch.stack(
-            [background_weight(p, drawing.height, drawing.width) for p in Pattern]
-        ).to(device)
+        size = batch.resolution
+        if size not in self._patterns:
+            weights = [background_weight(p, size.height, size.width) for p in Pattern]
+            self._patterns[size] = torch.stack(weights).to(device)
         arrays = (drawing.soft, drawing.shape, drawing.geometry, drawing.colour)
         soft, shape, geometry, colour = (torch.from_numpy(a).to(device) for a in arrays)
         pattern = torch.from_numpy(drawing.pattern).to(device)
         with torch.no_grad():
-            return self._kernels.paint(weights[pattern], soft, shape, geometry, colour)
+            return self._kernels.paint(self._patterns[size][pattern], soft, shape, geometry, colour)
 
     def understanding_bias(self, batch: PackedBatch) -> Tensor:
         """Returns the additive mask of the understanding path, `[R, 1, U, U]`.
@@ -267,49 +294,38 @@ class Objective:
         column = (index % columns).expand_as(t)
         return torch.stack((t, row, column)).flatten(1)
 
-    def _patch_rotary(self, batch: PackedBatch, count: int) -> Rotary:
-        size = batch.resolution
-        cos, sin = patch_rotary(
-            [(size.height // 16, size.width // 16)],
+    def _embed_pictures(
+        self, embedding: PatchEmbedding, tokens_BNx: Tensor, size: Resolution
+    ) -> Tensor:
+        """Returns `[B, N, D]` of pictures through one of the patch embedders."""
+        grid = (size.height // PATCH, size.width // PATCH)
+        rotary = patch_rotary(
+            grid,
             channels=self._network.arch.vision_hidden_size,
             theta=self._network.arch.vision_rope_theta,
             device=self._network.device,
         )
-        return cos.repeat(count, 1), sin.repeat(count, 1)
-
-    def _grids(self, batch: PackedBatch, count: int) -> list[tuple[int, int]]:
-        """Returns the pictures stacked into one tall one: one grid is read without a loop."""
-        return [(count * batch.resolution.height // 16, batch.resolution.width // 16)]
+        patches = tokens_to_patches(tokens_BNx, size.height, size.width)
+        return embedding(patches, grid, rotary).unflatten(0, (len(tokens_BNx), -1))
 
     def _embed_rows(self, batch: PackedBatch, pictures: Tensor) -> Tensor:
         x_TD = self._network.embed_tokens(batch.token_ids.flatten())
-        count = len(batch.image_scene)
-        if count == 0:
-            return x_TD
         mean = pictures.new_tensor(IMAGE_MEAN)[:, None, None]
         std = pictures.new_tensor(IMAGE_STD)[:, None, None]
         tokens = image_to_tokens((pictures - mean) / std)
-        size = batch.resolution
-        patches = tokens_to_patches(tokens, size.height, size.width)
-        embeds = self._network.understanding_vision(
-            patches, self._grids(batch, len(pictures)), self._patch_rotary(batch, len(pictures))
-        )
-        by_picture = embeds.unflatten(0, (len(pictures), -1))
-        read = by_picture[batch.image_scene].flatten(0, 1).to(x_TD.dtype)
+        embeds = self._embed_pictures(self._network.understanding_vision, tokens, batch.resolution)
+        read = embeds[batch.image_scene].flatten(0, 1).to(x_TD.dtype)
         return x_TD.index_copy(0, batch.image_tokens.flatten(), read)
 
     def _embed_slots(self, batch: PackedBatch, noisy: Tensor, t: Tensor) -> Tensor:
         """Returns `[R * G, D]`, zeros where a slot or a place in it is empty."""
         network, size = self._network, batch.resolution
-        patches = tokens_to_patches(noisy, size.height, size.width)
-        x_TD = network.generation_vision(
-            patches, self._grids(batch, len(noisy)), self._patch_rotary(batch, len(noisy))
-        )
+        embeds = self._embed_pictures(network.generation_vision, noisy, size)
         condition = network.timestep_embedder(t)
         if network.noise_scale_embedder is not None:
             ratio = self._noise_scale(batch) / network.arch.noise_scale_max_value
             condition = condition + network.noise_scale_embedder(torch.full_like(t, ratio))
-        x_BND = x_TD.unflatten(0, (len(noisy), -1)) + condition[:, None, :]
+        x_BND = embeds + condition[:, None, :]
         width = self._packing.slot_tokens
         padded = F.pad(x_BND, (0, 0, 0, width - size.image_tokens))
         placed = padded.new_zeros(batch.slot_sequence.numel(), width, padded.shape[-1])
@@ -332,14 +348,9 @@ class Objective:
 
 def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
     """Returns the batch with its tensors on a device; the drawing's arrays stay."""
-    moved = {
-        name: value.to(device, non_blocking=True)
-        for name in PackedBatch.__slots__
-        if isinstance(value := getattr(batch, name), Tensor)
+    tensors: dict[str, Any] = {
+        item.name: value.to(device, non_blocking=True)
+        for item in fields(batch)
+        if isinstance(value := getattr(batch, item.name), Tensor)
     }
-    others = {
-        name: value
-        for name in PackedBatch.__slots__
-        if not isinstance(value := getattr(batch, name), Tensor)
-    }
-    return PackedBatch(**moved, **others)
+    return replace(batch, **tensors)

@@ -6,6 +6,7 @@ an uninterrupted one would have seen.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -58,8 +59,10 @@ class PackingConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedBatch:
-    """Rows of packed sequences as arrays. R rows, U prompt tokens, S slots, I pictures that are read,
-    D pictures that are denoised, L learned tokens.
+    """Rows of packed sequences as arrays.
+
+    R rows, U prompt tokens, S slots, I pictures that are read, D pictures that are denoised,
+    L learned tokens.
     """
 
     resolution: Resolution
@@ -140,9 +143,7 @@ def pack(sequences: Iterator[Sequence], config: PackingConfig) -> list[list[Sequ
     return rows
 
 
-def make_batch(
-    seed: int, step: int, tokenizer: Tokenizer, config: PackingConfig
-) -> PackedBatch:
+def make_batch(seed: int, step: int, tokenizer: Tokenizer, config: PackingConfig) -> PackedBatch:
     """Returns the batch of a step."""
     rng = np.random.default_rng((seed, step))
     resolution = sample_resolution(rng)
@@ -211,8 +212,10 @@ def collate(rows: list[list[Sequence]], config: PackingConfig) -> PackedBatch:
     )
 
 
-class Batches(Dataset[PackedBatch]):
-    """Batches by step, for worker processes.
+class Batches(Dataset[bytes]):
+    """Batches by step, pickled, for worker processes.
+
+    As tensors they would pass through shared memory, a file handle each, and run out of them.
 
     Args:
         seed: Of the run.
@@ -240,5 +243,6 @@ class Batches(Dataset[PackedBatch]):
     def __len__(self) -> int:
         return self._num_steps
 
-    def __getitem__(self, index: int) -> PackedBatch:
-        return make_batch(self._seed, self._first_step + index, self._tokenizer, self._config)
+    def __getitem__(self, index: int) -> bytes:
+        step = self._first_step + index
+        return pickle.dumps(make_batch(self._seed, step, self._tokenizer, self._config))

@@ -113,7 +113,9 @@ def test_packed_rows_equal_the_engine(
             end += len(member.token_ids)
             stop = start + len(member.slots)
             images, last = _by_engine(network, tokenizer, member, list(noisy[start:stop]))
-            torch.testing.assert_close(predicted[start:stop], torch.stack(images), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                predicted[start:stop], torch.stack(images), atol=1e-4, rtol=1e-4
+            )
             torch.testing.assert_close(hidden[end - 1], last, atol=1e-4, rtol=1e-4)
             start = stop
     assert start == count

@@ -205,9 +205,7 @@ def describe_things(rng: np.random.Generator, scene: Scene) -> str:
         return article(name_thing(rng, scene.things[0]))
     order = rng.permutation(len(scene.things))
     things = [scene.things[int(index)] for index in order]
-    return join(
-        [f"{article(name_thing(rng, t))} {name_place(rng, t.cell)}" for t in things]
-    )
+    return join([f"{article(name_thing(rng, t))} {name_place(rng, t.cell)}" for t in things])
 
 
 def describe_scene(rng: np.random.Generator, scene: Scene) -> str:

@@ -61,7 +61,7 @@ class Reading:
 def read_picture(picture: npt.NDArray[np.uint8]) -> Reading:
     """Returns what an 8-bit RGB picture `[height, width, 3]` shows."""
     smooth = Image.fromarray(picture).filter(ImageFilter.MedianFilter(3))
-    pixels = np.asarray(smooth, dtype=np.float32) / 255
+    pixels: Pixels = np.asarray(smooth, dtype=np.float32) / np.float32(255)
     dark = pixels.min(axis=-1) < BRIGHT
     short_side = min(picture.shape[:2])
     smallest = min(SIZES.values()) * short_side
@@ -154,8 +154,7 @@ def _unit_areas() -> tuple[float, ...]:
     y, x = torch.meshgrid(side, side, indexing="ij")
     cell = (3 / 600) ** 2
     return tuple(
-        float((distance < 0).sum()) * cell
-        for distance in shape_distances(y, x, torch.tensor(1.0))
+        float((distance < 0).sum()) * cell for distance in shape_distances(y, x, torch.tensor(1.0))
     )
 
 
@@ -306,5 +305,3 @@ def _score(seen: Thing | None, wanted: Thing) -> ThingScore:
         place=seen.cell == wanted.cell,
         size=seen.size == wanted.size,
     )
-
-

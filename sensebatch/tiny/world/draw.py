@@ -169,9 +169,8 @@ def paint(
     picture = soft[:, 0, :, None, None] * (1 - second) + soft[:, 1, :, None, None] * second
     for slot in range(shape.shape[1]):
         centre_y, centre_x, radius = geometry[:, slot, :, None, None].unbind(1)
-        distances = shape_distances(
-            *torch.broadcast_tensors(y - centre_y, x - centre_x), radius
-        )
+        below, beside = torch.broadcast_tensors(y - centre_y, x - centre_x)
+        distances = shape_distances(below, beside, radius)
         coverage = torch.zeros_like(weight)
         for kind, distance in enumerate(distances):
             chosen = (shape[:, slot] == kind)[:, None, None]

@@ -139,7 +139,8 @@ def _refill(rng: np.random.Generator, scene: Scene) -> Edit:
     fill = describe_fill(rng, background)
     prompt = pick(
         rng,
-        (f"Change the background to {fill}", f"Put everything on {fill}", f"Replace the background with {fill}"),
+        (f"Change the background to {fill}", f"Put everything on {fill}",
+         f"Replace the background with {fill}"),
     )  # fmt: skip
     if len(background.colours) == 1 and rng.random() < 0.4:
         prompt = f"Make the background {background.colours[0]}"

@@ -1,4 +1,4 @@
-"""What an example is, and text to image with and without think. Edits and stories have their own."""
+"""What an example is, and text to image with and without think."""
 
 from __future__ import annotations
 

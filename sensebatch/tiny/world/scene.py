@@ -220,7 +220,7 @@ def sample_scene(
     while True:
         layout = pick(rng, LAYOUTS)
         if rng.random() < 0.25 and len(layout) <= max_things:
-            places = [(cell,) for cell in layout]
+            places: list[Sequence[tuple[int, int]]] = [(cell,) for cell in layout]
         elif rng.random() < 0.1:
             places = [((1, 1),)]
         else:

@@ -1,4 +1,4 @@
-"""Interleaved stories: pictures that change step by step, each behind a line that says what it shows."""
+"""Interleaved stories: pictures that change step by step, each behind a line about it."""
 
 from __future__ import annotations
 

@@ -1,0 +1,274 @@
+"""Scores of a checkpoint on held-out scenes: `python -m sensebatch.tiny.evaluate MODEL --out DIR`.
+
+Examples become jobs of the engine, with the settings a run would give them; the checker reads
+what comes back.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from PIL import Image
+
+from sensebatch.checkpoint.files import open_checkpoint
+from sensebatch.checkpoint.fingerprint import fingerprint
+from sensebatch.checkpoint.system_prompts import resolve_system_prompts
+from sensebatch.config import ModelConfig, RunConfig, default_config
+from sensebatch.engine.engine import load_engine
+from sensebatch.engine.runtime import resolve_runtime
+from sensebatch.executor import DrawnImage, Engine
+from sensebatch.jobs import (
+    Batch,
+    GroupKey,
+    InputImage,
+    Job,
+    JobResult,
+    ModelIdentity,
+    Sampling,
+    Source,
+    Task,
+    batch_id,
+    group_key,
+)
+from sensebatch.resolutions import BUCKETS_TINY
+from sensebatch.tiny.scores import Scores, score
+from sensebatch.tiny.world.draw import draw_uint8
+from sensebatch.tiny.world.edits import edit
+from sensebatch.tiny.world.examples import Example, text_to_image
+from sensebatch.tiny.world.scene import Scene, Split, sample_resolution
+from sensebatch.tiny.world.stories import story
+
+KINDS = ("t2i", "think", "edit", "interleave")
+BATCH_SIZE = 50
+GRID_COLUMNS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What came back for an example."""
+
+    pictures: tuple[np.ndarray, ...]
+    """uint8 `[height, width, 3]`."""
+    text: str | None
+
+
+def held_out_examples(kind: str, count: int, *, square: bool = False) -> list[Example]:
+    """Returns examples that training never shows; the first ones are the same for every count.
+
+    Args:
+        kind: One of `KINDS`.
+        count: How many.
+        square: Whether all are of the square size, so that they make few batches.
+    """
+    split = Split.HELD_OUT
+    examples = []
+    for index in range(count):
+        rng = np.random.default_rng((KINDS.index(kind), index))
+        size = sample_resolution(rng)
+        size = BUCKETS_TINY["1:1"] if square else size
+        match kind:
+            case "t2i" | "think":
+                examples.append(text_to_image(rng, split, size, think=kind == "think"))
+            case "edit":
+                examples.append(edit(rng, split, size, think=False))
+            case _:
+                examples.append(story(rng, split, size, think=False))
+    return examples
+
+
+def encode_png(scene: Scene) -> bytes:
+    """Returns a scene's picture as an image file."""
+    buffer = io.BytesIO()
+    Image.fromarray(draw_uint8(scene)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def example_job(example: Example, number: int, sampling: Sampling) -> Job:
+    """Returns an example as a job whose seed is its number."""
+    images = tuple(
+        InputImage(
+            path=f"{number}-{place}.png",
+            sha256="",
+            height=scene.resolution.height,
+            width=scene.resolution.width,
+        )
+        for place, scene in enumerate(example.inputs)
+    )
+    return Job(
+        id=f"{example.kind}-{number:04d}",
+        task=example.task,
+        prompt=example.prompt,
+        images=images,
+        resolution=example.resolution,
+        seed=number,
+        think=example.think is not None,
+        sampling=sampling,
+        source=Source(file="evaluate", row=str(number)),
+    )
+
+
+class _KeepNothing:
+    """Pictures of unfinished jobs are not kept."""
+
+    def load(self) -> Sequence[Sequence[DrawnImage]]:
+        """See `executor.Checkpoints`."""
+        return ()
+
+    def save(self, drawn: Sequence[tuple[int, DrawnImage]]) -> None:
+        """See `executor.Checkpoints`."""
+
+
+def answer_examples(
+    engine: Engine, examples: Sequence[Example], config: RunConfig, batch_size: int = BATCH_SIZE
+) -> list[Answer]:
+    """Returns the engine's answers in the examples' order.
+
+    Raises:
+        Exception: Of the first job that failed.
+    """
+    groups: dict[GroupKey, list[int]] = defaultdict(list)
+    jobs = [
+        example_job(example, number, config.tasks[example.task].sampling)
+        for number, example in enumerate(examples)
+    ]
+    for number, job in enumerate(jobs):
+        groups[group_key(job)].append(number)
+    answers: dict[int, Answer] = {}
+    for group, members in groups.items():
+        for start in range(0, len(members), batch_size):
+            chosen = members[start : start + batch_size]
+            keys = tuple(jobs[number].id for number in chosen)
+            batch = Batch(
+                id=batch_id(keys),
+                group=group,
+                jobs=tuple(jobs[number] for number in chosen),
+                keys=keys,
+            )
+            inputs = [[encode_png(scene) for scene in examples[n].inputs] for n in chosen]
+            result = engine.generate(
+                batch, inputs, checkpoints=_KeepNothing(), progress=lambda _: None
+            )
+            made = zip(chosen, result.results, strict=True)
+            answers |= {number: _answer(job_result) for number, job_result in made}
+    return [answers[number] for number in range(len(examples))]
+
+
+def _answer(result: JobResult) -> Answer:
+    if result.error is not None:
+        raise result.error
+    return Answer(pictures=result.images, text=result.text)
+
+
+def open_engine(model: str, config: RunConfig) -> Engine:
+    """Returns the engine of a checkpoint, loaded as a run loads it."""
+    checkpoint = open_checkpoint(model)
+    device, dtype = resolve_runtime(config.model)
+    prompts = resolve_system_prompts(checkpoint)
+    identity = ModelIdentity(
+        checkpoint=fingerprint(checkpoint),
+        lora=None,
+        dtype=dtype,
+        generation_prompt=prompts.by_task[Task.T2I].text,
+        interleave_prompt=prompts.by_task[Task.INTERLEAVE].text,
+    )
+    return load_engine(
+        config,
+        checkpoint=checkpoint,
+        identity=identity,
+        system_prompt_source={task: prompt.source for task, prompt in prompts.by_task.items()},
+        device=device,
+    )
+
+
+def run_config(
+    *,
+    device: str = "auto",
+    dtype: str = "float32",
+    sampling: Mapping[str, Any] = MappingProxyType({}),
+) -> RunConfig:
+    """Returns the defaults of the embedded checkpoint with some sampling settings replaced."""
+    config = default_config()
+    tasks = {
+        task: replace(defaults, sampling=replace(defaults.sampling, **sampling))
+        for task, defaults in config.tasks.items()
+    }
+    model = ModelConfig(device=device, dtype=dtype)
+    return replace(config, model=model, tasks=tasks)
+
+
+def evaluate(
+    engine: Engine, config: RunConfig, counts: Mapping[str, int], *, square: bool = False
+) -> dict[str, Scores]:
+    """Returns the scores of each kind; see `held_out_examples`."""
+    scores = {}
+    for kind, count in counts.items():
+        examples = held_out_examples(kind, count, square=square)
+        answers = answer_examples(engine, examples, config)
+        scores[kind] = score(kind, examples, [(a.pictures, a.text) for a in answers])
+    return scores
+
+
+def grid(pictures: Sequence[np.ndarray], columns: int = GRID_COLUMNS) -> Image.Image:
+    """Returns pictures in rows, each centred in a square of the largest side."""
+    cell = max(max(picture.shape[:2]) for picture in pictures) + 8
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * cell, rows * cell), (128, 128, 128))
+    for index, picture in enumerate(pictures):
+        height, width = picture.shape[:2]
+        left = index % columns * cell + (cell - width) // 2
+        top = index // columns * cell + (cell - height) // 2
+        sheet.paste(Image.fromarray(picture), (left, top))
+    return sheet
+
+
+def sample_grid(engine: Engine, config: RunConfig, count: int = 64) -> Image.Image:
+    """Returns the pictures of the first held-out prompts, square, none left out."""
+    square = BUCKETS_TINY["1:1"]
+    examples = [
+        replace(example, answer=(replace(example.pictures[0], resolution=square),))
+        for example in held_out_examples("t2i", count)
+    ]
+    answers = answer_examples(engine, examples, config)
+    return grid([answer.pictures[0] for answer in answers])
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, or tiny.")],
+    out: Annotated[Path, typer.Option(help="Folder for scores.json and grid.png.")],
+    count: Annotated[int, typer.Option(help="Held-out examples of each kind.")] = 500,
+    kinds: Annotated[str, typer.Option(help="Which kinds, separated by commas.")] = ",".join(KINDS),
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    num_steps: Annotated[int | None, typer.Option()] = None,
+    cfg_scale: Annotated[float | None, typer.Option()] = None,
+    timestep_shift: Annotated[float | None, typer.Option()] = None,
+) -> None:
+    """Scores a checkpoint on held-out scenes through the engine."""
+    given = {
+        "num_steps": num_steps,
+        "cfg_scale": cfg_scale,
+        "timestep_shift": timestep_shift,
+    }
+    settings = {name: value for name, value in given.items() if value is not None}
+    config = run_config(device=device, dtype=dtype, sampling=settings)
+    engine = open_engine(model, config)
+    out.mkdir(parents=True, exist_ok=True)
+    scores = evaluate(engine, config, dict.fromkeys(kinds.split(","), count))
+    for kind, values in scores.items():
+        print(kind, values.line(), flush=True)
+    content = {kind: values.as_dict() for kind, values in scores.items()}
+    (out / "scores.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    sample_grid(engine, config).save(out / "grid.png")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,140 @@
+"""How right answers are: the rates that docs/tiny.md reports. Pictures and text in, numbers out."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sensebatch.tiny.world.captions import read_things
+from sensebatch.tiny.world.checker import (
+    Reading,
+    read_picture,
+    score_things,
+    things_psnr,
+    unchanged_psnr,
+)
+from sensebatch.tiny.world.draw import draw_uint8
+from sensebatch.tiny.world.examples import Example
+
+MIN_PSNR = 25.0
+"""dB from which a region counts as unchanged."""
+
+Given = tuple[Sequence[np.ndarray], str | None]
+"""Pictures (uint8 `[height, width, 3]`) and text of an answer."""
+
+
+@dataclass(slots=True)
+class Scores:
+    """Rates by name, each over as many cases as it was asked of."""
+
+    right: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    asked: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+
+    def add(self, name: str, is_right: bool) -> None:
+        """Counts one case."""
+        self.right[name] += is_right
+        self.asked[name] += 1
+
+    def rate(self, name: str) -> float:
+        """Returns the part that was right."""
+        return self.right[name] / self.asked[name]
+
+    def as_dict(self) -> dict[str, dict[str, float]]:
+        """Returns rate and number of cases by name."""
+        return {
+            name: {"rate": round(self.rate(name), 4), "cases": self.asked[name]}
+            for name in self.asked
+        }
+
+    def line(self) -> str:
+        """Returns the rates in one line, in percent."""
+        return " ".join(f"{name}={100 * self.rate(name):.1f}" for name in self.asked)
+
+
+def score(kind: str, examples: Sequence[Example], answers: Sequence[Given]) -> Scores:
+    """Returns the rates of one kind of `evaluate.KINDS`."""
+    scores = Scores()
+    for example, (pictures, text) in zip(examples, answers, strict=True):
+        if kind == "edit":
+            _score_edit(scores, example, pictures[0])
+        elif kind == "interleave":
+            _score_story(scores, example, pictures, text or "")
+        else:
+            reading = _score_scene(scores, example, pictures[0])
+            if kind == "think":
+                _score_think(scores, example, reading, text or "")
+    return scores
+
+
+def _score_scene(scores: Scores, example: Example, picture: np.ndarray) -> Reading:
+    (scene,) = example.pictures
+    reading = read_picture(picture)
+    for thing in score_things(reading, scene):
+        scores.add("colour", thing.colour)
+        scores.add("shape", thing.shape)
+        scores.add("place", thing.place)
+        scores.add("size", thing.size)
+    exact = reading.shows(scene)
+    if len(scene.things) == 1:
+        (thing,) = score_things(reading, scene)
+        all_right = thing.colour and thing.shape and thing.place
+        scores.add("single", all_right and len(reading.things) + reading.unclear == 1)
+    scores.add("exact", exact)
+    scores.add("background", reading.background == scene.background)
+    return reading
+
+
+def _score_think(scores: Scores, example: Example, reading: Reading, text: str) -> None:
+    said = Counter(read_things(text))
+    scores.add("text_agrees", reading.unclear == 0 and said == Counter(reading.things))
+    scores.add("text_right", said == Counter(example.pictures[0].things))
+
+
+def _score_edit(scores: Scores, example: Example, picture: np.ndarray) -> None:
+    (target,), source = example.pictures, example.inputs[0]
+    reading = read_picture(picture)
+    original = draw_uint8(source)
+    if example.kind == "edit-background":
+        made = reading.background == target.background
+        kept = things_psnr(picture, original, source) >= MIN_PSNR and reading.shows(target)
+    elif example.kind == "edit-join":
+        made = reading.background == target.background and reading.shows(target)
+        kept = things_psnr(picture, original, source) >= MIN_PSNR
+    else:
+        wanted = [thing for thing in example.changed if thing in target.things]
+        unwanted = [thing for thing in example.changed if thing not in target.things]
+        made = (
+            reading.unclear == 0
+            and len(reading.things) == len(target.things)
+            and all(thing in reading.things for thing in wanted)
+            and not any(thing in reading.things for thing in unwanted)
+        )
+        psnr = unchanged_psnr(picture, original, source, example.changed)
+        kept = psnr >= MIN_PSNR
+    scores.add("made", made)
+    scores.add("kept", kept)
+    scores.add("both", made and kept)
+    scores.add(f"made:{example.kind.removeprefix('edit-')}", made)
+    scores.add(f"kept:{example.kind.removeprefix('edit-')}", kept)
+
+
+def _score_story(
+    scores: Scores, example: Example, pictures: Sequence[np.ndarray], text: str
+) -> None:
+    wanted = example.pictures
+    readings = [read_picture(picture) for picture in pictures]
+    counted = len(pictures) == len(wanted)
+    right = counted and all(
+        reading.shows(scene) for reading, scene in zip(readings, wanted, strict=True)
+    )
+    scores.add("count", counted)
+    scores.add("content", right)
+    for reading, scene in zip(readings, wanted, strict=False):
+        scores.add("background", reading.background == scene.background)
+    said = text.replace("<image>", "")
+    lines = "".join(part for part in example.answer if isinstance(part, str))
+    scores.add("text", said.split() == lines.split())
+    scores.add(f"content:{example.kind.removeprefix('story-')}", right)
