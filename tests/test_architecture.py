@@ -22,12 +22,13 @@ MAY_IMPORT = {
     "inputs": NOUNS,
     "checkpoint": NOUNS | {"config"},
     "manifest": NOUNS | {"config", "inputs"},
-    "plan": NOUNS | {"config"},
+    "vram": NOUNS | {"config", "checkpoint"},
+    "plan": NOUNS | {"config", "vram"},
     "store": NOUNS | {"config", "contract", "plan"},
     "executor": NOUNS | {"contract", "config", "plan", "store", "inputs"},
-    "engine": NOUNS | {"contract", "config", "checkpoint"},
+    "engine": NOUNS | {"contract", "config", "checkpoint", "vram"},
     "report": NOUNS | {"store"},
-    "tiny": NOUNS | {"config", "checkpoint", "engine"},
+    "tiny": NOUNS | {"contract", "config", "checkpoint", "engine"},
 }
 """What each module or package beside `cli` may know; `cli` joins them and may know all."""
 

@@ -73,7 +73,7 @@ def main(args: Sequence[str] | None = None) -> None:
         SystemExit: Always, with the exit code.
     """
     try:
-        app(args=None if args is None else list(args))
+        app(args=None if args is None else list(args), prog_name="sensebatch")
     except SensebatchError as error:
         print(_message(error), file=sys.stderr)
         raise SystemExit(exit_code(error)) from None

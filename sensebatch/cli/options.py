@@ -59,7 +59,9 @@ class ModelOptions:
     ] = None
     vram_mode: Annotated[
         VramMode | None,
-        typer.Option(help="Only full: all weights stay on the device.", rich_help_panel=_MODEL),
+        typer.Option(
+            help="Where weights are kept; auto is the fastest that fits.", rich_help_panel=_MODEL
+        ),
     ] = None
     system_prompt_file: Annotated[
         str | None,

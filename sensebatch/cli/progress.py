@@ -127,11 +127,10 @@ class LiveDisplay(Tracker):
         if self.num_failed:
             figures.append(f", {self.num_failed:,} failed", style="red")
         grid = Table.grid(padding=(0, 2))
-        grid.add_row(Text("all"), _bar(settled, self.num_jobs), figures)
+        grid.add_row(_bar(settled, self.num_jobs), figures)
         grid.add_row(
-            Text(self.batch_words(), style="dim"),
             _bar(self.step.step, self.step.num_steps),
-            Text(step_words(self.step), style="dim"),
+            Text(f"{self.batch_words()}: {step_words(self.step)}", style="dim"),
         )
         return grid
 
@@ -213,7 +212,14 @@ def step_words(progress: Progress) -> str:
 
 
 def _bar(completed: int, total: int) -> ProgressBar:
-    return ProgressBar(total=max(total, 1), completed=completed, width=BAR_WIDTH)
+    style = "cyan"
+    return ProgressBar(
+        total=max(total, 1),
+        completed=completed,
+        width=BAR_WIDTH,
+        complete_style=style,
+        finished_style=style,
+    )
 
 
 def _plural(count: int, noun: str) -> str:

@@ -117,6 +117,7 @@ def run_session(request: Request, backend: Backend | None = None) -> Summary:
         StoppedError: A signal came before there was anything to stop.
     """
     backend = TorchBackend() if backend is None else backend
+    say(f"reading {', '.join(request.sources)}")
     with StopSignals().installed() as stop:
         model = open_model(request.config.model, backend)
         with open_store(request.root) as store:
@@ -180,6 +181,7 @@ def _run_pending(
             too_many_failures=False,
             seconds=0.0,
         )
+    say(f"{counts.remaining:,} of {counts.jobs:,} jobs to run in {store.run_dir.root}")
     say(f"loading {config.model.model} on {model.device} ({model.identity.dtype})")
     engine = backend.load_engine(
         config,

@@ -112,8 +112,7 @@ def _display(stop: StopSignals | None = None) -> LiveDisplay:
 def test_live_display_shows_the_whole_and_the_batch() -> None:
     shown = _shown(_display())
     assert "2 of 8 jobs, 1 failed" in shown
-    assert "t2i 64x32, 2 jobs" in shown
-    assert "denoise 1 of 2" in shown
+    assert "t2i 64x32, 2 jobs: denoise 1 of 2" in shown
     assert "stopping" not in shown
 
 

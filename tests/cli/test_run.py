@@ -170,7 +170,7 @@ def test_mistake_in_a_setting_is_one_clear_line(
 ) -> None:
     ended = invoke("run", manifest, *args)
     assert ended.code == 2
-    assert ended.err.startswith(f"sensebatch: {message}")
+    assert f"\nsensebatch: {message}" in f"\n{ended.err}"
     assert not Path("outputs").exists()
 
 

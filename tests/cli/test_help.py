@@ -1,0 +1,86 @@
+"""Help is complete and the README's command lines are real."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from sensebatch.cli.main import app
+from tests.cli.conftest import Invoke
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def _commands(group: Any = None, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """Yields every command, those of sub-commands too, with its name."""
+    group = typer.main.get_command(app) if group is None else group
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands(command, (*prefix, name))
+        else:
+            yield " ".join((*prefix, name)), command
+
+
+COMMANDS = dict(_commands())
+
+
+def _documented() -> list[list[str]]:
+    """Returns the arguments of each `sensebatch` line in the documents' code blocks."""
+    return [
+        shlex.split(line)[1:]
+        for path in DOCUMENTS
+        for block in FENCE.findall(path.read_text(encoding="utf-8"))
+        for line in block.splitlines()
+        if line.startswith("sensebatch ")
+    ]
+
+
+def test_the_commands_are_those_that_scripts_know() -> None:
+    assert set(COMMANDS) == {
+        "run", "plan", "status", "report", "t2i", "edit", "interleave",
+        "manifest validate", "manifest schema", "manifest convert", "model inspect",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_and_option_has_help(name: str) -> None:
+    command = COMMANDS[name]
+    assert command.help
+    for parameter in command.params:
+        assert getattr(parameter, "help", None), f"{name}: {parameter.name}"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_printed_with_exit_code_0(invoke: Invoke, name: str) -> None:
+    ended = invoke(*name.split(), "--help")
+    assert ended.code == 0
+    assert "Usage: sensebatch" in ended.out
+
+
+@pytest.mark.parametrize("args", _documented(), ids=" ".join)
+def test_documented_command_lines_parse(args: list[str]) -> None:
+    size = 2 if args[0] in ("manifest", "model") else 1
+    command = COMMANDS[" ".join(args[:size])]
+    context = typer.main.get_command(app).make_context(
+        "sensebatch", [args[0]], resilient_parsing=True
+    )
+    command.make_context(args[size - 1], args[size:], parent=context)
+
+
+def test_the_readme_documents_every_command() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [name for name in COMMANDS if f"sensebatch {name}" not in readme] == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_between_documents_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\((?!\w+:)([^)#]+)\)", path.read_text(encoding="utf-8")):
+        assert (path.parent / target).exists(), target
