@@ -16,7 +16,7 @@ else
 TORCH ?= torch==$(TORCH_VERSION)
 endif
 
-PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_FLAGS)
+PIP := $(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt $(PIP_FLAGS)
 
 define NO_TORCH
 
