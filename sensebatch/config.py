@@ -20,6 +20,8 @@ from sensebatch.resolutions import (
 
 TINY_MODEL = "tiny"
 """Name of the embedded checkpoint."""
+SYNTHETIC_PREFIX = "synthetic:"
+"""Begins the names of models with made-up weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,11 +67,15 @@ class ModelConfig:
 class MemoryConfig:
     """How much memory a run may take, and so how many jobs share a pass."""
 
-    vram_mode: str = "full"
-    """Only `full`: all weights stay on the device."""
+    vram_mode: str = "auto"
+    """`auto` (the fastest that fits), `full`, `fast`, `balanced` or `low`."""
+    vram_budget_bytes: int | None = None
+    """Most device memory the run may reserve, activations included; None for what is free."""
+    host_budget_bytes: int | None = None
+    """Most host memory weights may take; None for a safe part of what is free."""
     max_batch_size: int = 8
     """Most jobs in one batch."""
-    max_batch_image_tokens: int = 8192
+    max_batch_image_tokens: int = 16384
     """Most image tokens in one batch, over all its jobs; one job always fits."""
 
 
@@ -150,7 +156,7 @@ def _tiny_tasks() -> dict[Task, TaskDefaults]:
 
 def default_config(model: str = TINY_MODEL) -> RunConfig:
     """Returns the defaults for a model: the published ones, or small ones for `tiny`."""
-    if model == TINY_MODEL:
+    if model in (TINY_MODEL, SYNTHETIC_PREFIX + TINY_MODEL):
         return RunConfig(
             model=ModelConfig(model=model),
             pixel_limits=PixelLimits(base_pixels=2 * 256 * 256, min_pixels=128 * 128),

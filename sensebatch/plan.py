@@ -7,11 +7,18 @@ the state database.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sensebatch.config import MemoryConfig
 from sensebatch.jobs import GroupKey, Job, Task, group_key
+from sensebatch.resolutions import PATCH_PIXELS, PixelLimits
+from sensebatch.vram import Load
+
+SYSTEM_PROMPT_BYTES = 4096
+"""Longest system prompt that an estimate expects of a checkpoint."""
+LAYOUT_TOKENS = 32
+"""Special tokens and words of the chat layout around a prompt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +29,10 @@ class PlanEntry:
     group: GroupKey
     max_images: int = 1
     """Pictures the job makes; of an interleave job, the most it may make."""
+    prompt_tokens: int = 0
+    """Of one prompt with its input images; an upper estimate without a tokenizer."""
+    text_tokens: int = 0
+    """Most tokens the job decodes."""
     alone: bool = False
     """Whether the job failed before and runs in a batch of its own, away from the others."""
 
@@ -29,8 +40,27 @@ class PlanEntry:
 def plan_entry(job: Job) -> PlanEntry:
     """Returns the entry of a job that was never tried."""
     interleave = job.task is Task.INTERLEAVE
-    max_images = job.sampling.max_images if interleave else 1
-    return PlanEntry(id=job.id, group=group_key(job), max_images=max_images)
+    sampling = job.sampling
+    text = sampling.max_new_tokens if interleave else sampling.max_think_tokens
+    return PlanEntry(
+        id=job.id,
+        group=group_key(job),
+        max_images=sampling.max_images if interleave else 1,
+        prompt_tokens=_prompt_tokens(job),
+        text_tokens=text if interleave or job.think else 0,
+    )
+
+
+def _prompt_tokens(job: Job) -> int:
+    """Returns an upper estimate: a token of ordinary text is three bytes of UTF-8 or more."""
+    system = SYSTEM_PROMPT_BYTES if job.system_prompt is None else len(job.system_prompt.encode())
+    text = (system + len(job.prompt.encode())) // 3 + LAYOUT_TOKENS
+    images = 0
+    for image in job.images:
+        pixels = job.input_max_pixels or image.height * image.width
+        pixels = min(max(pixels, PixelLimits().min_pixels), PixelLimits().base_pixels)
+        images += pixels // PATCH_PIXELS**2 + 2
+    return text + images
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +76,12 @@ class GroupPlan:
     """Ids of jobs that failed before; one batch each, after the others."""
     max_images: int
     """Pictures of all jobs; exact but for interleave, where it is an upper bound."""
+    max_images_of_job: int
+    """Most pictures of one job."""
+    prompt_tokens: int
+    """Of the longest prompt."""
+    text_tokens: int
+    """Most tokens that one job decodes."""
 
     @property
     def num_jobs(self) -> int:
@@ -101,25 +137,53 @@ def batch_size(group: GroupKey, memory: MemoryConfig) -> int:
 
 def make_plan(entries: Iterable[PlanEntry], memory: MemoryConfig) -> Plan:
     """Returns the plan of jobs given in manifest order; the ids must be unique."""
-    fresh: dict[GroupKey, list[str]] = {}
-    alone: dict[GroupKey, list[str]] = {}
-    max_images: dict[GroupKey, int] = {}
+    groups: dict[GroupKey, _Gathered] = {}
     for entry in entries:
-        if entry.group not in max_images:
-            fresh[entry.group], alone[entry.group], max_images[entry.group] = [], [], 0
-        (alone if entry.alone else fresh)[entry.group].append(entry.id)
-        max_images[entry.group] += entry.max_images
+        gathered = groups.setdefault(entry.group, _Gathered())
+        (gathered.alone if entry.alone else gathered.fresh).append(entry.id)
+        gathered.max_images += entry.max_images
+        gathered.max_images_of_job = max(gathered.max_images_of_job, entry.max_images)
+        gathered.prompt_tokens = max(gathered.prompt_tokens, entry.prompt_tokens)
+        gathered.text_tokens = max(gathered.text_tokens, entry.text_tokens)
     return Plan(
         groups=tuple(
             GroupPlan(
                 group=group,
                 batch_size=batch_size(group, memory),
-                fresh=tuple(fresh[group]),
-                alone=tuple(alone[group]),
-                max_images=images,
+                fresh=tuple(gathered.fresh),
+                alone=tuple(gathered.alone),
+                max_images=gathered.max_images,
+                max_images_of_job=gathered.max_images_of_job,
+                prompt_tokens=gathered.prompt_tokens,
+                text_tokens=gathered.text_tokens,
             )
-            for group, images in max_images.items()
+            for group, gathered in groups.items()
         )
+    )
+
+
+@dataclass(slots=True)
+class _Gathered:
+    """A group while its jobs are read."""
+
+    fresh: list[str] = field(default_factory=list)
+    alone: list[str] = field(default_factory=list)
+    max_images: int = 0
+    max_images_of_job: int = 0
+    prompt_tokens: int = 0
+    text_tokens: int = 0
+
+
+def group_load(plan: GroupPlan) -> Load:
+    """Returns the most demanding job of a group, as the memory arithmetic wants it."""
+    interleave = plan.group.task is Task.INTERLEAVE
+    tokens = plan.group.resolution.image_tokens
+    return Load(
+        group=plan.group,
+        batch_size=plan.batch_size if plan.fresh else 1,
+        prompt_tokens=plan.prompt_tokens,
+        text_tokens=plan.text_tokens,
+        drawn_tokens=plan.max_images_of_job * (tokens + 2) if interleave else 0,
     )
 
 

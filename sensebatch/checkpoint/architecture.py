@@ -17,6 +17,42 @@ TIMESTEP_FREQUENCIES = 256
 NOISE_SCALE_MODES = ("resolution", "dynamic", "dynamic_sqrt")
 TEMPLATES = ("neo1_0",)
 
+OFFICIAL_8B: Mapping[str, Any] = {
+    "model_type": "neo_chat",
+    "template": "neo1_0",
+    "patch_size": 16,
+    "downsample_ratio": 0.5,
+    "use_pixel_head": False,
+    "fm_head_layers": 2,
+    "concat_time_token_num": 0,
+    "noise_scale": 1.0,
+    "noise_scale_mode": "resolution",
+    "noise_scale_base_image_seq_len": 64,
+    "noise_scale_max_value": 8.0,
+    "add_noise_scale_embedding": True,
+    "llm_config": {
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 42,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 5000000.0,
+        "rope_theta_hw": 10000.0,
+        "attention_bias": False,
+    },
+    "vision_config": {
+        "hidden_size": 1024,
+        "patch_size": 16,
+        "rope_theta_vision": 10000.0,
+    },
+}
+"""The `config.json` of SenseNova-U1-8B-MoT as far as it is read, for made-up weights."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moe:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sensebatch.checkpoint.architecture import Architecture, parse_architecture
+from sensebatch.checkpoint.architecture import OFFICIAL_8B, Architecture, parse_architecture
 from sensebatch.checkpoint.hub import download, is_hub_id
 from sensebatch.checkpoint.tensors import expected_tensors
-from sensebatch.config import TINY_MODEL
+from sensebatch.config import SYNTHETIC_PREFIX, TINY_MODEL
 from sensebatch.errors import CheckpointError
 
 TINY_FOLDER = Path(__file__).parents[1] / "tiny" / "checkpoint"
@@ -56,6 +56,8 @@ class Checkpoint:
     """The parsed `config.json`."""
     architecture: Architecture
     tensors: Mapping[str, TensorFile]
+    synthetic: bool = False
+    """Whether the weights come from a rule; `tensors` then name no files."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +77,8 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     """Returns a checkpoint from a folder, from the Hub, or the embedded one.
 
     Args:
-        model: `tiny`, a folder, or a Hub id `owner/name`. A folder wins over a Hub id; write
+        model: `tiny`, `synthetic:8b` or `synthetic:tiny` (made-up weights, for profiling), a
+            folder, or a Hub id `owner/name`. A folder wins over a Hub id; write
             `./tiny` for a folder of that name.
         revision: Branch, tag or commit of a Hub id.
 
@@ -85,6 +88,8 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     """
     if model == TINY_MODEL:
         return read_folder(TINY_FOLDER, name=model)
+    if model.startswith(SYNTHETIC_PREFIX):
+        return _synthetic(model)
     folder = Path(model).expanduser()
     if folder.is_dir():
         if revision is not None:
@@ -100,6 +105,35 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
             "no such folder"
         )
     return read_folder(download(model, revision), name=model)
+
+
+def _synthetic(model: str) -> Checkpoint:
+    """Returns a checkpoint without files: the shape of a model, the embedded tokenizer."""
+    size = model.removeprefix(SYNTHETIC_PREFIX)
+    configs = {"8b": OFFICIAL_8B, "tiny": _read_json(TINY_FOLDER / "config.json")}
+    if size not in configs:
+        raise CheckpointError(
+            f"{model}: expected {' or '.join(SYNTHETIC_PREFIX + name for name in configs)}"
+        )
+    architecture = parse_architecture(configs[size])
+    tensors = {
+        name: TensorFile(
+            file=Path(model),
+            dtype="BF16",
+            shape=spec.shape,
+            offset=0,
+            nbytes=DTYPE_BYTES["BF16"] * spec.num_elements,
+        )
+        for name, spec in expected_tensors(architecture).items()
+    }
+    return Checkpoint(
+        name=model,
+        path=TINY_FOLDER,
+        config=configs[size],
+        architecture=architecture,
+        tensors=tensors,
+        synthetic=True,
+    )
 
 
 def read_folder(folder: Path, *, name: str | None = None) -> Checkpoint:

@@ -46,6 +46,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
             name: [tensor.dtype, tensor.shape, sample]
             for name, (tensor, sample) in _samples(checkpoint).items()
         },
+        "synthetic": checkpoint.synthetic,
     }
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
@@ -66,6 +67,9 @@ def fingerprint_file(file: Path) -> str:
 
 def _samples(checkpoint: Checkpoint) -> dict[str, tuple[TensorFile, str]]:
     """Returns every tensor with the hash of its sample, read file by file in ascending order."""
+    if checkpoint.synthetic:
+        # Their rule is fixed: the configuration says it all.
+        return {}
     by_file: dict[Path, list[tuple[str, TensorFile]]] = {}
     for name, tensor in sorted(checkpoint.tensors.items(), key=lambda item: item[1].offset):
         by_file.setdefault(tensor.file, []).append((name, tensor))

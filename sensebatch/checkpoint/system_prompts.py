@@ -75,6 +75,7 @@ def resolve_system_prompts(checkpoint: Checkpoint, file: Path | None = None) -> 
     return SystemPrompts(
         by_task={task: prompts[kind] for task, kind in KINDS.items()},
         warn_built_in=checkpoint.name != TINY_MODEL
+        and not checkpoint.synthetic
         and any(prompt.source == BUILT_IN for prompt in prompts.values()),
     )
 

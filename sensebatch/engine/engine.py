@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import psutil
 import torch
 
-from sensebatch.checkpoint.files import Checkpoint, check_tensors
-from sensebatch.checkpoint.tensors import expected_tensors
+from sensebatch.checkpoint.files import Checkpoint
 from sensebatch.config import RunConfig
-from sensebatch.engine.loading import load_network
-from sensebatch.engine.lora import Lora
+from sensebatch.contract import Checkpoints, Progress
+from sensebatch.engine.device_memory import (
+    DevicePeak,
+    is_out_of_memory,
+    plan_placement,
+    translated_out_of_memory,
+)
+from sensebatch.engine.loading import load_network, open_weights
 from sensebatch.engine.model.attention import Attention
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.tokenizer import HFTokenizer, Tokenizer
 from sensebatch.engine.preprocess import load_input
 from sensebatch.engine.residency import Residency, WeightPlacement
-from sensebatch.engine.runner import Runner
+from sensebatch.engine.runner import PassLimits, Runner
 from sensebatch.engine.runtime import BACKENDS, DTYPES, resolve_attention
 from sensebatch.engine.tasks.interleave import run_interleave
 from sensebatch.engine.tasks.single_image import run_single_image
 from sensebatch.engine.tasks.state import PreparedJob, job_generator
-from sensebatch.engine.weights import FileWeights
 from sensebatch.errors import JobError, OutOfMemoryError
-from sensebatch.executor import Checkpoints, Progress
 from sensebatch.jobs import (
     Batch,
     BatchMetrics,
@@ -38,6 +40,7 @@ from sensebatch.jobs import (
     Task,
 )
 from sensebatch.resolutions import PixelLimits
+from sensebatch.vram import Load
 
 
 class SenseNovaEngine:
@@ -49,6 +52,7 @@ class SenseNovaEngine:
         tokenizer: Of the same checkpoint.
         attention: How one run or picture attends.
         pixel_limits: Sizes of input images.
+        limits: How much goes through the network at a time.
         info: What the log says of it.
     """
 
@@ -60,6 +64,7 @@ class SenseNovaEngine:
         tokenizer: Tokenizer,
         attention: Attention,
         pixel_limits: PixelLimits,
+        limits: PassLimits,
         info: EngineInfo,
     ) -> None:
         self._network = network
@@ -67,6 +72,7 @@ class SenseNovaEngine:
         self._tokenizer = tokenizer
         self._attention = attention
         self._pixel_limits = pixel_limits
+        self._limits = limits
         self._info = info
 
     @property
@@ -84,14 +90,14 @@ class SenseNovaEngine:
     ) -> BatchResult:
         """Runs a batch; see `executor.Engine.generate`."""
         device = self._network.device
-        memory = _DevicePeak(device)
+        memory = DevicePeak(device)
         runner = Runner(self._network, self._tokenizer, self._attention, progress, self._residency)
         start = time.perf_counter()
         try:
             with torch.inference_mode():
                 results = self._run(runner, batch, inputs, checkpoints)
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             message = str(error).splitlines()[0]
         else:
@@ -160,28 +166,6 @@ class SenseNovaEngine:
         )
 
 
-class _DevicePeak:
-    """Peak device memory since its making; zeros on a CPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-
-    def read(self) -> tuple[int, int]:
-        """Returns peak allocated and reserved bytes."""
-        if self._device.type != "cuda":
-            return 0, 0
-        return (
-            torch.cuda.max_memory_allocated(self._device),
-            torch.cuda.max_memory_reserved(self._device),
-        )
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
-
-
 def load_engine(
     config: RunConfig,
     *,
@@ -189,6 +173,7 @@ def load_engine(
     identity: ModelIdentity,
     system_prompt_source: Mapping[Task, str],
     device: str,
+    loads: Sequence[Load] = (),
 ) -> SenseNovaEngine:
     """Loads a model for a run.
 
@@ -198,34 +183,33 @@ def load_engine(
         identity: What job keys were made with; its dtype is loaded.
         system_prompt_source: For the log.
         device: Of `runtime.resolve_runtime`.
+        loads: Of every group of the run; memory is planned for them.
 
     Raises:
         CheckpointError: The checkpoint, its tokenizer or the LoRA does not fit.
-        ConfigError: The attention backend cannot be used.
-        OutOfMemoryError: The weights do not fit the device.
+        ConfigError: The attention backend cannot be used, or the jobs do not fit the memory.
+        OutOfMemoryError: The device has less memory than it said.
     """
     start = time.perf_counter()
     backend = resolve_attention(config.model.attn_backend, device, identity.dtype)
+    where = torch.device(device)
+    placement = plan_placement(config.memory, checkpoint, identity.dtype, where, loads)
     tokenizer = HFTokenizer(checkpoint.path)
-    lora = None
-    if config.model.lora_path is not None:
-        expected = expected_tensors(checkpoint.architecture)
-        lora = Lora.open(Path(config.model.lora_path), expected)
-    check_tensors(checkpoint)
-    memory = _DevicePeak(torch.device(device))
-    try:
+    source = open_weights(checkpoint, config.model.lora_path, DTYPES[identity.dtype])
+    peak = DevicePeak(where)
+    with translated_out_of_memory(f"the weights did not fit {device}"):
         network, residency = load_network(
             checkpoint.architecture,
-            FileWeights(checkpoint, lora),
-            WeightPlacement(num_buffers=None, embed_on_device=True, host_budget_bytes=None),
-            device=torch.device(device),
+            source,
+            WeightPlacement(
+                num_buffers=placement.num_buffers,
+                embed_on_device=placement.embed_on_device,
+                host_budget_bytes=placement.host_budget_bytes,
+            ),
+            device=where,
             dtype=DTYPES[identity.dtype],
         )
-    except RuntimeError as error:
-        if _is_out_of_memory(error):
-            raise OutOfMemoryError(f"the weights did not fit {device}: {error}") from None
-        raise
-    allocated, reserved = memory.read()
+    allocated, reserved = peak.read()
     info = EngineInfo(
         identity=identity,
         model=config.model.model,
@@ -233,8 +217,8 @@ def load_engine(
         device=torch.cuda.get_device_name() if device == "cuda" else device,
         dtype=identity.dtype,
         attn_backend=backend,
-        vram_mode=config.memory.vram_mode,
-        budget_bytes=None,
+        vram_mode=placement.mode,
+        budget_bytes=config.memory.vram_budget_bytes,
         torch_version=torch.__version__,
         load_s=time.perf_counter() - start,
         load_peak_allocated_bytes=allocated,
@@ -247,5 +231,8 @@ def load_engine(
         tokenizer=tokenizer,
         attention=BACKENDS[backend],
         pixel_limits=config.pixel_limits,
+        limits=PassLimits(
+            image_tokens=placement.tokens_per_pass, park_caches=placement.park_caches
+        ),
         info=info,
     )

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from accelerate import init_empty_weights
 
 from sensebatch.checkpoint.architecture import Architecture
+from sensebatch.checkpoint.files import Checkpoint, check_tensors
+from sensebatch.checkpoint.tensors import expected_tensors
+from sensebatch.engine.lora import Lora
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.residency import Residency, WeightPlacement
-from sensebatch.engine.weights import WeightSource
+from sensebatch.engine.weights import FileWeights, SyntheticWeights, WeightSource
+
+
+def open_weights(checkpoint: Checkpoint, lora_path: str | None, dtype: torch.dtype) -> WeightSource:
+    """Returns where a checkpoint's weights are read from.
+
+    Raises:
+        CheckpointError: A tensor is missing, extra or wrongly shaped, or the LoRA does not fit.
+    """
+    lora = None
+    if lora_path is not None:
+        lora = Lora.open(Path(lora_path), expected_tensors(checkpoint.architecture))
+    if checkpoint.synthetic:
+        return SyntheticWeights(dtype)
+    check_tensors(checkpoint)
+    return FileWeights(checkpoint, lora)
 
 
 def load_network(

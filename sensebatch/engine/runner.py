@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,13 +17,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sensebatch.contract import Progress
 from sensebatch.engine.model.attention import Attention
 from sensebatch.engine.model.kv_cache import KVCache, Span
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.tokenizer import IMG_CONTEXT, IMG_END, Tokenizer
 from sensebatch.engine.preprocess import Patches
 from sensebatch.engine.prompts import Grid, ImageSpan, Prompt, positions, segments
-from sensebatch.executor import Progress
+from sensebatch.vram import CUDA_TOKENS_PER_PASS, MAX_PREFILL_TOKENS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +50,16 @@ class Weights(Protocol):
         """Many passes of the generation expert."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassLimits:
+    """How much goes through the network at a time."""
+
+    image_tokens: int = CUDA_TOKENS_PER_PASS
+    """Most image tokens denoised together; one picture always is."""
+    park_caches: bool = False
+    """Whether prefixes wait in host memory while other jobs' pictures are drawn."""
+
+
 class Runner:
     """The network with its tokenizer, attention and clock.
 
@@ -58,6 +69,7 @@ class Runner:
         attention: How one run or picture attends.
         progress: Told where a phase is.
         weights: Told which phase comes next; None where they stay where they are.
+        limits: How much goes through the network at a time.
     """
 
     def __init__(
@@ -67,11 +79,13 @@ class Runner:
         attention: Attention,
         progress: Callable[[Progress], None],
         weights: Weights | None = None,
+        limits: PassLimits | None = None,
     ) -> None:
         self.network = network
         self.tokenizer = tokenizer
         self.attention = attention
         self.progress = progress
+        self.limits = PassLimits() if limits is None else limits
         self._weights = weights
         self.seconds: dict[str, float] = defaultdict(float)
         """Wall seconds by phase."""
@@ -122,6 +136,34 @@ class Runner:
     def new_extension(self, prompt: Prompt, embeds: Sequence[Tensor] = ()) -> Extension:
         """Returns a prompt with its images' embeds, to be cached as a new sequence."""
         return Extension(cache=self.network.new_cache(), prompt=prompt, embeds=embeds)
+
+    def prefill(self, extensions: Sequence[Extension]) -> Tensor:
+        """Caches prompts, so many in a pass as `MAX_PREFILL_TOKENS` allows; see `extend`."""
+        hidden = []
+        group: list[Extension] = []
+        num_tokens = 0
+        for extension in extensions:
+            length = len(extension.prompt.token_ids)
+            if group and num_tokens + length > MAX_PREFILL_TOKENS:
+                hidden.append(self.extend(group))
+                self.park([member.cache for member in group])
+                group, num_tokens = [], 0
+            group.append(extension)
+            num_tokens += length
+        hidden.append(self.extend(group))
+        self.park([member.cache for member in group])
+        return torch.cat(hidden)
+
+    def park(self, caches: Iterable[KVCache]) -> None:
+        """Lets caches wait in host memory, where the limits say so."""
+        if self.limits.park_caches:
+            for cache in caches:
+                cache.move(torch.device("cpu"))
+
+    def bring(self, caches: Iterable[KVCache]) -> None:
+        """Brings caches to the device, to be added to."""
+        for cache in caches:
+            cache.move(self.network.device)
 
     def extend(self, extensions: Sequence[Extension]) -> Tensor:
         """Caches tokens of several sequences in one pass.

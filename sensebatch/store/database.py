@@ -29,6 +29,8 @@ CREATE TABLE jobs (
     key TEXT NOT NULL,
     group_number INTEGER NOT NULL REFERENCES groups,
     max_images INTEGER NOT NULL,
+    prompt_tokens INTEGER NOT NULL,  -- estimates, for the memory plan
+    text_tokens INTEGER NOT NULL,
     definition TEXT NOT NULL,
     status TEXT NOT NULL,            -- pending, done or failed
     attempts INTEGER NOT NULL,       -- rows in the log

@@ -88,7 +88,7 @@ class Ingest:
         entry = plan_entry(job)
         self._added += 1
         self._db.execute(
-            "INSERT INTO jobs VALUES (NULL, ?, ?, ?, ?, 1, ?, ?, ?, ?, ?, 0, 0, 0, '[]')",
+            "INSERT INTO jobs VALUES (NULL, ?, ?, ?, ?, 1, ?, ?, ?, ?, ?, ?, ?, 0, 0, 0, '[]')",
             (
                 folded,
                 job.id,
@@ -97,6 +97,8 @@ class Ingest:
                 key,
                 self._group_number(entry.group),
                 entry.max_images,
+                entry.prompt_tokens,
+                entry.text_tokens,
                 definition,
                 PENDING,
             ),
@@ -111,13 +113,16 @@ class Ingest:
         entry = plan_entry(job)
         self._db.execute(
             "UPDATE jobs SET seen = ?, position = ?, wanted = 1, key = ?, group_number = ?,"
-            " max_images = ?, definition = ? WHERE number = ?",
+            " max_images = ?, prompt_tokens = ?, text_tokens = ?, definition = ?"
+            " WHERE number = ?",
             (
                 self._number,
                 position,
                 key,
                 self._group_number(entry.group),
                 entry.max_images,
+                entry.prompt_tokens,
+                entry.text_tokens,
                 definition,
                 old.number,
             ),

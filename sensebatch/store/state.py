@@ -126,8 +126,12 @@ class State:
                 (PENDING, FAILED),
             ).rowcount
 
-    def entries(self) -> Iterator[PlanEntry]:
-        """Yields what the plan needs of every job that is to be run and is in no started batch."""
+    def entries(self, *, with_started: bool = False) -> Iterator[PlanEntry]:
+        """Yields what the plan needs of every job that is to be run and is in no started batch.
+
+        Args:
+            with_started: Whether members of started batches count as well.
+        """
         with self._db.reading() as db:
             started = {job_id for batch in tables.started_batches(db) for job_id in batch.ids}
             groups = {
@@ -135,14 +139,19 @@ class State:
                 for number, text in db.execute("SELECT number, definition FROM groups")
             }
             rows = db.execute(
-                "SELECT id, group_number, max_images, alone FROM jobs"
+                "SELECT id, group_number, max_images, prompt_tokens, text_tokens, alone FROM jobs"
                 " WHERE wanted = 1 AND status = ? ORDER BY position",
                 (PENDING,),
             )
-            for job_id, number, max_images, alone in rows:
-                if job_id not in started:
+            for job_id, number, max_images, prompt_tokens, text_tokens, alone in rows:
+                if with_started or job_id not in started:
                     yield PlanEntry(
-                        id=job_id, group=groups[number], max_images=max_images, alone=bool(alone)
+                        id=job_id,
+                        group=groups[number],
+                        max_images=max_images,
+                        prompt_tokens=prompt_tokens,
+                        text_tokens=text_tokens,
+                        alone=bool(alone),
                     )
 
     def jobs(self, ids: Sequence[str]) -> list[StoredJob]:

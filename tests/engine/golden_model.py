@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
+from sensebatch.contract import DrawnImage
 from sensebatch.engine.model.attention import sdpa
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.state_dict_adapter import load_state_dict
 from sensebatch.engine.preprocess import Patches
 from sensebatch.engine.runner import Runner
 from sensebatch.engine.tasks.state import PreparedJob, job_generator
-from sensebatch.executor import DrawnImage
 from sensebatch.jobs import CfgNorm, Job, Sampling, Source, Task
 from sensebatch.resolutions import Resolution
 from tests.golden_data import ByteTokenizer, Case, golden_architecture, rule_weights

@@ -5,6 +5,7 @@ Shape suffixes: T tokens of a pass, L cached tokens, H query heads, K key/value 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,6 +71,18 @@ class KVCache:
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
         """Returns a layer's cached keys and values, each `[L, K, E]`."""
         return self._data[layer, 0, : self.length], self._data[layer, 1, : self.length]
+
+    def on(self, device: torch.device) -> KVCache:
+        """Returns the cache on a device, to be read: itself where it is there already."""
+        if self._data.device == device:
+            return self
+        twin = copy.copy(self)
+        twin._data = self._data[:, :, : self.length].to(device)
+        return twin
+
+    def move(self, device: torch.device) -> None:
+        """Moves keys and values to a device."""
+        self._data = self._data[:, :, : self.length].to(device)
 
     def advance(self, num_tokens: int, next_t: int) -> None:
         """Counts tokens that every layer has written."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sensebatch.contract import Progress
 from sensebatch.engine.model.kv_cache import KVCache
 from sensebatch.engine.model.network import ImagePositions
 from sensebatch.engine.model.patchify import image_to_tokens, tokens_to_image
@@ -24,7 +25,6 @@ from sensebatch.engine.sampling.flow_matching import (
     velocity_from_image,
 )
 from sensebatch.engine.sampling.guidance import Guidance
-from sensebatch.executor import Progress
 from sensebatch.resolutions import Resolution
 
 
@@ -67,25 +67,52 @@ def denoise(
 ) -> Tensor:
     """Returns the finished pictures, float32 `[J, 3, height, width]`, not clamped.
 
-    Every step evaluates all branches of all jobs in one pass of the network; a job whose
-    guidance rests at a timestep takes part with its conditional branch alone.
+    Every step evaluates all branches of the jobs of a pass together; a job whose guidance rests
+    at a timestep takes part with its conditional branch alone.
 
     Args:
-        runner: The network.
+        runner: The network; its limits say how many jobs share a pass.
         drawings: One for each job.
         resolution: Of every picture.
         num_steps: Euler steps.
         timestep_shift: Of the schedule.
     """
+    at_a_time = max(runner.limits.image_tokens // resolution.image_tokens, 1)
+    with runner.denoising():
+        return torch.cat(
+            [
+                _denoise_together(
+                    runner,
+                    drawings[start : start + at_a_time],
+                    resolution,
+                    num_steps=num_steps,
+                    timestep_shift=timestep_shift,
+                )
+                for start in range(0, len(drawings), at_a_time)
+            ]
+        )
+
+
+def _denoise_together(
+    runner: Runner,
+    drawings: Sequence[Drawing],
+    resolution: Resolution,
+    *,
+    num_steps: int,
+    timestep_shift: float,
+) -> Tensor:
+    """`denoise` for the jobs of one pass."""
     device = runner.network.device
     scale = image_noise_scale(runner, resolution)
+    of_all = {id(cache): cache for drawing in drawings for cache in drawing.caches.values()}
+    fetched = {key: cache.on(device) for key, cache in of_all.items()}
     shared: dict[tuple[tuple[str, ...], ...], ImagePositions] = {}
 
     def velocity(z_JNx: Tensor, step: int, t: float) -> Tensor:
         branches = tuple(drawing.guidance.branches_at(t) for drawing in drawings)
         rows = [job for job, names in enumerate(branches) for _ in names]
         caches = [
-            drawing.caches[name]
+            fetched[id(drawing.caches[name])]
             for drawing, names in zip(drawings, branches, strict=True)
             for name in names
         ]
@@ -104,7 +131,6 @@ def denoise(
         runner.progress(Progress(phase="denoise", step=step + 1, num_steps=num_steps))
         return torch.stack(guided)
 
-    with runner.denoising():
-        z_JNx = image_to_tokens(torch.stack([drawing.noise for drawing in drawings]))
-        z_JNx = euler(z_JNx.to(device), timesteps(num_steps, timestep_shift), velocity)
+    z_JNx = image_to_tokens(torch.stack([drawing.noise for drawing in drawings]))
+    z_JNx = euler(z_JNx.to(device), timesteps(num_steps, timestep_shift), velocity)
     return tokens_to_image(z_JNx, resolution.height, resolution.width)

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sensebatch.contract import Checkpoints, DrawnImage, Progress
+from sensebatch.engine.model.kv_cache import KVCache
 from sensebatch.engine.model.tokenizer import IMG_START
 from sensebatch.engine.preprocess import drawn_to_patches, to_uint8
 from sensebatch.engine.prompts import IMAGE_MARK, Grid
@@ -24,7 +26,6 @@ from sensebatch.engine.sampling.text import greedy_decode
 from sensebatch.engine.tasks.denoise import Drawing, denoise, draw_noise
 from sensebatch.engine.tasks.state import PreparedJob, RunningJob, check_finite, start_jobs
 from sensebatch.errors import JobError
-from sensebatch.executor import Checkpoints, DrawnImage, Progress
 from sensebatch.jobs import JobResult
 from sensebatch.resolutions import PATCH_PIXELS, Resolution
 
@@ -116,6 +117,7 @@ def _write(runner: Runner, stories: Sequence[Story]) -> list[Story]:
         first[place] = story.state.choice
         limits[place] = story.state.job.sampling.max_new_tokens - story.num_text_tokens
     with runner.decoding():
+        runner.bring(caches)
         decoded = greedy_decode(
             first, limits, step, stop_before=frozenset({runner.tokenizer.eos_id, image_start})
         )
@@ -137,14 +139,10 @@ def _draw(runner: Runner, stories: Sequence[Story], checkpoints: Checkpoints) ->
         return
     image_start = runner.tokenizer.token_id(IMG_START)
     with runner.prefilling(decodes=False):
-        runner.append_tokens(
-            [
-                (story.state.caches[branch], [image_start])
-                for story in stories
-                for branch in (COND, IMG_COND)
-                if branch in story.state.caches
-            ]
-        )
+        caches = [cache for story in stories for cache in _growing(story)]
+        runner.bring(caches)
+        runner.append_tokens([(cache, [image_start]) for cache in caches])
+        runner.park(caches)
     by_size: dict[Resolution, list[tuple[Story, Tensor]]] = {}
     for story in stories:
         # Drawn also where a kept picture makes it needless: the generator must move on.
@@ -156,6 +154,12 @@ def _draw(runner: Runner, stories: Sequence[Story], checkpoints: Checkpoints) ->
             _finish_image(story, image.to(runner.network.device))
     for resolution, group in by_size.items():
         _denoise_stories(runner, group, resolution, checkpoints)
+
+
+def _growing(story: Story) -> list[KVCache]:
+    """Returns the caches that pictures are added to, the conditional one first."""
+    caches = story.state.caches
+    return [caches[branch] for branch in (COND, IMG_COND) if branch in caches]
 
 
 def _kept_image(story: Story) -> Tensor | None:
@@ -207,19 +211,15 @@ def _read_back(runner: Runner, stories: Sequence[Story]) -> None:
     """Re-encodes every story's last picture into its prefixes and takes the next choice."""
     with runner.prefilling(decodes=True):
         embeds = runner.embed_images([drawn_to_patches(story.images[-1]) for story in stories])
+        runner.bring(cache for story in stories for cache in _growing(story))
         extensions: list[Extension] = []
         cond_rows = []
         for story, embed in zip(stories, embeds, strict=True):
             size = story.images[-1].shape
             grid = Grid(size[1] // PATCH_PIXELS, size[2] // PATCH_PIXELS)
-            for branch in (COND, IMG_COND):
-                if branch not in story.state.caches:
-                    continue
-                if branch == COND:
-                    cond_rows.append(len(extensions))
-                cache = story.state.caches[branch]
-                extensions.append(runner.generated_image(cache, grid, embed))
-        choices = runner.choose(runner.extend(extensions)[cond_rows])
+            cond_rows.append(len(extensions))
+            extensions += [runner.generated_image(cache, grid, embed) for cache in _growing(story)]
+        choices = runner.choose(runner.prefill(extensions)[cond_rows])
     for story, choice in zip(stories, choices, strict=True):
         story.state.choice = choice
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from sensebatch.contract import Progress
 from sensebatch.engine.model.tokenizer import THINK_END
 from sensebatch.engine.preprocess import to_uint8
 from sensebatch.engine.prompts import after_think
@@ -19,7 +20,6 @@ from sensebatch.engine.sampling.text import greedy_decode
 from sensebatch.engine.tasks.denoise import Drawing, denoise, draw_noise
 from sensebatch.engine.tasks.state import PreparedJob, RunningJob, check_finite, start_jobs
 from sensebatch.errors import JobError
-from sensebatch.executor import Progress
 from sensebatch.jobs import JobResult
 
 
@@ -92,6 +92,7 @@ def think(runner: Runner, running: Sequence[RunningJob]) -> list[list[int]]:
         )
 
     with runner.decoding():
+        runner.bring(caches)
         first = {}
         for index, state in enumerate(running):
             assert state.choice is not None
@@ -105,4 +106,5 @@ def think(runner: Runner, running: Sequence[RunningJob]) -> list[list[int]]:
         )
         ending = after_think(runner.tokenizer)
         runner.append_tokens([(cache, ending) for cache in caches])
+        runner.park(caches)
     return [decoded[index].tokens for index in range(len(running))]

@@ -50,7 +50,7 @@ class RunningJob:
 
 
 def start_jobs(runner: Runner, jobs: Sequence[PreparedJob], *, decodes: bool) -> list[RunningJob]:
-    """Prefills every branch of every job in one pass.
+    """Prefills every branch of every job.
 
     The unconditional prompt is the same for all jobs and is never added to, so it is cached once.
 
@@ -88,7 +88,7 @@ def start_jobs(runner: Runner, jobs: Sequence[PreparedJob], *, decodes: bool) ->
                 shared = extension.cache if branch == UNCOND else shared
                 extensions.append(extension)
             running.append(RunningJob(prepared=prepared, guidance=guidance, caches=caches))
-        hidden = runner.extend(extensions)
+        hidden = runner.prefill(extensions)
         if decodes:
             rows = {id(extension.cache): i for i, extension in enumerate(extensions)}
             conds = [rows[id(state.caches["cond"])] for state in running]

@@ -1,0 +1,78 @@
+"""What the device and the host have free, what a batch took, and what running out means."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import psutil
+import torch
+
+from sensebatch.checkpoint.files import Checkpoint
+from sensebatch.config import MemoryConfig
+from sensebatch.engine.runtime import DTYPES
+from sensebatch.errors import OutOfMemoryError
+from sensebatch.vram import Load, Placement, place
+
+
+class DevicePeak:
+    """Peak device memory since its making; zeros on a CPU.
+
+    Args:
+        device: Whose memory.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def read(self) -> tuple[int, int]:
+        """Returns peak allocated and reserved bytes."""
+        if self._device.type != "cuda":
+            return 0, 0
+        return (
+            torch.cuda.max_memory_allocated(self._device),
+            torch.cuda.max_memory_reserved(self._device),
+        )
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Returns whether torch says that the device or the host has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+
+
+@contextmanager
+def translated_out_of_memory(what: str) -> Iterator[None]:
+    """Turns torch's out-of-memory error of a block into ours.
+
+    Raises:
+        OutOfMemoryError: Begins with `what`.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(f"{what}: {str(error).splitlines()[0]}") from None
+
+
+def plan_placement(
+    memory: MemoryConfig,
+    checkpoint: Checkpoint,
+    dtype: str,
+    device: torch.device,
+    loads: Sequence[Load],
+) -> Placement:
+    """Returns where the weights go, given what is free now; see `vram.place`."""
+    device_free = None
+    if device.type == "cuda":
+        device_free = torch.cuda.mem_get_info(device)[0]
+    return place(
+        checkpoint.architecture,
+        memory,
+        list(loads),
+        item_bytes=DTYPES[dtype].itemsize,
+        device_free=device_free,
+        host_free=psutil.virtual_memory().available,
+    )

@@ -1,0 +1,361 @@
+"""Memory arithmetic: what weights, caches and passes take, and what fits a budget. Integers only.
+
+Knows shapes and bytes, not torch. The formulas follow the network's code line by line where it
+needs the most: a change there that takes more memory must change them here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from sensebatch.checkpoint.architecture import Architecture
+from sensebatch.checkpoint.tensors import (
+    TensorGroup,
+    expected_tensors,
+    head_part_rows,
+    largest_layer_elements,
+)
+from sensebatch.config import MemoryConfig
+from sensebatch.errors import ConfigError
+from sensebatch.jobs import GroupKey
+
+GIB = 1 << 30
+MIB = 1 << 20
+ROWS = 4096
+"""Tokens that go through the halves of a layer at a time."""
+MAX_PREFILL_TOKENS = 8192
+"""Tokens of prompts in one pass; a longer prompt has a pass of its own."""
+TOKEN_NUMBERS = 32 * 32 * 3
+RING = 2
+"""Device buffers that streamed blocks pass through."""
+NUM_STAGING = 2
+"""Host buffers that blocks are read ahead into."""
+WORKSPACE_BYTES = 128 * MIB
+"""Of the matrix and attention libraries, and what the allocator rounds up."""
+CUDA_TOKENS_PER_PASS = 8192
+"""Image tokens in one denoising pass: enough to hide a layer's copy behind its computation."""
+MODES = ("auto", "full", "fast", "balanced", "low")
+HOST_SHARE = 0.7
+"""Part of the free host memory that weights may take where no budget is given."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """The most demanding job of a group, and how many are in a batch."""
+
+    group: GroupKey
+    batch_size: int
+    prompt_tokens: int
+    """Of one branch's prompt with its input images; an upper estimate."""
+    text_tokens: int = 0
+    """Most tokens decoded behind it."""
+    drawn_tokens: int = 0
+    """Most tokens of pictures that are read back into the prompt (interleave)."""
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Cached tokens of one job over all branches when its last picture is drawn."""
+        total = 0
+        for branch in self.group.branches:
+            if branch == "cond":
+                total += self.prompt_tokens + self.text_tokens + self.drawn_tokens
+            elif branch == "img_cond":
+                total += self.prompt_tokens + self.drawn_tokens
+        return total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightBytes:
+    """What the weights take, by what they are for."""
+
+    block: int
+    """The largest decoder layer or part of the head: what one buffer must hold."""
+    num_generation: int
+    """Blocks of the generation expert."""
+    num_understanding: int
+    """Blocks of the understanding expert, the vocabulary head included."""
+    blocks: int
+    """All blocks together."""
+    embeddings: int
+    rest: int
+    """Everything that always stays on the device."""
+
+
+def weight_bytes(arch: Architecture, item_bytes: int) -> WeightBytes:
+    """Returns the bytes of a network's weights at `item_bytes` a number."""
+    specs = expected_tensors(arch)
+    total = sum(spec.num_elements for spec in specs.values())
+    layers = sum(spec.num_elements for spec in specs.values() if spec.layer is not None)
+    vocabulary = arch.vocab_size * arch.hidden_size
+    parts = head_part_rows(arch)
+    return WeightBytes(
+        block=max(largest_layer_elements(arch), parts[0] * arch.hidden_size) * item_bytes,
+        num_generation=arch.num_layers,
+        num_understanding=arch.num_layers + len(parts),
+        blocks=(layers + vocabulary) * item_bytes,
+        embeddings=vocabulary * item_bytes,
+        rest=(total - layers - 2 * vocabulary) * item_bytes,
+    )
+
+
+def expert_bytes(arch: Architecture, group: TensorGroup, item_bytes: int) -> int:
+    """Returns the bytes of all weights of one group."""
+    specs = expected_tensors(arch).values()
+    return item_bytes * sum(spec.num_elements for spec in specs if spec.group is group)
+
+
+def cache_bytes(arch: Architecture, tokens: int, item_bytes: int) -> int:
+    """Returns the bytes of the keys and values of cached tokens in all layers."""
+    return arch.num_layers * 2 * tokens * arch.num_kv_heads * arch.head_dim * item_bytes
+
+
+def _pass_bytes(arch: Architecture, tokens: int, longest: int, item_bytes: int) -> int:
+    """Returns what a pass of tokens through an expert needs beside its inputs' caches.
+
+    Args:
+        arch: The network's shape.
+        tokens: Of the pass.
+        longest: Keys of its longest sequence.
+        item_bytes: Of a number.
+    """
+    hidden, query = arch.hidden_size, arch.num_heads * arch.head_dim
+    key = arch.num_kv_heads * arch.head_dim
+    rows = min(tokens, ROWS)
+    held = tokens * hidden
+    projected = tokens * (query + 2 * key)
+    attended = tokens * query
+    project = held + projected + rows * 3 * (query + 2 * key) + rows * 4 * query
+    attend = held + projected + attended + 2 * longest * key + min(tokens, longest) * query
+    finish = held + attended + rows * (4 * arch.intermediate_size + 6 * hidden)
+    rotary = 2 * tokens * arch.head_dim
+    return item_bytes * (max(project, attend, finish) + rotary)
+
+
+def denoise_bytes(
+    arch: Architecture, load: Load, jobs: int, item_bytes: int, *, cached_jobs: int | None = None
+) -> int:
+    """Returns what drawing the pictures of some jobs together takes, weights not counted.
+
+    Args:
+        arch: The network's shape.
+        load: Their group.
+        jobs: How many share the pass.
+        item_bytes: Of a number.
+        cached_jobs: How many have their prefixes on the device; only theirs if None.
+    """
+    tokens = load.group.resolution.image_tokens
+    branches = len(load.group.branches)
+    prefix = load.prefix_tokens
+    longest = load.prompt_tokens + load.text_tokens + load.drawn_tokens + tokens
+    caches = cache_bytes(arch, (cached_jobs or jobs) * prefix, item_bytes)
+    state = 4 * TOKEN_NUMBERS * tokens * jobs
+    # The head's pictures, of all evaluations, beside the state and the new one.
+    predicted = 4 * TOKEN_NUMBERS * tokens * jobs * (2 * branches + 2)
+    patch_rotary = 2 * 4 * 4 * tokens * arch.vision_hidden_size // 2
+    network = _pass_bytes(arch, jobs * branches * tokens, longest, item_bytes)
+    return caches + state + patch_rotary + max(network, predicted)
+
+
+def prompt_bytes(arch: Architecture, load: Load, item_bytes: int, *, parked: bool) -> int:
+    """Returns what prompts and decoding of a batch take, weights not counted.
+
+    Args:
+        arch: The network's shape.
+        load: The batch's group.
+        item_bytes: Of a number.
+        parked: Whether prompts that are done wait in host memory.
+    """
+    branches = sum(branch != "uncond" for branch in load.group.branches)
+    total = load.prompt_tokens * branches * load.batch_size
+    tokens = max(min(total, MAX_PREFILL_TOKENS), load.prompt_tokens)
+    longest = load.prompt_tokens + load.text_tokens + load.drawn_tokens
+    cached = load.prefix_tokens * load.batch_size
+    if parked and not load.text_tokens:
+        cached = min(cached, tokens)
+    logits = load.batch_size * arch.vocab_size * 2 * item_bytes
+    return (
+        cache_bytes(arch, cached, item_bytes)
+        + _pass_bytes(arch, tokens, longest, item_bytes)
+        + logits
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where weights and caches are, and how many jobs share a pass."""
+
+    mode: str
+    num_buffers: int | None
+    """Device buffers of one block; None gives every block its own."""
+    embed_on_device: bool
+    tokens_per_pass: int
+    """Most image tokens in one denoising pass; one job always fits."""
+    park_caches: bool
+    """Whether prefixes of waiting jobs are kept in host memory."""
+    host_budget_bytes: int | None
+    """Host memory for weights; None for as much as they need."""
+    device_bytes: int
+    """Expected peak on the device."""
+    host_bytes: int
+    """Host memory that weights are expected to take."""
+    reason: str
+    """Why this one, for the person who reads it."""
+
+
+def jobs_per_pass(load: Load, tokens_per_pass: int) -> int:
+    """Returns how many jobs of a group are drawn together."""
+    fitting = max(tokens_per_pass // load.group.resolution.image_tokens, 1)
+    return min(fitting, load.batch_size)
+
+
+def working_bytes(
+    arch: Architecture,
+    loads: Iterable[Load],
+    tokens_per_pass: int,
+    item_bytes: int,
+    *,
+    parked: bool,
+) -> int:
+    """Returns the most that any group needs beside the weights."""
+    most = 0
+    for load in loads:
+        jobs = jobs_per_pass(load, tokens_per_pass)
+        cached = jobs if parked else load.batch_size
+        drawing = denoise_bytes(arch, load, jobs, item_bytes, cached_jobs=cached)
+        most = max(most, drawing, prompt_bytes(arch, load, item_bytes, parked=parked))
+    return WORKSPACE_BYTES + most
+
+
+def place(
+    arch: Architecture,
+    memory: MemoryConfig,
+    loads: list[Load],
+    *,
+    item_bytes: int,
+    device_free: int | None,
+    host_free: int,
+) -> Placement:
+    """Returns the fastest placement that fits, or the one that was asked for.
+
+    Args:
+        arch: The network's shape.
+        memory: Mode and budgets.
+        loads: Of every group of the run.
+        item_bytes: Of a number.
+        device_free: Bytes the device has free; None where the host is the device.
+        host_free: Bytes the host has free.
+
+    Raises:
+        ConfigError: It cannot fit; the message says the smallest budget that would.
+    """
+    if memory.vram_mode not in MODES:
+        raise ConfigError(f"vram_mode: expected {', '.join(MODES)}, found {memory.vram_mode!r}")
+    host = memory.host_budget_bytes
+    host = int(host_free * HOST_SHARE) if host is None else host
+    candidates = _candidates(arch, loads, item_bytes, host)
+    budget = memory.vram_budget_bytes
+    if memory.vram_mode != "auto":
+        chosen = candidates[memory.vram_mode]
+        reason = f"asked for vram_mode {memory.vram_mode}"
+        limit = budget if budget is not None else device_free
+        if limit is not None and chosen.device_bytes > limit:
+            raise _too_small(candidates, memory.vram_mode, limit)
+        return replace(chosen, reason=reason)
+    limit = budget if budget is not None else device_free
+    if limit is None:
+        return replace(candidates["full"], reason="the host is the device")
+    return _within(arch, candidates, limit, item_bytes, asked=budget is not None)
+
+
+def _candidates(
+    arch: Architecture, loads: list[Load], item_bytes: int, host: int
+) -> dict[str, Placement]:
+    weights = weight_bytes(arch, item_bytes)
+    most = CUDA_TOKENS_PER_PASS
+    shapes = {
+        "full": (None, True, most),
+        "fast": (weights.num_generation + RING, False, most),
+        "balanced": (RING, False, most),
+        "low": (RING, False, 1),
+    }
+    return {
+        mode: _placement(arch, loads, item_bytes, mode, buffers, embed, tokens, host)
+        for mode, (buffers, embed, tokens) in shapes.items()
+    }
+
+
+def _placement(
+    arch: Architecture,
+    loads: list[Load],
+    item_bytes: int,
+    mode: str,
+    num_buffers: int | None,
+    embed: bool,
+    tokens_per_pass: int,
+    host: int,
+) -> Placement:
+    weights = weight_bytes(arch, item_bytes)
+    blocks = weights.blocks if num_buffers is None else num_buffers * weights.block
+    device = blocks + weights.rest + (weights.embeddings if embed else 0)
+    parked = num_buffers is not None
+    working = working_bytes(arch, loads, tokens_per_pass, item_bytes, parked=parked)
+    staging = NUM_STAGING * weights.block
+    kept = weights.blocks if weights.blocks <= host else max(host - staging, 0) + staging
+    return Placement(
+        mode=mode,
+        num_buffers=num_buffers,
+        embed_on_device=embed,
+        tokens_per_pass=tokens_per_pass,
+        park_caches=parked,
+        host_budget_bytes=host,
+        device_bytes=device + working,
+        host_bytes=0 if num_buffers is None else kept + (0 if embed else weights.embeddings),
+        reason="",
+    )
+
+
+def _within(
+    arch: Architecture,
+    candidates: dict[str, Placement],
+    limit: int,
+    item_bytes: int,
+    *,
+    asked: bool,
+) -> Placement:
+    """Returns the fastest placement under a limit: what is left over holds weights."""
+    what = f"{'a budget of' if asked else 'free device memory of'} {limit / GIB:.1f} GiB"
+    if candidates["full"].device_bytes <= limit:
+        return replace(candidates["full"], reason=f"all weights fit {what}")
+    block = weight_bytes(arch, item_bytes).block
+    for base in ("balanced", "low"):
+        lean = candidates[base]
+        if lean.device_bytes > limit:
+            continue
+        extra = (limit - lean.device_bytes) // block
+        num_buffers = RING + extra
+        kept = min(extra, arch.num_layers)
+        host = lean.host_budget_bytes
+        return replace(
+            lean,
+            mode="fast" if kept == arch.num_layers else base,
+            num_buffers=num_buffers,
+            host_budget_bytes=host,
+            device_bytes=lean.device_bytes + extra * block,
+            reason=f"{what} holds {kept} of {arch.num_layers} generation layers; "
+            "the others are streamed",
+        )
+    raise _too_small(candidates, "auto", limit)
+
+
+def _too_small(candidates: dict[str, Placement], mode: str, limit: int) -> ConfigError:
+    asked = candidates["low" if mode == "auto" else mode]
+    hint = (
+        ""
+        if mode in ("auto", "low")
+        else (f"; vram_mode low needs {candidates['low'].device_bytes / GIB:.1f} GiB")
+    )
+    return ConfigError(
+        f"vram_budget: expected at least {asked.device_bytes / GIB:.1f} GiB for the largest jobs "
+        f"of this run, found {limit / GIB:.1f} GiB{hint}"
+    )
