@@ -14,6 +14,7 @@ import typer
 
 import sensebatch
 from sensebatch.cli import edit, exits, interleave, manifest, model, plan, report, run, status, t2i
+from sensebatch.cli.messages import counted
 from sensebatch.cli.options import with_options
 from sensebatch.cli.signals import StoppedError
 from sensebatch.errors import ManifestError, SensebatchError, StorageFullError
@@ -95,8 +96,6 @@ def exit_code(error: SensebatchError) -> int:
 
 def _message(error: SensebatchError) -> str:
     if isinstance(error, ManifestError):
-        noun = "mistake" if error.num_problems == 1 else "mistakes"
-        return (
-            f"{error}\nsensebatch: {error.num_problems} {noun} in the manifest; nothing was started"
-        )
+        mistakes = counted(error.num_problems, "mistake")
+        return f"{error}\nsensebatch: {mistakes} in the manifest; nothing was started"
     return f"sensebatch: {error}"

@@ -30,7 +30,7 @@ def validate(
     ] = False,
 ) -> None:
     """Check manifests as a run would before it starts; prints every mistake there is."""
-    from sensebatch.cli.messages import warn_of
+    from sensebatch.cli.messages import counted, warn_of
     from sensebatch.manifest.read import read_manifests
     from sensebatch.settings import resolve_settings
 
@@ -42,7 +42,7 @@ def validate(
         print(json.dumps({"jobs": by_task.total(), "by_task": counts}))
         return
     words = ", ".join(f"{count:,} {task.value}" for task, count in by_task.items())
-    print(f"no mistakes in {by_task.total():,} jobs ({words})")
+    print(f"no mistakes in {counted(by_task.total(), 'job')} ({words})")
 
 
 @app.command()
@@ -67,9 +67,10 @@ def convert(
     ] = False,
 ) -> None:
     """Write a manifest in another format, one row a job, matrices and defaults worked out."""
+    from sensebatch.cli.messages import counted
     from sensebatch.manifest.convert import convert_manifest
     from sensebatch.settings import resolve_settings
 
     config = resolve_settings(config_file=model.config, flags=model.flags())
     num_jobs = convert_manifest(source, destination, config, task=task, embed_images=embed_images)
-    print(f"{num_jobs:,} jobs written to {destination}")
+    print(f"{counted(num_jobs, 'job')} written to {destination}")

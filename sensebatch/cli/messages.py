@@ -12,6 +12,11 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def counted(count: int, noun: str) -> str:
+    """Returns a count with its noun: `1 job`, `2,000 jobs`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def warn(text: str) -> None:
     """Prints something that deserves a look."""
     say(f"warning: {text}")

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from sensebatch.cli import exits
-from sensebatch.cli.messages import say
+from sensebatch.cli.messages import counted, say
 from sensebatch.cli.progress import duration
 from sensebatch.cli.session import SUMMARY_NAME
 from sensebatch.executor import Summary
@@ -64,13 +64,13 @@ def exit_code(summary: Summary) -> int:
 def outcome_lines(root: Path, summary: Summary) -> list[str]:
     """Returns the last lines of a run: what became of the jobs, and where everything is."""
     counts = summary.counts
-    words = [f"{counts.done:,} of {counts.jobs:,} jobs done"]
+    words = [f"{counts.done:,} of {counted(counts.jobs, 'job')} done"]
     if counts.failed:
         words.append(f"{counts.failed:,} failed")
     if counts.remaining:
         words.append(f"{counts.remaining:,} to do")
     if summary.done or summary.failed:
-        words.append(f"{summary.images:,} images made in {duration(summary.seconds)}")
+        words.append(f"{counted(summary.images, 'image')} made in {duration(summary.seconds)}")
     else:
         words.append("nothing was left to run")
     folder = RunDir(root)

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sensebatch.cli.eta import RemainingTime
-from sensebatch.cli.messages import say
+from sensebatch.cli.messages import counted, say
 from sensebatch.cli.signals import StopSignals
 from sensebatch.contract import Progress
 from sensebatch.jobs import Batch
@@ -84,7 +84,7 @@ class Tracker:
             return ""
         group, num_jobs = self.batch.group, len(self.batch.jobs)
         think = " with thinking" if group.think else ""
-        return f"{group.task} {group.resolution}{think}, {num_jobs} {_plural(num_jobs, 'job')}"
+        return f"{group.task} {group.resolution}{think}, {counted(num_jobs, 'job')}"
 
 
 class LiveDisplay(Tracker):
@@ -120,7 +120,7 @@ class LiveDisplay(Tracker):
     def _grid(self) -> Table:
         settled = self.num_done + self.num_failed
         remaining = self.remaining_s()
-        words = [f"{settled:,} of {self.num_jobs:,} {_plural(self.num_jobs, 'job')}"]
+        words = [f"{settled:,} of {counted(self.num_jobs, 'job')}"]
         if remaining is not None:
             words.append(f"{duration(remaining)} left")
         figures = Text(", ".join(words))
@@ -152,10 +152,9 @@ class PlainLines(Tracker):
     def batch_finished(self, batch: Batch, attempts: Sequence[Attempt]) -> None:
         """A batch is committed."""
         super().batch_finished(batch, attempts)
-        num_jobs = len(batch.jobs)
         words = [
-            f"{self.num_done} of {self.num_jobs} done",
-            f"{batch.group.task} {batch.group.resolution}, {num_jobs} {_plural(num_jobs, 'job')} "
+            f"{self.num_done:,} of {self.num_jobs:,} done",
+            f"{batch.group.task} {batch.group.resolution}, {counted(len(batch.jobs), 'job')} "
             f"in {attempts[0].total_s:.1f} s",
         ]
         remaining = self.remaining_s()
@@ -220,7 +219,3 @@ def _bar(completed: int, total: int) -> ProgressBar:
         complete_style=style,
         finished_style=style,
     )
-
-
-def _plural(count: int, noun: str) -> str:
-    return noun if count == 1 else f"{noun}s"

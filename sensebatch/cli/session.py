@@ -14,7 +14,7 @@ import sensebatch
 from sensebatch.checkpoint.files import Checkpoint, check_tensors, open_checkpoint
 from sensebatch.checkpoint.fingerprint import fingerprint, fingerprint_file
 from sensebatch.checkpoint.system_prompts import resolve_system_prompts
-from sensebatch.cli.messages import say, warn
+from sensebatch.cli.messages import counted, say, warn
 from sensebatch.cli.progress import watch
 from sensebatch.cli.signals import StoppedError, StopSignals
 from sensebatch.config import ModelConfig, RunConfig
@@ -181,7 +181,7 @@ def _run_pending(
             too_many_failures=False,
             seconds=0.0,
         )
-    say(f"{counts.remaining:,} of {counts.jobs:,} jobs to run in {store.run_dir.root}")
+    say(f"{counts.remaining:,} of {counted(counts.jobs, 'job')} to run in {store.run_dir.root}")
     say(f"loading {config.model.model} on {model.device} ({model.identity.dtype})")
     engine = backend.load_engine(
         config,
@@ -214,9 +214,9 @@ def _until_stopped(jobs: Iterator[Job], stop: StopSignals) -> Iterator[Job]:
 
 def _say_changes(changes: Changes) -> None:
     for count, what in (
-        (changes.changed, "changed since they were last tried and run again"),
-        (changes.restored, "done before but their files are gone; run again"),
-        (changes.removed, "no longer in the manifest; their files are kept"),
+        (changes.changed, "with a changed definition, run again"),
+        (changes.restored, "done before, without its files now; run again"),
+        (changes.removed, "no longer in the manifest; files are kept"),
     ):
         if count:
-            say(f"{count:,} {'job' if count == 1 else 'jobs'} {what}")
+            say(f"{counted(count, 'job')} {what}")

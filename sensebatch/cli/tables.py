@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sensebatch.checkpoint.summary import Summary as ModelSummary
-from sensebatch.report import GIB, Summary, Throughput
+from sensebatch.cli.messages import counted
 
+if TYPE_CHECKING:
+    from sensebatch.checkpoint.summary import Summary as ModelSummary
+    from sensebatch.report import Summary, Throughput
+
+GIB = 2**30
 MAX_NAMES = 5
 
 
@@ -49,8 +53,8 @@ def print_plan(summary: Mapping[str, Any]) -> None:
         )
     bound = "" if summary["images_exact"] else "at most "
     total = (
-        f"{summary['jobs']:,} jobs, {bound}{summary['images']:,} images, "
-        f"{summary['batches']:,} batches"
+        f"{counted(summary['jobs'], 'job')}, {bound}{counted(summary['images'], 'image')}, "
+        f"batches: {summary['batches']:,}"
     )
     _print(table, total)
 
@@ -92,7 +96,12 @@ def print_model(summary: ModelSummary) -> None:
         if value is not None:
             settings.add_row(field.name, str(value))
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in summary.dtypes.items())
-    _print(f"{summary.name}: {summary.num_files} files, {dtypes}", summary.path, settings, sizes)
+    _print(
+        f"{summary.name}: {counted(summary.num_files, 'file')}, {dtypes}",
+        summary.path,
+        settings,
+        sizes,
+    )
     differences = summary.differences
     for kind, names in (
         ("missing", differences.missing),

@@ -141,6 +141,12 @@ def test_what_needs_no_model_imports_neither_torch_nor_transformers() -> None:
     assert _imported(WITHOUT_MODEL, names) == ["sensebatch.settings"]
 
 
+def test_plans_and_checks_of_yaml_do_without_arrow() -> None:
+    names = ("pyarrow", "sensebatch.manifest.read")
+    commands = [args for args in WITHOUT_MODEL if args[0] in ("plan", "manifest", "model")]
+    assert _imported(commands, names) == ["sensebatch.manifest.read"]
+
+
 def test_help_imports_no_library_for_data() -> None:
     names = ("torch", "pyarrow", "numpy", "PIL", "typer")
     assert _imported([["--help"], ["edit", "--help"]], names) == ["typer"]

@@ -115,8 +115,8 @@ def test_changed_job_is_run_again_and_said_so(invoke: Invoke, manifest: Path) ->
     invoke("run", manifest)
     manifest.write_text(manifest.read_text().replace("a line", "two lines"))
     ended = invoke("run", manifest)
-    assert "1 job changed since they were last tried and run again" in ended.err
-    assert "1 images made" in ended.err
+    assert "1 job with a changed definition, run again" in ended.err
+    assert "1 image made" in ended.err
 
 
 def test_limit_takes_the_first_jobs_and_the_rest_follows(invoke: Invoke, manifest: Path) -> None:
