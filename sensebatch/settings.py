@@ -58,12 +58,19 @@ def _parse_pixels(value: object) -> object:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
+def _parse_bytes(value: object) -> object:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?GiB", value) if isinstance(value, str) else None
+    return value if match is None else round(float(match[1]) * 2**30)
+
+
 Device = Literal["auto", "cuda", "cpu"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 AttnBackend = Literal["auto", "flash", "sdpa"]
-VramMode = Literal["full"]
+VramMode = Literal["auto", "full", "fast", "balanced", "low"]
 ImageFormat = Literal["png", "webp", "jpeg"]
 Count = Annotated[int, Field(gt=0)]
+Bytes = Annotated[Count, BeforeValidator(_parse_bytes)]
+"""A number of bytes, or text such as `20GiB`."""
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Size = Annotated[Any, BeforeValidator(_parse_size), PlainSerializer(str)]
@@ -72,7 +79,8 @@ Size = Annotated[Any, BeforeValidator(_parse_size), PlainSerializer(str)]
 class _Section(BaseModel):
     """Part of a configuration file: unknown keys and loose types are errors."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    # Built on first use: help only needs the words above.
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
 
 
 class ModelSection(_Section):
@@ -91,6 +99,8 @@ class MemorySection(_Section):
     """The file's form of `config.MemoryConfig`."""
 
     vram_mode: VramMode
+    vram_budget_bytes: Bytes | None
+    host_budget_bytes: Bytes | None
     max_batch_size: Count
     max_batch_image_tokens: Count
 

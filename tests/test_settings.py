@@ -71,6 +71,12 @@ def test_null_in_a_file_sets_what_may_be_null_and_empty_section_sets_nothing(
     assert resolved.memory == config.MemoryConfig()
 
 
+def test_memory_can_be_written_in_gib(tmp_path: Path) -> None:
+    path = _file(tmp_path, "memory: {vram_budget_bytes: 20GiB, host_budget_bytes: 1024}\n")
+    memory = resolve_settings(config_file=path).memory
+    assert (memory.vram_budget_bytes, memory.host_budget_bytes) == (20 * 2**30, 1024)
+
+
 def test_default_resolution_by_size_or_by_bucket(tmp_path: Path) -> None:
     path = _file(tmp_path, "tasks: {t2i: {resolution: '16:9'}, edit: {resolution: 64x32}}\n")
     tasks = resolve_settings(config_file=path).tasks
