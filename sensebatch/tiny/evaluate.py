@@ -6,11 +6,12 @@ what comes back.
 
 from __future__ import annotations
 
-import io
 import json
+import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
@@ -40,25 +41,18 @@ from sensebatch.jobs import (
     group_key,
 )
 from sensebatch.resolutions import BUCKETS_TINY
-from sensebatch.tiny.scores import Scores, score
-from sensebatch.tiny.world.draw import draw_uint8
+from sensebatch.tiny.manifests import encode_png, read_answers, write_manifest
+from sensebatch.tiny.scores import Answer, Scores, score
 from sensebatch.tiny.world.edits import edit
 from sensebatch.tiny.world.examples import Example, text_to_image
-from sensebatch.tiny.world.scene import Scene, Split, sample_resolution
+from sensebatch.tiny.world.scene import Split, sample_resolution
 from sensebatch.tiny.world.stories import story
 
 KINDS = ("t2i", "think", "edit", "interleave")
 BATCH_SIZE = 50
+RUN = "from sensebatch.cli.main import main; main()"
+"""The `sensebatch` command for this interpreter."""
 GRID_COLUMNS = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """What came back for an example."""
-
-    pictures: tuple[np.ndarray, ...]
-    """uint8 `[height, width, 3]`."""
-    text: str | None
 
 
 def held_out_examples(kind: str, count: int, *, square: bool = False) -> list[Example]:
@@ -83,13 +77,6 @@ def held_out_examples(kind: str, count: int, *, square: bool = False) -> list[Ex
             case _:
                 examples.append(story(rng, split, size, think=False))
     return examples
-
-
-def encode_png(scene: Scene) -> bytes:
-    """Returns a scene's picture as an image file."""
-    buffer = io.BytesIO()
-    Image.fromarray(draw_uint8(scene)).save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def example_job(example: Example, number: int, sampling: Sampling) -> Job:
@@ -213,7 +200,7 @@ def evaluate(
     for kind, count in counts.items():
         examples = held_out_examples(kind, count, square=square)
         answers = answer_examples(engine, examples, config)
-        scores[kind] = score(kind, examples, [(a.pictures, a.text) for a in answers])
+        scores[kind] = score(kind, examples, answers)
     return scores
 
 
@@ -241,28 +228,53 @@ def sample_grid(engine: Engine, config: RunConfig, count: int = 64) -> Image.Ima
     return grid([answer.pictures[0] for answer in answers])
 
 
+def evaluate_run(model: str, out: Path, config_file: Path | None, count: int) -> dict[str, Scores]:
+    """Returns the scores of `sensebatch run` itself, on a manifest of every kind.
+
+    Args:
+        model: Checkpoint folder, or tiny.
+        out: The manifests and run folders go here; a run that was stopped goes on.
+        config_file: Settings of the run; None for the defaults.
+        count: Held-out examples of each kind.
+    """
+    settings = [] if config_file is None else ["--config", str(config_file)]
+    scores = {}
+    for kind in KINDS:
+        examples = held_out_examples(kind, count)
+        manifest = write_manifest(examples, out / kind)
+        folder = out / f"{kind}-run"
+        command = [sys.executable, "-c", RUN, "run", str(manifest), "--output-dir", str(folder)]
+        subprocess.run([*command, "--model", model, *settings], check=True)
+        scores[kind] = score(kind, examples, read_answers(folder, len(examples)))
+    return scores
+
+
 def main(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, or tiny.")],
     out: Annotated[Path, typer.Option(help="Folder for scores.json and grid.png.")],
     count: Annotated[int, typer.Option(help="Held-out examples of each kind.")] = 500,
-    kinds: Annotated[str, typer.Option(help="Which kinds, separated by commas.")] = ",".join(KINDS),
+    through_run: Annotated[
+        bool, typer.Option(help="Whether manifests go through `sensebatch run`.")
+    ] = False,
+    config_file: Annotated[Path | None, typer.Option("--config", help="Of the run.")] = None,
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     num_steps: Annotated[int | None, typer.Option()] = None,
     cfg_scale: Annotated[float | None, typer.Option()] = None,
     timestep_shift: Annotated[float | None, typer.Option()] = None,
 ) -> None:
-    """Scores a checkpoint on held-out scenes through the engine."""
-    given = {
-        "num_steps": num_steps,
-        "cfg_scale": cfg_scale,
-        "timestep_shift": timestep_shift,
-    }
-    settings = {name: value for name, value in given.items() if value is not None}
-    config = run_config(device=device, dtype=dtype, sampling=settings)
+    """Scores a checkpoint on held-out scenes, in float32."""
+    given = {"num_steps": num_steps, "cfg_scale": cfg_scale, "timestep_shift": timestep_shift}
+    sampling = {name: value for name, value in given.items() if value is not None}
+    if through_run and sampling:
+        raise typer.BadParameter("sampling settings of a run belong in its --config")
+    config = run_config(device=device, sampling=sampling)
     engine = open_engine(model, config)
     out.mkdir(parents=True, exist_ok=True)
-    scores = evaluate(engine, config, dict.fromkeys(kinds.split(","), count))
+    scores = (
+        evaluate_run(model, out, config_file, count)
+        if through_run
+        else evaluate(engine, config, dict.fromkeys(KINDS, count))
+    )
     for kind, values in scores.items():
         print(kind, values.line(), flush=True)
     content = {kind: values.as_dict() for kind, values in scores.items()}

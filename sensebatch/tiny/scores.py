@@ -22,8 +22,14 @@ from sensebatch.tiny.world.examples import Example
 MIN_PSNR = 25.0
 """dB from which a region counts as unchanged."""
 
-Given = tuple[Sequence[np.ndarray], str | None]
-"""Pictures (uint8 `[height, width, 3]`) and text of an answer."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What came back for an example."""
+
+    pictures: tuple[np.ndarray, ...]
+    """uint8 `[height, width, 3]`."""
+    text: str | None
 
 
 @dataclass(slots=True)
@@ -54,10 +60,11 @@ class Scores:
         return " ".join(f"{name}={100 * self.rate(name):.1f}" for name in self.asked)
 
 
-def score(kind: str, examples: Sequence[Example], answers: Sequence[Given]) -> Scores:
+def score(kind: str, examples: Sequence[Example], answers: Sequence[Answer]) -> Scores:
     """Returns the rates of one kind of `evaluate.KINDS`."""
     scores = Scores()
-    for example, (pictures, text) in zip(examples, answers, strict=True):
+    for example, answer in zip(examples, answers, strict=True):
+        pictures, text = answer.pictures, answer.text
         if kind == "edit":
             _score_edit(scores, example, pictures[0])
         elif kind == "interleave":

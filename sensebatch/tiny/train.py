@@ -31,7 +31,7 @@ from sensebatch.tiny.packing import Batches, PackedBatch, PackingConfig
 from sensebatch.tiny.vocabulary import WorldTokenizer
 
 STATE_FILE = "state.pt"
-LEARNING_RATE = 1.5e-3
+LEARNING_RATE = 2e-3
 """The highest of a run."""
 REPORTED: dict[str, dict[str, float]] = {"defaults": {}, "without guidance": {"cfg_scale": 1.0}}
 """Sampling settings that scores are reported with; the second for t2i and edit alone."""
@@ -53,7 +53,7 @@ class TrainConfig:
     learning_rate: float = LEARNING_RATE
     final_rate: float = 0.02
     """The last learning rate as a part of the highest."""
-    warmup_steps: int = 300
+    warmup_steps: int = 400
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.02
     clip_norm: float = 1.0

@@ -1,0 +1,75 @@
+"""Examples as a manifest that anyone can run, and answers read from a run's folder."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from PIL import Image
+
+from sensebatch.tiny.scores import Answer
+from sensebatch.tiny.world.draw import draw_uint8
+from sensebatch.tiny.world.examples import Example
+from sensebatch.tiny.world.scene import Scene
+
+
+def encode_png(scene: Scene) -> bytes:
+    """Returns a scene's picture as an image file."""
+    buffer = io.BytesIO()
+    Image.fromarray(draw_uint8(scene)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def job_id(number: int) -> str:
+    """Returns the id of an example's job."""
+    return f"example-{number:04d}"
+
+
+def write_manifest(examples: Sequence[Example], folder: Path) -> Path:
+    """Writes `manifest.jsonl` and the input images beside it; returns the manifest.
+
+    An example's number is its job's seed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, example in enumerate(examples):
+        names = [f"{job_id(number)}-{place}.png" for place in range(len(example.inputs))]
+        for name, scene in zip(names, example.inputs, strict=True):
+            (folder / name).write_bytes(encode_png(scene))
+        row: dict[str, Any] = {
+            "id": job_id(number),
+            "task": str(example.task),
+            "prompt": example.prompt,
+            "width": example.resolution.width,
+            "height": example.resolution.height,
+            "seed": number,
+            "think": example.think is not None,
+        }
+        lines.append(json.dumps(row | ({"images": names} if names else {})))
+    manifest = folder / "manifest.jsonl"
+    manifest.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return manifest
+
+
+def read_answers(folder: Path, count: int) -> list[Answer]:
+    """Returns the answers of a finished run of `write_manifest`, in the examples' order.
+
+    Raises:
+        KeyError: A job is not done.
+    """
+    columns = ["job_id", "status", "image_paths", "text_path"]
+    rows = pq.read_table(folder / "log.parquet", columns=columns).to_pylist()
+    done = {row["job_id"]: row for row in rows if row["status"] == "done"}
+    answers = []
+    for number in range(count):
+        row = done[job_id(number)]
+        pictures = tuple(np.asarray(Image.open(folder / path)) for path in row["image_paths"])
+        path = row["text_path"]
+        text = None if path is None else (folder / path).read_text(encoding="utf-8")
+        answers.append(Answer(pictures=pictures, text=text))
+    return answers
