@@ -8,15 +8,17 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
+from sensebatch.errors import ConfigError
 from sensebatch.settings import AttnBackend, Device, Dtype, ImageFormat, VramMode
 
 _MODEL = "Model"
 _OUTPUT = "Output"
 _EXECUTION = "Execution"
+_NOT_OF_MODEL = ("config", "vram_mode", "device_map", "max_memory")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +34,7 @@ class ModelOptions:
         typer.Option(
             "--model",
             "--model-path",
-            help="Checkpoint folder, Hub id (owner/name), or tiny, the embedded one.",
+            help="Checkpoint folder, Hub id (owner/name), tiny (embedded), or made-up weights for profiling: synthetic:8b, synthetic:tiny.",
             rich_help_panel=_MODEL,
         ),
     ] = None
@@ -63,6 +65,20 @@ class ModelOptions:
             help="Where weights are kept; auto is the fastest that fits.", rich_help_panel=_MODEL
         ),
     ] = None
+    device_map: Annotated[
+        Literal["auto"] | None,
+        typer.Option(
+            help="Only auto: weights are placed by themselves, within --max-memory.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            help='Most memory of GPU and host, either or both: "0=20GiB,cpu=80GiB".',
+            rich_help_panel=_MODEL,
+        ),
+    ] = None
     system_prompt_file: Annotated[
         str | None,
         typer.Option(
@@ -72,9 +88,32 @@ class ModelOptions:
 
     def flags(self) -> dict[str, object]:
         """Returns what was given, by place in the settings."""
-        names = (field.name for field in fields(self) if field.name not in ("config", "vram_mode"))
-        values = {f"model.{name}": getattr(self, name) for name in names}
-        return {**values, "memory.vram_mode": self.vram_mode}
+        names = (field.name for field in fields(self) if field.name not in _NOT_OF_MODEL)
+        budgets = _budgets(self.max_memory)
+        return {
+            **{f"model.{name}": getattr(self, name) for name in names},
+            "memory.vram_mode": self.vram_mode,
+            "memory.vram_budget_bytes": budgets.get("0"),
+            "memory.host_budget_bytes": budgets.get("cpu"),
+        }
+
+
+def _budgets(text: str | None) -> dict[str, str]:
+    """Returns the amounts of `0=20GiB,cpu=80GiB` by device.
+
+    Raises:
+        ConfigError: It is written otherwise.
+    """
+    if text is None:
+        return {}
+    parts = [re.fullmatch(r"(0|cpu)=(\d+(?:\.\d+)? ?GiB)", part) for part in text.split(",")]
+    budgets = {part[1]: part[2] for part in parts if part is not None}
+    if len(budgets) < len(parts):
+        raise ConfigError(
+            f"--max-memory: expected 0=AMOUNT, cpu=AMOUNT or both with a comma, an AMOUNT such "
+            f"as 20GiB, found {text!r}"
+        )
+    return budgets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ torch is imported here, late: to know the device, and to load weights if there i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -22,12 +22,14 @@ from sensebatch.contract import Engine
 from sensebatch.executor import Summary, execute
 from sensebatch.inputs import InputReader
 from sensebatch.jobs import Job, ModelIdentity, Task
+from sensebatch.plan import group_load, make_plan
 from sensebatch.report import format_summary, read_log, summarise
 from sensebatch.settings import dump_settings
 from sensebatch.store.files import write_atomic
 from sensebatch.store.ingest import Changes
 from sensebatch.store.run_dir import RunDir, settings_document
 from sensebatch.store.store import Store, open_store
+from sensebatch.vram import Load
 
 SUMMARY_NAME = "summary.txt"
 """The published summary over all sessions of a run, in its folder."""
@@ -47,8 +49,9 @@ class Backend(Protocol):
         identity: ModelIdentity,
         system_prompt_source: Mapping[Task, str],
         device: str,
+        loads: Sequence[Load],
     ) -> Engine:
-        """Returns the engine, loaded."""
+        """Returns the engine, loaded, with its memory planned for these loads."""
 
 
 class TorchBackend:
@@ -68,8 +71,9 @@ class TorchBackend:
         identity: ModelIdentity,
         system_prompt_source: Mapping[Task, str],
         device: str,
+        loads: Sequence[Load],
     ) -> Engine:
-        """Returns the engine, loaded."""
+        """Returns the engine, loaded, with its memory planned for these loads."""
         from sensebatch.engine.engine import load_engine
 
         return load_engine(
@@ -78,6 +82,7 @@ class TorchBackend:
             identity=identity,
             system_prompt_source=system_prompt_source,
             device=device,
+            loads=loads,
         )
 
 
@@ -170,8 +175,10 @@ def open_model(config: ModelConfig, backend: Backend) -> Model:
 def _run_pending(
     config: RunConfig, store: Store, model: Model, backend: Backend, stop: StopSignals
 ) -> Summary:
+    if config.execution.retry_failed:
+        store.state.retry_failed()
     counts = store.state.counts()
-    if not counts.remaining and not (config.execution.retry_failed and counts.failed):
+    if not counts.remaining:
         return Summary(
             counts=counts,
             done=0,
@@ -183,12 +190,14 @@ def _run_pending(
         )
     say(f"{counts.remaining:,} of {counted(counts.jobs, 'job')} to run in {store.run_dir.root}")
     say(f"loading {config.model.model} on {model.device} ({model.identity.dtype})")
+    to_run = make_plan(store.state.entries(with_started=True), config.memory)
     engine = backend.load_engine(
         config,
         checkpoint=model.checkpoint,
         identity=model.identity,
         system_prompt_source=model.prompt_source,
         device=model.device,
+        loads=[group_load(group) for group in to_run.groups],
     )
     reader = InputReader()
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from sensebatch.cli.main import main
 from sensebatch.config import ModelConfig, RunConfig
 from sensebatch.contract import Engine
 from sensebatch.jobs import ModelIdentity, Task
+from sensebatch.vram import Load
 from tests.executor.fakes import FakeEngine
 
 
@@ -26,6 +27,7 @@ class FakeBackend:
 
     engine: FakeEngine = field(default_factory=FakeEngine)
     loaded: list[RunConfig] = field(default_factory=list)
+    loads: list[Load] = field(default_factory=list)
 
     def __call__(self) -> FakeBackend:
         return self
@@ -41,11 +43,13 @@ class FakeBackend:
         identity: ModelIdentity,
         system_prompt_source: Mapping[Task, str],
         device: str,
+        loads: Sequence[Load],
     ) -> Engine:
         assert checkpoint.tensors
         assert identity.dtype == "float32"
         assert set(system_prompt_source) == set(Task)
         assert device == "cpu"
+        self.loads = list(loads)
         self.loaded.append(config)
         return self.engine
 

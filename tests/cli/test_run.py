@@ -201,3 +201,39 @@ def test_task_of_an_upstream_file_is_given_on_the_command_line(
     invoke("run", path, "--task", "interleave")
     log = pq.read_table("outputs/rows/log.parquet").to_pylist()
     assert [row["task"] for row in log] == ["interleave"]
+
+
+def test_memory_is_planned_for_every_group_that_is_still_to_run(
+    invoke: Invoke, manifest: Path, backend: FakeBackend
+) -> None:
+    invoke("run", manifest, "--limit", "2")
+    assert [load.group.task for load in backend.loads] == ["t2i"]
+    invoke("run", manifest)
+    assert [load.group.task for load in backend.loads] == ["t2i", "edit", "interleave"]
+
+
+def test_memory_is_planned_for_failed_jobs_that_are_tried_again(
+    invoke: Invoke, manifest: Path, backend: FakeBackend
+) -> None:
+    _failing(manifest)
+    invoke("run", manifest)
+    invoke("run", manifest, "--retry-failed")
+    assert [load.batch_size for load in backend.loads] == [1]
+
+
+def test_published_memory_budgets_become_settings(
+    invoke: Invoke, manifest: Path, backend: FakeBackend
+) -> None:
+    args = ["--device_map", "auto", "--max_memory", "0=20GiB,cpu=80GiB"]
+    assert invoke("run", manifest, *args).code == 0
+    memory = backend.loaded[0].memory
+    assert (memory.vram_budget_bytes, memory.host_budget_bytes) == (20 * 2**30, 80 * 2**30)
+
+
+@pytest.mark.parametrize("value", ["20GiB", "1=20GiB", "0=20", "0=20GiB,", "0=2GiB,0=3GiB"])
+def test_memory_budgets_that_are_none_are_refused(
+    invoke: Invoke, manifest: Path, value: str
+) -> None:
+    ended = invoke("run", manifest, "--max-memory", value)
+    assert ended.code == 2
+    assert ended.err.startswith("sensebatch: --max-memory: expected")
