@@ -34,7 +34,8 @@ class ModelOptions:
         typer.Option(
             "--model",
             "--model-path",
-            help="Checkpoint folder, Hub id (owner/name), tiny (embedded), or made-up weights for profiling: synthetic:8b, synthetic:tiny.",
+            help="Checkpoint folder, Hub id (owner/name), tiny (embedded), or made-up weights for "
+            "profiling: synthetic:8b, synthetic:tiny.",
             rich_help_panel=_MODEL,
         ),
     ] = None
