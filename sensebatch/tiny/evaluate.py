@@ -24,9 +24,9 @@ from sensebatch.checkpoint.files import open_checkpoint
 from sensebatch.checkpoint.fingerprint import fingerprint
 from sensebatch.checkpoint.system_prompts import resolve_system_prompts
 from sensebatch.config import ModelConfig, RunConfig, default_config
+from sensebatch.contract import DrawnImage, Engine
 from sensebatch.engine.engine import load_engine
 from sensebatch.engine.runtime import resolve_runtime
-from sensebatch.executor import DrawnImage, Engine
 from sensebatch.jobs import (
     Batch,
     GroupKey,
@@ -107,11 +107,11 @@ class _KeepNothing:
     """Pictures of unfinished jobs are not kept."""
 
     def load(self) -> Sequence[Sequence[DrawnImage]]:
-        """See `executor.Checkpoints`."""
+        """See `contract.Checkpoints`."""
         return ()
 
     def save(self, drawn: Sequence[tuple[int, DrawnImage]]) -> None:
-        """See `executor.Checkpoints`."""
+        """See `contract.Checkpoints`."""
 
 
 def answer_examples(

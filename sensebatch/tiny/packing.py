@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -157,40 +158,26 @@ def make_batch(seed: int, step: int, tokenizer: Tokenizer, config: PackingConfig
 
 def collate(rows: list[list[Sequence]], config: PackingConfig) -> PackedBatch:
     """Returns rows of sequences, all with pictures of one size, as arrays."""
-    num_rows = len(rows)
-    token_ids = np.zeros((num_rows, config.row_tokens), dtype=np.int64)
+    token_ids = np.zeros((len(rows), config.row_tokens), dtype=np.int64)
     sequence = np.full_like(token_ids, IGNORED)
-    positions = np.zeros((3, num_rows, config.row_tokens), dtype=np.int64)
-    slot_sequence = np.full((num_rows, config.row_slots), IGNORED, dtype=np.int64)
-    slot_prefix, slot_t = np.zeros_like(slot_sequence), np.zeros_like(slot_sequence)
+    positions = np.zeros((3, *token_ids.shape), dtype=np.int64)
     scenes: dict[Scene, int] = {}
     label_place: list[int] = []
     label: list[int] = []
-    drawn_slot: list[int] = []
-    drawn_scene: list[int] = []
     image_scene: list[int] = []
     image_tokens: list[np.ndarray] = []
-    for row, members in enumerate(rows):
-        start = slot = 0
-        for number, member in enumerate(members):
-            end = start + len(member.token_ids)
-            token_ids[row, start:end] = member.token_ids
-            positions[:, row, start:end] = member.positions
-            sequence[row, start:end] = number
-            first = row * config.row_tokens + start
-            label_place += [first + index - 1 for index in member.learned]
-            label += [member.token_ids[index] for index in member.learned]
-            for span, scene in member.images:
-                image_scene.append(scenes.setdefault(scene, len(scenes)))
-                image_tokens.append(np.arange(first + span.start, first + span.end))
-            for drawn in member.slots:
-                drawn_slot.append(row * config.row_slots + slot)
-                drawn_scene.append(scenes.setdefault(drawn.scene, len(scenes)))
-                slot_sequence[row, slot] = number
-                slot_prefix[row, slot] = start + drawn.prefix
-                slot_t[row, slot] = member.positions[0, drawn.prefix - 1] + 1
-                slot += 1
-            start = end
+    for row, number, start, member in _placed(rows):
+        end = start + len(member.token_ids)
+        token_ids[row, start:end] = member.token_ids
+        positions[:, row, start:end] = member.positions
+        sequence[row, start:end] = number
+        first = row * config.row_tokens + start
+        label_place += [first + index - 1 for index in member.learned]
+        label += [member.token_ids[index] for index in member.learned]
+        for span, scene in member.images:
+            image_scene.append(scenes.setdefault(scene, len(scenes)))
+            image_tokens.append(np.arange(first + span.start, first + span.end))
+    slots = _collate_slots(rows, config, scenes)
     resolution = next(iter(scenes)).resolution
     read = np.array(image_tokens, dtype=np.int64).reshape(-1, resolution.image_tokens)
     return PackedBatch(
@@ -203,13 +190,45 @@ def collate(rows: list[list[Sequence]], config: PackingConfig) -> PackedBatch:
         label=torch.tensor(label, dtype=torch.int64),
         image_scene=torch.tensor(image_scene, dtype=torch.int64),
         image_tokens=torch.from_numpy(read),
-        slot_sequence=torch.from_numpy(slot_sequence),
-        slot_prefix=torch.from_numpy(slot_prefix),
-        slot_t=torch.from_numpy(slot_t),
-        drawn_slot=torch.tensor(drawn_slot, dtype=torch.int64),
-        drawn_scene=torch.tensor(drawn_scene, dtype=torch.int64),
         num_examples=sum(len(members) for members in rows),
+        **slots,
     )
+
+
+def _placed(rows: list[list[Sequence]]) -> Iterator[tuple[int, int, int, Sequence]]:
+    """Yields (row, number in the row, first token in the row, sequence)."""
+    for row, members in enumerate(rows):
+        start = 0
+        for number, member in enumerate(members):
+            yield row, number, start, member
+            start += len(member.token_ids)
+
+
+def _collate_slots(
+    rows: list[list[Sequence]], config: PackingConfig, scenes: dict[Scene, int]
+) -> dict[str, Any]:
+    """Returns the fields of a batch that say what is denoised; numbers scenes that are new."""
+    sequence = np.full((len(rows), config.row_slots), IGNORED, dtype=np.int64)
+    prefix, t = np.zeros_like(sequence), np.zeros_like(sequence)
+    used = [0] * len(rows)
+    drawn_slot: list[int] = []
+    drawn_scene: list[int] = []
+    for row, number, start, member in _placed(rows):
+        for drawn in member.slots:
+            slot = used[row]
+            used[row] += 1
+            drawn_slot.append(row * config.row_slots + slot)
+            drawn_scene.append(scenes.setdefault(drawn.scene, len(scenes)))
+            sequence[row, slot] = number
+            prefix[row, slot] = start + drawn.prefix
+            t[row, slot] = member.positions[0, drawn.prefix - 1] + 1
+    return {
+        "slot_sequence": torch.from_numpy(sequence),
+        "slot_prefix": torch.from_numpy(prefix),
+        "slot_t": torch.from_numpy(t),
+        "drawn_slot": torch.tensor(drawn_slot, dtype=torch.int64),
+        "drawn_scene": torch.tensor(drawn_scene, dtype=torch.int64),
+    }
 
 
 class Batches(Dataset[bytes]):
