@@ -122,12 +122,13 @@ def _pass_bytes(arch: Architecture, tokens: int, longest: int, item_bytes: int) 
     hidden, query = arch.hidden_size, arch.num_heads * arch.head_dim
     key = arch.num_kv_heads * arch.head_dim
     rows = min(tokens, ROWS)
-    held = tokens * hidden
+    # Few tokens are not overwritten, so what the pass began with stays beside them.
+    held = tokens * hidden * (2 if tokens <= ROWS else 1)
     projected = tokens * (query + 2 * key)
     attended = tokens * query
-    project = held + projected + rows * 3 * (query + 2 * key) + rows * 4 * query
+    project = held + projected + rows * (hidden + 6 * query + 2 * key)
     attend = held + projected + attended + 2 * longest * key + min(tokens, longest) * query
-    finish = held + attended + rows * (4 * arch.intermediate_size + 6 * hidden)
+    finish = held + attended + rows * (4 * arch.intermediate_size + 2 * hidden)
     rotary = 2 * tokens * arch.head_dim
     return item_bytes * (max(project, attend, finish) + rotary)
 
@@ -150,8 +151,9 @@ def denoise_bytes(
     longest = load.prompt_tokens + load.text_tokens + load.drawn_tokens + tokens
     caches = cache_bytes(arch, (cached_jobs or jobs) * prefix, item_bytes)
     state = 4 * TOKEN_NUMBERS * tokens * jobs
-    # The head's pictures, of all evaluations, beside the state and the new one.
-    predicted = 4 * TOKEN_NUMBERS * tokens * jobs * (2 * branches + 2)
+    # Pictures of all evaluations, velocities of one job, and those of all jobs put together.
+    pictures = (jobs + 1) * branches + jobs + max(jobs, 1)
+    predicted = 4 * TOKEN_NUMBERS * tokens * pictures
     patch_rotary = 2 * 4 * 4 * tokens * arch.vision_hidden_size // 2
     network = _pass_bytes(arch, jobs * branches * tokens, longest, item_bytes)
     return caches + state + patch_rotary + max(network, predicted)

@@ -131,6 +131,8 @@ def _denoise_together(
         runner.progress(Progress(phase="denoise", step=step + 1, num_steps=num_steps))
         return torch.stack(guided)
 
-    z_JNx = image_to_tokens(torch.stack([drawing.noise for drawing in drawings]))
-    z_JNx = euler(z_JNx.to(device), timesteps(num_steps, timestep_shift), velocity)
+    noise = torch.stack([drawing.noise for drawing in drawings])
+    schedule = timesteps(num_steps, timestep_shift)
+    # Not named here, so that the first state is gone after the first step.
+    z_JNx = euler(image_to_tokens(noise).to(device), schedule, velocity)
     return tokens_to_image(z_JNx, resolution.height, resolution.width)

@@ -1,0 +1,133 @@
+"""What the arithmetic expects against what the code takes, tensor by tensor."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sensebatch.checkpoint.architecture import OFFICIAL_8B, Architecture, parse_architecture
+from sensebatch.config import default_config
+from sensebatch.engine.model.attention import sdpa
+from sensebatch.engine.model.network import Network
+from sensebatch.engine.prompts import Prompt
+from sensebatch.engine.runner import Extension, PassLimits, Runner
+from sensebatch.engine.sampling.guidance import Guidance
+from sensebatch.engine.tasks.denoise import Drawing, denoise
+from sensebatch.jobs import GroupKey, Task, guidance_branches
+from sensebatch.resolutions import Resolution
+from sensebatch.vram import Load, denoise_bytes, prompt_bytes
+from tests.engine.golden_model import infer
+from tests.engine.memory.tracker import LiveBytes
+from tests.golden_data import ByteTokenizer
+
+LEAST, MOST = 0.97, 1.10
+"""The estimate may be this much of the measured peak."""
+
+
+def small_architecture(hidden: int) -> Architecture:
+    """Returns the proportions of the 8B model in the small."""
+    return replace(
+        parse_architecture(OFFICIAL_8B),
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=1,
+        head_dim=hidden // 4,
+        vocab_size=512,
+        vision_hidden_size=hidden // 4,
+    )
+
+
+def small_network(hidden: int = 64) -> Network:
+    torch.manual_seed(0)
+    network = Network(small_architecture(hidden)).requires_grad_(False).eval()
+    for parameter in network.parameters():
+        parameter.normal_(std=0.02)
+    return network
+
+
+def make_load(task: Task, size: Resolution, jobs: int, prompt: int) -> Load:
+    sampling = default_config("8b").tasks[task].sampling
+    branches = guidance_branches(task, sampling.cfg_scale, sampling.img_cfg_scale)
+    group = GroupKey(
+        task=task,
+        resolution=size,
+        num_steps=2,
+        timestep_shift=3.0,
+        think=False,
+        branches=branches,
+    )
+    return Load(group=group, batch_size=jobs, prompt_tokens=prompt)
+
+
+@pytest.mark.parametrize(
+    ("task", "hidden", "jobs", "prompt"),
+    [
+        (Task.T2I, 64, 1, 64),
+        (Task.T2I, 64, 6, 300),
+        (Task.EDIT, 64, 3, 600),
+        (Task.T2I, 512, 1, 64),
+        (Task.EDIT, 512, 2, 600),
+    ],
+)
+def test_denoising_takes_what_is_expected(task: Task, hidden: int, jobs: int, prompt: int) -> None:
+    side = 1024
+    network = small_network(hidden)
+    runner = Runner(
+        network, ByteTokenizer(), sdpa, lambda _: None, None, PassLimits(image_tokens=1 << 20)
+    )
+    size = Resolution(height=side, width=side)
+    load = make_load(task, size, jobs, prompt)
+    guidance = Guidance(task, replace(default_config("8b").tasks[task].sampling, num_steps=2))
+    with infer(), LiveBytes() as live:
+        shared = runner.new_extension(Prompt(token_ids=(1,) * 8))
+        drawings = []
+        extensions = [shared]
+        for _ in range(jobs):
+            caches = {}
+            for branch in guidance.branches:
+                extension = shared
+                if branch != "uncond":
+                    extension = runner.new_extension(Prompt(token_ids=(1,) * prompt))
+                    extensions.append(extension)
+                caches[branch] = extension.cache
+            noise = torch.zeros(3, side, side)
+            drawings.append(Drawing(guidance=guidance, caches=caches, noise=noise))
+        runner.prefill(extensions)
+        noise_bytes = 2 * jobs * 3 * side * side * 4
+        live.peak = live.now
+        denoise(runner, drawings, size, num_steps=2, timestep_shift=3.0)
+    # Noise, of each job and of all, is in host memory, which is the device here.
+    measured = live.peak - noise_bytes
+    expected = denoise_bytes(network.arch, load, jobs, 4)
+    assert LEAST <= expected / measured <= MOST, (expected, measured)
+
+
+@pytest.mark.parametrize(("jobs", "prompt"), [(1, 6000), (3, 2500), (4, 500)])
+def test_prompts_take_what_is_expected(jobs: int, prompt: int) -> None:
+    network = small_network()
+    runner = Runner(network, ByteTokenizer(), sdpa, lambda _: None)
+    load = make_load(Task.T2I, Resolution(height=2048, width=2048), jobs, prompt)
+    with infer(), LiveBytes() as live:
+        hidden = runner.prefill(
+            [runner.new_extension(Prompt(token_ids=(1,) * prompt)) for _ in range(jobs)]
+        )
+        runner.choose(hidden)
+    expected = prompt_bytes(network.arch, load, 4, parked=False)
+    assert LEAST <= expected / live.peak <= MOST, (expected, live.peak)
+
+
+def test_a_cache_takes_what_is_expected() -> None:
+    network = small_network()
+    runner = Runner(network, ByteTokenizer(), sdpa, lambda _: None)
+    extension = Extension(cache=network.new_cache(), prompt=Prompt(token_ids=(1,) * 1000))
+    with infer():
+        runner.extend([extension])
+    keys, values = extension.cache.read(0)
+    taken = network.arch.num_layers * (keys.numel() + values.numel()) * 4
+    from sensebatch.vram import cache_bytes
+
+    assert cache_bytes(network.arch, 1000, 4) == taken
