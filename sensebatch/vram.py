@@ -23,14 +23,15 @@ from sensebatch.jobs import GroupKey
 GIB = 1 << 30
 MIB = 1 << 20
 ROWS = 4096
-"""Tokens that go through the halves of a layer at a time."""
+"""Tokens that go through the halves of a layer at a time, so that what they need for a moment
+does not grow with the batch. Matrix products of this many rows already run at full speed."""
 MAX_PREFILL_TOKENS = 8192
 """Tokens of prompts in one pass; a longer prompt has a pass of its own."""
 TOKEN_NUMBERS = 32 * 32 * 3
 RING = 2
-"""Device buffers that streamed blocks pass through."""
+"""Buffers that blocks pass through: one is computed with while the next is filled."""
 NUM_STAGING = 2
-"""Host buffers that blocks are read ahead into."""
+"""Host buffers that blocks are read ahead into from the checkpoint's files."""
 WORKSPACE_BYTES = 128 * MIB
 """Of the matrix and attention libraries, and what the allocator rounds up."""
 CUDA_TOKENS_PER_PASS = 8192

@@ -184,23 +184,9 @@ def parse_architecture(config: Mapping[str, Any]) -> Architecture:
             supported; the message names the field and its value.
     """
     top = _Fields(config)
-    _require(top, "model_type", str, "", ("neo_chat",))
-    _require(top, "template", str, TEMPLATES[0], TEMPLATES)
-    _require(top, "concat_time_token_num", int, 0, (0,))
-    _require(top, "downsample_ratio", float, 0.5, (0.5,))
-    if top.has("use_adaLN"):
-        _require(top, "use_adaLN", bool, False, (False,))
     llm = top.section("llm_config")
     vision = top.section("vision_config")
-    _require(llm, "hidden_act", str, "silu", ("silu",))
-    _require(llm, "attention_bias", bool, False, (False,))
-    _require(llm, "use_sliding_window", bool, False, (False,))
-    if llm.has("rope_scaling"):
-        raise llm.reject("rope_scaling", llm.get("rope_scaling", object), "null")
-    use_pixel_head = top.get("use_pixel_head", bool, False)
-    fm_head_layers = top.get("fm_head_layers", int, 2)
-    if fm_head_layers != 2:
-        raise top.reject("fm_head_layers", fm_head_layers, "2")
+    _reject_unsupported(top, llm)
     num_layers = llm.get("num_hidden_layers", int)
     is_moe = llm.get("num_experts", int, 0) > 1 or "moe" in llm.get("model_type", str, "")
     understanding_moe, generation_moe = _moe(llm, num_layers) if is_moe else (None, None)
@@ -220,7 +206,7 @@ def parse_architecture(config: Mapping[str, Any]) -> Architecture:
         vision_hidden_size=vision.get("hidden_size", int),
         vision_rope_theta=vision.get("rope_theta_vision", float, 1e4),
         patch_size=_require(top, "patch_size", int, vision.get("patch_size", int, 16), (16,)),
-        use_pixel_head=use_pixel_head,
+        use_pixel_head=top.get("use_pixel_head", bool, False),
         add_noise_scale_embedding=top.get("add_noise_scale_embedding", bool, False),
         noise_scale=top.get("noise_scale", float, 1.0),
         noise_scale_mode=_require(
@@ -233,6 +219,24 @@ def parse_architecture(config: Mapping[str, Any]) -> Architecture:
     )
     _check_shapes(arch)
     return arch
+
+
+def _reject_unsupported(top: _Fields, llm: _Fields) -> None:
+    """Raises where a field asks for what the network does not do."""
+    _require(top, "model_type", str, "", ("neo_chat",))
+    _require(top, "template", str, TEMPLATES[0], TEMPLATES)
+    _require(top, "concat_time_token_num", int, 0, (0,))
+    _require(top, "downsample_ratio", float, 0.5, (0.5,))
+    if top.has("use_adaLN"):
+        _require(top, "use_adaLN", bool, False, (False,))
+    _require(llm, "hidden_act", str, "silu", ("silu",))
+    _require(llm, "attention_bias", bool, False, (False,))
+    _require(llm, "use_sliding_window", bool, False, (False,))
+    if llm.has("rope_scaling"):
+        raise llm.reject("rope_scaling", llm.get("rope_scaling", object), "null")
+    fm_head_layers = top.get("fm_head_layers", int, 2)
+    if fm_head_layers != 2:
+        raise top.reject("fm_head_layers", fm_head_layers, "2")
 
 
 def _check_shapes(arch: Architecture) -> None:

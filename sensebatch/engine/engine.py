@@ -22,7 +22,7 @@ from sensebatch.engine.model.attention import Attention
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.tokenizer import HFTokenizer, Tokenizer
 from sensebatch.engine.preprocess import load_input
-from sensebatch.engine.residency import Residency, WeightPlacement
+from sensebatch.engine.residency import Residency
 from sensebatch.engine.runner import PassLimits, Runner
 from sensebatch.engine.runtime import BACKENDS, DTYPES, resolve_attention
 from sensebatch.engine.tasks.interleave import run_interleave
@@ -199,15 +199,7 @@ def load_engine(
     peak = DevicePeak(where)
     with translated_out_of_memory(f"the weights did not fit {device}"):
         network, residency = load_network(
-            checkpoint.architecture,
-            source,
-            WeightPlacement(
-                num_buffers=placement.num_buffers,
-                embed_on_device=placement.embed_on_device,
-                host_budget_bytes=placement.host_budget_bytes,
-            ),
-            device=where,
-            dtype=DTYPES[identity.dtype],
+            checkpoint.architecture, source, placement, device=where, dtype=DTYPES[identity.dtype]
         )
     allocated, reserved = peak.read()
     info = EngineInfo(

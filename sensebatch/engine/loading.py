@@ -12,8 +12,9 @@ from sensebatch.checkpoint.files import Checkpoint, check_tensors
 from sensebatch.checkpoint.tensors import expected_tensors
 from sensebatch.engine.lora import Lora
 from sensebatch.engine.model.network import Network
-from sensebatch.engine.residency import Residency, WeightPlacement
+from sensebatch.engine.residency import Residency
 from sensebatch.engine.weights import FileWeights, SyntheticWeights, WeightSource
+from sensebatch.vram import Placement
 
 
 def open_weights(checkpoint: Checkpoint, lora_path: str | None, dtype: torch.dtype) -> WeightSource:
@@ -34,7 +35,7 @@ def open_weights(checkpoint: Checkpoint, lora_path: str | None, dtype: torch.dty
 def load_network(
     arch: Architecture,
     source: WeightSource,
-    placement: WeightPlacement,
+    placement: Placement,
     *,
     device: torch.device,
     dtype: torch.dtype,

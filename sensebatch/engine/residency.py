@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -19,27 +19,16 @@ from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.engine.memory.blocks import Block, Layout, layout_of, new_buffer
 from sensebatch.engine.memory.host import HostStore
 from sensebatch.engine.memory.lanes import lane_for
-from sensebatch.engine.memory.pool import RING, Pool
+from sensebatch.engine.memory.pool import Pool
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.state_dict_adapter import Slot, checkpoint_slots
 from sensebatch.engine.weights import WeightSource
+from sensebatch.vram import RING, Placement
 
 BLOCK_PREFIXES = ("understanding.layers.", "generation.layers.", "lm_head.parts.")
 
 Pieces = list[tuple[str, Slot]]
 """(checkpoint tensor, slot) of one module; the slots name parameters from the module on."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WeightPlacement:
-    """How much of each memory the weights may take."""
-
-    num_buffers: int | None
-    """Device buffers of one block; None gives every block its own."""
-    embed_on_device: bool
-    """Whether the token embeddings are on the device rather than looked up in host memory."""
-    host_budget_bytes: int | None
-    """Host memory for blocks; None for all of them. Unused where every block has a buffer."""
 
 
 class Residency:
@@ -60,7 +49,7 @@ class Residency:
         self,
         network: Network,
         source: WeightSource,
-        placement: WeightPlacement,
+        placement: Placement,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:

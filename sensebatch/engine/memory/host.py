@@ -15,9 +15,8 @@ from torch import Tensor
 from sensebatch.engine.memory.blocks import Block, new_buffer
 from sensebatch.engine.memory.lanes import Lane
 from sensebatch.errors import OutOfMemoryError
+from sensebatch.vram import NUM_STAGING
 
-NUM_STAGING = 2
-"""Blocks that are read ahead from the checkpoint's files."""
 NUM_READERS = 4
 """Threads that fill kept blocks at load."""
 

@@ -17,9 +17,7 @@ from torch import Tensor, nn
 from sensebatch.engine.memory.blocks import Block, Layout, bind
 from sensebatch.engine.memory.host import HostStore
 from sensebatch.engine.memory.lanes import Lane
-
-RING = 2
-"""Buffers that blocks pass through: one is computed with while the next is filled."""
+from sensebatch.vram import RING
 
 
 @dataclass(slots=True, eq=False, kw_only=True)

@@ -31,8 +31,9 @@ from sensebatch.engine.model.patchify import (
     tokens_to_patches,
 )
 from sensebatch.engine.model.rope import Rotary, patch_rotary, token_rotary
-from sensebatch.engine.model.transformer import ROWS, Expert
+from sensebatch.engine.model.transformer import Expert
 from sensebatch.resolutions import Resolution
+from sensebatch.vram import ROWS
 
 
 class ScalarEmbedder(nn.Module):

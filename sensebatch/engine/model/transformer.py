@@ -20,10 +20,7 @@ from torch import Tensor, nn
 
 from sensebatch.checkpoint.architecture import Architecture, Moe
 from sensebatch.engine.model.rope import Rotary, rotate_token_heads
-
-ROWS = 4096
-"""Tokens that go through the halves of a layer at a time, so that what they need for a moment
-does not grow with the batch. Matrix products of this many rows already run at full speed."""
+from sensebatch.vram import ROWS
 
 
 class AttentionContext(Protocol):

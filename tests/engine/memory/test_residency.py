@@ -11,11 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sensebatch.engine.loading import load_network
 from sensebatch.engine.model.attention import sdpa
-from sensebatch.engine.residency import Residency, WeightPlacement
+from sensebatch.engine.residency import Residency
 from sensebatch.engine.runner import Runner
 from sensebatch.engine.tasks.interleave import run_interleave
 from sensebatch.engine.tasks.single_image import draw_single_images
 from sensebatch.errors import CheckpointError
+from sensebatch.vram import Placement
 from tests.engine.golden_model import KeptImages, build_job, build_runner, case_resolutions, infer
 from tests.golden_data import (
     ByteTokenizer,
@@ -60,8 +61,16 @@ def moving_runner(
     network, residency = load_network(
         golden_architecture(case.config),
         source,
-        WeightPlacement(
-            num_buffers=num_buffers, embed_on_device=embed, host_budget_bytes=host_budget_bytes
+        Placement(
+            mode="test",
+            num_buffers=num_buffers,
+            embed_on_device=embed,
+            tokens_per_pass=1,
+            park_caches=False,
+            host_budget_bytes=host_budget_bytes,
+            device_bytes=0,
+            host_bytes=0,
+            reason="",
         ),
         device=torch.device("cpu"),
         dtype=torch.float32,
