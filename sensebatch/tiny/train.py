@@ -33,7 +33,7 @@ from sensebatch.tiny.vocabulary import WorldTokenizer
 STATE_FILE = "state.pt"
 LEARNING_RATE = 2e-3
 """The highest of a run."""
-REPORTED: dict[str, dict[str, float]] = {"defaults": {}, "without guidance": {"cfg_scale": 1.0}}
+REPORTED = {"cfg 1": {"cfg_scale": 1.0}, "cfg 2": {"cfg_scale": 2.0}}
 """Sampling settings that scores are reported with; the second for t2i and edit alone."""
 GRID_COUNT = 64
 """Samples of the grid."""
@@ -310,12 +310,13 @@ def report(trainer: Trainer, folder: Path, count: int, *, square: bool) -> None:
     for name, sampling in REPORTED.items():
         config = run_config(device=trainer.device.type, sampling=sampling)
         engine = open_engine(str(checkpoint), config)
-        kinds = KINDS if name == "defaults" else ("t2i", "edit")
+        is_first = name == next(iter(REPORTED))
+        kinds = KINDS if is_first else ("t2i", "edit")
         scores = evaluate(engine, config, dict.fromkeys(kinds, count), square=square)
         for kind, values in scores.items():
             print(f"scores step {trainer.step} {name} {kind}: {values.line()}", flush=True)
         content[name] = {kind: values.as_dict() for kind, values in scores.items()}
-        if name == "defaults":
+        if is_first:
             sample_grid(engine, config, GRID_COUNT).save(folder / "grid.png")
     print(f"evaluated in {time.perf_counter() - start:.1f} s", flush=True)
     text = json.dumps(content, indent=1) + "\n"
