@@ -96,7 +96,8 @@ def _score_scene(scores: Scores, example: Example, picture: np.ndarray) -> Readi
 
 def _score_think(scores: Scores, example: Example, reading: Reading, text: str) -> None:
     said = Counter(read_things(text))
-    scores.add("text_agrees", reading.unclear == 0 and said == Counter(reading.things))
+    agrees = bool(said) and reading.unclear == 0 and said == Counter(reading.things)
+    scores.add("text_agrees", agrees)
     scores.add("text_right", said == Counter(example.pictures[0].things))
 
 
