@@ -6,6 +6,7 @@ The others are read into a few pinned staging buffers by a thread, ahead of use.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -32,6 +33,7 @@ class HostStore:
     def __init__(self, dtype: torch.dtype, *, pin: bool) -> None:
         self._dtype = dtype
         self._pin = pin
+        self._pins: list[PinnedMemory] = []
         self._kept: dict[Block, Tensor] = {}
         self._staging: list[tuple[Tensor, object]] = []
         self._next_staging = 0
@@ -79,6 +81,8 @@ class HostStore:
             self._reader.shutdown()
             self._reader = None
         self._staging.clear()
+        if not self._kept:
+            self._pins.clear()
 
     def copy(
         self, block: Block, target: Tensor, lane: Lane, after: object, done: object
@@ -112,13 +116,35 @@ class HostStore:
         return self._pinned(buffer)
 
     def _pinned(self, buffer: Tensor) -> Tensor:
-        """Pins memory in place: torch's own pinned allocator rounds up to powers of two."""
         if self._pin:
-            size = buffer.numel() * buffer.element_size()
-            code = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0)
-            if int(code) != 0:
-                raise OutOfMemoryError(
-                    f"pinning {size} bytes of host memory failed with CUDA error {int(code)}; "
-                    "give the host a smaller budget (max_memory cpu=...)"
-                )
+            self._pins.append(PinnedMemory(buffer))
         return buffer
+
+
+class PinnedMemory:
+    """Host memory that a GPU may copy from by itself, for as long as this object lives.
+
+    Pinned in place: torch's own pinned allocator rounds up to powers of two. It must be let go
+    before its memory is, or whatever comes to lie there next cannot be copied any more.
+
+    Args:
+        buffer: Is kept alive as long as it is pinned.
+
+    Raises:
+        OutOfMemoryError: The system does not let so much memory be pinned.
+    """
+
+    def __init__(self, buffer: Tensor) -> None:
+        size = buffer.numel() * buffer.element_size()
+        code = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0)
+        if int(code) != 0:
+            raise OutOfMemoryError(
+                f"pinning {size} bytes of host memory failed with CUDA error {int(code)}; "
+                "give the host a smaller budget (max_memory cpu=...)"
+            )
+        self.release = weakref.finalize(self, _unpin, buffer)
+        """Lets the memory go; does nothing the second time."""
+
+
+def _unpin(buffer: Tensor) -> None:
+    torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())

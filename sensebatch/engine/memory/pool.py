@@ -75,6 +75,7 @@ class Pool:
                 for themselves. Otherwise what other passes keep stays where it is, and only
                 the ring is used.
         """
+        self._drop_failed()
         if list(order) == self._order and (not keep or len(self._kept) == self._keepable(order)):
             return
         self._order = list(order)
@@ -169,6 +170,12 @@ class Pool:
         self._where[block] = buffer
         target = buffer.flat[: block.layout.num_elements]
         buffer.copying = self._host.copy(block, target, self._lane, buffer.used, buffer.loaded)
+
+    def _drop_failed(self) -> None:
+        """Forgets copies ahead that failed, so that they are an error of no later batch."""
+        for buffer in self._buffers:
+            if buffer.copying is not None and buffer.copying.exception() is not None:
+                self._forget(buffer)
 
     def _forget(self, buffer: _Buffer) -> None:
         if buffer.copying is not None:
