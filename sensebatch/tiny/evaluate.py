@@ -55,15 +55,17 @@ RUN = "from sensebatch.cli.main import main; main()"
 GRID_COLUMNS = 8
 
 
-def held_out_examples(kind: str, count: int, *, square: bool = False) -> list[Example]:
-    """Returns examples that training never shows; the first ones are the same for every count.
+def scored_examples(
+    kind: str, count: int, *, split: Split = Split.HELD_OUT, square: bool = False
+) -> list[Example]:
+    """Returns examples with fixed seeds; the first ones are the same for every count.
 
     Args:
         kind: One of `KINDS`.
         count: How many.
+        split: Held-out ones are what scores are reported of; settings are chosen on the others.
         square: Whether all are of the square size, so that they make few batches.
     """
-    split = Split.HELD_OUT
     examples = []
     for index in range(count):
         rng = np.random.default_rng((KINDS.index(kind), index))
@@ -193,12 +195,17 @@ def run_config(
 
 
 def evaluate(
-    engine: Engine, config: RunConfig, counts: Mapping[str, int], *, square: bool = False
+    engine: Engine,
+    config: RunConfig,
+    counts: Mapping[str, int],
+    *,
+    split: Split = Split.HELD_OUT,
+    square: bool = False,
 ) -> dict[str, Scores]:
-    """Returns the scores of each kind; see `held_out_examples`."""
+    """Returns the scores of each kind; see `scored_examples`."""
     scores = {}
     for kind, count in counts.items():
-        examples = held_out_examples(kind, count, square=square)
+        examples = scored_examples(kind, count, split=split, square=square)
         answers = answer_examples(engine, examples, config)
         scores[kind] = score(kind, examples, answers)
     return scores
@@ -222,7 +229,7 @@ def sample_grid(engine: Engine, config: RunConfig, count: int = 64) -> Image.Ima
     square = BUCKETS_TINY["1:1"]
     examples = [
         replace(example, answer=(replace(example.pictures[0], resolution=square),))
-        for example in held_out_examples("t2i", count)
+        for example in scored_examples("t2i", count)
     ]
     answers = answer_examples(engine, examples, config)
     return grid([answer.pictures[0] for answer in answers])
@@ -240,7 +247,7 @@ def evaluate_run(model: str, out: Path, config_file: Path | None, count: int) ->
     settings = [] if config_file is None else ["--config", str(config_file)]
     scores = {}
     for kind in KINDS:
-        examples = held_out_examples(kind, count)
+        examples = scored_examples(kind, count)
         manifest = write_manifest(examples, out / kind)
         folder = out / f"{kind}-run"
         command = [sys.executable, "-c", RUN, "run", str(manifest), "--output-dir", str(folder)]
