@@ -128,6 +128,11 @@ class ModelIdentity:
         """Returns the run's system prompt for a task."""
         return self.interleave_prompt if task is Task.INTERLEAVE else self.generation_prompt
 
+    @property
+    def system_prompt_bytes(self) -> int:
+        """Bytes of UTF-8 of the longer system prompt."""
+        return max(len(self.generation_prompt.encode()), len(self.interleave_prompt.encode()))
+
 
 def job_key(job: Job, identity: ModelIdentity) -> str:
     """Returns the hash (64 hex digits) of everything that decides the job's pixels and text.

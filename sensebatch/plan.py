@@ -17,6 +17,8 @@ from sensebatch.vram import Load
 
 SYSTEM_PROMPT_BYTES = 4096
 """Longest system prompt that an estimate expects of a checkpoint."""
+BYTES_PER_TOKEN = 3
+"""A token of ordinary text, in any language, is so many bytes of UTF-8 or more."""
 LAYOUT_TOKENS = 32
 """Special tokens and words of the chat layout around a prompt."""
 
@@ -30,7 +32,8 @@ class PlanEntry:
     max_images: int = 1
     """Pictures the job makes; of an interleave job, the most it may make."""
     prompt_tokens: int = 0
-    """Of one prompt with its input images; an upper estimate without a tokenizer."""
+    """Of one prompt with its input images and the job's own system prompt; an upper estimate
+    without a tokenizer."""
     text_tokens: int = 0
     """Most tokens the job decodes."""
     alone: bool = False
@@ -52,9 +55,9 @@ def plan_entry(job: Job) -> PlanEntry:
 
 
 def _prompt_tokens(job: Job) -> int:
-    """Returns an upper estimate: a token of ordinary text is three bytes of UTF-8 or more."""
-    system = SYSTEM_PROMPT_BYTES if job.system_prompt is None else len(job.system_prompt.encode())
-    text = (system + len(job.prompt.encode())) // 3 + LAYOUT_TOKENS
+    """Returns an upper estimate."""
+    system = job.system_prompt or ""
+    text = (len(system.encode()) + len(job.prompt.encode())) // BYTES_PER_TOKEN + LAYOUT_TOKENS
     images = 0
     for image in job.images:
         pixels = job.input_max_pixels or image.height * image.width
@@ -174,14 +177,19 @@ class _Gathered:
     text_tokens: int = 0
 
 
-def group_load(plan: GroupPlan) -> Load:
-    """Returns the most demanding job of a group, as the memory arithmetic wants it."""
+def group_load(plan: GroupPlan, *, system_prompt_bytes: int = SYSTEM_PROMPT_BYTES) -> Load:
+    """Returns the most demanding job of a group, as the memory arithmetic wants it.
+
+    Args:
+        plan: Of the group.
+        system_prompt_bytes: Of the checkpoint's longest system prompt, where it is known.
+    """
     interleave = plan.group.task is Task.INTERLEAVE
     tokens = plan.group.resolution.image_tokens
     return Load(
         group=plan.group,
-        batch_size=plan.batch_size if plan.fresh else 1,
-        prompt_tokens=plan.prompt_tokens,
+        batch_size=max(min(plan.batch_size, len(plan.fresh)), 1),
+        prompt_tokens=plan.prompt_tokens + system_prompt_bytes // BYTES_PER_TOKEN,
         text_tokens=plan.text_tokens,
         drawn_tokens=plan.max_images_of_job * (tokens + 2) if interleave else 0,
     )

@@ -197,7 +197,10 @@ def _run_pending(
         identity=model.identity,
         system_prompt_source=model.prompt_source,
         device=model.device,
-        loads=[group_load(group) for group in to_run.groups],
+        loads=[
+            group_load(group, system_prompt_bytes=model.identity.system_prompt_bytes)
+            for group in to_run.groups
+        ],
     )
     reader = InputReader()
     try:

@@ -57,6 +57,17 @@ def translated_out_of_memory(what: str) -> Iterator[None]:
         raise OutOfMemoryError(f"{what}: {str(error).splitlines()[0]}") from None
 
 
+def cap_device_memory(device: torch.device, budget_bytes: int | None) -> None:
+    """Makes a budget a cap: torch reserves no more than that, it runs out of memory first.
+
+    Before it does, its allocator gives back what it holds without use, so the cap costs nothing
+    as long as the budget is enough.
+    """
+    if device.type == "cuda" and budget_bytes is not None:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(budget_bytes / total, 1.0), device)
+
+
 def plan_placement(
     memory: MemoryConfig,
     checkpoint: Checkpoint,

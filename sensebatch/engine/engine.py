@@ -13,6 +13,7 @@ from sensebatch.config import RunConfig
 from sensebatch.contract import Checkpoints, Progress
 from sensebatch.engine.device_memory import (
     DevicePeak,
+    cap_device_memory,
     is_out_of_memory,
     plan_placement,
     translated_out_of_memory,
@@ -196,6 +197,7 @@ def load_engine(
     placement = plan_placement(config.memory, checkpoint, identity.dtype, where, loads)
     tokenizer = HFTokenizer(checkpoint.path)
     source = open_weights(checkpoint, config.model.lora_path, DTYPES[identity.dtype])
+    cap_device_memory(where, config.memory.vram_budget_bytes)
     peak = DevicePeak(where)
     with translated_out_of_memory(f"the weights did not fit {device}"):
         network, residency = load_network(
