@@ -1,0 +1,162 @@
+"""Memory arithmetic: what the weights take, and what fits a budget."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sensebatch.checkpoint.architecture import OFFICIAL_8B, parse_architecture
+from sensebatch.checkpoint.tensors import TensorGroup, expected_tensors
+from sensebatch.config import MemoryConfig
+from sensebatch.errors import ConfigError
+from sensebatch.jobs import GroupKey, Task
+from sensebatch.resolutions import Resolution
+from sensebatch.vram import (
+    GIB,
+    RING,
+    Load,
+    Placement,
+    cache_bytes,
+    denoise_bytes,
+    expert_bytes,
+    jobs_per_pass,
+    place,
+    prompt_bytes,
+    weight_bytes,
+)
+from tests.golden_data import CONFIGS, golden_architecture
+
+ARCH = parse_architecture(OFFICIAL_8B)
+
+
+def make_load(jobs: int = 4, *, branches: int = 2, prompt: int = 500, text: int = 0) -> Load:
+    group = GroupKey(
+        task=Task.T2I,
+        resolution=Resolution(height=2048, width=2048),
+        num_steps=50,
+        timestep_shift=3.0,
+        think=text > 0,
+        branches=("cond", "uncond")[:branches],
+    )
+    return Load(group=group, batch_size=jobs, prompt_tokens=prompt, text_tokens=text)
+
+
+def placed(
+    loads: list[Load] | None = None, *, device_free: int | None = None, **memory: object
+) -> Placement:
+    return place(
+        ARCH,
+        MemoryConfig(**memory),
+        [make_load()] if loads is None else loads,
+        item_bytes=2,
+        device_free=device_free,
+        host_free=200 * GIB,
+    )
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("item_bytes", [2, 4])
+def test_every_weight_is_counted_once(config: str, item_bytes: int) -> None:
+    arch = golden_architecture(config)
+    weights = weight_bytes(arch, item_bytes)
+    total = sum(math.prod(spec.shape) for spec in expected_tensors(arch).values())
+    assert weights.blocks + weights.embeddings + weights.rest == total * item_bytes
+    blocks = weights.num_generation + weights.num_understanding
+    assert weights.blocks <= weights.block * blocks
+
+
+def test_the_experts_of_the_8b_model_are_as_large_as_published() -> None:
+    gib = {group: expert_bytes(ARCH, group, 2) / GIB for group in TensorGroup}
+    assert gib[TensorGroup.GENERATION] == pytest.approx(15.25, abs=0.01)
+    assert gib[TensorGroup.UNDERSTANDING] == pytest.approx(15.13, abs=0.01)
+    assert gib[TensorGroup.SHARED] == pytest.approx(2 * 1.16, abs=0.01)
+    assert weight_bytes(ARCH, 2).block / GIB == pytest.approx(0.36, abs=0.01)
+
+
+def test_a_cached_token_of_the_8b_model_takes_168_kib() -> None:
+    assert cache_bytes(ARCH, 1, 2) == 42 * 2 * 8 * 128 * 2
+
+
+@given(
+    jobs=st.integers(1, 8),
+    prompt=st.integers(1, 20_000),
+    text=st.integers(0, 2_000),
+    parked=st.booleans(),
+)
+def test_more_work_never_takes_less(jobs: int, prompt: int, text: int, parked: bool) -> None:
+    load = make_load(jobs, prompt=prompt, text=text)
+    longer = replace(load, prompt_tokens=prompt + 100)
+    more = replace(load, batch_size=jobs + 1)
+    assert denoise_bytes(ARCH, longer, jobs, 2) >= denoise_bytes(ARCH, load, jobs, 2)
+    assert denoise_bytes(ARCH, load, jobs + 1, 2) > denoise_bytes(ARCH, load, jobs, 2)
+    for larger in (longer, more):
+        assert prompt_bytes(ARCH, larger, 2, parked=parked) >= prompt_bytes(
+            ARCH, load, 2, parked=parked
+        )
+
+
+def test_modes_take_less_and_less() -> None:
+    peaks = [placed(vram_mode=mode).device_bytes for mode in ("full", "fast", "balanced", "low")]
+    assert peaks == sorted(peaks, reverse=True)
+    assert len(set(peaks)) == len(peaks)
+
+
+def test_auto_takes_all_weights_where_they_fit_and_says_why() -> None:
+    chosen = placed(device_free=80 * GIB)
+    assert (chosen.mode, chosen.num_buffers) == ("full", None)
+    assert "80.0 GiB" in chosen.reason
+    assert placed(device_free=None).mode == "full"
+
+
+@settings(max_examples=25)
+@given(budget=st.integers(int(2.2 * GIB), 60 * GIB))
+def test_a_budget_is_never_exceeded_and_never_wasted(budget: int) -> None:
+    chosen = placed(vram_budget_bytes=budget)
+    assert chosen.device_bytes <= budget
+    if chosen.num_buffers is not None:
+        weights = weight_bytes(ARCH, 2)
+        assert chosen.num_buffers >= RING
+        # One more block would not have fitted.
+        assert chosen.device_bytes + weights.block > budget
+
+
+def test_a_larger_budget_never_streams_more() -> None:
+    buffers = [
+        placed(vram_budget_bytes=budget * GIB).num_buffers or 1000
+        for budget in (3, 7, 9, 13, 20, 27, 40)
+    ]
+    assert buffers == sorted(buffers)
+
+
+@pytest.mark.parametrize("memory", [{"vram_mode": "fast"}, {}])
+def test_what_cannot_fit_is_refused_with_what_would(memory: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=r"expected at least \d+\.\d GiB") as refused:
+        placed(vram_budget_bytes=GIB, **memory)
+    said = float(str(refused.value).split("at least ")[1].split(" GiB")[0])
+    enough = int((said + 0.1) * GIB)
+    assert placed(vram_budget_bytes=enough, **memory).device_bytes <= enough
+
+
+def test_the_host_keeps_what_its_budget_allows() -> None:
+    weights = weight_bytes(ARCH, 2)
+    rich = placed(vram_mode="balanced", host_budget_bytes=60 * GIB)
+    assert rich.host_bytes == weights.blocks + weights.embeddings
+    poor = placed(vram_mode="balanced", host_budget_bytes=20 * GIB)
+    assert poor.host_bytes <= 20 * GIB + weights.embeddings
+    assert placed(vram_mode="full").host_bytes == 0
+
+
+def test_an_unknown_mode_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"vram_mode: expected auto, .*found 'turbo'"):
+        placed(vram_mode="turbo")
+
+
+@given(jobs=st.integers(1, 8), tokens=st.integers(1, 40_000))
+def test_a_pass_holds_at_least_one_job_and_no_more_than_the_batch(jobs: int, tokens: int) -> None:
+    count = jobs_per_pass(make_load(jobs), tokens)
+    assert 1 <= count <= jobs
+    assert count == 1 or count * 4096 <= tokens
