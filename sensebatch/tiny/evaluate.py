@@ -55,19 +55,20 @@ RUN = "from sensebatch.cli.main import main; main()"
 GRID_COLUMNS = 8
 
 
-def scored_examples(
-    kind: str, count: int, *, split: Split = Split.HELD_OUT, square: bool = False
+def held_out_examples(
+    kind: str, count: int, *, first: int = 0, square: bool = False
 ) -> list[Example]:
-    """Returns examples with fixed seeds; the first ones are the same for every count.
+    """Returns examples that training never shows, each decided by its number.
 
     Args:
         kind: One of `KINDS`.
         count: How many.
-        split: Held-out ones are what scores are reported of; settings are chosen on the others.
+        first: Number of the first; scores are reported from 0 on, settings chosen on others.
         square: Whether all are of the square size, so that they make few batches.
     """
+    split = Split.HELD_OUT
     examples = []
-    for index in range(count):
+    for index in range(first, first + count):
         rng = np.random.default_rng((KINDS.index(kind), index))
         size = sample_resolution(rng)
         size = BUCKETS_TINY["1:1"] if square else size
@@ -199,13 +200,13 @@ def evaluate(
     config: RunConfig,
     counts: Mapping[str, int],
     *,
-    split: Split = Split.HELD_OUT,
+    first: int = 0,
     square: bool = False,
 ) -> dict[str, Scores]:
-    """Returns the scores of each kind; see `scored_examples`."""
+    """Returns the scores of each kind; see `held_out_examples`."""
     scores = {}
     for kind, count in counts.items():
-        examples = scored_examples(kind, count, split=split, square=square)
+        examples = held_out_examples(kind, count, first=first, square=square)
         answers = answer_examples(engine, examples, config)
         scores[kind] = score(kind, examples, answers)
     return scores
@@ -229,7 +230,7 @@ def sample_grid(engine: Engine, config: RunConfig, count: int = 64) -> Image.Ima
     square = BUCKETS_TINY["1:1"]
     examples = [
         replace(example, answer=(replace(example.pictures[0], resolution=square),))
-        for example in scored_examples("t2i", count)
+        for example in held_out_examples("t2i", count)
     ]
     answers = answer_examples(engine, examples, config)
     return grid([answer.pictures[0] for answer in answers])
@@ -247,7 +248,7 @@ def evaluate_run(model: str, out: Path, config_file: Path | None, count: int) ->
     settings = [] if config_file is None else ["--config", str(config_file)]
     scores = {}
     for kind in KINDS:
-        examples = scored_examples(kind, count)
+        examples = held_out_examples(kind, count)
         manifest = write_manifest(examples, out / kind)
         folder = out / f"{kind}-run"
         command = [sys.executable, "-c", RUN, "run", str(manifest), "--output-dir", str(folder)]

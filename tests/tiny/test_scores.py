@@ -10,12 +10,11 @@ from PIL import Image
 
 from sensebatch.config import default_config
 from sensebatch.manifest.read import read_manifest
-from sensebatch.tiny.evaluate import KINDS, grid, scored_examples
+from sensebatch.tiny.evaluate import KINDS, grid, held_out_examples
 from sensebatch.tiny.manifests import write_manifest
 from sensebatch.tiny.scores import Answer, score
 from sensebatch.tiny.world.draw import draw_uint8
 from sensebatch.tiny.world.examples import Example
-from sensebatch.tiny.world.scene import Split
 
 
 def _right(example: Example) -> Answer:
@@ -28,7 +27,7 @@ def _right(example: Example) -> Answer:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_right_answers_score_in_full(kind: str) -> None:
-    examples = scored_examples(kind, 12)
+    examples = held_out_examples(kind, 12)
     scores = score(kind, examples, [_right(example) for example in examples])
     assert {name: scores.rate(name) for name in scores.asked} == dict.fromkeys(scores.asked, 1.0)
 
@@ -38,35 +37,37 @@ def test_right_answers_score_in_full(kind: str) -> None:
     [("t2i", "exact"), ("think", "text_right"), ("edit", "made"), ("interleave", "content")],
 )
 def test_answers_to_other_examples_score_nothing(kind: str, zero: str) -> None:
-    examples = scored_examples(kind, 13, square=True)
+    examples = held_out_examples(kind, 13, square=True)
     answers = [_right(example) for example in examples[1:]]
     assert score(kind, examples[:-1], answers).rate(zero) < 0.2
 
 
 def test_an_unchanged_picture_is_kept_but_not_made() -> None:
-    examples = [e for e in scored_examples("edit", 40) if e.kind == "edit-colour"]
+    examples = [e for e in held_out_examples("edit", 40) if e.kind == "edit-colour"]
     answers = [Answer(pictures=(draw_uint8(e.inputs[0]),), text=None) for e in examples]
     scores = score("edit", examples, answers)
     assert (scores.rate("made"), scores.rate("kept")) == (0.0, 1.0)
 
 
 def test_a_story_with_a_picture_too_few_has_the_wrong_count() -> None:
-    examples = scored_examples("interleave", 8)
+    examples = held_out_examples("interleave", 8)
     answers = [Answer(pictures=_right(e).pictures[:-1], text="") for e in examples]
     scores = score("interleave", examples, answers)
     assert (scores.rate("count"), scores.rate("content")) == (0.0, 0.0)
 
 
-def test_scored_examples_do_not_depend_on_their_number() -> None:
+def test_held_out_examples_do_not_depend_on_their_number() -> None:
     for kind in KINDS:
-        assert scored_examples(kind, 9)[:4] == scored_examples(kind, 4)
+        assert held_out_examples(kind, 9)[:4] == held_out_examples(kind, 4)
 
 
-def test_only_held_out_examples_show_held_out_combinations() -> None:
-    for split in Split:
-        examples = scored_examples("t2i", 20, split=split)
-        shown = {thing.is_held_out for e in examples for thing in e.pictures[0].things}
-        assert shown == {split is Split.HELD_OUT}
+def test_held_out_examples_can_begin_anywhere() -> None:
+    assert held_out_examples("t2i", 3, first=5) == held_out_examples("t2i", 8)[5:]
+
+
+def test_held_out_prompts_ask_for_held_out_combinations_alone() -> None:
+    examples = held_out_examples("t2i", 20)
+    assert all(thing.is_held_out for e in examples for thing in e.pictures[0].things)
 
 
 def test_grid_shows_every_picture_in_order() -> None:
@@ -81,7 +82,7 @@ def test_grid_shows_every_picture_in_order() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_manifests_of_examples_are_valid(tmp_path: Path, kind: str) -> None:
-    examples = scored_examples(kind, 6)
+    examples = held_out_examples(kind, 6)
     write_manifest(examples, tmp_path)
     jobs = list(read_manifest(tmp_path / "manifest.jsonl", default_config()))
     for job, example in zip(jobs, examples, strict=True):
