@@ -69,3 +69,10 @@ class Engine(Protocol):
         Raises:
             OutOfMemoryError: The batch does not fit; nothing of it is kept on the device.
         """
+
+    def make_room(self) -> str | None:
+        """Goes on with less of the device's memory, after a job alone did not fit.
+
+        Returns:
+            What was changed, for people; None where no less is possible.
+        """

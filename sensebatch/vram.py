@@ -362,3 +362,37 @@ def _too_small(candidates: dict[str, Placement], mode: str, limit: int) -> Confi
         f"vram_budget: expected at least {asked.device_bytes / GIB:.1f} GiB for the largest jobs "
         f"of this run, found {limit / GIB:.1f} GiB{hint}"
     )
+
+
+def leaner(arch: Architecture, placement: Placement, item_bytes: int) -> Placement | None:
+    """Returns what to go on with where a placement turned out not to fit; None if nothing is left.
+
+    First fewer weights stay on the device, half of the buffers each time, then jobs are drawn one
+    by one.
+    """
+    weights = weight_bytes(arch, item_bytes)
+    embeddings = weights.embeddings if placement.embed_on_device else 0
+    if placement.num_buffers is None:
+        num_buffers = weights.num_generation + RING
+        saved = weights.blocks - num_buffers * weights.block + embeddings
+        host = weights.blocks + weights.embeddings
+    elif placement.num_buffers > RING:
+        num_buffers = max(placement.num_buffers // 2, RING)
+        saved = (placement.num_buffers - num_buffers) * weights.block
+        host = placement.host_bytes
+    elif placement.tokens_per_pass > 1:
+        return replace(
+            placement, mode="low", tokens_per_pass=1, reason="memory ran out: one job at a time"
+        )
+    else:
+        return None
+    return replace(
+        placement,
+        mode="fast" if num_buffers >= weights.num_generation + RING else "balanced",
+        num_buffers=num_buffers,
+        embed_on_device=False,
+        park_caches=True,
+        device_bytes=placement.device_bytes - saved,
+        host_bytes=host,
+        reason=f"memory ran out: {num_buffers} blocks of weights stay on the device",
+    )

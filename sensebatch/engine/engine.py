@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import psutil
 import torch
@@ -14,17 +15,17 @@ from sensebatch.contract import Checkpoints, Progress
 from sensebatch.engine.device_memory import (
     DevicePeak,
     cap_device_memory,
+    empty_cache,
     is_out_of_memory,
     plan_placement,
-    translated_out_of_memory,
 )
-from sensebatch.engine.loading import load_network, open_weights
+from sensebatch.engine.loading import NetworkLoader, open_weights
 from sensebatch.engine.model.attention import Attention
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.tokenizer import HFTokenizer, Tokenizer
 from sensebatch.engine.preprocess import load_input
 from sensebatch.engine.residency import Residency
-from sensebatch.engine.runner import PassLimits, Runner
+from sensebatch.engine.runner import Runner
 from sensebatch.engine.runtime import BACKENDS, DTYPES, resolve_attention
 from sensebatch.engine.tasks.interleave import run_interleave
 from sensebatch.engine.tasks.single_image import run_single_image
@@ -41,39 +42,39 @@ from sensebatch.jobs import (
     Task,
 )
 from sensebatch.resolutions import PixelLimits
-from sensebatch.vram import Load
+from sensebatch.vram import Load, Placement, leaner
 
 
 class SenseNovaEngine:
     """Implements the executor's `Engine` with a network that stays on one device.
 
     Args:
-        network: Loaded.
-        residency: Moves its weights.
+        loader: Loads the network anew where memory runs out.
+        loaded: The network and what moves its weights.
+        placement: Where they are.
         tokenizer: Of the same checkpoint.
         attention: How one run or picture attends.
         pixel_limits: Sizes of input images.
-        limits: How much goes through the network at a time.
         info: What the log says of it.
     """
 
     def __init__(
         self,
         *,
-        network: Network,
-        residency: Residency,
+        loader: NetworkLoader,
+        loaded: tuple[Network, Residency],
+        placement: Placement,
         tokenizer: Tokenizer,
         attention: Attention,
         pixel_limits: PixelLimits,
-        limits: PassLimits,
         info: EngineInfo,
     ) -> None:
-        self._network = network
-        self._residency = residency
+        self._loader = loader
+        self._placement = placement
+        self._network, self._residency = loaded
         self._tokenizer = tokenizer
         self._attention = attention
         self._pixel_limits = pixel_limits
-        self._limits = limits
         self._info = info
 
     @property
@@ -117,11 +118,30 @@ class SenseNovaEngine:
             )
         # Outside the handler: the traceback, which keeps the batch's tensors alive, is gone.
         del runner
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        empty_cache(device)
         raise OutOfMemoryError(
             f"a batch of {len(batch.jobs)} at {batch.group.resolution} did not fit: {message}"
         )
+
+    def make_room(self) -> str | None:
+        """Goes on with less memory; see `contract.Engine.make_room`."""
+        arch, item_bytes = self._network.arch, self._network.dtype.itemsize
+        device, before = self._network.device, self._placement
+        after = leaner(arch, before, item_bytes)
+        if after is None:
+            return None
+        if self._residency.is_whole:
+            # No block is in host memory, so all are read again.
+            del self._network, self._residency
+            empty_cache(device)
+            self._network, self._residency = self._loader.load(after)
+        elif after.num_buffers != before.num_buffers:
+            assert after.num_buffers is not None
+            self._residency.shrink(after.num_buffers)
+            empty_cache(device)
+        self._placement = after
+        self._info = replace(self._info, vram_mode=after.mode)
+        return after.reason
 
     def _run(
         self,
@@ -192,17 +212,19 @@ def load_engine(
         OutOfMemoryError: The device has less memory than it said.
     """
     start = time.perf_counter()
-    backend = resolve_attention(config.model.attn_backend, device, identity.dtype)
     where = torch.device(device)
+    backend = resolve_attention(config.model.attn_backend, device, identity.dtype)
     placement = plan_placement(config.memory, checkpoint, identity.dtype, where, loads)
     tokenizer = HFTokenizer(checkpoint.path)
-    source = open_weights(checkpoint, config.model.lora_path, DTYPES[identity.dtype])
+    loader = NetworkLoader(
+        arch=checkpoint.architecture,
+        source=open_weights(checkpoint, config.model.lora_path, DTYPES[identity.dtype]),
+        device=where,
+        dtype=DTYPES[identity.dtype],
+    )
     cap_device_memory(where, config.memory.vram_budget_bytes)
     peak = DevicePeak(where)
-    with translated_out_of_memory(f"the weights did not fit {device}"):
-        network, residency = load_network(
-            checkpoint.architecture, source, placement, device=where, dtype=DTYPES[identity.dtype]
-        )
+    loaded = loader.load(placement)
     allocated, reserved = peak.read()
     info = EngineInfo(
         identity=identity,
@@ -220,13 +242,11 @@ def load_engine(
         load_peak_rss_bytes=psutil.Process().memory_info().rss,
     )
     return SenseNovaEngine(
-        network=network,
-        residency=residency,
+        loader=loader,
+        loaded=loaded,
+        placement=placement,
         tokenizer=tokenizer,
         attention=BACKENDS[backend],
         pixel_limits=config.pixel_limits,
-        limits=PassLimits(
-            image_tokens=placement.tokens_per_pass, park_caches=placement.park_caches
-        ),
         info=info,
     )

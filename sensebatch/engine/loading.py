@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from accelerate import init_empty_weights
 from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.checkpoint.files import Checkpoint, check_tensors
 from sensebatch.checkpoint.tensors import expected_tensors
+from sensebatch.engine.device_memory import translated_out_of_memory
 from sensebatch.engine.lora import Lora
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.residency import Residency
@@ -32,27 +34,32 @@ def open_weights(checkpoint: Checkpoint, lora_path: str | None, dtype: torch.dty
     return FileWeights(checkpoint, lora)
 
 
-def load_network(
-    arch: Architecture,
-    source: WeightSource,
-    placement: Placement,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> tuple[Network, Residency]:
-    """Returns a network in evaluation mode, without gradients, and what moves its weights.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkLoader:
+    """Makes a checkpoint's network, as often as its weights have to be placed anew."""
 
-    Args:
-        arch: The network's shape.
-        source: Gives the weights; the checkpoint they are read from has been checked.
-        placement: How much of each memory they take.
-        device: Where the network computes.
-        dtype: What weights are rounded to.
+    arch: Architecture
+    """The network's shape."""
+    source: WeightSource
+    """Gives the weights; the checkpoint they are read from has been checked."""
+    device: torch.device
+    """Where the network computes."""
+    dtype: torch.dtype
+    """What weights are rounded to."""
 
-    Raises:
-        CheckpointError: A file cannot be read.
-    """
-    with init_empty_weights():
-        network = Network(arch)
-    network = network.to(dtype).requires_grad_(False).eval()
-    return network, Residency(network, source, placement, device, dtype)
+    def load(self, placement: Placement) -> tuple[Network, Residency]:
+        """Returns a network in evaluation mode, without gradients, and what moves its weights.
+
+        Args:
+            placement: How much of each memory they take.
+
+        Raises:
+            CheckpointError: A file cannot be read.
+            OutOfMemoryError: The device or the host has less memory than was planned with.
+        """
+        with init_empty_weights():
+            network = Network(self.arch)
+        network = network.to(self.dtype).requires_grad_(False).eval()
+        with translated_out_of_memory(f"the weights did not fit {self.device}"):
+            residency = Residency(network, self.source, placement, self.device, self.dtype)
+        return network, residency

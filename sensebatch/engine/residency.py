@@ -77,6 +77,11 @@ class Residency:
             self._load_all(blocks)
 
     @property
+    def is_whole(self) -> bool:
+        """Whether every block has a device buffer for good, and none is in host memory."""
+        return self._whole
+
+    @property
     def host_bytes(self) -> int:
         """Host memory that blocks take."""
         return self._host.kept_bytes
@@ -92,6 +97,11 @@ class Residency:
     def denoise(self) -> None:
         """Prepares many passes of the generation expert."""
         self._schedule(self._generation, keep=True)
+
+    def shrink(self, num_buffers: int) -> None:
+        """Keeps fewer blocks on the device; only where they are in host memory as well."""
+        assert not self._whole
+        self._pool.shrink(max(num_buffers, RING))
 
     def _schedule(self, order: Sequence[Block], *, keep: bool) -> None:
         if not self._whole:

@@ -66,6 +66,13 @@ class Pool:
         self._ring: list[_Buffer] = list(self._buffers)
         self._in_use: _Buffer | None = None
 
+    def shrink(self, num_buffers: int) -> None:
+        """Lets go of all buffers but some; what was in them is copied again when it is needed."""
+        for buffer in self._buffers:
+            self._forget(buffer)
+        del self._buffers[num_buffers:]
+        self._order, self._kept, self._ring = [], {}, list(self._buffers)
+
     def schedule(self, order: Sequence[Block], *, keep: bool) -> None:
         """Says which blocks the coming passes go through.
 

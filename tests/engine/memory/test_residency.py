@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sensebatch.engine.loading import load_network
+from sensebatch.engine.loading import NetworkLoader
 from sensebatch.engine.model.attention import sdpa
 from sensebatch.engine.residency import Residency
 from sensebatch.engine.runner import Runner
@@ -54,27 +54,33 @@ class RuleWeights:
         target.copy_(weight if rows is None else weight[slice(*rows)])
 
 
+def make_placement(
+    num_buffers: int | None, embed: bool = False, host_budget_bytes: int | None = None
+) -> Placement:
+    return Placement(
+        mode="test",
+        num_buffers=num_buffers,
+        embed_on_device=embed,
+        tokens_per_pass=1,
+        park_caches=False,
+        host_budget_bytes=host_budget_bytes,
+        device_bytes=0,
+        host_bytes=0,
+        reason="",
+    )
+
+
 def moving_runner(
     case: Case, num_buffers: int | None, host_budget_bytes: int | None, embed: bool = False
 ) -> tuple[Runner, RuleWeights, Residency]:
     source = RuleWeights(rule_weights(case.config, case.weight_edits))
-    network, residency = load_network(
-        golden_architecture(case.config),
-        source,
-        Placement(
-            mode="test",
-            num_buffers=num_buffers,
-            embed_on_device=embed,
-            tokens_per_pass=1,
-            park_caches=False,
-            host_budget_bytes=host_budget_bytes,
-            device_bytes=0,
-            host_bytes=0,
-            reason="",
-        ),
+    loader = NetworkLoader(
+        arch=golden_architecture(case.config),
+        source=source,
         device=torch.device("cpu"),
         dtype=torch.float32,
     )
+    network, residency = loader.load(make_placement(num_buffers, embed, host_budget_bytes))
     return Runner(network, ByteTokenizer(), sdpa, lambda _: None, residency), source, residency
 
 
@@ -174,3 +180,13 @@ def test_moving_weights_allocates_nothing(num_buffers: int) -> None:
         addresses = list(passes())
     assert allocations.made == []
     assert len(set(addresses)) <= num_buffers
+
+
+@pytest.mark.parametrize("host_budget_bytes", [None, 0])
+def test_a_pool_that_shrinks_between_batches_changes_no_bit(host_budget_bytes: int | None) -> None:
+    case = load_case("dense_fm", "t2i_think_end")
+    expected = run_case(build_runner(case), case)
+    runner, _, residency = moving_runner(case, 6, host_budget_bytes)
+    for num_buffers in (6, 4, 2):
+        residency.shrink(num_buffers)
+        assert torch.equal(run_case(runner, case)[0], expected[0])

@@ -1,0 +1,152 @@
+"""The engine as the executor meets it, with the embedded checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sensebatch.checkpoint.files import open_checkpoint
+from sensebatch.config import MemoryConfig, RunConfig, default_config
+from sensebatch.engine import engine as engine_module
+from sensebatch.engine.engine import SenseNovaEngine, load_engine
+from sensebatch.errors import ConfigError, OutOfMemoryError
+from sensebatch.jobs import (
+    Batch,
+    BatchResult,
+    Job,
+    ModelIdentity,
+    Source,
+    Task,
+    batch_id,
+    group_key,
+)
+from sensebatch.resolutions import Resolution
+from sensebatch.vram import Placement, leaner
+from tests.engine.golden_model import KeptImages
+
+
+def make_config(**memory: object) -> RunConfig:
+    return replace(default_config(), memory=MemoryConfig(**memory))
+
+
+def load(config: RunConfig) -> SenseNovaEngine:
+    return load_engine(
+        config,
+        checkpoint=open_checkpoint("tiny"),
+        identity=ModelIdentity(
+            checkpoint="tiny",
+            lora=None,
+            dtype="float32",
+            generation_prompt="You draw.",
+            interleave_prompt="You tell.",
+        ),
+        system_prompt_source=dict.fromkeys(Task, "test"),
+        device="cpu",
+    )
+
+
+def make_job(name: str, **changes: object) -> Job:
+    sampling = replace(default_config().tasks[Task.T2I].sampling, num_steps=2, max_think_tokens=5)
+    job = Job(
+        id=name,
+        task=Task.T2I,
+        prompt=f"Draw a red circle {name}",
+        resolution=Resolution(height=64, width=96),
+        seed=len(name),
+        think=False,
+        sampling=sampling,
+        source=Source(file="test", row="0"),
+    )
+    return replace(job, **changes)
+
+
+def generate(engine: SenseNovaEngine, *jobs: Job) -> BatchResult:
+    keys = tuple(job.id for job in jobs)
+    batch = Batch(id=batch_id(keys), group=group_key(jobs[0]), jobs=jobs, keys=keys)
+    return engine.generate(
+        batch, [()] * len(jobs), checkpoints=KeptImages(len(jobs)), progress=lambda _: None
+    )
+
+
+def pixels(result: BatchResult) -> list[bytes]:
+    return [image.tobytes() for job in result.results for image in job.images]
+
+
+def test_figures_of_a_batch_add_up() -> None:
+    metrics = generate(load(make_config()), make_job("a", think=True), make_job("bb", think=True))
+    assert metrics.metrics.num_denoise_steps == 2
+    parts = metrics.metrics
+    assert 0 < parts.prefill_s + parts.think_s + parts.denoise_s <= parts.total_s
+
+
+def test_text_that_cannot_be_encoded_fails_its_job_alone() -> None:
+    result = generate(load(make_config()), make_job("a"), make_job("b", prompt="\ud800"))
+    assert [job.error is None for job in result.results] == [True, False]
+
+
+def test_making_room_goes_on_with_the_same_pictures_until_nothing_is_left() -> None:
+    engine = load(make_config(vram_mode="full"))
+    jobs = (make_job("a"), make_job("bb"))
+    expected = generate(engine, jobs[0])
+    modes = [engine.info.vram_mode]
+    while (said := engine.make_room()) is not None:
+        assert "memory ran out" in said
+        modes.append(engine.info.vram_mode)
+        assert pixels(generate(engine, jobs[0])) == pixels(expected)
+    assert modes[:2] == ["full", "fast"]
+    assert modes[-2:] == ["balanced", "low"]
+    # Drawn one by one, as the last resort draws them.
+    assert len(pixels(generate(engine, *jobs))) == 2
+
+
+def test_a_leaner_placement_takes_less_each_time() -> None:
+    arch = open_checkpoint("tiny").architecture
+    placement: Placement | None = Placement(
+        mode="full",
+        num_buffers=None,
+        embed_on_device=True,
+        tokens_per_pass=64,
+        park_caches=False,
+        host_budget_bytes=None,
+        device_bytes=10**9,
+        host_bytes=0,
+        reason="",
+    )
+    peaks = []
+    while placement is not None:
+        peaks.append(placement.device_bytes)
+        placement = leaner(arch, placement, 4)
+    assert peaks[:-1] == sorted(set(peaks), reverse=True)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] not enough memory: you tried to allocate"),
+    ],
+)
+def test_memory_errors_of_torch_become_ours(
+    monkeypatch: pytest.MonkeyPatch, error: RuntimeError
+) -> None:
+    engine = load(make_config())
+    monkeypatch.setattr(engine_module, "run_single_image", raising(error))
+    with pytest.raises(OutOfMemoryError, match=r"a batch of 1 at 96x64 did not fit: .*emory"):
+        generate(engine, make_job("a"))
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    def raise_it(*_: object) -> None:
+        raise error
+
+    return raise_it
+
+
+def test_flash_attention_is_refused_where_it_cannot_be_used() -> None:
+    config = make_config()
+    config = replace(config, model=replace(config.model, attn_backend="flash"))
+    with pytest.raises(ConfigError, match="attn_backend: expected flash-attn to be usable"):
+        load(config)
