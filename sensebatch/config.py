@@ -143,7 +143,9 @@ def _official_tasks() -> dict[Task, TaskDefaults]:
 
 
 def _tiny_tasks() -> dict[Task, TaskDefaults]:
-    sampling = replace(_sampling(), num_steps=12, max_think_tokens=64, max_new_tokens=256)
+    sampling = replace(
+        _sampling(), num_steps=8, cfg_scale=1.0, max_think_tokens=64, max_new_tokens=256
+    )
     square = TaskDefaults(
         resolution=BUCKETS_TINY["1:1"],
         buckets=BUCKETS_TINY,
