@@ -19,7 +19,7 @@ from functools import partial
 from typing import Protocol, TypeVar
 
 from sensebatch.config import RunConfig
-from sensebatch.contract import Checkpoints, DrawnImage, Engine, Progress
+from sensebatch.contract import Checkpoints, Engine, Progress
 from sensebatch.errors import OutOfMemoryError, RunFolderError, StorageFullError
 from sensebatch.jobs import (
     Batch,
@@ -35,17 +35,6 @@ from sensebatch.store.attempts import DONE, Attempt, Failure
 from sensebatch.store.state import Counts, StoredJob
 from sensebatch.store.store import Store
 from sensebatch.store.writer import BatchWriter, RanBatch, without_exceptions
-
-__all__ = [
-    "Checkpoints",
-    "DrawnImage",
-    "Engine",
-    "Observer",
-    "Progress",
-    "Summary",
-    "execute",
-    "plan_remaining",
-]
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -244,14 +233,7 @@ class _Run:
         checkpoints = self._store.checkpoints.of_batch(seq, batch)
         self._tell(partial(self._observer.batch_started, batch))
         start = time.monotonic()
-        result = _attempt(
-            lambda: _checked(
-                batch,
-                self._engine.generate(
-                    batch, inputs, checkpoints=checkpoints, progress=self._progress
-                ),
-            )
-        )
+        result = self._generate(batch, inputs, checkpoints)
         if isinstance(result, _Raised) and len(jobs) > 1:
             self._split(seq, jobs, result)
             return
@@ -267,10 +249,31 @@ class _Run:
                 jobs=tuple(jobs),
                 results=results,
                 metrics=metrics,
+                info=self._engine.info,
                 queue_s=queue_s,
                 started_at=started_at,
             )
         )
+
+    def _generate(
+        self, batch: Batch, inputs: Sequence[Sequence[bytes]], checkpoints: Checkpoints
+    ) -> BatchResult | _Raised:
+        """Runs a batch; one job that does not fit is tried with less and less memory."""
+        while True:
+            result = _attempt(
+                lambda: _checked(
+                    batch,
+                    self._engine.generate(
+                        batch, inputs, checkpoints=checkpoints, progress=self._progress
+                    ),
+                )
+            )
+            if not (isinstance(result, _Raised) and result.out_of_memory and len(batch.jobs) == 1):
+                return result
+            said = _attempt(self._engine.make_room)
+            if not isinstance(said, str):
+                return result
+            self._note(said)
 
     def _begin(
         self, piece: _Piece, queue_s: float

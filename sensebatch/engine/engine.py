@@ -125,11 +125,12 @@ class SenseNovaEngine:
 
     def make_room(self) -> str | None:
         """Goes on with less memory; see `contract.Engine.make_room`."""
-        arch, item_bytes = self._network.arch, self._network.dtype.itemsize
-        device, before = self._network.device, self._placement
-        after = leaner(arch, before, item_bytes)
+        before = self._placement
+        arch, dtype, device = self._loader.arch, self._loader.dtype, self._loader.device
+        after = leaner(arch, before, dtype.itemsize)
         if after is None:
             return None
+        self._placement = after
         if self._residency.is_whole:
             # No block is in host memory, so all are read again.
             del self._network, self._residency
@@ -139,7 +140,6 @@ class SenseNovaEngine:
             assert after.num_buffers is not None
             self._residency.shrink(after.num_buffers)
             empty_cache(device)
-        self._placement = after
         self._info = replace(self._info, vram_mode=after.mode)
         return after.reason
 

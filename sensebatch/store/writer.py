@@ -10,7 +10,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
 
@@ -45,6 +45,8 @@ class RanBatch:
     results: tuple[JobResult | Failure, ...]
     """What became of each job; exceptions are already text."""
     metrics: BatchMetrics
+    info: EngineInfo
+    """Of the engine as it was for this batch."""
     queue_s: float
     """Seconds from the start of the run to the start of the batch."""
     started_at: datetime
@@ -213,8 +215,9 @@ class BatchWriter:
             "started_at": ran.started_at,
             "finished_at": datetime.now(UTC),
         }
+        context = replace(self._context, info=ran.info)
         return tuple(
-            Attempt(**job_columns(self._context, stored), **job_figures(stored, own), **shared)
+            Attempt(**job_columns(context, stored), **job_figures(stored, own), **shared)
             for stored, own in zip(ran.jobs, written, strict=True)
         )
 

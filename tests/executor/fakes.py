@@ -111,12 +111,21 @@ class FakeEngine:
     """An engine whose pictures depend on the job and on its batch, and which fails on demand.
 
     In a prompt, `fails` makes that job's result an error, `poison` raises for the whole batch,
-    `heavy` does not fit beside another job, `grows` no longer fits once two pictures are drawn.
+    `heavy` does not fit beside another job, `huge` fits only once room was made,
+    `grows` no longer fits once two pictures are drawn.
     """
 
     on_step: Callable[[], None] = lambda: None
     batches: list[tuple[str, ...]] = field(default_factory=list)
     steps: int = 0
+    modes: list[str] = field(default_factory=lambda: ["full", "fast", "low"])
+    """What memory is left to try, the present one first."""
+
+    def make_room(self) -> str | None:
+        if len(self.modes) == 1:
+            return None
+        self.modes.pop(0)
+        return f"memory ran out: {self.modes[0]}"
 
     @property
     def info(self) -> EngineInfo:
@@ -127,7 +136,7 @@ class FakeEngine:
             device="cpu",
             dtype="float32",
             attn_backend="sdpa",
-            vram_mode="full",
+            vram_mode=self.modes[0],
             budget_bytes=None,
             torch_version="none",
             load_s=1.5,
@@ -147,6 +156,8 @@ class FakeEngine:
         self.batches.append(tuple(job.id for job in batch.jobs))
         if any("heavy" in job.prompt for job in batch.jobs) and len(batch.jobs) > 1:
             raise OutOfMemoryError("the batch does not fit")
+        if any("huge" in job.prompt for job in batch.jobs) and self.modes[0] != "low":
+            raise OutOfMemoryError("the job does not fit")
         if any("poison" in job.prompt for job in batch.jobs):
             raise RuntimeError("poisoned")
         if batch.group.task is Task.INTERLEAVE:

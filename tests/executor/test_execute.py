@@ -272,6 +272,24 @@ def test_pictures_of_a_split_batch_are_not_drawn_again(tmp_path: Path) -> None:
     assert not list((tmp_path / "a/checkpoints").iterdir())
 
 
+def test_a_job_that_does_not_fit_alone_goes_on_with_less_memory(tmp_path: Path) -> None:
+    jobs = [make_job("a"), make_job("b", prompt="huge"), make_job("c")]
+    ran = run_folder(tmp_path, jobs)
+    assert ran.summary.done == 3
+    assert [note for note in ran.seen.notes if "memory" in note] == [
+        "memory ran out: fast",
+        "memory ran out: low",
+    ]
+    modes = {row["job_id"]: row["vram_mode"] for row in rows(tmp_path)}
+    assert modes == {"a": "full", "b": "low", "c": "low"}
+
+
+def test_a_job_that_fits_nowhere_fails_and_the_others_go_on(tmp_path: Path) -> None:
+    jobs = [make_job("a", prompt="huge"), make_job("b")]
+    ran = run_folder(tmp_path, jobs, engine=FakeEngine(modes=["full"]))
+    assert (ran.summary.done, ran.summary.failed) == (1, 1)
+
+
 @pytest.mark.parametrize(
     ("image_format", "quality", "name"),
     [("png", 95, "a.png"), ("webp", 100, "a.webp"), ("jpeg", 95, "a.jpg")],

@@ -11,6 +11,7 @@ import yaml
 
 from sensebatch.config import default_config
 from sensebatch.errors import JobError, RunFolderError, StorageFullError
+from sensebatch.jobs import Task
 from sensebatch.store import files, run_dir
 from sensebatch.store.files import write_atomic
 from sensebatch.store.run_dir import RunDir, settings_document
@@ -21,6 +22,7 @@ from tests.executor.fakes import FakeEngine, make_job, run_folder
 HOLD = """
 import sys, time
 from pathlib import Path
+from sensebatch.jobs import Task
 from sensebatch.store.run_dir import RunDir
 with RunDir(Path(sys.argv[1])).locked():
     print("held", flush=True)
@@ -90,7 +92,8 @@ def test_settings_are_written_as_plain_yaml(tmp_path: Path) -> None:
     folder.write_settings(settings_document(default_config(), ["jobs.yaml"], "1.2"))
     found = yaml.safe_load((tmp_path / "run.yaml").read_text())
     assert found["manifests"] == ["jobs.yaml"]
-    assert found["config"]["tasks"]["t2i"]["sampling"]["num_steps"] == 12
+    sampling = default_config().tasks[Task.T2I].sampling
+    assert found["config"]["tasks"]["t2i"]["sampling"]["num_steps"] == sampling.num_steps
 
 
 @pytest.mark.parametrize("code", [28, 122])
