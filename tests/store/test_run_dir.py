@@ -22,7 +22,6 @@ from tests.executor.fakes import FakeEngine, make_job, run_folder
 HOLD = """
 import sys, time
 from pathlib import Path
-from sensebatch.jobs import Task
 from sensebatch.store.run_dir import RunDir
 with RunDir(Path(sys.argv[1])).locked():
     print("held", flush=True)
