@@ -25,7 +25,7 @@ from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.tokenizer import HFTokenizer, Tokenizer
 from sensebatch.engine.preprocess import load_input
 from sensebatch.engine.residency import Residency
-from sensebatch.engine.runner import Runner
+from sensebatch.engine.runner import PassLimits, Runner
 from sensebatch.engine.runtime import BACKENDS, DTYPES, resolve_attention
 from sensebatch.engine.tasks.interleave import run_interleave
 from sensebatch.engine.tasks.single_image import run_single_image
@@ -93,7 +93,12 @@ class SenseNovaEngine:
         """Runs a batch; see `executor.Engine.generate`."""
         device = self._network.device
         memory = DevicePeak(device)
-        runner = Runner(self._network, self._tokenizer, self._attention, progress, self._residency)
+        limits = PassLimits(
+            image_tokens=self._placement.tokens_per_pass, park_caches=self._placement.park_caches
+        )
+        runner = Runner(
+            self._network, self._tokenizer, self._attention, progress, self._residency, limits
+        )
         start = time.perf_counter()
         try:
             with torch.inference_mode():
