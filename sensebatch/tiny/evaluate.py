@@ -43,6 +43,7 @@ from sensebatch.jobs import (
 from sensebatch.resolutions import BUCKETS_TINY
 from sensebatch.tiny.manifests import encode_png, read_answers, write_manifest
 from sensebatch.tiny.scores import Answer, Scores, score
+from sensebatch.tiny.sheet import Tile, contact_sheet
 from sensebatch.tiny.world.edits import edit
 from sensebatch.tiny.world.examples import Example, text_to_image
 from sensebatch.tiny.world.scene import Split, sample_resolution
@@ -52,7 +53,6 @@ KINDS = ("t2i", "think", "edit", "interleave")
 BATCH_SIZE = 50
 RUN = "from sensebatch.cli.main import main; main()"
 """The `sensebatch` command for this interpreter."""
-GRID_COLUMNS = 8
 
 
 def held_out_examples(
@@ -212,19 +212,6 @@ def evaluate(
     return scores
 
 
-def grid(pictures: Sequence[np.ndarray], columns: int = GRID_COLUMNS) -> Image.Image:
-    """Returns pictures in rows, each centred in a square of the largest side."""
-    cell = max(max(picture.shape[:2]) for picture in pictures) + 8
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * cell, rows * cell), (128, 128, 128))
-    for index, picture in enumerate(pictures):
-        height, width = picture.shape[:2]
-        left = index % columns * cell + (cell - width) // 2
-        top = index // columns * cell + (cell - height) // 2
-        sheet.paste(Image.fromarray(picture), (left, top))
-    return sheet
-
-
 def sample_grid(engine: Engine, config: RunConfig, count: int = 64) -> Image.Image:
     """Returns the pictures of the first held-out prompts, square, none left out."""
     square = BUCKETS_TINY["1:1"]
@@ -233,7 +220,11 @@ def sample_grid(engine: Engine, config: RunConfig, count: int = 64) -> Image.Ima
         for example in held_out_examples("t2i", count)
     ]
     answers = answer_examples(engine, examples, config)
-    return grid([answer.pictures[0] for answer in answers])
+    tiles = [
+        Tile(picture=Image.fromarray(answer.pictures[0]), caption=example.prompt)
+        for example, answer in zip(examples, answers, strict=True)
+    ]
+    return contact_sheet(tiles)
 
 
 def evaluate_run(model: str, out: Path, config_file: Path | None, count: int) -> dict[str, Scores]:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from sensebatch.config import default_config
 from sensebatch.manifest.read import read_manifest
-from sensebatch.tiny.evaluate import KINDS, grid, held_out_examples
+from sensebatch.tiny.evaluate import KINDS, held_out_examples
 from sensebatch.tiny.manifests import write_manifest
 from sensebatch.tiny.scores import Answer, score
 from sensebatch.tiny.world.draw import draw_uint8
@@ -68,16 +66,6 @@ def test_held_out_examples_can_begin_anywhere() -> None:
 def test_held_out_prompts_ask_for_held_out_combinations_alone() -> None:
     examples = held_out_examples("t2i", 20)
     assert all(thing.is_held_out for e in examples for thing in e.pictures[0].things)
-
-
-def test_grid_shows_every_picture_in_order() -> None:
-    colours = [(10 * index, 0, 0) for index in range(10)]
-    pictures = [np.full((64, 96, 3), colour, np.uint8) for colour in colours]
-    sheet: Image.Image = grid(pictures, columns=4)
-    cell = 104
-    for index, colour in enumerate(colours):
-        place = (index % 4 * cell + cell // 2, index // 4 * cell + cell // 2)
-        assert sheet.getpixel(place) == colour
 
 
 @pytest.mark.parametrize("kind", KINDS)
