@@ -142,8 +142,8 @@ class PinnedMemory:
                 f"pinning {size} bytes of host memory failed with CUDA error {int(code)}; "
                 "give the host a smaller budget (max_memory cpu=...)"
             )
-        self.release = weakref.finalize(self, _unpin, buffer)
-        """Lets the memory go; does nothing the second time."""
+        # A process that ends lets everything go by itself, and sooner.
+        weakref.finalize(self, _unpin, buffer).atexit = False
 
 
 def _unpin(buffer: Tensor) -> None:

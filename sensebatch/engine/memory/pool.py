@@ -70,6 +70,8 @@ class Pool:
         """Lets go of all buffers but some; what was in them is copied again when it is needed."""
         for buffer in self._buffers:
             self._forget(buffer)
+            # Memory that is still copied to must not be given away.
+            self._lane.finish(buffer.loaded)
         del self._buffers[num_buffers:]
         self._order, self._kept, self._ring = [], {}, list(self._buffers)
 
