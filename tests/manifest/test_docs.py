@@ -59,9 +59,7 @@ def read(name: str, model: str) -> list[Job]:
 
 def test_the_catalog_is_small_and_has_every_kind_of_job() -> None:
     jobs = read("catalog.yaml", "tiny")
-    pictures = sum(job.sampling.max_images if job.task is Task.INTERLEAVE else 1 for job in jobs)
-    assert pictures <= 20
-    assert all(job.sampling.num_steps <= 8 for job in jobs)
+    assert len(jobs) <= 30
     assert {job.task for job in jobs} == set(Task)
     assert {len(job.images) for job in jobs} == {0, 1, 2}
     assert {job.think for job in jobs} == {True, False}
