@@ -68,6 +68,7 @@ class Engine(Protocol):
 
         Raises:
             OutOfMemoryError: The batch does not fit; nothing of it is kept on the device.
+            RunStoppedError: The device or the weights failed; no other batch would fare better.
         """
 
     def make_room(self) -> str | None:
@@ -75,4 +76,7 @@ class Engine(Protocol):
 
         Returns:
             What was changed, for people; None where no less is possible.
+
+        Raises:
+            RunStoppedError: The change failed half way; the engine cannot be used any more.
         """

@@ -25,8 +25,16 @@ class RunFolderError(SensebatchError):
     """A run folder that is in use, damaged, or made by something else."""
 
 
-class StorageFullError(SensebatchError):
-    """The disk that holds the run's folder has no room left; the run can be resumed."""
+class RunStoppedError(SensebatchError):
+    """Something that every job needs failed: what is done stays, and the run can be resumed."""
+
+
+class StorageFullError(RunStoppedError):
+    """The disk that holds the run's folder has no room left."""
+
+
+class DeviceError(RunStoppedError):
+    """The device failed, and this process can compute nothing more on it."""
 
 
 class JobError(SensebatchError):

@@ -20,7 +20,7 @@ from typing import Protocol, TypeVar
 
 from sensebatch.config import RunConfig
 from sensebatch.contract import Checkpoints, Engine, Progress
-from sensebatch.errors import OutOfMemoryError, RunFolderError, StorageFullError
+from sensebatch.errors import OutOfMemoryError, RunFolderError, RunStoppedError
 from sensebatch.jobs import (
     Batch,
     BatchMetrics,
@@ -122,7 +122,8 @@ def execute(
         stop: Once set, the current batch is finished and committed, and the run ends.
 
     Raises:
-        StorageFullError: The disk is full; what was committed stays, the rest can be resumed.
+        RunStoppedError: The disk is full, or the device failed; what was committed stays, the
+            rest can be resumed.
         RunFolderError: The folder cannot be written any more.
     """
     if config.execution.retry_failed:
@@ -370,12 +371,12 @@ def _attempt(call: Callable[[], T]) -> T | _Raised:
     """Returns what `call` returns, or what it raised.
 
     Raises:
-        StorageFullError: As `call` did: no other job would fare better.
+        RunStoppedError: As `call` did: no other job would fare better.
         RunFolderError: Likewise.
     """
     try:
         return call()
-    except (StorageFullError, RunFolderError):
+    except (RunStoppedError, RunFolderError):
         raise
     except Exception as error:
         return _Raised(failure=Failure.of(error), out_of_memory=isinstance(error, OutOfMemoryError))

@@ -9,6 +9,6 @@ FAILED = 1
 USAGE = 2
 """A mistake in the command line, a manifest, a configuration or a checkpoint; nothing was run."""
 RESUMABLE = 75
-"""Stopped by a signal or a full disk; the same command goes on."""
+"""Stopped by a signal, a full disk or a failed device; the same command goes on."""
 INTERRUPTED = 130
 """Ended at once by a second SIGINT; 143 by a second SIGTERM."""

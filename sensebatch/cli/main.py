@@ -17,7 +17,7 @@ from sensebatch.cli import edit, exits, interleave, manifest, model, plan, repor
 from sensebatch.cli.messages import counted
 from sensebatch.cli.options import with_options
 from sensebatch.cli.signals import StoppedError
-from sensebatch.errors import ManifestError, SensebatchError, StorageFullError
+from sensebatch.errors import ManifestError, RunStoppedError, SensebatchError
 
 _SETTINGS = {
     # cfg_scale and cfg-scale are the same option; values are left alone.
@@ -88,10 +88,10 @@ def main(args: Sequence[str] | None = None) -> None:
 def exit_code(error: SensebatchError) -> int:
     """Returns the exit code of an error that ended a command.
 
-    A full disk leaves a run that can go on; everything else is for the user to put right before
-    anything can be done.
+    A full disk or a failed device leaves a run that can go on; everything else is for the user
+    to put right before anything can be done.
     """
-    return exits.RESUMABLE if isinstance(error, StorageFullError) else exits.USAGE
+    return exits.RESUMABLE if isinstance(error, RunStoppedError) else exits.USAGE
 
 
 def _message(error: SensebatchError) -> str:

@@ -19,6 +19,7 @@ from sensebatch.cli.progress import watch
 from sensebatch.cli.signals import StoppedError, StopSignals
 from sensebatch.config import ModelConfig, RunConfig
 from sensebatch.contract import Engine
+from sensebatch.errors import RunFolderError, RunStoppedError
 from sensebatch.executor import Summary, execute
 from sensebatch.inputs import InputReader
 from sensebatch.jobs import Job, ModelIdentity, Task
@@ -118,7 +119,7 @@ def run_session(request: Request, backend: Backend | None = None) -> Summary:
 
     Raises:
         SensebatchError: Something the user can put right, before any job was run.
-        StorageFullError: The disk is full; the run can go on later.
+        RunStoppedError: The disk is full, or the device failed; the run can go on later.
         StoppedError: A signal came before there was anything to stop.
     """
     backend = TorchBackend() if backend is None else backend
@@ -213,6 +214,9 @@ def _run_pending(
                 observer=display,
                 stop=stop,
             )
+    except RunFolderError as error:
+        # Before the first batch this is the user's to put right; now there is a run to go on with.
+        raise RunStoppedError(str(error)) from error
     finally:
         reader.close()
 

@@ -12,8 +12,11 @@ import torch
 from sensebatch.checkpoint.files import Checkpoint
 from sensebatch.config import MemoryConfig
 from sensebatch.engine.runtime import DTYPES
-from sensebatch.errors import OutOfMemoryError
+from sensebatch.errors import DeviceError, OutOfMemoryError
 from sensebatch.vram import Load, Placement, place
+
+_OUT_OF_MEMORY = ("not enough memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What torch says where its own error type is not used: host, driver and cuBLAS."""
 
 
 class DevicePeak:
@@ -47,7 +50,29 @@ def empty_cache(device: torch.device) -> None:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Returns whether torch says that the device or the host has no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in str(error) for words in _OUT_OF_MEMORY
+    )
+
+
+def check_device(device: torch.device, error: RuntimeError) -> None:
+    """Makes sure after an error that the device still computes.
+
+    Some errors of a kernel leave a process nothing but errors; others, such as a launch that was
+    refused, concern the batch alone. A small computation tells which it was.
+
+    Raises:
+        DeviceError: It does not; names the error that came before.
+    """
+    try:
+        works = torch.ones(2, device=device).sum().item() == 2
+    except RuntimeError:
+        works = False
+    if not works:
+        raise DeviceError(
+            f"{device} failed and this process can no longer use it; what is done is kept, the "
+            f"same command goes on from here: {str(error).splitlines()[0]}"
+        ) from error
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from sensebatch.contract import Checkpoints, Progress
 from sensebatch.engine.device_memory import (
     DevicePeak,
     cap_device_memory,
+    check_device,
     empty_cache,
     is_out_of_memory,
     plan_placement,
@@ -30,7 +31,13 @@ from sensebatch.engine.runtime import BACKENDS, DTYPES, resolve_attention
 from sensebatch.engine.tasks.interleave import run_interleave
 from sensebatch.engine.tasks.single_image import run_single_image
 from sensebatch.engine.tasks.state import PreparedJob, job_generator
-from sensebatch.errors import JobError, OutOfMemoryError
+from sensebatch.errors import (
+    CheckpointError,
+    JobError,
+    OutOfMemoryError,
+    RunStoppedError,
+    SensebatchError,
+)
 from sensebatch.jobs import (
     Batch,
     BatchMetrics,
@@ -105,8 +112,11 @@ class SenseNovaEngine:
                 results = self._run(runner, batch, inputs, checkpoints)
         except RuntimeError as error:
             if not is_out_of_memory(error):
+                check_device(device, error)
                 raise
             message = str(error).splitlines()[0]
+        except CheckpointError as error:
+            raise RunStoppedError(f"the weights can no longer be read: {error}") from error
         else:
             allocated, reserved = memory.read()
             return BatchResult(
@@ -140,7 +150,13 @@ class SenseNovaEngine:
             # No block is in host memory, so all are read again.
             del self._network, self._residency
             empty_cache(device)
-            self._network, self._residency = self._loader.load(after)
+            try:
+                self._network, self._residency = self._loader.load(after)
+            except (RuntimeError, SensebatchError) as error:
+                raise RunStoppedError(
+                    f"memory ran out and the weights could not be loaded again: {error}; "
+                    "a lower --vram-mode may help"
+                ) from error
         elif after.num_buffers != before.num_buffers:
             assert after.num_buffers is not None
             self._residency.shrink(after.num_buffers)

@@ -1,0 +1,32 @@
+"""Exit code 75 where a run was stopped by something that concerns every job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sensebatch.errors import DeviceError, RunFolderError, SensebatchError, StorageFullError
+from tests.cli.conftest import FakeBackend, Invoke
+
+
+@pytest.mark.parametrize("kind", [DeviceError, StorageFullError, RunFolderError])
+def test_run_that_cannot_go_on_is_resumable(
+    invoke: Invoke,
+    manifest: Path,
+    backend: FakeBackend,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type[SensebatchError],
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise kind("it is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backend.engine, "generate", fail)
+        ended = invoke("run", manifest)
+    assert ended.code == 75
+    assert "sensebatch: it is gone" in ended.err
+    counts = invoke("status", "outputs/small", "--json").json
+    assert (counts["failed"], counts["started"] + counts["pending"]) == (0, 5)
+    assert invoke("run", manifest).code == 0

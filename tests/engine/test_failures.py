@@ -1,0 +1,64 @@
+"""Errors of the device and of the weights that no later batch would survive."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from sensebatch.engine import engine as engine_module
+from sensebatch.engine.engine import SenseNovaEngine
+from sensebatch.errors import CheckpointError, DeviceError, OutOfMemoryError, RunStoppedError
+from tests.engine.test_engine import generate, load, make_config, make_job, raising
+
+ILLEGAL = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+
+def _refuse(*_: Any, **__: Any) -> None:
+    raise ILLEGAL
+
+
+@pytest.fixture(scope="module")
+def engine() -> SenseNovaEngine:
+    return load(make_config())
+
+
+def test_device_that_computes_no_more_is_told_apart_from_a_bad_batch(
+    monkeypatch: pytest.MonkeyPatch, engine: SenseNovaEngine
+) -> None:
+    monkeypatch.setattr(engine_module, "run_single_image", raising(ILLEGAL))
+    with pytest.raises(torch.AcceleratorError):
+        generate(engine, make_job("a"))
+    monkeypatch.setattr(torch, "ones", _refuse)
+    with pytest.raises(DeviceError, match=r"cpu failed .* illegal memory access"):
+        generate(engine, make_job("a"))
+
+
+@pytest.mark.parametrize("words", ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"])
+def test_memory_errors_of_the_driver_are_memory_errors(
+    monkeypatch: pytest.MonkeyPatch, engine: SenseNovaEngine, words: str
+) -> None:
+    monkeypatch.setattr(engine_module, "run_single_image", raising(RuntimeError(words)))
+    with pytest.raises(OutOfMemoryError):
+        generate(engine, make_job("a"))
+
+
+def test_weights_that_can_no_longer_be_read_stop_the_run(
+    monkeypatch: pytest.MonkeyPatch, engine: SenseNovaEngine
+) -> None:
+    monkeypatch.setattr(engine_module, "run_single_image", raising(CheckpointError("w: gone")))
+    with pytest.raises(RunStoppedError, match="can no longer be read: w: gone"):
+        generate(engine, make_job("a"))
+
+
+def test_room_that_cannot_be_made_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = load(make_config(vram_mode="full"))
+    failure = OutOfMemoryError("the weights did not fit")
+
+    def fails(*_: Any) -> None:
+        raise failure
+
+    monkeypatch.setattr(engine_module.NetworkLoader, "load", fails)
+    with pytest.raises(RunStoppedError, match="could not be loaded again"):
+        engine.make_room()
