@@ -68,6 +68,7 @@ class RunDir:
             RunFolderError: Another process holds it, or what is there is no run's folder.
         """
         with storage_errors(self.root):
+            self._require_own()
             try:
                 self.root.mkdir(parents=True, exist_ok=True)
             except FileExistsError:
@@ -81,14 +82,30 @@ class RunDir:
                 f"{self.root}: in use by another run{self._held_by()}; wait for it or stop it"
             ) from None
         try:
-            self._require_own()
             holder = {"pid": os.getpid(), "host": socket.gethostname()}
             write_atomic(self._holder, json.dumps(holder).encode())
             yield
+        finally:
             with suppress(OSError):
                 self._holder.unlink(missing_ok=True)
-        finally:
             lock.release()
+
+    def missing_folders(self) -> list[Path]:
+        """Returns the folders that `locked` is going to make, the innermost first."""
+        return [folder for folder in (self.root, *self.root.parents) if not folder.exists()]
+
+    def remove_unused(self, folders: Sequence[Path]) -> None:
+        """Removes the files of a run that never had a job, then folders as far as they are empty.
+
+        Args:
+            folders: Of `missing_folders`, before the run was opened.
+        """
+        state = [self.state.with_name(f"{self.state.name}{end}") for end in ("", "-wal", "-shm")]
+        with suppress(OSError):
+            for path in (*state, self.log, self._holder, self._lock):
+                path.unlink(missing_ok=True)
+            for folder in folders:
+                folder.rmdir()
 
     def in_use(self) -> bool:
         """Returns whether a process works in the folder now."""

@@ -118,6 +118,11 @@ class State:
             removed=sum(count for is_wanted, _, count in rows if not is_wanted),
         )
 
+    def has_jobs(self) -> bool:
+        """Returns whether the folder ever had a job."""
+        with self._db.reading() as db:
+            return db.execute("SELECT 1 FROM jobs LIMIT 1").fetchone() is not None
+
     def retry_failed(self) -> int:
         """Makes failed jobs pending again, with all their tries; returns how many."""
         with self._db.transaction() as db:

@@ -50,14 +50,17 @@ def open_store(root: Path) -> Iterator[Store]:
     """Opens a run's folder for one process, making it where there is none.
 
     What an interrupted process left half cleared up is cleared up, and log.parquet is there.
+    A new folder that an error leaves without a single job is removed again.
 
     Raises:
         RunFolderError: Another process holds the folder, or it is no run's.
         StorageFullError: The disk is full.
     """
     run_dir = RunDir(root)
+    made = run_dir.missing_folders()
     with run_dir.locked():
         state = State(run_dir.state)
+        is_used = True
         try:
             store = Store(
                 run_dir=run_dir,
@@ -69,5 +72,10 @@ def open_store(root: Path) -> Iterator[Store]:
             if not store.log.is_current():
                 store.log.write()
             yield store
+        except BaseException:
+            is_used = state.has_jobs()
+            raise
         finally:
             state.close()
+            if not is_used:
+                run_dir.remove_unused(made)

@@ -178,11 +178,27 @@ def test_unknown_option_is_a_usage_error(invoke: Invoke, manifest: Path) -> None
     assert invoke("run", manifest, "--batchsize", "3").code == 2
 
 
+def test_mistake_leaves_no_folder_behind_and_nothing_in_one_that_was_there(
+    invoke: Invoke, backend: FakeBackend, manifest: Path
+) -> None:
+    bad = manifest.with_name("bad.yaml")
+    bad.write_text("version: 1\njobs:\n  - {id: a, promt: a dot}\n", encoding="utf-8")
+    assert invoke("run", bad).code == 2
+    assert not Path("outputs").exists()
+    Path("mine").mkdir()
+    assert invoke("run", bad, "--output-dir", "mine").code == 2
+    assert list(Path("mine").iterdir()) == []
+    assert invoke("run", manifest, "--output-dir", "run").code == 0
+    assert invoke("run", bad, "--output-dir", "run").code == 2
+    assert invoke("status", "run", "--json").json["done"] == 5
+
+
 def test_folder_of_something_else_is_refused(invoke: Invoke, manifest: Path) -> None:
     Path("other/images").mkdir(parents=True)
     ended = invoke("run", manifest, "--output-dir", "other")
     assert ended.code == 2
     assert "choose another folder" in ended.err
+    assert [path.name for path in Path("other").iterdir()] == ["images"]
 
 
 def test_several_manifests_make_one_run(invoke: Invoke, manifest: Path, tmp_path: Path) -> None:
