@@ -20,7 +20,8 @@ from sensebatch.resolutions import PATCH_PIXELS
 
 GIB = 2**30
 
-_CALL = ["session", "batch_id", "task", "width", "height"]
+_CALL = ["session", "batch_id", "started_at", "task", "width", "height"]
+"""Identical jobs make batches of the same id; no two of a session start at the same time."""
 _MOST = ["total_s", "step_s", "peak_allocated_bytes", "peak_reserved_bytes", "peak_rss_bytes"]
 """Figures of a call: the same in each of its rows, but for what a row's own job added."""
 _SUM = ["num_images", "image_tokens"]

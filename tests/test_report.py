@@ -167,3 +167,10 @@ def test_what_is_no_log_is_named(tmp_path: Path, content: bytes | None) -> None:
         path.write_bytes(content)
     with pytest.raises(RunFolderError, match="expected the log of a run"):
         read_log(path)
+
+
+def test_batches_of_identical_jobs_are_calls_of_their_own() -> None:
+    later = datetime(2026, 1, 1, 0, 1, tzinfo=UTC)
+    log = _log(_row("a", "x"), _row("b", "x"), _row("c", "x", started_at=later))
+    total = summarise(log).total
+    assert (total.calls, total.jobs, total.wall_s) == (2, 3, 8.0)
