@@ -179,7 +179,7 @@ def test_unknown_option_is_a_usage_error(invoke: Invoke, manifest: Path) -> None
 
 
 def test_mistake_leaves_no_folder_behind_and_nothing_in_one_that_was_there(
-    invoke: Invoke, backend: FakeBackend, manifest: Path
+    invoke: Invoke, manifest: Path
 ) -> None:
     bad = manifest.with_name("bad.yaml")
     bad.write_text("version: 1\njobs:\n  - {id: a, promt: a dot}\n", encoding="utf-8")
