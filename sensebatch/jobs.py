@@ -241,7 +241,7 @@ class BatchMetrics:
     """Decoding text, think or interleave."""
     denoise_s: float = 0.0
     num_denoise_steps: int = 0
-    """Euler steps run, each over the whole batch."""
+    """Euler steps run, each over the jobs that share a pass."""
     total_s: float = 0.0
     """Wall time of the generation, what tok/s is measured by."""
     peak_allocated_bytes: int = 0

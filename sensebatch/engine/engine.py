@@ -53,7 +53,7 @@ from sensebatch.vram import Load, Placement, leaner
 
 
 class SenseNovaEngine:
-    """Implements the executor's `Engine` with a network that stays on one device.
+    """Implements the executor's `Engine` with a network that computes on one device.
 
     Args:
         loader: Loads the network anew where memory runs out.
