@@ -55,6 +55,14 @@ def id_error(job_id: str) -> str | None:
     return None
 
 
+def given_id(value: object) -> str | None:
+    """Returns the id that a row's field gives, or None where it is missing or cannot be used."""
+    if not isinstance(value, str):
+        return None
+    job_id = unicodedata.normalize("NFC", value)
+    return job_id if id_error(job_id) is None else None
+
+
 def _is_device(job_id: str) -> bool:
     return job_id.partition(".")[0].strip().lower() in _WINDOWS_DEVICES
 

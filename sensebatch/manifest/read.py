@@ -18,7 +18,7 @@ from sensebatch.jobs import Job, Source, Task
 from sensebatch.manifest.defaults import defaults_for, overlaid
 from sensebatch.manifest.expand import Expanded, expand
 from sensebatch.manifest.fields import JOB_FIELD_NAMES, JobFields
-from sensebatch.manifest.ids import IdRegistry, id_error
+from sensebatch.manifest.ids import IdRegistry, given_id, id_error
 from sensebatch.manifest.jsonl import jsonl_rows
 from sensebatch.manifest.problems import MAX_KEPT, Location, ProblemList, RowErrors, field_name
 from sensebatch.manifest.resolve import JobResolver, Origin, Warn
@@ -197,8 +197,12 @@ class ManifestReader:
         """Returns one job of a row, or None after adding what is wrong with it."""
         mistakes = RowErrors()
         read = job_of(expanded, task, origin, self._resolver, mistakes)
-        if read is not None and (other := self._ids.add(read.job.id, number)) is not None:
-            mistakes.add(*_collision(read, other))
+        given = given_id(expanded.fields.get("id"))
+        job_id = given if read is None else read.job.id
+        # Also of a job with other mistakes, so that nobody learns of it only in the next try.
+        if job_id is not None and (other := self._ids.add(job_id, number)) is not None:
+            same_row = other == origin.source.row
+            mistakes.add(*_collision(given, "another job of this row" if same_row else other))
             read = None
         for location, message in mistakes:
             errors.add(location, message)
@@ -224,19 +228,18 @@ def job_of(
     return None if job is None else ReadJob(job=job, fields=fields)
 
 
-def _collision(read: ReadJob, other: str) -> tuple[str, str]:
+def _collision(given: str | None, where: str) -> tuple[str, str]:
     """Returns the field and the message about an id that another job has.
 
     Args:
-        read: The later job.
-        other: The place of the earlier one.
+        given: The later job's id; None where it was made up.
+        where: The place of the earlier one.
     """
-    where = "another job of this row" if other == read.job.source.row else other
-    if read.fields.id is None:
+    if given is None:
         message = f"expected other content than that of {where}, found the same"
         return "", f"{message}; give one of the two an id or another seed"
     message = f"expected another id than that of {where}, even if upper and lower case are the same"
-    return "id", f"{message}, found {read.job.id!r}"
+    return "id", f"{message}, found {given!r}"
 
 
 def unit_of(path: Path) -> str:

@@ -161,3 +161,13 @@ def test_any_value_can_stand_in_an_id(value: object) -> None:
 
 def test_suffixes_come_in_the_order_of_names() -> None:
     assert with_suffixes("a", [("z", 1), ("b", 2)]) == "a-b=2-z=1"
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_colliding_ids_are_told_also_where_a_job_has_other_mistakes(
+    mistakes: Mistakes, bad: int
+) -> None:
+    rows = [{"id": "cat", "prompt": "x"}, {"id": "cat", "prompt": "y"}]
+    rows[bad]["promt"] = "z"
+    fields = [mistake.split(": ")[1] for mistake in mistakes(*rows)]
+    assert sorted(fields) == ["id", "promt"]
