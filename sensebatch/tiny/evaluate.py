@@ -252,6 +252,7 @@ def main(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, or tiny.")],
     out: Annotated[Path, typer.Option(help="Folder for scores.json and grid.png.")],
     count: Annotated[int, typer.Option(help="Held-out examples of each kind.")] = 500,
+    first: Annotated[int, typer.Option(help="Their first number; for choosing settings.")] = 0,
     through_run: Annotated[
         bool, typer.Option(help="Whether manifests go through `sensebatch run`.")
     ] = False,
@@ -259,20 +260,28 @@ def main(
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
     num_steps: Annotated[int | None, typer.Option()] = None,
     cfg_scale: Annotated[float | None, typer.Option()] = None,
+    img_cfg_scale: Annotated[float | None, typer.Option()] = None,
     timestep_shift: Annotated[float | None, typer.Option()] = None,
 ) -> None:
     """Scores a checkpoint on held-out scenes, in float32."""
-    given = {"num_steps": num_steps, "cfg_scale": cfg_scale, "timestep_shift": timestep_shift}
+    given = {
+        "num_steps": num_steps,
+        "cfg_scale": cfg_scale,
+        "img_cfg_scale": img_cfg_scale,
+        "timestep_shift": timestep_shift,
+    }
     sampling = {name: value for name, value in given.items() if value is not None}
     if through_run and sampling:
         raise typer.BadParameter("sampling settings of a run belong in its --config")
+    if through_run and first:
+        raise typer.BadParameter("a run is scored on the examples from 0 on")
     config = run_config(device=device, sampling=sampling)
     engine = open_engine(model, config)
     out.mkdir(parents=True, exist_ok=True)
     scores = (
         evaluate_run(model, out, config_file, count)
         if through_run
-        else evaluate(engine, config, dict.fromkeys(KINDS, count))
+        else evaluate(engine, config, dict.fromkeys(KINDS, count), first=first)
     )
     for kind, values in scores.items():
         print(kind, values.line(), flush=True)
