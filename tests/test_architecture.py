@@ -29,6 +29,9 @@ MAY_IMPORT = {
     "engine": NOUNS | {"contract", "config", "checkpoint", "vram"},
     "report": NOUNS | {"store"},
     "tiny": NOUNS | {"contract", "config", "checkpoint", "engine"},
+    "profile": NOUNS
+    | {"config", "settings", "inputs", "checkpoint", "manifest", "vram", "plan", "store"}
+    | {"report"},
 }
 """What each module or package beside `cli` may know; `cli` joins them and may know all."""
 

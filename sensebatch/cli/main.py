@@ -13,7 +13,20 @@ from typing import Annotated
 import typer
 
 import sensebatch
-from sensebatch.cli import edit, exits, interleave, manifest, model, plan, report, run, status, t2i
+from sensebatch.cli import (
+    doctor,
+    edit,
+    exits,
+    interleave,
+    manifest,
+    model,
+    plan,
+    profile,
+    report,
+    run,
+    status,
+    t2i,
+)
 from sensebatch.cli.messages import counted
 from sensebatch.cli.options import with_options
 from sensebatch.cli.signals import StoppedError
@@ -52,7 +65,14 @@ def _make_app() -> typer.Typer:
         context_settings=_SETTINGS,
     )
     app.callback()(_root)
-    for command in (run.run, plan.plan, status.status, report.report):
+    for command in (
+        run.run,
+        plan.plan,
+        status.status,
+        report.report,
+        profile.profile,
+        doctor.doctor,
+    ):
         app.command()(with_options(command))
     app.add_typer(manifest.app, name="manifest")
     app.add_typer(model.app, name="model")

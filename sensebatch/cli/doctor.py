@@ -1,0 +1,54 @@
+"""`sensebatch doctor`: what this machine is and how fast it copies and multiplies."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+
+def doctor(
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object: bytes and bytes a second.")
+    ] = False,
+) -> None:
+    """Print what this machine computes with, what memory is free, and how fast a GPU is.
+
+    Speeds are measured in about a second: copies from host memory to the device, pinned and
+    pageable, and a matrix product in bfloat16. A machine without a GPU has none of them.
+    """
+    from dataclasses import asdict
+
+    from sensebatch.engine.machine import look_at_machine
+
+    machine = asdict(look_at_machine())
+    if as_json:
+        print(json.dumps(machine))
+    else:
+        print("\n".join(_lines(machine)))
+
+
+def _lines(machine: Mapping[str, Any]) -> list[str]:
+    from sensebatch.vram import GIB
+
+    free, total = (machine[f"host_{kind}_bytes"] / GIB for kind in ("free", "total"))
+    lines = [
+        f"sensebatch      {machine['sensebatch']}",
+        f"python          {machine['python']}",
+        f"torch           {machine['torch']}, CUDA {machine['cuda'] or 'none'}",
+        f"flash-attn      {machine['flash_obstacle'] or 'usable'}",
+        f"host memory     {free:.1f} GiB free of {total:.1f}",
+    ]
+    gpu = machine["gpu"]
+    if gpu is None:
+        return [*lines, "device          cpu; torch finds no GPU, so no speed is measured"]
+    return [
+        *lines,
+        f"device          {gpu['name']}",
+        f"device memory   {gpu['free_bytes'] / GIB:.1f} GiB free of {gpu['total_bytes'] / GIB:.1f}",
+        f"copy, pinned    {gpu['pinned_bytes_per_s'] / GIB:.1f} GiB/s",
+        f"copy, pageable  {gpu['pageable_bytes_per_s'] / GIB:.1f} GiB/s",
+        f"matrix product  {gpu['gemm_flop_per_s'] / 1e12:.0f} TFLOP/s in bfloat16",
+    ]

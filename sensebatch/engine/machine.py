@@ -1,0 +1,121 @@
+"""What a machine is and how fast it copies and multiplies; measured, not looked up."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+import sensebatch
+from sensebatch.engine.runtime import resolve_attention
+from sensebatch.errors import ConfigError
+
+MEASURED_S = 0.25
+"""Seconds that each speed is measured for."""
+COPY_BYTES = 256 << 20
+GEMM_SIZE = 8192
+"""Side of the square matrices; large enough for full speed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """The device that `device: cuda` takes."""
+
+    name: str
+    free_bytes: int
+    total_bytes: int
+    pinned_bytes_per_s: float
+    """Copies from page-locked host memory to the device."""
+    pageable_bytes_per_s: float
+    gemm_flop_per_s: float
+    """bfloat16; a product of n by n matrices counts 2 n^3."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What sensebatch would compute with."""
+
+    sensebatch: str
+    python: str
+    torch: str
+    cuda: str | None
+    """That torch was built for; None for a build without."""
+    flash_obstacle: str | None
+    """Why flash-attn cannot be used; None where it can."""
+    host_free_bytes: int
+    host_total_bytes: int
+    gpu: Gpu | None
+
+
+def look_at_machine() -> Machine:
+    """Returns what this machine is; takes about a second where there is a GPU."""
+    has_gpu = torch.cuda.is_available()
+    host = psutil.virtual_memory()
+    return Machine(
+        sensebatch=sensebatch.__version__,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        cuda=torch.version.cuda,
+        flash_obstacle=_flash_obstacle("cuda" if has_gpu else "cpu"),
+        host_free_bytes=host.available,
+        host_total_bytes=host.total,
+        gpu=_look_at_gpu(torch.device("cuda", torch.cuda.current_device())) if has_gpu else None,
+    )
+
+
+def _flash_obstacle(device: str) -> str | None:
+    try:
+        resolve_attention("flash", device, "bfloat16")
+    except ConfigError as error:
+        return str(error).rpartition("usable: ")[2]
+    return None
+
+
+def _look_at_gpu(device: torch.device) -> Gpu:
+    free, total = torch.cuda.mem_get_info(device)
+    return Gpu(
+        name=torch.cuda.get_device_name(device),
+        free_bytes=free,
+        total_bytes=total,
+        pinned_bytes_per_s=copy_speed(device, COPY_BYTES, MEASURED_S, pin=True),
+        pageable_bytes_per_s=copy_speed(device, COPY_BYTES, MEASURED_S, pin=False),
+        gemm_flop_per_s=gemm_speed(device, GEMM_SIZE, MEASURED_S),
+    )
+
+
+def copy_speed(device: torch.device, num_bytes: int, seconds: float, *, pin: bool) -> float:
+    """Returns the bytes a second of copies from the host to a device."""
+    source = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=pin)
+    target = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    rounds = _rounds_per_s(device, seconds, lambda: target.copy_(source, non_blocking=pin))
+    return num_bytes * rounds
+
+
+def gemm_speed(device: torch.device, size: int, seconds: float) -> float:
+    """Returns the operations a second of a product of square bfloat16 matrices."""
+    left, right = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    out = torch.empty_like(left)
+    rounds = _rounds_per_s(device, seconds, lambda: torch.matmul(left, right, out=out))
+    return 2 * size**3 * rounds
+
+
+def _rounds_per_s(device: torch.device, seconds: float, once: Callable[[], object]) -> float:
+    """Returns how often something is done a second, the first and slower time not counted."""
+
+    def finish() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    once()
+    finish()
+    start, rounds = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        once()
+        # Waits each time, or launches would run ahead of the clock.
+        finish()
+        rounds += 1
+    return rounds / (time.perf_counter() - start)

@@ -1,0 +1,155 @@
+"""One row a case: what was set, what it cost, and how to do it again. To and from Parquet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_type_hints
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sensebatch.errors import RunFolderError
+from sensebatch.profile.suites import Suite
+from sensebatch.store.files import write_atomic
+
+PARQUET_NAME = "profile.parquet"
+DONE = "done"
+FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """What became of a case; figures are None where it did not get so far."""
+
+    suite: str
+    case: str
+    status: str
+    """`done`, or `failed` where any of its jobs is not done."""
+    error: str | None = None
+    task: str
+    think: bool
+    width: int
+    height: int
+    num_steps: int
+    num_jobs: int
+    model: str
+    setting: str
+    budget_bytes: int | None = None
+    host_budget_bytes: int | None = None
+    baseline: str | None = None
+    vram_mode: str | None = None
+    dtype: str | None = None
+    attn_backend: str | None = None
+    device: str | None = None
+    load_s: float | None = None
+    load_peak_allocated_bytes: int | None = None
+    load_peak_reserved_bytes: int | None = None
+    load_peak_rss_bytes: int | None = None
+    calls: int | None = None
+    jobs_done: int | None = None
+    images: int | None = None
+    text_tokens: int | None = None
+    wall_s: float | None = None
+    step_s: float | None = None
+    seconds_per_image: float | None = None
+    image_tok_per_s: float | None = None
+    ratio_to_baseline: float | None = None
+    peak_allocated_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    peak_rss_bytes: int | None = None
+    expected_peak_bytes: int | None = None
+    expected_ratio: float | None = None
+    torch_version: str | None = None
+    sensebatch_version: str
+    started_at: datetime
+    command: str
+
+
+def _arrow_type(hint: Any) -> pa.DataType:
+    kind = next(arg for arg in get_args(hint) if arg is not type(None)) if _optional(hint) else hint
+    return {
+        str: pa.string(),
+        int: pa.int64(),
+        float: pa.float64(),
+        bool: pa.bool_(),
+        datetime: pa.timestamp("us", tz="UTC"),
+    }[kind]
+
+
+def _optional(hint: Any) -> bool:
+    return isinstance(hint, UnionType)
+
+
+SCHEMA = pa.schema(
+    [
+        pa.field(name, _arrow_type(hint), nullable=_optional(hint))
+        for name, hint in get_type_hints(Row).items()
+    ]
+)
+"""The columns, described one by one in docs/profile.md."""
+
+_SAME = ("device", "torch_version", "model", "num_steps", "num_jobs", "width", "height", "dtype")
+"""What two cases must share for their speeds to be comparable."""
+
+
+def with_ratios(rows: Iterable[Row]) -> list[Row]:
+    """Returns the rows with speeds held against baselines, and estimates against peaks."""
+    rows = list(rows)
+    by_case = {row.case: row for row in rows}
+    return [
+        replace(
+            row,
+            ratio_to_baseline=_speed_ratio(row, by_case.get(row.baseline or "")),
+            expected_ratio=_ratio(row.expected_peak_bytes, row.peak_reserved_bytes),
+        )
+        for row in rows
+    ]
+
+
+def _speed_ratio(row: Row, baseline: Row | None) -> float | None:
+    if baseline is None or any(getattr(row, name) != getattr(baseline, name) for name in _SAME):
+        return None
+    return _ratio(row.image_tok_per_s, baseline.image_tok_per_s)
+
+
+def _ratio(amount: float | None, per: float | None) -> float | None:
+    return amount / per if amount and per else None
+
+
+def write_rows(folder: Path, rows: Iterable[Row]) -> None:
+    """Replaces the results in a folder."""
+    table = pa.Table.from_pylist([asdict(row) for row in rows], schema=SCHEMA)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    write_atomic(folder / PARQUET_NAME, sink.getvalue().to_pybytes())
+
+
+def read_rows(folder: Path, *, suite: Suite | None = None) -> list[Row]:
+    """Returns the results in a folder.
+
+    Args:
+        folder: Where they were written.
+        suite: What they must be of; None for any.
+
+    Raises:
+        RunFolderError: There are none, they are not ours, or they are of another suite.
+    """
+    path = folder / PARQUET_NAME
+    names = [field.name for field in fields(Row)]
+    try:
+        rows = [Row(**values) for values in pq.read_table(path, columns=names).to_pylist()]
+    except FileNotFoundError:
+        raise RunFolderError(f"{path}: expected the results of a profile, found no file") from None
+    except (OSError, pa.ArrowException, TypeError) as error:
+        raise RunFolderError(f"{path}: expected the results of a profile: {error}") from None
+    for row in rows:
+        if suite is not None and row.suite != suite:
+            raise RunFolderError(
+                f"{folder}: expected results of suite {suite}, found those of {row.suite}; give "
+                "another --output-dir"
+            )
+    return rows

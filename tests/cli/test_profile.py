@@ -1,0 +1,93 @@
+"""`sensebatch profile` and `sensebatch doctor`, without a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from sensebatch.cli import profile
+from sensebatch.profile.rows import write_rows
+from tests.cli.conftest import Invoke
+from tests.profile.results import result
+
+SMALL = ("--model", "synthetic:tiny", "--steps", "1", "--jobs", "1", "--size", "64x32")
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
+    """The command lines of cases; none is run, each fails."""
+    lines: list[Sequence[str]] = []
+
+    def launch(arguments: Sequence[str], _messages: Path) -> int:
+        lines.append(arguments)
+        return 2
+
+    monkeypatch.setattr(profile, "launch", launch)
+    return lines
+
+
+def test_failed_cases_are_reported_and_decide_the_exit_code(
+    invoke: Invoke, launched: list[Sequence[str]]
+) -> None:
+    ended = invoke("profile", "--suite", "modes", "--only", "low", *SMALL)
+    assert ended.code == 1
+    assert [line[:2] for line in launched] == [["run", "outputs/profile-modes/manifests/low.yaml"]]
+    assert "- low: exit code 2" in ended.out
+    assert Path("outputs/profile-modes/profile.md").read_text() == ended.out
+
+
+def test_left_out_cases_are_told(invoke: Invoke, launched: list[Sequence[str]]) -> None:
+    ended = invoke("profile", "--suite", "tasks", *SMALL)
+    assert len(launched) == 4
+    assert "interleave is left out" in ended.err
+
+
+def test_report_writes_the_document_again(invoke: Invoke, tmp_path: Path) -> None:
+    write_rows(tmp_path / "results", [result("full"), result("low")])
+    ended = invoke("profile", "--report", "results")
+    assert ended.code == 0
+    assert ended.out.startswith("# Profile: modes\n")
+    assert Path("results/profile.md").read_text() == ended.out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "--suite: expected tasks, budgets or modes"),
+        (["--suite", "modes", "--report", "x"], "--report: expected no other option"),
+        (["--report", "x"], "expected the results of a profile, found no file"),
+        (["--suite", "modes", "--size", "big"], "--size: expected WIDTHxHEIGHT, found 'big'"),
+        (["--suite", "modes", "--size", "33x32"], "--size: expected width as a positive multiple"),
+        (["--suite", "modes", "--only", "lean"], "--only: expected one of full"),
+        (["--suite", "modes", "--model", "./none"], "./none: expected"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_run(
+    invoke: Invoke, launched: list[Sequence[str]], args: list[str], message: str
+) -> None:
+    ended = invoke("profile", *args)
+    assert ended.code == 2
+    assert message in ended.err
+    assert launched == []
+
+
+def test_a_signal_ends_the_running_case_and_the_suite(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    child = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(200)"
+    monkeypatch.setattr(profile, "_MAIN", child)
+    with pytest.raises(KeyboardInterrupt):
+        profile.launch([], tmp_path / "said.txt")
+
+
+def test_doctor_describes_the_machine(invoke: Invoke) -> None:
+    machine = invoke("doctor", "--json").json
+    assert 0 < machine["host_free_bytes"] <= machine["host_total_bytes"]
+    ended = invoke("doctor")
+    assert ended.code == 0
+    assert machine["torch"] in ended.out
+    said = "no speed is measured" if machine["gpu"] is None else "GiB/s"
+    assert re.search(rf"^(device|copy).*{said}", ended.out, re.MULTILINE)

@@ -1,0 +1,68 @@
+"""The document says what the rows say, with the published figures beside them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from sensebatch.profile.markdown import format_markdown, published_markdown
+from sensebatch.profile.rows import FAILED, with_ratios
+from sensebatch.profile.suites import Suite
+from tests.profile.results import result
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "profile.md"
+FIGURES = ("wall_s", "step_s", "seconds_per_image", "image_tok_per_s", "images")
+NONE = dict.fromkeys(FIGURES)
+
+SPEED = """\
+| case | memory options | mode taken | images | s/step | s/image | tok/s | ratio | \
+peak alloc / res GiB | RSS GiB | expected GiB | expected / reserved |
+| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| full | `--vram-mode full` | full | 8 | 0.3750 | 20.000 | 204.80 | 1.000 | 34.00 / 35.00 | \
+6.00 | 34.00 | 0.971 |
+| low (failed) | `--vram-mode low` | low | - | - | - | - | - | 34.00 / 35.00 | 6.00 | 34.00 | \
+0.971 |
+"""
+BESIDE = """\
+| full | release | 22.108 → 20.000 | 185.27 → 204.80 | 34.83 / 35.82 → 34.00 / 35.00 | \
+- → 6.00 | - → 32.00 / 33.00 | - → 5.00 |
+| balanced | release | 112.394 → - | 36.44 → - | 6.78 / 12.50 → - | 47.18 → - | - → - | 0.95 → - |
+"""
+
+
+def _document(**changes: object) -> str:
+    low = result("low", status=FAILED, error="low-1: it broke", **NONE)
+    return format_markdown(with_ratios([result("full", **changes), low]))
+
+
+def test_tables_are_these() -> None:
+    text = _document()
+    assert SPEED in text
+    assert BESIDE in text
+    assert "- low: low-1: it broke" in text
+    assert "```\nsensebatch run full.yaml\nsensebatch run low.yaml\n```" in text
+    assert "- device: a GPU" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "scaled"),
+    [({}, False), ({"num_steps": 4}, True), ({"height": 64}, True), ({"model": "tiny"}, True)],
+)
+def test_figures_of_other_work_are_not_passed_off_as_comparable(
+    changes: dict[str, object], scaled: bool
+) -> None:
+    assert ("These cases were scaled down" in _document(**changes)) == scaled
+
+
+def test_every_table_has_as_many_cells_as_columns() -> None:
+    blocks = re.findall(r"(?:^\|.*\|\n)+", _document(), re.MULTILINE)
+    assert len(blocks) == 3
+    for block in blocks:
+        assert len({line.count("|") for line in block.splitlines()}) == 1
+
+
+@pytest.mark.parametrize("suite", Suite)
+def test_published_tables_of_the_documentation_are_the_data(suite: Suite) -> None:
+    assert published_markdown(suite) in DOCUMENT.read_text(encoding="utf-8")

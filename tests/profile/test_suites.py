@@ -1,0 +1,118 @@
+"""The suites are those that were asked for, and their manifests say what they claim."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sensebatch.errors import ConfigError
+from sensebatch.jobs import Task
+from sensebatch.manifest.read import read_manifest
+from sensebatch.profile.published import SOURCES, published
+from sensebatch.profile.suites import (
+    Scale,
+    Suite,
+    chosen_cases,
+    run_arguments,
+    suite_cases,
+    write_manifest,
+)
+from sensebatch.resolutions import Resolution
+from sensebatch.settings import resolve_settings
+
+SETTINGS = {
+    Suite.MODES: {
+        "full": "--vram-mode full",
+        "fast": "--vram-mode fast",
+        "balanced": "--vram-mode balanced",
+        "low": "--vram-mode low",
+    },
+    Suite.BUDGETS: {
+        "full": "--vram-mode full",
+        "27gib": "--max-memory 0=27GiB",
+        "20gib": "--max-memory 0=20GiB",
+        "13gib": "--max-memory 0=13GiB",
+        "9gib": "--max-memory 0=9GiB",
+        "7gib": "--max-memory 0=7GiB",
+        "7gib-cpu20gib": "--max-memory 0=7GiB,cpu=20GiB",
+    },
+    Suite.TASKS: {
+        "t2i": "--vram-mode full",
+        "t2i-think": "--vram-mode full",
+        "edit": "--vram-mode full",
+        "edit-13gib": "--max-memory 0=13GiB",
+        "interleave": "--vram-mode full",
+        "interleave-13gib": "--max-memory 0=13GiB",
+    },
+}
+
+
+@pytest.mark.parametrize("suite", Suite)
+def test_cases_have_the_settings_of_the_published_tables(suite: Suite) -> None:
+    cases = suite_cases(suite, Scale(model="some/checkpoint"))
+    assert {case.name: case.setting for case in cases} == SETTINGS[suite]
+
+
+def test_made_up_weights_tell_no_stories() -> None:
+    cases = suite_cases(Suite.TASKS, Scale())
+    assert [case.name for case in cases] == ["t2i", "t2i-think", "edit", "edit-13gib"]
+
+
+@pytest.mark.parametrize("suite", Suite)
+def test_manifests_are_jobs_of_the_published_size(suite: Suite, tmp_path: Path) -> None:
+    scale = Scale(model="some/checkpoint")
+    config = resolve_settings(flags={"model.model": scale.model})
+    for case in suite_cases(suite, scale):
+        jobs = list(read_manifest(write_manifest(case, scale, tmp_path), config))
+        story = case.task is Task.INTERLEAVE
+        assert len(jobs) == (1 if story else 8)
+        assert len({job.seed for job in jobs}) == len(jobs)
+        for job in jobs:
+            assert (job.task, job.think) == (case.task, case.think)
+            assert str(job.resolution) == ("2048x1152" if story else "2048x2048")
+            assert (job.sampling.num_steps, job.sampling.cfg_scale) == (50, 4.0)
+            assert job.sampling.timestep_shift == 3.0
+            assert [(image.width, image.height) for image in job.images] == (
+                [(2048, 2048)] if case.task is Task.EDIT else []
+            )
+            assert not story or job.sampling.max_images == 6
+
+
+def test_a_suite_can_be_scaled_down(tmp_path: Path) -> None:
+    scale = Scale(
+        model="synthetic:tiny", num_steps=2, num_jobs=3, resolution=Resolution(height=32, width=64)
+    )
+    config = resolve_settings(flags={"model.model": scale.model})
+    for case in suite_cases(Suite.TASKS, scale):
+        jobs = list(read_manifest(write_manifest(case, scale, tmp_path), config))
+        assert [(str(job.resolution), job.sampling.num_steps) for job in jobs] == [("64x32", 2)] * 3
+
+
+def test_a_case_is_an_ordinary_run() -> None:
+    scale = Scale()
+    case = suite_cases(Suite.BUDGETS, scale)[-1]
+    assert run_arguments(case, scale, Path("a.yaml"), Path("out")) == [
+        "run", "a.yaml", "--model", "synthetic:8b", "--max-memory", "0=7GiB,cpu=20GiB",
+        "--output-dir", "out", "--json",
+    ]  # fmt: skip
+
+
+def test_cases_are_chosen_by_name() -> None:
+    cases = suite_cases(Suite.MODES, Scale())
+    assert [case.name for case in chosen_cases(cases, ["low", "full"])] == ["full", "low"]
+    assert chosen_cases(cases, []) == cases
+    with pytest.raises(ConfigError, match=r"--only: expected one of full, fast, .*found 'lean'"):
+        chosen_cases(cases, ["lean"])
+
+
+@pytest.mark.parametrize("suite", Suite)
+def test_published_rows_are_of_cases_and_name_their_source(suite: Suite) -> None:
+    rows = published(suite)
+    assert {row.case for row in rows} <= set(SETTINGS[suite])
+    assert {row.source for row in rows} <= set(SOURCES)
+    for row in rows:
+        if row.seconds_per_image and row.image_tok_per_s:
+            tokens = 2304 if row.case == "interleave" else 4096
+            expected = 4029 if row.case == "edit" else tokens
+            assert row.seconds_per_image * row.image_tok_per_s == pytest.approx(expected, rel=2e-3)
