@@ -26,15 +26,20 @@ def plan(
         bool, typer.Option("--json", help="Print one JSON object instead of a table.")
     ] = False,
 ) -> None:
-    """Print how manifests would be cut into batches, as if nothing were done yet."""
+    """Print how manifests would be cut into batches, as if nothing were done yet.
+
+    Also what the memory modes need, on the GPU and the host, with a checkpoint that is on disk.
+    """
     from sensebatch.cli.messages import warn_of
+    from sensebatch.cli.placement import memory_summary
     from sensebatch.manifest.read import read_manifests
     from sensebatch.plan import make_plan, plan_entry, plan_summary
     from sensebatch.settings import resolve_settings
 
     config = resolve_settings(config_file=model.config, flags=model.flags() | batch.flags())
     jobs = read_manifests(manifests, config, task=task, limit=limit, warn=warn_of)
-    summary = plan_summary(make_plan((plan_entry(job) for job in jobs), config.memory))
+    made = make_plan((plan_entry(job) for job in jobs), config.memory)
+    summary = plan_summary(made) | {"memory": memory_summary(made, config)}
     if as_json:
         print(json.dumps(summary))
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 MAX_NAMES = 5
+MAX_GROUPS = 12
 
 
 def _table(*columns: str, words: int = 1) -> Table:
@@ -56,7 +57,23 @@ def print_plan(summary: Mapping[str, Any]) -> None:
         f"{counted(summary['jobs'], 'job')}, {bound}{counted(summary['images'], 'image')}, "
         f"batches: {summary['batches']:,}"
     )
-    _print(table, total)
+    _print(table, total, *_memory(summary["memory"]))
+
+
+def _memory(placements: Sequence[Mapping[str, Any]] | None) -> list[object]:
+    """Returns the table of what memory modes need; nothing where it is not known."""
+    if placements is None:
+        return []
+    table = _table("memory mode", "GPU GiB", "host GiB", "jobs a pass, by group")
+    for placement in placements:
+        table.add_row(
+            placement["vram_mode"],
+            f"{placement['device_bytes'] / GIB:.2f}",
+            f"{placement['host_bytes'] / GIB:.2f}",
+            ", ".join(map(str, placement["jobs_per_pass"][:MAX_GROUPS]))
+            + (", ..." if len(placement["jobs_per_pass"]) > MAX_GROUPS else ""),
+        )
+    return ["", table]
 
 
 def print_groups(summary: Summary) -> None:
