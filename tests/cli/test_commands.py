@@ -115,6 +115,8 @@ WITHOUT_MODEL = [
     ["model", "inspect", "tiny"],
     ["status", "outputs/none"],
     ["report", "outputs/none"],
+    ["profile", "--report", "outputs/none"],
+    ["profile", "--suite", "modes", "--only", "none"],
 ]
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from sensebatch.cli import profile
-from sensebatch.profile.rows import write_rows
+from sensebatch.profile import suites
+from sensebatch.profile.rows import read_rows, write_rows
 from tests.cli.conftest import Invoke
 from tests.profile.results import result
 
@@ -43,6 +44,23 @@ def test_left_out_cases_are_told(invoke: Invoke, launched: list[Sequence[str]]) 
     ended = invoke("profile", "--suite", "tasks", *SMALL)
     assert len(launched) == 4
     assert "interleave is left out" in ended.err
+
+
+@pytest.mark.usefixtures("backend")
+def test_a_case_with_a_failed_job_is_failed_and_keeps_its_figures(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def launch(arguments: Sequence[str], _messages: Path) -> int:
+        return invoke(*arguments).code
+
+    monkeypatch.setattr(profile, "launch", launch)
+    monkeypatch.setattr(suites, "PROMPTS", ("a dot", "a line that fails"))
+    small = (*SMALL[:4], "--jobs", "4", *SMALL[6:])
+    ended = invoke("profile", "--suite", "modes", "--only", "full", *small)
+    assert ended.code == 1
+    row = read_rows(Path("outputs/profile-modes"))[0]
+    assert (row.status, row.num_jobs, row.jobs_done, row.images) == ("failed", 4, 2, 2)
+    assert (row.error or "").startswith("full-2: ValueError: ")
 
 
 def test_report_writes_the_document_again(invoke: Invoke, tmp_path: Path) -> None:
