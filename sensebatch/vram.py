@@ -304,6 +304,9 @@ def _placement(
     parked = num_buffers is not None
     working = working_bytes(arch, loads, tokens_per_pass, item_bytes, parked=parked)
     staging = NUM_STAGING * weights.block
+    if not embed:
+        # They are looked up in host memory, whatever is left for blocks.
+        host = max(host - weights.embeddings, 0)
     kept = weights.blocks if weights.blocks <= host else max(host - staging, 0) + staging
     return Placement(
         mode=mode,
