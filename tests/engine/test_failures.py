@@ -19,6 +19,10 @@ def _refuse(*_: Any, **__: Any) -> None:
     raise ILLEGAL
 
 
+def _full(*_: Any, **__: Any) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 @pytest.fixture(scope="module")
 def engine() -> SenseNovaEngine:
     return load(make_config())
@@ -28,6 +32,9 @@ def test_device_that_computes_no_more_is_told_apart_from_a_bad_batch(
     monkeypatch: pytest.MonkeyPatch, engine: SenseNovaEngine
 ) -> None:
     monkeypatch.setattr(engine_module, "run_single_image", raising(ILLEGAL))
+    with pytest.raises(torch.AcceleratorError):
+        generate(engine, make_job("a"))
+    monkeypatch.setattr(torch, "ones", _full)
     with pytest.raises(torch.AcceleratorError):
         generate(engine, make_job("a"))
     monkeypatch.setattr(torch, "ones", _refuse)
