@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from sensebatch.cli import exits
 from sensebatch.cli.messages import counted, say
 from sensebatch.cli.progress import duration
 from sensebatch.cli.session import SUMMARY_NAME
+from sensebatch.errors import RunStoppedError
 from sensebatch.executor import Summary
 from sensebatch.report import Summary as Report
 from sensebatch.report import format_summary, read_log, summarise, summary_json
@@ -52,6 +54,18 @@ def finish(
     for path in outputs or ():
         say(f"  wrote    {path}")
     raise typer.Exit(exit_code(summary))
+
+
+@contextmanager
+def telling_stops(root: Path, *, as_json: bool) -> Iterator[None]:
+    """Prints the object of `--json` also where an error stops the run of the block."""
+    try:
+        yield
+    except RunStoppedError as error:
+        if as_json:
+            values = {"output_dir": str(root), "exit_code": exits.RESUMABLE, "stopped": True}
+            print(json.dumps({**values, "error": str(error)}))
+        raise
 
 
 def exit_code(summary: Summary) -> int:

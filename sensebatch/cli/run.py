@@ -40,7 +40,7 @@ def run(
     and resumable by the same command, 130 or 143 after a second signal.
     """
     from sensebatch.cli.messages import warn_of
-    from sensebatch.cli.outcome import finish
+    from sensebatch.cli.outcome import finish, telling_stops
     from sensebatch.cli.session import Request, run_session
     from sensebatch.manifest.read import manifest_name, read_manifests
     from sensebatch.settings import resolve_settings
@@ -54,4 +54,6 @@ def run(
         sources=tuple(str(path) for path in manifests),
         jobs=lambda: read_manifests(manifests, config, task=task, limit=limit, warn=warn_of),
     )
-    finish(root, run_session(request), profile=profile, as_json=as_json)
+    with telling_stops(root, as_json=as_json):
+        summary = run_session(request)
+    finish(root, summary, profile=profile, as_json=as_json)

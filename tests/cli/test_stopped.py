@@ -24,8 +24,10 @@ def test_run_that_cannot_go_on_is_resumable(
 
     with monkeypatch.context() as patch:
         patch.setattr(backend.engine, "generate", fail)
-        ended = invoke("run", manifest)
+        ended = invoke("run", manifest, "--json")
     assert ended.code == 75
+    assert ended.json["stopped"]
+    assert (ended.json["exit_code"], ended.json["error"]) == (75, "it is gone")
     assert "sensebatch: it is gone" in ended.err
     counts = invoke("status", "outputs/small", "--json").json
     assert (counts["failed"], counts["started"] + counts["pending"]) == (0, 5)
