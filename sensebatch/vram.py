@@ -341,12 +341,10 @@ def _within(
         extra = (limit - lean.device_bytes) // block
         num_buffers = RING + extra
         kept = min(extra, arch.num_layers)
-        host = lean.host_budget_bytes
         return replace(
             lean,
             mode="fast" if kept == arch.num_layers else base,
             num_buffers=num_buffers,
-            host_budget_bytes=host,
             device_bytes=lean.device_bytes + extra * block,
             reason=f"{what} holds {kept} of {arch.num_layers} generation layers; "
             "the others are streamed",
