@@ -123,8 +123,8 @@ def _pass_bytes(arch: Architecture, tokens: int, longest: int, item_bytes: int) 
     hidden, query = arch.hidden_size, arch.num_heads * arch.head_dim
     key = arch.num_kv_heads * arch.head_dim
     rows = min(tokens, ROWS)
-    # Few tokens are not overwritten, so what the pass began with stays beside them.
-    held = tokens * hidden * (2 if tokens <= ROWS else 1)
+    # What few tokens began with stays beside them; a group with longer prompts has shorter ones.
+    held = hidden * max(tokens, 2 * rows)
     projected = tokens * (query + 2 * key)
     attended = tokens * query
     project = held + projected + rows * (hidden + 6 * query + 2 * key)
