@@ -86,9 +86,11 @@ class RunDir:
             write_atomic(self._holder, json.dumps(holder).encode())
             yield
         finally:
-            with suppress(OSError):
-                self._holder.unlink(missing_ok=True)
-            lock.release()
+            try:
+                with suppress(OSError):
+                    self._holder.unlink(missing_ok=True)
+            finally:
+                lock.release()
 
     def missing_folders(self) -> list[Path]:
         """Returns the folders that `locked` is going to make, the innermost first."""

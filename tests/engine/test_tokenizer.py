@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from sensebatch.checkpoint.files import TINY_FOLDER
 from sensebatch.engine.model.tokenizer import SPECIAL_TOKENS, HFTokenizer, cut_literals
@@ -110,27 +110,41 @@ def test_python_files_of_the_folder_are_not_executed(
     assert HFTokenizer(folder).encode("a cat") == tokenizer.encode("a cat")
 
 
-def test_official_layout_of_tokenizer_files_is_read(tmp_path: Path, tokenizer: HFTokenizer) -> None:
+def test_official_layout_of_tokenizer_files_is_read(tmp_path: Path) -> None:
     """The official folders name Qwen2Tokenizer and may hold vocab.json and merges.txt alone."""
-    content = json.loads((TINY_FOLDER / "tokenizer.json").read_text())
-    model = content["model"]
+    text = "user\na red circle, and <img> as text"
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.train_from_iterator(
+        [text] * 3,
+        trainers.BpeTrainer(
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+        ),
+    )
+    model = json.loads(trained.to_str())["model"]
+    assert model["merges"]
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
     merges = [" ".join(pair) for pair in model["merges"]]
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    special = (*SPECIAL_TOKENS, "<|endoftext|>")
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     config = {
         "tokenizer_class": "Qwen2Tokenizer",
         "eos_token": "<|im_end|>",
         "unk_token": None,
         "pad_token": "<|endoftext|>",
         "added_tokens_decoder": {
-            str(token["id"]): {key: token[key] for key in token if key != "id"}
-            for token in content["added_tokens"]
+            str(number): {"content": token, "special": "think" not in token, **flags}
+            for number, token in enumerate(special, start=len(model["vocab"]))
         },
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     shutil.copy(TINY_FOLDER / "config.json", tmp_path / "config.json")
     official = HFTokenizer(tmp_path)
-    text = "user\na red circle, and <img> as text"
-    assert official.encode(text) == tokenizer.encode(text)
-    assert official.eos_id == tokenizer.eos_id
+    ids = official.encode(text)
+    assert official.token_id("<img>") not in ids
+    assert official.decode(ids) == text
+    first = "user\na red circle"
+    assert official.encode(first) == trained.encode(first).ids
+    assert official.eos_id == len(model["vocab"]) + special.index("<|im_end|>")
     assert official.decode([official.token_id("<think>"), official.eos_id]) == "<think>"
