@@ -1,0 +1,118 @@
+"""Schedule, noise scale, guidance intervals and stops: also what no golden loop tells apart."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sensebatch.checkpoint.architecture import parse_architecture
+from sensebatch.config import default_config
+from sensebatch.engine.sampling.flow_matching import (
+    initial_noise,
+    noise_scale,
+    timesteps,
+    velocity_from_image,
+)
+from sensebatch.engine.sampling.guidance import Guidance
+from sensebatch.engine.tasks.interleave import run_interleave
+from sensebatch.jobs import CfgNorm, Task
+from tests.engine.golden_model import KeptImages, build_job, build_runner, infer
+from tests.golden_data import GOLDEN, golden_config, load_case
+
+SCHEDULE = json.loads((GOLDEN / "common" / "schedule.json").read_text())
+SAMPLING = default_config("official").tasks[Task.T2I].sampling
+
+
+@pytest.mark.parametrize("case", SCHEDULE["timesteps"])
+def test_timesteps_match_the_reference(case: dict) -> None:
+    found = timesteps(case["num_steps"], case["timestep_shift"])
+    expected = torch.tensor(case["timesteps"], dtype=torch.float64).float()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", SCHEDULE["noise_scale"])
+def test_noise_scale_matches_the_reference(case: dict) -> None:
+    arch = parse_architecture(golden_config(case["config"]))
+    found = noise_scale(
+        case["image_tokens"],
+        scale=arch.noise_scale,
+        mode=arch.noise_scale_mode,
+        base_image_seq_len=arch.noise_scale_base_image_seq_len,
+        max_value=arch.noise_scale_max_value,
+    )
+    assert found == pytest.approx(case["noise_scale"], rel=1e-6)
+    ratio = found / arch.noise_scale_max_value
+    assert ratio == pytest.approx(case["embedder_input"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"), [("resolution", 8.0), ("dynamic", 8.0), ("dynamic_sqrt", 8.0**0.5)]
+)
+def test_noise_scale_of_each_mode(mode: str, expected: float) -> None:
+    found = noise_scale(4 * 64, scale=4.0, mode=mode, base_image_seq_len=64, max_value=100.0)
+    assert found == pytest.approx(expected)
+    capped = noise_scale(4 * 64, scale=4.0, mode=mode, base_image_seq_len=64, max_value=2.0)
+    assert capped == 2.0
+
+
+def test_the_velocity_near_the_end_is_divided_by_a_fiftieth() -> None:
+    x, z = torch.tensor([1.0]), torch.tensor([0.0])
+    assert velocity_from_image(x, z, 0.5).item() == pytest.approx(2.0)
+    assert velocity_from_image(x, z, 0.999).item() == pytest.approx(50.0)
+
+
+def test_later_pictures_of_a_job_have_other_noise_from_the_same_generator() -> None:
+    generator = torch.Generator().manual_seed(1)
+    first, second = (initial_noise(32, 64, 2.0, generator) for _ in range(2))
+    again = torch.Generator().manual_seed(1)
+    assert torch.equal(initial_noise(32, 64, 2.0, again), first)
+    assert torch.equal(initial_noise(32, 64, 2.0, again), second)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("task", "interval", "t", "active"),
+    [
+        (Task.T2I, (0.25, 0.75), 0.25, True),
+        (Task.T2I, (0.25, 0.75), 0.75, True),
+        (Task.T2I, (0.25, 0.75), 0.76, False),
+        (Task.T2I, (0.0, 0.5), 0.9, False),
+        (Task.EDIT, (0.25, 0.75), 0.25, False),
+        (Task.EDIT, (0.25, 0.75), 0.5, True),
+        (Task.EDIT, (0.25, 0.75), 0.75, False),
+        (Task.EDIT, (0.0, 0.5), 0.9, True),
+        (Task.INTERLEAVE, (0.25, 0.75), 0.75, False),
+        (Task.INTERLEAVE, (0.0, 0.5), 0.9, True),
+    ],
+)
+def test_the_interval_is_closed_for_t2i_and_open_for_the_others(
+    task: Task, interval: tuple[float, float], t: float, active: bool
+) -> None:
+    guidance = Guidance(task, replace(SAMPLING, cfg_interval=interval))
+    assert guidance.active(t) is active
+    assert (len(guidance.branches_at(t)) == 1) is not active
+
+
+def test_cfg_zero_star_stands_still_at_step_0_only_where_guidance_is_active() -> None:
+    velocities = {"cond": torch.ones(4, 3), "uncond": torch.full((4, 3), 0.5)}
+    sampling = replace(SAMPLING, cfg_norm=CfgNorm.CFG_ZERO_STAR, cfg_interval=(0.5, 1.0))
+    guidance = Guidance(Task.T2I, sampling)
+    assert torch.equal(guidance.combine(velocities, 0, 0.6), torch.zeros(4, 3))
+    assert torch.equal(guidance.combine(velocities, 0, 0.1), velocities["cond"])
+    assert guidance.combine(velocities, 1, 0.6).abs().sum() > 0
+
+
+def test_an_interleave_job_stops_at_its_last_picture() -> None:
+    case = load_case("dense_fm", "il_text_nothink")
+    runner = build_runner(case)
+    prepared = build_job(case, case.params["system_message"])
+    job = replace(prepared.job, sampling=replace(prepared.job.sampling, max_images=1))
+    with infer():
+        (result,) = run_interleave(runner, [(0, replace(prepared, job=job))], KeptImages(1))
+    assert case.outputs["num_images"] > 1
+    assert len(result.images) == 1
+    assert result.text is not None
+    assert result.text.endswith("<image>")
