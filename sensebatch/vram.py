@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.checkpoint.tensors import (
-    TensorGroup,
     expected_tensors,
     head_part_rows,
     largest_layer_elements,
@@ -98,12 +97,6 @@ def weight_bytes(arch: Architecture, item_bytes: int) -> WeightBytes:
         embeddings=vocabulary * item_bytes,
         rest=(total - layers - 2 * vocabulary) * item_bytes,
     )
-
-
-def expert_bytes(arch: Architecture, group: TensorGroup, item_bytes: int) -> int:
-    """Returns the bytes of all weights of one group."""
-    specs = expected_tensors(arch).values()
-    return item_bytes * sum(spec.num_elements for spec in specs if spec.group is group)
 
 
 def cache_bytes(arch: Architecture, tokens: int, item_bytes: int) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.engine.memory.blocks import Block, Layout, layout_of, new_buffer
 from sensebatch.engine.memory.host import HostStore
-from sensebatch.engine.memory.lanes import lane_for
+from sensebatch.engine.memory.lanes import Lane, lane_for
 from sensebatch.engine.memory.pool import Pool
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.state_dict_adapter import Slot, checkpoint_slots
@@ -74,7 +74,7 @@ class Residency:
         network.generation.lend = self._lender(self._generation)
         network.lm_head.lend = self._lender(self._head)
         if self._whole:
-            self._load_all(blocks)
+            self._load_all(blocks, lane)
 
     @property
     def is_whole(self) -> bool:
@@ -112,13 +112,13 @@ class Residency:
     ) -> Callable[[int], AbstractContextManager[nn.Module]]:
         return lambda index: self._pool.lend(blocks[index])
 
-    def _load_all(self, blocks: Sequence[Block]) -> None:
+    def _load_all(self, blocks: Sequence[Block], lane: Lane) -> None:
         """Gives every block the buffer of its own size, for good."""
         self._pool.schedule(blocks, keep=True)
         for block in blocks:
             with self._pool.lend(block):
                 pass
-        self._host.close()
+        self._host.close(lane)
 
 
 def _pieces_by_parameter(arch: Architecture) -> dict[str, Pieces]:

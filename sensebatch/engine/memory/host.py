@@ -75,11 +75,13 @@ class HostStore:
                 self._staging.append((self._pinned(staging), lane.new_mark()))
             self._reader = ThreadPoolExecutor(1, thread_name_prefix="sensebatch-reader")
 
-    def close(self) -> None:
-        """Lets go of what is needed only while blocks are copied."""
+    def close(self, lane: Lane) -> None:
+        """Lets go of what is needed only while blocks are copied, once the copies are done."""
         if self._reader is not None:
             self._reader.shutdown()
             self._reader = None
+        for _, copied in self._staging:
+            lane.finish(copied)
         self._staging.clear()
         if not self._kept:
             self._pins.clear()
