@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -44,10 +45,14 @@ class RuleWeights:
         self.weights = weights
         self.num_reads = 0
         self.fails = False
+        self.failing = ""
+        """Part of the names that cannot be read; empty for none."""
+        self.failed = threading.Event()
 
     def read_into(self, name: str, rows: tuple[int, int] | None, target: torch.Tensor) -> None:
         assert target.is_contiguous()
-        if self.fails:
+        if self.fails or (self.failing and self.failing in name):
+            self.failed.set()
             raise CheckpointError(f"{name}: the disk is gone")
         self.num_reads += 1
         weight = self.weights[name]
@@ -139,6 +144,24 @@ def test_a_failed_read_is_an_error_of_the_batch_and_not_of_the_next() -> None:
         run_case(runner, case)
     source.fails = False
     assert torch.equal(run_case(runner, case)[0], expected[0])
+
+
+def test_a_copy_ahead_that_failed_is_made_again_in_the_next_phase() -> None:
+    case = load_case("dense_fm", "t2i_cfg4_none")
+    runner, source, residency = moving_runner(case, 2, 0)
+    generation = runner.network.generation
+    residency.denoise()
+    source.failing = ".layers.2."
+    # Layers 1 and 2 are copied ahead, while 0 is used and behind it.
+    with generation.lend(0):
+        pass
+    assert source.failed.wait(30)
+    residency.denoise()
+    source.failing = ""
+    with generation.lend(2) as layer:
+        weights = {name: value.clone() for name, value in layer.named_parameters()}
+    pristine = build_runner(case).network.generation.layers[2]
+    assert all(torch.equal(weights[name], value) for name, value in pristine.named_parameters())
 
 
 class Allocations(TorchDispatchMode):
