@@ -23,11 +23,12 @@ from sensebatch.engine.device_memory import (
 from sensebatch.engine.loading import NetworkLoader, open_weights
 from sensebatch.engine.model.attention import Attention
 from sensebatch.engine.model.network import Network
-from sensebatch.engine.model.tokenizer import HFTokenizer, Tokenizer
+from sensebatch.engine.model.tokenizer import IMG_START, HFTokenizer, Tokenizer
 from sensebatch.engine.preprocess import load_input
 from sensebatch.engine.residency import Residency
 from sensebatch.engine.runner import PassLimits, Runner
 from sensebatch.engine.runtime import BACKENDS, DTYPES, resolve_attention
+from sensebatch.engine.sampling.text import Script
 from sensebatch.engine.tasks.interleave import run_interleave
 from sensebatch.engine.tasks.single_image import run_single_image
 from sensebatch.engine.tasks.state import PreparedJob, job_generator
@@ -63,6 +64,7 @@ class SenseNovaEngine:
         attention: How one run or picture attends.
         pixel_limits: Sizes of input images.
         info: What the log says of it.
+        script: What jobs say, where the weights are made up.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class SenseNovaEngine:
         attention: Attention,
         pixel_limits: PixelLimits,
         info: EngineInfo,
+        script: Script | None = None,
     ) -> None:
         self._loader = loader
         self._placement = placement
@@ -83,6 +86,7 @@ class SenseNovaEngine:
         self._attention = attention
         self._pixel_limits = pixel_limits
         self._info = info
+        self._script = script
 
     @property
     def info(self) -> EngineInfo:
@@ -180,9 +184,9 @@ class SenseNovaEngine:
                 results[index] = JobResult(error=error)
         if prepared:
             if batch.group.task is Task.INTERLEAVE:
-                made = run_interleave(runner, prepared, checkpoints)
+                made = run_interleave(runner, prepared, checkpoints, script=self._script)
             else:
-                made = run_single_image(runner, [job for _, job in prepared])
+                made = run_single_image(runner, [job for _, job in prepared], self._script)
             results |= {index: result for (index, _), result in zip(prepared, made, strict=True)}
         return tuple(results[index] for index in range(len(batch.jobs)))
 
@@ -206,6 +210,12 @@ class SenseNovaEngine:
         return PreparedJob(
             job=job, system_prompt=system, images=images, generator=job_generator(job.seed)
         )
+
+
+def made_up_text(tokenizer: Tokenizer) -> Script:
+    """Returns what jobs say with made-up weights, in the words of a tokenizer."""
+    (word, *_) = tokenizer.encode(" and")
+    return Script(word=word, image_start=tokenizer.token_id(IMG_START))
 
 
 def load_engine(
@@ -237,12 +247,7 @@ def load_engine(
     backend = resolve_attention(config.model.attn_backend, device, identity.dtype)
     placement = plan_placement(config.memory, checkpoint, identity.dtype, where, loads)
     tokenizer = HFTokenizer(checkpoint.path)
-    loader = NetworkLoader(
-        arch=checkpoint.architecture,
-        source=open_weights(checkpoint, config.model.lora_path, DTYPES[identity.dtype]),
-        device=where,
-        dtype=DTYPES[identity.dtype],
-    )
+    loader = _new_loader(config, checkpoint, where, DTYPES[identity.dtype])
     cap_device_memory(where, config.memory.vram_budget_bytes)
     peak = DevicePeak(where)
     loaded = loader.load(placement)
@@ -270,4 +275,16 @@ def load_engine(
         attention=BACKENDS[backend],
         pixel_limits=config.pixel_limits,
         info=info,
+        script=made_up_text(tokenizer) if checkpoint.synthetic else None,
+    )
+
+
+def _new_loader(
+    config: RunConfig, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+) -> NetworkLoader:
+    return NetworkLoader(
+        arch=checkpoint.architecture,
+        source=open_weights(checkpoint, config.model.lora_path, dtype),
+        device=device,
+        dtype=dtype,
     )

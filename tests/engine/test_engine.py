@@ -32,10 +32,10 @@ def make_config(**memory: object) -> RunConfig:
     return replace(default_config(), memory=MemoryConfig(**memory))
 
 
-def load(config: RunConfig) -> SenseNovaEngine:
+def load(config: RunConfig, model: str = "tiny") -> SenseNovaEngine:
     return load_engine(
         config,
-        checkpoint=open_checkpoint("tiny"),
+        checkpoint=open_checkpoint(model),
         identity=ModelIdentity(
             checkpoint="tiny",
             lora=None,

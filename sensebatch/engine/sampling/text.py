@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from sensebatch.jobs import Sampling
+
 Step = Callable[[Sequence[tuple[int, int]]], Sequence[int]]
 """[(sequence, token)] -> the next choice of each, in that order, with the tokens cached."""
 
@@ -19,6 +21,29 @@ class Decoded:
     """The choice that ended it and was not cached; None at the limit or after a last token."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Script:
+    """What jobs say where weights are made up, whose own choices mean nothing.
+
+    Every pass is computed all the same; its choice alone is replaced, so that what a job costs
+    is what its settings say and no accident.
+    """
+
+    word: int
+    """A token of ordinary text."""
+    image_start: int
+    """Begins a picture."""
+
+    def thought(self, sampling: Sampling) -> list[int]:
+        """Returns the choices of a job that thinks: text to its limit, without an end."""
+        return [self.word] * sampling.max_think_tokens
+
+    def to_picture(self, sampling: Sampling) -> list[int]:
+        """Returns the choices up to an interleave job's next picture: an even share of text."""
+        share = max(sampling.max_new_tokens // sampling.max_images, 1)
+        return [self.word] * share + [self.image_start]
+
+
 def greedy_decode(
     first: Mapping[int, int],
     limits: Mapping[int, int],
@@ -26,6 +51,7 @@ def greedy_decode(
     *,
     stop_before: frozenset[int],
     stop_after: frozenset[int] = frozenset(),
+    scripts: Mapping[int, Sequence[int]] | None = None,
 ) -> dict[int, Decoded]:
     """Decodes until every sequence has ended; all that go on share each step.
 
@@ -35,12 +61,15 @@ def greedy_decode(
         step: Caches one token of some sequences and returns their next choices.
         stop_before: Choices that end a sequence and are not cached.
         stop_after: Tokens that end a sequence once cached.
+        scripts: The choices of some sequences, taken in place of the network's; as many as the
+            sequence's limit, or more.
 
     Returns:
         What each sequence said, by the keys of `first`.
     """
     decoded = {index: Decoded() for index in first}
-    choices = dict(first)
+    scripts = scripts or {}
+    choices = {index: scripts[index][0] if index in scripts else first[index] for index in first}
     while choices:
         for index in [index for index, choice in choices.items() if choice in stop_before]:
             decoded[index].stopped_by = choices.pop(index)
@@ -54,5 +83,5 @@ def greedy_decode(
             if token in stop_after or len(said) >= limits[index]:
                 del choices[index]
             else:
-                choices[index] = choice
+                choices[index] = scripts[index][len(said)] if index in scripts else choice
     return decoded

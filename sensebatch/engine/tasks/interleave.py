@@ -22,7 +22,7 @@ from sensebatch.engine.preprocess import drawn_to_patches, to_uint8
 from sensebatch.engine.prompts import IMAGE_MARK, Grid
 from sensebatch.engine.runner import Extension, Runner
 from sensebatch.engine.sampling.guidance import COND, IMG_COND
-from sensebatch.engine.sampling.text import greedy_decode
+from sensebatch.engine.sampling.text import Script, greedy_decode
 from sensebatch.engine.tasks.denoise import Drawing, denoise, draw_noise
 from sensebatch.engine.tasks.state import PreparedJob, RunningJob, check_finite, start_jobs
 from sensebatch.errors import JobError
@@ -60,6 +60,7 @@ def run_interleave(
     jobs: Sequence[tuple[int, PreparedJob]],
     checkpoints: Checkpoints,
     resolutions: Sequence[Sequence[Resolution]] | None = None,
+    script: Script | None = None,
 ) -> list[JobResult]:
     """Runs interleave jobs of one group.
 
@@ -68,6 +69,7 @@ def run_interleave(
         jobs: Each with its index in the batch.
         checkpoints: Where finished pictures of unfinished jobs are kept.
         resolutions: Of each picture of each job; None draws all at the job's size.
+        script: What they write, where the weights are made up.
 
     Returns:
         A result for each job; one with a picture that is not finite carries its error.
@@ -85,7 +87,7 @@ def run_interleave(
     ]
     writing = stories
     while writing:
-        drawing = _write(runner, writing)
+        drawing = _write(runner, writing, script)
         _draw(runner, drawing, checkpoints)
         writing = [
             story
@@ -97,7 +99,7 @@ def run_interleave(
     return [_result(story) for story in stories]
 
 
-def _write(runner: Runner, stories: Sequence[Story]) -> list[Story]:
+def _write(runner: Runner, stories: Sequence[Story], script: Script | None) -> list[Story]:
     """Decodes every story to its next picture or its end; returns those that want a picture."""
     image_start = runner.tokenizer.token_id(IMG_START)
     caches = [story.state.caches[COND] for story in stories]
@@ -111,15 +113,22 @@ def _write(runner: Runner, stories: Sequence[Story]) -> list[Story]:
             runner.append_tokens([(caches[place], [token]) for place, token in taken])
         )
 
-    first, limits = {}, {}
+    first, limits, scripts = {}, {}, {}
     for place, story in enumerate(stories):
         assert story.state.choice is not None
         first[place] = story.state.choice
         limits[place] = story.state.job.sampling.max_new_tokens - story.num_text_tokens
+        if script is not None:
+            scripts[place] = script.to_picture(story.state.job.sampling)
+            limits[place] = len(scripts[place])
     with runner.decoding():
         runner.bring(caches)
         decoded = greedy_decode(
-            first, limits, step, stop_before=frozenset({runner.tokenizer.eos_id, image_start})
+            first,
+            limits,
+            step,
+            stop_before=frozenset({runner.tokenizer.eos_id, image_start}),
+            scripts=scripts,
         )
     drawing = []
     for place, story in enumerate(stories):

@@ -16,24 +16,27 @@ from sensebatch.engine.preprocess import to_uint8
 from sensebatch.engine.prompts import after_think
 from sensebatch.engine.runner import Runner
 from sensebatch.engine.sampling.guidance import COND
-from sensebatch.engine.sampling.text import greedy_decode
+from sensebatch.engine.sampling.text import Script, greedy_decode
 from sensebatch.engine.tasks.denoise import Drawing, denoise, draw_noise
 from sensebatch.engine.tasks.state import PreparedJob, RunningJob, check_finite, start_jobs
 from sensebatch.errors import JobError
 from sensebatch.jobs import JobResult
 
 
-def run_single_image(runner: Runner, jobs: Sequence[PreparedJob]) -> list[JobResult]:
+def run_single_image(
+    runner: Runner, jobs: Sequence[PreparedJob], script: Script | None = None
+) -> list[JobResult]:
     """Runs t2i or edit jobs of one group.
 
     Args:
         runner: The network.
         jobs: All with or all without think, of one size and number of steps.
+        script: What they think, where the weights are made up.
 
     Returns:
         A result for each job; one whose picture is not finite carries its error.
     """
-    images, thoughts = draw_single_images(runner, jobs)
+    images, thoughts = draw_single_images(runner, jobs, script)
     results = []
     for image, thought in zip(images, thoughts, strict=True):
         text = None if thought is None else runner.tokenizer.decode(thought)
@@ -48,14 +51,14 @@ def run_single_image(runner: Runner, jobs: Sequence[PreparedJob]) -> list[JobRes
 
 
 def draw_single_images(
-    runner: Runner, jobs: Sequence[PreparedJob]
+    runner: Runner, jobs: Sequence[PreparedJob], script: Script | None = None
 ) -> tuple[Tensor, list[list[int] | None]]:
     """Returns the pictures, float32 `[J, 3, height, width]`, and each job's think tokens."""
     first = jobs[0].job
     running = start_jobs(runner, jobs, decodes=first.think)
     thoughts: list[list[int] | None] = [None] * len(running)
     if first.think:
-        thoughts = [*think(runner, running)]
+        thoughts = [*think(runner, running, script)]
     drawings = [
         Drawing(
             guidance=state.guidance,
@@ -74,8 +77,15 @@ def draw_single_images(
     return images, thoughts
 
 
-def think(runner: Runner, running: Sequence[RunningJob]) -> list[list[int]]:
+def think(
+    runner: Runner, running: Sequence[RunningJob], script: Script | None = None
+) -> list[list[int]]:
     """Decodes the think text of every job and caches what leads over to the picture.
+
+    Args:
+        runner: The network.
+        running: The jobs, their prompts cached.
+        script: What they think, where the weights are made up.
 
     Returns:
         The tokens of each job, with `</think>` where the network said it.
@@ -93,16 +103,19 @@ def think(runner: Runner, running: Sequence[RunningJob]) -> list[list[int]]:
 
     with runner.decoding():
         runner.bring(caches)
-        first = {}
+        first, scripts = {}, {}
         for index, state in enumerate(running):
             assert state.choice is not None
             first[index] = state.choice
+            if script is not None:
+                scripts[index] = script.thought(state.job.sampling)
         decoded = greedy_decode(
             first,
             {index: state.job.sampling.max_think_tokens for index, state in enumerate(running)},
             step,
             stop_before=frozenset({runner.tokenizer.eos_id}),
             stop_after=frozenset({runner.tokenizer.token_id(THINK_END)}),
+            scripts=scripts,
         )
         ending = after_think(runner.tokenizer)
         runner.append_tokens([(cache, ending) for cache in caches])

@@ -1,0 +1,105 @@
+"""Made-up weights keep to a script: what is decoded is what the settings say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from sensebatch.contract import Progress
+from sensebatch.engine.engine import made_up_text
+from sensebatch.engine.runner import Runner
+from sensebatch.engine.sampling.text import greedy_decode
+from sensebatch.engine.tasks.interleave import run_interleave
+from sensebatch.engine.tasks.single_image import run_single_image
+from sensebatch.engine.tasks.state import PreparedJob
+from sensebatch.jobs import Task
+from tests.engine.golden_model import KeptImages, build_job, build_runner, infer
+from tests.engine.test_batches import fresh
+from tests.engine.test_engine import generate, load, make_config, make_job
+from tests.golden_data import ByteTokenizer, load_case
+
+SCRIPT = made_up_text(ByteTokenizer())
+AND = " "
+
+
+def runner_and_job(name: str, **sampling: int) -> tuple[Runner, PreparedJob]:
+    case = load_case("dense_fm", name)
+    prepared = build_job(case, "You talk.")
+    changed = replace(prepared.job.sampling, num_steps=1, **sampling)
+    return build_runner(case), replace(prepared, job=replace(prepared.job, sampling=changed))
+
+
+# The network of the first would stop by itself, that of the second would not.
+@pytest.mark.parametrize("name", ["t2i_think_eos", "t2i_think_max"])
+def test_thoughts_have_as_many_tokens_as_they_may(name: str) -> None:
+    runner, job = runner_and_job(name, max_think_tokens=9)
+    shorter = replace(job.job.sampling, max_think_tokens=4)
+    jobs = [job, replace(job, job=replace(job.job, sampling=shorter))]
+    steps: list[Progress] = []
+    runner.progress = steps.append
+    with infer():
+        results = run_single_image(runner, fresh(jobs), SCRIPT)
+    assert [(result.think_tokens, result.text) for result in results] == [
+        (9, 9 * AND),
+        (4, 4 * AND),
+    ]
+    assert len([step for step in steps if step.phase == "think"]) == 9
+    assert all(result.error is None for result in results)
+
+
+@pytest.mark.parametrize(
+    ("max_new_tokens", "max_images", "share"), [(18, 3, 6), (19, 3, 6), (2, 3, 1)]
+)
+def test_stories_have_an_even_share_of_text_before_every_picture(
+    max_new_tokens: int, max_images: int, share: int
+) -> None:
+    runner, job = runner_and_job(
+        "il_text_nothink", max_new_tokens=max_new_tokens, max_images=max_images
+    )
+    with infer():
+        (result,) = run_interleave(runner, [(0, job)], KeptImages(1), script=SCRIPT)
+    assert result.text == max_images * (share * AND + "<image>")
+    assert len(result.images) == max_images
+    assert result.text_tokens == max_images * share
+
+
+def test_a_story_goes_on_from_its_pictures_to_the_same_bytes() -> None:
+    runner, job = runner_and_job("il_text_nothink", max_new_tokens=9, max_images=3)
+    whole, part = KeptImages(1), KeptImages(1)
+    with infer():
+        (expected,) = run_interleave(runner, [(0, *fresh([job]))], whole, script=SCRIPT)
+        part.images[0] = whole.images[0][:2]
+        runner.num_denoise_steps = 0
+        (resumed,) = run_interleave(runner, [(0, *fresh([job]))], part, script=SCRIPT)
+    assert runner.num_denoise_steps == 1
+    assert [image.tobytes() for image in resumed.images] == [
+        image.tobytes() for image in expected.images
+    ]
+    assert resumed.text == expected.text
+
+
+def test_choices_are_replaced_and_passes_are_not() -> None:
+    taken = []
+
+    def step(pairs: list[tuple[int, int]]) -> list[int]:
+        taken.append(pairs)
+        return [0 for _ in pairs]
+
+    decoded = greedy_decode(
+        {0: 0, 1: 5}, {0: 3, 1: 2}, step, stop_before=frozenset({0}), scripts={0: [1, 2, 3]}
+    )
+    assert decoded[0].tokens == [1, 2, 3]
+    assert (decoded[1].tokens, decoded[1].stopped_by) == ([5], 0)
+    assert taken == [[(0, 1), (1, 5)], [(0, 2)], [(0, 3)]]
+
+
+def test_only_made_up_weights_keep_to_a_script() -> None:
+    sampling = replace(make_job("a").sampling, max_think_tokens=7, max_new_tokens=8, max_images=2)
+    think = make_job("a", think=True, sampling=sampling)
+    tell = make_job("b", task=Task.INTERLEAVE, sampling=sampling)
+    (thought,) = generate(load(make_config(), "synthetic:tiny"), think).results
+    (told,) = generate(load(make_config(), "synthetic:tiny"), tell).results
+    assert (thought.text, thought.think_tokens) == (7 * " and", 7)
+    assert (told.text, told.text_tokens) == (2 * (4 * " and" + "<image>"), 8)
+    assert generate(load(make_config()), think).results[0].text != thought.text
