@@ -18,7 +18,8 @@ from sensebatch.settings import AttnBackend, Device, Dtype, ImageFormat, VramMod
 _MODEL = "Model"
 _OUTPUT = "Output"
 _EXECUTION = "Execution"
-_NOT_OF_MODEL = ("config", "vram_mode", "device_map", "max_memory")
+_NOT_OF_MODEL = ("config", "vram_mode", "device_map", "max_memory", "vram_budget")
+_AMOUNT = r"\d+(?:\.\d+)? ?GiB"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +70,8 @@ class ModelOptions:
     device_map: Annotated[
         Literal["auto"] | None,
         typer.Option(
-            help="Only auto: weights are placed by themselves, within --max-memory.",
+            help="Only auto: weights are placed by themselves, within --max-memory or "
+            "--vram-budget.",
             rich_help_panel=_MODEL,
         ),
     ] = None
@@ -77,6 +79,14 @@ class ModelOptions:
         str | None,
         typer.Option(
             help='Most memory of GPU and host, either or both: "0=20GiB,cpu=80GiB".',
+            rich_help_panel=_MODEL,
+        ),
+    ] = None
+    vram_budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Most memory of the GPU, activations included, such as 13GiB; the same as "
+            '--max-memory "0=13GiB".',
             rich_help_panel=_MODEL,
         ),
     ] = None
@@ -90,31 +100,48 @@ class ModelOptions:
     def flags(self) -> dict[str, object]:
         """Returns what was given, by place in the settings."""
         names = (field.name for field in fields(self) if field.name not in _NOT_OF_MODEL)
-        budgets = _budgets(self.max_memory)
+        device, host = _budgets(self.max_memory, self.vram_budget)
         return {
             **{f"model.{name}": getattr(self, name) for name in names},
             "memory.vram_mode": self.vram_mode,
-            "memory.vram_budget_bytes": budgets.get("0"),
-            "memory.host_budget_bytes": budgets.get("cpu"),
+            "memory.vram_budget_bytes": device,
+            "memory.host_budget_bytes": host,
         }
 
 
-def _budgets(text: str | None) -> dict[str, str]:
-    """Returns the amounts of `0=20GiB,cpu=80GiB` by device.
+def _budgets(max_memory: str | None, vram_budget: str | None) -> tuple[int | None, int | None]:
+    """Returns the bytes of device and host, None where nothing is said of one.
+
+    Args:
+        max_memory: `0=20GiB,cpu=80GiB`, or one of the two.
+        vram_budget: `20GiB`, of the device.
 
     Raises:
-        ConfigError: It is written otherwise.
+        ConfigError: One is written otherwise, or they say different things of the device.
     """
-    if text is None:
-        return {}
-    parts = [re.fullmatch(r"(0|cpu)=(\d+(?:\.\d+)? ?GiB)", part) for part in text.split(",")]
-    budgets = {part[1]: part[2] for part in parts if part is not None}
-    if len(budgets) < len(parts):
+    parts = [] if max_memory is None else max_memory.split(",")
+    matches = [re.fullmatch(rf"(0|cpu)=({_AMOUNT})", part) for part in parts]
+    amounts = {match[1]: _bytes(match[2]) for match in matches if match is not None}
+    if len(amounts) < len(parts) or not all(amounts.values()):
         raise ConfigError(
             f"--max-memory: expected 0=AMOUNT, cpu=AMOUNT or both with a comma, an AMOUNT such "
-            f"as 20GiB, found {text!r}"
+            f"as 20GiB, found {max_memory!r}"
         )
-    return budgets
+    if vram_budget is None:
+        return amounts.get("0"), amounts.get("cpu")
+    device = _bytes(vram_budget) if re.fullmatch(_AMOUNT, vram_budget) else 0
+    if not device:
+        raise ConfigError(f"--vram-budget: expected an amount such as 13GiB, found {vram_budget!r}")
+    if amounts.get("0", device) != device:
+        raise ConfigError(
+            f"--vram-budget and --max-memory: expected one amount for the GPU, found "
+            f"{vram_budget!r} and {max_memory!r}"
+        )
+    return device, amounts.get("cpu")
+
+
+def _bytes(amount: str) -> int:
+    return round(float(amount.removesuffix("GiB")) * 2**30)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

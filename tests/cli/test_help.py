@@ -60,6 +60,12 @@ def test_every_command_and_option_has_help(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
+def test_budgets_are_given_either_way_everywhere(name: str) -> None:
+    options = {option for parameter in COMMANDS[name].params for option in parameter.opts}
+    assert ("--vram-budget" in options) == ("--max-memory" in options)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_is_printed_with_exit_code_0(invoke: Invoke, name: str) -> None:
     ended = invoke(*name.split(), "--help")
     assert ended.code == 0

@@ -246,10 +246,48 @@ def test_published_memory_budgets_become_settings(
     assert (memory.vram_budget_bytes, memory.host_budget_bytes) == (20 * 2**30, 80 * 2**30)
 
 
-@pytest.mark.parametrize("value", ["20GiB", "1=20GiB", "0=20", "0=20GiB,", "0=2GiB,0=3GiB"])
+@pytest.mark.parametrize(
+    "value", ["20GiB", "1=20GiB", "0=20", "0=20GiB,", "0=2GiB,0=3GiB", "0=0GiB"]
+)
 def test_memory_budgets_that_are_none_are_refused(
     invoke: Invoke, manifest: Path, value: str
 ) -> None:
     ended = invoke("run", manifest, "--max-memory", value)
     assert ended.code == 2
     assert ended.err.startswith("sensebatch: --max-memory: expected")
+
+
+@pytest.mark.parametrize(
+    ("args", "host"),
+    [
+        (["--vram-budget", "13GiB"], None),
+        (["--vram_budget", "13 GiB", "--max-memory", "cpu=20GiB"], 20 * 2**30),
+        (["--vram-budget", "13.0GiB", "--max-memory", "0=13GiB,cpu=20GiB"], 20 * 2**30),
+    ],
+)
+def test_a_vram_budget_is_the_gpus_part_of_max_memory(
+    invoke: Invoke, manifest: Path, backend: FakeBackend, args: list[str], host: int | None
+) -> None:
+    assert invoke("run", manifest, *args).code == 0
+    memory = backend.loaded[0].memory
+    assert (memory.vram_budget_bytes, memory.host_budget_bytes) == (13 * 2**30, host)
+
+
+@pytest.mark.parametrize("value", ["13", "13GB", "0GiB", "0=13GiB", "-1GiB"])
+def test_a_vram_budget_that_is_none_is_refused(
+    invoke: Invoke, manifest: Path, backend: FakeBackend, value: str
+) -> None:
+    ended = invoke("run", manifest, f"--vram-budget={value}")
+    assert ended.code == 2
+    assert f"--vram-budget: expected an amount such as 13GiB, found {value!r}" in ended.err
+    assert backend.loaded == []
+
+
+def test_two_budgets_of_the_gpu_that_differ_are_one_mistake(
+    invoke: Invoke, manifest: Path, backend: FakeBackend
+) -> None:
+    ended = invoke("run", manifest, "--vram-budget", "13GiB", "--max-memory", "0=9GiB,cpu=20GiB")
+    assert ended.code == 2
+    assert "--vram-budget and --max-memory: expected one amount for the GPU" in ended.err
+    assert "found '13GiB' and '0=9GiB,cpu=20GiB'" in ended.err
+    assert backend.loaded == []
