@@ -14,6 +14,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 NOUNS = {"errors", "resolutions", "jobs"}
 MAY_IMPORT = {
     "errors": set[str](),
+    "process": set[str](),
     "resolutions": {"errors"},
     "jobs": {"errors", "resolutions"},
     "contract": NOUNS,
@@ -24,9 +25,9 @@ MAY_IMPORT = {
     "manifest": NOUNS | {"config", "inputs"},
     "vram": NOUNS | {"config", "checkpoint"},
     "plan": NOUNS | {"config", "vram"},
-    "store": NOUNS | {"config", "contract", "plan"},
+    "store": NOUNS | {"config", "contract", "plan", "process"},
     "executor": NOUNS | {"contract", "config", "plan", "store", "inputs"},
-    "engine": NOUNS | {"contract", "config", "checkpoint", "vram"},
+    "engine": NOUNS | {"contract", "config", "checkpoint", "process", "vram"},
     "report": NOUNS | {"store"},
     "tiny": NOUNS | {"contract", "config", "checkpoint", "engine"},
     "profile": NOUNS

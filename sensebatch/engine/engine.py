@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-import psutil
 import torch
 
 from sensebatch.checkpoint.files import Checkpoint
@@ -49,6 +48,7 @@ from sensebatch.jobs import (
     ModelIdentity,
     Task,
 )
+from sensebatch.process import peak_rss_bytes
 from sensebatch.resolutions import PixelLimits
 from sensebatch.vram import Load, Placement, leaner
 
@@ -265,7 +265,7 @@ def load_engine(
         load_s=time.perf_counter() - start,
         load_peak_allocated_bytes=allocated,
         load_peak_reserved_bytes=reserved,
-        load_peak_rss_bytes=psutil.Process().memory_info().rss,
+        load_peak_rss_bytes=peak_rss_bytes(),
     )
     return SenseNovaEngine(
         loader=loader,

@@ -61,5 +61,5 @@ class NetworkLoader:
             network = Network(self.arch)
         network = network.to(self.dtype).requires_grad_(False).eval()
         with translated_out_of_memory(f"the weights did not fit {self.device}"):
-            residency = Residency(network, self.source, placement, self.device, self.dtype)
+            residency = Residency(network, self.source, placement, self.device)
         return network, residency

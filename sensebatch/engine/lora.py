@@ -29,9 +29,10 @@ class _Delta:
     up_OR: torch.Tensor
     alpha: float
 
-    def apply(self, weight: torch.Tensor) -> torch.Tensor:
+    def apply(self, weight: torch.Tensor, first_row: int) -> torch.Tensor:
         scale = self.alpha / self.down_RI.shape[0]
-        change = self.up_OR.to(weight.device) @ self.down_RI.to(weight.device)
+        up_OR = self.up_OR[first_row : first_row + weight.shape[0]]
+        change = up_OR.to(weight.device) @ self.down_RI.to(weight.device)
         return (weight.float() + scale * change).to(weight.dtype)
 
 
@@ -82,15 +83,20 @@ class Lora:
     def __contains__(self, name: str) -> bool:
         return name in self._deltas
 
-    def apply(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+    def apply(self, name: str, weight: torch.Tensor, *, first_row: int = 0) -> torch.Tensor:
         """Returns a weight with its change added in float32 and rounded to its own dtype.
 
         A weight that the file does not change is returned as it is.
+
+        Args:
+            name: Of the whole weight.
+            weight: All its rows, or some of them.
+            first_row: Which row of the whole the first of them is.
         """
         if name not in self._deltas:
             return weight
         self._unused.discard(name)
-        return self._deltas[name].apply(weight)
+        return self._deltas[name].apply(weight, first_row)
 
     def unused(self) -> list[str]:
         """Returns the weights that the file changes and `apply` has not been called with."""

@@ -6,43 +6,47 @@ puts everything else on the device for good, and tells memory which blocks a pha
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from sensebatch.checkpoint.architecture import Architecture
-from sensebatch.engine.memory.blocks import Block, Layout, layout_of, new_buffer
-from sensebatch.engine.memory.host import HostStore
+from sensebatch.engine.memory.blocks import Block, Entry, layout_of, new_buffer
+from sensebatch.engine.memory.host import CPU, HostStore
 from sensebatch.engine.memory.lanes import Lane, lane_for
 from sensebatch.engine.memory.pool import Pool
+from sensebatch.engine.memory.readers import Readers
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.state_dict_adapter import Slot, checkpoint_slots
 from sensebatch.engine.weights import WeightSource
 from sensebatch.vram import RING, Placement
 
 BLOCK_PREFIXES = ("understanding.layers.", "generation.layers.", "lm_head.parts.")
+PART_BYTES = 16 << 20
+"""About as much of a tensor is read by one thread at a time."""
 
 Pieces = list[tuple[str, Slot]]
-"""(checkpoint tensor, slot) of one module; the slots name parameters from the module on."""
+"""(checkpoint tensor, slot) of one parameter."""
 
 
 class Residency:
     """Moves the network's weights.
 
     Args:
-        network: Its parameters are on the meta device; they are given memory here.
+        network: Its parameters are on the meta device, in the dtypes they are to have; they are
+            given memory here.
         source: Where weights are read from.
         placement: How much memory they take.
         device: Where the network computes.
-        dtype: Of the weights.
 
     Raises:
         CheckpointError: A file cannot be read.
+        OutOfMemoryError: The host has less memory than was planned with.
     """
 
     def __init__(
@@ -51,25 +55,24 @@ class Residency:
         source: WeightSource,
         placement: Placement,
         device: torch.device,
-        dtype: torch.dtype,
     ) -> None:
         pieces = _pieces_by_parameter(network.arch)
         self._understanding = _blocks(network, "understanding.layers", pieces, source)
         self._generation = _blocks(network, "generation.layers", pieces, source)
         self._head = _blocks(network, "lm_head.parts", pieces, source)
-        _load_rest(network, pieces, source, placement.embed_on_device, device, dtype)
         blocks = [*self._generation, *self._understanding, *self._head]
         num_buffers = placement.num_buffers
         self._whole = num_buffers is None or num_buffers >= len(blocks)
         lane = lane_for(device)
-        self._host = HostStore(dtype, pin=device.type == "cuda")
+        self._readers = Readers()
+        _load_rest(network, pieces, source, self._readers, placement.embed_on_device, device)
+        self._host = HostStore(self._readers, pin=device.type == "cuda")
         self._host.keep(blocks, 0 if self._whole else placement.host_budget_bytes, lane)
-        sizes = [block.layout.num_elements for block in blocks]
+        sizes = [block.layout.num_bytes for block in blocks]
         if not self._whole:
             assert num_buffers is not None
             sizes = [max(sizes)] * max(num_buffers, RING)
-        buffers = [new_buffer(size, dtype, device) for size in sizes]
-        self._pool = Pool(buffers, self._host, lane)
+        self._pool = Pool([new_buffer(size, device) for size in sizes], self._host, lane)
         network.understanding.lend = self._lender(self._understanding)
         network.generation.lend = self._lender(self._generation)
         network.lm_head.lend = self._lender(self._head)
@@ -115,10 +118,13 @@ class Residency:
     def _load_all(self, blocks: Sequence[Block], lane: Lane) -> None:
         """Gives every block the buffer of its own size, for good."""
         self._pool.schedule(blocks, keep=True)
-        for block in blocks:
-            with self._pool.lend(block):
-                pass
-        self._host.close(lane)
+        try:
+            for block in blocks:
+                with self._pool.lend(block):
+                    pass
+        finally:
+            self._host.close(lane)
+            self._readers.close()
 
 
 def _pieces_by_parameter(arch: Architecture) -> dict[str, Pieces]:
@@ -137,37 +143,64 @@ def _blocks(
     for index, module in enumerate(network.get_submodule(prefix).children()):
         name = f"{prefix}.{index}"
         layout = layout_of(module)
-        of_block = [
-            (tensor, replace(slot, parameter=parameter))
-            for parameter, _ in module.named_parameters()
-            for tensor, slot in pieces[f"{name}.{parameter}"]
+        parts = [
+            part
+            for entry in layout.entries
+            for tensor, slot in pieces.get(f"{name}.{entry.name}", ())
+            for part in _parts(entry, tensor, slot, source)
         ]
-        fill = partial(_fill, layout, of_block, source)
-        blocks.append(Block(name=name, module=module, layout=layout, fill=fill))
+        blocks.append(Block(name=name, module=module, layout=layout, parts=tuple(parts)))
     return blocks
 
 
-def _fill(layout: Layout, pieces: Pieces, source: WeightSource, flat: Tensor) -> None:
-    views = layout.views(flat)
-    for tensor, slot in pieces:
-        source.read_into(tensor, slot.rows, slot.view(views))
+def _parts(
+    entry: Entry, tensor: str, slot: Slot, source: WeightSource
+) -> Iterator[Callable[[Tensor], None]]:
+    """Gives what reads a checkpoint tensor into its slot, some rows each."""
+    shape = slot.view({slot.parameter: torch.empty(entry.shape, device="meta")}).shape
+    first = 0 if slot.rows is None else slot.rows[0]
+    row_bytes = math.prod(shape[1:]) * entry.dtype.itemsize
+    at_a_time = max(PART_BYTES // row_bytes, 1)
+    for start in range(0, shape[0], at_a_time):
+        rows = (start, min(start + at_a_time, shape[0]))
+        yield partial(_read_rows, entry, tensor, slot, first, rows, source)
+
+
+def _read_rows(
+    entry: Entry,
+    tensor: str,
+    slot: Slot,
+    first: int,
+    rows: tuple[int, int],
+    source: WeightSource,
+    flat: Tensor,
+) -> None:
+    """Reads rows of a slot, whose first row is the tensor's row `first`."""
+    start, end = rows
+    target = slot.view({slot.parameter: entry.view(flat)})[start:end]
+    source.read_into(tensor, (first + start, first + end), target)
 
 
 def _load_rest(
     network: Network,
     pieces: Mapping[str, Pieces],
     source: WeightSource,
+    readers: Readers,
     embed_on_device: bool,
     device: torch.device,
-    dtype: torch.dtype,
 ) -> None:
     """Gives every parameter outside the blocks its memory, on the device but for embeddings."""
     for name, parameter in list(network.named_parameters()):
         if name.startswith(BLOCK_PREFIXES):
             continue
-        value = torch.empty(parameter.shape, dtype=dtype)
-        for tensor, slot in pieces[name]:
-            source.read_into(tensor, slot.rows, slot.view({name: value}))
+        entry = Entry(name, parameter.dtype, tuple(parameter.shape), 0)
+        flat = new_buffer(parameter.nbytes, CPU)
+        readers.run(
+            partial(part, flat)
+            for tensor, slot in pieces[name]
+            for part in _parts(entry, tensor, slot, source)
+        )
+        value = entry.view(flat)
         if embed_on_device or not name.startswith("embed_tokens."):
             value = value.to(device)
         owner, _, attribute = name.rpartition(".")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from threading import Lock
 from typing import Protocol
 
 import torch
@@ -53,16 +54,17 @@ class FileWeights:
     def read_into(self, name: str, rows: tuple[int, int] | None, target: Tensor) -> None:
         """See `WeightSource.read_into`."""
         tensor = self._tensors[name]
+        first, end = (0, tensor.shape[0]) if rows is None else rows
+        start = first * (tensor.nbytes // tensor.shape[0])
         changed = self._lora is not None and name in self._lora
         if FILE_DTYPES[tensor.dtype] == target.dtype and not changed:
-            row_bytes = tensor.nbytes // tensor.shape[0]
-            _read_bytes(tensor, 0 if rows is None else rows[0] * row_bytes, target)
+            _read_bytes(tensor, start, target)
             return
-        weight = torch.empty(tensor.shape, dtype=FILE_DTYPES[tensor.dtype])
-        _read_bytes(tensor, 0, weight)
+        weight = torch.empty((end - first, *tensor.shape[1:]), dtype=FILE_DTYPES[tensor.dtype])
+        _read_bytes(tensor, start, weight)
         if self._lora is not None:
-            weight = self._lora.apply(name, weight)
-        target.copy_(weight if rows is None else weight[slice(*rows)])
+            weight = self._lora.apply(name, weight, first_row=first)
+        target.copy_(weight)
 
 
 def _read_bytes(tensor: TensorFile, start: int, target: Tensor) -> None:
@@ -95,7 +97,8 @@ class SyntheticWeights:
         generator = torch.Generator().manual_seed(0)
         self._normal = torch.randn(SYNTHETIC_PERIOD, generator=generator)
         self._dtype = dtype
-        self._scaled: dict[float, Tensor] = {}
+        self._tables: dict[float, Tensor] = {}
+        self._lock = Lock()
 
     def read_into(self, name: str, rows: tuple[int, int] | None, target: Tensor) -> None:
         """See `WeightSource.read_into`."""
@@ -103,15 +106,22 @@ class SyntheticWeights:
             target.fill_(1)
             return
         fan_in = math.prod(target.shape[1:])
-        scale = 0.02 if target.ndim == 1 or "embed_tokens" in name else fan_in**-0.5
-        if scale not in self._scaled:
-            self._scaled[scale] = (scale * self._normal).to(self._dtype)
-        table = self._scaled[scale]
+        table = self._table(0.02 if target.ndim == 1 or "embed_tokens" in name else fan_in**-0.5)
         first = 0 if rows is None else rows[0] * fan_in
         place = (zlib.crc32(name.encode()) + first) % SYNTHETIC_PERIOD
-        flat = target.view(-1)
+        # As bytes, since numpy copies those at the speed of the memory and has no bfloat16.
+        size = self._dtype.itemsize
+        source, flat = table.view(torch.uint8).numpy(), target.view(-1).view(torch.uint8).numpy()
+        place *= size
         done = 0
-        while done < flat.numel():
-            count = min(SYNTHETIC_PERIOD - place, flat.numel() - done)
-            flat[done : done + count] = table[place : place + count]
+        while done < flat.size:
+            count = min(source.size - place, flat.size - done)
+            flat[done : done + count] = source[place : place + count]
             done, place = done + count, 0
+
+    def _table(self, scale: float) -> Tensor:
+        """Returns the numbers of one scale, made once."""
+        with self._lock:
+            if scale not in self._tables:
+                self._tables[scale] = (scale * self._normal).to(self._dtype)
+            return self._tables[scale]

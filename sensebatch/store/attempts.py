@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import traceback
 from dataclasses import dataclass, fields
 from datetime import datetime
@@ -132,15 +131,3 @@ class Failure:
 def _writable(text: str) -> str:
     """Returns text without the lone surrogates that stand for undecodable bytes in paths."""
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-def peak_rss_bytes() -> int:
-    """Returns the most host memory the process has held resident so far, in bytes."""
-    if sys.platform == "win32":
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -19,7 +19,8 @@ import numpy as np
 from sensebatch.config import OutputConfig
 from sensebatch.errors import JobError, RunFolderError, StorageFullError
 from sensebatch.jobs import Batch, BatchMetrics, EngineInfo, JobResult, Task
-from sensebatch.store.attempts import Attempt, Failure, peak_rss_bytes
+from sensebatch.process import peak_rss_bytes
+from sensebatch.store.attempts import Attempt, Failure
 from sensebatch.store.files import storage_errors, sync_folders, write_atomic
 from sensebatch.store.images import EXTENSIONS, encode_image, picture_metadata
 from sensebatch.store.rows import (

@@ -1,49 +1,65 @@
 """Blocks in host memory: as many as its budget allows are kept, the others read again and again.
 
 Kept blocks are pinned where the device is a GPU, so that they are copied beside the computation.
-The others are read into a few pinned staging buffers by a thread, ahead of use.
+The others are read into a few pinned staging buffers, ahead of use. A block is read by several
+threads at a time, and the next one begun before the last is done.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import partial
+from queue import SimpleQueue
 
 import torch
 from torch import Tensor
 
 from sensebatch.engine.memory.blocks import Block, new_buffer
 from sensebatch.engine.memory.lanes import Lane
+from sensebatch.engine.memory.readers import Readers
 from sensebatch.errors import OutOfMemoryError
 from sensebatch.vram import NUM_STAGING
 
-NUM_READERS = 4
-"""Threads that fill kept blocks at load."""
+NUM_KEEPERS = 4
+"""Kept blocks that are read and pinned at the same time."""
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Staging:
+    """A buffer that blocks are read through."""
+
+    flat: Tensor
+    copied: object
+    """Mark: what was in it is on the device."""
 
 
 class HostStore:
     """Where blocks come from when they are copied to the device.
 
     Args:
-        dtype: Of the weights.
+        readers: Threads that read parts of blocks; they stay the caller's.
         pin: Whether host memory is pinned for copies to a GPU.
     """
 
-    def __init__(self, dtype: torch.dtype, *, pin: bool) -> None:
-        self._dtype = dtype
+    def __init__(self, readers: Readers, *, pin: bool) -> None:
+        self._readers = readers
         self._pin = pin
         self._pins: list[PinnedMemory] = []
         self._kept: dict[Block, Tensor] = {}
-        self._staging: list[tuple[Tensor, object]] = []
-        self._next_staging = 0
-        self._reader: ThreadPoolExecutor | None = None
+        self._staging: list[_Staging] = []
+        self._free: SimpleQueue[_Staging] = SimpleQueue()
+        self._copiers: ThreadPoolExecutor | None = None
+        self._last_copy: Future[None] | None = None
 
     @property
     def kept_bytes(self) -> int:
         """Host memory that blocks and staging buffers take."""
-        tensors = [*self._kept.values(), *(tensor for tensor, _ in self._staging)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        tensors = [*self._kept.values(), *(staging.flat for staging in self._staging)]
+        return sum(tensor.nbytes for tensor in tensors)
 
     def keep(self, blocks: Sequence[Block], budget_bytes: int | None, lane: Lane) -> None:
         """Reads blocks into host memory, in order, as far as the budget goes.
@@ -55,34 +71,36 @@ class HostStore:
 
         Raises:
             CheckpointError: A file cannot be read.
+            OutOfMemoryError: The host has less memory.
         """
-        sizes = [block.layout.num_elements * self._dtype.itemsize for block in blocks]
-        staging_bytes = NUM_STAGING * max(sizes, default=0)
+        sizes = [block.layout.num_bytes for block in blocks]
+        largest = max(sizes, default=0)
         kept = list(blocks)
         if budget_bytes is not None and sum(sizes) > budget_bytes:
-            left = budget_bytes - staging_bytes
+            left = budget_bytes - NUM_STAGING * largest
             kept = []
             for block, size in zip(blocks, sizes, strict=True):
                 if size <= left:
                     kept.append(block)
                     left -= size
-        with ThreadPoolExecutor(NUM_READERS) as readers:
-            self._kept = dict(zip(kept, readers.map(self._read, kept), strict=True))
+        with ThreadPoolExecutor(NUM_KEEPERS) as keepers:
+            self._kept = dict(zip(kept, keepers.map(self._read, kept), strict=True))
         if len(kept) < len(blocks):
-            elements = max(block.layout.num_elements for block in blocks)
             for _ in range(NUM_STAGING):
-                staging = new_buffer(elements, self._dtype, torch.device("cpu"))
-                self._staging.append((self._pinned(staging), lane.new_mark()))
-            self._reader = ThreadPoolExecutor(1, thread_name_prefix="sensebatch-reader")
+                staging = _Staging(self._pinned(new_buffer(largest, CPU)), lane.new_mark())
+                self._staging.append(staging)
+                self._free.put(staging)
+            self._copiers = ThreadPoolExecutor(NUM_STAGING, thread_name_prefix="sensebatch-copier")
 
     def close(self, lane: Lane) -> None:
         """Lets go of what is needed only while blocks are copied, once the copies are done."""
-        if self._reader is not None:
-            self._reader.shutdown()
-            self._reader = None
-        for _, copied in self._staging:
-            lane.finish(copied)
+        if self._copiers is not None:
+            self._copiers.shutdown(cancel_futures=True)
+            self._copiers = None
+        for staging in self._staging:
+            lane.finish(staging.copied)
         self._staging.clear()
+        self._free = SimpleQueue()
         if not self._kept:
             self._pins.clear()
 
@@ -98,24 +116,42 @@ class HostStore:
         if block in self._kept:
             lane.copy(target, self._kept[block], after, done)
             return None
-        assert self._reader is not None, f"{block.name} was never kept"
-        return self._reader.submit(self._read_and_copy, block, target, lane, after, done)
+        assert self._copiers is not None, f"{block.name} was never kept"
+        self._last_copy = self._copiers.submit(
+            self._read_and_copy, block, target, lane, after, done, self._last_copy
+        )
+        return self._last_copy
 
     def _read_and_copy(
-        self, block: Block, target: Tensor, lane: Lane, after: object, done: object
+        self,
+        block: Block,
+        target: Tensor,
+        lane: Lane,
+        after: object,
+        done: object,
+        previous: Future[None] | None,
     ) -> None:
-        staging, copied = self._staging[self._next_staging]
-        self._next_staging = (self._next_staging + 1) % NUM_STAGING
-        lane.finish(copied)
-        part = staging[: block.layout.num_elements]
-        block.fill(part)
-        lane.copy(target, part, after, copied)
-        lane.copy(target[:0], part[:0], copied, done)
+        # There is one for each thread that comes here.
+        staging = self._free.get()
+        try:
+            lane.finish(staging.copied)
+            part = staging.flat[: block.layout.num_bytes]
+            self._fill(block, part)
+            if previous is not None:
+                # Copies are issued in the order they were asked for, whatever was read first.
+                wait([previous])
+            lane.copy(target, part, after, staging.copied)
+            lane.copy(target[:0], part[:0], staging.copied, done)
+        finally:
+            self._free.put(staging)
 
     def _read(self, block: Block) -> Tensor:
-        buffer = new_buffer(block.layout.num_elements, self._dtype, torch.device("cpu"))
-        block.fill(buffer)
+        buffer = new_buffer(block.layout.num_bytes, CPU)
+        self._fill(block, buffer)
         return self._pinned(buffer)
+
+    def _fill(self, block: Block, flat: Tensor) -> None:
+        self._readers.run(partial(part, flat) for part in block.parts)
 
     def _pinned(self, buffer: Tensor) -> Tensor:
         if self._pin:
@@ -137,7 +173,7 @@ class PinnedMemory:
     """
 
     def __init__(self, buffer: Tensor) -> None:
-        size = buffer.numel() * buffer.element_size()
+        size = buffer.nbytes
         code = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0)
         if int(code) != 0:
             raise OutOfMemoryError(

@@ -177,7 +177,7 @@ class Pool:
         buffer.block = block
         buffer.waiting = True
         self._where[block] = buffer
-        target = buffer.flat[: block.layout.num_elements]
+        target = buffer.flat[: block.layout.num_bytes]
         buffer.copying = self._host.copy(block, target, self._lane, buffer.used, buffer.loaded)
 
     def _drop_failed(self) -> None:

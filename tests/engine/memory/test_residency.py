@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sensebatch.engine import residency as residency_module
 from sensebatch.engine.loading import NetworkLoader
+from sensebatch.engine.memory import readers as readers_module
 from sensebatch.engine.model.attention import sdpa
 from sensebatch.engine.residency import Residency
 from sensebatch.engine.runner import Runner
@@ -144,6 +146,43 @@ def test_a_failed_read_is_an_error_of_the_batch_and_not_of_the_next() -> None:
         run_case(runner, case)
     source.fails = False
     assert torch.equal(run_case(runner, case)[0], expected[0])
+
+
+@pytest.mark.parametrize(("num_buffers", "budget"), [(None, None), (2, None), (2, 900_000)])
+def test_a_read_that_fails_among_others_ends_the_load(
+    monkeypatch: pytest.MonkeyPatch, num_buffers: int | None, budget: int | None
+) -> None:
+    case = load_case("dense_fm", "t2i_cfg4_none")
+    source = RuleWeights(rule_weights(case.config, case.weight_edits))
+    source.failing = "layers.1.mlp_mot_gen.up_proj"
+    loader = NetworkLoader(
+        arch=golden_architecture(case.config),
+        source=source,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+    # Several parts of each tensor, on more threads than there may be cores.
+    monkeypatch.setattr(residency_module, "PART_BYTES", 4096)
+    monkeypatch.setattr(readers_module.os, "cpu_count", lambda: 6)
+    with pytest.raises(CheckpointError, match="up_proj"):
+        loader.load(make_placement(num_buffers, host_budget_bytes=budget))
+    reads = source.num_reads
+    source.failing = ""
+    loader.load(make_placement(num_buffers, host_budget_bytes=budget))
+    # The load that failed reads nothing behind its error.
+    assert source.num_reads > 2 * reads
+
+
+def test_pictures_do_not_depend_on_the_parts_weights_are_read_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = load_case("moe", "t2i_think_end")
+    expected = run_case(build_runner(case), case)
+    monkeypatch.setattr(residency_module, "PART_BYTES", 1000)
+    monkeypatch.setattr(readers_module.os, "cpu_count", lambda: 6)
+    for num_buffers, budget in ((None, None), (2, 0)):
+        runner, _, _ = moving_runner(case, num_buffers, budget)
+        assert torch.equal(run_case(runner, case)[0], expected[0])
 
 
 def test_a_copy_ahead_that_failed_is_made_again_in_the_next_phase() -> None:
