@@ -24,6 +24,8 @@ MAY_IMPORT = {
     "checkpoint": NOUNS | {"config"},
     "manifest": NOUNS | {"config", "inputs"},
     "vram": NOUNS | {"config", "checkpoint"},
+    "speed": NOUNS | {"checkpoint"},
+    "durations": NOUNS | {"checkpoint", "speed", "vram"},
     "plan": NOUNS | {"config", "vram"},
     "store": NOUNS | {"config", "contract", "plan", "process"},
     "executor": NOUNS | {"contract", "config", "plan", "store", "inputs"},

@@ -17,17 +17,46 @@ def doctor(
     """Print what this machine computes with, what memory is free, and how fast a GPU is.
 
     Speeds are measured in about a second: copies from host memory to the device, pinned and
-    pageable, and a matrix product in bfloat16. A machine without a GPU has none of them.
+    pageable, a matrix product and attention in bfloat16, and reads of the device's memory. They
+    are kept for sensebatch plan. A machine without a GPU has none of them.
     """
     from dataclasses import asdict
 
     from sensebatch.engine.machine import look_at_machine
 
     machine = asdict(look_at_machine())
+    machine["speeds_file"] = None if machine["gpu"] is None else _keep(machine)
     if as_json:
         print(json.dumps(machine))
     else:
         print("\n".join(_lines(machine)))
+
+
+def _keep(machine: Mapping[str, Any]) -> str | None:
+    """Keeps the speeds for `plan`; returns where, or None where they cannot be written."""
+    from datetime import UTC, datetime
+
+    from sensebatch.cli.messages import warn
+    from sensebatch.cli.speed_cache import MachineSpeeds, write_speeds
+    from sensebatch.errors import SensebatchError
+
+    gpu = machine["gpu"]
+    speeds = MachineSpeeds(
+        gpu=gpu["name"],
+        torch=machine["torch"],
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        free_bytes=gpu["free_bytes"],
+        total_bytes=gpu["total_bytes"],
+        copy_bytes_per_s=gpu["pinned_bytes_per_s"],
+        gemm_flop_per_s=gpu["gemm_flop_per_s"],
+        attention_flop_per_s=gpu["attention_flop_per_s"],
+        memory_bytes_per_s=gpu["memory_bytes_per_s"],
+    )
+    try:
+        return str(write_speeds(speeds))
+    except (OSError, SensebatchError) as error:
+        warn(f"the speeds are not kept for sensebatch plan: {error}")
+        return None
 
 
 def _lines(machine: Mapping[str, Any]) -> list[str]:
@@ -51,4 +80,7 @@ def _lines(machine: Mapping[str, Any]) -> list[str]:
         f"copy, pinned    {gpu['pinned_bytes_per_s'] / GIB:.1f} GiB/s",
         f"copy, pageable  {gpu['pageable_bytes_per_s'] / GIB:.1f} GiB/s",
         f"matrix product  {gpu['gemm_flop_per_s'] / 1e12:.0f} TFLOP/s in bfloat16",
+        f"attention       {gpu['attention_flop_per_s'] / 1e12:.0f} TFLOP/s in bfloat16",
+        f"memory reads    {gpu['memory_bytes_per_s'] / GIB:,.0f} GiB/s",
+        f"speeds kept in  {machine['speeds_file'] or 'no file'}",
     ]

@@ -1,69 +1,166 @@
-"""What the memory modes would need for a plan: arithmetic on a checkpoint's headers.
+"""What the memory modes would need for a plan, and how long it would take at least.
 
-Knows nothing of the machine it runs on, so that a plan made on a laptop holds for the GPU.
+Arithmetic on a checkpoint's headers. It knows of the machine no more than `sensebatch doctor` has
+measured, so that a plan made on a laptop holds for the GPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sensebatch.checkpoint.architecture import Architecture
-from sensebatch.checkpoint.files import open_checkpoint
-from sensebatch.config import SYNTHETIC_PREFIX, TINY_MODEL, MemoryConfig, RunConfig
+from sensebatch.checkpoint.files import Checkpoint, open_checkpoint
+from sensebatch.checkpoint.system_prompts import resolve_system_prompts
+from sensebatch.cli.speed_cache import MachineSpeeds
+from sensebatch.config import SYNTHETIC_PREFIX, TINY_MODEL, MemoryConfig, ModelConfig, RunConfig
+from sensebatch.durations import Clock, GroupSeconds
 from sensebatch.plan import Plan, group_load
-from sensebatch.vram import MODES, Load, jobs_per_pass, place
+from sensebatch.vram import (
+    MODES,
+    Load,
+    Placement,
+    cache_bytes,
+    jobs_per_pass,
+    place,
+    working_bytes,
+)
 
 ITEM_BYTES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
 """Bytes of a weight; auto as on a GPU."""
+MEASURED_ITEM_BYTES = 2
+"""Of the numbers that speeds are measured with."""
 ENOUGH_BYTES = 1 << 50
 """Host memory where no budget is given: as much as the weights need."""
 
 
-def memory_summary(plan: Plan, config: RunConfig) -> list[dict[str, Any]] | None:
-    """Returns what each mode needs, or the one that a mode or budget leaves.
+def memory_summary(
+    plan: Plan, config: RunConfig, machine: MachineSpeeds | None
+) -> list[dict[str, Any]] | None:
+    """Returns what each mode needs, or the one that a mode, a budget or the GPU leaves.
 
     Args:
         plan: Its groups decide what passes need.
         config: Model, dtype, mode and budgets.
+        machine: The GPU to plan for; None where none is known.
 
     Returns:
-        None where the model is a Hub id, whose files may have to be fetched first.
+        For each placement the mode, why, and for the run and each group of it bytes and seconds;
+        see docs/memory.md. None where the model is a Hub id, whose files may have to be fetched.
 
     Raises:
         CheckpointError: The model's files cannot be read.
-        ConfigError: The budget is too small.
+        ConfigError: The budget or the GPU is too small.
     """
     model = config.model.model
     local = model == TINY_MODEL or model.startswith(SYNTHETIC_PREFIX)
     if not local and not Path(model).expanduser().is_dir():
         return None
-    arch = open_checkpoint(model, config.model.revision).architecture
-    item_bytes = ITEM_BYTES[config.model.dtype]
-    loads = [group_load(group) for group in plan.groups]
-    memory = config.memory
-    if memory.vram_mode != "auto" or memory.vram_budget_bytes is not None:
-        return [_placed(arch, memory, loads, item_bytes)]
-    modes = [mode for mode in MODES if mode != "auto"]
-    return [_placed(arch, replace(memory, vram_mode=mode), loads, item_bytes) for mode in modes]
-
-
-def _placed(
-    arch: Architecture, memory: MemoryConfig, loads: Sequence[Load], item_bytes: int
-) -> dict[str, Any]:
-    placement = place(
-        arch,
-        memory,
-        list(loads),
-        item_bytes=item_bytes,
-        device_free=None,
-        host_free=ENOUGH_BYTES,
+    checkpoint = open_checkpoint(model, config.model.revision)
+    longest = _system_prompt_bytes(checkpoint, config.model)
+    run = _Run(
+        arch=checkpoint.architecture,
+        loads=[group_load(group, system_prompt_bytes=longest) for group in plan.groups],
+        num_jobs=[group.num_jobs for group in plan.groups],
+        item_bytes=ITEM_BYTES[config.model.dtype],
+        machine=machine,
     )
-    return {
-        "vram_mode": placement.mode,
-        "device_bytes": placement.device_bytes,
-        "host_bytes": placement.host_bytes,
-        "jobs_per_pass": [jobs_per_pass(load, placement.tokens_per_pass) for load in loads],
-    }
+    memory = config.memory
+    if memory.vram_mode != "auto" or memory.vram_budget_bytes is not None or machine is not None:
+        return [run.placed(memory)]
+    modes = [mode for mode in MODES if mode != "auto"]
+    return [run.placed(replace(memory, vram_mode=mode)) for mode in modes]
+
+
+def _system_prompt_bytes(checkpoint: Checkpoint, model: ModelConfig) -> int:
+    """Returns the length of the longer system prompt, as the run will find it."""
+    file = model.system_prompt_file
+    prompts = resolve_system_prompts(checkpoint, None if file is None else Path(file))
+    return max(len(prompt.text.encode()) for prompt in prompts.by_task.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """What is to be run, as the arithmetic wants it."""
+
+    arch: Architecture
+    loads: Sequence[Load]
+    num_jobs: Sequence[int]
+    """Of each load's group."""
+    item_bytes: int
+    machine: MachineSpeeds | None
+
+    def placed(self, memory: MemoryConfig) -> dict[str, Any]:
+        """Returns what a placement needs, for the run and each of its groups.
+
+        Raises:
+            ConfigError: There is none.
+        """
+        named = memory.vram_mode != "auto"
+        placement = place(
+            self.arch,
+            memory,
+            list(self.loads),
+            item_bytes=self.item_bytes,
+            # A mode that was asked for by name is shown, whatever this machine has.
+            device_free=None if named or self.machine is None else self.machine.free_bytes,
+            host_free=ENOUGH_BYTES,
+        )
+        groups = self._groups(placement)
+        return {
+            "vram_mode": placement.mode,
+            "reason": placement.reason,
+            "device_bytes": placement.device_bytes,
+            "host_bytes": max(
+                (group["host_bytes"] for group in groups), default=placement.host_bytes
+            ),
+            "seconds": _total([group["seconds"] for group in groups]),
+            "groups": groups,
+        }
+
+    def _groups(self, placement: Placement) -> list[dict[str, Any]]:
+        weights = placement.device_bytes - self._working(self.loads, placement)
+        seconds = self._seconds(placement)
+        return [
+            {
+                "batch_size": load.batch_size,
+                "jobs_per_pass": jobs_per_pass(load, placement.tokens_per_pass),
+                "device_bytes": weights + self._working([load], placement),
+                "host_bytes": placement.host_bytes + self._waiting(load, placement),
+                "seconds": None if of_group is None else asdict(of_group),
+            }
+            for load, of_group in zip(self.loads, seconds, strict=True)
+        ]
+
+    def _working(self, loads: Sequence[Load], placement: Placement) -> int:
+        return working_bytes(
+            self.arch,
+            loads,
+            placement.tokens_per_pass,
+            self.item_bytes,
+            parked=placement.park_caches,
+        )
+
+    def _waiting(self, load: Load, placement: Placement) -> int:
+        """Returns the host memory of caches that wait there."""
+        if not placement.park_caches:
+            return 0
+        return cache_bytes(self.arch, load.prefix_tokens * load.batch_size, self.item_bytes)
+
+    def _seconds(self, placement: Placement) -> list[GroupSeconds | None]:
+        if self.machine is None or self.item_bytes != MEASURED_ITEM_BYTES:
+            return [None] * len(self.loads)
+        clock = Clock(self.arch, placement, self.item_bytes, self.machine.speeds)
+        return [
+            clock.group_seconds(load, num_jobs)
+            for load, num_jobs in zip(self.loads, self.num_jobs, strict=True)
+        ]
+
+
+def _total(seconds: Sequence[dict[str, float] | None]) -> dict[str, float] | None:
+    known = [of_group for of_group in seconds if of_group is not None]
+    if len(known) < len(seconds) or not known:
+        return None
+    return {name: sum(of_group[name] for of_group in known) for name in known[0]}

@@ -28,10 +28,13 @@ def plan(
 ) -> None:
     """Print how manifests would be cut into batches, as if nothing were done yet.
 
-    Also what the memory modes need, on the GPU and the host, with a checkpoint that is on disk.
+    With a checkpoint that is on disk also what the memory modes need on the GPU and the host, by
+    group. Where sensebatch doctor has measured a GPU, also what auto would take on it, and the
+    least time that its speeds allow.
     """
-    from sensebatch.cli.messages import warn_of
+    from sensebatch.cli.messages import warn, warn_of
     from sensebatch.cli.placement import memory_summary
+    from sensebatch.cli.speed_cache import read_speeds
     from sensebatch.manifest.read import read_manifests
     from sensebatch.plan import make_plan, plan_entry, plan_summary
     from sensebatch.settings import resolve_settings
@@ -39,10 +42,16 @@ def plan(
     config = resolve_settings(config_file=model.config, flags=model.flags() | batch.flags())
     jobs = read_manifests(manifests, config, task=task, limit=limit, warn=warn_of)
     made = make_plan((plan_entry(job) for job in jobs), config.memory)
-    summary = plan_summary(made) | {"memory": memory_summary(made, config)}
+    machine, mistake = (None, None) if config.model.device == "cpu" else read_speeds()
+    if mistake is not None:
+        warn(mistake)
+    summary = plan_summary(made) | {
+        "memory": memory_summary(made, config, machine),
+        "machine": None if machine is None else machine.model_dump(),
+    }
     if as_json:
         print(json.dumps(summary))
     else:
-        from sensebatch.cli.tables import print_plan
+        from sensebatch.cli.plan_tables import print_plan
 
         print_plan(summary)

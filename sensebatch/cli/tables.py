@@ -1,10 +1,10 @@
-"""Tables for people, on stdout: plans, throughput by group, checkpoints."""
+"""Tables for people, on stdout: throughput by group, checkpoints."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 MAX_NAMES = 5
-MAX_GROUPS = 12
 
 
-def _table(*columns: str, words: int = 1) -> Table:
+def new_table(*columns: str, words: int = 1) -> Table:
     """Returns an empty table; all columns but the first `words` are figures."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index < words else "right", no_wrap=True)
     return table
 
 
-def _print(*parts: object) -> None:
+def print_parts(*parts: object) -> None:
+    """Prints tables and lines."""
     # A table that is piped into a file keeps its width, whatever the terminal's.
     console = Console(highlight=False)
     if not console.is_terminal:
@@ -38,53 +38,15 @@ def _print(*parts: object) -> None:
         console.print(part)
 
 
-def print_plan(summary: Mapping[str, Any]) -> None:
-    """Prints what `plan.plan_summary` returned."""
-    table = _table("task", "size", "steps", "jobs", "images", "image tokens", "batches", words=2)
-    for group in summary["groups"]:
-        bound = "" if group["images_exact"] else "<= "
-        table.add_row(
-            f"{group['task']} (think)" if group["think"] else group["task"],
-            f"{group['width']}x{group['height']}",
-            str(group["num_steps"]),
-            f"{group['jobs']:,}",
-            f"{bound}{group['images']:,}",
-            f"{bound}{group['image_tokens']:,}",
-            f"{group['batches']:,} of {group['batch_size']}",
-        )
-    bound = "" if summary["images_exact"] else "at most "
-    total = (
-        f"{counted(summary['jobs'], 'job')}, {bound}{counted(summary['images'], 'image')}, "
-        f"batches: {summary['batches']:,}"
-    )
-    _print(table, total, *_memory(summary["memory"]))
-
-
-def _memory(placements: Sequence[Mapping[str, Any]] | None) -> list[object]:
-    """Returns the table of what memory modes need; nothing where it is not known."""
-    if placements is None:
-        return []
-    table = _table("memory mode", "GPU GiB", "host GiB", "jobs a pass, by group")
-    for placement in placements:
-        table.add_row(
-            placement["vram_mode"],
-            f"{placement['device_bytes'] / GIB:.2f}",
-            f"{placement['host_bytes'] / GIB:.2f}",
-            ", ".join(map(str, placement["jobs_per_pass"][:MAX_GROUPS]))
-            + (", ..." if len(placement["jobs_per_pass"]) > MAX_GROUPS else ""),
-        )
-    return ["", table]
-
-
 def print_groups(summary: Summary) -> None:
     """Prints the throughput of each group of a report."""
-    table = _table(
+    table = new_table(
         "group", "jobs", "images", "calls", "wall s", "s/image", "image tok/s", "text tokens"
     )
     for name, group in summary.by_group.items():
         table.add_row(name, *_throughput_cells(group))
     if summary.by_group:
-        _print(table)
+        print_parts(table)
 
 
 def _throughput_cells(group: Throughput) -> Iterable[str]:
@@ -97,7 +59,7 @@ def _throughput_cells(group: Throughput) -> Iterable[str]:
 
 def print_model(summary: ModelSummary) -> None:
     """Prints a checkpoint's sizes, configuration and, if any, wrong tensors."""
-    sizes = _table("group", "tensors", "parameters", "GiB")
+    sizes = new_table("group", "tensors", "parameters", "GiB")
     for group, size in summary.groups.items():
         sizes.add_row(
             group.value,
@@ -107,13 +69,13 @@ def print_model(summary: ModelSummary) -> None:
         )
     sizes.add_section()
     sizes.add_row("all", "", f"{summary.num_parameters:,}", f"{summary.nbytes / GIB:.3f}")
-    settings = _table("configuration", "value", words=2)
+    settings = new_table("configuration", "value", words=2)
     for field in fields(summary.architecture):
         value = getattr(summary.architecture, field.name)
         if value is not None:
             settings.add_row(field.name, str(value))
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in summary.dtypes.items())
-    _print(
+    print_parts(
         f"{summary.name}: {counted(summary.num_files, 'file')}, {dtypes}",
         summary.path,
         settings,
@@ -127,4 +89,4 @@ def print_model(summary: ModelSummary) -> None:
     ):
         if names:
             more = f" ... and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-            _print(f"{len(names)} tensors {kind}: {', '.join(names[:MAX_NAMES])}{more}")
+            print_parts(f"{len(names)} tensors {kind}: {', '.join(names[:MAX_NAMES])}{more}")

@@ -1,24 +1,37 @@
-"""What a machine is and how fast it copies and multiplies; measured, not looked up."""
+"""What a machine is and how fast it copies, multiplies and attends; measured, not looked up."""
 
 from __future__ import annotations
 
 import platform
 import time
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import psutil
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sensebatch
 from sensebatch.engine.runtime import resolve_attention
 from sensebatch.errors import ConfigError
 
-MEASURED_S = 0.25
+MEASURED_S = 0.2
 """Seconds that each speed is measured for."""
 COPY_BYTES = 256 << 20
+READ_BYTES = 1 << 30
+"""Far more than any cache of a GPU holds."""
 GEMM_SIZE = 8192
 """Side of the square matrices; large enough for full speed."""
+ATTENTION_SHAPE = (32, 4096, 4416, 128)
+"""Heads, queries, keys and head size: one guidance branch of a picture of 2048x2048."""
+ATTENTION_BACKENDS = (
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +46,10 @@ class Gpu:
     pageable_bytes_per_s: float
     gemm_flop_per_s: float
     """bfloat16; a product of n by n matrices counts 2 n^3."""
+    attention_flop_per_s: float
+    """bfloat16, torch's fastest kernel; two products for each query, key and head."""
+    memory_bytes_per_s: float
+    """Reads of the device's own memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +101,8 @@ def _look_at_gpu(device: torch.device) -> Gpu:
         pinned_bytes_per_s=copy_speed(device, COPY_BYTES, MEASURED_S, pin=True),
         pageable_bytes_per_s=copy_speed(device, COPY_BYTES, MEASURED_S, pin=False),
         gemm_flop_per_s=gemm_speed(device, GEMM_SIZE, MEASURED_S),
+        attention_flop_per_s=attention_speed(device, ATTENTION_SHAPE, MEASURED_S),
+        memory_bytes_per_s=read_speed(device, READ_BYTES, MEASURED_S),
     )
 
 
@@ -101,6 +120,44 @@ def gemm_speed(device: torch.device, size: int, seconds: float) -> float:
     out = torch.empty_like(left)
     rounds = _rounds_per_s(device, seconds, lambda: torch.matmul(left, right, out=out))
     return 2 * size**3 * rounds
+
+
+def attention_speed(
+    device: torch.device, shape: tuple[int, int, int, int], seconds: float
+) -> float:
+    """Returns the operations a second of torch's fastest attention kernel in bfloat16.
+
+    Args:
+        device: Where it runs.
+        shape: Heads, queries, keys and head size.
+        seconds: For all kernels together.
+
+    Raises:
+        RuntimeError: There is no kernel for such a shape.
+    """
+    heads, queries, keys, head_dim = shape
+    q, k, v = (
+        torch.randn(1, heads, tokens, head_dim, device=device).bfloat16()
+        for tokens in (queries, keys, keys)
+    )
+    speeds = []
+    for backend in ATTENTION_BACKENDS:
+        # A kernel that this device or shape does not have says why in a warning as well.
+        with suppress(RuntimeError), warnings.catch_warnings(), sdpa_kernel(backend):
+            warnings.simplefilter("ignore")
+            share = seconds / len(ATTENTION_BACKENDS)
+            rounds = _rounds_per_s(device, share, lambda: F.scaled_dot_product_attention(q, k, v))
+            speeds.append(4 * heads * queries * keys * head_dim * rounds)
+    if not speeds:
+        raise RuntimeError(f"torch has no attention kernel for {shape} on {device}")
+    return max(speeds)
+
+
+def read_speed(device: torch.device, num_bytes: int, seconds: float) -> float:
+    """Returns the bytes a second that a device reads of its own memory."""
+    source = torch.zeros(num_bytes // 4, device=device)
+    rounds = _rounds_per_s(device, seconds, source.sum)
+    return num_bytes * rounds
 
 
 def _rounds_per_s(device: torch.device, seconds: float, once: Callable[[], object]) -> float:

@@ -83,8 +83,9 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> FakeBackend:
 def invoke(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Invoke:
-    """Runs a command line in an empty folder, without a terminal."""
+    """Runs a command line in an empty folder, without a terminal or anything measured before."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SENSEBATCH_CACHE", str(tmp_path / "cache"))
 
     def run(*args: str | Path) -> Ended:
         with pytest.raises(SystemExit) as ended:

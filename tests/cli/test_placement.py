@@ -1,14 +1,28 @@
-"""What `plan` says of memory, without a GPU and without loading weights."""
+"""What `plan` says of memory and time, without a GPU and without loading weights."""
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 
+from sensebatch.vram import GIB
 from tests.cli.conftest import Invoke
 
 MODEL = ("--model", "synthetic:8b")
+SPEEDS = {
+    "gpu": "NVIDIA Test",
+    "torch": "2.11.0",
+    "measured_at": "2026-11-23T04:50:00+00:00",
+    "free_bytes": 140 * GIB,
+    "total_bytes": 141 * GIB,
+    "copy_bytes_per_s": 51.6 * GIB,
+    "gemm_flop_per_s": 734e12,
+    "attention_flop_per_s": 604e12,
+    "memory_bytes_per_s": 4e12,
+}
 
 
 @pytest.fixture
@@ -23,32 +37,141 @@ def large(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def measured(tmp_path: Path) -> Path:
+    """The file in which `doctor` has left the speeds of a GPU."""
+    path = tmp_path / "cache" / "speeds.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(SPEEDS), encoding="utf-8")
+    return path
+
+
 def test_plan_says_what_each_mode_needs(invoke: Invoke, large: Path) -> None:
-    memory = invoke("plan", large, *MODEL, "--json").json["memory"]
+    plan = invoke("plan", large, *MODEL, "--json").json
+    memory = plan["memory"]
     assert [mode["vram_mode"] for mode in memory] == ["full", "fast", "balanced", "low"]
     peaks = [mode["device_bytes"] for mode in memory]
     assert peaks == sorted(peaks, reverse=True)
-    assert peaks[0] > 32 * 2**30
+    assert peaks[0] > 32 * GIB
     assert [mode["host_bytes"] > 0 for mode in memory] == [False, True, True, True]
-    assert [mode["jobs_per_pass"] for mode in memory] == [[2, 1]] * 3 + [[1, 1]]
+    passes = [[group["jobs_per_pass"] for group in mode["groups"]] for mode in memory]
+    assert passes == [[2, 1]] * 3 + [[1, 1]]
+    assert plan["machine"] is None
+    assert all(mode["seconds"] is None for mode in memory)
+
+
+def test_each_group_needs_no_more_than_the_run(invoke: Invoke, large: Path) -> None:
+    for mode in invoke("plan", large, *MODEL, "--json").json["memory"]:
+        groups = mode["groups"]
+        assert [group["batch_size"] for group in groups] == [4, 1]
+        for name in ("device_bytes", "host_bytes"):
+            assert max(group[name] for group in groups) == mode[name]
+        assert groups[0]["device_bytes"] > groups[1]["device_bytes"]
+
+
+def test_caches_that_wait_are_counted_as_host_memory(invoke: Invoke, large: Path) -> None:
+    balanced = invoke("plan", large, *MODEL, "--vram-mode", "balanced", "--json").json["memory"][0]
+    first, second = (group["host_bytes"] for group in balanced["groups"])
+    # Four jobs' prefixes against one's: the weights are the same.
+    assert first > second > 32 * GIB
+    assert first - second < GIB
 
 
 def test_plan_with_a_budget_says_what_would_be_taken(invoke: Invoke, large: Path) -> None:
     (mode,) = invoke("plan", large, *MODEL, "--max-memory", "0=12GiB", "--json").json["memory"]
     assert mode["vram_mode"] in ("balanced", "low")
-    assert 11 * 2**30 < mode["device_bytes"] <= 12 * 2**30
+    assert 11 * GIB < mode["device_bytes"] <= 12 * GIB
+    assert "budget of 12.0 GiB" in mode["reason"]
 
 
 def test_budget_that_is_too_small_is_told_by_the_plan(invoke: Invoke, large: Path) -> None:
     ended = invoke("plan", large, *MODEL, "--max-memory", "0=1GiB")
     assert ended.code == 2
-    assert "expected at least" in ended.err
+    smallest = re.search(r"expected at least (\d+\.\d) GiB", ended.err)
+    assert smallest is not None
+    enough = f"0={float(smallest[1]) + 0.1:.1f}GiB"
+    assert invoke("plan", large, *MODEL, "--max-memory", enough).code == 0
 
 
-def test_plan_for_people_has_a_line_for_each_mode(invoke: Invoke, large: Path) -> None:
+def test_plan_for_people_has_a_column_for_each_mode(invoke: Invoke, large: Path) -> None:
     printed = invoke("plan", large, *MODEL).out
-    assert all(f"\n {mode} " in printed for mode in ("full", "fast", "balanced", "low"))
+    header = next(line for line in printed.splitlines() if "a pass" in line)
+    assert header.split() == ["#", "batch", "a", "pass", "full", "fast", "balanced", "low"]
+    assert "1-2" in printed
+    assert "doctor measures" in " ".join(printed.split())
 
 
 def test_model_that_would_be_fetched_is_left_alone(invoke: Invoke, large: Path) -> None:
     assert invoke("plan", large, "--model", "owner/name", "--json").json["memory"] is None
+
+
+@pytest.mark.usefixtures("measured")
+def test_plan_takes_what_fits_the_measured_gpu_and_times_it(invoke: Invoke, large: Path) -> None:
+    plan = invoke("plan", large, *MODEL, "--json").json
+    assert plan["machine"] == SPEEDS
+    (mode,) = plan["memory"]
+    assert mode["vram_mode"] == "full"
+    pictures = [group["seconds"]["pictures"] for group in mode["groups"]]
+    # Four pictures of 50 steps, of which none can be faster than this on that machine.
+    assert pictures[0] == pytest.approx(4 * 50 * 0.222, rel=0.02)
+    assert sum(pictures) == pytest.approx(mode["seconds"]["pictures"])
+    assert mode["seconds"]["text"] == 0
+
+
+@pytest.mark.usefixtures("measured")
+def test_streaming_one_job_at_a_time_takes_longer(invoke: Invoke, large: Path) -> None:
+    def least(mode: str) -> float:
+        plan = invoke("plan", large, *MODEL, "--vram-mode", mode, "--json").json
+        return plan["memory"][0]["seconds"]["pictures"]
+
+    assert least("full") < least("balanced") < least("low")
+
+
+@pytest.mark.usefixtures("measured")
+def test_plan_for_people_names_the_gpu_and_the_total(invoke: Invoke, large: Path) -> None:
+    printed = " ".join(invoke("plan", large, *MODEL, "--vram-mode", "low").out.split())
+    assert "speeds of NVIDIA Test, measured 2026-11-23" in printed
+    assert re.search(r"At least \d+\.\d s\.", printed)
+    assert "for text" not in printed
+
+
+@pytest.mark.usefixtures("measured")
+def test_time_of_text_is_told_apart(invoke: Invoke, manifest: Path) -> None:
+    printed = " ".join(invoke("plan", manifest, *MODEL).out.split())
+    assert "for text" in printed
+    assert "more if all text is written" in printed
+
+
+@pytest.mark.usefixtures("measured")
+def test_speeds_of_half_precision_are_not_used_for_float32(invoke: Invoke, large: Path) -> None:
+    options = (*MODEL, "--dtype", "float32", "--vram-mode", "low")
+    assert invoke("plan", large, *options, "--json").json["memory"][0]["seconds"] is None
+    assert "half precision" in invoke("plan", large, *options).out
+
+
+@pytest.mark.usefixtures("measured")
+def test_a_plan_for_the_cpu_has_nothing_of_the_gpu(invoke: Invoke, large: Path) -> None:
+    plan = invoke("plan", large, *MODEL, "--device", "cpu", "--json").json
+    assert plan["machine"] is None
+    assert len(plan["memory"]) == 4
+
+
+def test_a_gpu_that_is_too_small_is_told_with_what_would_do(
+    invoke: Invoke, large: Path, measured: Path
+) -> None:
+    measured.write_text(json.dumps(SPEEDS | {"free_bytes": GIB}), encoding="utf-8")
+    ended = invoke("plan", large, *MODEL)
+    assert ended.code == 2
+    assert "expected at least" in ended.err
+    assert invoke("plan", large, *MODEL, "--vram-mode", "low").code == 0
+
+
+@pytest.mark.parametrize("content", ["{}", "no json", json.dumps({"gpu": "NVIDIA Test"})])
+def test_a_file_of_speeds_that_cannot_be_used_is_named(
+    invoke: Invoke, large: Path, measured: Path, content: str
+) -> None:
+    measured.write_text(content, encoding="utf-8")
+    ended = invoke("plan", large, *MODEL, "--json")
+    assert ended.code == 0
+    assert f"warning: {measured}: " in ended.err
+    assert ended.json["machine"] is None

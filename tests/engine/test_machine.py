@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
-from sensebatch.engine.machine import copy_speed, gemm_speed, look_at_machine
+from sensebatch.engine import machine
+from sensebatch.engine.machine import (
+    attention_speed,
+    copy_speed,
+    gemm_speed,
+    look_at_machine,
+    read_speed,
+)
 
 
 def test_a_machine_without_a_gpu_has_no_speeds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    machine = look_at_machine()
-    assert machine.gpu is None
-    assert machine.torch == torch.__version__
+    found = look_at_machine()
+    assert found.gpu is None
+    assert found.torch == torch.__version__
     assert (
-        machine.flash_obstacle == "it needs a CUDA device and half precision, found cpu and "
-        "bfloat16"
+        found.flash_obstacle == "it needs a CUDA device and half precision, found cpu and bfloat16"
     )
 
 
@@ -23,6 +30,14 @@ def test_speeds_can_be_measured_on_any_device() -> None:
     cpu = torch.device("cpu")
     assert copy_speed(cpu, 1 << 10, 0.01, pin=False) > 0
     assert gemm_speed(cpu, 16, 0.01) > 0
+    assert attention_speed(cpu, (2, 8, 12, 16), 0.03) > 0
+    assert read_speed(cpu, 1 << 10, 0.01) > 0
+
+
+def test_no_attention_kernel_at_all_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "ATTENTION_BACKENDS", (SDPBackend.CUDNN_ATTENTION,))
+    with pytest.raises(RuntimeError, match="no attention kernel"):
+        attention_speed(torch.device("cpu"), (2, 8, 12, 16), 0.01)
 
 
 @pytest.mark.gpu
@@ -34,3 +49,5 @@ def test_a_gpu_is_described_and_measured() -> None:
     assert gpu.pageable_bytes_per_s > 0
     assert gpu.pinned_bytes_per_s > 0
     assert gpu.gemm_flop_per_s > 0
+    assert gpu.attention_flop_per_s > 0
+    assert gpu.memory_bytes_per_s > gpu.pinned_bytes_per_s

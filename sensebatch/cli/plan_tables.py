@@ -1,0 +1,143 @@
+"""A plan for people: what is run, and what it needs of memory and time, group by group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from sensebatch.cli.messages import counted
+from sensebatch.cli.tables import GIB, new_table, print_parts
+
+Summary = Mapping[str, Any]
+
+
+def print_plan(summary: Summary) -> None:
+    """Prints what `sensebatch plan --json` prints."""
+    table = new_table("#", "task", "size", "steps", "jobs", "images", "tokens", "batches", words=3)
+    for number, group in enumerate(summary["groups"], start=1):
+        bound = _bound(group)
+        table.add_row(
+            str(number),
+            f"{group['task']} (think)" if group["think"] else group["task"],
+            f"{group['width']}x{group['height']}",
+            str(group["num_steps"]),
+            f"{group['jobs']:,}",
+            f"{bound}{group['images']:,}",
+            f"{bound}{group['image_tokens']:,}",
+            f"{group['batches']:,} of {group['batch_size']}",
+        )
+    at_most = "" if summary["images_exact"] else "at most "
+    total = (
+        f"{counted(summary['jobs'], 'job')}, {at_most}{counted(summary['images'], 'image')}, "
+        f"batches: {summary['batches']:,}"
+    )
+    print_parts(table, total, *_memory(summary))
+
+
+def _bound(group: Summary) -> str:
+    return "" if group["images_exact"] else "<= "
+
+
+def _memory(summary: Summary) -> list[object]:
+    """Returns what is known of memory and time; nothing where it is not."""
+    placements = summary["memory"]
+    if placements is None:
+        return []
+    machine = summary["machine"]
+    if len(placements) > 1:
+        return [
+            "",
+            _by_mode(placements),
+            "Expected peaks in GiB, GPU + host. Times need the speeds of a GPU, which sensebatch "
+            "doctor measures.",
+        ]
+    (placement,) = placements
+    lines = [
+        f"{placement['vram_mode']}: {placement['reason']}. The host's GiB are weights and "
+        "caches, not the program."
+    ]
+    if placement["seconds"] is not None:
+        lines.append(_least_time(placement["seconds"], summary))
+        lines.append(
+            f"From the speeds of {machine['gpu']}, measured {machine['measured_at'][:10]}: not "
+            "the time of a run, which is longer."
+        )
+    elif machine is not None:
+        lines.append("No time is known: speeds are measured in half precision.")
+    return ["", _of_placement(placement, summary["groups"]), *lines]
+
+
+def _by_mode(placements: Sequence[Summary]) -> Table:
+    """Returns a table of all modes: a row a group, and one of the whole run."""
+    modes = [placement["vram_mode"] for placement in placements]
+    table = new_table("#", "batch", "a pass", *modes)
+    for number, groups in enumerate(
+        zip(*(placement["groups"] for placement in placements), strict=True), start=1
+    ):
+        passes = sorted({group["jobs_per_pass"] for group in groups})
+        table.add_row(
+            str(number),
+            str(groups[0]["batch_size"]),
+            "-".join(map(str, passes)),
+            *map(_peaks, groups),
+        )
+    table.add_section()
+    table.add_row("all", "", "", *map(_peaks, placements))
+    return table
+
+
+def _peaks(needs: Summary) -> str:
+    return f"{needs['device_bytes'] / GIB:.2f} + {needs['host_bytes'] / GIB:.2f}"
+
+
+def _of_placement(placement: Summary, groups: Sequence[Summary]) -> Table:
+    """Returns a table of one placement: a row a group, and one of the whole run."""
+    timed = placement["seconds"] is not None
+    texts = timed and placement["seconds"]["text"] > 0
+    table = new_table(
+        "#",
+        "mode",
+        "batch",
+        "a pass",
+        "GPU GiB",
+        "host GiB",
+        *(["seconds"] if timed else []),
+        *(["for text"] if texts else []),
+        words=2,
+    )
+    for number, (group, needs) in enumerate(zip(groups, placement["groups"], strict=True), start=1):
+        cells = _cells(needs, timed=timed, texts=texts, bound=_bound(group))
+        passed = (str(needs["batch_size"]), str(needs["jobs_per_pass"]))
+        table.add_row(str(number), placement["vram_mode"], *passed, *cells)
+    table.add_section()
+    bound = "" if all(group["images_exact"] for group in groups) else "<= "
+    cells = _cells(placement, timed=timed, texts=texts, bound=bound)
+    table.add_row("all", placement["vram_mode"], "", "", *cells)
+    return table
+
+
+def _cells(needs: Summary, *, timed: bool, texts: bool, bound: str) -> list[str]:
+    cells = [f"{needs[name] / GIB:.2f}" for name in ("device_bytes", "host_bytes")]
+    if timed:
+        cells.append(f"{bound}{needs['seconds']['pictures']:,.1f}")
+    if texts:
+        text = needs["seconds"]["text"]
+        cells.append(f"<= {text:,.1f}" if text else "")
+    return cells
+
+
+def _least_time(seconds: Mapping[str, float], summary: Summary) -> str:
+    most = "" if summary["images_exact"] else " if all images are drawn"
+    text = seconds["text"]
+    more = f", and {_duration(text)} more if all text is written" if text else ""
+    return f"At least {_duration(seconds['pictures'])}{most}{more}."
+
+
+def _duration(seconds: float) -> str:
+    """Returns seconds in words, whole minutes where there are many."""
+    if seconds < 600:
+        return f"{seconds:.1f} s"
+    hours, minutes = divmod(int(seconds // 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

@@ -1,0 +1,86 @@
+"""The speeds that `sensebatch doctor` measured, kept for `sensebatch plan`. A file of one GPU."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sensebatch.speed import Speeds
+from sensebatch.store.files import write_atomic
+
+FILE_NAME = "speeds.json"
+
+_Measured = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class MachineSpeeds(BaseModel):
+    """A GPU as it was measured."""
+
+    model_config = ConfigDict(frozen=True)
+
+    gpu: str
+    """Its name."""
+    torch: str
+    """Version that it was measured with."""
+    measured_at: str
+    """UTC, ISO 8601."""
+    free_bytes: Annotated[int, Field(gt=0)]
+    """Of the GPU's memory."""
+    total_bytes: Annotated[int, Field(gt=0)]
+    copy_bytes_per_s: _Measured
+    gemm_flop_per_s: _Measured
+    attention_flop_per_s: _Measured
+    memory_bytes_per_s: _Measured
+
+    @property
+    def speeds(self) -> Speeds:
+        """What the time arithmetic wants of it."""
+        return Speeds(
+            copy_bytes_per_s=self.copy_bytes_per_s,
+            gemm_flop_per_s=self.gemm_flop_per_s,
+            attention_flop_per_s=self.attention_flop_per_s,
+            memory_bytes_per_s=self.memory_bytes_per_s,
+        )
+
+
+def speeds_path() -> Path:
+    """Returns where speeds are kept: in SENSEBATCH_CACHE, or sensebatch's folder of the caches."""
+    own = os.environ.get("SENSEBATCH_CACHE")
+    if own:
+        return Path(own).expanduser() / FILE_NAME
+    caches = os.environ.get("XDG_CACHE_HOME")
+    folder = Path(caches) if caches else Path.home() / ".cache"
+    return folder / "sensebatch" / FILE_NAME
+
+
+def write_speeds(speeds: MachineSpeeds) -> Path:
+    """Keeps speeds in place of those kept before; returns where.
+
+    Raises:
+        OSError: The folder cannot be made.
+        RunFolderError: The folder cannot be written.
+        StorageFullError: The disk is full.
+    """
+    path = speeds_path()
+    write_atomic(path, f"{speeds.model_dump_json(indent=2)}\n".encode())
+    return path
+
+
+def read_speeds() -> tuple[MachineSpeeds | None, str | None]:
+    """Returns the speeds that are kept, and what is wrong with a file that cannot be used."""
+    path = speeds_path()
+    try:
+        return MachineSpeeds.model_validate_json(path.read_bytes()), None
+    except FileNotFoundError:
+        return None, None
+    except (OSError, ValidationError) as error:
+        reason = error.strerror if isinstance(error, OSError) else _first_mistake(error)
+        return None, f"{path}: {reason}; sensebatch doctor writes it anew"
+
+
+def _first_mistake(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_input=False)[0]
+    return ": ".join([*map(str, first["loc"]), first["msg"]])

@@ -1,0 +1,114 @@
+"""`sensebatch doctor`: what is measured is said and kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sensebatch.cli.speed_cache import read_speeds, speeds_path
+from sensebatch.engine import machine
+from sensebatch.engine.machine import Gpu, Machine
+from tests.cli.conftest import Invoke
+
+GPU = Gpu(
+    name="NVIDIA Test",
+    free_bytes=20 << 30,
+    total_bytes=24 << 30,
+    pinned_bytes_per_s=25e9,
+    pageable_bytes_per_s=6e9,
+    gemm_flop_per_s=150e12,
+    attention_flop_per_s=120e12,
+    memory_bytes_per_s=9e11,
+)
+
+
+@pytest.fixture
+def with_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that says it has a GPU."""
+    found = Machine(
+        sensebatch="0",
+        python="3.11",
+        torch="2.11.0",
+        cuda="13.0",
+        flash_obstacle=None,
+        host_free_bytes=1 << 34,
+        host_total_bytes=1 << 35,
+        gpu=GPU,
+    )
+    monkeypatch.setattr(machine, "look_at_machine", lambda: found)
+
+
+@pytest.mark.usefixtures("with_gpu")
+def test_speeds_are_kept_and_where_is_said(invoke: Invoke, tmp_path: Path) -> None:
+    printed = invoke("doctor").out
+    kept = tmp_path / "cache" / "speeds.json"
+    assert f"speeds kept in  {kept}" in printed
+    assert "attention       120 TFLOP/s" in printed
+    assert "memory reads    838 GiB/s" in printed
+    speeds, mistake = read_speeds()
+    assert mistake is None
+    assert speeds is not None
+    assert (speeds.gpu, speeds.torch, speeds.free_bytes) == (GPU.name, "2.11.0", GPU.free_bytes)
+    assert speeds.speeds.copy_bytes_per_s == GPU.pinned_bytes_per_s
+    assert speeds.speeds.attention_flop_per_s == GPU.attention_flop_per_s
+
+
+@pytest.mark.usefixtures("with_gpu")
+def test_json_has_every_speed_and_the_file(invoke: Invoke, tmp_path: Path) -> None:
+    found = invoke("doctor", "--json").json
+    assert found["gpu"]["memory_bytes_per_s"] == GPU.memory_bytes_per_s
+    assert found["speeds_file"] == str(tmp_path / "cache" / "speeds.json")
+
+
+@pytest.mark.usefixtures("with_gpu")
+def test_plan_uses_what_doctor_kept(invoke: Invoke, manifest: Path) -> None:
+    invoke("doctor")
+    plan = invoke("plan", manifest, "--json").json
+    assert plan["machine"]["gpu"] == GPU.name
+    assert plan["memory"][0]["seconds"]["pictures"] > 0
+
+
+@pytest.mark.usefixtures("with_gpu")
+def test_speeds_that_cannot_be_kept_are_told_all_the_same(invoke: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file where a folder should be")
+    ended = invoke("doctor", "--json")
+    assert ended.code == 0
+    assert ended.json["speeds_file"] is None
+    assert "not kept for sensebatch plan" in ended.err
+
+
+def test_without_a_gpu_nothing_is_kept(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    kept = tmp_path / "cache" / "speeds.json"
+    kept.parent.mkdir()
+    kept.write_text("of another machine that shares the folder")
+    assert invoke("doctor", "--json").json["speeds_file"] is None
+    assert kept.read_text() == "of another machine that shares the folder"
+
+
+def test_speeds_are_kept_among_the_caches_of_the_user(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("SENSEBATCH_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert speeds_path() == tmp_path / "sensebatch" / "speeds.json"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert speeds_path() == tmp_path / ".cache" / "sensebatch" / "speeds.json"
+    monkeypatch.setenv("SENSEBATCH_CACHE", str(tmp_path / "own"))
+    assert speeds_path() == tmp_path / "own" / "speeds.json"
+
+
+@pytest.mark.usefixtures("with_gpu")
+def test_a_speed_of_nothing_is_no_speed(invoke: Invoke) -> None:
+    invoke("doctor")
+    path = speeds_path()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attention_flop_per_s": 0}))
+    speeds, mistake = read_speeds()
+    assert speeds is None
+    assert mistake is not None
+    assert mistake.startswith(f"{path}: attention_flop_per_s: ")

@@ -1,0 +1,106 @@
+"""The time arithmetic expects as many copied blocks as memory copies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from unittest.mock import Mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sensebatch.durations import Blocks, Passes, pass_orders
+from sensebatch.engine.loading import NetworkLoader
+from sensebatch.engine.memory.lanes import CpuLane
+from sensebatch.speed import Speeds, network_sizes, understanding_work
+from sensebatch.vram import RING
+from tests.engine.memory.test_residency import make_placement
+from tests.golden_data import golden_architecture
+
+ARCH = replace(golden_architecture("dense_fm"), num_layers=9)
+SPEEDS = Speeds(
+    copy_bytes_per_s=1.0, gemm_flop_per_s=1.0, attention_flop_per_s=1.0, memory_bytes_per_s=1.0
+)
+Lend = Callable[[int], AbstractContextManager[nn.Module]]
+
+
+class NoWeights:
+    """A weight source that leaves memory as it is."""
+
+    def read_into(self, name: str, rows: tuple[int, int] | None, target: Tensor) -> None:
+        pass
+
+
+def counted_blocks(num_buffers: int, text_passes: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Returns the blocks that memory copies for a second batch like the first."""
+    loader = NetworkLoader(
+        arch=ARCH, source=NoWeights(), device=torch.device("cpu"), dtype=torch.float32
+    )
+    network, residency = loader.load(make_placement(num_buffers))
+    copy = Mock()
+    monkeypatch.setattr(CpuLane, "copy", copy)
+
+    def go_through(lend: Lend, count: int) -> None:
+        for index in range(count):
+            with lend(index):
+                pass
+
+    def batch() -> None:
+        residency.prefill(decodes=text_passes > 0)
+        go_through(network.understanding.lend, ARCH.num_layers)
+        if text_passes:
+            go_through(network.lm_head.lend, len(network.lm_head.parts))
+            residency.decode()
+        for _ in range(text_passes):
+            go_through(network.understanding.lend, ARCH.num_layers)
+            go_through(network.lm_head.lend, len(network.lm_head.parts))
+        residency.denoise()
+        for _ in range(20):
+            go_through(network.generation.lend, ARCH.num_layers)
+
+    batch()
+    copy.reset_mock()
+    batch()
+    return copy.call_count
+
+
+def expected_blocks(num_buffers: int, text_passes: int) -> float:
+    """Returns the blocks that the arithmetic expects for the same."""
+    orders = pass_orders(ARCH, network_sizes(ARCH), 4)
+    work = understanding_work(ARCH, network_sizes(ARCH), [(1, 0)], 4)
+
+    def in_blocks(blocks: Blocks) -> Blocks:
+        return replace(blocks, num_bytes=blocks.count)
+
+    passes = Passes(orders, num_buffers, SPEEDS)
+    for _ in range(2):
+        passes.copied_bytes = 0.0
+        prompts = orders.text if text_passes else orders.prompts
+        passes.add(in_blocks(prompts), work, keep=False)
+        passes.add(in_blocks(orders.text), work, text_passes, keep=True)
+        passes.add(in_blocks(orders.pictures), work, 20, keep=True)
+    return passes.copied_bytes
+
+
+@pytest.mark.parametrize("num_buffers", [2, 3, 6, 9, 11])
+@pytest.mark.parametrize("text_passes", [0, 30])
+def test_blocks_copied_are_those_expected(
+    num_buffers: int, text_passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = counted_blocks(num_buffers, text_passes, monkeypatch)
+    # Each of a batch's phases copies ahead, and may lose, as much as the ring holds.
+    assert counted == pytest.approx(expected_blocks(num_buffers, text_passes), abs=3 * RING)
+
+
+@pytest.mark.parametrize("text_passes", [0, 30])
+def test_with_room_for_much_of_both_experts_no_fewer_blocks_are_copied_than_expected(
+    text_passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = counted_blocks(15, text_passes, monkeypatch)
+    assert counted >= expected_blocks(15, text_passes) - 3 * RING
+
+
+def test_nothing_is_copied_where_all_blocks_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert counted_blocks(19, 30, monkeypatch) == expected_blocks(19, 30) == 0
