@@ -34,7 +34,7 @@ def profile(
         typer.Option(help="As for run; synthetic:8b (full-size made-up weights) if not given."),
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Of denoising; 50 if not given.")] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Jobs of a case; 8 if not given.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Of most cases; 8 if not given.")] = None,
     size: Annotated[
         str | None,
         typer.Option(
@@ -100,13 +100,10 @@ def _parsed(size: str | None) -> Resolution | None:
 def _run(suite_name: str, given: dict[str, Any], only: list[str], folder: Path) -> list[Row]:
     from sensebatch.checkpoint.files import open_checkpoint
     from sensebatch.cli.messages import say
-    from sensebatch.config import SYNTHETIC_PREFIX
     from sensebatch.profile.measure import run_suite
     from sensebatch.profile.suites import Scale, Suite, chosen_cases, suite_cases
 
     suite, scale = Suite(suite_name), Scale(**given)
-    if suite is Suite.TASKS and scale.model.startswith(SYNTHETIC_PREFIX):
-        say("interleave is left out: made-up weights do not say when a picture begins")
     cases = chosen_cases(suite_cases(suite, scale), only)
     # A model that is not there should be told once and now; this loads no weights.
     open_checkpoint(scale.model)

@@ -6,11 +6,17 @@ from collections.abc import Iterable, Sequence
 
 from sensebatch.profile.published import SOURCES, Published, published
 from sensebatch.profile.rows import DONE, Row
-from sensebatch.profile.suites import Suite
+from sensebatch.profile.suites import Scale, Suite, suite_cases
 from sensebatch.vram import GIB
 
 PUBLISHED_STEPS = 50
 NOTHING = "-"
+OURS = "sensebatch"
+PUBLISHED_HEAD = (
+    "case", "source", "load alloc / res GiB", "peak alloc / res GiB", "RSS load → gen GiB",
+    "s/image", "tok/s",
+)  # fmt: skip
+"""The columns of the published tables, in their order."""
 
 
 def format_markdown(rows: Sequence[Row]) -> str:
@@ -23,10 +29,10 @@ def format_markdown(rows: Sequence[Row]) -> str:
     parts = [
         f"# Profile: {suite}",
         _conditions(rows),
-        "## Speed and memory",
+        "## Speed",
         _speed_table(rows),
-        "## Load",
-        _load_table(rows),
+        "## Memory",
+        _memory_table(rows),
         "## Beside the published figures",
         _published_note(rows),
         _published_table(suite, rows),
@@ -43,24 +49,8 @@ def format_markdown(rows: Sequence[Row]) -> str:
 
 def published_markdown(suite: Suite) -> str:
     """Returns the published figures of a suite alone, as a table with its sources."""
-    head = [
-        "case", "source", "load alloc / res GiB", "load RSS GiB", "peak alloc / res GiB",
-        "peak RSS GiB", "s/image", "tok/s",
-    ]  # fmt: skip
-    lines = [
-        [
-            row.case,
-            row.source,
-            _pair(row.load_allocated_gib, row.load_reserved_gib),
-            _figure(row.load_rss_gib, 2),
-            _pair(row.peak_allocated_gib, row.peak_reserved_gib),
-            _figure(row.peak_rss_gib, 2),
-            _figure(row.seconds_per_image, 3),
-            _figure(row.image_tok_per_s, 2),
-        ]
-        for row in published(suite)
-    ]
-    return f"{_table(head, lines, words=2)}\n\n{_sources(suite)}"
+    lines = [_published_line(row) for row in published(suite)]
+    return f"{_table(PUBLISHED_HEAD, lines, words=2)}\n\n{_sources(suite)}"
 
 
 def _conditions(rows: Sequence[Row]) -> str:
@@ -85,37 +75,44 @@ def _all(values: Iterable[object]) -> str:
 
 def _speed_table(rows: Sequence[Row]) -> str:
     head = [
-        "case", "memory options", "mode taken", "images", "s/step", "s/image", "tok/s", "ratio",
-        "peak alloc / res GiB", "RSS GiB", "expected GiB", "expected / reserved",
+        "case", "options", "mode taken", "images", "s/step", "steady s/step", "s/image", "tok/s",
+        "ratio", "steady tok/s", "steady ratio", "text tokens", "text tok/s",
     ]  # fmt: skip
     lines = [
         [
             row.case if row.status == DONE else f"{row.case} (failed)",
             f"`{row.setting}`" if row.setting else NOTHING,
             row.vram_mode or NOTHING,
-            NOTHING if row.images is None else f"{row.images:,}",
+            _figure(row.images, 0),
             _figure(row.step_s, 4),
+            _figure(row.steady_step_s, 4),
             _figure(row.seconds_per_image, 3),
             _figure(row.image_tok_per_s, 2),
             _figure(row.ratio_to_baseline, 3),
-            _pair(_gib(row.peak_allocated_bytes), _gib(row.peak_reserved_bytes)),
-            _figure(_gib(row.peak_rss_bytes), 2),
-            _figure(_gib(row.expected_peak_bytes), 2),
-            _figure(row.expected_ratio, 3),
+            _figure(row.steady_image_tok_per_s, 2),
+            _figure(row.steady_ratio_to_baseline, 3),
+            _figure(row.text_tokens, 0),
+            _figure(row.text_tok_per_s, 1),
         ]
         for row in rows
     ]
     return _table(head, lines, words=3)
 
 
-def _load_table(rows: Sequence[Row]) -> str:
-    head = ["case", "s", "peak alloc / res GiB", "RSS GiB"]
+def _memory_table(rows: Sequence[Row]) -> str:
+    head = [
+        "case", "peak alloc / res GiB", "expected GiB", "expected / reserved", "load s",
+        "load alloc / res GiB", "RSS load → gen GiB",
+    ]  # fmt: skip
     lines = [
         [
             row.case,
+            _pair(_gib(row.peak_allocated_bytes), _gib(row.peak_reserved_bytes)),
+            _figure(_gib(row.expected_peak_bytes), 2),
+            _figure(row.expected_ratio, 3),
             _figure(row.load_s, 2),
             _pair(_gib(row.load_peak_allocated_bytes), _gib(row.load_peak_reserved_bytes)),
-            _figure(_gib(row.load_peak_rss_bytes), 2),
+            _rss(_gib(row.load_peak_rss_bytes), _gib(row.peak_rss_bytes)),
         ]
         for row in rows
     ]
@@ -131,50 +128,43 @@ def _published_note(rows: Sequence[Row]) -> str:
             "These cases were scaled down: their figures and the published ones are not of the "
             "same work."
         )
-    return "Published figure first, ours behind the arrow."
+    return f"The lines of {OURS} are ours, each below those that were published of its case."
 
 
 def _published_table(suite: Suite, rows: Sequence[Row]) -> str:
-    head = [
-        "case", "source", "s/image", "tok/s", "peak alloc / res GiB", "peak RSS GiB",
-        "load alloc / res GiB", "load RSS GiB",
-    ]  # fmt: skip
     ours = {row.case: row for row in rows}
     theirs = published(suite)
-    lines = [_beside(row, ours.get(row.case)) for row in theirs]
-    named = {row.case for row in theirs}
-    empty = Published(suite=suite, case="", source=NOTHING)
-    for case, row in ours.items():
-        if case not in named:
-            lines.append([case, *_beside(empty, row)[1:]])
-    return _table(head, lines, words=2)
+    in_order = [case.name for case in suite_cases(suite, Scale())]
+    lines = []
+    for case in dict.fromkeys([*in_order, *ours]):
+        lines += [_published_line(row) for row in theirs if row.case == case]
+        if case in ours:
+            lines.append(_our_line(ours[case]))
+    return _table(PUBLISHED_HEAD, lines, words=2)
 
 
-def _beside(theirs: Published, ours: Row | None) -> list[str]:
-    speed = (None, None) if ours is None else (ours.seconds_per_image, ours.image_tok_per_s)
+def _published_line(row: Published) -> list[str]:
     return [
-        theirs.case,
-        theirs.source,
-        _arrow(_figure(theirs.seconds_per_image, 3), _figure(speed[0], 3)),
-        _arrow(_figure(theirs.image_tok_per_s, 2), _figure(speed[1], 2)),
-        _arrow(_pair(theirs.peak_allocated_gib, theirs.peak_reserved_gib), _peak(ours, "peak")),
-        _arrow(_figure(theirs.peak_rss_gib, 2), _rss(ours, "peak")),
-        _arrow(
-            _pair(theirs.load_allocated_gib, theirs.load_reserved_gib), _peak(ours, "load_peak")
-        ),
-        _arrow(_figure(theirs.load_rss_gib, 2), _rss(ours, "load_peak")),
+        row.case,
+        row.source,
+        _pair(row.load_allocated_gib, row.load_reserved_gib),
+        _pair(row.peak_allocated_gib, row.peak_reserved_gib),
+        _rss(row.load_rss_gib, row.peak_rss_gib),
+        _figure(row.seconds_per_image, 3),
+        _figure(row.image_tok_per_s, 2),
     ]
 
 
-def _peak(row: Row | None, which: str) -> str:
-    if row is None:
-        return NOTHING
-    sizes = [getattr(row, f"{which}_{kind}_bytes") for kind in ("allocated", "reserved")]
-    return _pair(*(_gib(size) for size in sizes))
-
-
-def _rss(row: Row | None, which: str) -> str:
-    return NOTHING if row is None else _figure(_gib(getattr(row, f"{which}_rss_bytes")), 2)
+def _our_line(row: Row) -> list[str]:
+    return [
+        row.case,
+        OURS,
+        _pair(_gib(row.load_peak_allocated_bytes), _gib(row.load_peak_reserved_bytes)),
+        _pair(_gib(row.peak_allocated_bytes), _gib(row.peak_reserved_bytes)),
+        _rss(_gib(row.load_peak_rss_bytes), _gib(row.peak_rss_bytes)),
+        _figure(row.seconds_per_image, 3),
+        _figure(row.image_tok_per_s, 2),
+    ]
 
 
 def _sources(suite: Suite) -> str:
@@ -182,8 +172,10 @@ def _sources(suite: Suite) -> str:
     return "\n".join(f"- {name}: {SOURCES[name]}." for name in used)
 
 
-def _arrow(theirs: str, ours: str) -> str:
-    return f"{theirs} → {ours}"
+def _rss(load: float | None, generation: float | None) -> str:
+    if load is None and generation is None:
+        return NOTHING
+    return f"{_figure(load, 2)} → {_figure(generation, 2)}"
 
 
 def _gib(size: int | None) -> float | None:

@@ -8,21 +8,16 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 
 import sensebatch
-from sensebatch.checkpoint.files import open_checkpoint
-from sensebatch.checkpoint.system_prompts import resolve_system_prompts
-from sensebatch.config import RunConfig
-from sensebatch.manifest.read import read_manifest
-from sensebatch.plan import group_load, make_plan, plan_entry
+from sensebatch.profile.expected import expected_placement
+from sensebatch.profile.figures import figures
 from sensebatch.profile.rows import (
     DONE,
     FAILED,
@@ -32,14 +27,9 @@ from sensebatch.profile.rows import (
     with_ratios,
     write_rows,
 )
-from sensebatch.profile.suites import Case, Scale, Suite, run_arguments, write_manifest
-from sensebatch.report import summarise
-from sensebatch.settings import resolve_settings
+from sensebatch.profile.suites import Case, Scale, Suite, in_bytes, run_arguments, write_manifest
 from sensebatch.store.log import read_log
 from sensebatch.store.run_dir import RunDir
-from sensebatch.vram import GIB, Placement, place
-
-ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 Launch = Callable[[Sequence[str], Path], int]
 """(arguments behind `sensebatch`, file for what it says) -> exit code."""
@@ -106,8 +96,8 @@ def _run_case(suite: Suite, case: Case, scale: Scale, folder: Path, launch: Laun
         num_jobs=case.num_jobs,
         model=scale.model,
         setting=case.setting,
-        budget_bytes=_bytes(case.device_gib),
-        host_budget_bytes=_bytes(case.host_gib),
+        budget_bytes=in_bytes(case.device_gib),
+        host_budget_bytes=in_bytes(case.host_gib),
         baseline=case.baseline,
         sensebatch_version=sensebatch.__version__,
         started_at=datetime.now(UTC),
@@ -117,14 +107,11 @@ def _run_case(suite: Suite, case: Case, scale: Scale, folder: Path, launch: Laun
     code = launch(arguments, messages)
     log = read_log(RunDir(root)) if RunDir(root).log.exists() else None
     if log is not None and log.num_rows:
-        row = replace(row, **_figures(log, scale), **_expected(case, scale, manifest, log))
+        row = replace(row, **figures(log, num_steps=scale.num_steps))
+        row = replace(row, expected_peak_bytes=_expected(case, manifest, row))
     if code == 0:
         return replace(row, status=DONE)
     return replace(row, error=_reason(log, messages, code))
-
-
-def _bytes(gib: int | None) -> int | None:
-    return None if gib is None else gib * GIB
 
 
 def _new_folder(folder: Path, name: str) -> Path:
@@ -146,61 +133,8 @@ def _reason(log: pa.Table | None, messages: Path, code: int) -> str:
     return f"exit code {code}: {lines[-1] if lines else 'it said nothing'}"
 
 
-def _figures(log: pa.Table, scale: Scale) -> dict[str, Any]:
-    """Returns what a log says of a case; a step's seconds are those of one picture's step."""
-    summary = summarise(log)
-    total, made = summary.total, log.filter(pc.field("status") == DONE)
-    by_call = made.group_by(["session", "batch_id"]).aggregate([("denoise_s", "max")])
-    denoise_s = sum(by_call["denoise_s_max"].to_pylist())
-    last = log.slice(log.num_rows - 1).to_pylist()[0]
-    figures = {
-        "vram_mode": summary.vram_mode,
-        "dtype": summary.dtype,
-        "attn_backend": summary.attn_backend,
-        "device": last["device"],
-        "torch_version": last["torch_version"],
-        "load_s": summary.load_s,
-        "load_peak_allocated_bytes": summary.load_peak.allocated_bytes,
-        "load_peak_reserved_bytes": summary.load_peak.reserved_bytes,
-        "load_peak_rss_bytes": summary.load_peak.rss_bytes,
-        "calls": total.calls,
-        "jobs_done": total.jobs,
-        "images": total.images,
-        "text_tokens": total.text_tokens,
-        "wall_s": total.wall_s,
-        "step_s": denoise_s / (total.images * scale.num_steps) if total.images else None,
-        "seconds_per_image": total.seconds_per_image,
-        "image_tok_per_s": total.image_tok_per_s,
-    }
-    if total.calls:
-        figures |= {f"peak_{name}": value for name, value in asdict(summary.peak).items()}
-    return figures
-
-
-def _expected(case: Case, scale: Scale, manifest: Path, log: pa.Table) -> dict[str, Any]:
+def _expected(case: Case, manifest: Path, row: Row) -> int | None:
     """Returns the device bytes that the arithmetic expects, if that placement was the one used."""
-    flags = {
-        "model.model": scale.model,
-        "memory.vram_mode": case.vram_mode,
-        "memory.vram_budget_bytes": _bytes(case.device_gib),
-        "memory.host_budget_bytes": _bytes(case.host_gib),
-    }
-    config = resolve_settings(flags=flags)
-    placement = _placement(config, manifest, log["dtype"][0].as_py())
-    same = set(log["vram_mode"].to_pylist()) == {placement.mode}
-    return {"expected_peak_bytes": placement.device_bytes if same else None}
-
-
-def _placement(config: RunConfig, manifest: Path, dtype: str) -> Placement:
-    checkpoint = open_checkpoint(config.model.model)
-    prompts = resolve_system_prompts(checkpoint).by_task.values()
-    plan = make_plan((plan_entry(job) for job in read_manifest(manifest, config)), config.memory)
-    longest = max(len(prompt.text.encode()) for prompt in prompts)
-    return place(
-        checkpoint.architecture,
-        config.memory,
-        [group_load(group, system_prompt_bytes=longest) for group in plan.groups],
-        item_bytes=ITEM_BYTES[dtype],
-        device_free=None,
-        host_free=psutil.virtual_memory().available,
-    )
+    assert row.dtype is not None
+    placement = expected_placement(case, row.model, manifest, row.dtype)
+    return placement.device_bytes if row.vram_mode == placement.mode else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
@@ -55,9 +55,13 @@ class Row:
     text_tokens: int | None = None
     wall_s: float | None = None
     step_s: float | None = None
+    steady_step_s: float | None = None
     seconds_per_image: float | None = None
     image_tok_per_s: float | None = None
+    steady_image_tok_per_s: float | None = None
+    text_tok_per_s: float | None = None
     ratio_to_baseline: float | None = None
+    steady_ratio_to_baseline: float | None = None
     peak_allocated_bytes: int | None = None
     peak_reserved_bytes: int | None = None
     peak_rss_bytes: int | None = None
@@ -103,17 +107,19 @@ def with_ratios(rows: Iterable[Row]) -> list[Row]:
     return [
         replace(
             row,
-            ratio_to_baseline=_speed_ratio(row, by_case.get(row.baseline or "")),
+            ratio_to_baseline=_speed_ratio("image_tok_per_s", row, by_case),
+            steady_ratio_to_baseline=_speed_ratio("steady_image_tok_per_s", row, by_case),
             expected_ratio=_ratio(row.expected_peak_bytes, row.peak_reserved_bytes),
         )
         for row in rows
     ]
 
 
-def _speed_ratio(row: Row, baseline: Row | None) -> float | None:
+def _speed_ratio(speed: str, row: Row, by_case: Mapping[str, Row]) -> float | None:
+    baseline = by_case.get(row.baseline or "")
     if baseline is None or any(getattr(row, name) != getattr(baseline, name) for name in _SAME):
         return None
-    return _ratio(row.image_tok_per_s, baseline.image_tok_per_s)
+    return _ratio(getattr(row, speed), getattr(baseline, speed))
 
 
 def _ratio(amount: float | None, per: float | None) -> float | None:
@@ -138,14 +144,7 @@ def read_rows(folder: Path, *, suite: Suite | None = None) -> list[Row]:
     Raises:
         RunFolderError: There are none, they are not ours, or they are of another suite.
     """
-    path = folder / PARQUET_NAME
-    names = [field.name for field in fields(Row)]
-    try:
-        rows = [Row(**values) for values in pq.read_table(path, columns=names).to_pylist()]
-    except FileNotFoundError:
-        raise RunFolderError(f"{path}: expected the results of a profile, found no file") from None
-    except (OSError, pa.ArrowException, TypeError) as error:
-        raise RunFolderError(f"{path}: expected the results of a profile: {error}") from None
+    rows = read_file(folder / PARQUET_NAME)
     for row in rows:
         if suite is not None and row.suite != suite:
             raise RunFolderError(
@@ -153,3 +152,21 @@ def read_rows(folder: Path, *, suite: Suite | None = None) -> list[Row]:
                 "another --output-dir"
             )
     return rows
+
+
+def read_file(path: Path) -> list[Row]:
+    """Returns the results in a file; columns that are younger than it are None.
+
+    Raises:
+        RunFolderError: There is no such file, or it holds something else.
+    """
+    names = {field.name for field in fields(Row)}
+    try:
+        return [
+            Row(**{name: value for name, value in values.items() if name in names})
+            for values in pq.read_table(path).to_pylist()
+        ]
+    except FileNotFoundError:
+        raise RunFolderError(f"{path}: expected the results of a profile, found no file") from None
+    except (OSError, pa.ArrowException, TypeError) as error:
+        raise RunFolderError(f"{path}: expected the results of a profile: {error}") from None

@@ -18,6 +18,7 @@ from sensebatch.errors import ConfigError
 from sensebatch.jobs import Task
 from sensebatch.resolutions import Resolution
 from sensebatch.store.files import write_atomic
+from sensebatch.vram import GIB
 
 SQUARE = Resolution(height=2048, width=2048)
 WIDE = Resolution(height=1152, width=2048)
@@ -25,6 +26,10 @@ CFG_SCALE = 4.0
 TIMESTEP_SHIFT = 3.0
 FIRST_SEED = 42
 STORY_IMAGES = 6
+TEXT_TOKENS = 300
+"""Of a think text, and before every picture of a story, where weights are made up."""
+MANY_JOBS = 16
+"""Of the cases that hold thinking against not thinking."""
 PROMPTS = (
     "A studio portrait of an elderly fisherman with a grey beard and a dark blue knitted cap, "
     "soft window light from the left, shallow depth of field",
@@ -57,14 +62,20 @@ class Scale:
     """As `sensebatch run --model` takes it."""
     num_steps: int = 50
     num_jobs: int = 8
-    """Of every case but interleave, whose one job makes several pictures."""
+    """Of every case but those whose names say how many there are, and interleave, whose one job
+    makes several pictures."""
     resolution: Resolution | None = None
     """Of every picture; None for each case's own."""
+
+    @property
+    def scripted(self) -> bool:
+        """Whether weights are made up, so that the settings decide how much text there is."""
+        return self.model.startswith(SYNTHETIC_PREFIX)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One manifest with one setting of memory."""
+    """One manifest with some options."""
 
     name: str
     """Unique in its suite; names the run's folder."""
@@ -77,6 +88,8 @@ class Case:
     """Budget of device memory."""
     host_gib: int | None = None
     """Budget of host memory for weights."""
+    one_batch: bool = False
+    """Whether all jobs are in one batch, however large."""
     baseline: str | None = None
     """The case of the same suite that this one's speed is held against."""
 
@@ -88,17 +101,38 @@ class Case:
 
     @property
     def setting(self) -> str:
-        """The options of memory, as they are typed."""
+        """The options, as they are typed."""
         words = [] if self.vram_mode == "auto" else [f"--vram-mode {self.vram_mode}"]
-        return " ".join(words + ([f"--max-memory {self.max_memory}"] if self.max_memory else []))
+        words += [f"--max-memory {self.max_memory}"] if self.max_memory else []
+        if self.one_batch:
+            words.append(f"--max-batch-size {self.num_jobs}")
+            words.append(f"--max-batch-image-tokens {self._image_tokens}")
+        return " ".join(words)
+
+    @property
+    def flags(self) -> dict[str, object]:
+        """The options by place in the settings."""
+        return {
+            "memory.vram_mode": self.vram_mode,
+            "memory.vram_budget_bytes": in_bytes(self.device_gib),
+            "memory.host_budget_bytes": in_bytes(self.host_gib),
+            "memory.max_batch_size": self.num_jobs if self.one_batch else None,
+            "memory.max_batch_image_tokens": self._image_tokens if self.one_batch else None,
+        }
+
+    @property
+    def _image_tokens(self) -> int:
+        """Of one picture of every job."""
+        return self.num_jobs * self.resolution.image_tokens
+
+
+def in_bytes(gib: int | None) -> int | None:
+    """Returns an amount of GiB in bytes; None for None."""
+    return None if gib is None else gib * GIB
 
 
 def suite_cases(suite: Suite, scale: Scale) -> tuple[Case, ...]:
-    """Returns the cases of a suite, in the order they are run.
-
-    The interleave cases are left out where weights are made up: such a model does not say when a
-    picture begins, so that what would be measured is its chatter.
-    """
+    """Returns the cases of a suite, in the order they are run."""
     full = Case(name="full", num_jobs=scale.num_jobs, vram_mode="full", baseline="full")
     if suite is Suite.MODES:
         leaner = [replace(full, name=mode, vram_mode=mode) for mode in ("fast", "balanced", "low")]
@@ -110,8 +144,6 @@ def suite_cases(suite: Suite, scale: Scale) -> tuple[Case, ...]:
         cases.append(replace(auto, name="7gib-cpu20gib", device_gib=7, host_gib=20))
     else:
         cases = _task_cases(full)
-        if scale.model.startswith(SYNTHETIC_PREFIX):
-            cases = [case for case in cases if case.task is not Task.INTERLEAVE]
     if scale.resolution is not None:
         cases = [replace(case, resolution=scale.resolution) for case in cases]
     return tuple(cases)
@@ -126,13 +158,21 @@ def _task_cases(full: Case) -> list[Case]:
         "num_jobs": 1,
     }
     capped: dict[str, Any] = {"vram_mode": "auto", "device_gib": 13}
+    many = replace(alone, num_jobs=MANY_JOBS, one_batch=True)
+    lean: dict[str, Any] = {"vram_mode": "auto", "device_gib": 7}
     return [
         replace(alone, name="t2i"),
         replace(alone, name="t2i-think", think=True),
         replace(alone, name="edit", task=Task.EDIT),
         replace(full, name="edit-13gib", task=Task.EDIT, baseline="edit", **capped),
         replace(alone, name="interleave", **story),
+        replace(alone, name="interleave-4", **story | {"num_jobs": 4}),
         replace(full, name="interleave-13gib", baseline="interleave", **story | capped),
+        replace(many, name=f"plain-{MANY_JOBS}"),
+        replace(many, name=f"think-{MANY_JOBS}", think=True, baseline=f"plain-{MANY_JOBS}"),
+        replace(
+            many, name=f"think-{MANY_JOBS}-7gib", think=True, baseline=f"think-{MANY_JOBS}", **lean
+        ),
     ]
 
 
@@ -160,23 +200,30 @@ def write_manifest(case: Case, scale: Scale, folder: Path) -> Path:
         "height": case.resolution.height,
         "think": case.think,
     }
-    jobs: list[dict[str, Any]] = []
-    for index in range(case.num_jobs):
-        job: dict[str, Any] = {
-            "id": f"{case.name}-{index + 1}",
-            "task": case.task.value,
-            "prompt": PROMPTS[index % len(PROMPTS)],
-            "seed": FIRST_SEED + index,
-        }
-        if case.task is Task.EDIT:
-            job |= {"prompt": EDIT_PROMPT, "image": _draw_input(case.resolution, folder).name}
-        elif case.task is Task.INTERLEAVE:
-            job |= {"prompt": STORY_PROMPT, "max_images": STORY_IMAGES}
-        jobs.append(job)
+    image = _draw_input(case.resolution, folder).name if case.task is Task.EDIT else None
+    jobs = [_job(case, scale, index, image) for index in range(case.num_jobs)]
     path = folder / f"{case.name}.yaml"
     manifest = {"version": 1, "name": case.name, "defaults": defaults, "jobs": jobs}
     write_atomic(path, yaml.safe_dump(manifest, sort_keys=False).encode())
     return path
+
+
+def _job(case: Case, scale: Scale, index: int, image: str | None) -> dict[str, Any]:
+    job: dict[str, Any] = {
+        "id": f"{case.name}-{index + 1}",
+        "task": case.task.value,
+        "prompt": PROMPTS[index % len(PROMPTS)],
+        "seed": FIRST_SEED + index,
+    }
+    if case.task is Task.EDIT:
+        job |= {"prompt": EDIT_PROMPT, "image": image}
+    elif case.task is Task.INTERLEAVE:
+        job |= {"prompt": STORY_PROMPT, "max_images": STORY_IMAGES}
+    if scale.scripted and case.task is Task.INTERLEAVE:
+        job["max_new_tokens"] = STORY_IMAGES * TEXT_TOKENS
+    elif scale.scripted and case.think:
+        job["max_think_tokens"] = TEXT_TOKENS
+    return job
 
 
 def _draw_input(resolution: Resolution, folder: Path) -> Path:

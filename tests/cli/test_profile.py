@@ -40,10 +40,10 @@ def test_failed_cases_are_reported_and_decide_the_exit_code(
     assert Path("outputs/profile-modes/profile.md").read_text() == ended.out
 
 
-def test_left_out_cases_are_told(invoke: Invoke, launched: list[Sequence[str]]) -> None:
-    ended = invoke("profile", "--suite", "tasks", *SMALL)
-    assert len(launched) == 4
-    assert "interleave is left out" in ended.err
+def test_made_up_weights_have_every_case(invoke: Invoke, launched: list[Sequence[str]]) -> None:
+    invoke("profile", "--suite", "tasks", *SMALL)
+    cases = suites.suite_cases(suites.Suite.TASKS, suites.Scale(model="some/checkpoint"))
+    assert [Path(line[1]).stem for line in launched] == [case.name for case in cases]
 
 
 @pytest.mark.usefixtures("backend")

@@ -13,22 +13,37 @@ from sensebatch.profile.suites import Suite
 from tests.profile.results import result
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "profile.md"
-FIGURES = ("wall_s", "step_s", "seconds_per_image", "image_tok_per_s", "images")
+FIGURES = (
+    "wall_s", "step_s", "steady_step_s", "seconds_per_image", "image_tok_per_s",
+    "steady_image_tok_per_s", "images", "text_tokens", "text_tok_per_s",
+)  # fmt: skip
 NONE = dict.fromkeys(FIGURES)
 
 SPEED = """\
-| case | memory options | mode taken | images | s/step | s/image | tok/s | ratio | \
-peak alloc / res GiB | RSS GiB | expected GiB | expected / reserved |
-| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
-| full | `--vram-mode full` | full | 8 | 0.3750 | 20.000 | 204.80 | 1.000 | 34.00 / 35.00 | \
-6.00 | 34.00 | 0.971 |
-| low (failed) | `--vram-mode low` | low | - | - | - | - | - | 34.00 / 35.00 | 6.00 | 34.00 | \
-0.971 |
+| case | options | mode taken | images | s/step | steady s/step | s/image | tok/s | ratio | \
+steady tok/s | steady ratio | text tokens | text tok/s |
+| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| full | `--vram-mode full` | full | 8 | 0.3750 | 0.2500 | 20.000 | 204.80 | 1.000 | 300.00 | \
+1.000 | 2,400 | 96.0 |
+| low (failed) | `--vram-mode low` | low | - | - | - | - | - | - | - | - | - | - |
+"""
+MEMORY = """\
+| case | peak alloc / res GiB | expected GiB | expected / reserved | load s | \
+load alloc / res GiB | RSS load → gen GiB |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: |
+| full | 34.00 / 35.00 | 34.00 | 0.971 | 30.00 | 32.00 / 33.00 | 5.00 → 6.00 |
+| low | 34.00 / 35.00 | 34.00 | 0.971 | 30.00 | 32.00 / 33.00 | 5.00 → 6.00 |
 """
 BESIDE = """\
-| full | release | 22.108 → 20.000 | 185.27 → 204.80 | 34.83 / 35.82 → 34.00 / 35.00 | \
-- → 6.00 | - → 32.00 / 33.00 | - → 5.00 |
-| balanced | release | 112.394 → - | 36.44 → - | 6.78 / 12.50 → - | 47.18 → - | - → - | 0.95 → - |
+| case | source | load alloc / res GiB | peak alloc / res GiB | RSS load → gen GiB | s/image | \
+tok/s |
+| --- | --- | ---: | ---: | ---: | ---: | ---: |
+| full | release | - | 34.83 / 35.82 | - | 22.108 | 185.27 |
+| full | later | - | - | - | 20.900 | - |
+| full | sensebatch | 32.00 / 33.00 | 34.00 / 35.00 | 5.00 → 6.00 | 20.000 | 204.80 |
+| fast | later | - | 19.70 / 20.40 | - → 42.00 | 22.900 | - |
+| fast | u1.5 | - | 17.30 / 17.90 | - | - | - |
+| balanced | release | - | 6.78 / 12.50 | 0.95 → 47.18 | 112.394 | 36.44 |
 """
 
 
@@ -40,6 +55,7 @@ def _document(**changes: object) -> str:
 def test_tables_are_these() -> None:
     text = _document()
     assert SPEED in text
+    assert MEMORY in text
     assert BESIDE in text
     assert "- low: low-1: it broke" in text
     assert "```\nsensebatch run full.yaml\nsensebatch run low.yaml\n```" in text

@@ -51,6 +51,8 @@ def test_real_runs_give_figures_and_a_refused_one_a_failed_row(tmp_path: Path) -
     assert low.expected_peak_bytes > 0
     assert low.load_peak_rss_bytes > 0
     assert low.torch_version is not None
+    # Two small jobs are one batch.
+    assert (low.calls, low.steady_step_s) == (1, None)
     assert low.command.startswith("sensebatch run ")
     assert len(list((tmp_path / "low" / "images").glob("*.png"))) == 2
     assert read_rows(tmp_path) == rows
@@ -86,6 +88,8 @@ def test_speed_is_held_against_the_baseline_of_the_same_conditions() -> None:
     full = result("full", image_tok_per_s=100.0)
     low = result("low", image_tok_per_s=80.0)
     assert [row.ratio_to_baseline for row in with_ratios([full, low])] == [1.0, 0.8]
+    steady = [replace(full, steady_image_tok_per_s=50.0), replace(low, steady_image_tok_per_s=45.0)]
+    assert [row.steady_ratio_to_baseline for row in with_ratios(steady)] == [1.0, 0.9]
     elsewhere = replace(low, device="another")
     assert with_ratios([full, elsewhere])[1].ratio_to_baseline is None
     assert with_ratios([low])[0].ratio_to_baseline is None
@@ -94,6 +98,13 @@ def test_speed_is_held_against_the_baseline_of_the_same_conditions() -> None:
 def test_every_column_is_described() -> None:
     document = (Path(__file__).parents[2] / "docs" / "profile.md").read_text(encoding="utf-8")
     assert [name for name in SCHEMA.names if f"| `{name}` |" not in document] == []
+
+
+def test_results_that_lack_younger_columns_can_be_read(tmp_path: Path) -> None:
+    _run(CASES[:1], tmp_path)
+    path = tmp_path / PARQUET_NAME
+    pq.write_table(pq.read_table(path).drop_columns(["steady_step_s"]), path)
+    assert read_rows(tmp_path)[0].steady_step_s is None
 
 
 def test_parquet_holds_every_column(tmp_path: Path) -> None:

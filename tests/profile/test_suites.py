@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
+from sensebatch.config import MemoryConfig
 from sensebatch.errors import ConfigError
-from sensebatch.jobs import Task
+from sensebatch.jobs import Job, Task
 from sensebatch.manifest.read import read_manifest
+from sensebatch.profile.expected import expected_placement
 from sensebatch.profile.published import SOURCES, published
 from sensebatch.profile.suites import (
+    Case,
     Scale,
     Suite,
     chosen_cases,
+    in_bytes,
     run_arguments,
     suite_cases,
     write_manifest,
 )
 from sensebatch.resolutions import Resolution
 from sensebatch.settings import resolve_settings
+from sensebatch.vram import GIB
 
+SIXTEEN = "--max-batch-size 16 --max-batch-image-tokens 65536"
 SETTINGS = {
     Suite.MODES: {
         "full": "--vram-mode full",
@@ -43,7 +50,11 @@ SETTINGS = {
         "edit": "--vram-mode full",
         "edit-13gib": "--max-memory 0=13GiB",
         "interleave": "--vram-mode full",
+        "interleave-4": "--vram-mode full",
         "interleave-13gib": "--max-memory 0=13GiB",
+        "plain-16": f"--vram-mode full {SIXTEEN}",
+        "think-16": f"--vram-mode full {SIXTEEN}",
+        "think-16-7gib": f"--max-memory 0=7GiB {SIXTEEN}",
     },
 }
 
@@ -54,19 +65,60 @@ def test_cases_have_the_settings_of_the_published_tables(suite: Suite) -> None:
     assert {case.name: case.setting for case in cases} == SETTINGS[suite]
 
 
-def test_made_up_weights_tell_no_stories() -> None:
-    cases = suite_cases(Suite.TASKS, Scale())
-    assert [case.name for case in cases] == ["t2i", "t2i-think", "edit", "edit-13gib"]
+def _jobs(case: Case, scale: Scale, folder: Path) -> list[Job]:
+    config = resolve_settings(flags={"model.model": scale.model})
+    return list(read_manifest(write_manifest(case, scale, folder), config))
+
+
+@pytest.mark.parametrize("suite", Suite)
+def test_full_size_cases_fit_their_budgets(suite: Suite, tmp_path: Path) -> None:
+    scale = Scale()
+    for case in suite_cases(suite, scale):
+        manifest = write_manifest(case, scale, tmp_path)
+        placement = expected_placement(case, scale.model, manifest, "bfloat16")
+        assert placement.device_bytes <= (in_bytes(case.device_gib) or 100 * GIB)
+        assert placement.mode == case.vram_mode or case.vram_mode == "auto"
+
+
+def test_made_up_weights_think_and_write_exactly_so_much(tmp_path: Path) -> None:
+    for case in suite_cases(Suite.TASKS, Scale()):
+        for job in _jobs(case, Scale(), tmp_path):
+            sampling = job.sampling
+            if job.task is Task.INTERLEAVE:
+                assert sampling.max_new_tokens // sampling.max_images == 300
+            elif job.think:
+                assert sampling.max_think_tokens == 300
+
+
+def test_a_real_checkpoint_is_not_cut_short(tmp_path: Path) -> None:
+    scale = Scale(model="some/checkpoint")
+    for case in suite_cases(Suite.TASKS, scale):
+        for job in _jobs(case, scale, tmp_path):
+            assert (job.sampling.max_think_tokens, job.sampling.max_new_tokens) == (1024, 8192)
+
+
+def test_flags_say_what_the_command_line_says() -> None:
+    case = Case(name="x", num_jobs=2, device_gib=7, host_gib=20, one_batch=True)
+    assert case.setting == (
+        "--max-memory 0=7GiB,cpu=20GiB --max-batch-size 2 --max-batch-image-tokens 8192"
+    )
+    memory = resolve_settings(flags=case.flags).memory
+    assert memory == MemoryConfig(
+        vram_budget_bytes=7 * GIB,
+        host_budget_bytes=20 * GIB,
+        max_batch_size=2,
+        max_batch_image_tokens=8192,
+    )
 
 
 @pytest.mark.parametrize("suite", Suite)
 def test_manifests_are_jobs_of_the_published_size(suite: Suite, tmp_path: Path) -> None:
     scale = Scale(model="some/checkpoint")
-    config = resolve_settings(flags={"model.model": scale.model})
     for case in suite_cases(suite, scale):
-        jobs = list(read_manifest(write_manifest(case, scale, tmp_path), config))
+        jobs = _jobs(case, scale, tmp_path)
         story = case.task is Task.INTERLEAVE
-        assert len(jobs) == (1 if story else 8)
+        count = re.search("-(16|4)(?!gib|[0-9])", case.name)
+        assert len(jobs) == (int(count[1]) if count else 1 if story else 8)
         assert len({job.seed for job in jobs}) == len(jobs)
         for job in jobs:
             assert (job.task, job.think) == (case.task, case.think)
@@ -83,10 +135,12 @@ def test_a_suite_can_be_scaled_down(tmp_path: Path) -> None:
     scale = Scale(
         model="synthetic:tiny", num_steps=2, num_jobs=3, resolution=Resolution(height=32, width=64)
     )
-    config = resolve_settings(flags={"model.model": scale.model})
     for case in suite_cases(Suite.TASKS, scale):
-        jobs = list(read_manifest(write_manifest(case, scale, tmp_path), config))
-        assert [(str(job.resolution), job.sampling.num_steps) for job in jobs] == [("64x32", 2)] * 3
+        jobs = _jobs(case, scale, tmp_path)
+        assert {(str(job.resolution), job.sampling.num_steps) for job in jobs} == {("64x32", 2)}
+        assert len(jobs) == (
+            3 if case.name in ("t2i", "t2i-think", "edit", "edit-13gib") else case.num_jobs
+        )
 
 
 def test_a_case_is_an_ordinary_run() -> None:

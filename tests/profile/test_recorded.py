@@ -1,0 +1,77 @@
+"""The memory arithmetic held against peaks that were measured on GPUs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sensebatch.errors import ConfigError
+from sensebatch.profile.expected import recomputed_placement
+from sensebatch.profile.rows import DONE, Row, read_file
+from tests.profile.results import result
+
+FOLDER = Path(__file__).parents[2] / "docs" / "measured"
+LOWEST, HIGHEST = 0.97, 1.10
+"""What is expected, by what was reserved."""
+
+
+def _recorded() -> list[object]:
+    """Returns the rows of every file that have a peak of device memory."""
+    rows = [
+        pytest.param(row, id=f"{file.stem}-{row.case}")
+        for file in sorted(FOLDER.glob("*.parquet"))
+        for row in read_file(file)
+        if row.status == DONE and row.peak_reserved_bytes
+    ]
+    nothing = pytest.mark.skip(reason="no profile of a GPU is recorded in docs/measured yet")
+    return rows or [pytest.param(None, id="nothing", marks=nothing)]
+
+
+def check(row: Row) -> None:
+    """Fails unless the arithmetic of today is close to what was measured."""
+    placement = recomputed_placement(row)
+    assert row.vram_mode == placement.mode
+    assert row.peak_reserved_bytes is not None
+    ratio = placement.device_bytes / row.peak_reserved_bytes
+    assert LOWEST <= ratio <= HIGHEST, f"{row.case}: expected / reserved is {ratio:.3f}"
+
+
+@pytest.mark.parametrize("row", _recorded())
+def test_expected_peaks_are_close_to_measured_ones(row: Row) -> None:
+    check(row)
+
+
+@pytest.mark.parametrize("case", ["full", "low"])
+@pytest.mark.parametrize(
+    ("ratio", "close"), [(0.96, False), (0.98, True), (1.0, True), (1.09, True), (1.11, False)]
+)
+def test_an_estimate_that_is_off_is_found(case: str, ratio: float, close: bool) -> None:
+    row = result(case)
+    measured = round(recomputed_placement(row).device_bytes / ratio)
+    row = replace(row, peak_reserved_bytes=measured)
+    if close:
+        check(row)
+    else:
+        with pytest.raises(AssertionError, match="expected / reserved is"):
+            check(row)
+
+
+def test_another_placement_than_the_measured_one_is_found() -> None:
+    with pytest.raises(AssertionError):
+        check(result("low", vram_mode="balanced"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"setting": "--vram-mode balanced"}, "expected 8 jobs with '--vram-mode balanced'"),
+        ({"case": "lean"}, "found 'lean'"),
+    ],
+)
+def test_a_case_that_is_no_longer_run_so_is_measured_again(
+    changes: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        recomputed_placement(replace(result("low"), **changes))
