@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "tiny": NOUNS | {"contract", "config", "checkpoint", "engine"},
     "profile": NOUNS
     | {"config", "settings", "inputs", "checkpoint", "manifest", "vram", "plan", "store"}
-    | {"report"},
+    | {"report", "durations", "speed"},
 }
 """What each module or package beside `cli` may know; `cli` joins them and may know all."""
 

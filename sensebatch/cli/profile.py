@@ -99,7 +99,8 @@ def _parsed(size: str | None) -> Resolution | None:
 
 def _run(suite_name: str, given: dict[str, Any], only: list[str], folder: Path) -> list[Row]:
     from sensebatch.checkpoint.files import open_checkpoint
-    from sensebatch.cli.messages import say
+    from sensebatch.cli.messages import say, warn
+    from sensebatch.cli.speed_cache import read_speeds
     from sensebatch.profile.measure import run_suite
     from sensebatch.profile.suites import Scale, Suite, chosen_cases, suite_cases
 
@@ -107,7 +108,11 @@ def _run(suite_name: str, given: dict[str, Any], only: list[str], folder: Path) 
     cases = chosen_cases(suite_cases(suite, scale), only)
     # A model that is not there should be told once and now; this loads no weights.
     open_checkpoint(scale.model)
-    return run_suite(suite, cases, scale, folder, launch=launch, say=say)
+    machine, mistake = read_speeds()
+    if mistake is not None:
+        warn(mistake)
+    speeds = {} if machine is None else {machine.gpu: machine.speeds}
+    return run_suite(suite, cases, scale, folder, launch=launch, say=say, speeds=speeds)
 
 
 def launch(arguments: Sequence[str], messages: Path) -> int:

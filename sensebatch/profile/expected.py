@@ -1,28 +1,71 @@
-"""What the memory arithmetic says of a case, from its manifest and options alone."""
+"""What the arithmetic of memory and time says of a case, from its manifest and options alone."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.checkpoint.files import open_checkpoint
 from sensebatch.checkpoint.system_prompts import resolve_system_prompts
+from sensebatch.durations import Clock
 from sensebatch.errors import ConfigError
 from sensebatch.manifest.read import read_manifest
-from sensebatch.plan import group_load, make_plan, plan_entry
+from sensebatch.plan import GroupPlan, group_load, make_plan, plan_entry
 from sensebatch.profile.rows import Row
 from sensebatch.profile.suites import Case, Scale, Suite, chosen_cases, suite_cases, write_manifest
 from sensebatch.resolutions import Resolution
 from sensebatch.settings import resolve_settings
-from sensebatch.vram import Placement, place
+from sensebatch.speed import Speeds
+from sensebatch.vram import Load, Placement, place
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+MEASURED_ITEM_BYTES = 2
+"""Of the numbers that speeds are measured with."""
 ENOUGH_BYTES = 1 << 50
 """Host memory where no budget is given: how much of it is used changes nothing on the device."""
 
 
-def expected_placement(case: Case, model: str, manifest: Path, dtype: str) -> Placement:
-    """Returns where weights are put for a case, and so how much memory it is expected to take.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expectation:
+    """A case as the arithmetic sees it."""
+
+    arch: Architecture
+    item_bytes: int
+    groups: Sequence[GroupPlan]
+    loads: Sequence[Load]
+    """Of each group."""
+    placement: Placement
+    """Where weights are put, and how much memory the case is expected to take."""
+
+    def limits(self, speeds: Speeds, *, with_text: bool) -> tuple[float, float] | None:
+        """Returns the least seconds of the case, and of one denoising step of one picture.
+
+        Args:
+            speeds: Of the machine.
+            with_text: Whether every job writes as much text as it may.
+
+        Returns:
+            None where the case computes with other numbers than speeds are measured with.
+        """
+        if self.item_bytes != MEASURED_ITEM_BYTES:
+            return None
+        clock = Clock(self.arch, self.placement, self.item_bytes, speeds)
+        total = step = 0.0
+        for group, load in zip(self.groups, self.loads, strict=True):
+            seconds = clock.group_seconds(load, group.num_jobs)
+            total += seconds.pictures + (seconds.text if with_text else 0.0)
+            # What a run of twice as many steps takes on top is these steps and nothing else.
+            longer = replace(load, group=replace(load.group, num_steps=2 * load.group.num_steps))
+            step += clock.group_seconds(longer, group.num_jobs).pictures - seconds.pictures
+        steps = sum(group.max_images * group.group.num_steps for group in self.groups)
+        return total, step / steps
+
+
+def expectation(case: Case, model: str, manifest: Path, dtype: str) -> Expectation:
+    """Returns a case as the arithmetic sees it.
 
     Args:
         case: With its options.
@@ -38,17 +81,52 @@ def expected_placement(case: Case, model: str, manifest: Path, dtype: str) -> Pl
     prompts = resolve_system_prompts(checkpoint).by_task.values()
     plan = make_plan((plan_entry(job) for job in read_manifest(manifest, config)), config.memory)
     longest = max(len(prompt.text.encode()) for prompt in prompts)
-    return place(
+    loads = [group_load(group, system_prompt_bytes=longest) for group in plan.groups]
+    placement = place(
         checkpoint.architecture,
         config.memory,
-        [group_load(group, system_prompt_bytes=longest) for group in plan.groups],
+        loads,
         item_bytes=ITEM_BYTES[dtype],
         device_free=None,
         host_free=ENOUGH_BYTES,
     )
+    return Expectation(
+        arch=checkpoint.architecture,
+        item_bytes=ITEM_BYTES[dtype],
+        groups=plan.groups,
+        loads=loads,
+        placement=placement,
+    )
 
 
-def recomputed_placement(row: Row) -> Placement:
+def with_expectation(
+    row: Row, case: Case, scale: Scale, manifest: Path, speeds: Mapping[str, Speeds]
+) -> Row:
+    """Returns a row with the bytes and the least seconds of the arithmetic.
+
+    Bytes are left out where another placement was used than is expected, seconds where no speeds
+    are known of the device or other work was done than is counted.
+
+    Args:
+        row: With the figures of the case's run.
+        case: With its options.
+        scale: How large it is.
+        manifest: The case's.
+        speeds: What GPUs reach at most, by their names.
+    """
+    assert row.dtype is not None
+    expected = expectation(case, row.model, manifest, row.dtype)
+    if row.vram_mode != expected.placement.mode:
+        return row
+    row = replace(row, expected_peak_bytes=expected.placement.device_bytes)
+    of_device = speeds.get(row.device or "")
+    if of_device is None or row.images != case.num_jobs * case.images_of_job:
+        return row
+    limits = expected.limits(of_device, with_text=scale.scripted)
+    return row if limits is None else replace(row, limit_s=limits[0], limit_step_s=limits[1])
+
+
+def recomputed(row: Row) -> Expectation:
     """Returns what the arithmetic says today of a case that was measured before.
 
     Args:
@@ -66,11 +144,13 @@ def recomputed_placement(row: Row) -> Placement:
         resolution=Resolution(height=row.height, width=row.width),
     )
     (case,) = chosen_cases(suite_cases(Suite(row.suite), scale), [row.case])
-    if (case.setting, case.num_jobs) != (row.setting, row.num_jobs):
+    # Some cases have more jobs than the scale says.
+    case = replace(case, num_jobs=row.num_jobs)
+    if case.setting != row.setting:
         raise ConfigError(
-            f"{row.suite}, {row.case}: expected {row.num_jobs} jobs with {row.setting!r} as they "
-            f"were measured, found {case.num_jobs} with {case.setting!r}: measure it again"
+            f"{row.suite}, {row.case}: expected the options {row.setting!r} that were measured, "
+            f"found {case.setting!r}: measure it again"
         )
     with TemporaryDirectory() as folder:
         manifest = write_manifest(case, scale, Path(folder))
-        return expected_placement(case, row.model, manifest, row.dtype)
+        return expectation(case, row.model, manifest, row.dtype)

@@ -75,8 +75,9 @@ def _all(values: Iterable[object]) -> str:
 
 def _speed_table(rows: Sequence[Row]) -> str:
     head = [
-        "case", "options", "mode taken", "images", "s/step", "steady s/step", "s/image", "tok/s",
-        "ratio", "steady tok/s", "steady ratio", "text tokens", "text tok/s",
+        "case", "options", "mode taken", "images", "s/step", "steady s/step", "limit s/step",
+        "s/image", "limit s/image", "tok/s", "ratio", "steady tok/s", "steady ratio", "text tokens",
+        "text tok/s",
     ]  # fmt: skip
     lines = [
         [
@@ -86,7 +87,9 @@ def _speed_table(rows: Sequence[Row]) -> str:
             _figure(row.images, 0),
             _figure(row.step_s, 4),
             _figure(row.steady_step_s, 4),
+            _figure(row.limit_step_s, 4),
             _figure(row.seconds_per_image, 3),
+            _figure(row.limit_s / row.images if row.limit_s and row.images else None, 3),
             _figure(row.image_tok_per_s, 2),
             _figure(row.ratio_to_baseline, 3),
             _figure(row.steady_image_tok_per_s, 2),

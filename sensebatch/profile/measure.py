@@ -7,7 +7,7 @@ fails takes no other with it. How a command line becomes a process is the caller
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 import sensebatch
-from sensebatch.profile.expected import expected_placement
+from sensebatch.profile.expected import with_expectation
 from sensebatch.profile.figures import figures
 from sensebatch.profile.rows import (
     DONE,
@@ -28,6 +28,7 @@ from sensebatch.profile.rows import (
     write_rows,
 )
 from sensebatch.profile.suites import Case, Scale, Suite, in_bytes, run_arguments, write_manifest
+from sensebatch.speed import Speeds
 from sensebatch.store.log import read_log
 from sensebatch.store.run_dir import RunDir
 
@@ -43,6 +44,7 @@ def run_suite(
     *,
     launch: Launch,
     say: Callable[[str], None],
+    speeds: Mapping[str, Speeds] | None = None,
 ) -> list[Row]:
     """Runs cases, writes the results behind each, and returns all rows of the folder.
 
@@ -56,6 +58,7 @@ def run_suite(
         folder: Where runs and results go.
         launch: Runs a command line in a process of its own.
         say: Receives a line for people before and after each case.
+        speeds: What GPUs reach at most, by their names.
 
     Raises:
         RunFolderError: The folder holds results of another suite, or cannot be written.
@@ -65,7 +68,7 @@ def run_suite(
         rows = read_rows(folder, suite=suite)
     for case in cases:
         say(f"{case.name}: {case.setting or 'no memory options'}")
-        row = _run_case(suite, case, scale, folder, launch)
+        row = _run_case(suite, case, scale, folder, launch, speeds or {})
         say(_ending(row))
         by_name = {old.case: old for old in rows} | {row.case: row}
         rows = with_ratios(by_name.values())
@@ -80,7 +83,14 @@ def _ending(row: Row) -> str:
     return f"{row.case}: {row.images} images, {speed} image tok/s"
 
 
-def _run_case(suite: Suite, case: Case, scale: Scale, folder: Path, launch: Launch) -> Row:
+def _run_case(
+    suite: Suite,
+    case: Case,
+    scale: Scale,
+    folder: Path,
+    launch: Launch,
+    speeds: Mapping[str, Speeds],
+) -> Row:
     root = _new_folder(folder, case.name)
     manifest = write_manifest(case, scale, folder / "manifests")
     arguments = run_arguments(case, scale, manifest, root)
@@ -108,7 +118,7 @@ def _run_case(suite: Suite, case: Case, scale: Scale, folder: Path, launch: Laun
     log = read_log(RunDir(root)) if RunDir(root).log.exists() else None
     if log is not None and log.num_rows:
         row = replace(row, **figures(log, num_steps=scale.num_steps))
-        row = replace(row, expected_peak_bytes=_expected(case, manifest, row))
+        row = with_expectation(row, case, scale, manifest, speeds)
     if code == 0:
         return replace(row, status=DONE)
     return replace(row, error=_reason(log, messages, code))
@@ -131,10 +141,3 @@ def _reason(log: pa.Table | None, messages: Path, code: int) -> str:
     said = messages.read_text(encoding="utf-8", errors="replace") if messages.exists() else ""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     return f"exit code {code}: {lines[-1] if lines else 'it said nothing'}"
-
-
-def _expected(case: Case, manifest: Path, row: Row) -> int | None:
-    """Returns the device bytes that the arithmetic expects, if that placement was the one used."""
-    assert row.dtype is not None
-    placement = expected_placement(case, row.model, manifest, row.dtype)
-    return placement.device_bytes if row.vram_mode == placement.mode else None

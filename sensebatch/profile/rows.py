@@ -54,8 +54,10 @@ class Row:
     images: int | None = None
     text_tokens: int | None = None
     wall_s: float | None = None
+    limit_s: float | None = None
     step_s: float | None = None
     steady_step_s: float | None = None
+    limit_step_s: float | None = None
     seconds_per_image: float | None = None
     image_tok_per_s: float | None = None
     steady_image_tok_per_s: float | None = None

@@ -94,6 +94,11 @@ class Case:
     """The case of the same suite that this one's speed is held against."""
 
     @property
+    def images_of_job(self) -> int:
+        """Most pictures of one job."""
+        return STORY_IMAGES if self.task is Task.INTERLEAVE else 1
+
+    @property
     def max_memory(self) -> str | None:
         """The budgets in the words of `--max-memory`; None without any."""
         budgets = (("0", self.device_gib), ("cpu", self.host_gib))

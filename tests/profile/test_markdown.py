@@ -15,17 +15,18 @@ from tests.profile.results import result
 DOCUMENT = Path(__file__).parents[2] / "docs" / "profile.md"
 FIGURES = (
     "wall_s", "step_s", "steady_step_s", "seconds_per_image", "image_tok_per_s",
-    "steady_image_tok_per_s", "images", "text_tokens", "text_tok_per_s",
+    "steady_image_tok_per_s", "images", "text_tokens", "text_tok_per_s", "limit_s", "limit_step_s",
 )  # fmt: skip
 NONE = dict.fromkeys(FIGURES)
 
 SPEED = """\
-| case | options | mode taken | images | s/step | steady s/step | s/image | tok/s | ratio | \
-steady tok/s | steady ratio | text tokens | text tok/s |
-| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
-| full | `--vram-mode full` | full | 8 | 0.3750 | 0.2500 | 20.000 | 204.80 | 1.000 | 300.00 | \
-1.000 | 2,400 | 96.0 |
-| low (failed) | `--vram-mode low` | low | - | - | - | - | - | - | - | - | - | - |
+| case | options | mode taken | images | s/step | steady s/step | limit s/step | s/image | \
+limit s/image | tok/s | ratio | steady tok/s | steady ratio | text tokens | text tok/s |
+| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | \
+---: |
+| full | `--vram-mode full` | full | 8 | 0.3750 | 0.2500 | 0.2220 | 20.000 | 15.000 | 204.80 | \
+1.000 | 300.00 | 1.000 | 2,400 | 96.0 |
+| low (failed) | `--vram-mode low` | low | - | - | - | - | - | - | - | - | - | - | - | - |
 """
 MEMORY = """\
 | case | peak alloc / res GiB | expected GiB | expected / reserved | load s | \

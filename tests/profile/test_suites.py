@@ -11,7 +11,7 @@ from sensebatch.config import MemoryConfig
 from sensebatch.errors import ConfigError
 from sensebatch.jobs import Job, Task
 from sensebatch.manifest.read import read_manifest
-from sensebatch.profile.expected import expected_placement
+from sensebatch.profile.expected import expectation
 from sensebatch.profile.published import SOURCES, published
 from sensebatch.profile.suites import (
     Case,
@@ -75,7 +75,7 @@ def test_full_size_cases_fit_their_budgets(suite: Suite, tmp_path: Path) -> None
     scale = Scale()
     for case in suite_cases(suite, scale):
         manifest = write_manifest(case, scale, tmp_path)
-        placement = expected_placement(case, scale.model, manifest, "bfloat16")
+        placement = expectation(case, scale.model, manifest, "bfloat16").placement
         assert placement.device_bytes <= (in_bytes(case.device_gib) or 100 * GIB)
         assert placement.mode == case.vram_mode or case.vram_mode == "auto"
 
