@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sensebatch
+from sensebatch.engine.device_memory import translated_out_of_memory
 from sensebatch.engine.runtime import resolve_attention
 from sensebatch.errors import ConfigError
 
@@ -71,7 +72,11 @@ class Machine:
 
 
 def look_at_machine() -> Machine:
-    """Returns what this machine is; takes about a second where there is a GPU."""
+    """Returns what this machine is; takes about a second where there is a GPU.
+
+    Raises:
+        OutOfMemoryError: The GPU has not even the memory free that measuring takes.
+    """
     has_gpu = torch.cuda.is_available()
     host = psutil.virtual_memory()
     return Machine(
@@ -95,17 +100,19 @@ def _flash_obstacle(device: str) -> str | None:
 
 
 def _look_at_gpu(device: torch.device) -> Gpu:
+    name = torch.cuda.get_device_name(device)
     free, total = torch.cuda.mem_get_info(device)
-    return Gpu(
-        name=torch.cuda.get_device_name(device),
-        free_bytes=free,
-        total_bytes=total,
-        pinned_bytes_per_s=copy_speed(device, COPY_BYTES, MEASURED_S, pin=True),
-        pageable_bytes_per_s=copy_speed(device, COPY_BYTES, MEASURED_S, pin=False),
-        gemm_flop_per_s=gemm_speed(device, GEMM_SIZE, MEASURED_S),
-        attention_flop_per_s=attention_speed(device, ATTENTION_SHAPE, MEASURED_S),
-        memory_bytes_per_s=read_speed(device, READ_BYTES, MEASURED_S),
-    )
+    with translated_out_of_memory(f"{name} has too little memory free to be measured"):
+        return Gpu(
+            name=name,
+            free_bytes=free,
+            total_bytes=total,
+            pinned_bytes_per_s=copy_speed(device, COPY_BYTES, MEASURED_S, pin=True),
+            pageable_bytes_per_s=copy_speed(device, COPY_BYTES, MEASURED_S, pin=False),
+            gemm_flop_per_s=gemm_speed(device, GEMM_SIZE, MEASURED_S),
+            attention_flop_per_s=attention_speed(device, ATTENTION_SHAPE, MEASURED_S),
+            memory_bytes_per_s=read_speed(device, READ_BYTES, MEASURED_S),
+        )
 
 
 def copy_speed(device: torch.device, num_bytes: int, seconds: float, *, pin: bool) -> float:
@@ -170,7 +177,10 @@ def read_speed(device: torch.device, num_bytes: int, seconds: float) -> float:
 def _rounds_per_s(
     device: torch.device, seconds: float, once: Callable[[], object], burst: int = 1
 ) -> float:
-    """Returns how often something is done a second, the first and slower time not counted."""
+    """Returns how often something is done a second, in the fastest of many bursts.
+
+    A limit is asked for, and a GPU is slower for moments: while it wakes, and when it is hot.
+    """
 
     def finish() -> None:
         if device.type == "cuda":
@@ -178,11 +188,12 @@ def _rounds_per_s(
 
     once()
     finish()
-    start, rounds = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
+    fastest = 0.0
+    end = time.perf_counter() + seconds
+    while (start := time.perf_counter()) < end or not fastest:
         for _ in range(burst):
             once()
         # Waits each time, or launches would run ahead of the clock.
         finish()
-        rounds += burst
-    return rounds / (time.perf_counter() - start)
+        fastest = max(fastest, burst / (time.perf_counter() - start))
+    return fastest

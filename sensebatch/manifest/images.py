@@ -14,11 +14,13 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
-
-from PIL import Image, UnidentifiedImageError
+from typing import TYPE_CHECKING
 
 from sensebatch.jobs import InputImage
 from sensebatch.manifest.fields import ImageStruct
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 MAX_CACHED = 4096
 """Pictures whose facts are remembered within one reading."""
@@ -119,6 +121,9 @@ def check_picture(content: bytes) -> tuple[int, int]:
     Raises:
         UnusableImageError: It is no picture, or a damaged one, or too large to decode.
     """
+    # Manifests without input images are read sooner without it.
+    from PIL import Image, UnidentifiedImageError
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

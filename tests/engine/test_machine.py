@@ -14,6 +14,7 @@ from sensebatch.engine.machine import (
     look_at_machine,
     read_speed,
 )
+from sensebatch.errors import OutOfMemoryError
 
 
 def test_a_machine_without_a_gpu_has_no_speeds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,6 +39,19 @@ def test_no_attention_kernel_at_all_is_an_error(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(machine, "ATTENTION_BACKENDS", (SDPBackend.CUDNN_ATTENTION,))
     with pytest.raises(RuntimeError, match="no attention kernel"):
         attention_speed(torch.device("cpu"), (2, 8, 12, 16), 0.01)
+
+
+def test_a_gpu_that_is_full_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **options: object) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA Test")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1, 2))
+    monkeypatch.setattr(machine, "copy_speed", full)
+    with pytest.raises(OutOfMemoryError, match="NVIDIA Test has too little memory free"):
+        look_at_machine()
 
 
 @pytest.mark.gpu
