@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend
@@ -42,9 +44,7 @@ def test_no_attention_kernel_at_all_is_an_error(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_gpu_that_is_full_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: object, **options: object) -> float:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
+    full = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA Test")
