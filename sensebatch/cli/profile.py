@@ -26,7 +26,7 @@ _POLL_S = 0.5
 
 def profile(
     suite: Annotated[
-        Literal["tasks", "budgets", "modes"] | None,
+        Literal["tasks", "budgets", "modes", "speed"] | None,
         typer.Option(help="What the cases differ in."),
     ] = None,
     model: Annotated[
@@ -58,7 +58,7 @@ def profile(
         ),
     ] = None,
 ) -> None:
-    """Measure speed and memory of tasks, budgets or memory modes, beside the published tables.
+    """Measure speed and memory, case by case, beside the published tables.
 
     Every case is a manifest run by `sensebatch run` in a process of its own. Results are
     profile.parquet, profile.md and, where matplotlib is installed, profile.png. Exit codes: 0 all
@@ -71,7 +71,7 @@ def profile(
             raise ConfigError("--report: expected no other option beside it")
         _finish(report, with_ratios(read_rows(report)))
     if suite is None:
-        raise ConfigError("--suite: expected tasks, budgets or modes, found nothing")
+        raise ConfigError("--suite: expected tasks, budgets, modes or speed, found nothing")
     given = {"model": model, "num_steps": steps, "num_jobs": jobs, "resolution": _parsed(size)}
     folder = Path("outputs") / f"profile-{suite}" if output_dir is None else output_dir
     rows = _run(suite, {k: v for k, v in given.items() if v is not None}, only or [], folder)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from sensebatch.profile.published import SOURCES, Published, published
 from sensebatch.profile.rows import DONE, Row
-from sensebatch.profile.suites import Scale, Suite, suite_cases
+from sensebatch.profile.suites import SQUARE, WIDE, Scale, Suite, suite_cases
 from sensebatch.vram import GIB
 
 PUBLISHED_STEPS = 50
@@ -34,7 +34,7 @@ def format_markdown(rows: Sequence[Row]) -> str:
         "## Memory",
         _memory_table(rows),
         "## Beside the published figures",
-        _published_note(rows),
+        _published_note(suite, rows),
         _published_table(suite, rows),
         _sources(suite),
     ]
@@ -122,10 +122,15 @@ def _memory_table(rows: Sequence[Row]) -> str:
     return _table(head, lines)
 
 
-def _published_note(rows: Sequence[Row]) -> str:
+def _published_note(suite: Suite, rows: Sequence[Row]) -> str:
+    compared = {row.case for row in published(suite)}
     scaled = any(
-        row.num_steps != PUBLISHED_STEPS or row.height not in (1152, 2048) for row in rows
-    ) or any(row.model.endswith("tiny") for row in rows)
+        row.num_steps != PUBLISHED_STEPS
+        or row.height not in (WIDE.height, SQUARE.height)
+        or row.model.endswith("tiny")
+        for row in rows
+        if row.case in compared
+    )
     if scaled:
         return (
             "These cases were scaled down: their figures and the published ones are not of the "

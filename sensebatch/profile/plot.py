@@ -44,8 +44,8 @@ def plot(folder: Path, rows: Sequence[Row]) -> str:
     """
     suite = Suite(rows[0].suite)
     ours = measured_points(rows)
-    if suite is Suite.TASKS:
-        return "no plot: the cases of suite tasks differ in more than memory"
+    if suite in (Suite.TASKS, Suite.SPEED):
+        return f"no plot: the cases of suite {suite} differ in more than memory"
     if not ours:
         return "no plot: no case has a budget or a peak of device memory"
     try:

@@ -6,7 +6,7 @@ All are of one H100 with 80 GB, bfloat16, 50 steps, guidance 4, 2048x2048 (inter
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sensebatch.profile.suites import Suite
 
@@ -122,8 +122,16 @@ PUBLISHED = (
     _mode("low", OFFLOADED_HEAD, (2.60, 2.85)),
 )
 """Every published row, by suite, in the order of our cases."""
+_ALSO_OF_SPEED = ("t2i", "edit")
+"""Tasks that suite `speed` has as well."""
 
 
 def published(suite: Suite) -> tuple[Published, ...]:
     """Returns the published rows of a suite."""
+    if suite is Suite.SPEED:
+        return tuple(
+            replace(row, suite=suite)
+            for row in published(Suite.TASKS)
+            if row.case in _ALSO_OF_SPEED
+        )
     return tuple(row for row in PUBLISHED if row.suite is suite)

@@ -22,6 +22,7 @@ from sensebatch.vram import GIB
 
 SQUARE = Resolution(height=2048, width=2048)
 WIDE = Resolution(height=1152, width=2048)
+SMALL = Resolution(height=1024, width=1024)
 CFG_SCALE = 4.0
 TIMESTEP_SHIFT = 3.0
 FIRST_SEED = 42
@@ -52,6 +53,7 @@ class Suite(StrEnum):
     TASKS = "tasks"
     BUDGETS = "budgets"
     MODES = "modes"
+    SPEED = "speed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +64,8 @@ class Scale:
     """As `sensebatch run --model` takes it."""
     num_steps: int = 50
     num_jobs: int = 8
-    """Of every case but those whose names say how many there are, and interleave, whose one job
-    makes several pictures."""
+    """Of every case but those whose names say how many there are, interleave, whose one job makes
+    several pictures, and pictures of 1024x1024, of which there are four times as many."""
     resolution: Resolution | None = None
     """Of every picture; None for each case's own."""
 
@@ -147,6 +149,8 @@ def suite_cases(suite: Suite, scale: Scale) -> tuple[Case, ...]:
         cases = [full]
         cases += [replace(auto, name=f"{gib}gib", device_gib=gib) for gib in (27, 20, 13, 9, 7)]
         cases.append(replace(auto, name="7gib-cpu20gib", device_gib=7, host_gib=20))
+    elif suite is Suite.SPEED:
+        cases = _speed_cases(full)
     else:
         cases = _task_cases(full)
     if scale.resolution is not None:
@@ -179,6 +183,17 @@ def _task_cases(full: Case) -> list[Case]:
             many, name=f"think-{MANY_JOBS}-7gib", think=True, baseline=f"think-{MANY_JOBS}", **lean
         ),
     ]
+
+
+def _speed_cases(full: Case) -> list[Case]:
+    """Returns cases that are held against the one they are a variant of."""
+    plain = replace(full, name="t2i", baseline=None)
+    # As many image tokens as the others, so that there are several batches of these as well.
+    small = replace(plain, name="t2i-1024", resolution=SMALL, num_jobs=4 * full.num_jobs)
+    edit = replace(plain, name="edit", task=Task.EDIT)
+    balanced = replace(plain, name="balanced", vram_mode="balanced", baseline="t2i")
+    lean = replace(plain, name="7gib", vram_mode="auto", device_gib=7, baseline="t2i")
+    return [plain, small, edit, balanced, lean]
 
 
 def chosen_cases(cases: tuple[Case, ...], only: list[str]) -> tuple[Case, ...]:

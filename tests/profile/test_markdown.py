@@ -73,6 +73,11 @@ def test_figures_of_other_work_are_not_passed_off_as_comparable(
     assert ("These cases were scaled down" in _document(**changes)) == scaled
 
 
+def test_a_smaller_case_that_is_not_compared_is_no_scaling_down() -> None:
+    rows = [result("t2i", suite="speed"), result("t2i-1024", suite="speed", height=1024)]
+    assert "These cases were scaled down" not in format_markdown(rows)
+
+
 def test_every_table_has_as_many_cells_as_columns() -> None:
     blocks = re.findall(r"(?:^\|.*\|\n)+", _document(), re.MULTILINE)
     assert len(blocks) == 3

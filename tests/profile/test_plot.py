@@ -43,7 +43,8 @@ def test_without_matplotlib_one_line_says_so(
 
 
 def test_no_plot_without_points(tmp_path: Path) -> None:
-    assert plot(tmp_path, [result("t2i", suite="tasks")]).startswith("no plot: ")
+    for suite in ("tasks", "speed"):
+        assert plot(tmp_path, [result("t2i", suite=suite)]).startswith("no plot: ")
     assert plot(tmp_path, [result("full", image_tok_per_s=None)]).startswith("no plot: ")
 
 
