@@ -58,7 +58,9 @@ class ModelConfig:
     dtype: str = "auto"
     """`bfloat16`, `float16`, `float32`; auto is bfloat16 on a GPU and float32 on a CPU."""
     attn_backend: str = "auto"
-    """`auto`, `flash` or `sdpa`; auto takes flash-attn where it is installed and can be used."""
+    """`auto`, `cudnn`, `flash` or `sdpa`; auto is the fastest that can be used."""
+    compile: bool = True
+    """Whether chains of small operations are compiled to one kernel each, on a GPU with Triton."""
     system_prompt_file: str | None = None
     """JSON with `generation` and `interleave`; None looks in the checkpoint."""
 

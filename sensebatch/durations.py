@@ -235,7 +235,7 @@ class Clock:
         tokens = group.resolution.image_tokens
         for count, num_passes in _parts(jobs, jobs_per_pass(load, self._placement.tokens_per_pass)):
             work = denoising_work(
-                self._arch, self._sizes, tokens, prefixes * count, self._item_bytes
+                self._arch, self._sizes, tokens, count, prefixes * count, self._item_bytes
             )
             passes.add(self._orders.pictures, work, num_passes * group.num_steps, keep=True)
 

@@ -270,6 +270,8 @@ class EngineInfo:
     device: str
     dtype: str
     attn_backend: str
+    compile_s: float | None
+    """Seconds of compiling kernels and trying them once, part of `load_s`; None without."""
     vram_mode: str
     budget_bytes: int | None
     torch_version: str

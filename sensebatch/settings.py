@@ -65,7 +65,7 @@ def _parse_bytes(value: object) -> object:
 
 Device = Literal["auto", "cuda", "cpu"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
-AttnBackend = Literal["auto", "flash", "sdpa"]
+AttnBackend = Literal["auto", "cudnn", "flash", "sdpa"]
 VramMode = Literal["auto", "full", "fast", "balanced", "low"]
 ImageFormat = Literal["png", "webp", "jpeg"]
 Count = Annotated[int, Field(gt=0)]
@@ -92,6 +92,7 @@ class ModelSection(_Section):
     device: Device
     dtype: Dtype
     attn_backend: AttnBackend
+    compile: bool
     system_prompt_file: str | None
 
 

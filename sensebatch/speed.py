@@ -69,27 +69,28 @@ class Sizes:
     generation_matrices: int
     head: int
     """The vocabulary head's matrix."""
-    image_token: int
-    """What each token of a picture is multiplied with before and behind the layers."""
-    evaluation: int
-    """What each evaluation of a picture is multiplied with once: its timestep's embedders."""
+    picture_token: int
+    """What each token of a picture is multiplied with before the layers, once for all branches."""
+    evaluation_token: int
+    """What it is multiplied with behind them, once for each branch."""
 
 
 def network_sizes(arch: Architecture) -> Sizes:
     """Returns the sizes of a network's matrices."""
     weights = dict.fromkeys(TensorGroup, 0)
     matrices = dict.fromkeys(TensorGroup, 0)
-    image_token = evaluation = 0
+    picture_token = evaluation_token = 0
     for name, spec in expected_tensors(arch).items():
         size = spec.num_elements
         if spec.layer is not None:
             weights[spec.group] += size
             matrices[spec.group] += 0 if len(spec.shape) == 1 else size
         elif spec.group is TensorGroup.GENERATION and len(spec.shape) > 1:
-            if "embedder" in name:
-                evaluation += size
-            else:
-                image_token += size * _rows_of_token(name)
+            # The embedders of timestep and noise scale see no tokens, and all steps at once.
+            if "fm_head" in name:
+                evaluation_token += size * _rows_of_token(name)
+            elif "embedder" not in name:
+                picture_token += size * _rows_of_token(name)
     for group, moe in (
         (TensorGroup.UNDERSTANDING, arch.understanding_moe),
         (TensorGroup.GENERATION, arch.generation_moe),
@@ -104,8 +105,8 @@ def network_sizes(arch: Architecture) -> Sizes:
         understanding_matrices=matrices[TensorGroup.UNDERSTANDING],
         generation_matrices=matrices[TensorGroup.GENERATION],
         head=arch.vocab_size * arch.hidden_size,
-        image_token=image_token,
-        evaluation=evaluation,
+        picture_token=picture_token,
+        evaluation_token=evaluation_token,
     )
 
 
@@ -161,7 +162,12 @@ def understanding_work(
 
 
 def denoising_work(
-    arch: Architecture, sizes: Sizes, tokens: int, prefixes: Sequence[int], item_bytes: int
+    arch: Architecture,
+    sizes: Sizes,
+    tokens: int,
+    pictures: int,
+    prefixes: Sequence[int],
+    item_bytes: int,
 ) -> Work:
     """Returns what one denoising step of some pictures takes.
 
@@ -169,16 +175,17 @@ def denoising_work(
         arch: The network's shape.
         sizes: Of `network_sizes`.
         tokens: Of one picture.
+        pictures: How many.
         prefixes: Cached tokens that each evaluation (a job's guidance branch) sees.
         item_bytes: Of a number.
     """
     evaluations = len(prefixes)
     keys = sum(prefixes) + evaluations * tokens
     attention_flop, cache_bytes = _attention(arch, tokens * keys, keys, item_bytes)
-    of_token = sizes.generation_matrices + sizes.image_token
+    of_token = sizes.generation_matrices + sizes.evaluation_token
     return Work(
-        gemm_flop=2 * evaluations * (tokens * of_token + sizes.evaluation),
+        gemm_flop=2 * tokens * (evaluations * of_token + pictures * sizes.picture_token),
         attention_flop=attention_flop,
-        weight_bytes=(of_token + sizes.evaluation) * item_bytes,
+        weight_bytes=(of_token + sizes.picture_token) * item_bytes,
         cache_bytes=cache_bytes,
     )

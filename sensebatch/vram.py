@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from sensebatch.checkpoint.architecture import Architecture
+from sensebatch.checkpoint.architecture import FM_HEAD_HIDDEN, Architecture
 from sensebatch.checkpoint.tensors import (
     expected_tensors,
     head_part_rows,
@@ -104,8 +104,15 @@ def cache_bytes(arch: Architecture, tokens: int, item_bytes: int) -> int:
     return arch.num_layers * 2 * tokens * arch.num_kv_heads * arch.head_dim * item_bytes
 
 
-def _pass_bytes(arch: Architecture, tokens: int, longest: int, item_bytes: int) -> int:
-    """Returns what a pass of tokens through an expert needs beside its inputs' caches.
+def _half_numbers(arch: Architecture, rows: int) -> tuple[int, int]:
+    """Returns the numbers that the two halves of a layer need for a moment for so many tokens."""
+    hidden, query = arch.hidden_size, arch.num_heads * arch.head_dim
+    key = arch.num_kv_heads * arch.head_dim
+    return rows * (hidden + 6 * query + 2 * key), rows * (hidden + 3 * arch.intermediate_size)
+
+
+def _prompt_pass_bytes(arch: Architecture, tokens: int, longest: int, item_bytes: int) -> int:
+    """Returns what a pass of prompt tokens needs beside their caches.
 
     Args:
         arch: The network's shape.
@@ -113,18 +120,40 @@ def _pass_bytes(arch: Architecture, tokens: int, longest: int, item_bytes: int) 
         longest: Keys of its longest sequence.
         item_bytes: Of a number.
     """
-    hidden, query = arch.hidden_size, arch.num_heads * arch.head_dim
-    key = arch.num_kv_heads * arch.head_dim
-    rows = min(tokens, ROWS)
-    # What few tokens began with stays beside them; a group with longer prompts has shorter ones.
-    held = hidden * max(tokens, 2 * rows)
+    query, key = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    project, finish = _half_numbers(arch, min(tokens, ROWS))
     projected = tokens * (query + 2 * key)
     attended = tokens * query
-    project = held + projected + rows * (hidden + 6 * query + 2 * key)
-    attend = held + projected + attended + 2 * longest * key + min(tokens, longest) * query
-    finish = held + attended + rows * (4 * arch.intermediate_size + 2 * hidden)
-    rotary = 2 * tokens * arch.head_dim
-    return item_bytes * (max(project, attend, finish) + rotary)
+    # Values of one part are a view of what was projected before the heads were normed.
+    attend = projected + attended + 2 * longest * key + min(tokens, longest) * query
+    held = (arch.hidden_size + 2 * arch.head_dim) * tokens
+    project += projected if tokens > ROWS else 0
+    return item_bytes * (held + max(project, attend, attended + finish))
+
+
+def _picture_pass_bytes(
+    arch: Architecture, pictures: int, image_tokens: int, prefix: int, item_bytes: int
+) -> int:
+    """Returns what a denoising pass needs beside the caches.
+
+    Args:
+        arch: The network's shape.
+        pictures: Evaluations of the pass, one picture each.
+        image_tokens: Of a picture.
+        prefix: Of the longest one.
+        item_bytes: Of a number.
+    """
+    query, key = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    part = min(max(ROWS // image_tokens, 1), pictures) * image_tokens
+    project, finish = _half_numbers(arch, min(part, ROWS))
+    attended = part * query
+    held = (arch.hidden_size + 2 * arch.head_dim) * pictures * image_tokens
+    held += 2 * (image_tokens + prefix) * key
+    attend = part * (2 * query + 3 * key) + 2 * attended
+    network = item_bytes * (held + max(project, attend, attended + finish))
+    head = item_bytes * (held + 2 * part * FM_HEAD_HIDDEN)
+    head += 4 * TOKEN_NUMBERS * (pictures * image_tokens - part)
+    return max(network, head)
 
 
 def denoise_bytes(
@@ -142,14 +171,14 @@ def denoise_bytes(
     tokens = load.group.resolution.image_tokens
     branches = len(load.group.branches)
     prefix = load.prefix_tokens
-    longest = load.prompt_tokens + load.text_tokens + load.drawn_tokens + tokens
+    longest = load.prompt_tokens + load.text_tokens + load.drawn_tokens
     caches = cache_bytes(arch, (cached_jobs or jobs) * prefix, item_bytes)
     state = 4 * TOKEN_NUMBERS * tokens * jobs
     # Pictures of all evaluations, velocities of one job, and those of all jobs put together.
     pictures = (jobs + 1) * branches + jobs + max(jobs, 1)
     predicted = 4 * TOKEN_NUMBERS * tokens * pictures
     patch_rotary = 2 * 4 * 4 * tokens * arch.vision_hidden_size // 2
-    network = _pass_bytes(arch, jobs * branches * tokens, longest, item_bytes)
+    network = _picture_pass_bytes(arch, jobs * branches, tokens, longest, item_bytes)
     return caches + state + patch_rotary + max(network, predicted)
 
 
@@ -172,7 +201,7 @@ def prompt_bytes(arch: Architecture, load: Load, item_bytes: int, *, parked: boo
     logits = load.batch_size * arch.vocab_size * 2 * item_bytes
     return (
         cache_bytes(arch, cached, item_bytes)
-        + _pass_bytes(arch, tokens, longest, item_bytes)
+        + _prompt_pass_bytes(arch, tokens, longest, item_bytes)
         + logits
     )
 

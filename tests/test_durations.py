@@ -73,7 +73,7 @@ def step(load: Load, num_jobs: int = 1, **memory: object) -> float:
 
 
 def test_a_layer_takes_what_its_parts_were_measured_to_take() -> None:
-    work = denoising_work(ARCH, SIZES, 4096, [PREFIX, PREFIX], 2)
+    work = denoising_work(ARCH, SIZES, 4096, 1, [PREFIX, PREFIX], 2)
     layers = 2 * 8192 * SIZES.generation_matrices
     assert layers / ARCH.num_layers / H200.gemm_flop_per_s == pytest.approx(4.31e-3, rel=0.002)
     attention = work.attention_flop / ARCH.num_layers / H200.attention_flop_per_s
@@ -81,7 +81,7 @@ def test_a_layer_takes_what_its_parts_were_measured_to_take() -> None:
 
 
 def test_a_resident_step_takes_the_limit_found_by_hand() -> None:
-    work = denoising_work(ARCH, SIZES, 4096, [PREFIX, PREFIX], 2)
+    work = denoising_work(ARCH, SIZES, 4096, 1, [PREFIX, PREFIX], 2)
     # The embedders and the head, which the limit leaves out, are half a percent.
     assert work.seconds(H200) == pytest.approx(0.222, rel=0.01)
     assert step(make_load(), vram_mode="full") == pytest.approx(0.222, rel=0.01)

@@ -59,7 +59,18 @@ class ModelOptions:
         ),
     ] = None
     attn_backend: Annotated[
-        AttnBackend | None, typer.Option(help="Attention kernel.", rich_help_panel=_MODEL)
+        AttnBackend | None,
+        typer.Option(
+            help="Attention kernel; auto is the fastest that can be used.", rich_help_panel=_MODEL
+        ),
+    ] = None
+    compile: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Compile chains of small operations to one kernel each, on a GPU.",
+            rich_help_panel=_MODEL,
+        ),
     ] = None
     vram_mode: Annotated[
         VramMode | None,

@@ -5,6 +5,8 @@ torch is imported here, late: to know the device, and to load weights if there i
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +64,7 @@ class TorchBackend:
         """Returns device and dtype by name."""
         from sensebatch.engine.runtime import resolve_runtime
 
+        _settle_allocator()
         return resolve_runtime(model)
 
     def load_engine(
@@ -85,6 +88,16 @@ class TorchBackend:
             device=device,
             loads=loads,
         )
+
+
+def _settle_allocator() -> None:
+    """Lets torch's allocator grow what it holds in place; it reads this when it is first used.
+
+    Otherwise it keeps freed pieces of sizes that no later tensor has, and a budget holds less. A
+    setting of the user's own stays.
+    """
+    if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

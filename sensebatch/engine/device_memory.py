@@ -98,8 +98,10 @@ def cap_device_memory(device: torch.device, budget_bytes: int | None) -> None:
     as long as the budget is enough.
     """
     if device.type == "cuda" and budget_bytes is not None:
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(budget_bytes / total, 1.0), device)
+        # Unlike the rest of torch, this call does not know a device without its number.
+        index = torch.cuda.current_device() if device.index is None else device.index
+        total = torch.cuda.get_device_properties(index).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(budget_bytes / total, 1.0), index)
 
 
 def plan_placement(

@@ -19,14 +19,14 @@ from sensebatch.engine.device_memory import (
     is_out_of_memory,
     plan_placement,
 )
-from sensebatch.engine.loading import NetworkLoader, open_weights
+from sensebatch.engine.loading import NetworkLoader, open_weights, warm_up
 from sensebatch.engine.model.attention import Attention
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.tokenizer import IMG_START, HFTokenizer, Tokenizer
 from sensebatch.engine.preprocess import load_input
 from sensebatch.engine.residency import Residency
 from sensebatch.engine.runner import PassLimits, Runner
-from sensebatch.engine.runtime import BACKENDS, DTYPES, resolve_attention
+from sensebatch.engine.runtime import BACKENDS, DTYPES, resolve_attention, resolve_fused
 from sensebatch.engine.sampling.text import Script
 from sensebatch.engine.tasks.interleave import run_interleave
 from sensebatch.engine.tasks.single_image import run_single_image
@@ -249,6 +249,7 @@ def load_engine(
     tokenizer = HFTokenizer(checkpoint.path)
     loader = _new_loader(config, checkpoint, where, DTYPES[identity.dtype])
     cap_device_memory(where, config.memory.vram_budget_bytes)
+    compile_s = warm_up(loader, BACKENDS[backend])
     peak = DevicePeak(where)
     loaded = loader.load(placement)
     allocated, reserved = peak.read()
@@ -259,6 +260,7 @@ def load_engine(
         device=torch.cuda.get_device_name() if device == "cuda" else device,
         dtype=identity.dtype,
         attn_backend=backend,
+        compile_s=compile_s,
         vram_mode=placement.mode,
         budget_bytes=config.memory.vram_budget_bytes,
         torch_version=torch.__version__,
@@ -287,4 +289,5 @@ def _new_loader(
         source=open_weights(checkpoint, config.model.lora_path, dtype),
         device=device,
         dtype=dtype,
+        fused=resolve_fused(config.model.compile, device.type, checkpoint.architecture),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from sensebatch.checkpoint.files import Checkpoint, check_tensors
 from sensebatch.checkpoint.tensors import expected_tensors
 from sensebatch.engine.device_memory import translated_out_of_memory
 from sensebatch.engine.lora import Lora
+from sensebatch.engine.model.attention import CUDNN_LEAST_QUERIES, Attention
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.residency import Residency
 from sensebatch.engine.weights import FileWeights, SyntheticWeights, WeightSource
@@ -46,6 +48,8 @@ class NetworkLoader:
     """Where the network computes."""
     dtype: torch.dtype
     """What weights are rounded to."""
+    fused: bool = False
+    """Whether chains of small operations are one kernel each."""
 
     def load(self, placement: Placement) -> tuple[Network, Residency]:
         """Returns a network in evaluation mode, without gradients, and what moves its weights.
@@ -58,8 +62,37 @@ class NetworkLoader:
             OutOfMemoryError: The device or the host has less memory than was planned with.
         """
         with init_empty_weights():
-            network = Network(self.arch)
+            network = Network(self.arch, fused=self.fused)
         network = network.to(self.dtype).requires_grad_(False).eval()
         with translated_out_of_memory(f"the weights did not fit {self.device}"):
             residency = Residency(network, self.source, placement, self.device)
         return network, residency
+
+
+def warm_up(loader: NetworkLoader, attention: Attention) -> float | None:
+    """Compiles the kernels that a network will use, before its weights take the memory.
+
+    Also makes the attention library load itself, which takes it a second the first time.
+
+    Returns:
+        Seconds that it took; None where nothing is compiled.
+    """
+    if not loader.fused:
+        return None
+    from sensebatch.engine.model import kernels
+
+    start = time.perf_counter()
+    arch = loader.arch
+    with torch.inference_mode():
+        kernels.warm_up(arch, loader.dtype, loader.device)
+        q_THE = torch.zeros(
+            CUDNN_LEAST_QUERIES,
+            arch.num_heads,
+            arch.head_dim,
+            dtype=loader.dtype,
+            device=loader.device,
+        )
+        k_TKE = q_THE[:, : arch.num_kv_heads].contiguous()
+        attention(q_THE, k_TKE, k_TKE, False)
+    torch.cuda.synchronize(loader.device)
+    return time.perf_counter() - start

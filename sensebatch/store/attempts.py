@@ -71,6 +71,7 @@ class Attempt:
     vram_mode: str
     budget_bytes: int | None
     attn_backend: str
+    compile_s: float | None = None
     dtype: str
     device: str
     torch_version: str

@@ -81,6 +81,7 @@ SCHEMA = pa.schema(
         pa.field("vram_mode", pa.string(), nullable=False),
         pa.field("budget_bytes", pa.int64()),
         pa.field("attn_backend", pa.string(), nullable=False),
+        pa.field("compile_s", pa.float64()),
         pa.field("dtype", pa.string(), nullable=False),
         pa.field("device", pa.string(), nullable=False),
         pa.field("torch_version", pa.string(), nullable=False),

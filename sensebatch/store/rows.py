@@ -68,6 +68,7 @@ def job_columns(context: RowContext, stored: StoredJob) -> dict[str, Any]:
         "vram_mode": info.vram_mode,
         "budget_bytes": info.budget_bytes,
         "attn_backend": info.attn_backend,
+        "compile_s": info.compile_s,
         "dtype": info.dtype,
         "device": info.device,
         "torch_version": info.torch_version,

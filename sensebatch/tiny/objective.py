@@ -27,7 +27,6 @@ from sensebatch.engine.model.patchify import (
 )
 from sensebatch.engine.model.rope import Rotary, patch_rotary, token_rotary
 from sensebatch.engine.model.transformer import (
-    AttentionContext,
     DecoderLayer,
     Expert,
     rms_norm,
@@ -126,7 +125,7 @@ def run_experts(
 
 
 def _run_layers(
-    expert: Expert, x_TD: Tensor, rotary: Rotary, context: AttentionContext, eps: float
+    expert: Expert, x_TD: Tensor, rotary: Rotary, context: _Keep | _Read, eps: float
 ) -> Tensor:
     """Returns `Expert.forward` without lent layers, which a compiler cannot follow."""
     for index, layer in enumerate(expert.layers):

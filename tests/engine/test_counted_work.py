@@ -87,8 +87,7 @@ def test_a_denoising_step_is_counted_exactly(config: str) -> None:
     flop = product_flop(
         lambda: network.predict_image(
             torch.zeros(2, size.image_tokens, 3072),
-            torch.full((3,), 0.5),
-            1.0,
+            torch.zeros(network.arch.hidden_size),
             caches,
             network.image_positions(caches, size),
             attention,
@@ -96,7 +95,8 @@ def test_a_denoising_step_is_counted_exactly(config: str) -> None:
         )
     )
     arch = golden_architecture(config)
-    work = denoising_work(arch, network_sizes(arch), size.image_tokens, [9, 4, 2], ITEM_BYTES)
+    sizes, tokens = network_sizes(arch), size.image_tokens
+    work = denoising_work(arch, sizes, tokens, 2, [9, 4, 2], ITEM_BYTES)
     assert work.gemm_flop == flop
     check_attention(work, attention, config)
 

@@ -148,5 +148,5 @@ def raising(error: Exception) -> Callable[..., None]:
 def test_flash_attention_is_refused_where_it_cannot_be_used() -> None:
     config = make_config()
     config = replace(config, model=replace(config.model, attn_backend="flash"))
-    with pytest.raises(ConfigError, match="attn_backend: expected flash-attn to be usable"):
+    with pytest.raises(ConfigError, match="attn_backend: expected flash to be usable"):
         load(config)

@@ -83,7 +83,9 @@ def test_image_prefix_matches_the_reference(config: str, name: str) -> None:
         original = network.understanding.forward
 
         def record(*args: object) -> torch.Tensor:
-            seen.extend((args[0], original(*args)))
+            # Copied, because the layers compute in their input's memory.
+            seen.append(args[0].clone())
+            seen.append(original(*args))
             return seen[1]
 
         network.understanding.forward = record
@@ -113,10 +115,10 @@ def test_one_velocity_matches_the_reference(config: str, name: str) -> None:
     with infer():
         cache, _ = prefill_text(runner, prefix)
         positions = network.image_positions([cache], size)
-        t_batch = torch.tensor([t])
-        embedded = network.embed_noisy(z, t_batch, scale, positions, [0])
+        condition = network.condition(torch.tensor([t]), scale)[0]
+        embedded = network.embed_noisy(z, condition, positions, [0])
         assert_close(embedded, case.tensor("input_embeds"))
-        x = network.predict_image(z, t_batch, scale, [cache], positions, sdpa)
+        x = network.predict_image(z, condition, [cache], positions, sdpa)
         assert_close(x, case.tensor("x_pred"))
         v = velocity_from_image(x, z, t)
         assert_close(v, case.tensor("v_pred"))

@@ -136,6 +136,7 @@ class FakeEngine:
             device="cpu",
             dtype="float32",
             attn_backend="sdpa",
+            compile_s=None,
             vram_mode=self.modes[0],
             budget_bytes=None,
             torch_version="none",

@@ -87,7 +87,8 @@ def _by_engine(
         scale = 8.0 * (slot.scene.resolution.image_tokens / 64) ** 0.5
         t = torch.full((1,), 0.3)
         caches = [extension.cache]
-        predicted.append(network.predict_image(z_Nx[None], t, scale, caches, positions, sdpa)[0])
+        condition = network.condition(t, scale)[0]
+        predicted.append(network.predict_image(z_Nx[None], condition, caches, positions, sdpa)[0])
     spans, images = embeds(len(sequence.token_ids))
     prompt = Prompt(token_ids=sequence.token_ids, images=tuple(spans))
     return predicted, runner.extend([runner.new_extension(prompt, images)])[0]

@@ -5,14 +5,27 @@ Shape suffixes: Q query tokens, L key tokens, H query heads, K key/value heads, 
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Attention = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 """(q_QHE, k_LKE, v_LKE, causal) -> `[Q, H, E]`; causal aligns the last query with the last key."""
+
+CUDNN_LEAST_QUERIES = 1024
+FLASH_MODULES = {
+    "flash_attn_interface": "flash_attn_interface",
+    "flash_attn.cute": "flash_attn",
+    "flash_attn": "flash_attn",
+}
+"""Modules with `flash_attn_func`, the newest first, and the packages they are in."""
 
 Segment = tuple[int, int, bool]
 """(start, end, is_image): a run of new tokens; the tokens of an image see one another."""
@@ -36,11 +49,39 @@ def sdpa(q_QHE: Tensor, k_LKE: Tensor, v_LKE: Tensor, causal: bool) -> Tensor:
     return out[0].transpose(0, 1)
 
 
+def cudnn(q_QHE: Tensor, k_LKE: Tensor, v_LKE: Tensor, causal: bool) -> Tensor:
+    """cuDNN's attention for pictures, torch's own choice otherwise; see `Attention`.
+
+    cuDNN plans anew for every number of keys, some 40 ms each, so it is for long runs of queries.
+    """
+    if causal or q_QHE.shape[0] < CUDNN_LEAST_QUERIES:
+        return sdpa(q_QHE, k_LKE, v_LKE, causal)
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return sdpa(q_QHE, k_LKE, v_LKE, causal)
+
+
 def flash(q_QHE: Tensor, k_LKE: Tensor, v_LKE: Tensor, causal: bool) -> Tensor:
     """The flash-attn package's attention; see `Attention`. Needs half precision and CUDA."""
-    from flash_attn import flash_attn_func
+    out = _flash_function()(q_QHE[None], k_LKE[None], v_LKE[None], causal=causal)
+    # Its newer forms also return the logarithms of the sums.
+    return (out[0] if isinstance(out, tuple) else out)[0]
 
-    return flash_attn_func(q_QHE[None], k_LKE[None], v_LKE[None], causal=causal)[0]
+
+@functools.cache
+def _flash_function() -> Callable[..., Any]:
+    name = flash_module()
+    assert name is not None
+    return importlib.import_module(name).flash_attn_func
+
+
+def flash_module() -> str | None:
+    """Returns the newest form of flash-attn that is installed: FlashAttention 3, CuTe or 2."""
+    for name, package in FLASH_MODULES.items():
+        if importlib.util.find_spec(package) is not None and (
+            package == name or importlib.util.find_spec(name) is not None
+        ):
+            return name
+    return None
 
 
 def attend_segments(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sensebatch.engine.model.attention import Attention, Segment, attend_segments
+from sensebatch.vram import ROWS
 
 GROWTH_TOKENS = 128
 """A cache that must grow grows by at least this many tokens."""
@@ -72,6 +73,11 @@ class KVCache:
         """Returns a layer's cached keys and values, each `[L, K, E]`."""
         return self._data[layer, 0, : self.length], self._data[layer, 1, : self.length]
 
+    def new_rows(self, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Returns uninitialised keys and values of so many tokens, each `[tokens, K, E]`."""
+        shape = (num_tokens, *self._data.shape[3:])
+        return self._data.new_empty(shape), self._data.new_empty(shape)
+
     def on(self, device: torch.device) -> KVCache:
         """Returns the cache on a device, to be read: itself where it is there already."""
         if self._data.device == device:
@@ -109,7 +115,21 @@ class UnderstandingContext:
         for span in spans:
             span.cache.reserve(span.num_tokens)
 
-    def attend(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
+    def parts(self, num_tokens: int) -> Sequence[slice]:
+        """Returns all tokens as one part: sequences may be of very different lengths."""
+        return (slice(0, num_tokens),)
+
+    def room(self, num_tokens: int) -> None:
+        """Returns None: every sequence has a cache of its own."""
+
+    def attend(
+        self,
+        layer: int,
+        part: slice,  # noqa: ARG002
+        q_THE: Tensor,
+        k_TKE: Tensor,
+        v_TKE: Tensor,
+    ) -> Tensor:
         """Returns `[T, H, E]`; writes the layer's keys and values to the caches."""
         out_THE = torch.empty_like(q_THE)
         start = 0
@@ -126,24 +146,58 @@ class UnderstandingContext:
 class GenerationContext:
     """Attention of image tokens being denoised: they see the prefix and their own image.
 
-    Nothing is cached. Several images may share one cache, which is only read.
+    Nothing is cached. Several images may share one cache, which is only read. Keys lie in one
+    buffer that all images and layers use in turn, the image's own first and its prefix behind
+    them: attention without a mask does not ask for an order, and a projection can put its keys
+    straight to where they are read.
+
+    Args:
+        caches: The prefix of each image.
+        num_tokens: Of one image.
+        attention: How one image attends.
     """
 
     def __init__(self, caches: Sequence[KVCache], num_tokens: int, attention: Attention) -> None:
         self._caches = caches
         self._num_tokens = num_tokens
         self._attention = attention
+        longest = max(cache.length for cache in caches)
+        self._keys, self._values = caches[0].new_rows(num_tokens + longest)
 
-    def attend(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
-        """Returns `[T, H, E]`, T being the tokens of all images, one after the other."""
-        out_THE = torch.empty_like(q_THE)
-        for index, cache in enumerate(self._caches):
-            rows = slice(index * self._num_tokens, (index + 1) * self._num_tokens)
-            keys, values = cache.read(layer)
-            out_THE[rows] = self._attention(
-                q_THE[rows],
-                torch.cat((keys, k_TKE[rows])),
-                torch.cat((values, v_TKE[rows])),
-                False,
+    def parts(self, num_tokens: int) -> Sequence[slice]:
+        """Returns whole images, about `ROWS` tokens at a time."""
+        size = max(ROWS // self._num_tokens, 1) * self._num_tokens
+        return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
+
+    def room(self, num_tokens: int) -> tuple[Tensor, Tensor] | None:
+        """Returns the beginning of the buffer where a part is one image."""
+        if num_tokens != self._num_tokens:
+            return None
+        return self._keys[:num_tokens], self._values[:num_tokens]
+
+    def attend(
+        self, layer: int, part: slice, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor
+    ) -> Tensor:
+        """Returns `[T, H, E]` of the images of a part."""
+        num_tokens = self._num_tokens
+        first = part.start // num_tokens
+        outputs = []
+        for index in range(q_THE.shape[0] // num_tokens):
+            rows = slice(index * num_tokens, (index + 1) * num_tokens)
+            self._fill(layer, first + index, k_TKE[rows], v_TKE[rows])
+            length = num_tokens + self._caches[first + index].length
+            outputs.append(
+                self._attention(q_THE[rows], self._keys[:length], self._values[:length], False)
             )
-        return out_THE
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _fill(self, layer: int, image: int, k_NKE: Tensor, v_NKE: Tensor) -> None:
+        """Lays out what one image attends to."""
+        num_tokens, cache = self._num_tokens, self._caches[image]
+        keys, values = cache.read(layer)
+        length = num_tokens + cache.length
+        self._keys[num_tokens:length] = keys
+        self._values[num_tokens:length] = values
+        if k_NKE.data_ptr() != self._keys.data_ptr():
+            self._keys[:num_tokens] = k_NKE
+            self._values[:num_tokens] = v_NKE

@@ -120,16 +120,18 @@ class Network(nn.Module):
 
     Args:
         arch: The network's shape.
+        fused: Whether chains of small operations are one kernel each; see `kernels`.
     """
 
-    def __init__(self, arch: Architecture) -> None:
+    def __init__(self, arch: Architecture, *, fused: bool = False) -> None:
         super().__init__()
         self.arch = arch
+        self.fused = fused
         hidden = arch.hidden_size
         self.embed_tokens = nn.Embedding(arch.vocab_size, hidden)
         self.lm_head = VocabularyHead(arch)
-        self.understanding = Expert(arch, arch.understanding_moe)
-        self.generation = Expert(arch, arch.generation_moe)
+        self.understanding = Expert(arch, arch.understanding_moe, fused=fused)
+        self.generation = Expert(arch, arch.generation_moe, fused=fused)
         self.understanding_vision = PatchEmbedding(arch)
         self.generation_vision = PatchEmbedding(arch)
         self.timestep_embedder = ScalarEmbedder(hidden)
@@ -222,11 +224,23 @@ class Network(nn.Module):
             patch_grid=patch_grid,
         )
 
+    def condition(self, t_B: Tensor, noise_scale: float) -> Tensor:
+        """Returns `[B, D]`, what every token of a picture is told of its step.
+
+        Args:
+            t_B: float32 timesteps, 0 noise to 1 image.
+            noise_scale: Standard deviation of the noise that the pictures started from.
+        """
+        condition_BD: Tensor = self.timestep_embedder(t_B)
+        if self.noise_scale_embedder is not None:
+            ratio = noise_scale / self.arch.noise_scale_max_value
+            condition_BD = condition_BD + self.noise_scale_embedder(torch.full_like(t_B, ratio))
+        return condition_BD
+
     def predict_image(
         self,
         z_JNx: Tensor,
-        t_B: Tensor,
-        noise_scale: float,
+        condition_D: Tensor,
         caches: Sequence[KVCache],
         positions: ImagePositions,
         attention: Attention,
@@ -236,8 +250,7 @@ class Network(nn.Module):
 
         Args:
             z_JNx: Noisy pictures as tokens (y, x, channel).
-            t_B: float32 timestep of each evaluation, 0 noise to 1 image.
-            noise_scale: Standard deviation of the noise that the pictures started from.
+            condition_D: Of `condition` for the step that all evaluations are at.
             caches: The prefix of each evaluation; only read.
             positions: Of `image_positions` for the same caches.
             attention: How one picture attends.
@@ -245,7 +258,7 @@ class Network(nn.Module):
         """
         size = positions.resolution
         seen = range(len(caches)) if pictures is None else pictures
-        x_TD = self.embed_noisy(z_JNx, t_B, noise_scale, positions, seen)
+        x_TD = self.embed_noisy(z_JNx, condition_D, positions, seen)
         context = GenerationContext(caches, size.image_tokens, attention)
         x_TD = self.generation(x_TD, positions.token_rotary, context)
         x_BND = x_TD.unflatten(0, (len(caches), -1))
@@ -255,30 +268,27 @@ class Network(nn.Module):
     def embed_noisy(
         self,
         z_JNx: Tensor,
-        t_B: Tensor,
-        noise_scale: float,
+        condition_D: Tensor,
         positions: ImagePositions,
         pictures: Sequence[int],
     ) -> Tensor:
         """Returns `[B * N, D]`, what the generation expert reads; see `predict_image`."""
         size = positions.resolution
-        condition_BD = self.timestep_embedder(t_B)
-        if self.noise_scale_embedder is not None:
-            ratio = noise_scale / self.arch.noise_scale_max_value
-            condition_BD = condition_BD + self.noise_scale_embedder(torch.full_like(t_B, ratio))
-        # So many pictures at a time as keep what is needed for a moment as small as in a layer.
+        x_BND = condition_D.new_empty(len(pictures), size.image_tokens, self.arch.hidden_size)
+        # So many pictures at a time as keep what is needed for a moment as small as in a layer;
+        # each is embedded once for all evaluations that look at it.
         at_a_time = max(ROWS // size.image_tokens, 1)
-        x_BND = condition_BD.new_empty(len(pictures), size.image_tokens, self.arch.hidden_size)
-        for start in range(0, len(pictures), at_a_time):
-            chosen = list(pictures[start : start + at_a_time])
+        for start in range(0, len(z_JNx), at_a_time):
+            z_part = z_JNx[start : start + at_a_time]
             embedded_TD = self.generation_vision(
-                tokens_to_patches(z_JNx[chosen], size.height, size.width),
+                tokens_to_patches(z_part, size.height, size.width),
                 positions.patch_grid,
                 positions.patch_rotary,
             )
-            part_BND = embedded_TD.unflatten(0, (len(chosen), -1))
-            end = start + len(chosen)
-            torch.add(part_BND, condition_BD[start:end, None, :], out=x_BND[start:end])
+            embedded = embedded_TD.unflatten(0, (len(z_part), -1))
+            for row, picture in enumerate(pictures):
+                if start <= picture < start + at_a_time:
+                    torch.add(embedded[picture - start], condition_D, out=x_BND[row])
         return x_BND.flatten(0, 1)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:

@@ -4,13 +4,16 @@ Both experts have the same layers with their own weights; which tokens see which
 of the attention context they are given. Tokens of all sequences of a pass are packed along one
 axis, so every matrix product runs over all of them.
 
+The chains of small operations between the matrix products are written twice: here in torch, which
+runs everywhere and can be differentiated, and in `kernels`, one kernel each, for GPUs.
+
 Shape suffixes: T tokens of a pass, D hidden, H query heads, K key/value heads, E head_dim,
 I intermediate, X feed-forward experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -26,8 +29,16 @@ from sensebatch.vram import ROWS
 class AttentionContext(Protocol):
     """What a layer's attention may see."""
 
-    def attend(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
-        """Returns `[T, H, E]`."""
+    def parts(self, num_tokens: int) -> Sequence[slice]:
+        """Returns the tokens in parts that need nothing of one another inside a layer."""
+
+    def room(self, num_tokens: int) -> tuple[Tensor, Tensor] | None:
+        """Returns where a part's keys and values may be put at once, if there is such a place."""
+
+    def attend(
+        self, layer: int, part: slice, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor
+    ) -> Tensor:
+        """Returns `[T, H, E]` of a part."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -43,15 +54,23 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class SwiGLU(nn.Module):
     """Dense feed-forward block; gate and up are one matrix."""
 
-    def __init__(self, hidden: int, intermediate: int) -> None:
+    def __init__(self, hidden: int, intermediate: int, *, fused: bool) -> None:
         super().__init__()
         self.gate_up = nn.Linear(hidden, 2 * intermediate, bias=False)
         self.down = nn.Linear(intermediate, hidden, bias=False)
+        self._fused = fused
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """Returns `[T, D]`."""
-        gate_TI, up_TI = self.gate_up(x_TD).chunk(2, dim=-1)
-        return self.down(F.silu(gate_TI) * up_TI)
+    def add_to(self, residual_TD: Tensor, x_TD: Tensor, *, in_place: bool) -> Tensor:
+        """Returns the sum of `residual_TD` and the block's output; see `DecoderLayer.finish`."""
+        gate_up = self.gate_up(x_TD)
+        if self._fused:
+            from sensebatch.engine.model import kernels
+
+            return _add_linear(residual_TD, self.down, kernels.swiglu(gate_up), in_place)
+        gate_TI, up_TI = gate_up.chunk(2, dim=-1)
+        hidden_TI = F.silu(gate_TI)
+        hidden_TI = hidden_TI.mul_(up_TI) if in_place else hidden_TI * up_TI
+        return _add_linear(residual_TD, self.down, hidden_TI, in_place)
 
 
 class SparseMlp(nn.Module):
@@ -68,8 +87,8 @@ class SparseMlp(nn.Module):
         self._top_k = moe.num_experts_per_tok
         self._norm_topk_prob = moe.norm_topk_prob
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """Returns `[T, D]`."""
+    def add_to(self, residual_TD: Tensor, x_TD: Tensor, *, in_place: bool) -> Tensor:
+        """Returns the sum of `residual_TD` and the block's output; see `DecoderLayer.finish`."""
         probabilities_TX = self.gate(x_TD).softmax(dim=-1, dtype=torch.float32)
         weights, chosen = probabilities_TX.topk(self._top_k, dim=-1)
         if self._norm_topk_prob:
@@ -83,7 +102,13 @@ class SparseMlp(nn.Module):
             gate, up = F.linear(x_TD[rows], self.gate_up[expert]).chunk(2, dim=-1)
             expert_out = F.linear(F.silu(gate) * up, self.down[expert])
             out_TD.index_add_(0, rows, expert_out * weights[rows, slots, None])
-        return out_TD
+        return residual_TD.add_(out_TD) if in_place else residual_TD + out_TD
+
+
+def _add_linear(residual_TD: Tensor, linear: nn.Linear, x: Tensor, in_place: bool) -> Tensor:
+    if in_place:
+        return torch.addmm(residual_TD, x, linear.weight.t(), out=residual_TD)
+    return residual_TD + linear(x)
 
 
 class DecoderLayer(nn.Module):
@@ -94,8 +119,9 @@ class DecoderLayer(nn.Module):
         moe: Its sparse feed-forward block; None for a dense one.
     """
 
-    def __init__(self, arch: Architecture, moe: Moe | None) -> None:
+    def __init__(self, arch: Architecture, moe: Moe | None, *, fused: bool = False) -> None:
         super().__init__()
+        self._fused = fused
         self._num_heads = arch.num_heads
         self._num_kv_heads = arch.num_kv_heads
         self._head_dim = arch.head_dim
@@ -110,13 +136,25 @@ class DecoderLayer(nn.Module):
         self.k_norm = nn.Parameter(torch.empty(2, head_dim // 2))
         self.o = nn.Linear(arch.num_heads * head_dim, hidden, bias=False)
         self.post_norm = nn.Parameter(torch.empty(hidden))
-        self.mlp: nn.Module = (
-            SwiGLU(hidden, arch.intermediate_size) if moe is None else SparseMlp(hidden, moe)
+        self.mlp: SwiGLU | SparseMlp = (
+            SwiGLU(hidden, arch.intermediate_size, fused=fused)
+            if moe is None
+            else SparseMlp(hidden, moe)
         )
 
-    def project(self, x_TD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns rotated queries, rotated keys and values."""
-        qkv = self.qkv(rms_norm(x_TD, self.input_norm, self._eps))
+    def project(
+        self, x_TD: Tensor, rotary: Rotary, room: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns rotated queries, rotated keys and values.
+
+        Args:
+            x_TD: The layer's input.
+            rotary: Of the tokens.
+            room: Contiguous `[T, K, E]` for keys and values; used by the fused chain only.
+        """
+        qkv = self.qkv(self._norm(x_TD, self.input_norm))
+        if self._fused:
+            return self._fused_heads(qkv, rotary, room)
         q_THE, k_TKE, v_TKE = qkv.unflatten(-1, (-1, self._head_dim)).split(
             [self._num_heads, self._num_kv_heads, self._num_kv_heads], dim=1
         )
@@ -126,28 +164,60 @@ class DecoderLayer(nn.Module):
             v_TKE,
         )
 
+    def _fused_heads(
+        self, qkv: Tensor, rotary: Rotary, room: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from sensebatch.engine.model import kernels
+
+        if room is None:
+            shape = (qkv.shape[0], self._num_kv_heads, self._head_dim)
+            room = qkv.new_empty(shape), qkv.new_empty(shape)
+        q_THE = kernels.norm_rotate(
+            qkv,
+            self.q_norm,
+            self.k_norm,
+            rotary,
+            eps=self._eps,
+            k_TKE=room[0],
+            v_TKE=room[1],
+        )
+        return q_THE, *room
+
+    def _norm(self, x_TD: Tensor, weight: Tensor) -> Tensor:
+        return norm_rows(x_TD, weight, self._eps, fused=self._fused)
+
     def _norm_halves(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x.unflatten(-1, (2, -1)), weight, self._eps).flatten(-2)
 
-    def finish(self, x_TD: Tensor, attended_THE: Tensor) -> Tensor:
-        """Returns the layer's output from its input and what attention gave."""
-        x_TD = x_TD + self.o(attended_THE.flatten(1))
-        return x_TD + self.mlp(rms_norm(x_TD, self.post_norm, self._eps))
+    def finish(self, x_TD: Tensor, attended_THE: Tensor, *, in_place: bool = False) -> Tensor:
+        """Returns the layer's output from its input and what attention gave.
+
+        Args:
+            x_TD: The layer's input.
+            attended_THE: Of attention.
+            in_place: Whether the output takes the input's memory; not with gradients.
+        """
+        x_TD = _add_linear(x_TD, self.o, attended_THE.flatten(1), in_place)
+        return self.mlp.add_to(x_TD, self._norm(x_TD, self.post_norm), in_place=in_place)
 
 
 class Expert(nn.Module):
-    """The layers of one path and its final norm.
+    """The layers of one path and its final norm. Its forward pass is for inference only.
 
     Args:
         arch: The network's shape.
         moe: The sparse blocks of this path; None where all are dense.
+        fused: Whether chains of small operations are one kernel each; needs Triton.
     """
 
-    def __init__(self, arch: Architecture, moe: Moe | None) -> None:
+    def __init__(self, arch: Architecture, moe: Moe | None, *, fused: bool = False) -> None:
         super().__init__()
         self._eps = arch.rms_norm_eps
+        self._fused = fused
         self.layers = nn.ModuleList(
-            DecoderLayer(arch, moe if moe is not None and moe.sparse_layers[i] else None)
+            DecoderLayer(
+                arch, moe if moe is not None and moe.sparse_layers[i] else None, fused=fused
+            )
             for i in range(arch.num_layers)
         )
         self.norm = nn.Parameter(torch.empty(arch.hidden_size))
@@ -159,31 +229,40 @@ class Expert(nn.Module):
         return nullcontext(self.layers[index])
 
     def forward(self, x_TD: Tensor, rotary: Rotary, context: AttentionContext) -> Tensor:
-        """Returns the normed output `[T, D]` of all layers."""
+        """Returns the normed output `[T, D]` of all layers; overwrites `x_TD`."""
+        parts = context.parts(x_TD.shape[0])
+        angles = [(rotary[0][part], rotary[1][part]) for part in parts]
         for index in range(len(self.layers)):
             with self.lend(index) as layer:
                 assert isinstance(layer, DecoderLayer)
-                q_THE, k_TKE, v_TKE = _project(layer, x_TD, rotary)
-                attended_THE = context.attend(index, q_THE, k_TKE, v_TKE)
-                del q_THE, k_TKE, v_TKE
-                x_TD = _finish(layer, x_TD, attended_THE)
-        return _norm(x_TD, self.norm, self._eps)
+                for part, of_part in zip(parts, angles, strict=True):
+                    room = context.room(part.stop - part.start)
+                    # Not named, so that they are gone when the second half begins.
+                    attended_THE = context.attend(
+                        index, part, *_project(layer, x_TD[part], of_part, room)
+                    )
+                    _finish(layer, x_TD[part], attended_THE)
+        for rows_TD in x_TD.split(ROWS):
+            rows_TD.copy_(norm_rows(rows_TD, self.norm, self._eps, fused=self._fused))
+        return x_TD
 
 
-def _norm(x_TD: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`rms_norm`, `ROWS` tokens at a time; overwrites `x_TD` where there are more."""
-    if x_TD.shape[0] <= ROWS or torch.is_grad_enabled():
+def norm_rows(x_TD: Tensor, weight: Tensor, eps: float, *, fused: bool) -> Tensor:
+    """`rms_norm` of rows, as one kernel if `fused`."""
+    if not fused:
         return rms_norm(x_TD, weight, eps)
-    for rows_TD in x_TD.split(ROWS):
-        rows_TD.copy_(rms_norm(rows_TD, weight, eps))
-    return x_TD
+    from sensebatch.engine.model import kernels
+
+    return kernels.rms_norm(x_TD, weight, eps)
 
 
-def _project(layer: DecoderLayer, x_TD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+def _project(
+    layer: DecoderLayer, x_TD: Tensor, rotary: Rotary, room: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """`DecoderLayer.project`, `ROWS` tokens at a time."""
-    if x_TD.shape[0] <= ROWS or torch.is_grad_enabled():
-        return layer.project(x_TD, rotary)
     num_tokens = x_TD.shape[0]
+    if num_tokens <= ROWS:
+        return layer.project(x_TD, rotary, room)
     outputs: tuple[Tensor, ...] = ()
     for start in range(0, num_tokens, ROWS):
         rows = slice(start, start + ROWS)
@@ -192,15 +271,14 @@ def _project(layer: DecoderLayer, x_TD: Tensor, rotary: Rotary) -> tuple[Tensor,
             outputs = tuple(part.new_empty(num_tokens, *part.shape[1:]) for part in parts)
         for output, part in zip(outputs, parts, strict=True):
             output[rows] = part
+        # Gone before the next rows need the same again.
+        del parts, part
     q_THE, k_TKE, v_TKE = outputs
     return q_THE, k_TKE, v_TKE
 
 
-def _finish(layer: DecoderLayer, x_TD: Tensor, attended_THE: Tensor) -> Tensor:
-    """`DecoderLayer.finish`, `ROWS` tokens at a time; overwrites `x_TD` where there are more."""
-    if x_TD.shape[0] <= ROWS or torch.is_grad_enabled():
-        return layer.finish(x_TD, attended_THE)
+def _finish(layer: DecoderLayer, x_TD: Tensor, attended_THE: Tensor) -> None:
+    """`DecoderLayer.finish` in the input's memory, `ROWS` tokens at a time."""
     for start in range(0, x_TD.shape[0], ROWS):
         rows = slice(start, start + ROWS)
-        x_TD[rows] = layer.finish(x_TD[rows], attended_THE[rows])
-    return x_TD
+        layer.finish(x_TD[rows], attended_THE[rows], in_place=True)

@@ -103,7 +103,10 @@ def _denoise_together(
 ) -> Tensor:
     """`denoise` for the jobs of one pass."""
     device = runner.network.device
-    scale = image_noise_scale(runner, resolution)
+    schedule = timesteps(num_steps, timestep_shift)
+    conditions = runner.network.condition(
+        schedule[:-1].to(device), image_noise_scale(runner, resolution)
+    )
     of_all = {id(cache): cache for drawing in drawings for cache in drawing.caches.values()}
     fetched = {key: cache.on(device) for key, cache in of_all.items()}
     shared: dict[tuple[tuple[str, ...], ...], ImagePositions] = {}
@@ -118,9 +121,8 @@ def _denoise_together(
         ]
         if branches not in shared:
             shared[branches] = runner.network.image_positions(caches, resolution)
-        t_B = torch.full((len(rows),), t, device=device)
         x_BNx = runner.network.predict_image(
-            z_JNx, t_B, scale, caches, shared[branches], runner.attention, rows
+            z_JNx, conditions[step], caches, shared[branches], runner.attention, rows
         )
         predicted = iter(x_BNx)
         guided = []
@@ -132,7 +134,6 @@ def _denoise_together(
         return torch.stack(guided)
 
     noise = torch.stack([drawing.noise for drawing in drawings])
-    schedule = timesteps(num_steps, timestep_shift)
     # Not named here, so that the first state is gone after the first step.
     z_JNx = euler(image_to_tokens(noise).to(device), schedule, velocity)
     return tokens_to_image(z_JNx, resolution.height, resolution.width)
