@@ -40,6 +40,7 @@ def figures(log: pa.Table, *, num_steps: int) -> dict[str, Any]:
         "device": last["device"],
         "torch_version": last["torch_version"],
         "load_s": summary.load_s,
+        "compile_s": last["compile_s"],
         "load_peak_allocated_bytes": summary.load_peak.allocated_bytes,
         "load_peak_reserved_bytes": summary.load_peak.reserved_bytes,
         "load_peak_rss_bytes": summary.load_peak.rss_bytes,

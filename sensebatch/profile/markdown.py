@@ -105,7 +105,7 @@ def _speed_table(rows: Sequence[Row]) -> str:
 def _memory_table(rows: Sequence[Row]) -> str:
     head = [
         "case", "peak alloc / res GiB", "expected GiB", "expected / reserved", "load s",
-        "load alloc / res GiB", "RSS load → gen GiB",
+        "of it compile s", "load alloc / res GiB", "RSS load → gen GiB",
     ]  # fmt: skip
     lines = [
         [
@@ -114,6 +114,7 @@ def _memory_table(rows: Sequence[Row]) -> str:
             _figure(_gib(row.expected_peak_bytes), 2),
             _figure(row.expected_ratio, 3),
             _figure(row.load_s, 2),
+            _figure(row.compile_s, 2),
             _pair(_gib(row.load_peak_allocated_bytes), _gib(row.load_peak_reserved_bytes)),
             _rss(_gib(row.load_peak_rss_bytes), _gib(row.peak_rss_bytes)),
         ]

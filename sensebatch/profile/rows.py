@@ -46,6 +46,7 @@ class Row:
     attn_backend: str | None = None
     device: str | None = None
     load_s: float | None = None
+    compile_s: float | None = None
     load_peak_allocated_bytes: int | None = None
     load_peak_reserved_bytes: int | None = None
     load_peak_rss_bytes: int | None = None

@@ -90,6 +90,8 @@ class Case:
     """Budget of device memory."""
     host_gib: int | None = None
     """Budget of host memory for weights."""
+    compile: bool = True
+    """Whether kernels are compiled."""
     one_batch: bool = False
     """Whether all jobs are in one batch, however large."""
     baseline: str | None = None
@@ -111,6 +113,7 @@ class Case:
         """The options, as they are typed."""
         words = [] if self.vram_mode == "auto" else [f"--vram-mode {self.vram_mode}"]
         words += [f"--max-memory {self.max_memory}"] if self.max_memory else []
+        words += [] if self.compile else ["--no-compile"]
         if self.one_batch:
             words.append(f"--max-batch-size {self.num_jobs}")
             words.append(f"--max-batch-image-tokens {self._image_tokens}")
@@ -120,6 +123,7 @@ class Case:
     def flags(self) -> dict[str, object]:
         """The options by place in the settings."""
         return {
+            "model.compile": self.compile,
             "memory.vram_mode": self.vram_mode,
             "memory.vram_budget_bytes": in_bytes(self.device_gib),
             "memory.host_budget_bytes": in_bytes(self.host_gib),
@@ -186,14 +190,18 @@ def _task_cases(full: Case) -> list[Case]:
 
 
 def _speed_cases(full: Case) -> list[Case]:
-    """Returns cases that are held against the one they are a variant of."""
+    """Returns cases, each followed by its variants, which are held against it."""
     plain = replace(full, name="t2i", baseline=None)
     # As many image tokens as the others, so that there are several batches of these as well.
     small = replace(plain, name="t2i-1024", resolution=SMALL, num_jobs=4 * full.num_jobs)
     edit = replace(plain, name="edit", task=Task.EDIT)
     balanced = replace(plain, name="balanced", vram_mode="balanced", baseline="t2i")
     lean = replace(plain, name="7gib", vram_mode="auto", device_gib=7, baseline="t2i")
-    return [plain, small, edit, balanced, lean]
+    cases = []
+    for case in (plain, small, edit, balanced, lean):
+        variant = replace(case, baseline=case.name)
+        cases += [case, replace(variant, name=f"{case.name}-no-compile", compile=False)]
+    return cases
 
 
 def chosen_cases(cases: tuple[Case, ...], only: list[str]) -> tuple[Case, ...]:

@@ -30,6 +30,7 @@ def result(case: str, **changes: Any) -> Row:
         attn_backend="sdpa",
         device="a GPU",
         load_s=30.0,
+        compile_s=4.0,
         load_peak_allocated_bytes=32 * GIB,
         load_peak_reserved_bytes=33 * GIB,
         load_peak_rss_bytes=5 * GIB,

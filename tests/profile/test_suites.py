@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ from sensebatch.vram import GIB
 SIXTEEN = "--max-batch-size 16 --max-batch-image-tokens 65536"
 NUM_JOBS = {
     "interleave": 1, "interleave-4": 4, "interleave-13gib": 1, "plain-16": 16, "think-16": 16,
-    "think-16-7gib": 16, "t2i-1024": 32,
+    "think-16-7gib": 16, "t2i-1024": 32, "t2i-1024-no-compile": 32,
 }  # fmt: skip
 """Of the cases that have not as many as the scale says."""
 SETTINGS = {
@@ -50,10 +51,15 @@ SETTINGS = {
     },
     Suite.SPEED: {
         "t2i": "--vram-mode full",
+        "t2i-no-compile": "--vram-mode full --no-compile",
         "t2i-1024": "--vram-mode full",
+        "t2i-1024-no-compile": "--vram-mode full --no-compile",
         "edit": "--vram-mode full",
+        "edit-no-compile": "--vram-mode full --no-compile",
         "balanced": "--vram-mode balanced",
+        "balanced-no-compile": "--vram-mode balanced --no-compile",
         "7gib": "--max-memory 0=7GiB",
+        "7gib-no-compile": "--max-memory 0=7GiB --no-compile",
     },
     Suite.TASKS: {
         "t2i": "--vram-mode full",
@@ -113,13 +119,27 @@ def test_flags_say_what_the_command_line_says() -> None:
     assert case.setting == (
         "--max-memory 0=7GiB,cpu=20GiB --max-batch-size 2 --max-batch-image-tokens 8192"
     )
-    memory = resolve_settings(flags=case.flags).memory
-    assert memory == MemoryConfig(
+    config = resolve_settings(flags=case.flags)
+    assert config.model.compile
+    assert config.memory == MemoryConfig(
         vram_budget_bytes=7 * GIB,
         host_budget_bytes=20 * GIB,
         max_batch_size=2,
         max_batch_image_tokens=8192,
     )
+    naive = replace(case, one_batch=False, compile=False)
+    assert naive.setting == "--max-memory 0=7GiB,cpu=20GiB --no-compile"
+    assert not resolve_settings(flags=naive.flags).model.compile
+
+
+def test_variants_are_held_against_what_they_vary() -> None:
+    cases = {case.name: case for case in suite_cases(Suite.SPEED, Scale())}
+    for name, case in cases.items():
+        plain = name.removesuffix("-no-compile")
+        if plain != name:
+            assert case.baseline == plain
+            assert replace(case, name=plain, compile=True) == replace(cases[plain], baseline=plain)
+    assert [cases[name].baseline for name in ("t2i", "balanced", "7gib")] == [None, "t2i", "t2i"]
 
 
 @pytest.mark.parametrize("suite", Suite)
