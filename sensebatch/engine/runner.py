@@ -6,6 +6,7 @@ them, is the tasks' business. Shape suffixes: T tokens of a pass, S sequences, D
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections import defaultdict
@@ -18,12 +19,14 @@ import torch
 from torch import Tensor
 
 from sensebatch.contract import Progress
+from sensebatch.engine.decoding import new_decoder
 from sensebatch.engine.model.attention import Attention
 from sensebatch.engine.model.kv_cache import KVCache, Span
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.tokenizer import IMG_CONTEXT, IMG_END, Tokenizer
 from sensebatch.engine.preprocess import Patches
 from sensebatch.engine.prompts import Grid, ImageSpan, Prompt, positions, segments
+from sensebatch.engine.sampling.text import Step
 from sensebatch.vram import CUDA_TOKENS_PER_PASS, MAX_PREFILL_TOKENS
 
 
@@ -39,6 +42,10 @@ class Extension:
 
 class Weights(Protocol):
     """Told what comes next, so that the weights for it can be brought."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all weights stay where they are."""
 
     def prefill(self, *, decodes: bool) -> None:
         """One pass of prompts, with logits behind it where text follows."""
@@ -196,6 +203,29 @@ class Runner:
     def choose(self, hidden_SD: Tensor) -> list[int]:
         """Returns the greedy choice behind each sequence's last token."""
         return self.network.logits(hidden_SD).argmax(-1).tolist()
+
+    def text_step(self, caches: Sequence[KVCache], most_tokens: int) -> Step:
+        """Returns the step that decodes text behind sequences; it tells the progress.
+
+        Args:
+            caches: Of each sequence, on the device.
+            most_tokens: No sequence is given more.
+        """
+        numbers = itertools.count(1)
+        decoder = new_decoder(
+            self.network,
+            caches,
+            most_tokens,
+            extend=self.append_tokens,
+            choose=self.choose,
+            as_graph=self._weights is None or self._weights.is_whole,
+        )
+
+        def step(taken: Sequence[tuple[int, int]]) -> list[int]:
+            self.progress(Progress(phase="think", step=next(numbers), num_steps=0))
+            return decoder.step(taken)
+
+        return step
 
     def append_tokens(self, taken: Sequence[tuple[KVCache, Sequence[int]]]) -> Tensor:
         """Caches text tokens; see `extend`."""

@@ -29,22 +29,24 @@ TASKS = {
 }
 
 
-def build_network(config: str, edits: Sequence[dict[str, Any]] = ()) -> Network:
+def build_network(
+    config: str, edits: Sequence[dict[str, Any]] = (), *, fused: bool = False
+) -> Network:
     """Returns a golden model in float32, with a case's weight edits."""
-    return _cached_network(config, json.dumps(list(edits)))
+    return _cached_network(config, json.dumps(list(edits)), fused)
 
 
 @functools.lru_cache(maxsize=32)
-def _cached_network(config: str, edits: str) -> Network:
+def _cached_network(config: str, edits: str, fused: bool) -> Network:
     arch = golden_architecture(config)
-    network = Network(arch).requires_grad_(False).eval()
+    network = Network(arch, fused=fused).requires_grad_(False).eval()
     load_state_dict(network, arch, rule_weights(config, json.loads(edits)))
     return network
 
 
-def build_runner(case: Case) -> Runner:
+def build_runner(case: Case, *, fused: bool = False) -> Runner:
     """Returns a runner of the case's model."""
-    network = build_network(case.config, case.weight_edits)
+    network = build_network(case.config, case.weight_edits, fused=fused)
     return Runner(network, ByteTokenizer(), sdpa, lambda _: None)
 
 

@@ -96,6 +96,38 @@ class KVCache:
         self.next_t = next_t
 
 
+class SharedRoom:
+    """One buffer for the caches of several sequences, with room behind each.
+
+    The caches become views of it and stay so until they are moved or grow on.
+
+    Args:
+        caches: On one device.
+        num_tokens: Room behind the longest of them.
+    """
+
+    def __init__(self, caches: Sequence[KVCache], num_tokens: int) -> None:
+        # One place more, for what is written behind sequences that have ended.
+        self.num_tokens = max(cache.length for cache in caches) + num_tokens + 1
+        """Of one sequence."""
+        layers, _, _, heads, dim = caches[0]._data.shape
+        shape = (layers, 2, len(caches), self.num_tokens, heads, dim)
+        self._data = caches[0]._data.new_empty(shape)
+        for index, cache in enumerate(caches):
+            own = self._data[:, :, index]
+            own[:, :, : cache.length] = cache._data[:, :, : cache.length]
+            cache._data = own
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Returns a layer's keys and values, each `[S, L, K, E]`."""
+        return self._data[index, 0], self._data[index, 1]
+
+    def places(self, sequences_S: Tensor, tokens_S: Tensor) -> Tensor:
+        """Returns the element of a layer's keys or values where a token of a sequence begins."""
+        heads, dim = self._data.shape[4:]
+        return (sequences_S * self.num_tokens + tokens_S) * (heads * dim)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
     """One sequence's tokens in a packed pass."""

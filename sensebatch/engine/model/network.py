@@ -160,7 +160,8 @@ class Network(nn.Module):
             device=self.device,
         )
 
-    def _token_rotary(self, positions_AT: Tensor) -> Rotary:
+    def token_rotary(self, positions_AT: Tensor) -> Rotary:
+        """Returns the angles of tokens at these positions; see `rope.token_rotary`."""
         return token_rotary(
             positions_AT,
             head_dim=self.arch.head_dim,
@@ -207,7 +208,7 @@ class Network(nn.Module):
             attention: How one run attends.
         """
         context = UnderstandingContext(spans, attention)
-        return self.understanding(x_TD, self._token_rotary(positions_AT.to(self.device)), context)
+        return self.understanding(x_TD, self.token_rotary(positions_AT.to(self.device)), context)
 
     def image_positions(self, caches: Sequence[KVCache], resolution: Resolution) -> ImagePositions:
         """Returns the positions of one picture behind each cache."""
@@ -219,7 +220,7 @@ class Network(nn.Module):
         patch_grid = (rows * MERGE, columns * MERGE)
         return ImagePositions(
             resolution=resolution,
-            token_rotary=self._token_rotary(torch.cat(positions, dim=1).to(self.device)),
+            token_rotary=self.token_rotary(torch.cat(positions, dim=1).to(self.device)),
             patch_rotary=self._patch_rotary(patch_grid),
             patch_grid=patch_grid,
         )

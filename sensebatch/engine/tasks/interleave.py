@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sensebatch.contract import Checkpoints, DrawnImage, Progress
+from sensebatch.contract import Checkpoints, DrawnImage
 from sensebatch.engine.model.kv_cache import KVCache
 from sensebatch.engine.model.tokenizer import IMG_START
 from sensebatch.engine.preprocess import drawn_to_patches, to_uint8
@@ -103,16 +103,6 @@ def _write(runner: Runner, stories: Sequence[Story], script: Script | None) -> l
     """Decodes every story to its next picture or its end; returns those that want a picture."""
     image_start = runner.tokenizer.token_id(IMG_START)
     caches = [story.state.caches[COND] for story in stories]
-    num_steps = 0
-
-    def step(taken: Sequence[tuple[int, int]]) -> list[int]:
-        nonlocal num_steps
-        num_steps += 1
-        runner.progress(Progress(phase="think", step=num_steps, num_steps=0))
-        return runner.choose(
-            runner.append_tokens([(caches[place], [token]) for place, token in taken])
-        )
-
     first, limits, scripts = {}, {}, {}
     for place, story in enumerate(stories):
         assert story.state.choice is not None
@@ -126,7 +116,7 @@ def _write(runner: Runner, stories: Sequence[Story], script: Script | None) -> l
         decoded = greedy_decode(
             first,
             limits,
-            step,
+            runner.text_step(caches, max(limits.values())),
             stop_before=frozenset({runner.tokenizer.eos_id, image_start}),
             scripts=scripts,
         )

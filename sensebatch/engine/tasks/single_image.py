@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from sensebatch.contract import Progress
 from sensebatch.engine.model.tokenizer import THINK_END
 from sensebatch.engine.preprocess import to_uint8
 from sensebatch.engine.prompts import after_think
@@ -91,16 +90,7 @@ def think(
         The tokens of each job, with `</think>` where the network said it.
     """
     caches = [state.caches[COND] for state in running]
-    num_steps = 0
-
-    def step(taken: Sequence[tuple[int, int]]) -> list[int]:
-        nonlocal num_steps
-        num_steps += 1
-        runner.progress(Progress(phase="think", step=num_steps, num_steps=0))
-        return runner.choose(
-            runner.append_tokens([(caches[index], [token]) for index, token in taken])
-        )
-
+    limits = {index: state.job.sampling.max_think_tokens for index, state in enumerate(running)}
     with runner.decoding():
         runner.bring(caches)
         first, scripts = {}, {}
@@ -111,8 +101,8 @@ def think(
                 scripts[index] = script.thought(state.job.sampling)
         decoded = greedy_decode(
             first,
-            {index: state.job.sampling.max_think_tokens for index, state in enumerate(running)},
-            step,
+            limits,
+            runner.text_step(caches, max(limits.values())),
             stop_before=frozenset({runner.tokenizer.eos_id}),
             stop_after=frozenset({runner.tokenizer.token_id(THINK_END)}),
             scripts=scripts,

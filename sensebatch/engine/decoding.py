@@ -1,0 +1,194 @@
+"""Decodes text of several sequences in step, a token each.
+
+`PlainDecoder` runs the network's ordinary passes and works everywhere. `FastDecoder` keeps the
+caches of all sequences in one buffer and computes a step with a few kernels for each layer, as a
+CUDA graph where all weights stay on the device. Shape suffixes: S sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sensebatch.engine.model.kv_cache import KVCache, SharedRoom
+from sensebatch.engine.model.network import Network
+from sensebatch.engine.model.transformer import DecoderLayer, SwiGLU
+
+ROOM_TOKENS = 1024
+"""Tokens that a decoder makes room for at a time behind what is cached."""
+
+Extend = Callable[[Sequence[tuple[KVCache, Sequence[int]]]], Tensor]
+"""Caches tokens of some sequences and returns the outputs `[S, D]` of their last ones."""
+
+
+class Decoder(Protocol):
+    """Caches one token of some sequences and says what follows."""
+
+    def step(self, taken: Sequence[tuple[int, int]]) -> list[int]:
+        """Returns the greedy choices behind tokens given as (sequence, token)."""
+
+
+class PlainDecoder:
+    """Decodes by the passes that also read prompts.
+
+    Args:
+        caches: Of each sequence.
+        extend: Runs such a pass.
+        choose: Returns the greedy choices behind outputs `[S, D]`.
+    """
+
+    def __init__(
+        self, caches: Sequence[KVCache], extend: Extend, choose: Callable[[Tensor], list[int]]
+    ) -> None:
+        self._caches = caches
+        self._extend = extend
+        self._choose = choose
+
+    def step(self, taken: Sequence[tuple[int, int]]) -> list[int]:
+        """See `Decoder`."""
+        return self._choose(
+            self._extend([(self._caches[index], [token]) for index, token in taken])
+        )
+
+
+class FastDecoder:
+    """Decodes with kernels of its own.
+
+    All sequences take part in every step, also those that have ended: reading the weights is what
+    takes the time. What it writes behind an ended sequence counts for nothing.
+
+    Args:
+        network: Fused, with dense layers of unquantised weights in the understanding expert.
+        caches: Of each sequence, on the device; at most `decode_kernels.MAX_SEQUENCES`. Until the
+            decoder is gone they share one buffer.
+        most_tokens: No sequence is given more.
+        as_graph: Whether a step is captured, because all its weights stay where they are.
+    """
+
+    def __init__(
+        self, network: Network, caches: Sequence[KVCache], most_tokens: int, *, as_graph: bool
+    ) -> None:
+        self._network = network
+        self._caches = caches
+        self._left = most_tokens
+        self._as_graph = as_graph and network.device.type == "cuda"
+        count, device = len(caches), network.device
+        self._tokens_S = torch.zeros(count, dtype=torch.int64, device=device)
+        self._lengths_S = torch.zeros_like(self._tokens_S)
+        self._angles_S = torch.zeros_like(self._tokens_S)
+        self._sequences_S = torch.arange(count, device=device)
+        self._given = torch.zeros(count, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._num_steps = 0
+        self._make_room()
+
+    def _make_room(self) -> None:
+        """Gives every sequence room for more tokens, and so an address that a graph may know."""
+        network = self._network
+        room = min(self._left, ROOM_TOKENS)
+        self._room = SharedRoom(self._caches, room)
+        ends = [cache.next_t + room + 1 for cache in self._caches]
+        # Text has no rows and columns.
+        positions = torch.arange(max(ends), device=network.device).repeat(3, 1)
+        positions[1:] = 0
+        self._rotary = network.token_rotary(positions)
+        self._lengths_S.copy_(torch.tensor([cache.length for cache in self._caches]))
+        self._angles_S.copy_(torch.tensor([cache.next_t for cache in self._caches]))
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._left_in_room = room
+
+    def step(self, taken: Sequence[tuple[int, int]]) -> list[int]:
+        """See `Decoder`."""
+        if self._left_in_room == 0:
+            self._make_room()
+        for index, token in taken:
+            self._given[index] = token
+        self._tokens_S.copy_(self._given, non_blocking=True)
+        self._run()
+        choices = self._tokens_S.tolist()
+        for index, _ in taken:
+            cache = self._caches[index]
+            cache.advance(1, cache.next_t + 1)
+        self._left -= 1
+        self._left_in_room -= 1
+        self._num_steps += 1
+        return [choices[index] for index, _ in taken]
+
+    def _run(self) -> None:
+        if not self._as_graph or self._num_steps == 0:
+            # Also the first step of a graph to come, so that everything has been used once.
+            self._compute()
+            return
+        if self._graph is None:
+            self._graph = torch.cuda.CUDAGraph()
+            # Other threads go on with what they do.
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self._compute()
+        self._graph.replay()
+
+    def _compute(self) -> None:
+        """Goes from the tokens of all sequences to those that follow; allocates alike each time."""
+        from sensebatch.engine.model import decode_kernels, kernels
+
+        network, expert = self._network, self._network.understanding
+        eps = network.arch.rms_norm_eps
+        x_SD = network.embed_text(self._tokens_S)
+        places_S = self._room.places(self._sequences_S, self._lengths_S)
+        for index in range(len(expert.layers)):
+            with expert.lend(index) as layer:
+                assert isinstance(layer, DecoderLayer)
+                assert isinstance(layer.mlp, SwiGLU)
+                keys, values = self._room.layer(index)
+                qkv = decode_kernels.product(
+                    x_SD, layer.qkv.weight, norm_D=layer.input_norm, eps=eps
+                )
+                q_SHE = kernels.norm_rotate(
+                    qkv,
+                    layer.q_norm,
+                    layer.k_norm,
+                    self._rotary,
+                    eps=eps,
+                    k_TKE=keys,
+                    v_TKE=values,
+                    rotary_rows_T=self._angles_S,
+                    places_T=places_S,
+                )
+                attended = decode_kernels.attend(q_SHE, keys, values, self._lengths_S)
+                x_SD = decode_kernels.product(attended, layer.o.weight, residual=x_SD)
+                hidden = decode_kernels.product(
+                    x_SD, layer.mlp.gate_up.weight, norm_D=layer.post_norm, eps=eps, swiglu=True
+                )
+                x_SD = decode_kernels.product(hidden, layer.mlp.down.weight, residual=x_SD)
+        logits = network.logits(kernels.rms_norm(x_SD, expert.norm, eps))
+        self._tokens_S.copy_(logits.argmax(-1))
+        # Sequences that have ended stop at the last place of their room.
+        self._lengths_S.add_(1).clamp_(max=self._room.num_tokens - 1)
+        self._angles_S.add_(1).clamp_(max=self._rotary[0].shape[0] - 1)
+
+
+def can_decode_fast(network: Network) -> bool:
+    """Returns whether `FastDecoder` knows the layers of a network."""
+    layers = network.understanding.layers
+    return network.fused and all(
+        isinstance(layer.mlp, SwiGLU) and type(layer.qkv) is nn.Linear for layer in layers
+    )
+
+
+def new_decoder(
+    network: Network,
+    caches: Sequence[KVCache],
+    most_tokens: int,
+    *,
+    extend: Extend,
+    choose: Callable[[Tensor], list[int]],
+    as_graph: bool,
+) -> Decoder:
+    """Returns the fastest decoder that a network allows; see the two for the arguments."""
+    if can_decode_fast(network):
+        from sensebatch.engine.model import decode_kernels
+
+        if len(caches) <= decode_kernels.MAX_SEQUENCES:
+            return FastDecoder(network, caches, most_tokens, as_graph=as_graph)
+    return PlainDecoder(caches, extend, choose)

@@ -1,0 +1,299 @@
+"""One token a sequence through a layer: kernels that read every weight once and little else.
+
+A decoding step is bound by reading weights, and its launches are so short that each counts. So
+the norm before a matrix product, the activation behind it and the residual's sum are part of the
+product's kernel. All sums are in float32.
+
+Needs Triton, as `kernels` does.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_SEQUENCES = 64
+"""Most sequences that share a step."""
+LEAST_ROWS = 16
+"""Of a tile in a product of tiles."""
+SPLIT_TOKENS = 64
+"""Cached tokens that one program attends to at a time."""
+MAX_SPLITS = 32
+"""Programs that share the cached tokens of one key/value head of one sequence."""
+
+
+@triton.jit
+def _vector_product(
+    x,
+    norm,
+    weight,
+    residual,
+    out,
+    width,
+    height,
+    eps,
+    NORM: tl.constexpr,
+    SWIGLU: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    places = weight + rows[:, None].to(tl.int64) * width + columns[None, :]
+    total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    up_total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    squares = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, width, BLOCK):
+        values = tl.load(x + start + columns).to(tl.float32)
+        if NORM:
+            squares += values * values
+            values = values * tl.load(norm + start + columns).to(tl.float32)
+        total += tl.load(places + start).to(tl.float32) * values[None, :]
+        if SWIGLU:
+            up = tl.load(places + start + height.to(tl.int64) * width)
+            up_total += up.to(tl.float32) * values[None, :]
+    result = tl.sum(total, 1)
+    up_result = tl.sum(up_total, 1)
+    if NORM:
+        scale = 1 / tl.sqrt(tl.sum(squares, 0) / width + eps)
+        result *= scale
+        up_result *= scale
+    if SWIGLU:
+        result = result / (1 + tl.exp(-result)) * up_result
+    if RESIDUAL:
+        result += tl.load(residual + rows).to(tl.float32)
+    tl.store(out + rows, result.to(out.dtype.element_ty))
+
+
+@triton.jit
+def _matrix_product(
+    x,
+    norm,
+    weight,
+    residual,
+    out,
+    num_sequences,
+    width,
+    height,
+    eps,
+    NORM: tl.constexpr,
+    SWIGLU: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    sequences = tl.arange(0, SEQUENCES)
+    columns = tl.arange(0, BLOCK)
+    there = (sequences < num_sequences)[None, :]
+    places = weight + rows[:, None].to(tl.int64) * width + columns[None, :]
+    total = tl.zeros((ROWS, SEQUENCES), dtype=tl.float32)
+    up_total = tl.zeros((ROWS, SEQUENCES), dtype=tl.float32)
+    squares = tl.zeros((SEQUENCES,), dtype=tl.float32)
+    for start in range(0, width, BLOCK):
+        source = x + sequences[None, :] * width + start + columns[:, None]
+        values = tl.load(source, mask=there, other=0.0)
+        if NORM:
+            numbers = values.to(tl.float32)
+            squares += tl.sum(numbers * numbers, 0)
+            numbers *= tl.load(norm + start + columns).to(tl.float32)[:, None]
+            values = numbers.to(x.dtype.element_ty)
+        total = tl.dot(tl.load(places + start), values, total)
+        if SWIGLU:
+            up = tl.load(places + start + height.to(tl.int64) * width)
+            up_total = tl.dot(up, values, up_total)
+    if NORM:
+        scale = 1 / tl.sqrt(squares / width + eps)
+        total *= scale[None, :]
+        up_total *= scale[None, :]
+    if SWIGLU:
+        total = total / (1 + tl.exp(-total)) * up_total
+    target = sequences[None, :] * height + rows[:, None]
+    if RESIDUAL:
+        total += tl.load(residual + target, mask=there, other=0.0).to(tl.float32)
+    tl.store(out + target, total.to(out.dtype.element_ty), mask=there)
+
+
+def _divisor(number: int, most: int) -> int:
+    """Returns the largest power of two up to `most` that divides a number."""
+    return min(number & -number, most)
+
+
+def product(
+    x_SD: Tensor,
+    weight: Tensor,
+    *,
+    norm_D: Tensor | None = None,
+    eps: float = 0.0,
+    swiglu: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Returns `[S, rows]`, the product of a few rows with a weight matrix.
+
+    Args:
+        x_SD: Contiguous, at most `MAX_SEQUENCES` rows.
+        weight: Contiguous `[rows, D]`; with `swiglu` `[2 * rows, D]`, gates first.
+        norm_D: Weight of an RMS norm of `x_SD` that comes first.
+        eps: Of the norm.
+        swiglu: Whether the result is `silu(gate) * up`.
+        residual: Contiguous `[S, rows]` that is added.
+    """
+    num_sequences, width = x_SD.shape
+    height = weight.shape[0] // (2 if swiglu else 1)
+    out = x_SD.new_empty(num_sequences, height)
+    norm = x_SD if norm_D is None else norm_D
+    added = x_SD if residual is None else residual
+    flags = {
+        "NORM": norm_D is not None,
+        "SWIGLU": swiglu,
+        "RESIDUAL": residual is not None,
+    }
+    if num_sequences == 1:
+        rows = _divisor(height, 4)
+        _vector_product[(height // rows,)](
+            x_SD,
+            norm,
+            weight,
+            added,
+            out,
+            width,
+            height,
+            eps,
+            **flags,
+            ROWS=rows,
+            BLOCK=_divisor(width, 1024),
+            num_warps=4,
+        )
+        return out
+    rows = _divisor(height, 32 if height <= 4096 or swiglu else 64)
+    _matrix_product[(height // rows,)](
+        x_SD,
+        norm,
+        weight,
+        added,
+        out,
+        num_sequences,
+        width,
+        height,
+        eps,
+        **flags,
+        SEQUENCES=max(triton.next_power_of_2(num_sequences), LEAST_ROWS),
+        ROWS=rows,
+        BLOCK=_divisor(width, 128 if swiglu else 256),
+        num_warps=4,
+        num_stages=4 if swiglu else 3,
+    )
+    return out
+
+
+@triton.jit
+def _attend(
+    q,
+    keys,
+    values,
+    lengths,
+    parts,
+    highest,
+    sums,
+    stride,
+    scale,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PADDED: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    sequence = tl.program_id(0)
+    head = tl.program_id(1)
+    split = tl.program_id(2)
+    length = tl.load(lengths + sequence) + 1
+    span = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
+    begin = split * span
+    end = tl.minimum(begin + span, length)
+    queries = tl.arange(0, PADDED)
+    channels = tl.arange(0, DIM)
+    row = (sequence * KV_HEADS + head) * GROUP + queries
+    there = queries < GROUP
+    q_tile = tl.load(q + row[:, None] * DIM + channels[None, :], mask=there[:, None], other=0.0)
+    base = sequence.to(tl.int64) * stride + head * DIM
+    top = tl.full((PADDED,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((PADDED,), dtype=tl.float32)
+    out = tl.zeros((PADDED, DIM), dtype=tl.float32)
+    for start in range(begin, end, BLOCK):
+        tokens = start + tl.arange(0, BLOCK)
+        inside = tokens < end
+        place = base + tokens[:, None] * (KV_HEADS * DIM) + channels[None, :]
+        k_tile = tl.load(keys + place, mask=inside[:, None], other=0.0)
+        scores = tl.dot(q_tile, tl.trans(k_tile)) * scale
+        scores = tl.where(inside[None, :], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.exp(scores - new_top[:, None])
+        rescale = tl.exp(top - new_top)
+        v_tile = tl.load(values + place, mask=inside[:, None], other=0.0)
+        total = total * rescale + tl.sum(weights, 1)
+        out = out * rescale[:, None] + tl.dot(weights.to(v_tile.dtype), v_tile)
+        top = new_top
+    place = row * SPLITS + split
+    tl.store(highest + place, top, mask=there)
+    tl.store(sums + place, total, mask=there)
+    tl.store(parts + place[:, None] * DIM + channels[None, :], out, mask=there[:, None])
+
+
+@triton.jit
+def _combine(parts, highest, sums, out, DIM: tl.constexpr, SPLITS: tl.constexpr):
+    row = tl.program_id(0)
+    splits = row * SPLITS + tl.arange(0, SPLITS)
+    channels = tl.arange(0, DIM)
+    tops = tl.load(highest + splits)
+    weights = tl.exp(tops - tl.max(tops, 0))
+    total = tl.sum(tl.load(sums + splits) * weights, 0)
+    tiles = tl.load(parts + splits[:, None] * DIM + channels[None, :])
+    result = tl.sum(tiles * weights[:, None], 0) / total
+    tl.store(out + row * DIM + channels, result.to(out.dtype.element_ty))
+
+
+def attend(q_SHE: Tensor, k_SLKE: Tensor, v_SLKE: Tensor, lengths_S: Tensor) -> Tensor:
+    """Returns `[S, H * E]`, the attention of one new token of each sequence.
+
+    Args:
+        q_SHE: Contiguous queries.
+        k_SLKE: Keys, room for L tokens a sequence; contiguous but for the first axis.
+        v_SLKE: Values with the strides of the keys.
+        lengths_S: int64, the cached tokens of each sequence before the new one, which is cached
+            behind them already.
+    """
+    num_sequences, heads, dim = q_SHE.shape
+    room, kv_heads = k_SLKE.shape[1:3]
+    splits = min(triton.next_power_of_2(triton.cdiv(room, SPLIT_TOKENS)), MAX_SPLITS)
+    parts = q_SHE.new_empty(num_sequences * heads, splits, dim, dtype=torch.float32)
+    highest = parts.new_empty(num_sequences * heads, splits)
+    sums = torch.empty_like(highest)
+    group = heads // kv_heads
+    _attend[(num_sequences, kv_heads, splits)](
+        q_SHE,
+        k_SLKE,
+        v_SLKE,
+        lengths_S,
+        parts,
+        highest,
+        sums,
+        k_SLKE.stride(0),
+        dim**-0.5,
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        PADDED=max(triton.next_power_of_2(group), LEAST_ROWS),
+        DIM=dim,
+        BLOCK=SPLIT_TOKENS,
+        SPLITS=splits,
+        num_warps=4,
+    )
+    out = q_SHE.new_empty(num_sequences, heads * dim)
+    _combine[(num_sequences * heads,)](
+        parts, highest, sums, out, DIM=dim, SPLITS=splits, num_warps=4
+    )
+    return out

@@ -1,0 +1,219 @@
+"""The kernels against the torch code that they replace, and whole golden jobs through them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sensebatch.engine.decoding import FastDecoder, PlainDecoder
+from sensebatch.engine.model.attention import sdpa
+from sensebatch.engine.model.patchify import image_to_tokens
+from sensebatch.engine.model.rope import rotate_token_heads, token_rotary
+from sensebatch.engine.model.transformer import rms_norm
+from sensebatch.engine.prompts import Prompt
+from sensebatch.engine.runtime import is_tileable
+from sensebatch.engine.sampling.flow_matching import velocity_from_image
+from sensebatch.engine.sampling.text import greedy_decode
+from sensebatch.resolutions import Resolution
+from tests.engine.golden_model import build_network, build_runner, infer
+from tests.engine.test_golden_network import prefill_text
+from tests.golden_data import TOLERANCE, case_ids, golden_architecture, load_case, relative_error
+
+pytest.importorskip("triton", reason="Triton has no build for this platform")
+
+from sensebatch.engine.model import decode_kernels, kernels
+
+EPS = 1e-6
+ROUNDING = 1e-5
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device=DEVICE)
+
+
+def assert_equal(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert relative_error(actual.cpu(), expected.cpu()) < ROUNDING
+
+
+def test_norm_of_rows_is_the_layers_norm() -> None:
+    x, weight = noise(5, 24), noise(24)
+    assert_equal(kernels.rms_norm(x, weight, EPS), rms_norm(x, weight, EPS))
+    assert_equal(kernels.rms_norm(x[::2], weight, EPS), rms_norm(x[::2], weight, EPS))
+
+
+@pytest.mark.parametrize("width", [20, kernels.SWIGLU_BLOCK + 48])
+def test_swiglu_is_the_layers_activation(width: int) -> None:
+    gate_up = noise(3, 2 * width)
+    gate, up = gate_up.chunk(2, dim=-1)
+    assert_equal(kernels.swiglu(gate_up), F.silu(gate) * up)
+
+
+def projected(tokens: int, heads: int, kv_heads: int, dim: int) -> tuple[torch.Tensor, ...]:
+    qkv = noise(tokens, (heads + 2 * kv_heads) * dim)
+    return qkv, noise(2, dim // 2), noise(2, dim // 2)
+
+
+def rotary_of(positions: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return token_rotary(
+        positions.to(DEVICE), head_dim=dim, theta=5e6, theta_hw=1e4, dtype=torch.float32
+    )
+
+
+def normed_and_rotated(
+    x: torch.Tensor, norm: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
+    return rotate_token_heads(rms_norm(x.unflatten(-1, (2, -1)), norm, EPS).flatten(-2), rotary)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 32), (8, 1, 16)])
+def test_heads_are_normed_and_rotated_as_in_the_layer(heads: int, kv_heads: int, dim: int) -> None:
+    tokens = 5
+    qkv, q_norm, k_norm = projected(tokens, heads, kv_heads, dim)
+    rotary = rotary_of(torch.randint(0, 50, (3, tokens)), dim)
+    keys, values = noise(tokens, kv_heads, dim), noise(tokens, kv_heads, dim)
+    queries = kernels.norm_rotate(qkv, q_norm, k_norm, rotary, eps=EPS, k_TKE=keys, v_TKE=values)
+    q, k, v = qkv.unflatten(-1, (-1, dim)).split([heads, kv_heads, kv_heads], dim=1)
+    assert_equal(queries, normed_and_rotated(q, q_norm, rotary))
+    assert_equal(keys, normed_and_rotated(k, k_norm, rotary))
+    assert torch.equal(values, v)
+
+
+def test_decoded_keys_go_to_their_places_in_the_cache() -> None:
+    heads, kv_heads, dim, room = 4, 2, 16, 6
+    qkv, q_norm, k_norm = projected(2, heads, kv_heads, dim)
+    rotary = rotary_of(torch.arange(9).repeat(3, 1), dim)
+    cache = torch.zeros(2, 2, room, kv_heads, dim, device=DEVICE)
+    angles, tokens = torch.tensor([7, 3]), torch.tensor([5, 0])
+    places = (torch.arange(2) * room + tokens) * kv_heads * dim
+    kernels.norm_rotate(
+        qkv,
+        q_norm,
+        k_norm,
+        rotary,
+        eps=EPS,
+        k_TKE=cache[0],
+        v_TKE=cache[1],
+        rotary_rows_T=angles.to(DEVICE),
+        places_T=places.to(DEVICE),
+    )
+    _, k, v = qkv.unflatten(-1, (-1, dim)).split([heads, kv_heads, kv_heads], dim=1)
+    chosen = rotary[0][angles], rotary[1][angles]
+    expected = torch.zeros_like(cache)
+    expected[0, torch.arange(2), tokens] = normed_and_rotated(k, k_norm, chosen)
+    expected[1, torch.arange(2), tokens] = v
+    assert_equal(cache, expected)
+
+
+@pytest.mark.parametrize(("sequences", "height"), [(1, 96), (2, 96), (19, 96), (2, 4160)])
+def test_product_of_few_rows_takes_norm_activation_and_residual_along(
+    sequences: int, height: int
+) -> None:
+    x, weight, norm = noise(sequences, 64), noise(height, 64), noise(64)
+    residual = noise(sequences, height)
+    assert_equal(decode_kernels.product(x, weight), F.linear(x, weight))
+    added = decode_kernels.product(x, weight, residual=residual)
+    assert_equal(added, F.linear(x, weight) + residual)
+    normed = F.linear(rms_norm(x, norm, EPS), weight)
+    assert_equal(decode_kernels.product(x, weight, norm_D=norm, eps=EPS), normed)
+    gate, up = normed.chunk(2, dim=-1)
+    activated = decode_kernels.product(x, weight, norm_D=norm, eps=EPS, swiglu=True)
+    assert_equal(activated, F.silu(gate) * up)
+
+
+@pytest.mark.parametrize("room", [40, 1500])
+def test_a_new_token_attends_to_everything_before_it(room: int) -> None:
+    heads, kv_heads, dim = 8, 2, 16
+    # What lies behind a sequence must not matter.
+    cache = torch.full((2, 3, room, kv_heads, dim), float("nan"), device=DEVICE)
+    lengths = torch.tensor([0, 17, room - 1])
+    for sequence, length in enumerate(lengths.tolist()):
+        cache[:, sequence, : length + 1] = noise(2, length + 1, kv_heads, dim)
+    queries = noise(3, heads, dim)
+    out = decode_kernels.attend(queries, cache[0], cache[1], lengths.to(DEVICE))
+    for sequence, length in enumerate(lengths.tolist()):
+        keys, values = cache[:, sequence, : length + 1].transpose(1, 2).unbind(0)
+        expected = F.scaled_dot_product_attention(
+            queries[sequence][:, None], keys, values, enable_gqa=True
+        )
+        assert_equal(out[sequence], expected.flatten())
+
+
+def tileable_cases(*kinds: str) -> list[tuple[str, str]]:
+    return [ids for ids in case_ids(*kinds) if is_tileable(golden_architecture(ids[0]))]
+
+
+interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="the golden networks are on the CPU")
+
+
+@interpreted
+@pytest.mark.parametrize(("config", "name"), tileable_cases("gen_step"))
+def test_fused_networks_predict_the_reference_velocity(config: str, name: str) -> None:
+    case = load_case(config, name)
+    prefix = load_case(config, "prefix_text")
+    runner = build_runner(prefix, fused=True)
+    image = case.tensor("z_image")
+    z, t = image_to_tokens(image), float(case.params["t"])
+    with infer():
+        cache, _ = prefill_text(runner, prefix)
+        size = Resolution(height=image.shape[-2], width=image.shape[-1])
+        positions = runner.network.image_positions([cache], size)
+        scale = float(case.params["noise_scale"])
+        condition = runner.network.condition(torch.tensor([t]), scale)[0]
+        x = runner.network.predict_image(z, condition, [cache], positions, sdpa)
+    assert relative_error(velocity_from_image(x, z, t), case.tensor("v_pred")) < TOLERANCE
+
+
+@interpreted
+def test_decoding_together_in_small_rooms_says_what_each_says_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Sequences end at different lengths, and the buffer is made anew on the way."""
+    config = next(config for config, _ in tileable_cases("think") if config != "moe")
+    case = load_case(config, next(name for ids, name in case_ids("think") if ids == config))
+    prompts = [(5, 9, 2), (7,) * 6, (3, 1, 4, 1, 5, 9, 2, 6)]
+    limits = {0: 7, 1: 2, 2: 11}
+
+    def decode(fused: bool) -> list[list[int]]:
+        runner = build_runner(case, fused=fused)
+        extensions = [runner.new_extension(Prompt(token_ids=ids)) for ids in prompts]
+        caches = [extension.cache for extension in extensions]
+        first = dict(enumerate(runner.choose(runner.extend(extensions))))
+        step = runner.text_step(caches, 11)
+        decoded = greedy_decode(first, limits, step, stop_before=frozenset())
+        for index, cache in enumerate(caches):
+            assert cache.length == len(prompts[index]) + limits[index] == cache.next_t
+        behind = runner.choose(runner.append_tokens([(cache, [1, 2]) for cache in caches]))
+        return [*(decoded[index].tokens for index in limits), behind]
+
+    monkeypatch.setattr("sensebatch.engine.decoding.ROOM_TOKENS", 4)
+    with infer():
+        assert decode(fused=True) == decode(fused=False)
+
+
+@interpreted
+def test_only_fused_dense_networks_decode_fast() -> None:
+    for config, fused, expected in (
+        ("dense_fm", True, FastDecoder),
+        ("dense_fm", False, PlainDecoder),
+        ("moe", True, PlainDecoder),
+    ):
+        if not is_tileable(golden_architecture(config)):
+            continue
+        case = load_case(config, "prefix_text")
+        runner = build_runner(replace(case, params=case.params), fused=fused)
+        extension = runner.new_extension(Prompt(token_ids=(1, 2)))
+        with infer():
+            runner.extend([extension])
+            decoder = runner.text_step([extension.cache], 3).__closure__
+        assert decoder is not None
+        assert any(isinstance(cell.cell_contents, expected) for cell in decoder)
+        assert build_network(config, fused=fused).fused == fused
