@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sensebatch.checkpoint.architecture import Architecture
+from sensebatch.engine.device_memory import empty_cache
 from sensebatch.engine.memory.blocks import Block, Entry, layout_of, new_buffer
 from sensebatch.engine.memory.host import CPU, HostStore
 from sensebatch.engine.memory.lanes import Lane, lane_for
@@ -56,6 +57,7 @@ class Residency:
         placement: Placement,
         device: torch.device,
     ) -> None:
+        self._device = device
         pieces = _pieces_by_parameter(network.arch)
         self._understanding = _blocks(network, "understanding.layers", pieces, source)
         self._generation = _blocks(network, "generation.layers", pieces, source)
@@ -68,11 +70,13 @@ class Residency:
         _load_rest(network, pieces, source, self._readers, placement.embed_on_device, device)
         self._host = HostStore(self._readers, pin=device.type == "cuda")
         self._host.keep(blocks, 0 if self._whole else placement.host_budget_bytes, lane)
-        sizes = [block.layout.num_bytes for block in blocks]
-        if not self._whole:
+        if self._whole:
+            sizes = [block.layout.num_bytes for block in blocks]
+            self._pool = Pool(new_buffer(sum(sizes), device), self._host, lane, sizes)
+        else:
             assert num_buffers is not None
-            sizes = [max(sizes)] * max(num_buffers, RING)
-        self._pool = Pool([new_buffer(size, device) for size in sizes], self._host, lane)
+            memory = new_buffer(self._buffer_bytes(num_buffers), device)
+            self._pool = Pool(memory, self._host, lane)
         network.understanding.lend = self._lender(self._understanding)
         network.generation.lend = self._lender(self._generation)
         network.lm_head.lend = self._lender(self._head)
@@ -104,7 +108,17 @@ class Residency:
     def shrink(self, num_buffers: int) -> None:
         """Keeps fewer blocks on the device; only where they are in host memory as well."""
         assert not self._whole
-        self._pool.shrink(max(num_buffers, RING))
+        self._pool.release()
+        # Or the smaller memory would be taken out of the larger, which could not be given back.
+        empty_cache(self._device)
+        self._pool.give(new_buffer(self._buffer_bytes(num_buffers), self._device))
+
+    def _buffer_bytes(self, num_buffers: int) -> int:
+        """Returns the device memory for blocks: a ring for any, the rest for generation layers."""
+        generation = max(block.layout.num_bytes for block in self._generation)
+        others = (block.layout.num_bytes for block in (*self._understanding, *self._head))
+        kept = max(num_buffers - RING, 0)
+        return kept * generation + RING * max(generation, *others)
 
     def _schedule(self, order: Sequence[Block], *, keep: bool) -> None:
         if not self._whole:

@@ -1,8 +1,9 @@
-"""Device buffers of one block each, and which block is in which of them when.
+"""Device memory for blocks, and which block is where in it when.
 
-A pass goes through its blocks in a known order, again and again. Some of them are kept: they have
-a buffer for themselves. The others share what is left, the ring, and are copied ahead of use
-while earlier blocks are computed with. Nothing is allocated after the buffers are made.
+A pass goes through its blocks in a known order, again and again. The memory is cut into buffers
+as large as the largest of them. Some blocks are kept: they have a buffer for themselves. The
+others share what is left, the ring, and are copied ahead of use while earlier blocks are computed
+with. Nothing is allocated after the memory is given.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from torch import Tensor, nn
 
@@ -25,6 +27,8 @@ class _Buffer:
     """Room for one block on the device."""
 
     flat: Tensor
+    start: int
+    """Its first byte of the memory."""
     loaded: object
     """Mark: the copy into it is done."""
     used: object
@@ -42,38 +46,54 @@ class _Buffer:
             self.shells[block.layout] = bind(block.module, block.layout, self.flat)
         return self.shells[block.layout]
 
+    def overlaps(self, other: _Buffer) -> bool:
+        """Returns whether they share memory."""
+        return (
+            self.start < other.start + other.flat.nbytes
+            and other.start < self.start + self.flat.nbytes
+        )
+
 
 class Pool:
     """Lends blocks as modules on the device.
 
     Args:
-        buffers: Flat device memory, at least `RING`, each large enough for any block that may
-            come to it.
+        memory: Flat device memory: at least `RING` times the largest block that may come to it.
         host: Gives what a buffer is filled with.
         lane: Copies beside the computation.
+        sizes: Bytes of buffers that the memory is cut into for good, for blocks that are all
+            kept; None cuts it for each order of blocks.
     """
 
-    def __init__(self, buffers: Sequence[Tensor], host: HostStore, lane: Lane) -> None:
+    def __init__(
+        self, memory: Tensor, host: HostStore, lane: Lane, sizes: Sequence[int] | None = None
+    ) -> None:
         self._host = host
         self._lane = lane
-        self._buffers = [
-            _Buffer(flat=flat, loaded=lane.new_mark(), used=lane.new_mark()) for flat in buffers
-        ]
+        self._memory: Tensor | None = memory
+        self._fixed = None if sizes is None else self._cut(sizes)
+        self._cuts: dict[int, list[_Buffer]] = {}
+        self._active: list[_Buffer] = []
         self._where: dict[Block, _Buffer] = {}
         self._order: list[Block] = []
         self._place: dict[Block, int] = {}
         self._kept: dict[Block, _Buffer] = {}
-        self._ring: list[_Buffer] = list(self._buffers)
+        self._ring: list[_Buffer] = []
         self._in_use: _Buffer | None = None
 
-    def shrink(self, num_buffers: int) -> None:
-        """Lets go of all buffers but some; what was in them is copied again when it is needed."""
-        for buffer in self._buffers:
+    def release(self) -> None:
+        """Lets go of the memory; `give` must follow. What was in it is copied again."""
+        for buffer in self._active:
             self._forget(buffer)
             # Memory that is still copied to must not be given away.
             self._lane.finish(buffer.loaded)
-        del self._buffers[num_buffers:]
-        self._order, self._kept, self._ring = [], {}, list(self._buffers)
+        self._order, self._kept, self._ring, self._active = [], {}, [], []
+        self._cuts.clear()
+        self._memory = None
+
+    def give(self, memory: Tensor) -> None:
+        """Gives other memory after `release`."""
+        self._memory = memory
 
     def schedule(self, order: Sequence[Block], *, keep: bool) -> None:
         """Says which blocks the coming passes go through.
@@ -85,30 +105,66 @@ class Pool:
                 the ring is used.
         """
         self._drop_failed()
-        if list(order) == self._order and (not keep or len(self._kept) == self._keepable(order)):
+        buffers = self._buffers_for(order)
+        num_kept = len(order) if len(order) <= len(buffers) else len(buffers) - RING
+        if list(order) == self._order and (not keep or len(self._kept) == num_kept):
             return
         self._order = list(order)
         self._place = {block: place for place, block in enumerate(order)}
-        for buffer in self._buffers:
+        for buffer in self._active:
             buffer.waiting = False
-        whole = keep and len(order) <= len(self._buffers)
-        room = self._buffers if whole else self._buffers[:-RING]
-        self._ring = [] if whole else self._buffers[-RING:]
+        whole = keep and len(order) <= len(buffers)
+        room = buffers if whole else buffers[:-RING]
+        self._ring = [] if whole else buffers[-RING:]
+        self._claim([*(room if keep else ()), *self._ring])
         self._kept = {b.block: b for b in room if b.block in self._place}
         if keep:
-            self._assign_kept(room)
+            self._assign_kept(room, num_kept)
 
-    def _keepable(self, order: Sequence[Block]) -> int:
-        whole = len(order) <= len(self._buffers)
-        return len(order) if whole else len(self._buffers) - RING
+    def _buffers_for(self, order: Sequence[Block]) -> list[_Buffer]:
+        """Returns the memory in buffers for an order of blocks; the last ones end with it."""
+        if self._fixed is not None:
+            return self._fixed
+        size = max(block.layout.num_bytes for block in order)
+        if size not in self._cuts:
+            assert self._memory is not None
+            self._cuts[size] = self._cut([size] * (self._memory.nbytes // size))
+        return self._cuts[size]
 
-    def _assign_kept(self, room: Sequence[_Buffer]) -> None:
-        """Gives as many blocks as there is room for their own buffer, spread over the pass.
+    def _cut(self, sizes: Sequence[int]) -> list[_Buffer]:
+        assert self._memory is not None
+        first = self._memory.nbytes - sum(sizes)
+        starts = accumulate(sizes[:-1], initial=first)
+        return [
+            _Buffer(
+                flat=self._memory[start : start + size],
+                start=start,
+                loaded=self._lane.new_mark(),
+                used=self._lane.new_mark(),
+            )
+            for start, size in zip(starts, sizes, strict=True)
+        ]
+
+    def _claim(self, buffers: Sequence[_Buffer]) -> None:
+        """Takes the memory of buffers from those of another cut."""
+        taken = [buffer for buffer in buffers if buffer not in self._active]
+        for buffer in self._active:
+            if any(buffer.overlaps(other) for other in taken):
+                self._forget(buffer)
+        self._active = [
+            buffer for buffer in self._active if not any(buffer.overlaps(other) for other in taken)
+        ] + taken
+        for buffer in taken:
+            # Copies go one after the other; what was computed with the memory must be done too.
+            self._lane.computed(buffer.used)
+
+    def _assign_kept(self, room: Sequence[_Buffer], count: int) -> None:
+        """Gives so many blocks a buffer for themselves, spread over the pass.
 
         Blocks are assigned in the order of the pass and of the buffers, so where every block has
         a buffer of its own size, it gets that one.
         """
-        order, count = self._order, self._keepable(self._order)
+        order = self._order
         chosen = {order[i * len(order) // count] for i in range(count)} if count else set()
         self._kept = {block: buffer for block, buffer in self._kept.items() if block in chosen}
         taken = set(map(id, self._kept.values()))
@@ -182,7 +238,7 @@ class Pool:
 
     def _drop_failed(self) -> None:
         """Forgets copies ahead that failed, so that they are an error of no later batch."""
-        for buffer in self._buffers:
+        for buffer in self._active:
             if buffer.copying is not None and buffer.copying.exception() is not None:
                 self._forget(buffer)
 

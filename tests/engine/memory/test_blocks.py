@@ -86,7 +86,7 @@ def test_mixed_blocks_come_through_the_ring_bit_by_bit(kept: int) -> None:
     host = HostStore(readers, pin=False)
     host.keep(blocks, (kept + 2) * size if kept < 5 else None, lane)
     assert host.kept_bytes == (kept + 2) * size if kept < 5 else 5 * size
-    pool = Pool([new_buffer(size, CPU) for _ in range(3)], host, lane)
+    pool = Pool(new_buffer(3 * size, CPU), host, lane)
     pool.schedule(blocks, keep=True)
     for _ in range(3):
         for number, block in enumerate(blocks):
