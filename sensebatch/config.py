@@ -57,12 +57,20 @@ class ModelConfig:
     """`auto`, `cuda` or `cpu`."""
     dtype: str = "auto"
     """`bfloat16`, `float16`, `float32`; auto is bfloat16 on a GPU and float32 on a CPU."""
+    precision: str = "auto"
+    """Of the decoder layers' matrices: `auto` is the dtype, `fp8` makes those of the generation
+    expert float8, `fp8-all` those of the understanding expert too."""
     attn_backend: str = "auto"
     """`auto`, `cudnn`, `flash` or `sdpa`; auto is the fastest that can be used."""
     compile: bool = True
     """Whether chains of small operations are compiled to one kernel each, on a GPU with Triton."""
     system_prompt_file: str | None = None
     """JSON with `generation` and `interleave`; None looks in the checkpoint."""
+
+    @property
+    def quantised(self) -> str | None:
+        """`fp8` or `fp8-all`; None where all weights are in the dtype."""
+        return None if self.precision == "auto" else self.precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

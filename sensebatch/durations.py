@@ -24,8 +24,8 @@ from sensebatch.vram import (
     Load,
     Placement,
     jobs_per_pass,
-    weight_bytes,
 )
+from sensebatch.weights import weight_bytes
 
 UNDERSTANDING, GENERATION = "understanding", "generation"
 

@@ -119,6 +119,8 @@ class ModelIdentity:
     """Fingerprint of the merged LoRA."""
     dtype: str
     """Of weights and activations: `bfloat16`, `float16` or `float32`."""
+    precision: str | None = None
+    """`fp8` or `fp8-all` where matrices are float8; None where all are in the dtype."""
     generation_prompt: str
     """System prompt of t2i and edit jobs that bring none of their own."""
     interleave_prompt: str
@@ -156,6 +158,9 @@ def job_key(job: Job, identity: ModelIdentity) -> str:
         "lora": identity.lora,
         "dtype": identity.dtype,
     }
+    if identity.precision is not None:
+        # Not there without, so that such a run goes on after an update.
+        content["precision"] = identity.precision
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 

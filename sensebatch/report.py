@@ -32,7 +32,7 @@ _LOAD = [
     "load_peak_reserved_bytes",
     "load_peak_rss_bytes",
 ]
-_CONFIG = ["vram_mode", "attn_backend", "dtype"]
+_CONFIG = ["vram_mode", "attn_backend", "dtype", "precision"]
 _COLUMNS = ["job_id", "status", *_CALL, *_MOST, *_SUM, *_TEXT, *_LOAD, *_CONFIG]
 
 
@@ -89,6 +89,8 @@ class Summary:
     vram_mode: str
     attn_backend: str
     dtype: str
+    precision: str
+    """`-` where no weights are float8."""
     sessions: int
     load_s: float
     """Of all loads together; a session that found nothing to do has none."""
@@ -135,6 +137,7 @@ def summarise(log: pa.Table, *, session: int | None = None) -> Summary:
         vram_mode=_words(log, "vram_mode"),
         attn_backend=_words(log, "attn_backend"),
         dtype=_words(log, "dtype"),
+        precision=_words(log, "precision"),
         sessions=len(pc.unique(log["session"])),
         load_s=sum(
             log.group_by("session").aggregate([("load_s", "max")])["load_s_max"].to_pylist()
@@ -230,7 +233,8 @@ def format_summary(summary: Summary, *, max_calls: int | None = None) -> str:
     total = summary.total
     lines = [
         f"config          vram_mode={summary.vram_mode}  attn_backend={summary.attn_backend}  "
-        f"dtype={summary.dtype}",
+        f"dtype={summary.dtype}"
+        + ("" if summary.precision == "-" else f"  precision={summary.precision}"),
         f"model load      {summary.load_s:.3f} s",
         f"load peak       {_gib(summary.load_peak)}",
         f"generations     calls={total.calls}  images={total.images}  wall={total.wall_s:.3f} s",

@@ -65,6 +65,7 @@ def _parse_bytes(value: object) -> object:
 
 Device = Literal["auto", "cuda", "cpu"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+Precision = Literal["auto", "fp8", "fp8-all"]
 AttnBackend = Literal["auto", "cudnn", "flash", "sdpa"]
 VramMode = Literal["auto", "full", "fast", "balanced", "low"]
 ImageFormat = Literal["png", "webp", "jpeg"]
@@ -91,6 +92,7 @@ class ModelSection(_Section):
     lora_path: str | None
     device: Device
     dtype: Dtype
+    precision: Precision
     attn_backend: AttnBackend
     compile: bool
     system_prompt_file: str | None

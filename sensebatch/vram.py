@@ -6,18 +6,15 @@ needs the most: a change there that takes more memory must change them here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from sensebatch.checkpoint.architecture import FM_HEAD_HIDDEN, Architecture
-from sensebatch.checkpoint.tensors import (
-    expected_tensors,
-    head_part_rows,
-    largest_layer_elements,
-)
 from sensebatch.config import MemoryConfig
 from sensebatch.errors import ConfigError
 from sensebatch.jobs import GroupKey
+from sensebatch.weights import SCALE_BYTES, WeightBytes, weight_bytes
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -65,38 +62,17 @@ class Load:
         return total
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WeightBytes:
-    """What the weights take, by what they are for."""
-
-    block: int
-    """The largest decoder layer or part of the head: what one buffer must hold."""
-    num_generation: int
-    """Blocks of the generation expert."""
-    num_understanding: int
-    """Blocks of the understanding expert, the vocabulary head included."""
-    blocks: int
-    """All blocks together."""
-    embeddings: int
-    rest: int
-    """Everything that always stays on the device."""
+def buffer_bytes(weights: WeightBytes, num_buffers: int) -> int:
+    """Returns the bytes of so many device buffers, the ring counted."""
+    return RING * weights.block + max(num_buffers - RING, 0) * weights.kept_block
 
 
-def weight_bytes(arch: Architecture, item_bytes: int) -> WeightBytes:
-    """Returns the bytes of a network's weights at `item_bytes` a number."""
-    specs = expected_tensors(arch)
-    total = sum(spec.num_elements for spec in specs.values())
-    layers = sum(spec.num_elements for spec in specs.values() if spec.layer is not None)
-    vocabulary = arch.vocab_size * arch.hidden_size
-    parts = head_part_rows(arch)
-    return WeightBytes(
-        block=max(largest_layer_elements(arch), parts[0] * arch.hidden_size) * item_bytes,
-        num_generation=arch.num_layers,
-        num_understanding=arch.num_layers + len(parts),
-        blocks=(layers + vocabulary) * item_bytes,
-        embeddings=vocabulary * item_bytes,
-        rest=(total - layers - 2 * vocabulary) * item_bytes,
-    )
+def quantising_bytes(arch: Architecture, precision: str | None) -> int:
+    """Returns what quantising the activations of a pass takes for a moment."""
+    if precision is None:
+        return 0
+    widest = max(arch.hidden_size, arch.num_heads * arch.head_dim, arch.intermediate_size)
+    return ROWS * widest * (SCALE_BYTES + 1)
 
 
 def cache_bytes(arch: Architecture, tokens: int, item_bytes: int) -> int:
@@ -212,7 +188,8 @@ class Placement:
 
     mode: str
     num_buffers: int | None
-    """Device buffers of one block; None gives every block its own."""
+    """Device buffers: a ring for blocks of any kind, the others as large as a generation layer;
+    None gives every block its own."""
     embed_on_device: bool
     tokens_per_pass: int
     """Most image tokens in one denoising pass; one job always fits."""
@@ -241,6 +218,7 @@ def working_bytes(
     item_bytes: int,
     *,
     parked: bool,
+    precision: str | None = None,
 ) -> int:
     """Returns the most that any group needs beside the weights."""
     most = 0
@@ -249,7 +227,7 @@ def working_bytes(
         cached = jobs if parked else load.batch_size
         drawing = denoise_bytes(arch, load, jobs, item_bytes, cached_jobs=cached)
         most = max(most, drawing, prompt_bytes(arch, load, item_bytes, parked=parked))
-    return WORKSPACE_BYTES + most
+    return WORKSPACE_BYTES + quantising_bytes(arch, precision) + most
 
 
 def place(
@@ -260,6 +238,7 @@ def place(
     item_bytes: int,
     device_free: int | None,
     host_free: int,
+    precision: str | None = None,
 ) -> Placement:
     """Returns the fastest placement that fits, or the one that was asked for.
 
@@ -270,6 +249,7 @@ def place(
         item_bytes: Of a number.
         device_free: Bytes the device has free; None where the host is the device.
         host_free: Bytes the host has free.
+        precision: `fp8` or `fp8-all` for linear layers in float8.
 
     Raises:
         ConfigError: It cannot fit; the message says the smallest budget that would.
@@ -278,7 +258,9 @@ def place(
         raise ConfigError(f"vram_mode: expected {', '.join(MODES)}, found {memory.vram_mode!r}")
     host = memory.host_budget_bytes
     host = int(host_free * HOST_SHARE) if host is None else host
-    candidates = _candidates(arch, loads, item_bytes, host)
+    weights = weight_bytes(arch, item_bytes, precision)
+    working = partial(working_bytes, arch, loads, item_bytes=item_bytes, precision=precision)
+    candidates = _candidates(weights, working, host)
     budget = memory.vram_budget_bytes
     if memory.vram_mode != "auto":
         chosen = candidates[memory.vram_mode]
@@ -290,13 +272,12 @@ def place(
     limit = budget if budget is not None else device_free
     if limit is None:
         return replace(candidates["full"], reason="the host is the device")
-    return _within(arch, candidates, limit, item_bytes, asked=budget is not None)
+    return _within(weights, candidates, limit, asked=budget is not None)
 
 
 def _candidates(
-    arch: Architecture, loads: list[Load], item_bytes: int, host: int
+    weights: WeightBytes, working: Callable[..., int], host: int
 ) -> dict[str, Placement]:
-    weights = weight_bytes(arch, item_bytes)
     most = CUDA_TOKENS_PER_PASS
     shapes = {
         "full": (None, True, most),
@@ -305,26 +286,23 @@ def _candidates(
         "low": (RING, False, 1),
     }
     return {
-        mode: _placement(arch, loads, item_bytes, mode, buffers, embed, tokens, host)
+        mode: _placement(weights, working, mode, buffers, embed, tokens, host)
         for mode, (buffers, embed, tokens) in shapes.items()
     }
 
 
 def _placement(
-    arch: Architecture,
-    loads: list[Load],
-    item_bytes: int,
+    weights: WeightBytes,
+    working: Callable[..., int],
     mode: str,
     num_buffers: int | None,
     embed: bool,
     tokens_per_pass: int,
     host: int,
 ) -> Placement:
-    weights = weight_bytes(arch, item_bytes)
-    blocks = weights.blocks if num_buffers is None else num_buffers * weights.block
+    blocks = weights.blocks if num_buffers is None else buffer_bytes(weights, num_buffers)
     device = blocks + weights.rest + (weights.embeddings if embed else 0)
     parked = num_buffers is not None
-    working = working_bytes(arch, loads, tokens_per_pass, item_bytes, parked=parked)
     staging = NUM_STAGING * weights.block
     if not embed:
         # They are looked up in host memory, whatever is left for blocks.
@@ -337,17 +315,16 @@ def _placement(
         tokens_per_pass=tokens_per_pass,
         park_caches=parked,
         host_budget_bytes=host,
-        device_bytes=device + working,
+        device_bytes=device + working(tokens_per_pass, parked=parked),
         host_bytes=0 if num_buffers is None else kept + (0 if embed else weights.embeddings),
         reason="",
     )
 
 
 def _within(
-    arch: Architecture,
+    weights: WeightBytes,
     candidates: dict[str, Placement],
     limit: int,
-    item_bytes: int,
     *,
     asked: bool,
 ) -> Placement:
@@ -355,20 +332,19 @@ def _within(
     what = f"{'a budget of' if asked else 'free device memory of'} {limit / GIB:.1f} GiB"
     if candidates["full"].device_bytes <= limit:
         return replace(candidates["full"], reason=f"all weights fit {what}")
-    block = weight_bytes(arch, item_bytes).block
     for base in ("balanced", "low"):
         lean = candidates[base]
         if lean.device_bytes > limit:
             continue
-        extra = (limit - lean.device_bytes) // block
+        extra = (limit - lean.device_bytes) // weights.kept_block
         num_buffers = RING + extra
-        kept = min(extra, arch.num_layers)
+        kept = min(extra, weights.num_generation)
         return replace(
             lean,
-            mode="fast" if kept == arch.num_layers else base,
+            mode="fast" if kept == weights.num_generation else base,
             num_buffers=num_buffers,
-            device_bytes=lean.device_bytes + extra * block,
-            reason=f"{what} holds {kept} of {arch.num_layers} generation layers; "
+            device_bytes=lean.device_bytes + extra * weights.kept_block,
+            reason=f"{what} holds {kept} of {weights.num_generation} generation layers; "
             "the others are streamed",
         )
     raise _too_small(candidates, "auto", limit)
@@ -387,21 +363,23 @@ def _too_small(candidates: dict[str, Placement], mode: str, limit: int) -> Confi
     )
 
 
-def leaner(arch: Architecture, placement: Placement, item_bytes: int) -> Placement | None:
+def leaner(
+    arch: Architecture, placement: Placement, item_bytes: int, precision: str | None = None
+) -> Placement | None:
     """Returns what to go on with where a placement turned out not to fit; None if nothing is left.
 
     First fewer weights stay on the device, half of the buffers each time, then jobs are drawn one
     by one.
     """
-    weights = weight_bytes(arch, item_bytes)
+    weights = weight_bytes(arch, item_bytes, precision)
     embeddings = weights.embeddings if placement.embed_on_device else 0
     if placement.num_buffers is None:
         num_buffers = weights.num_generation + RING
-        saved = weights.blocks - num_buffers * weights.block + embeddings
+        saved = weights.blocks - buffer_bytes(weights, num_buffers) + embeddings
         host = weights.blocks + weights.embeddings
     elif placement.num_buffers > RING:
         num_buffers = max(placement.num_buffers // 2, RING)
-        saved = (placement.num_buffers - num_buffers) * weights.block
+        saved = buffer_bytes(weights, placement.num_buffers) - buffer_bytes(weights, num_buffers)
         host = placement.host_bytes
     elif placement.tokens_per_pass > 1:
         return replace(

@@ -67,6 +67,12 @@ def test_peaks_are_the_highest_of_all_calls() -> None:
     assert peak.rss_bytes == 2 * GIB
 
 
+def test_precision_is_said_where_it_is_not_the_dtype() -> None:
+    plain = format_summary(summarise(log_table(*TWO_CALLS))).splitlines()
+    fp8 = log_row("d", "z", precision="fp8")
+    assert format_summary(summarise(log_table(fp8))).splitlines()[0] == plain[0] + "  precision=fp8"
+
+
 def test_fields_stand_in_the_published_order() -> None:
     lines = format_summary(summarise(log_table(*TWO_CALLS))).splitlines()
     assert [line[:15].strip() for line in lines[:8]] == [

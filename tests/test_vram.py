@@ -23,10 +23,12 @@ from sensebatch.vram import (
     cache_bytes,
     denoise_bytes,
     jobs_per_pass,
+    leaner,
     place,
     prompt_bytes,
-    weight_bytes,
+    quantising_bytes,
 )
+from sensebatch.weights import weight_bytes
 from tests.golden_data import CONFIGS, golden_architecture
 
 ARCH = parse_architecture(OFFICIAL_8B)
@@ -153,6 +155,50 @@ def test_the_host_keeps_what_its_budget_allows() -> None:
     assert poor.host_bytes <= 20 * GIB
     assert poor.host_bytes > 20 * GIB - weights.block
     assert placed(vram_mode="full").host_bytes == 0
+
+
+def test_float8_makes_every_mode_leaner() -> None:
+    def peaks(precision: str | None) -> list[int]:
+        return [
+            place(
+                ARCH,
+                MemoryConfig(vram_mode=mode),
+                [make_load()],
+                item_bytes=2,
+                device_free=None,
+                host_free=200 * GIB,
+                precision=precision,
+            ).device_bytes
+            for mode in ("full", "fast", "balanced", "low")
+        ]
+
+    plain, fp8, both = peaks(None), peaks("fp8"), peaks("fp8-all")
+    full, fast = 0, 1
+    assert plain[full] - fp8[full] > 7 * GIB
+    assert plain[full] - both[full] > 14 * GIB
+    assert plain[fast] - fp8[fast] > 7 * GIB
+    # The ring takes layers of the understanding expert, or else parts of the head.
+    assert both[2] < fp8[2]
+    assert fp8[2] - plain[2] == quantising_bytes(ARCH, "fp8")
+
+
+@settings(max_examples=25)
+@given(budget=st.integers(int(2.5 * GIB), 40 * GIB))
+def test_a_budget_is_never_exceeded_with_float8(budget: int) -> None:
+    chosen = place(
+        ARCH,
+        MemoryConfig(vram_budget_bytes=budget),
+        [make_load()],
+        item_bytes=2,
+        device_free=None,
+        host_free=200 * GIB,
+        precision="fp8",
+    )
+    assert chosen.device_bytes <= budget
+    while (after := leaner(ARCH, chosen, 2, "fp8")) is not None:
+        assert after.device_bytes <= chosen.device_bytes
+        chosen = after
+    assert chosen.num_buffers == RING
 
 
 def test_an_unknown_mode_is_named() -> None:

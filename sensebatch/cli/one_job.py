@@ -171,6 +171,7 @@ def _derived_stem(job: Job, model: ModelConfig) -> str:
         checkpoint=f"{model.model}@{model.revision}",
         lora=model.lora_path,
         dtype=model.dtype,
+        precision=model.quantised,
         generation_prompt=str(model.system_prompt_file),
         interleave_prompt=str(model.system_prompt_file),
     )

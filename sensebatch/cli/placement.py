@@ -65,6 +65,7 @@ def memory_summary(
         loads=[group_load(group, system_prompt_bytes=longest) for group in plan.groups],
         num_jobs=[group.num_jobs for group in plan.groups],
         item_bytes=ITEM_BYTES[config.model.dtype],
+        precision=config.model.quantised,
         machine=machine,
     )
     memory = config.memory
@@ -90,6 +91,7 @@ class _Run:
     num_jobs: Sequence[int]
     """Of each load's group."""
     item_bytes: int
+    precision: str | None
     machine: MachineSpeeds | None
 
     def placed(self, memory: MemoryConfig) -> dict[str, Any]:
@@ -104,6 +106,7 @@ class _Run:
             memory,
             list(self.loads),
             item_bytes=self.item_bytes,
+            precision=self.precision,
             # A mode that was asked for by name is shown, whatever this machine has.
             device_free=None if named or self.machine is None else self.machine.free_bytes,
             host_free=ENOUGH_BYTES,
@@ -141,6 +144,7 @@ class _Run:
             placement.tokens_per_pass,
             self.item_bytes,
             parked=placement.park_caches,
+            precision=self.precision,
         )
 
     def _waiting(self, load: Load, placement: Placement) -> int:
@@ -150,7 +154,8 @@ class _Run:
         return cache_bytes(self.arch, load.prefix_tokens * load.batch_size, self.item_bytes)
 
     def _seconds(self, placement: Placement) -> list[GroupSeconds | None]:
-        if self.machine is None or self.item_bytes != MEASURED_ITEM_BYTES:
+        measured = self.item_bytes == MEASURED_ITEM_BYTES and self.precision is None
+        if self.machine is None or not measured:
             return [None] * len(self.loads)
         clock = Clock(self.arch, placement, self.item_bytes, self.machine.speeds)
         return [

@@ -175,6 +175,7 @@ def open_model(config: ModelConfig, backend: Backend) -> Model:
         checkpoint=fingerprint(checkpoint),
         lora=None if config.lora_path is None else fingerprint_file(Path(config.lora_path)),
         dtype=dtype,
+        precision=config.quantised,
         generation_prompt=prompts.by_task[Task.T2I].text,
         interleave_prompt=prompts.by_task[Task.INTERLEAVE].text,
     )
@@ -203,7 +204,9 @@ def _run_pending(
             seconds=0.0,
         )
     say(f"{counts.remaining:,} of {counted(counts.jobs, 'job')} to run in {store.run_dir.root}")
-    say(f"loading {config.model.model} on {model.device} ({model.identity.dtype})")
+    identity = model.identity
+    how = ", ".join(filter(None, (identity.dtype, identity.precision)))
+    say(f"loading {config.model.model} on {model.device} ({how})")
     to_run = make_plan(store.state.entries(with_started=True), config.memory)
     engine = backend.load_engine(
         config,

@@ -13,6 +13,7 @@ from sensebatch.checkpoint.files import Checkpoint
 from sensebatch.config import MemoryConfig
 from sensebatch.engine.runtime import DTYPES
 from sensebatch.errors import DeviceError, OutOfMemoryError
+from sensebatch.jobs import ModelIdentity
 from sensebatch.vram import Load, Placement, place
 
 _OUT_OF_MEMORY = ("not enough memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -107,7 +108,7 @@ def cap_device_memory(device: torch.device, budget_bytes: int | None) -> None:
 def plan_placement(
     memory: MemoryConfig,
     checkpoint: Checkpoint,
-    dtype: str,
+    identity: ModelIdentity,
     device: torch.device,
     loads: Sequence[Load],
 ) -> Placement:
@@ -119,7 +120,8 @@ def plan_placement(
         checkpoint.architecture,
         memory,
         list(loads),
-        item_bytes=DTYPES[dtype].itemsize,
+        item_bytes=DTYPES[identity.dtype].itemsize,
+        precision=identity.precision,
         device_free=device_free,
         host_free=psutil.virtual_memory().available,
     )

@@ -26,7 +26,13 @@ from sensebatch.engine.model.tokenizer import IMG_START, HFTokenizer, Tokenizer
 from sensebatch.engine.preprocess import load_input
 from sensebatch.engine.residency import Residency
 from sensebatch.engine.runner import PassLimits, Runner
-from sensebatch.engine.runtime import BACKENDS, DTYPES, resolve_attention, resolve_fused
+from sensebatch.engine.runtime import (
+    BACKENDS,
+    DTYPES,
+    check_precision,
+    resolve_attention,
+    resolve_fused,
+)
 from sensebatch.engine.sampling.text import Script
 from sensebatch.engine.tasks.interleave import run_interleave
 from sensebatch.engine.tasks.single_image import run_single_image
@@ -146,7 +152,7 @@ class SenseNovaEngine:
         """Goes on with less memory; see `contract.Engine.make_room`."""
         before = self._placement
         arch, dtype, device = self._loader.arch, self._loader.dtype, self._loader.device
-        after = leaner(arch, before, dtype.itemsize)
+        after = leaner(arch, before, dtype.itemsize, self._loader.precision)
         if after is None:
             return None
         self._placement = after
@@ -232,22 +238,24 @@ def load_engine(
     Args:
         config: Model, attention and memory settings.
         checkpoint: Its files.
-        identity: What job keys were made with; its dtype is loaded.
+        identity: What job keys were made with; its dtype and precision are loaded.
         system_prompt_source: For the log.
         device: Of `runtime.resolve_runtime`.
         loads: Of every group of the run; memory is planned for them.
 
     Raises:
         CheckpointError: The checkpoint, its tokenizer or the LoRA does not fit.
-        ConfigError: The attention backend cannot be used, or the jobs do not fit the memory.
+        ConfigError: The attention backend or the precision cannot be used, or the jobs do not
+            fit the memory.
         OutOfMemoryError: The device has less memory than it said.
     """
     start = time.perf_counter()
     where = torch.device(device)
     backend = resolve_attention(config.model.attn_backend, device, identity.dtype)
-    placement = plan_placement(config.memory, checkpoint, identity.dtype, where, loads)
+    check_precision(identity.precision, device, identity.dtype)
+    placement = plan_placement(config.memory, checkpoint, identity, where, loads)
     tokenizer = HFTokenizer(checkpoint.path)
-    loader = _new_loader(config, checkpoint, where, DTYPES[identity.dtype])
+    loader = _new_loader(config, checkpoint, where, identity)
     cap_device_memory(where, config.memory.vram_budget_bytes)
     compile_s = warm_up(loader, BACKENDS[backend])
     peak = DevicePeak(where)
@@ -282,12 +290,14 @@ def load_engine(
 
 
 def _new_loader(
-    config: RunConfig, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+    config: RunConfig, checkpoint: Checkpoint, device: torch.device, identity: ModelIdentity
 ) -> NetworkLoader:
+    dtype = DTYPES[identity.dtype]
     return NetworkLoader(
         arch=checkpoint.architecture,
         source=open_weights(checkpoint, config.model.lora_path, dtype),
         device=device,
         dtype=dtype,
         fused=resolve_fused(config.model.compile, device.type, checkpoint.architecture),
+        precision=identity.precision,
     )

@@ -16,6 +16,7 @@ from sensebatch.engine.device_memory import translated_out_of_memory
 from sensebatch.engine.lora import Lora
 from sensebatch.engine.model.attention import CUDNN_LEAST_QUERIES, Attention
 from sensebatch.engine.model.network import Network
+from sensebatch.engine.model.quantized import use_fp8
 from sensebatch.engine.residency import Residency
 from sensebatch.engine.weights import FileWeights, SyntheticWeights, WeightSource
 from sensebatch.vram import Placement
@@ -50,6 +51,8 @@ class NetworkLoader:
     """What weights are rounded to."""
     fused: bool = False
     """Whether chains of small operations are one kernel each."""
+    precision: str | None = None
+    """`fp8` or `fp8-all` for linear layers in float8; see `config.ModelConfig`."""
 
     def load(self, placement: Placement) -> tuple[Network, Residency]:
         """Returns a network in evaluation mode, without gradients, and what moves its weights.
@@ -64,6 +67,10 @@ class NetworkLoader:
         with init_empty_weights():
             network = Network(self.arch, fused=self.fused)
         network = network.to(self.dtype).requires_grad_(False).eval()
+        if self.precision is not None:
+            use_fp8(network.generation)
+        if self.precision == "fp8-all":
+            use_fp8(network.understanding)
         with translated_out_of_memory(f"the weights did not fit {self.device}"):
             residency = Residency(network, self.source, placement, self.device)
         return network, residency

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.engine.device_memory import empty_cache
-from sensebatch.engine.memory.blocks import Block, Entry, layout_of, new_buffer
+from sensebatch.engine.memory.blocks import Block, Entry, Layout, layout_of, new_buffer
 from sensebatch.engine.memory.host import CPU, HostStore
 from sensebatch.engine.memory.lanes import Lane, lane_for
 from sensebatch.engine.memory.pool import Pool
 from sensebatch.engine.memory.readers import Readers
 from sensebatch.engine.model.network import Network
+from sensebatch.engine.model.quantized import FP8, quantise_rows, scale_of
 from sensebatch.engine.model.state_dict_adapter import Slot, checkpoint_slots
 from sensebatch.engine.weights import WeightSource
 from sensebatch.vram import RING, Placement
@@ -30,6 +31,8 @@ from sensebatch.vram import RING, Placement
 BLOCK_PREFIXES = ("understanding.layers.", "generation.layers.", "lm_head.parts.")
 PART_BYTES = 16 << 20
 """About as much of a tensor is read by one thread at a time."""
+CACHED_BYTES = 1 << 20
+"""About as much of it is quantised at a time."""
 
 Pieces = list[tuple[str, Slot]]
 """(checkpoint tensor, slot) of one parameter."""
@@ -63,15 +66,17 @@ class Residency:
         self._generation = _blocks(network, "generation.layers", pieces, source)
         self._head = _blocks(network, "lm_head.parts", pieces, source)
         blocks = [*self._generation, *self._understanding, *self._head]
+        sizes = [block.layout.num_bytes for block in blocks]
         num_buffers = placement.num_buffers
-        self._whole = num_buffers is None or num_buffers >= len(blocks)
+        self._whole = num_buffers is None or (
+            num_buffers >= len(blocks) and self._buffer_bytes(num_buffers) >= sum(sizes)
+        )
         lane = lane_for(device)
         self._readers = Readers()
         _load_rest(network, pieces, source, self._readers, placement.embed_on_device, device)
         self._host = HostStore(self._readers, pin=device.type == "cuda")
         self._host.keep(blocks, 0 if self._whole else placement.host_budget_bytes, lane)
         if self._whole:
-            sizes = [block.layout.num_bytes for block in blocks]
             self._pool = Pool(new_buffer(sum(sizes), device), self._host, lane, sizes)
         else:
             assert num_buffers is not None
@@ -153,6 +158,7 @@ def _blocks(
     network: Network, prefix: str, pieces: Mapping[str, Pieces], source: WeightSource
 ) -> list[Block]:
     """Returns a block for each module of a list in the network."""
+    dtype = network.dtype
     blocks = []
     for index, module in enumerate(network.get_submodule(prefix).children()):
         name = f"{prefix}.{index}"
@@ -161,23 +167,31 @@ def _blocks(
             part
             for entry in layout.entries
             for tensor, slot in pieces.get(f"{name}.{entry.name}", ())
-            for part in _parts(entry, tensor, slot, source)
+            for part in _parts(layout, entry, tensor, slot, source, dtype)
         ]
         blocks.append(Block(name=name, module=module, layout=layout, parts=tuple(parts)))
     return blocks
 
 
 def _parts(
-    entry: Entry, tensor: str, slot: Slot, source: WeightSource
+    layout: Layout,
+    entry: Entry,
+    tensor: str,
+    slot: Slot,
+    source: WeightSource,
+    dtype: torch.dtype,
 ) -> Iterator[Callable[[Tensor], None]]:
     """Gives what reads a checkpoint tensor into its slot, some rows each."""
     shape = slot.view({slot.parameter: torch.empty(entry.shape, device="meta")}).shape
     first = 0 if slot.rows is None else slot.rows[0]
-    row_bytes = math.prod(shape[1:]) * entry.dtype.itemsize
-    at_a_time = max(PART_BYTES // row_bytes, 1)
+    at_a_time = max(PART_BYTES // (math.prod(shape[1:]) * dtype.itemsize), 1)
     for start in range(0, shape[0], at_a_time):
-        rows = (start, min(start + at_a_time, shape[0]))
-        yield partial(_read_rows, entry, tensor, slot, first, rows, source)
+        rows = range(start, min(start + at_a_time, shape[0]))
+        if entry.dtype == FP8:
+            scales = next(e for e in layout.entries if e.name == scale_of(entry.name))
+            yield partial(_quantise_rows, (entry, scales), tensor, slot, first, rows, source, dtype)
+        else:
+            yield partial(_read_rows, entry, tensor, slot, first, rows, source)
 
 
 def _read_rows(
@@ -185,14 +199,37 @@ def _read_rows(
     tensor: str,
     slot: Slot,
     first: int,
-    rows: tuple[int, int],
+    rows: range,
     source: WeightSource,
     flat: Tensor,
 ) -> None:
     """Reads rows of a slot, whose first row is the tensor's row `first`."""
-    start, end = rows
-    target = slot.view({slot.parameter: entry.view(flat)})[start:end]
-    source.read_into(tensor, (first + start, first + end), target)
+    target = slot.view({slot.parameter: entry.view(flat)})[rows.start : rows.stop]
+    source.read_into(tensor, (first + rows.start, first + rows.stop), target)
+
+
+def _quantise_rows(
+    entries: tuple[Entry, Entry],
+    tensor: str,
+    slot: Slot,
+    first: int,
+    rows: range,
+    source: WeightSource,
+    dtype: torch.dtype,
+    flat: Tensor,
+) -> None:
+    """`_read_rows` for a float8 parameter and its scales: quantises what it reads as `dtype`."""
+    weight, scale = (slot.view({slot.parameter: entry.view(flat)}) for entry in entries)
+    # So few at a time that they stay in the processor's cache from one operation to the next.
+    at_a_time = max(CACHED_BYTES // (weight.shape[1] * dtype.itemsize), 1)
+    room = torch.empty(min(at_a_time, len(rows)), weight.shape[1], dtype=dtype)
+    for start in rows[::at_a_time]:
+        end = min(start + at_a_time, rows.stop)
+        values = room[: end - start]
+        source.read_into(tensor, (first + start, first + end), values)
+        quantised, scales = quantise_rows(values)
+        weight[start:end] = quantised
+        scale[start:end] = scales[:, 0]
 
 
 def _load_rest(
@@ -212,7 +249,7 @@ def _load_rest(
         readers.run(
             partial(part, flat)
             for tensor, slot in pieces[name]
-            for part in _parts(entry, tensor, slot, source)
+            for part in _parts(Layout((entry,), 0), entry, tensor, slot, source, parameter.dtype)
         )
         value = entry.view(flat)
         if embed_on_device or not name.startswith("embed_tokens."):

@@ -16,6 +16,8 @@ DTYPES = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
+FP8_CAPABILITY = (8, 9)
+"""The first CUDA devices that multiply float8."""
 BACKENDS: dict[str, Attention] = {"cudnn": cudnn, "flash": flash, "sdpa": sdpa}
 CUDNN_LEAST_CAPABILITY = (9, 0)
 """From here on `auto` takes cuDNN: on an H200 it attends 4096 queries to 4416 keys at 612 TFLOP/s,
@@ -31,7 +33,8 @@ def resolve_runtime(model: ModelConfig) -> tuple[str, str]:
     """Returns device (`cuda` or `cpu`) and dtype by name.
 
     Raises:
-        ConfigError: A word that is not known, or a GPU asked for where there is none.
+        ConfigError: A word that is not known, a GPU asked for where there is none, or a
+            precision that the device or the dtype does not allow.
     """
     _check_word("device", model.device, ("auto", "cuda", "cpu"))
     _check_word("dtype", model.dtype, ("auto", *DTYPES))
@@ -44,7 +47,36 @@ def resolve_runtime(model: ModelConfig) -> tuple[str, str]:
     dtype = model.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" else "float32"
+    check_precision(model.quantised, device, dtype)
     return device, dtype
+
+
+def check_precision(precision: str | None, device: str, dtype: str) -> None:
+    """Makes sure that float8 matrices can be multiplied, before anything is loaded.
+
+    Args:
+        precision: `fp8`, `fp8-all`, or None for weights in the dtype.
+        device: Of `resolve_runtime`.
+        dtype: Of activations.
+
+    Raises:
+        ConfigError: They cannot, or the word is not known.
+    """
+    if precision is None:
+        return
+    _check_word("precision", precision, ("auto", "fp8", "fp8-all"))
+    found, capability = device, (0, 0)
+    if device == "cuda":
+        capability = torch.cuda.get_device_capability()
+        found = f"{torch.cuda.get_device_name()} of {'.'.join(map(str, capability))}"
+    if capability < FP8_CAPABILITY:
+        raise ConfigError(
+            f"precision: {precision} needs a CUDA device of compute capability "
+            f"{'.'.join(map(str, FP8_CAPABILITY))} or newer (Ada, Hopper, Blackwell), found "
+            f"{found}; auto keeps the weights in the dtype"
+        )
+    if dtype != "bfloat16":
+        raise ConfigError(f"precision: {precision} needs dtype bfloat16, found {dtype}")
 
 
 def resolve_attention(backend: str, device: str, dtype: str) -> str:

@@ -87,6 +87,7 @@ def expectation(case: Case, model: str, manifest: Path, dtype: str) -> Expectati
         config.memory,
         loads,
         item_bytes=ITEM_BYTES[dtype],
+        precision=config.model.quantised,
         device_free=None,
         host_free=ENOUGH_BYTES,
     )

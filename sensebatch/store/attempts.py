@@ -73,6 +73,7 @@ class Attempt:
     attn_backend: str
     compile_s: float | None = None
     dtype: str
+    precision: str | None
     device: str
     torch_version: str
     model: str

@@ -54,6 +54,7 @@ def picture_metadata(job: Job, key: str, identity: ModelIdentity, index: int) ->
         "checkpoint": identity.checkpoint,
         "lora": identity.lora,
         "dtype": identity.dtype,
+        "precision": identity.precision,
         "key": key,
     }
 

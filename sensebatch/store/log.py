@@ -83,6 +83,7 @@ SCHEMA = pa.schema(
         pa.field("attn_backend", pa.string(), nullable=False),
         pa.field("compile_s", pa.float64()),
         pa.field("dtype", pa.string(), nullable=False),
+        pa.field("precision", pa.string()),
         pa.field("device", pa.string(), nullable=False),
         pa.field("torch_version", pa.string(), nullable=False),
         pa.field("model", pa.string(), nullable=False),
@@ -215,9 +216,14 @@ def read_log(run_dir: RunDir) -> pa.Table:
         RunFolderError: There is no log, or it cannot be read.
     """
     try:
-        return pq.read_table(run_dir.log)
+        log = pq.read_table(run_dir.log)
     except (OSError, pa.ArrowException) as error:
         raise RunFolderError(
             f"{run_dir.log}: expected the log of a run: {error}; running the same command again "
             "writes it anew"
         ) from error
+    # A log of an earlier version lacks what came later.
+    for field in SCHEMA:
+        if field.nullable and field.name not in log.column_names:
+            log = log.append_column(field, pa.nulls(log.num_rows, field.type))
+    return log

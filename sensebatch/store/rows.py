@@ -70,6 +70,7 @@ def job_columns(context: RowContext, stored: StoredJob) -> dict[str, Any]:
         "attn_backend": info.attn_backend,
         "compile_s": info.compile_s,
         "dtype": info.dtype,
+        "precision": info.identity.precision,
         "device": info.device,
         "torch_version": info.torch_version,
         "model": info.model,

@@ -167,6 +167,7 @@ def open_engine(model: str, config: RunConfig) -> Engine:
         checkpoint=fingerprint(checkpoint),
         lora=None,
         dtype=dtype,
+        precision=config.model.quantised,
         generation_prompt=prompts.by_task[Task.T2I].text,
         interleave_prompt=prompts.by_task[Task.INTERLEAVE].text,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -147,6 +148,19 @@ def test_speeds_of_half_precision_are_not_used_for_float32(invoke: Invoke, large
     options = (*MODEL, "--dtype", "float32", "--vram-mode", "low")
     assert invoke("plan", large, *options, "--json").json["memory"][0]["seconds"] is None
     assert "half precision" in invoke("plan", large, *options).out
+
+
+@pytest.mark.usefixtures("measured")
+def test_float8_takes_less_memory_and_has_no_seconds(invoke: Invoke, large: Path) -> None:
+    def planned(precision: str) -> dict[str, Any]:
+        options = ("--precision", precision, "--vram-mode", "fast", "--json")
+        return invoke("plan", large, *MODEL, *options).json["memory"][0]
+
+    plain, fp8 = planned("auto"), planned("fp8")
+    assert plain["seconds"] is not None
+    assert fp8["seconds"] is None
+    for memory in ("device_bytes", "host_bytes"):
+        assert plain[memory] - fp8[memory] > 7 * 2**30
 
 
 @pytest.mark.usefixtures("measured")

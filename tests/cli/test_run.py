@@ -119,6 +119,14 @@ def test_changed_job_is_run_again_and_said_so(invoke: Invoke, manifest: Path) ->
     assert "1 image made" in ended.err
 
 
+def test_another_precision_makes_every_picture_anew(invoke: Invoke, manifest: Path) -> None:
+    invoke("run", manifest)
+    assert invoke("run", manifest, "--precision", "auto", "--json").json["this_run"]["done"] == 0
+    ended = invoke("run", manifest, "--precision", "fp8")
+    assert "5 jobs with a changed definition, run again" in ended.err
+    assert "loading tiny on cpu (float32, fp8)" in ended.err
+
+
 def test_limit_takes_the_first_jobs_and_the_rest_follows(invoke: Invoke, manifest: Path) -> None:
     assert invoke("run", manifest, "--limit", "2", "--json").json["jobs"] == 2
     values = invoke("run", manifest, "--json").json

@@ -47,6 +47,16 @@ def test_log_is_readable_at_every_step_of_a_run(tmp_path: Path) -> None:
     assert read_log(RunDir(tmp_path)).num_rows == len(mixed_jobs())
 
 
+def test_log_of_an_earlier_version_has_nothing_in_later_columns(tmp_path: Path) -> None:
+    run_folder(tmp_path, [make_job("a")])
+    run_dir = RunDir(tmp_path)
+    now = read_log(run_dir)
+    pq.write_table(now.drop_columns(["precision"]), run_dir.log)
+    then = read_log(run_dir)
+    assert then["precision"].to_pylist() == [None]
+    assert then.drop_columns(["precision"]).equals(now.drop_columns(["precision"]))
+
+
 def test_rows_say_what_was_made_and_what_it_cost(tmp_path: Path) -> None:
     jobs = [make_job("a", metadata={"tag": "x"}), make_job("b"), make_job("s", Task.INTERLEAVE)]
     run_folder(tmp_path, jobs)

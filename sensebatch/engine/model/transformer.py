@@ -105,10 +105,12 @@ class SparseMlp(nn.Module):
         return residual_TD.add_(out_TD) if in_place else residual_TD + out_TD
 
 
-def _add_linear(residual_TD: Tensor, linear: nn.Linear, x: Tensor, in_place: bool) -> Tensor:
-    if in_place:
+def _add_linear(residual_TD: Tensor, linear: nn.Module, x: Tensor, in_place: bool) -> Tensor:
+    if not in_place:
+        return residual_TD + linear(x)
+    if isinstance(linear, nn.Linear):
         return torch.addmm(residual_TD, x, linear.weight.t(), out=residual_TD)
-    return residual_TD + linear(x)
+    return residual_TD.add_(linear(x))
 
 
 class DecoderLayer(nn.Module):

@@ -95,3 +95,64 @@ def test_mixed_blocks_come_through_the_ring_bit_by_bit(kept: int) -> None:
                     assert same_bytes(module.get_parameter(name), value)
     host.close(lane)
     readers.close()
+
+
+class CountingLane(CpuLane):
+    """Counts the copies that bring a block."""
+
+    def __init__(self) -> None:
+        self.num_copies = 0
+
+    def copy(self, target: Tensor, source: Tensor, after: object, done: object) -> None:
+        self.num_copies += 1
+        super().copy(target, source, after, done)
+
+
+class Plain(nn.Module):
+    """One matrix of bytes."""
+
+    def __init__(self, num_bytes: int) -> None:
+        super().__init__()
+        value = torch.empty(num_bytes, dtype=torch.uint8, device="meta")
+        self.weight = nn.Parameter(value, requires_grad=False)
+
+
+def plain_block(number: int, num_bytes: int) -> Block:
+    module = Plain(num_bytes)
+    return Block(
+        name=f"block {number}",
+        module=module,
+        layout=layout_of(module),
+        parts=(lambda flat: flat.fill_(number),),
+    )
+
+
+def test_small_blocks_share_what_large_ones_are_streamed_through() -> None:
+    large = [plain_block(number, 1024) for number in range(6)]
+    small = [plain_block(number, 512) for number in range(10, 18)]
+    readers, lane = Readers(), CountingLane()
+    host = HostStore(readers, pin=False)
+    host.keep([*large, *small], None, lane)
+    pool = Pool(new_buffer(5 * 1024, CPU), host, lane)
+
+    def go_through(blocks: list[Block], *, keep: bool) -> int:
+        """Returns the copies that a phase of three passes, or of one, makes."""
+        lane.num_copies = 0
+        pool.schedule(blocks, keep=keep)
+        for _ in range(3 if keep else 1):
+            for block in blocks:
+                with pool.lend(block) as module:
+                    weight = module.get_parameter("weight")
+                    assert (weight == int(block.name.split()[1])).all()
+        return lane.num_copies
+
+    # Ten small buffers: each block has one.
+    assert go_through(small, keep=True) == 8
+    assert go_through(small, keep=True) == 0
+    # The ring of large ones ends the memory: it takes that of the last two or four buffers.
+    assert go_through(large, keep=False) >= 6
+    assert 2 <= go_through(small, keep=True) <= 4
+    # Three large ones are kept, the others go through the ring.
+    assert go_through(large, keep=True) >= 3 + 3 * 3
+    assert go_through(small, keep=True) == 8
+    readers.close()

@@ -1,0 +1,80 @@
+"""What the weights take, by what they are for and how they are stored. No torch."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from sensebatch.checkpoint.architecture import Architecture
+from sensebatch.checkpoint.tensors import (
+    TensorGroup,
+    TensorSpec,
+    expected_tensors,
+    head_part_rows,
+)
+
+SCALE_BYTES = 4
+"""Of a float32: the scale of a row of float8 numbers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightBytes:
+    """What the weights take, by what they are for."""
+
+    block: int
+    """The largest decoder layer or part of the head: what a buffer of the ring must hold."""
+    kept_block: int
+    """The largest layer of the generation expert: by how much memory for kept blocks grows."""
+    num_generation: int
+    """Blocks of the generation expert."""
+    num_understanding: int
+    """Blocks of the understanding expert, the vocabulary head included."""
+    blocks: int
+    """All blocks together."""
+    embeddings: int
+    rest: int
+    """Everything that always stays on the device."""
+
+
+def weight_bytes(arch: Architecture, item_bytes: int, precision: str | None = None) -> WeightBytes:
+    """Returns the bytes of a network's weights.
+
+    Args:
+        arch: The network's shape.
+        item_bytes: Of a number.
+        precision: `fp8` or `fp8-all` for linear layers in float8; see `config.ModelConfig`.
+    """
+    vocabulary = arch.vocab_size * arch.hidden_size
+    layers: dict[tuple[TensorGroup, int], int] = defaultdict(int)
+    rest = 0
+    for name, spec in expected_tensors(arch).items():
+        if spec.layer is not None:
+            size = _stored_bytes(arch, name, spec, item_bytes, precision)
+            layers[spec.group, spec.layer] += size
+        elif spec.group is not TensorGroup.SHARED:
+            rest += spec.num_elements * item_bytes
+    parts = head_part_rows(arch)
+    kept = max(size for (group, _), size in layers.items() if group is TensorGroup.GENERATION)
+    return WeightBytes(
+        block=max(*layers.values(), parts[0] * arch.hidden_size * item_bytes),
+        kept_block=kept,
+        num_generation=arch.num_layers,
+        num_understanding=arch.num_layers + len(parts),
+        blocks=sum(layers.values()) + vocabulary * item_bytes,
+        embeddings=vocabulary * item_bytes,
+        rest=rest,
+    )
+
+
+def _stored_bytes(
+    arch: Architecture, name: str, spec: TensorSpec, item_bytes: int, precision: str | None
+) -> int:
+    """Returns the bytes of a tensor of a decoder layer, with its scales where it is float8."""
+    generation = spec.group is TensorGroup.GENERATION
+    moe = arch.generation_moe if generation else arch.understanding_moe
+    assert spec.layer is not None
+    sparse = moe is not None and moe.sparse_layers[spec.layer] and ".mlp" in name
+    chosen = precision == "fp8-all" or (precision == "fp8" and generation)
+    if not chosen or sparse or len(spec.shape) < 2:
+        return spec.num_elements * item_bytes
+    return spec.num_elements + spec.shape[0] * SCALE_BYTES

@@ -1,0 +1,205 @@
+"""Float8 matrices: how far they are off, and what a network of them makes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sensebatch.checkpoint.architecture import OFFICIAL_8B, parse_architecture
+from sensebatch.checkpoint.tensors import head_part_rows
+from sensebatch.config import ModelConfig
+from sensebatch.engine.loading import NetworkLoader
+from sensebatch.engine.model.attention import sdpa
+from sensebatch.engine.model.network import Network
+from sensebatch.engine.model.patchify import image_to_tokens
+from sensebatch.engine.model.quantized import FP8, LARGEST, Fp8Linear, quantise_rows
+from sensebatch.engine.residency import Residency
+from sensebatch.engine.runner import Runner
+from sensebatch.engine.runtime import check_precision, resolve_runtime
+from sensebatch.engine.sampling.flow_matching import velocity_from_image
+from sensebatch.errors import ConfigError
+from sensebatch.resolutions import Resolution
+from sensebatch.weights import weight_bytes
+from tests.engine.golden_model import build_runner, infer
+from tests.engine.memory.test_residency import RuleWeights, make_placement, run_case
+from tests.engine.test_golden_network import prefill_text
+from tests.golden_data import (
+    ByteTokenizer,
+    case_ids,
+    golden_architecture,
+    load_case,
+    relative_error,
+    rule_weights,
+)
+
+CPU = torch.device("cpu")
+
+
+def load_fp8(
+    config: str,
+    precision: str,
+    num_buffers: int | None = None,
+    host_budget_bytes: int | None = None,
+    edits: Sequence[dict[str, Any]] = (),
+) -> tuple[Network, Residency]:
+    loader = NetworkLoader(
+        arch=golden_architecture(config),
+        source=RuleWeights(rule_weights(config, edits)),
+        device=CPU,
+        dtype=torch.float32,
+        precision=precision,
+    )
+    return loader.load(make_placement(num_buffers, False, host_budget_bytes))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    exponent=st.integers(-30, 30),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_a_quantised_number_is_off_by_a_sixteenth_at_most(
+    seed: int, exponent: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = (torch.randn(7, 33, generator=generator) * 2.0**exponent).to(dtype)
+    quantised, scale = quantise_rows(x)
+    assert quantised.dtype == FP8
+    assert scale.shape == (7, 1)
+    found = quantised.float() * scale
+    error = (found - x.float()).abs()
+    assert (error <= torch.maximum(x.float().abs() / 16, scale * 2.0**-10) * 1.001).all()
+    assert quantised.float().abs().max() == LARGEST
+
+
+def test_rows_of_zeros_stay_zeros() -> None:
+    quantised, scale = quantise_rows(torch.zeros(2, 5))
+    assert torch.equal(quantised.float() * scale, torch.zeros(2, 5))
+
+
+def test_rows_are_quantised_whatever_is_beside_them() -> None:
+    x = torch.randn(9, 64)
+    whole, scales = quantise_rows(x)
+    for row in range(9):
+        alone, scale = quantise_rows(x[row : row + 1])
+        assert torch.equal(alone.float(), whole[row : row + 1].float())
+        assert torch.equal(scale, scales[row : row + 1])
+
+
+def test_a_float8_layer_is_close_to_the_layer_it_stands_for() -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(96, 256), torch.randn(50, 256)
+    layer = Fp8Linear(256, 96, CPU)
+    quantised, scales = quantise_rows(weight)
+    layer.weight.copy_(quantised)
+    layer.scale.copy_(scales[:, 0])
+    found = layer(x.bfloat16())
+    assert found.dtype == torch.bfloat16
+    # Each factor is off by up to 1 in 16, at random: about 1 in 37 for each product.
+    assert 0.01 < relative_error(found.float(), x @ weight.t()) < 0.05
+
+
+def mean_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Returns the root mean square of the difference over that of what is expected."""
+    difference = actual.reshape(expected.shape) - expected
+    return float(difference.square().mean().sqrt() / expected.square().mean().sqrt())
+
+
+# Not the sparse model: where two experts are nearly as likely, any rounding may exchange them.
+@pytest.mark.parametrize(
+    ("config", "name"), [case for case in case_ids("gen_step") if case[0] != "moe"]
+)
+@pytest.mark.parametrize("precision", ["fp8", "fp8-all"])
+def test_one_velocity_stays_close_to_the_reference(config: str, name: str, precision: str) -> None:
+    case, prefix = load_case(config, name), load_case(config, "prefix_text")
+    network, residency = load_fp8(config, precision)
+    runner = Runner(network, ByteTokenizer(), sdpa, lambda _: None, residency)
+    t, scale = float(case.params["t"]), float(case.params["noise_scale"])
+    image = case.tensor("z_image")
+    size = Resolution(height=image.shape[-2], width=image.shape[-1])
+    z = image_to_tokens(image)
+    with infer():
+        cache, _ = prefill_text(runner, prefix)
+        positions = network.image_positions([cache], size)
+        condition = network.condition(torch.tensor([t]), scale)[0]
+        x = network.predict_image(z, condition, [cache], positions, sdpa)
+        v = velocity_from_image(x, z, t)
+    # Weights at random: a trained network is off by less.
+    limit = 0.08 if precision == "fp8" else 0.1
+    assert 0 < mean_error(v, case.tensor("v_pred")) < limit
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [("dense_fm", "t2i_think_end"), ("dense_fm", "il_img_think"), ("moe", "t2i_think_end")],
+)
+@pytest.mark.parametrize("precision", ["fp8", "fp8-all"])
+def test_float8_pictures_are_bit_identical_wherever_the_weights_are(
+    config: str, name: str, precision: str
+) -> None:
+    case = load_case(config, name)
+    expected = None
+    for num_buffers, budget in ((None, None), (2, None), (3, 0), (4, 300_000), (6, None)):
+        network, residency = load_fp8(config, precision, num_buffers, budget, case.weight_edits)
+        runner = Runner(network, ByteTokenizer(), sdpa, lambda _: None, residency)
+        # Twice: the second batch meets what the first has left in the buffers.
+        for _ in range(2):
+            found = run_case(runner, case)
+            expected = found if expected is None else expected
+            assert len(found) == len(expected)
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    plain = run_case(build_runner(case), case)
+    assert expected is not None
+    same = (torch.equal(a, b) for a, b in zip(plain, expected, strict=False))
+    assert not all(same), "nothing was quantised"
+
+
+@pytest.mark.parametrize("config", ["dense_fm", "dense_pixel", "moe"])
+@pytest.mark.parametrize("precision", [None, "fp8", "fp8-all"])
+def test_the_arithmetic_counts_the_bytes_that_are_made(config: str, precision: str | None) -> None:
+    arch = golden_architecture(config)
+    network, residency = load_fp8(config, precision, num_buffers=2)
+    expected = weight_bytes(arch, 4, precision)
+    parts = len(head_part_rows(arch))
+    num_blocks = 2 * arch.num_layers + parts
+    assert num_blocks == expected.num_generation + expected.num_understanding
+    made = _bytes_of_blocks(network)
+    assert made == expected.blocks
+    # In host memory every tensor begins at a multiple of 256 bytes.
+    assert expected.blocks <= residency.host_bytes <= expected.blocks + num_blocks * 12 * 256
+
+
+def _bytes_of_blocks(network: Network) -> int:
+    modules = [network.understanding.layers, network.generation.layers, network.lm_head.parts]
+    return sum(p.nbytes for module in modules for p in module.parameters())
+
+
+def test_float8_halves_the_generation_expert_of_the_8b_model() -> None:
+    official = parse_architecture(OFFICIAL_8B)
+    plain, fp8 = weight_bytes(official, 2), weight_bytes(official, 2, "fp8")
+    both = weight_bytes(official, 2, "fp8-all")
+    gib = 1 << 30
+    assert plain.kept_block * 42 / gib == pytest.approx(15.09, abs=0.01)
+    assert fp8.kept_block * 42 / gib == pytest.approx(7.55, abs=0.01)
+    assert fp8.block == plain.block
+    assert fp8.kept_block == both.kept_block
+    assert plain.blocks - fp8.blocks == fp8.blocks - both.blocks
+
+
+def test_float8_is_refused_where_it_cannot_be_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = r"precision: fp8 needs a CUDA device of compute capability 8\.9 or newer .*"
+    with pytest.raises(ConfigError, match=needed + "found cpu"):
+        resolve_runtime(ModelConfig(precision="fp8", device="cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    with pytest.raises(ConfigError, match=needed + r"found A100 of 8\.0"):
+        check_precision("fp8", "cuda", "bfloat16")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    check_precision("fp8", "cuda", "bfloat16")
+    with pytest.raises(ConfigError, match="fp8-all needs dtype bfloat16, found float16"):
+        check_precision("fp8-all", "cuda", "float16")
