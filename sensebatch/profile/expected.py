@@ -34,6 +34,8 @@ class Expectation:
 
     arch: Architecture
     item_bytes: int
+    precision: str | None
+    """Of linear layers, where it is not that of the other weights."""
     groups: Sequence[GroupPlan]
     loads: Sequence[Load]
     """Of each group."""
@@ -50,7 +52,7 @@ class Expectation:
         Returns:
             None where the case computes with other numbers than speeds are measured with.
         """
-        if self.item_bytes != MEASURED_ITEM_BYTES:
+        if self.item_bytes != MEASURED_ITEM_BYTES or self.precision is not None:
             return None
         clock = Clock(self.arch, self.placement, self.item_bytes, speeds)
         total = step = 0.0
@@ -94,6 +96,7 @@ def expectation(case: Case, model: str, manifest: Path, dtype: str) -> Expectati
     return Expectation(
         arch=checkpoint.architecture,
         item_bytes=ITEM_BYTES[dtype],
+        precision=config.model.quantised,
         groups=plan.groups,
         loads=loads,
         placement=placement,

@@ -29,6 +29,8 @@ FIRST_SEED = 42
 STORY_IMAGES = 6
 TEXT_TOKENS = 300
 """Of a think text, and before every picture of a story, where weights are made up."""
+FP8_CASES = ("t2i", "balanced", "7gib")
+"""Cases of suite `speed` that are also run with linear layers in float8."""
 MANY_JOBS = 16
 """Of the cases that hold thinking against not thinking."""
 PROMPTS = (
@@ -92,6 +94,8 @@ class Case:
     """Budget of host memory for weights."""
     compile: bool = True
     """Whether kernels are compiled."""
+    precision: str = "auto"
+    """Of linear layers; auto is that of the other weights."""
     one_batch: bool = False
     """Whether all jobs are in one batch, however large."""
     baseline: str | None = None
@@ -114,6 +118,7 @@ class Case:
         words = [] if self.vram_mode == "auto" else [f"--vram-mode {self.vram_mode}"]
         words += [f"--max-memory {self.max_memory}"] if self.max_memory else []
         words += [] if self.compile else ["--no-compile"]
+        words += [] if self.precision == "auto" else [f"--precision {self.precision}"]
         if self.one_batch:
             words.append(f"--max-batch-size {self.num_jobs}")
             words.append(f"--max-batch-image-tokens {self._image_tokens}")
@@ -124,6 +129,7 @@ class Case:
         """The options by place in the settings."""
         return {
             "model.compile": self.compile,
+            "model.precision": self.precision,
             "memory.vram_mode": self.vram_mode,
             "memory.vram_budget_bytes": in_bytes(self.device_gib),
             "memory.host_budget_bytes": in_bytes(self.host_gib),
@@ -201,6 +207,8 @@ def _speed_cases(full: Case) -> list[Case]:
     for case in (plain, small, edit, balanced, lean):
         variant = replace(case, baseline=case.name)
         cases += [case, replace(variant, name=f"{case.name}-no-compile", compile=False)]
+        if case.name in FP8_CASES:
+            cases.append(replace(variant, name=f"{case.name}-fp8", precision="fp8"))
     return cases
 
 

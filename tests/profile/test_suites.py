@@ -52,14 +52,17 @@ SETTINGS = {
     Suite.SPEED: {
         "t2i": "--vram-mode full",
         "t2i-no-compile": "--vram-mode full --no-compile",
+        "t2i-fp8": "--vram-mode full --precision fp8",
         "t2i-1024": "--vram-mode full",
         "t2i-1024-no-compile": "--vram-mode full --no-compile",
         "edit": "--vram-mode full",
         "edit-no-compile": "--vram-mode full --no-compile",
         "balanced": "--vram-mode balanced",
         "balanced-no-compile": "--vram-mode balanced --no-compile",
+        "balanced-fp8": "--vram-mode balanced --precision fp8",
         "7gib": "--max-memory 0=7GiB",
         "7gib-no-compile": "--max-memory 0=7GiB --no-compile",
+        "7gib-fp8": "--max-memory 0=7GiB --precision fp8",
     },
     Suite.TASKS: {
         "t2i": "--vram-mode full",
@@ -120,25 +123,26 @@ def test_flags_say_what_the_command_line_says() -> None:
         "--max-memory 0=7GiB,cpu=20GiB --max-batch-size 2 --max-batch-image-tokens 8192"
     )
     config = resolve_settings(flags=case.flags)
-    assert config.model.compile
+    assert (config.model.compile, config.model.quantised) == (True, None)
     assert config.memory == MemoryConfig(
         vram_budget_bytes=7 * GIB,
         host_budget_bytes=20 * GIB,
         max_batch_size=2,
         max_batch_image_tokens=8192,
     )
-    naive = replace(case, one_batch=False, compile=False)
-    assert naive.setting == "--max-memory 0=7GiB,cpu=20GiB --no-compile"
-    assert not resolve_settings(flags=naive.flags).model.compile
+    other = replace(case, one_batch=False, compile=False, precision="fp8")
+    assert other.setting == "--max-memory 0=7GiB,cpu=20GiB --no-compile --precision fp8"
+    model = resolve_settings(flags=other.flags).model
+    assert (model.compile, model.quantised) == (False, "fp8")
 
 
 def test_variants_are_held_against_what_they_vary() -> None:
     cases = {case.name: case for case in suite_cases(Suite.SPEED, Scale())}
     for name, case in cases.items():
-        plain = name.removesuffix("-no-compile")
+        plain = name.removesuffix("-no-compile").removesuffix("-fp8")
         if plain != name:
-            assert case.baseline == plain
-            assert replace(case, name=plain, compile=True) == replace(cases[plain], baseline=plain)
+            changes = {"compile": True} if name.endswith("compile") else {"precision": "auto"}
+            assert replace(case, name=plain, **changes) == replace(cases[plain], baseline=plain)
     assert [cases[name].baseline for name in ("t2i", "balanced", "7gib")] == [None, "t2i", "t2i"]
 
 
