@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from sensebatch.jobs import Batch, BatchResult, EngineInfo
+from sensebatch.jobs import Batch, BatchResult, EngineInfo, Job
 
 if TYPE_CHECKING:
     import numpy as np
+
+Prepared: TypeAlias = Any
+"""A job as an engine prepared it; only that engine looks inside."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,10 +53,24 @@ class Engine(Protocol):
     def info(self) -> EngineInfo:
         """What the log says of the engine."""
 
+    def prepare(self, job: Job, inputs: Sequence[bytes]) -> Prepared:
+        """Returns what can be made of a job without the device.
+
+        It may be called from another thread while `generate` or `make_room` runs. What it
+        returns can be generated from more than once, always with the same result.
+
+        Args:
+            job: To be generated later.
+            inputs: Its encoded input images.
+
+        Raises:
+            JobError: The job cannot be run; others can.
+        """
+
     def generate(
         self,
         batch: Batch,
-        inputs: Sequence[Sequence[bytes]],
+        prepared: Sequence[Prepared],
         *,
         checkpoints: Checkpoints,
         progress: Callable[[Progress], None],
@@ -62,7 +79,7 @@ class Engine(Protocol):
 
         Args:
             batch: Jobs of one group.
-            inputs: The encoded input images of each job.
+            prepared: Of `prepare`, one for each job.
             checkpoints: Where interleave jobs keep their finished pictures.
             progress: Called between steps.
 

@@ -1,9 +1,9 @@
 """Runs a plan: one batch after the other, whatever single jobs do. Never sees torch.
 
-While a batch is in the engine, the one before it is encoded, written and committed. The order
-of steps keeps a promise: a batch's composition is recorded before it runs, its files are in
-place before it is committed, and it is committed whole. So what is left after a kill at any
-moment is run in the compositions it would have been run in.
+While a batch is in the engine, the one before it is encoded, written and committed, and the one
+behind it is prepared. The order of steps keeps a promise: a batch's composition is recorded
+before it runs, its files are in place before it is committed, and it is committed whole. So what
+is left after a kill at any moment is run in the compositions it would have been run in.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from sensebatch.config import RunConfig
-from sensebatch.contract import Checkpoints, Engine, Progress
-from sensebatch.errors import OutOfMemoryError, RunFolderError, RunStoppedError
+from sensebatch.contract import Checkpoints, Engine, Prepared, Progress
+from sensebatch.guard import Raised, guarded
 from sensebatch.jobs import (
     Batch,
     BatchMetrics,
@@ -31,14 +31,13 @@ from sensebatch.jobs import (
     group_key,
 )
 from sensebatch.plan import Plan, batch_size, make_plan
+from sensebatch.preparation import Preparer
 from sensebatch.store.attempts import DONE, Attempt, Failure
 from sensebatch.store.state import Counts, StoredJob
 from sensebatch.store.store import Store
 from sensebatch.store.writer import BatchWriter, RanBatch, without_exceptions
 
 _LOGGER = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 class Observer(Protocol):
@@ -95,6 +94,8 @@ class _Piece:
 
     ids: tuple[str, ...]
     seq: int | None = None
+    group: int | None = None
+    """Number of the group in the plan."""
 
 
 def plan_remaining(store: Store, config: RunConfig) -> Plan:
@@ -129,8 +130,11 @@ def execute(
     if config.execution.retry_failed:
         store.state.retry_failed()
     max_attempts = config.execution.max_attempts
-    with BatchWriter(store, engine.info, config.output, max_attempts=max_attempts) as writer:
-        run = _Run(store, engine, config, read_image, observer, writer)
+    with (
+        BatchWriter(store, engine.info, config.output, max_attempts=max_attempts) as writer,
+        Preparer(engine, read_image) as preparer,
+    ):
+        run = _Run(store, engine, config, preparer, observer, writer)
         for piece in run.pieces():
             if stop.is_set() or run.too_many_failures:
                 break
@@ -148,20 +152,21 @@ class _Run:
         store: Store,
         engine: Engine,
         config: RunConfig,
-        read_image: Callable[[InputImage], bytes],
+        preparer: Preparer,
         observer: Observer,
         writer: BatchWriter,
     ) -> None:
         self._store = store
         self._engine = engine
         self._config = config
-        self._read_image = read_image
+        self._preparer = preparer
         self._observer = observer
         self._writer = writer
         self._start = time.monotonic()
         self._writing: tuple[RanBatch, Future[tuple[Attempt, ...]]] | None = None
         self._parts: deque[_Piece] = deque()
         self._retries: deque[str] = deque()
+        self._next: _Piece | None = None
         self._done = self._failed = self._images = 0
         self._interrupted = self._recorded_pieces()
         self._plan = plan_remaining(store, config)
@@ -187,22 +192,30 @@ class _Run:
         )
 
     def pieces(self) -> Iterator[_Piece]:
-        """Yields what is to be run: interrupted batches as they were, then the plan by groups."""
-        yield from self._with_followers(self._interrupted)
-        for group in self._plan.groups:
-            yield from self._with_followers(_Piece(ids=ids) for ids in group.batches())
-        self.settle()
-        yield from self._again()
+        """Yields what is to be run: interrupted batches as they were, then the plan by groups.
 
-    def _with_followers(self, pieces: Iterable[_Piece]) -> Iterator[_Piece]:
-        """Yields pieces, each with the parts it was split into, then failed jobs alone."""
-        for piece in pieces:
+        Behind a piece come the parts it was split into, behind a group its failed jobs, alone.
+        """
+        planned = self._planned()
+        self._next = next(planned, None)
+        while self._next is not None:
+            piece, self._next = self._next, next(planned, None)
             yield piece
             while self._parts:
                 yield self._parts.popleft()
-        if self._writing is not None and _has_failures(self._writing[0]):
-            self.settle()
+            if self._next is None or self._next.group != piece.group:
+                if self._writing is not None and _has_failures(self._writing[0]):
+                    self.settle()
+                yield from self._again()
+        self.settle()
         yield from self._again()
+
+    def _planned(self) -> Iterator[_Piece]:
+        """Yields the pieces that are known beforehand."""
+        yield from self._interrupted
+        for number, group in enumerate(self._plan.groups):
+            for ids in group.batches():
+                yield _Piece(ids=ids, group=number)
 
     def _again(self) -> Iterator[_Piece]:
         while self._retries:
@@ -225,7 +238,8 @@ class _Run:
     def run_piece(self, piece: _Piece) -> None:
         """Runs jobs as one batch, or splits them into the pieces that come next."""
         queue_s, started_at = time.monotonic() - self._start, datetime.now(UTC)
-        jobs, inputs, seq = self._begin(piece, queue_s)
+        jobs, prepared, seq = self._begin(piece, queue_s)
+        self._prepare_next()
         if not jobs:
             return
         keys = tuple(stored.key for stored in jobs)
@@ -234,11 +248,11 @@ class _Run:
         checkpoints = self._store.checkpoints.of_batch(seq, batch)
         self._tell(partial(self._observer.batch_started, batch))
         start = time.monotonic()
-        result = self._generate(batch, inputs, checkpoints)
-        if isinstance(result, _Raised) and len(jobs) > 1:
+        result = self._generate(batch, prepared, checkpoints)
+        if isinstance(result, Raised) and len(jobs) > 1:
             self._split(seq, jobs, result)
             return
-        if isinstance(result, _Raised):
+        if isinstance(result, Raised):
             metrics = BatchMetrics(total_s=time.monotonic() - start)
             results: tuple[JobResult | Failure, ...] = (result.failure,)
         else:
@@ -257,52 +271,53 @@ class _Run:
         )
 
     def _generate(
-        self, batch: Batch, inputs: Sequence[Sequence[bytes]], checkpoints: Checkpoints
-    ) -> BatchResult | _Raised:
+        self, batch: Batch, prepared: Sequence[Prepared], checkpoints: Checkpoints
+    ) -> BatchResult | Raised:
         """Runs a batch; one job that does not fit is tried with less and less memory."""
         while True:
-            result = _attempt(
+            result = guarded(
                 lambda: _checked(
                     batch,
                     self._engine.generate(
-                        batch, inputs, checkpoints=checkpoints, progress=self._progress
+                        batch, prepared, checkpoints=checkpoints, progress=self._progress
                     ),
                 )
             )
-            if not (isinstance(result, _Raised) and result.out_of_memory and len(batch.jobs) == 1):
+            if not (isinstance(result, Raised) and result.out_of_memory and len(batch.jobs) == 1):
                 return result
-            said = _attempt(self._engine.make_room)
+            said = guarded(self._engine.make_room)
             if not isinstance(said, str):
                 return result
             self._note(said)
 
-    def _begin(
-        self, piece: _Piece, queue_s: float
-    ) -> tuple[list[StoredJob], list[list[bytes]], int]:
-        """Reads the inputs and records the composition; jobs without their inputs fail."""
+    def _begin(self, piece: _Piece, queue_s: float) -> tuple[list[StoredJob], list[Prepared], int]:
+        """Records the composition of a batch; jobs that cannot be prepared fail outside it."""
         ready: list[StoredJob] = []
-        inputs: list[list[bytes]] = []
+        prepared: list[Prepared] = []
         failed: list[tuple[StoredJob, Failure]] = []
-        for stored in self._store.state.jobs(piece.ids):
-            data = _attempt(partial(self._read_inputs, stored))
-            if isinstance(data, _Raised):
-                failed.append((stored, data.failure))
+        jobs = self._store.state.jobs(piece.ids)
+        for stored, result in zip(jobs, self._preparer.take(jobs), strict=True):
+            if isinstance(result, Raised):
+                failed.append((stored, result.failure))
             else:
                 ready.append(stored)
-                inputs.append(data)
+                prepared.append(result)
         if piece.seq is not None and not failed:
-            return ready, inputs, piece.seq
+            return ready, prepared, piece.seq
         members = [(stored.job.id, stored.key) for stored in ready]
         seq, attempts = self._writer.fail_early(
             members, failed, replacing=piece.seq, queue_s=queue_s
         )
         self._account([stored for stored, _ in failed], attempts)
-        return ready, inputs, seq
+        return ready, prepared, seq
 
-    def _read_inputs(self, stored: StoredJob) -> list[bytes]:
-        return [self._read_image(image) for image in stored.job.images]
+    def _prepare_next(self) -> None:
+        """Has the batch prepared that follows if nothing goes wrong with the present one."""
+        expected = self._parts[0] if self._parts else self._next
+        if expected is not None:
+            self._preparer.start(self._store.state.jobs(expected.ids))
 
-    def _split(self, seq: int, jobs: Sequence[StoredJob], raised: _Raised) -> None:
+    def _split(self, seq: int, jobs: Sequence[StoredJob], raised: Raised) -> None:
         """Halves a batch that did not fit; takes one that failed otherwise apart."""
         members = [(stored.job.id, stored.key) for stored in jobs]
         size = -(-len(members) // 2) if raised.out_of_memory else 1
@@ -354,32 +369,9 @@ class _Run:
 
     def _tell(self, call: Callable[[], None]) -> None:
         """Tells the observer; a display that fails is no reason to lose a night."""
-        told = _attempt(call)
-        if isinstance(told, _Raised):
+        told = guarded(call)
+        if isinstance(told, Raised):
             _LOGGER.warning("the run's display failed: %s", told.failure.message)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Raised:
-    """An exception that concerns jobs, as text."""
-
-    failure: Failure
-    out_of_memory: bool
-
-
-def _attempt(call: Callable[[], T]) -> T | _Raised:
-    """Returns what `call` returns, or what it raised.
-
-    Raises:
-        RunStoppedError: As `call` did: no other job would fare better.
-        RunFolderError: Likewise.
-    """
-    try:
-        return call()
-    except (RunStoppedError, RunFolderError):
-        raise
-    except Exception as error:
-        return _Raised(failure=Failure.of(error), out_of_memory=isinstance(error, OutOfMemoryError))
 
 
 def _checked(batch: Batch, result: BatchResult) -> BatchResult:

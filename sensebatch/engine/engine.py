@@ -36,10 +36,9 @@ from sensebatch.engine.runtime import (
 from sensebatch.engine.sampling.text import Script
 from sensebatch.engine.tasks.interleave import run_interleave
 from sensebatch.engine.tasks.single_image import run_single_image
-from sensebatch.engine.tasks.state import PreparedJob, job_generator
+from sensebatch.engine.tasks.state import PreparedJob, prepare_job
 from sensebatch.errors import (
     CheckpointError,
-    JobError,
     OutOfMemoryError,
     RunStoppedError,
     SensebatchError,
@@ -99,15 +98,34 @@ class SenseNovaEngine:
         """What the log says of the engine."""
         return self._info
 
+    def prepare(self, job: Job, inputs: Sequence[bytes]) -> PreparedJob:
+        """Returns what can be made of a job on the host; see `contract.Engine.prepare`."""
+        system = job.system_prompt
+        if system is None:
+            system = self._info.identity.system_prompt(job.task)
+        images = [
+            load_input(
+                data,
+                f"input image {number}",
+                num_images=len(inputs),
+                first_max_pixels=job.input_max_pixels,
+                limits=self._pixel_limits,
+            )
+            for number, data in enumerate(inputs, start=1)
+        ]
+        # Not of the network, which another thread may be loading anew.
+        arch = self._loader.arch
+        return prepare_job(arch, self._tokenizer, job, system_prompt=system, images=images)
+
     def generate(
         self,
         batch: Batch,
-        inputs: Sequence[Sequence[bytes]],
+        prepared: Sequence[PreparedJob],
         *,
         checkpoints: Checkpoints,
         progress: Callable[[Progress], None],
     ) -> BatchResult:
-        """Runs a batch; see `executor.Engine.generate`."""
+        """Runs a batch; see `contract.Engine.generate`."""
         device = self._network.device
         memory = DevicePeak(device)
         limits = PassLimits(
@@ -119,7 +137,7 @@ class SenseNovaEngine:
         start = time.perf_counter()
         try:
             with torch.inference_mode():
-                results = self._run(runner, batch, inputs, checkpoints)
+                results = self._run(runner, batch, prepared, checkpoints)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 check_device(device, error)
@@ -178,44 +196,16 @@ class SenseNovaEngine:
         self,
         runner: Runner,
         batch: Batch,
-        inputs: Sequence[Sequence[bytes]],
+        prepared: Sequence[PreparedJob],
         checkpoints: Checkpoints,
     ) -> tuple[JobResult, ...]:
-        results: dict[int, JobResult] = {}
-        prepared: list[tuple[int, PreparedJob]] = []
-        for index, (job, of_job) in enumerate(zip(batch.jobs, inputs, strict=True)):
-            try:
-                prepared.append((index, self._prepare(job, of_job)))
-            except JobError as error:
-                results[index] = JobResult(error=error)
-        if prepared:
-            if batch.group.task is Task.INTERLEAVE:
-                made = run_interleave(runner, prepared, checkpoints, script=self._script)
-            else:
-                made = run_single_image(runner, [job for _, job in prepared], self._script)
-            results |= {index: result for (index, _), result in zip(prepared, made, strict=True)}
-        return tuple(results[index] for index in range(len(batch.jobs)))
-
-    def _prepare(self, job: Job, inputs: Sequence[bytes]) -> PreparedJob:
-        system = job.system_prompt
-        if system is None:
-            system = self._info.identity.system_prompt(job.task)
-        images = [
-            load_input(
-                data,
-                f"input image {number}",
-                num_images=len(inputs),
-                first_max_pixels=job.input_max_pixels,
-                limits=self._pixel_limits,
+        # Generators of this call alone, so that it can be made again.
+        jobs = [replace(job, generator=job.generator.clone_state()) for job in prepared]
+        if batch.group.task is Task.INTERLEAVE:
+            return tuple(
+                run_interleave(runner, list(enumerate(jobs)), checkpoints, script=self._script)
             )
-            for number, data in enumerate(inputs, start=1)
-        ]
-        # Encoding refuses text that cannot be kept plain; better here, where it fails one job.
-        self._tokenizer.encode(job.prompt)
-        self._tokenizer.encode(system)
-        return PreparedJob(
-            job=job, system_prompt=system, images=images, generator=job_generator(job.seed)
-        )
+        return tuple(run_single_image(runner, jobs, self._script))
 
 
 def made_up_text(tokenizer: Tokenizer) -> Script:

@@ -143,9 +143,12 @@ def answer_examples(
                 jobs=tuple(jobs[number] for number in chosen),
                 keys=keys,
             )
-            inputs = [[encode_png(scene) for scene in examples[n].inputs] for n in chosen]
+            prepared = [
+                engine.prepare(jobs[n], [encode_png(scene) for scene in examples[n].inputs])
+                for n in chosen
+            ]
             result = engine.generate(
-                batch, inputs, checkpoints=_KeepNothing(), progress=lambda _: None
+                batch, prepared, checkpoints=_KeepNothing(), progress=lambda _: None
             )
             made = zip(chosen, result.results, strict=True)
             answers |= {number: _answer(job_result) for number, job_result in made}

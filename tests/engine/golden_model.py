@@ -15,7 +15,7 @@ from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.state_dict_adapter import load_state_dict
 from sensebatch.engine.preprocess import Patches
 from sensebatch.engine.runner import Runner
-from sensebatch.engine.tasks.state import PreparedJob, job_generator
+from sensebatch.engine.tasks.state import PreparedJob, prepare_job
 from sensebatch.jobs import CfgNorm, Job, Sampling, Source, Task
 from sensebatch.resolutions import Resolution
 from tests.golden_data import ByteTokenizer, Case, golden_architecture, rule_weights
@@ -81,11 +81,12 @@ def build_job(case: Case, system: str) -> PreparedJob:
         sampling=sampling,
         source=Source(file="golden", row=case.name),
     )
-    return PreparedJob(
-        job=job,
+    return prepare_job(
+        golden_architecture(case.config),
+        ByteTokenizer(),
+        job,
         system_prompt=system,
         images=case_patches(case) if "pixel_values" in case else (),
-        generator=job_generator(params["seed"]),
     )
 
 

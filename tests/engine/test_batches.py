@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from sensebatch.engine.runner import Runner
 from sensebatch.engine.tasks.interleave import run_interleave
 from sensebatch.engine.tasks.single_image import draw_single_images
-from sensebatch.engine.tasks.state import PreparedJob, job_generator
+from sensebatch.engine.tasks.state import PreparedJob, job_generator, prepare_job
 from sensebatch.jobs import CfgNorm
 from tests.engine.golden_model import KeptImages, build_job, build_runner, infer
 from tests.golden_data import load_case, relative_error
@@ -19,34 +20,41 @@ BATCH_TOLERANCE = 1e-5
 
 
 def variant(
-    prepared: PreparedJob, prompt: str, seed: int, cfg_norm: CfgNorm, low: float, scale: float
+    runner: Runner,
+    prepared: PreparedJob,
+    prompt: str,
+    *,
+    system: str,
+    seed: int,
+    cfg_norm: CfgNorm,
+    low: float,
+    scale: float,
 ) -> PreparedJob:
     """Returns another job of the same group."""
     sampling = replace(
         prepared.job.sampling, cfg_norm=cfg_norm, cfg_interval=(low, 1.0), cfg_scale=scale
     )
     job = replace(prepared.job, prompt=prompt, seed=seed, sampling=sampling)
-    return replace(prepared, job=job, generator=job_generator(seed))
+    return prepare_job(
+        runner.network.arch, runner.tokenizer, job, system_prompt=system, images=prepared.images
+    )
 
 
 def jobs_of(config: str, name: str) -> tuple[Runner, list[PreparedJob]]:
     case = load_case(config, name)
     interleave = case.kind == "interleave"
-    first = build_job(case, case.params["system_message"] if interleave else "You draw.")
+    system = case.params["system_message"] if interleave else "You draw."
+    first = build_job(case, system)
     prompt = first.job.prompt
     mark = "<image> " * prompt.count("<image>")
-    return build_runner(case), [
+    # The golden weights make <img> come up behind the golden prompt, so it is kept here.
+    longer = prompt if interleave else f"{mark}a prompt of another length"
+    runner = build_runner(case)
+    other = partial(variant, runner, first, system=system)
+    return runner, [
         first,
-        # The golden weights make <img> come up behind the golden prompt, so it is kept here.
-        variant(
-            first,
-            prompt if interleave else f"{mark}a prompt of another length",
-            7,
-            CfgNorm.GLOBAL,
-            0.0,
-            3.0,
-        ),
-        variant(first, f"{mark}z", 8, CfgNorm.CHANNEL, 0.4, 2.5),
+        other(longer, seed=7, cfg_norm=CfgNorm.GLOBAL, low=0.0, scale=3.0),
+        other(f"{mark}z", seed=8, cfg_norm=CfgNorm.CHANNEL, low=0.4, scale=2.5),
     ]
 
 

@@ -12,7 +12,9 @@ from sensebatch.checkpoint.files import open_checkpoint
 from sensebatch.config import MemoryConfig, RunConfig, default_config
 from sensebatch.engine import engine as engine_module
 from sensebatch.engine.engine import SenseNovaEngine, load_engine
-from sensebatch.errors import ConfigError, OutOfMemoryError
+from sensebatch.engine.tasks.denoise import draw_noise
+from sensebatch.engine.tasks.state import job_generator
+from sensebatch.errors import ConfigError, JobError, OutOfMemoryError
 from sensebatch.jobs import (
     Batch,
     BatchResult,
@@ -66,8 +68,9 @@ def make_job(name: str, **changes: object) -> Job:
 def generate(engine: SenseNovaEngine, *jobs: Job) -> BatchResult:
     keys = tuple(job.id for job in jobs)
     batch = Batch(id=batch_id(keys), group=group_key(jobs[0]), jobs=jobs, keys=keys)
+    prepared = [engine.prepare(job, ()) for job in jobs]
     return engine.generate(
-        batch, [()] * len(jobs), checkpoints=KeptImages(len(jobs)), progress=lambda _: None
+        batch, prepared, checkpoints=KeptImages(len(jobs)), progress=lambda _: None
     )
 
 
@@ -82,9 +85,40 @@ def test_figures_of_a_batch_add_up() -> None:
     assert 0 < parts.prefill_s + parts.think_s + parts.denoise_s <= parts.total_s
 
 
-def test_text_that_cannot_be_encoded_fails_its_job_alone() -> None:
-    result = generate(load(make_config()), make_job("a"), make_job("b", prompt="\ud800"))
-    assert [job.error is None for job in result.results] == [True, False]
+def test_a_job_that_cannot_be_laid_out_is_refused_before_any_batch() -> None:
+    engine = load(make_config())
+    with pytest.raises(JobError, match="expected valid Unicode"):
+        engine.prepare(make_job("b", prompt="\ud800"), ())
+    with pytest.raises(JobError, match="expected at most 0 <image> marks"):
+        engine.prepare(make_job("b", task=Task.EDIT, prompt="<image>"), ())
+    with pytest.raises(JobError, match="input image 1: expected an image"):
+        engine.prepare(make_job("b", task=Task.EDIT), [b"no image"])
+
+
+def test_what_was_prepared_gives_the_same_pictures_every_time() -> None:
+    # Made-up weights, so that pictures are certain to be drawn.
+    engine = load(make_config(), "synthetic:tiny")
+    sampling = replace(make_job("a").sampling, max_new_tokens=4, max_images=2)
+    job = make_job("a", task=Task.INTERLEAVE, sampling=sampling)
+    batch = Batch(id="b", group=group_key(job), jobs=(job,), keys=("k",))
+    prepared = [engine.prepare(job, ())]
+    first, again = (
+        engine.generate(batch, prepared, checkpoints=KeptImages(1), progress=lambda _: None)
+        for _ in range(2)
+    )
+    assert len(pixels(first)) == 2
+    assert pixels(first) == pixels(again)
+
+
+@pytest.mark.parametrize("task", [Task.T2I, Task.EDIT])
+def test_noise_drawn_ahead_is_that_of_the_seed(task: Task) -> None:
+    engine = load(make_config())
+    job = make_job("abc", task=task)
+    prepared = engine.prepare(job, ())
+    generator = job_generator(job.seed)
+    expected = draw_noise(open_checkpoint("tiny").architecture, job.resolution, generator)
+    assert torch.equal(prepared.noise, expected)
+    assert torch.equal(prepared.generator.get_state(), generator.get_state())
 
 
 def test_making_room_goes_on_with_the_same_pictures_until_nothing_is_left() -> None:

@@ -110,9 +110,9 @@ def to_pixels(image: np.ndarray) -> np.ndarray:
 class FakeEngine:
     """An engine whose pictures depend on the job and on its batch, and which fails on demand.
 
-    In a prompt, `fails` makes that job's result an error, `poison` raises for the whole batch,
-    `heavy` does not fit beside another job, `huge` fits only once room was made,
-    `grows` no longer fits once two pictures are drawn.
+    In a prompt, `unusable` fails the preparation, `fails` makes that job's result an error,
+    `poison` raises for the whole batch, `heavy` does not fit beside another job, `huge` fits
+    only once room was made, `grows` no longer fits once two pictures are drawn.
     """
 
     on_step: Callable[[], None] = lambda: None
@@ -146,10 +146,15 @@ class FakeEngine:
             load_peak_rss_bytes=3,
         )
 
+    def prepare(self, job: Job, inputs: Sequence[bytes]) -> tuple[bytes, ...]:
+        if "unusable" in job.prompt:
+            raise JobError("expected an image that can be read")
+        return tuple(inputs)
+
     def generate(
         self,
         batch: Batch,
-        inputs: Sequence[Sequence[bytes]],
+        prepared: Sequence[tuple[bytes, ...]],
         *,
         checkpoints: Checkpoints,
         progress: Callable[[Progress], None],
@@ -164,7 +169,7 @@ class FakeEngine:
         if batch.group.task is Task.INTERLEAVE:
             results = self._interleave(batch, checkpoints, progress)
         else:
-            results = [self._picture(batch, index, inputs[index]) for index in range(len(inputs))]
+            results = [self._picture(batch, index, inputs) for index, inputs in enumerate(prepared)]
             self._step(progress)
         metrics = BatchMetrics(
             prefill_s=0.5, think_s=2.0, denoise_s=4.0, num_denoise_steps=8, total_s=8.0

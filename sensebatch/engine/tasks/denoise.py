@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.contract import Progress
 from sensebatch.engine.model.kv_cache import KVCache
 from sensebatch.engine.model.network import ImagePositions
@@ -39,9 +40,8 @@ class Drawing:
     """float32 `[3, height, width]`, already scaled."""
 
 
-def image_noise_scale(runner: Runner, resolution: Resolution) -> float:
+def image_noise_scale(arch: Architecture, resolution: Resolution) -> float:
     """Returns the standard deviation of the noise a picture of this size starts from."""
-    arch = runner.network.arch
     return noise_scale(
         resolution.image_tokens,
         scale=arch.noise_scale,
@@ -51,9 +51,9 @@ def image_noise_scale(runner: Runner, resolution: Resolution) -> float:
     )
 
 
-def draw_noise(runner: Runner, resolution: Resolution, generator: torch.Generator) -> Tensor:
+def draw_noise(arch: Architecture, resolution: Resolution, generator: torch.Generator) -> Tensor:
     """Returns a picture's starting noise, float32 `[3, height, width]` on the CPU."""
-    scale = image_noise_scale(runner, resolution)
+    scale = image_noise_scale(arch, resolution)
     return initial_noise(resolution.height, resolution.width, scale, generator)
 
 
@@ -105,7 +105,7 @@ def _denoise_together(
     device = runner.network.device
     schedule = timesteps(num_steps, timestep_shift)
     conditions = runner.network.condition(
-        schedule[:-1].to(device), image_noise_scale(runner, resolution)
+        schedule[:-1].to(device), image_noise_scale(runner.network.arch, resolution)
     )
     of_all = {id(cache): cache for drawing in drawings for cache in drawing.caches.values()}
     fetched = {key: cache.on(device) for key, cache in of_all.items()}

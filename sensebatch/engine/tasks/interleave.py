@@ -145,7 +145,8 @@ def _draw(runner: Runner, stories: Sequence[Story], checkpoints: Checkpoints) ->
     by_size: dict[Resolution, list[tuple[Story, Tensor]]] = {}
     for story in stories:
         # Drawn also where a kept picture makes it needless: the generator must move on.
-        noise = draw_noise(runner, story.resolution, story.state.prepared.generator)
+        generator = story.state.prepared.generator
+        noise = draw_noise(runner.network.arch, story.resolution, generator)
         image = _kept_image(story)
         if image is None:
             by_size.setdefault(story.resolution, []).append((story, noise))

@@ -16,7 +16,7 @@ from sensebatch.engine.prompts import after_think
 from sensebatch.engine.runner import Runner
 from sensebatch.engine.sampling.guidance import COND
 from sensebatch.engine.sampling.text import Script, greedy_decode
-from sensebatch.engine.tasks.denoise import Drawing, denoise, draw_noise
+from sensebatch.engine.tasks.denoise import Drawing, denoise
 from sensebatch.engine.tasks.state import PreparedJob, RunningJob, check_finite, start_jobs
 from sensebatch.errors import JobError
 from sensebatch.jobs import JobResult
@@ -58,14 +58,12 @@ def draw_single_images(
     thoughts: list[list[int] | None] = [None] * len(running)
     if first.think:
         thoughts = [*think(runner, running, script)]
-    drawings = [
-        Drawing(
-            guidance=state.guidance,
-            caches=state.caches,
-            noise=draw_noise(runner, first.resolution, state.prepared.generator),
+    drawings = []
+    for state in running:
+        assert state.prepared.noise is not None
+        drawings.append(
+            Drawing(guidance=state.guidance, caches=state.caches, noise=state.prepared.noise)
         )
-        for state in running
-    ]
     images = denoise(
         runner,
         drawings,

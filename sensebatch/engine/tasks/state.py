@@ -1,31 +1,71 @@
-"""What a job needs to be run, whatever its task."""
+"""What a job needs to be run, whatever its task: first on the host, then its cached prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.engine.model.kv_cache import KVCache
+from sensebatch.engine.model.tokenizer import Tokenizer
 from sensebatch.engine.preprocess import Patches
-from sensebatch.engine.prompts import branch_prompts
+from sensebatch.engine.prompts import Prompt, branch_prompts
 from sensebatch.engine.runner import Runner
-from sensebatch.engine.sampling.guidance import UNCOND, Guidance
+from sensebatch.engine.sampling.guidance import COND, UNCOND, Guidance
+from sensebatch.engine.tasks.denoise import draw_noise
 from sensebatch.errors import JobError
-from sensebatch.jobs import Job
+from sensebatch.jobs import Job, Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedJob:
-    """A job whose inputs have been read."""
+    """A job as far as the host can bring it: decoded, resized, tokenised, its noise drawn."""
 
     job: Job
-    system_prompt: str
+    prompts: Mapping[str, Prompt]
+    """Of each guidance branch."""
     images: Sequence[Patches] = ()
+    """The input images."""
+    noise: Tensor | None = None
+    """Starting noise of the picture of a t2i or edit job, float32 `[3, height, width]`; an
+    interleave job draws its own when it comes to a picture."""
     generator: torch.Generator = field(repr=False)
     """The job's own; all its noise comes from it."""
+
+
+def prepare_job(
+    arch: Architecture,
+    tokenizer: Tokenizer,
+    job: Job,
+    *,
+    system_prompt: str,
+    images: Sequence[Patches] = (),
+) -> PreparedJob:
+    """Returns a job ready for the network; uses the CPU alone.
+
+    Raises:
+        JobError: The prompt cannot be laid out.
+    """
+    generator = job_generator(job.seed)
+    is_story = job.task is Task.INTERLEAVE
+    return PreparedJob(
+        job=job,
+        prompts=branch_prompts(
+            tokenizer,
+            Guidance(job.task, job.sampling).branches,
+            task=job.task,
+            system=system_prompt,
+            prompt=job.prompt,
+            grids=[image.token_grid for image in images],
+            think=job.think,
+        ),
+        images=images,
+        noise=None if is_story else draw_noise(arch, job.resolution, generator),
+        generator=generator,
+    )
 
 
 def job_generator(seed: int) -> torch.Generator:
@@ -66,20 +106,9 @@ def start_jobs(runner: Runner, jobs: Sequence[PreparedJob], *, decodes: bool) ->
         running = []
         shared: KVCache | None = None
         for prepared in jobs:
-            job = prepared.job
             of_job = [next(embeds) for _ in prepared.images]
-            guidance = Guidance(job.task, job.sampling)
-            prompts = branch_prompts(
-                runner.tokenizer,
-                guidance.branches,
-                task=job.task,
-                system=prepared.system_prompt,
-                prompt=job.prompt,
-                grids=[image.token_grid for image in prepared.images],
-                think=job.think,
-            )
             caches = {}
-            for branch, prompt in prompts.items():
+            for branch, prompt in prepared.prompts.items():
                 if branch == UNCOND and shared is not None:
                     caches[branch] = shared
                     continue
@@ -87,11 +116,12 @@ def start_jobs(runner: Runner, jobs: Sequence[PreparedJob], *, decodes: bool) ->
                 caches[branch] = extension.cache
                 shared = extension.cache if branch == UNCOND else shared
                 extensions.append(extension)
+            guidance = Guidance(prepared.job.task, prepared.job.sampling)
             running.append(RunningJob(prepared=prepared, guidance=guidance, caches=caches))
         hidden = runner.prefill(extensions)
         if decodes:
             rows = {id(extension.cache): i for i, extension in enumerate(extensions)}
-            conds = [rows[id(state.caches["cond"])] for state in running]
+            conds = [rows[id(state.caches[COND])] for state in running]
             for state, choice in zip(running, runner.choose(hidden[conds]), strict=True):
                 state.choice = choice
     return running
