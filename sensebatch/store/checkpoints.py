@@ -64,6 +64,10 @@ class CheckpointStore:
                 these ids is still to be run.
         """
         shutil.rmtree(self._folder / str(seq), ignore_errors=True)
+        self.discard_unneeded(is_needed)
+
+    def discard_unneeded(self, is_needed: Callable[[int, Sequence[str]], bool]) -> None:
+        """Deletes what no batch needs any more; see `discard`."""
         for folder in self._folders():
             if not is_needed(int(folder.name), [job_id for job_id, _ in _members(folder)]):
                 shutil.rmtree(folder, ignore_errors=True)

@@ -72,6 +72,8 @@ def open_store(root: Path) -> Iterator[Store]:
             if not store.log.is_current():
                 store.log.write()
             yield store
+            # A process that was killed behind its last commit left them, and none may follow.
+            store.checkpoints.discard_unneeded(state.needs_checkpoints)
         except BaseException:
             is_used = state.has_jobs()
             raise

@@ -13,6 +13,7 @@ from sensebatch.errors import StorageFullError
 from sensebatch.jobs import Task
 from sensebatch.resolutions import Resolution
 from sensebatch.store import files
+from sensebatch.store.checkpoints import CheckpointStore
 from sensebatch.store.images import read_metadata
 from tests.executor.fakes import (
     FakeEngine,
@@ -270,6 +271,22 @@ def test_pictures_of_a_split_batch_are_not_drawn_again(tmp_path: Path) -> None:
         first = (tmp_path / f"a/images/{job}/000.png").read_bytes()
         assert first == (tmp_path / f"b/images/{job}/000.png").read_bytes()
     assert not list((tmp_path / "a/checkpoints").iterdir())
+
+
+def test_pictures_left_by_a_kill_behind_the_last_commit_are_cleared_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    jobs = [make_job("story", Task.INTERLEAVE)]
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointStore, "discard", end)
+        with pytest.raises(KeyboardInterrupt):
+            run_folder(tmp_path, jobs)
+    assert list((tmp_path / "checkpoints").iterdir())
+    assert run_folder(tmp_path, jobs).engine.batches == []
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def test_a_job_that_does_not_fit_alone_goes_on_with_less_memory(tmp_path: Path) -> None:
