@@ -240,6 +240,9 @@ class JobResult:
 class BatchMetrics:
     """What a batch cost; every figure is the batch's, not a job's. Seconds and bytes."""
 
+    wait_s: float | None = None
+    """From the end of the device's last phase in the batch before to the start of its first
+    one in this; None where there was none, or it raised an error."""
     prefill_s: float = 0.0
     """Input images, prompts and re-encoded pictures through the understanding path."""
     think_s: float = 0.0

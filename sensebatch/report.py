@@ -17,6 +17,8 @@ import pyarrow.parquet as pq
 
 from sensebatch.errors import RunFolderError
 from sensebatch.resolutions import PATCH_PIXELS
+from sensebatch.timeline import COLUMNS as TIMELINE_COLUMNS
+from sensebatch.timeline import Waiting, format_waiting, timeline, waiting
 
 GIB = 2**30
 
@@ -33,7 +35,9 @@ _LOAD = [
     "load_peak_rss_bytes",
 ]
 _CONFIG = ["vram_mode", "attn_backend", "dtype", "precision"]
-_COLUMNS = ["job_id", "status", *_CALL, *_MOST, *_SUM, *_TEXT, *_LOAD, *_CONFIG]
+_COLUMNS = {"job_id", "status", *_CALL, *_MOST, *_SUM, *_TEXT, *_LOAD, *_CONFIG, *TIMELINE_COLUMNS}
+_LATER = {"precision": pa.string(), "wait_s": pa.float64()}
+"""Columns that older logs lack."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,22 +104,28 @@ class Summary:
     failed_attempts: int
     by_group: Mapping[str, Throughput]
     """By `task WIDTHxHEIGHT`."""
+    waiting: Waiting | None
+    """Of the device, between batches; None where there was one batch, or the log is older."""
     calls: tuple[Call, ...]
     """In the order they were committed."""
 
 
 def read_log(path: Path) -> pa.Table:
-    """Returns the columns of a `log.parquet` that the summary needs.
+    """Returns the columns of a `log.parquet` that the summary needs; null where it is older.
 
     Raises:
         RunFolderError: There is no such file, or it is no log.
     """
     try:
-        return pq.read_table(path, columns=_COLUMNS)
+        missing = _LATER.keys() - set(pq.read_schema(path).names)
+        log = pq.read_table(path, columns=sorted(_COLUMNS - missing))
     except FileNotFoundError:
         raise RunFolderError(f"{path}: expected the log of a run, found no file") from None
     except (OSError, pa.ArrowException) as error:
         raise RunFolderError(f"{path}: expected the log of a run: {error}") from None
+    for name in sorted(missing):
+        log = log.append_column(name, pa.nulls(log.num_rows, _LATER[name]))
+    return log
 
 
 def summarise(log: pa.Table, *, session: int | None = None) -> Summary:
@@ -149,6 +159,7 @@ def summarise(log: pa.Table, *, session: int | None = None) -> Summary:
         by_group={
             name: _throughput(members, text_tokens[name]) for name, members in by_group.items()
         },
+        waiting=waiting(timeline(log)),
         calls=tuple(calls),
     )
 
@@ -244,6 +255,8 @@ def format_summary(summary: Summary, *, max_calls: int | None = None) -> str:
         f"throughput      {_figure(total.image_tok_per_s, '.2f')} image tok/s",
         f"generation peak {_gib(summary.peak)}",
     ]
+    if summary.waiting is not None:
+        lines.append(f"waiting         {format_waiting(summary.waiting)}")
     if summary.failed_attempts:
         lines.append(f"failed attempts {summary.failed_attempts}")
     shown = summary.calls[:max_calls]

@@ -33,7 +33,8 @@ MAY_IMPORT = {
     "preparation": NOUNS | {"contract", "guard", "store"},
     "executor": NOUNS | {"contract", "config", "plan", "store", "inputs", "guard", "preparation"},
     "engine": NOUNS | {"contract", "config", "checkpoint", "process", "vram"},
-    "report": NOUNS | {"store"},
+    "timeline": NOUNS,
+    "report": NOUNS | {"store", "timeline"},
     "tiny": NOUNS | {"contract", "config", "checkpoint", "engine"},
     "profile": NOUNS
     | {"config", "settings", "inputs", "checkpoint", "manifest", "vram", "plan", "store"}

@@ -75,7 +75,7 @@ def test_precision_is_said_where_it_is_not_the_dtype() -> None:
 
 def test_fields_stand_in_the_published_order() -> None:
     lines = format_summary(summarise(log_table(*TWO_CALLS))).splitlines()
-    assert [line[:15].strip() for line in lines[:8]] == [
+    assert [line[:15].strip() for line in lines[:9]] == [
         "config",
         "model load",
         "load peak",
@@ -84,6 +84,7 @@ def test_fields_stand_in_the_published_order() -> None:
         "image tokens",
         "throughput",
         "generation peak",
+        "waiting",
     ]
     assert lines[0].split("  ", 1)[1].split() == [
         "vram_mode=full",
@@ -91,8 +92,8 @@ def test_fields_stand_in_the_published_order() -> None:
         "dtype=bfloat16",
     ]
     assert lines[2].endswith("allocated=2.00 GiB  reserved=3.00 GiB  rss=1.00 GiB")
-    assert [line.strip().startswith("call ") for line in lines[8:]] == [True, True]
-    assert "call 2: interleave 256x256  jobs=1  images=3  8.000 s" in lines[9]
+    assert [line.strip().startswith("call ") for line in lines[9:]] == [True, True]
+    assert "call 2: interleave 256x256  jobs=1  images=3  8.000 s" in lines[10]
 
 
 def test_long_reports_are_cut_and_say_so() -> None:

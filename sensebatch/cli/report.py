@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -19,13 +20,30 @@ def report(
     calls: Annotated[
         bool, typer.Option("--calls", help=f"Print every call, not only the first {MAX_CALLS}.")
     ] = False,
+    show_timeline: Annotated[
+        bool,
+        typer.Option(
+            "--timeline",
+            help="Print when each batch began, how long the device waited for it, and its phases,"
+            " as a Markdown table; with --json as a list.",
+        ),
+    ] = False,
 ) -> None:
     """Print what a run cost: load, seconds an image, throughput, peak memory, calls."""
     from sensebatch.cli.tables import print_groups
     from sensebatch.report import format_summary, read_log, summarise, summary_json
     from sensebatch.store.run_dir import RunDir
+    from sensebatch.timeline import format_timeline, timeline
 
-    summary = summarise(read_log(RunDir(folder).log))
+    log = read_log(RunDir(folder).log)
+    if show_timeline:
+        batches = timeline(log)
+        if as_json:
+            print(json.dumps([asdict(batch) for batch in batches]))
+        else:
+            print(format_timeline(batches))
+        return
+    summary = summarise(log)
     if as_json:
         print(json.dumps(summary_json(summary)))
         return

@@ -92,6 +92,7 @@ class SenseNovaEngine:
         self._pixel_limits = pixel_limits
         self._info = info
         self._script = script
+        self._idle_since: float | None = None
 
     @property
     def info(self) -> EngineInfo:
@@ -135,6 +136,8 @@ class SenseNovaEngine:
             self._network, self._tokenizer, self._attention, progress, self._residency, limits
         )
         start = time.perf_counter()
+        # Not known behind a batch that raises: how far the device came is not known either.
+        idle_since, self._idle_since = self._idle_since, None
         try:
             with torch.inference_mode():
                 results = self._run(runner, batch, prepared, checkpoints)
@@ -146,24 +149,32 @@ class SenseNovaEngine:
         except CheckpointError as error:
             raise RunStoppedError(f"the weights can no longer be read: {error}") from error
         else:
-            allocated, reserved = memory.read()
             return BatchResult(
-                results=results,
-                metrics=BatchMetrics(
-                    prefill_s=runner.seconds["prefill"],
-                    think_s=runner.seconds["think"],
-                    denoise_s=runner.seconds["denoise"],
-                    num_denoise_steps=runner.num_denoise_steps,
-                    total_s=time.perf_counter() - start,
-                    peak_allocated_bytes=allocated,
-                    peak_reserved_bytes=reserved,
-                ),
+                results=results, metrics=self._metrics(runner, memory, start, idle_since)
             )
         # Outside the handler: the traceback, which keeps the batch's tensors alive, is gone.
         del runner
         empty_cache(device)
         raise OutOfMemoryError(
             f"a batch of {len(batch.jobs)} at {batch.group.resolution} did not fit: {message}"
+        )
+
+    def _metrics(
+        self, runner: Runner, memory: DevicePeak, start: float, idle_since: float | None
+    ) -> BatchMetrics:
+        """Returns what a batch cost that began at `start`, and notes the end of its work."""
+        allocated, reserved = memory.read()
+        assert runner.worked is not None
+        first_work, self._idle_since = runner.worked
+        return BatchMetrics(
+            wait_s=None if idle_since is None else first_work - idle_since,
+            prefill_s=runner.seconds["prefill"],
+            think_s=runner.seconds["think"],
+            denoise_s=runner.seconds["denoise"],
+            num_denoise_steps=runner.num_denoise_steps,
+            total_s=time.perf_counter() - start,
+            peak_allocated_bytes=allocated,
+            peak_reserved_bytes=reserved,
         )
 
     def make_room(self) -> str | None:

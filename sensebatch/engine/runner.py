@@ -96,6 +96,8 @@ class Runner:
         self._weights = weights
         self.seconds: dict[str, float] = defaultdict(float)
         """Wall seconds by phase."""
+        self.worked: tuple[float, float] | None = None
+        """Start of the first phase and end of the last one, of `time.perf_counter`."""
         self.num_denoise_steps = 0
 
     @contextmanager
@@ -129,7 +131,9 @@ class Runner:
         yield
         if self.network.device.type == "cuda":
             torch.cuda.synchronize(self.network.device)
-        self.seconds[name] += time.perf_counter() - start
+        end = time.perf_counter()
+        self.seconds[name] += end - start
+        self.worked = (start if self.worked is None else self.worked[0], end)
 
     def embed_images(self, images: Sequence[Patches]) -> list[Tensor]:
         """Returns `[tokens, D]` of each input image, all embedded in one pass."""

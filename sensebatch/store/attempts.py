@@ -54,6 +54,7 @@ class Attempt:
     shared_figures: bool = False
     queue_s: float
     load_s: float
+    wait_s: float | None = None
     prefill_s: float = 0.0
     think_s: float = 0.0
     denoise_s: float = 0.0

@@ -64,6 +64,7 @@ SCHEMA = pa.schema(
         pa.field("shared_figures", pa.bool_(), nullable=False),
         pa.field("queue_s", pa.float64(), nullable=False),
         pa.field("load_s", pa.float64(), nullable=False),
+        pa.field("wait_s", pa.float64()),
         pa.field("prefill_s", pa.float64(), nullable=False),
         pa.field("think_s", pa.float64(), nullable=False),
         pa.field("denoise_s", pa.float64(), nullable=False),

@@ -117,6 +117,7 @@ def batch_figures(
     return {
         "batch_size": len(jobs),
         "shared_figures": len(jobs) > 1,
+        "wait_s": metrics.wait_s,
         "prefill_s": metrics.prefill_s,
         "think_s": metrics.think_s,
         "denoise_s": metrics.denoise_s,

@@ -85,6 +85,20 @@ def test_figures_of_a_batch_add_up() -> None:
     assert 0 < parts.prefill_s + parts.think_s + parts.denoise_s <= parts.total_s
 
 
+def test_the_waiting_between_two_batches_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = load(make_config())
+    now = 100.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    assert generate(engine, make_job("a")).metrics.wait_s is None
+    now += 3.0
+    assert generate(engine, make_job("a")).metrics.wait_s == 3.0
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "run_single_image", raising(ValueError("broken")))
+        with pytest.raises(ValueError, match="broken"):
+            generate(engine, make_job("a"))
+    assert generate(engine, make_job("a")).metrics.wait_s is None
+
+
 def test_a_job_that_cannot_be_laid_out_is_refused_before_any_batch() -> None:
     engine = load(make_config())
     with pytest.raises(JobError, match="expected valid Unicode"):
