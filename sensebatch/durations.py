@@ -183,7 +183,10 @@ class Clock:
         growing = jobs * sum(branch != "uncond" for branch in load.group.branches)
         writes, reads_back = load.text_tokens > 0, load.drawn_tokens > 0
         num_pictures = load.drawn_tokens // (tokens + 2) if reads_back else 1
-        self._add_prompts(passes, load.prompt_tokens, 0, growing, logits=jobs * writes)
+        # The system turn is there: only the first batch of a run computes it.
+        known = load.system_tokens
+        new = load.prompt_tokens - known
+        self._add_prompts(passes, new, known, growing, logits=jobs * writes)
         prefix = load.prompt_tokens
         for picture in range(num_pictures):
             written = (text_tokens + picture) // num_pictures

@@ -186,10 +186,12 @@ def group_load(plan: GroupPlan, *, system_prompt_bytes: int = SYSTEM_PROMPT_BYTE
     """
     interleave = plan.group.task is Task.INTERLEAVE
     tokens = plan.group.resolution.image_tokens
+    system_tokens = system_prompt_bytes // BYTES_PER_TOKEN
     return Load(
         group=plan.group,
         batch_size=max(min(plan.batch_size, len(plan.fresh)), 1),
-        prompt_tokens=plan.prompt_tokens + system_prompt_bytes // BYTES_PER_TOKEN,
+        prompt_tokens=plan.prompt_tokens + system_tokens,
+        system_tokens=system_tokens,
         text_tokens=plan.text_tokens,
         drawn_tokens=plan.max_images_of_job * (tokens + 2) if interleave else 0,
     )

@@ -49,6 +49,9 @@ class Load:
     """Most tokens decoded behind it."""
     drawn_tokens: int = 0
     """Most tokens of pictures that are read back into the prompt (interleave)."""
+    system_tokens: int = 0
+    """Of `prompt_tokens`, the system turn's, which is cached once more for all jobs to begin
+    with; an upper estimate for the run's own system prompt."""
 
     @property
     def prefix_tokens(self) -> int:
@@ -176,7 +179,7 @@ def prompt_bytes(arch: Architecture, load: Load, item_bytes: int, *, parked: boo
         cached = min(cached, tokens)
     logits = load.batch_size * arch.vocab_size * 2 * item_bytes
     return (
-        cache_bytes(arch, cached, item_bytes)
+        cache_bytes(arch, cached + load.system_tokens, item_bytes)
         + _prompt_pass_bytes(arch, tokens, longest, item_bytes)
         + logits
     )
@@ -226,6 +229,8 @@ def working_bytes(
         jobs = jobs_per_pass(load, tokens_per_pass)
         cached = jobs if parked else load.batch_size
         drawing = denoise_bytes(arch, load, jobs, item_bytes, cached_jobs=cached)
+        # Kept for the next batch; in host memory where prompts wait there.
+        drawing += 0 if parked else cache_bytes(arch, load.system_tokens, item_bytes)
         most = max(most, drawing, prompt_bytes(arch, load, item_bytes, parked=parked))
     return WORKSPACE_BYTES + quantising_bytes(arch, precision) + most
 

@@ -21,6 +21,7 @@ from sensebatch.engine.device_memory import (
 )
 from sensebatch.engine.loading import NetworkLoader, open_weights, warm_up
 from sensebatch.engine.model.attention import Attention
+from sensebatch.engine.model.kv_cache import KVCache
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.tokenizer import IMG_START, HFTokenizer, Tokenizer
 from sensebatch.engine.preprocess import load_input
@@ -92,6 +93,7 @@ class SenseNovaEngine:
         self._pixel_limits = pixel_limits
         self._info = info
         self._script = script
+        self._system_turns: dict[tuple[int, ...], KVCache] = {}
         self._idle_since: float | None = None
 
     @property
@@ -133,7 +135,13 @@ class SenseNovaEngine:
             image_tokens=self._placement.tokens_per_pass, park_caches=self._placement.park_caches
         )
         runner = Runner(
-            self._network, self._tokenizer, self._attention, progress, self._residency, limits
+            self._network,
+            self._tokenizer,
+            self._attention,
+            progress,
+            self._residency,
+            limits,
+            self._system_turns,
         )
         start = time.perf_counter()
         # Not known behind a batch that raises: how far the device came is not known either.
@@ -154,6 +162,7 @@ class SenseNovaEngine:
             )
         # Outside the handler: the traceback, which keeps the batch's tensors alive, is gone.
         del runner
+        self._system_turns.clear()
         empty_cache(device)
         raise OutOfMemoryError(
             f"a batch of {len(batch.jobs)} at {batch.group.resolution} did not fit: {message}"

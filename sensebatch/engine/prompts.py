@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -69,6 +69,19 @@ class Prompt:
     token_ids: tuple[int, ...]
     images: tuple[ImageSpan, ...] = ()
     """Input images in the order in which the job names them."""
+    num_system: int = 0
+    """Leading tokens of the system turn, which the job has in common with others."""
+
+    @property
+    def system_ids(self) -> tuple[int, ...]:
+        """The tokens of the system turn."""
+        return self.token_ids[: self.num_system]
+
+    def behind_system(self) -> Prompt:
+        """Returns the prompt without its system turn."""
+        start = self.num_system
+        images = tuple(ImageSpan(image.start - start, image.grid) for image in self.images)
+        return Prompt(token_ids=self.token_ids[start:], images=images)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,14 +118,14 @@ def cond_prompt(
     Raises:
         JobError: The prompt has more marks than there are images.
     """
-    return _encode(
-        tokenizer,
-        [
-            *_system_turn(system),
-            *_user_turn(_place_images(task, prompt, grids)),
-            *_assistant_start(task, think),
-        ],
-    )
+    turns = [
+        *_user_turn(_place_images(task, prompt, grids)),
+        *_assistant_start(task, think),
+    ]
+    system_turn = _system_turn(system)
+    whole = _encode(tokenizer, [*system_turn, *turns])
+    # The user's turn begins with a special token, where no run of text goes on.
+    return replace(whole, num_system=len(_encode(tokenizer, system_turn).token_ids))
 
 
 def img_cond_prompt(tokenizer: Tokenizer, *, task: Task, grids: Sequence[Grid]) -> Prompt:

@@ -38,6 +38,8 @@ class Extension:
     prompt: Prompt
     embeds: Sequence[Tensor] = ()
     """Of each image of the prompt, `[tokens, D]`."""
+    num_shared: int = 0
+    """Cached tokens that other sequences begin with too."""
 
 
 class Weights(Protocol):
@@ -77,6 +79,7 @@ class Runner:
         progress: Told where a phase is.
         weights: Told which phase comes next; None where they stay where they are.
         limits: How much goes through the network at a time.
+        system_turns: Cached system turns by their tokens, kept from batch to batch.
     """
 
     def __init__(
@@ -87,12 +90,14 @@ class Runner:
         progress: Callable[[Progress], None],
         weights: Weights | None = None,
         limits: PassLimits | None = None,
+        system_turns: dict[tuple[int, ...], KVCache] | None = None,
     ) -> None:
         self.network = network
         self.tokenizer = tokenizer
         self.attention = attention
         self.progress = progress
         self.limits = PassLimits() if limits is None else limits
+        self.system_turns = {} if system_turns is None else system_turns
         self._weights = weights
         self.seconds: dict[str, float] = defaultdict(float)
         """Wall seconds by phase."""
@@ -149,21 +154,29 @@ class Runner:
         return Extension(cache=self.network.new_cache(), prompt=prompt, embeds=embeds)
 
     def prefill(self, extensions: Sequence[Extension]) -> Tensor:
-        """Caches prompts, so many in a pass as `MAX_PREFILL_TOKENS` allows; see `extend`."""
+        """Caches prompts, so many in a pass as `MAX_PREFILL_TOKENS` allows; see `extend`.
+
+        Tokens that were shared count as well: every sequence gets memory of its own for them.
+        """
         hidden = []
         group: list[Extension] = []
         num_tokens = 0
         for extension in extensions:
-            length = len(extension.prompt.token_ids)
+            length = extension.num_shared + len(extension.prompt.token_ids)
             if group and num_tokens + length > MAX_PREFILL_TOKENS:
-                hidden.append(self.extend(group))
-                self.park([member.cache for member in group])
+                hidden.append(self._prefill_together(group))
                 group, num_tokens = [], 0
             group.append(extension)
             num_tokens += length
-        hidden.append(self.extend(group))
-        self.park([member.cache for member in group])
+        hidden.append(self._prefill_together(group))
         return torch.cat(hidden)
+
+    def _prefill_together(self, extensions: Sequence[Extension]) -> Tensor:
+        caches = [extension.cache for extension in extensions]
+        self.bring(cache for cache in caches if cache.length)
+        hidden = self.extend(extensions)
+        self.park(caches)
+        return hidden
 
     def park(self, caches: Iterable[KVCache]) -> None:
         """Lets caches wait in host memory, where the limits say so."""

@@ -78,6 +78,16 @@ class KVCache:
         shape = (num_tokens, *self._data.shape[3:])
         return self._data.new_empty(shape), self._data.new_empty(shape)
 
+    def fork(self) -> KVCache:
+        """Returns a cache that begins with the same tokens and goes on by itself.
+
+        It shares their memory until it is added to; it has no room behind them, so it then takes
+        memory of its own.
+        """
+        twin = copy.copy(self)
+        twin._data = self._data[:, :, : self.length]
+        return twin
+
     def on(self, device: torch.device) -> KVCache:
         """Returns the cache on a device, to be read: itself where it is there already."""
         if self._data.device == device:

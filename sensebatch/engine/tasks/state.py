@@ -13,7 +13,7 @@ from sensebatch.engine.model.kv_cache import KVCache
 from sensebatch.engine.model.tokenizer import Tokenizer
 from sensebatch.engine.preprocess import Patches
 from sensebatch.engine.prompts import Prompt, branch_prompts
-from sensebatch.engine.runner import Runner
+from sensebatch.engine.runner import Extension, Runner
 from sensebatch.engine.sampling.guidance import COND, UNCOND, Guidance
 from sensebatch.engine.tasks.denoise import draw_noise
 from sensebatch.errors import JobError
@@ -92,16 +92,18 @@ class RunningJob:
 def start_jobs(runner: Runner, jobs: Sequence[PreparedJob], *, decodes: bool) -> list[RunningJob]:
     """Prefills every branch of every job.
 
-    The unconditional prompt is the same for all jobs and is never added to, so it is cached once.
+    What is the same is computed once: the unconditional prompt, which is never added to, for all
+    jobs, and the system turn for all that have it. The turn is computed apart also where one job
+    has it, so that a job goes through the same operations whatever its neighbours.
 
     Args:
         runner: The network.
         jobs: Of one group.
         decodes: Whether text is decoded behind the conditional prompts.
     """
+    system_turns = _cached_system_turns(runner, jobs)
     with runner.prefilling(decodes=decodes):
-        images = [image for job in jobs for image in job.images]
-        embeds = iter(runner.embed_images(images))
+        embeds = iter(runner.embed_images([image for job in jobs for image in job.images]))
         extensions = []
         running = []
         shared: KVCache | None = None
@@ -112,12 +114,15 @@ def start_jobs(runner: Runner, jobs: Sequence[PreparedJob], *, decodes: bool) ->
                 if branch == UNCOND and shared is not None:
                     caches[branch] = shared
                     continue
-                extension = runner.new_extension(prompt, of_job if prompt.images else ())
+                system = system_turns.get(prompt.system_ids)
+                extension = _extension(runner, prompt, of_job if prompt.images else (), system)
                 caches[branch] = extension.cache
                 shared = extension.cache if branch == UNCOND else shared
                 extensions.append(extension)
             guidance = Guidance(prepared.job.task, prepared.job.sampling)
             running.append(RunningJob(prepared=prepared, guidance=guidance, caches=caches))
+        # A turn that is not kept is gone as soon as its jobs have taken it over.
+        del system_turns, system
         hidden = runner.prefill(extensions)
         if decodes:
             rows = {id(extension.cache): i for i, extension in enumerate(extensions)}
@@ -125,6 +130,44 @@ def start_jobs(runner: Runner, jobs: Sequence[PreparedJob], *, decodes: bool) ->
             for state, choice in zip(running, runner.choose(hidden[conds]), strict=True):
                 state.choice = choice
     return running
+
+
+def _extension(
+    runner: Runner, prompt: Prompt, embeds: Sequence[Tensor], system: KVCache | None
+) -> Extension:
+    """Returns a prompt to be cached, behind its system turn where that is cached."""
+    if system is None:
+        return runner.new_extension(prompt, embeds)
+    return Extension(
+        cache=system.fork(),
+        prompt=prompt.behind_system(),
+        embeds=embeds,
+        num_shared=prompt.num_system,
+    )
+
+
+def _cached_system_turns(
+    runner: Runner, jobs: Sequence[PreparedJob]
+) -> dict[tuple[int, ...], KVCache]:
+    """Returns the system turns of a batch, by their tokens.
+
+    If all jobs have the same, it is kept for the next batch. It was then computed in a pass of
+    its own, so that a batch that finds it there has the same bits as one that computes it.
+    """
+    turns = list(dict.fromkeys(turn for job in jobs if (turn := job.prompts[COND].system_ids)))
+    kept = runner.system_turns
+    if turns == list(kept):
+        return dict(kept)
+    kept.clear()
+    if not turns:
+        return {}
+    extensions = [runner.new_extension(Prompt(token_ids=turn)) for turn in turns]
+    with runner.prefilling(decodes=False):
+        runner.prefill(extensions)
+    found = {turn: made.cache for turn, made in zip(turns, extensions, strict=True)}
+    if len(found) == 1:
+        kept.update(found)
+    return found
 
 
 def check_finite(image: Tensor) -> None:
