@@ -99,8 +99,9 @@ class OutputConfig:
     """Of jpeg, 1 to 100; webp is lossless at 100."""
     embed_metadata: bool = True
     """Whether prompt, seed and settings are written into the picture."""
-    num_writers: int = 2
-    """Background threads that encode."""
+    num_writers: int | None = None
+    """Background threads that encode; None for half of the cores, within limits. One PNG of
+    2048x2048 takes seconds of a core, so that few would hold up a fast device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -114,7 +114,7 @@ class OutputSection(_Section):
     image_format: ImageFormat
     image_quality: Annotated[int, Field(ge=1, le=100)]
     embed_metadata: bool
-    num_writers: Count
+    num_writers: Count | None
 
 
 class ExecutionSection(_Section):

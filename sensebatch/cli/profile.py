@@ -26,7 +26,7 @@ _POLL_S = 0.5
 
 def profile(
     suite: Annotated[
-        Literal["tasks", "budgets", "modes", "speed"] | None,
+        Literal["tasks", "budgets", "modes", "speed", "night"] | None,
         typer.Option(help="What the cases differ in."),
     ] = None,
     model: Annotated[
@@ -71,7 +71,7 @@ def profile(
             raise ConfigError("--report: expected no other option beside it")
         _finish(report, with_ratios(read_rows(report)))
     if suite is None:
-        raise ConfigError("--suite: expected tasks, budgets, modes or speed, found nothing")
+        raise ConfigError("--suite: expected tasks, budgets, modes, speed or night, found nothing")
     given = {"model": model, "num_steps": steps, "num_jobs": jobs, "resolution": _parsed(size)}
     folder = Path("outputs") / f"profile-{suite}" if output_dir is None else output_dir
     rows = _run(suite, {k: v for k, v in given.items() if v is not None}, only or [], folder)

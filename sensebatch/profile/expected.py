@@ -124,7 +124,7 @@ def with_expectation(
         return row
     row = replace(row, expected_peak_bytes=expected.placement.device_bytes)
     of_device = speeds.get(row.device or "")
-    if of_device is None or row.images != case.num_jobs * case.images_of_job:
+    if of_device is None or row.images != case.max_images:
         return row
     limits = expected.limits(of_device, with_text=scale.scripted)
     return row if limits is None else replace(row, limit_s=limits[0], limit_step_s=limits[1])

@@ -49,6 +49,7 @@ def figures(log: pa.Table, *, num_steps: int) -> dict[str, Any]:
         "images": total.images,
         "text_tokens": total.text_tokens,
         "wall_s": total.wall_s,
+        "wait_share": None if summary.waiting is None else summary.waiting.share,
         "step_s": _per(batches, ["denoise_s"], ["num_images"], num_steps),
         "steady_step_s": _per(steady, ["denoise_s"], ["num_images"], num_steps),
         "seconds_per_image": total.seconds_per_image,

@@ -33,11 +33,14 @@ def format_markdown(rows: Sequence[Row]) -> str:
         _speed_table(rows),
         "## Memory",
         _memory_table(rows),
-        "## Beside the published figures",
-        _published_note(suite, rows),
-        _published_table(suite, rows),
-        _sources(suite),
     ]
+    if published(suite):
+        parts += [
+            "## Beside the published figures",
+            _published_note(suite, rows),
+            _published_table(suite, rows),
+            _sources(suite),
+        ]
     failed = [row for row in rows if row.status != DONE]
     if failed:
         lines = [f"- {row.case}: {row.error}" for row in failed]
@@ -77,7 +80,7 @@ def _speed_table(rows: Sequence[Row]) -> str:
     head = [
         "case", "options", "mode taken", "images", "s/step", "steady s/step", "limit s/step",
         "s/image", "limit s/image", "tok/s", "ratio", "steady tok/s", "steady ratio", "text tokens",
-        "text tok/s",
+        "text tok/s", "waited %",
     ]  # fmt: skip
     lines = [
         [
@@ -96,6 +99,7 @@ def _speed_table(rows: Sequence[Row]) -> str:
             _figure(row.steady_ratio_to_baseline, 3),
             _figure(row.text_tokens, 0),
             _figure(row.text_tok_per_s, 1),
+            _figure(None if row.wait_share is None else 100 * row.wait_share, 2),
         ]
         for row in rows
     ]

@@ -98,7 +98,7 @@ def _run_case(
         suite=suite.value,
         case=case.name,
         status=FAILED,
-        task=case.task.value,
+        task=case.what,
         think=case.think,
         width=case.resolution.width,
         height=case.resolution.height,

@@ -44,7 +44,7 @@ def plot(folder: Path, rows: Sequence[Row]) -> str:
     """
     suite = Suite(rows[0].suite)
     ours = measured_points(rows)
-    if suite in (Suite.TASKS, Suite.SPEED):
+    if suite in (Suite.TASKS, Suite.SPEED, Suite.NIGHT):
         return f"no plot: the cases of suite {suite} differ in more than memory"
     if not ours:
         return "no plot: no case has a budget or a peak of device memory"

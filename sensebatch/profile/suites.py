@@ -16,6 +16,7 @@ import yaml
 from sensebatch.config import SYNTHETIC_PREFIX
 from sensebatch.errors import ConfigError
 from sensebatch.jobs import Task
+from sensebatch.profile.night import night_parts
 from sensebatch.resolutions import Resolution
 from sensebatch.store.files import write_atomic
 from sensebatch.vram import GIB
@@ -56,6 +57,7 @@ class Suite(StrEnum):
     BUDGETS = "budgets"
     MODES = "modes"
     SPEED = "speed"
+    NIGHT = "night"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,11 +102,20 @@ class Case:
     """Whether all jobs are in one batch, however large."""
     baseline: str | None = None
     """The case of the same suite that this one's speed is held against."""
+    parts: tuple[Case, ...] = ()
+    """The cases whose jobs a mixed manifest holds; task, size and thinking are then theirs."""
 
     @property
-    def images_of_job(self) -> int:
-        """Most pictures of one job."""
-        return STORY_IMAGES if self.task is Task.INTERLEAVE else 1
+    def max_images(self) -> int:
+        """Most pictures of all jobs."""
+        if self.parts:
+            return sum(part.max_images for part in self.parts)
+        return self.num_jobs * (STORY_IMAGES if self.task is Task.INTERLEAVE else 1)
+
+    @property
+    def what(self) -> str:
+        """The task in a word; `mixed` where there are several."""
+        return "mixed" if self.parts else self.task.value
 
     @property
     def max_memory(self) -> str | None:
@@ -161,6 +172,8 @@ def suite_cases(suite: Suite, scale: Scale) -> tuple[Case, ...]:
         cases.append(replace(auto, name="7gib-cpu20gib", device_gib=7, host_gib=20))
     elif suite is Suite.SPEED:
         cases = _speed_cases(full)
+    elif suite is Suite.NIGHT:
+        return (_night_case(scale.resolution or SQUARE),)
     else:
         cases = _task_cases(full)
     if scale.resolution is not None:
@@ -212,6 +225,21 @@ def _speed_cases(full: Case) -> list[Case]:
     return cases
 
 
+def _night_case(size: Resolution) -> Case:
+    parts = tuple(
+        Case(
+            name=part.name,
+            task=part.task,
+            think=part.think,
+            resolution=part.resolution,
+            num_jobs=part.num_jobs,
+        )
+        for part in night_parts(size)
+    )
+    num_jobs = sum(part.num_jobs for part in parts)
+    return Case(name="night", resolution=size, num_jobs=num_jobs, parts=parts)
+
+
 def chosen_cases(cases: tuple[Case, ...], only: list[str]) -> tuple[Case, ...]:
     """Returns the cases of these names, in the suite's order; all if no name is given.
 
@@ -236,23 +264,32 @@ def write_manifest(case: Case, scale: Scale, folder: Path) -> Path:
         "height": case.resolution.height,
         "think": case.think,
     }
-    image = _draw_input(case.resolution, folder).name if case.task is Task.EDIT else None
-    jobs = [_job(case, scale, index, image) for index in range(case.num_jobs)]
+    jobs = [
+        _job(part, scale, index, folder, defaults)
+        for part in case.parts or (case,)
+        for index in range(part.num_jobs)
+    ]
     path = folder / f"{case.name}.yaml"
     manifest = {"version": 1, "name": case.name, "defaults": defaults, "jobs": jobs}
     write_atomic(path, yaml.safe_dump(manifest, sort_keys=False).encode())
     return path
 
 
-def _job(case: Case, scale: Scale, index: int, image: str | None) -> dict[str, Any]:
+def _job(
+    case: Case, scale: Scale, index: int, folder: Path, defaults: dict[str, Any]
+) -> dict[str, Any]:
+    """Returns a job of a manifest, without what its defaults say as well."""
     job: dict[str, Any] = {
         "id": f"{case.name}-{index + 1}",
         "task": case.task.value,
         "prompt": PROMPTS[index % len(PROMPTS)],
         "seed": FIRST_SEED + index,
     }
+    size = {"width": case.resolution.width, "height": case.resolution.height}
+    for own in (size, {"think": case.think}):
+        job |= own if any(defaults[name] != value for name, value in own.items()) else {}
     if case.task is Task.EDIT:
-        job |= {"prompt": EDIT_PROMPT, "image": image}
+        job |= {"prompt": EDIT_PROMPT, "image": _draw_input(case.resolution, folder).name}
     elif case.task is Task.INTERLEAVE:
         job |= {"prompt": STORY_PROMPT, "max_images": STORY_IMAGES}
     if scale.scripted and case.task is Task.INTERLEAVE:
@@ -267,6 +304,8 @@ def _draw_input(resolution: Resolution, folder: Path) -> Path:
     from PIL import Image, ImageDraw
 
     path = folder / f"disc-{resolution}.png"
+    if path.exists():
+        return path
     width, height = resolution.width, resolution.height
     image = Image.new("RGB", (width, height), (222, 205, 170))
     radius = min(width, height) // 3

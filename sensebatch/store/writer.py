@@ -7,6 +7,7 @@ threads; one more thread takes batches in their order, waits for the files and c
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +34,9 @@ from sensebatch.store.rows import (
 )
 from sensebatch.store.state import StoredJob
 from sensebatch.store.store import Store
+
+MIN_WRITERS, MAX_WRITERS = 2, 8
+"""Threads that encode where nobody said how many."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +76,9 @@ class BatchWriter:
         self._context = RowContext(
             run=store.state.run_id, session=store.state.next_session(), info=info
         )
-        self._encoders = ThreadPoolExecutor(output.num_writers, thread_name_prefix="encode")
+        self._encoders = ThreadPoolExecutor(
+            output.num_writers or _default_writers(), thread_name_prefix="encode"
+        )
         self._committer = ThreadPoolExecutor(1, thread_name_prefix="commit")
 
     def __enter__(self) -> BatchWriter:
@@ -221,6 +227,11 @@ class BatchWriter:
             Attempt(**job_columns(context, stored), **job_figures(stored, own), **shared)
             for stored, own in zip(ran.jobs, written, strict=True)
         )
+
+
+def _default_writers() -> int:
+    """Returns how many threads encode where nobody said: the others compute and prepare."""
+    return min(max((os.cpu_count() or 1) // 2, MIN_WRITERS), MAX_WRITERS)
 
 
 def without_exceptions(results: Sequence[JobResult]) -> tuple[JobResult | Failure, ...]:

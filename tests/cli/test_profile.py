@@ -74,7 +74,7 @@ def test_report_writes_the_document_again(invoke: Invoke, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "--suite: expected tasks, budgets, modes or speed"),
+        ([], "--suite: expected tasks, budgets, modes, speed or night"),
         (["--suite", "modes", "--report", "x"], "--report: expected no other option"),
         (["--report", "x"], "expected the results of a profile, found no file"),
         (["--suite", "modes", "--size", "big"], "--size: expected WIDTHxHEIGHT, found 'big'"),

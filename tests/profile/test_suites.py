@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,6 +65,7 @@ SETTINGS = {
         "7gib-no-compile": "--max-memory 0=7GiB --no-compile",
         "7gib-fp8": "--max-memory 0=7GiB --precision fp8",
     },
+    Suite.NIGHT: {"night": ""},
     Suite.TASKS: {
         "t2i": "--vram-mode full",
         "t2i-think": "--vram-mode full",
@@ -98,6 +100,27 @@ def test_full_size_cases_fit_their_budgets(suite: Suite, tmp_path: Path) -> None
         placement = expectation(case, scale.model, manifest, "bfloat16").placement
         assert placement.device_bytes <= (in_bytes(case.device_gib) or 100 * GIB)
         assert placement.mode == case.vram_mode or case.vram_mode == "auto"
+
+
+@pytest.mark.parametrize(
+    ("resolution", "sizes"),
+    [
+        (None, {(2048, 2048), (1024, 1024), (2048, 1152)}),
+        (Resolution(height=64, width=64), {(64, 64), (32, 32), (64, 32)}),
+    ],
+)
+def test_a_night_has_jobs_of_all_kinds(
+    resolution: Resolution | None, sizes: set[tuple[int, int]], tmp_path: Path
+) -> None:
+    scale = Scale(num_steps=2, resolution=resolution)
+    (night,) = suite_cases(Suite.NIGHT, scale)
+    jobs = _jobs(night, scale, tmp_path)
+    assert Counter(job.task for job in jobs) == {Task.T2I: 24, Task.EDIT: 10, Task.INTERLEAVE: 6}
+    assert sum(job.think for job in jobs if job.task is Task.T2I) == 4
+    assert {(job.resolution.width, job.resolution.height) for job in jobs} == sizes
+    assert all(job.images for job in jobs if job.task is Task.EDIT)
+    assert night.num_jobs == len(jobs) == len({job.id for job in jobs}) == 40
+    assert night.max_images == 24 + 10 + 6 * 6
 
 
 def test_made_up_weights_think_and_write_exactly_so_much(tmp_path: Path) -> None:
@@ -146,7 +169,7 @@ def test_variants_are_held_against_what_they_vary() -> None:
     assert [cases[name].baseline for name in ("t2i", "balanced", "7gib")] == [None, "t2i", "t2i"]
 
 
-@pytest.mark.parametrize("suite", Suite)
+@pytest.mark.parametrize("suite", [suite for suite in Suite if suite is not Suite.NIGHT])
 def test_manifests_are_jobs_of_the_published_size(suite: Suite, tmp_path: Path) -> None:
     scale = Scale(model="some/checkpoint")
     for case in suite_cases(suite, scale):
