@@ -16,7 +16,6 @@ from sensebatch.engine.device_memory import translated_out_of_memory
 from sensebatch.engine.lora import Lora
 from sensebatch.engine.model.attention import CUDNN_LEAST_QUERIES, Attention
 from sensebatch.engine.model.network import Network
-from sensebatch.engine.model.quantized import use_fp8
 from sensebatch.engine.residency import Residency
 from sensebatch.engine.weights import FileWeights, SyntheticWeights, WeightSource
 from sensebatch.vram import Placement
@@ -68,9 +67,9 @@ class NetworkLoader:
             network = Network(self.arch, fused=self.fused)
         network = network.to(self.dtype).requires_grad_(False).eval()
         if self.precision is not None:
-            use_fp8(network.generation)
+            network.generation.use_fp8()
         if self.precision == "fp8-all":
-            use_fp8(network.understanding)
+            network.understanding.use_fp8()
         with translated_out_of_memory(f"the weights did not fit {self.device}"):
             residency = Residency(network, self.source, placement, self.device)
         return network, residency

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -82,11 +82,10 @@ class Residency:
             assert num_buffers is not None
             memory = new_buffer(self._buffer_bytes(num_buffers), device)
             self._pool = Pool(memory, self._host, lane)
-        network.understanding.lend = self._lender(self._understanding)
-        network.generation.lend = self._lender(self._generation)
-        network.lm_head.lend = self._lender(self._head)
-        if self._whole:
-            self._load_all(blocks, lane)
+        lent = self._load_all(blocks, lane) if self._whole else None
+        network.understanding.lend = self._lender(self._understanding, lent)
+        network.generation.lend = self._lender(self._generation, lent)
+        network.lm_head.lend = self._lender(self._head, lent)
 
     @property
     def is_whole(self) -> bool:
@@ -130,20 +129,25 @@ class Residency:
             self._pool.schedule(order, keep=keep)
 
     def _lender(
-        self, blocks: Sequence[Block]
+        self, blocks: Sequence[Block], lent: Mapping[Block, nn.Module] | None
     ) -> Callable[[int], AbstractContextManager[nn.Module]]:
-        return lambda index: self._pool.lend(blocks[index])
+        if lent is None:
+            return lambda index: self._pool.lend(blocks[index])
+        modules = [lent[block] for block in blocks]
+        return lambda index: nullcontext(modules[index])
 
-    def _load_all(self, blocks: Sequence[Block], lane: Lane) -> None:
-        """Gives every block the buffer of its own size, for good."""
+    def _load_all(self, blocks: Sequence[Block], lane: Lane) -> dict[Block, nn.Module]:
+        """Gives every block the buffer of its own size, for good; nothing waits for it again."""
         self._pool.schedule(blocks, keep=True)
+        lent = {}
         try:
             for block in blocks:
-                with self._pool.lend(block):
-                    pass
+                with self._pool.lend(block) as module:
+                    lent[block] = module
         finally:
             self._host.close(lane)
             self._readers.close()
+        return lent
 
 
 def _pieces_by_parameter(arch: Architecture) -> dict[str, Pieces]:

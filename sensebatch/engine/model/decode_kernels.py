@@ -145,37 +145,23 @@ def product(
     num_sequences, width = x_SD.shape
     height = weight.shape[0] // (2 if swiglu else 1)
     out = x_SD.new_empty(num_sequences, height)
-    norm = x_SD if norm_D is None else norm_D
-    added = x_SD if residual is None else residual
-    flags = {
-        "NORM": norm_D is not None,
-        "SWIGLU": swiglu,
-        "RESIDUAL": residual is not None,
-    }
+    pointers = (
+        x_SD,
+        x_SD if norm_D is None else norm_D,
+        weight,
+        x_SD if residual is None else residual,
+        out,
+    )
+    flags = {"NORM": norm_D is not None, "SWIGLU": swiglu, "RESIDUAL": residual is not None}
     if num_sequences == 1:
-        rows = _divisor(height, 4)
+        rows, block = _divisor(height, 4), _divisor(width, 1024)
         _vector_product[(height // rows,)](
-            x_SD,
-            norm,
-            weight,
-            added,
-            out,
-            width,
-            height,
-            eps,
-            **flags,
-            ROWS=rows,
-            BLOCK=_divisor(width, 1024),
-            num_warps=4,
+            *pointers, width, height, eps, **flags, ROWS=rows, BLOCK=block, num_warps=4
         )
         return out
     rows = _divisor(height, 32 if height <= 4096 or swiglu else 64)
     _matrix_product[(height // rows,)](
-        x_SD,
-        norm,
-        weight,
-        added,
-        out,
+        *pointers,
         num_sequences,
         width,
         height,

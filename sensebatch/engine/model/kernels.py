@@ -14,9 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from sensebatch.checkpoint.architecture import Architecture
+from sensebatch.engine.model import quantized
+from sensebatch.engine.model.quantized import FP8, LARGEST
 from sensebatch.engine.model.rope import Rotary
 
 SWIGLU_BLOCK = 2048
+LEAST = tl.constexpr(quantized.LEAST)
 
 
 @triton.jit
@@ -43,6 +46,87 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 @triton.jit
+def _store_quantised(x_row, out, scales, row, columns, inside, width, LARGEST: tl.constexpr):
+    """Stores a row as float8 with its scale; see `quantized.quantise_rows`."""
+    scale = tl.maximum(tl.max(tl.abs(x_row), 0), LEAST) / LARGEST
+    tl.store(scales + row, scale)
+    tl.store(out + row * width + columns, (x_row / scale).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rms_norm_quantised(
+    x,
+    weight,
+    out,
+    scales,
+    eps,
+    width,
+    BLOCK: tl.constexpr,
+    NORM: tl.constexpr,
+    LARGEST: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    x_row = tl.load(x + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        scale = 1 / tl.sqrt(tl.sum(x_row * x_row, 0) / width + eps)
+        x_row *= scale * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    _store_quantised(x_row, out, scales, row, columns, inside, width, LARGEST)
+
+
+@triton.jit
+def _swiglu_quantised(gate_up, out, scales, width, BLOCK: tl.constexpr, LARGEST: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    source = gate_up + row * 2 * width + columns
+    gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(source + width, mask=inside, other=0.0).to(tl.float32)
+    value = gate / (1 + tl.exp(-gate)) * up
+    _store_quantised(value, out, scales, row, columns, inside, width, LARGEST)
+
+
+def quantise_rows(
+    x_TI: Tensor, norm_I: Tensor | None = None, eps: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Returns contiguous rows, normed first if there is a norm, as `quantized.quantise_rows`."""
+    num_tokens, width = x_TI.shape
+    out_TI = x_TI.new_empty(num_tokens, width, dtype=FP8)
+    scales_T1 = x_TI.new_empty(num_tokens, 1, dtype=torch.float32)
+    _rms_norm_quantised[(num_tokens,)](
+        x_TI,
+        x_TI if norm_I is None else norm_I,
+        out_TI,
+        scales_T1,
+        eps,
+        width,
+        BLOCK=triton.next_power_of_2(width),
+        NORM=norm_I is not None,
+        LARGEST=LARGEST,
+        num_warps=8,
+    )
+    return out_TI, scales_T1
+
+
+def swiglu_quantised(gate_up_TI: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns `swiglu` as `quantized.quantise_rows`."""
+    num_tokens, width = gate_up_TI.shape[0], gate_up_TI.shape[1] // 2
+    out_TI = gate_up_TI.new_empty(num_tokens, width, dtype=FP8)
+    scales_T1 = gate_up_TI.new_empty(num_tokens, 1, dtype=torch.float32)
+    _swiglu_quantised[(num_tokens,)](
+        gate_up_TI,
+        out_TI,
+        scales_T1,
+        width,
+        BLOCK=triton.next_power_of_2(width),
+        LARGEST=LARGEST,
+        num_warps=16,
+    )
+    return out_TI, scales_T1
+
+
+@triton.jit
 def _swiglu(gate_up, out, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -64,25 +148,35 @@ def swiglu(gate_up_TI: Tensor) -> Tensor:
 
 
 @triton.jit
-def _rotated(source, norm, cos, sin, eps, HEADS: tl.constexpr, DIM: tl.constexpr):
-    """Norms the halves of some heads and rotates their parts; float32 [heads, half, channel]."""
-    HALF: tl.constexpr = DIM // 2
-    heads = tl.arange(0, HEADS)[:, None, None] * DIM
-    part = tl.arange(0, 2)[None, :, None]
-    channel = tl.arange(0, HALF)[None, None, :]
-    # Channels turn in pairs: a quarter of the head apart for t, an eighth for h and for w.
-    distance = tl.where(part == 0, DIM // 4, DIM // 8)
-    own = part * HALF + channel
-    partner = part * HALF + (channel ^ distance)
-    sign = tl.where((channel & distance) == 0, -1.0, 1.0)
-    x = tl.load(source + heads + own).to(tl.float32)
-    turned = tl.load(source + heads + partner).to(tl.float32)
-    scale = 1 / tl.sqrt(tl.sum(x * x, 2) / HALF + eps)[:, :, None]
-    x = x * scale * tl.load(norm + own).to(tl.float32)
-    turned = turned * scale * tl.load(norm + partner).to(tl.float32)
-    cosines = tl.load(cos + own).to(tl.float32)
-    sines = tl.load(sin + own).to(tl.float32)
-    return x * cosines + sign * turned * sines, heads + own
+def _rotate_heads(source, norm, cos, sin, target, eps, HEADS: tl.constexpr, DIM: tl.constexpr):
+    """Norms the halves of some heads and rotates the channels of each, which turn in pairs."""
+    QUARTER: tl.constexpr = DIM // 4
+    EIGHTH: tl.constexpr = DIM // 8
+    heads = tl.arange(0, HEADS)[:, None] * DIM
+    pair = tl.arange(0, QUARTER)[None, :]
+    # Of the half that follows t, a quarter of the head lies between the two channels of a pair;
+    # of the one that follows h and then w, an eighth.
+    _rotate_half(source, norm, cos, sin, target, heads, pair, QUARTER, eps, DIM)
+    turn = DIM // 2 + (pair // EIGHTH) * QUARTER + pair % EIGHTH
+    _rotate_half(source, norm, cos, sin, target, heads, turn, EIGHTH, eps, DIM)
+
+
+@triton.jit
+def _rotate_half(
+    source, norm, cos, sin, target, heads, first, DISTANCE: tl.constexpr, eps, DIM: tl.constexpr
+):
+    second = first + DISTANCE
+    x = tl.load(source + heads + first).to(tl.float32)
+    y = tl.load(source + heads + second).to(tl.float32)
+    squares = tl.sum(x * x, 1) + tl.sum(y * y, 1)
+    scale = 1 / tl.sqrt(squares / (DIM // 2) + eps)[:, None]
+    x = x * scale * tl.load(norm + first).to(tl.float32)
+    y = y * scale * tl.load(norm + second).to(tl.float32)
+    dtype = target.dtype.element_ty
+    turned_x = x * tl.load(cos + first).to(tl.float32) - y * tl.load(sin + first).to(tl.float32)
+    turned_y = y * tl.load(cos + second).to(tl.float32) + x * tl.load(sin + second).to(tl.float32)
+    tl.store(target + heads + first, turned_x.to(dtype))
+    tl.store(target + heads + second, turned_y.to(dtype))
 
 
 @triton.jit
@@ -112,10 +206,10 @@ def _norm_rotate(
     cos += angle_row * DIM
     sin += angle_row * DIM
     source = qkv + token * (HEADS + 2 * KV_HEADS) * DIM
-    q, q_at = _rotated(source, q_norm, cos, sin, eps, HEADS, DIM)
-    tl.store(q_out + token * HEADS * DIM + q_at, q.to(q_out.dtype.element_ty))
-    k, k_at = _rotated(source + HEADS * DIM, k_norm, cos, sin, eps, KV_HEADS, DIM)
-    tl.store(k_out + place + k_at, k.to(k_out.dtype.element_ty))
+    q_target = q_out + token * HEADS * DIM
+    _rotate_heads(source, q_norm, cos, sin, q_target, eps, HEADS, DIM)
+    k_source = source + HEADS * DIM
+    _rotate_heads(k_source, k_norm, cos, sin, k_out + place, eps, KV_HEADS, DIM)
     values = tl.arange(0, KV_HEADS * DIM)
     v = tl.load(source + (HEADS + KV_HEADS) * DIM + values)
     tl.store(v_out + place + values, v)

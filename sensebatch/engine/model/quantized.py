@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sensebatch.engine.model.transformer import DecoderLayer, Expert, SwiGLU
-
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max
 LEAST = 1e-12
@@ -41,10 +39,14 @@ class Fp8Linear(nn.Module):
         in_features: I.
         out_features: O.
         device: Of the parameters, which are not initialised.
+        fused: Whether quantising tokens is one kernel.
     """
 
-    def __init__(self, in_features: int, out_features: int, device: torch.device) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, device: torch.device, *, fused: bool = False
+    ) -> None:
         super().__init__()
+        self._fused = fused
         weight_OI = torch.empty(out_features, in_features, dtype=FP8, device=device)
         scale_O = torch.empty(out_features, dtype=torch.float32, device=device)
         self.weight = nn.Parameter(weight_OI, requires_grad=False)
@@ -52,8 +54,15 @@ class Fp8Linear(nn.Module):
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """Returns `[T, O]` in the dtype of `x_TI`."""
-        x8_TI, scale_T1 = quantise_rows(x_TI)
-        return scaled_product(x8_TI, scale_T1, self.weight, self.scale, x_TI.dtype)
+        if not self._fused:
+            return self.multiply(*quantise_rows(x_TI), x_TI.dtype)
+        from sensebatch.engine.model import kernels
+
+        return self.multiply(*kernels.quantise_rows(x_TI.contiguous()), x_TI.dtype)
+
+    def multiply(self, x8_TI: Tensor, scale_T1: Tensor, dtype: torch.dtype) -> Tensor:
+        """Returns `[T, O]` from tokens that are quantised already."""
+        return scaled_product(x8_TI, scale_T1, self.weight, self.scale, dtype)
 
 
 def scaled_product(
@@ -80,25 +89,3 @@ def scaled_product(
 def scale_of(weight: str) -> str:
     """Returns the name of the scales of a weight that is named from some module on."""
     return f"{weight.removesuffix('weight')}scale"
-
-
-def use_fp8(expert: Expert) -> None:
-    """Makes the linear layers of an expert float8 ones; sparse feed-forward blocks stay.
-
-    Args:
-        expert: Its parameters are on the meta device; the new ones are too.
-    """
-    for layer in expert.layers:
-        assert isinstance(layer, DecoderLayer)
-        _replace(layer, "qkv", "o")
-        if isinstance(layer.mlp, SwiGLU):
-            _replace(layer.mlp, "gate_up", "down")
-
-
-def _replace(module: nn.Module, *names: str) -> None:
-    for name in names:
-        linear = module.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        assert linear.bias is None
-        new = Fp8Linear(linear.in_features, linear.out_features, linear.weight.device)
-        setattr(module, name, new)

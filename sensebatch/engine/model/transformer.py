@@ -22,8 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sensebatch.checkpoint.architecture import Architecture, Moe
+from sensebatch.engine.model.quantized import Fp8Linear
 from sensebatch.engine.model.rope import Rotary, rotate_token_heads
 from sensebatch.vram import ROWS
+
+Linear = nn.Linear | Fp8Linear
 
 
 class AttentionContext(Protocol):
@@ -56,16 +59,24 @@ class SwiGLU(nn.Module):
 
     def __init__(self, hidden: int, intermediate: int, *, fused: bool) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(hidden, 2 * intermediate, bias=False)
-        self.down = nn.Linear(intermediate, hidden, bias=False)
+        self.gate_up: Linear = nn.Linear(hidden, 2 * intermediate, bias=False)
+        self.down: Linear = nn.Linear(intermediate, hidden, bias=False)
         self._fused = fused
 
-    def add_to(self, residual_TD: Tensor, x_TD: Tensor, *, in_place: bool) -> Tensor:
-        """Returns the sum of `residual_TD` and the block's output; see `DecoderLayer.finish`."""
-        gate_up = self.gate_up(x_TD)
+    def add_activated(self, residual_TD: Tensor, gate_up: Tensor, *, in_place: bool) -> Tensor:
+        """Returns the residual and what follows the first product, `[T, 2 * I]`.
+
+        Args:
+            residual_TD: The block's own input, not normed.
+            gate_up: Of the layer's `gate_up`.
+            in_place: See `DecoderLayer.finish`.
+        """
         if self._fused:
             from sensebatch.engine.model import kernels
 
+            if isinstance(self.down, Fp8Linear):
+                hidden = kernels.swiglu_quantised(gate_up)
+                return residual_TD.add_(self.down.multiply(*hidden, gate_up.dtype))
             return _add_linear(residual_TD, self.down, kernels.swiglu(gate_up), in_place)
         gate_TI, up_TI = gate_up.chunk(2, dim=-1)
         hidden_TI = F.silu(gate_TI)
@@ -105,7 +116,7 @@ class SparseMlp(nn.Module):
         return residual_TD.add_(out_TD) if in_place else residual_TD + out_TD
 
 
-def _add_linear(residual_TD: Tensor, linear: nn.Module, x: Tensor, in_place: bool) -> Tensor:
+def _add_linear(residual_TD: Tensor, linear: Linear, x: Tensor, in_place: bool) -> Tensor:
     if not in_place:
         return residual_TD + linear(x)
     if isinstance(linear, nn.Linear):
@@ -130,13 +141,13 @@ class DecoderLayer(nn.Module):
         self._eps = arch.rms_norm_eps
         hidden, head_dim = arch.hidden_size, arch.head_dim
         self.input_norm = nn.Parameter(torch.empty(hidden))
-        self.qkv = nn.Linear(
+        self.qkv: Linear = nn.Linear(
             hidden, (arch.num_heads + 2 * arch.num_kv_heads) * head_dim, bias=False
         )
         # Row 0 normalises the half of a head that follows t, row 1 the half that follows h and w.
         self.q_norm = nn.Parameter(torch.empty(2, head_dim // 2))
         self.k_norm = nn.Parameter(torch.empty(2, head_dim // 2))
-        self.o = nn.Linear(arch.num_heads * head_dim, hidden, bias=False)
+        self.o: Linear = nn.Linear(arch.num_heads * head_dim, hidden, bias=False)
         self.post_norm = nn.Parameter(torch.empty(hidden))
         self.mlp: SwiGLU | SparseMlp = (
             SwiGLU(hidden, arch.intermediate_size, fused=fused)
@@ -154,7 +165,7 @@ class DecoderLayer(nn.Module):
             rotary: Of the tokens.
             room: Contiguous `[T, K, E]` for keys and values; used by the fused chain only.
         """
-        qkv = self.qkv(self._norm(x_TD, self.input_norm))
+        qkv = self._normed_product(self.qkv, x_TD, self.input_norm)
         if self._fused:
             return self._fused_heads(qkv, rotary, room)
         q_THE, k_TKE, v_TKE = qkv.unflatten(-1, (-1, self._head_dim)).split(
@@ -185,6 +196,14 @@ class DecoderLayer(nn.Module):
         )
         return q_THE, *room
 
+    def _normed_product(self, linear: Linear, x_TD: Tensor, norm: Tensor) -> Tensor:
+        if self._fused and isinstance(linear, Fp8Linear):
+            from sensebatch.engine.model import kernels
+
+            return linear.multiply(*kernels.quantise_rows(x_TD, norm, self._eps), x_TD.dtype)
+        product: Tensor = linear(self._norm(x_TD, norm))
+        return product
+
     def _norm(self, x_TD: Tensor, weight: Tensor) -> Tensor:
         return norm_rows(x_TD, weight, self._eps, fused=self._fused)
 
@@ -200,7 +219,10 @@ class DecoderLayer(nn.Module):
             in_place: Whether the output takes the input's memory; not with gradients.
         """
         x_TD = _add_linear(x_TD, self.o, attended_THE.flatten(1), in_place)
-        return self.mlp.add_to(x_TD, self._norm(x_TD, self.post_norm), in_place=in_place)
+        if isinstance(self.mlp, SparseMlp):
+            return self.mlp.add_to(x_TD, self._norm(x_TD, self.post_norm), in_place=in_place)
+        gate_up = self._normed_product(self.mlp.gate_up, x_TD, self.post_norm)
+        return self.mlp.add_activated(x_TD, gate_up, in_place=in_place)
 
 
 class Expert(nn.Module):
@@ -226,6 +248,20 @@ class Expert(nn.Module):
         self.lend: Callable[[int], AbstractContextManager[nn.Module]] = self._own
         """Gives a layer that can be computed with for as long as the context is open. Its own
         by default; replaced where weights are not on the device all the time."""
+
+    def use_fp8(self) -> None:
+        """Makes the linear layers float8 ones, on the meta device; sparse blocks stay."""
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            layer.qkv, layer.o = self._in_fp8(layer.qkv), self._in_fp8(layer.o)
+            if isinstance(layer.mlp, SwiGLU):
+                layer.mlp.gate_up = self._in_fp8(layer.mlp.gate_up)
+                layer.mlp.down = self._in_fp8(layer.mlp.down)
+
+    def _in_fp8(self, linear: Linear) -> Fp8Linear:
+        assert isinstance(linear, nn.Linear)
+        device = torch.device("meta")
+        return Fp8Linear(linear.in_features, linear.out_features, device, fused=self._fused)
 
     def _own(self, index: int) -> AbstractContextManager[nn.Module]:
         return nullcontext(self.layers[index])
