@@ -29,7 +29,7 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     largest = torch.maximum(-x.amin(-1, keepdim=True), x.amax(-1, keepdim=True))
     scale = largest.float().clamp_min(LEAST) / LARGEST
     # The division may lead over the largest number by a rounding error, which the cast takes away.
-    return (x.float() / scale).to(FP8), scale
+    return x.to(torch.float32, copy=True).div_(scale).to(FP8), scale
 
 
 class Fp8Linear(nn.Module):
