@@ -65,11 +65,6 @@ class Load:
         return total
 
 
-def buffer_bytes(weights: WeightBytes, num_buffers: int) -> int:
-    """Returns the bytes of so many device buffers, the ring counted."""
-    return RING * weights.block + max(num_buffers - RING, 0) * weights.kept_block
-
-
 def quantising_bytes(arch: Architecture, precision: str | None) -> int:
     """Returns what quantising the activations of a pass takes for a moment."""
     if precision is None:
@@ -305,7 +300,7 @@ def _placement(
     tokens_per_pass: int,
     host: int,
 ) -> Placement:
-    blocks = weights.blocks if num_buffers is None else buffer_bytes(weights, num_buffers)
+    blocks = weights.blocks if num_buffers is None else weights.buffers(RING, num_buffers - RING)
     device = blocks + weights.rest + (weights.embeddings if embed else 0)
     parked = num_buffers is not None
     staging = NUM_STAGING * weights.block
@@ -380,11 +375,13 @@ def leaner(
     embeddings = weights.embeddings if placement.embed_on_device else 0
     if placement.num_buffers is None:
         num_buffers = weights.num_generation + RING
-        saved = weights.blocks - buffer_bytes(weights, num_buffers) + embeddings
+        saved = weights.blocks - weights.buffers(RING, num_buffers - RING) + embeddings
         host = weights.blocks + weights.embeddings
     elif placement.num_buffers > RING:
         num_buffers = max(placement.num_buffers // 2, RING)
-        saved = buffer_bytes(weights, placement.num_buffers) - buffer_bytes(weights, num_buffers)
+        saved = weights.buffers(RING, placement.num_buffers - RING) - weights.buffers(
+            RING, num_buffers - RING
+        )
         host = placement.host_bytes
     elif placement.tokens_per_pass > 1:
         return replace(

@@ -35,6 +35,10 @@ class WeightBytes:
     rest: int
     """Everything that always stays on the device."""
 
+    def buffers(self, ring: int, kept: int) -> int:
+        """Returns the bytes of device buffers: a ring for any block, others for kept layers."""
+        return ring * self.block + kept * self.kept_block
+
 
 def weight_bytes(arch: Architecture, item_bytes: int, precision: str | None = None) -> WeightBytes:
     """Returns the bytes of a network's weights.
