@@ -352,11 +352,8 @@ def _within(
 
 def _too_small(candidates: dict[str, Placement], mode: str, limit: int) -> ConfigError:
     asked = candidates["low" if mode == "auto" else mode]
-    hint = (
-        ""
-        if mode in ("auto", "low")
-        else (f"; vram_mode low needs {candidates['low'].device_bytes / GIB:.1f} GiB")
-    )
+    hint = f"; vram_mode low needs {candidates['low'].device_bytes / GIB:.1f} GiB"
+    hint = "" if mode in ("auto", "low") else hint
     return ConfigError(
         f"vram_budget: expected at least {asked.device_bytes / GIB:.1f} GiB for the largest jobs "
         f"of this run, found {limit / GIB:.1f} GiB{hint}"
