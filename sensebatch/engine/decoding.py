@@ -141,9 +141,8 @@ class FastDecoder:
                 assert isinstance(layer, DecoderLayer)
                 assert isinstance(layer.mlp, SwiGLU)
                 keys, values = self._room.layer(index)
-                qkv = decode_kernels.product(
-                    x_SD, layer.qkv.weight, norm_D=layer.input_norm, eps=eps
-                )
+                normed = kernels.rms_norm(x_SD, layer.input_norm, eps)
+                qkv = decode_kernels.product(normed, layer.qkv.weight)
                 q_SHE = kernels.norm_rotate(
                     qkv,
                     layer.q_norm,
@@ -157,9 +156,8 @@ class FastDecoder:
                 )
                 attended = decode_kernels.attend(q_SHE, keys, values, self._lengths_S)
                 x_SD = decode_kernels.product(attended, layer.o.weight, residual=x_SD)
-                hidden = decode_kernels.product(
-                    x_SD, layer.mlp.gate_up.weight, norm_D=layer.post_norm, eps=eps, swiglu=True
-                )
+                normed = kernels.rms_norm(x_SD, layer.post_norm, eps)
+                hidden = decode_kernels.product(normed, layer.mlp.gate_up.weight, swiglu=True)
                 x_SD = decode_kernels.product(hidden, layer.mlp.down.weight, residual=x_SD)
         logits = network.logits(kernels.rms_norm(x_SD, expert.norm, eps))
         self._tokens_S.copy_(logits.argmax(-1))

@@ -1,8 +1,9 @@
 """One token a sequence through a layer: kernels that read every weight once and little else.
 
 A decoding step is bound by reading weights, and its launches are so short that each counts. So
-the norm before a matrix product, the activation behind it and the residual's sum are part of the
-product's kernel. All sums are in float32.
+the activation behind a matrix product and the residual's sum are part of the product's kernel. The
+norm before it is not: repeated in every program it costs more than a launch. All sums are in
+float32. Tiles are those that were the fastest on an H200 for the matrices of the 8B model.
 
 Needs Triton, as `kernels` does.
 """
@@ -18,6 +19,8 @@ MAX_SEQUENCES = 64
 """Most sequences that share a step."""
 LEAST_ROWS = 16
 """Of a tile in a product of tiles."""
+WIDE_ROWS = 4096
+"""Rows of a weight matrix up to which its tiles are wide, so that there are enough of them."""
 SPLIT_TOKENS = 64
 """Cached tokens that one program attends to at a time."""
 MAX_SPLITS = 32
@@ -27,14 +30,11 @@ MAX_SPLITS = 32
 @triton.jit
 def _vector_product(
     x,
-    norm,
     weight,
     residual,
     out,
     width,
     height,
-    eps,
-    NORM: tl.constexpr,
     SWIGLU: tl.constexpr,
     RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
@@ -45,22 +45,14 @@ def _vector_product(
     places = weight + rows[:, None].to(tl.int64) * width + columns[None, :]
     total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     up_total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-    squares = tl.zeros((BLOCK,), dtype=tl.float32)
     for start in range(0, width, BLOCK):
         values = tl.load(x + start + columns).to(tl.float32)
-        if NORM:
-            squares += values * values
-            values = values * tl.load(norm + start + columns).to(tl.float32)
         total += tl.load(places + start).to(tl.float32) * values[None, :]
         if SWIGLU:
             up = tl.load(places + start + height.to(tl.int64) * width)
             up_total += up.to(tl.float32) * values[None, :]
     result = tl.sum(total, 1)
     up_result = tl.sum(up_total, 1)
-    if NORM:
-        scale = 1 / tl.sqrt(tl.sum(squares, 0) / width + eps)
-        result *= scale
-        up_result *= scale
     if SWIGLU:
         result = result / (1 + tl.exp(-result)) * up_result
     if RESIDUAL:
@@ -71,15 +63,12 @@ def _vector_product(
 @triton.jit
 def _matrix_product(
     x,
-    norm,
     weight,
     residual,
     out,
     num_sequences,
     width,
     height,
-    eps,
-    NORM: tl.constexpr,
     SWIGLU: tl.constexpr,
     RESIDUAL: tl.constexpr,
     SEQUENCES: tl.constexpr,
@@ -93,23 +82,13 @@ def _matrix_product(
     places = weight + rows[:, None].to(tl.int64) * width + columns[None, :]
     total = tl.zeros((ROWS, SEQUENCES), dtype=tl.float32)
     up_total = tl.zeros((ROWS, SEQUENCES), dtype=tl.float32)
-    squares = tl.zeros((SEQUENCES,), dtype=tl.float32)
     for start in range(0, width, BLOCK):
         source = x + sequences[None, :] * width + start + columns[:, None]
         values = tl.load(source, mask=there, other=0.0)
-        if NORM:
-            numbers = values.to(tl.float32)
-            squares += tl.sum(numbers * numbers, 0)
-            numbers *= tl.load(norm + start + columns).to(tl.float32)[:, None]
-            values = numbers.to(x.dtype.element_ty)
         total = tl.dot(tl.load(places + start), values, total)
         if SWIGLU:
             up = tl.load(places + start + height.to(tl.int64) * width)
             up_total = tl.dot(up, values, up_total)
-    if NORM:
-        scale = 1 / tl.sqrt(squares / width + eps)
-        total *= scale[None, :]
-        up_total *= scale[None, :]
     if SWIGLU:
         total = total / (1 + tl.exp(-total)) * up_total
     target = sequences[None, :] * height + rows[:, None]
@@ -127,8 +106,6 @@ def product(
     x_SD: Tensor,
     weight: Tensor,
     *,
-    norm_D: Tensor | None = None,
-    eps: float = 0.0,
     swiglu: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
@@ -137,8 +114,6 @@ def product(
     Args:
         x_SD: Contiguous, at most `MAX_SEQUENCES` rows.
         weight: Contiguous `[rows, D]`; with `swiglu` `[2 * rows, D]`, gates first.
-        norm_D: Weight of an RMS norm of `x_SD` that comes first.
-        eps: Of the norm.
         swiglu: Whether the result is `silu(gate) * up`.
         residual: Contiguous `[S, rows]` that is added.
     """
@@ -147,31 +122,33 @@ def product(
     out = x_SD.new_empty(num_sequences, height)
     pointers = (
         x_SD,
-        x_SD if norm_D is None else norm_D,
         weight,
         x_SD if residual is None else residual,
         out,
     )
-    flags = {"NORM": norm_D is not None, "SWIGLU": swiglu, "RESIDUAL": residual is not None}
+    flags = {"SWIGLU": swiglu, "RESIDUAL": residual is not None}
     if num_sequences == 1:
-        rows, block = _divisor(height, 4), _divisor(width, 1024)
+        rows, block = _divisor(height, 2 if swiglu else 4), _divisor(width, 2048)
         _vector_product[(height // rows,)](
-            *pointers, width, height, eps, **flags, ROWS=rows, BLOCK=block, num_warps=4
+            *pointers, width, height, **flags, ROWS=rows, BLOCK=block, num_warps=4
         )
         return out
-    rows = _divisor(height, 32 if height <= 4096 or swiglu else 64)
+    if swiglu:
+        rows, block, stages = 64, 128, 3
+    else:
+        rows, block, stages = (32, 256, 4) if height <= WIDE_ROWS else (32, 128, 6)
+    rows = _divisor(height, rows)
     _matrix_product[(height // rows,)](
         *pointers,
         num_sequences,
         width,
         height,
-        eps,
         **flags,
         SEQUENCES=max(triton.next_power_of_2(num_sequences), LEAST_ROWS),
         ROWS=rows,
-        BLOCK=_divisor(width, 128 if swiglu else 256),
+        BLOCK=_divisor(width, block),
         num_warps=4,
-        num_stages=4 if swiglu else 3,
+        num_stages=stages,
     )
     return out
 

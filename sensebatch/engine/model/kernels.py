@@ -206,13 +206,15 @@ def _norm_rotate(
     cos += angle_row * DIM
     sin += angle_row * DIM
     source = qkv + token * (HEADS + 2 * KV_HEADS) * DIM
-    q_target = q_out + token * HEADS * DIM
-    _rotate_heads(source, q_norm, cos, sin, q_target, eps, HEADS, DIM)
-    k_source = source + HEADS * DIM
-    _rotate_heads(k_source, k_norm, cos, sin, k_out + place, eps, KV_HEADS, DIM)
-    values = tl.arange(0, KV_HEADS * DIM)
-    v = tl.load(source + (HEADS + KV_HEADS) * DIM + values)
-    tl.store(v_out + place + values, v)
+    if tl.program_id(1) == 0:
+        q_target = q_out + token * HEADS * DIM
+        _rotate_heads(source, q_norm, cos, sin, q_target, eps, HEADS, DIM)
+    else:
+        k_source = source + HEADS * DIM
+        _rotate_heads(k_source, k_norm, cos, sin, k_out + place, eps, KV_HEADS, DIM)
+        values = tl.arange(0, KV_HEADS * DIM)
+        v = tl.load(source + (HEADS + KV_HEADS) * DIM + values)
+        tl.store(v_out + place + values, v)
 
 
 def norm_rotate(
@@ -249,7 +251,7 @@ def norm_rotate(
     heads = qkv_Tx.shape[1] // dim - 2 * kv_heads
     num_tokens = qkv_Tx.shape[0]
     q_THE = qkv_Tx.new_empty(num_tokens, heads, dim)
-    _norm_rotate[(num_tokens,)](
+    _norm_rotate[(num_tokens, 2)](
         qkv_Tx,
         q_norm,
         k_norm,

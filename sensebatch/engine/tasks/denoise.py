@@ -133,7 +133,8 @@ def _denoise_together(
         runner.progress(Progress(phase="denoise", step=step + 1, num_steps=num_steps))
         return torch.stack(guided)
 
-    noise = torch.stack([drawing.noise for drawing in drawings])
+    # Laid out on the device, which takes a CPU a tenth of a second for each large picture.
+    noise = [image_to_tokens(drawing.noise.to(device)[None]) for drawing in drawings]
     # Not named here, so that the first state is gone after the first step.
-    z_JNx = euler(image_to_tokens(noise).to(device), schedule, velocity)
+    z_JNx = euler(torch.cat(noise), schedule, velocity)
     return tokens_to_image(z_JNx, resolution.height, resolution.width)
