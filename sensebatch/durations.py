@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sensebatch.checkpoint.architecture import Architecture
+from sensebatch.footprint import MAX_PREFILL_TOKENS, Load, jobs_per_pass
 from sensebatch.speed import (
     Sizes,
     Speeds,
@@ -18,13 +19,7 @@ from sensebatch.speed import (
     network_sizes,
     understanding_work,
 )
-from sensebatch.vram import (
-    MAX_PREFILL_TOKENS,
-    RING,
-    Load,
-    Placement,
-    jobs_per_pass,
-)
+from sensebatch.vram import RING, Placement
 from sensebatch.weights import weight_bytes
 
 UNDERSTANDING, GENERATION = "understanding", "generation"

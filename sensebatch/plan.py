@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sensebatch.config import MemoryConfig
+from sensebatch.footprint import Load
 from sensebatch.jobs import GroupKey, Job, Task, group_key
 from sensebatch.resolutions import PATCH_PIXELS, PixelLimits
-from sensebatch.vram import Load
 
 SYSTEM_PROMPT_BYTES = 4096
 """Longest system prompt that an estimate expects of a checkpoint."""

@@ -24,21 +24,22 @@ MAY_IMPORT = {
     "checkpoint": NOUNS | {"config"},
     "manifest": NOUNS | {"config", "inputs"},
     "weights": NOUNS | {"checkpoint"},
-    "vram": NOUNS | {"config", "checkpoint", "weights"},
+    "footprint": NOUNS | {"checkpoint", "weights"},
+    "vram": NOUNS | {"config", "checkpoint", "footprint", "weights"},
     "speed": NOUNS | {"checkpoint"},
-    "durations": NOUNS | {"checkpoint", "speed", "vram", "weights"},
-    "plan": NOUNS | {"config", "vram"},
+    "durations": NOUNS | {"checkpoint", "footprint", "speed", "vram", "weights"},
+    "plan": NOUNS | {"config", "footprint"},
     "store": NOUNS | {"config", "contract", "plan", "process"},
     "guard": NOUNS | {"store"},
     "preparation": NOUNS | {"contract", "guard", "store"},
     "executor": NOUNS | {"contract", "config", "plan", "store", "inputs", "guard", "preparation"},
-    "engine": NOUNS | {"contract", "config", "checkpoint", "process", "vram"},
+    "engine": NOUNS | {"contract", "config", "checkpoint", "process", "footprint", "vram"},
     "timeline": NOUNS,
     "report": NOUNS | {"store", "timeline"},
     "tiny": NOUNS | {"contract", "config", "checkpoint", "engine"},
     "profile": NOUNS
     | {"config", "settings", "inputs", "checkpoint", "manifest", "vram", "plan", "store"}
-    | {"report", "durations", "speed"},
+    | {"report", "durations", "footprint", "speed"},
 }
 """What each module or package beside `cli` may know; `cli` joins them and may know all."""
 

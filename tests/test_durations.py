@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from sensebatch.checkpoint.architecture import OFFICIAL_8B, parse_architecture
 from sensebatch.config import MemoryConfig
 from sensebatch.durations import Clock, GroupSeconds
+from sensebatch.footprint import GIB, Load
 from sensebatch.jobs import GroupKey, Task
 from sensebatch.resolutions import Resolution
 from sensebatch.speed import Speeds, Work, denoising_work, network_sizes
-from sensebatch.vram import GIB, Load, place
+from sensebatch.vram import place
 
 ARCH = parse_architecture(OFFICIAL_8B)
 SIZES = network_sizes(ARCH)

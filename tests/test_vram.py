@@ -13,21 +13,18 @@ from sensebatch.checkpoint.architecture import OFFICIAL_8B, parse_architecture
 from sensebatch.checkpoint.tensors import TensorGroup, expected_tensors
 from sensebatch.config import MemoryConfig
 from sensebatch.errors import ConfigError
-from sensebatch.jobs import GroupKey, Task
-from sensebatch.resolutions import Resolution
-from sensebatch.vram import (
+from sensebatch.footprint import (
     GIB,
-    RING,
     Load,
-    Placement,
     cache_bytes,
     denoise_bytes,
     jobs_per_pass,
-    leaner,
-    place,
     prompt_bytes,
     quantising_bytes,
 )
+from sensebatch.jobs import GroupKey, Task
+from sensebatch.resolutions import Resolution
+from sensebatch.vram import RING, Placement, leaner, place
 from sensebatch.weights import weight_bytes
 from tests.golden_data import CONFIGS, golden_architecture
 

@@ -17,16 +17,9 @@ from sensebatch.checkpoint.system_prompts import resolve_system_prompts
 from sensebatch.cli.speed_cache import MachineSpeeds
 from sensebatch.config import SYNTHETIC_PREFIX, TINY_MODEL, MemoryConfig, ModelConfig, RunConfig
 from sensebatch.durations import Clock, GroupSeconds
+from sensebatch.footprint import Load, cache_bytes, jobs_per_pass, working_bytes
 from sensebatch.plan import Plan, group_load
-from sensebatch.vram import (
-    MODES,
-    Load,
-    Placement,
-    cache_bytes,
-    jobs_per_pass,
-    place,
-    working_bytes,
-)
+from sensebatch.vram import MODES, Placement, place
 
 ITEM_BYTES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
 """Bytes of a weight; auto as on a GPU."""

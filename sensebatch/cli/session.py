@@ -23,6 +23,7 @@ from sensebatch.config import ModelConfig, RunConfig
 from sensebatch.contract import Engine
 from sensebatch.errors import RunFolderError, RunStoppedError
 from sensebatch.executor import Summary, execute
+from sensebatch.footprint import Load
 from sensebatch.inputs import InputReader
 from sensebatch.jobs import Job, ModelIdentity, Task
 from sensebatch.plan import group_load, make_plan
@@ -32,7 +33,6 @@ from sensebatch.store.files import write_atomic
 from sensebatch.store.ingest import Changes
 from sensebatch.store.run_dir import RunDir, settings_document
 from sensebatch.store.store import Store, open_store
-from sensebatch.vram import Load
 
 SUMMARY_NAME = "summary.txt"
 """The published summary over all sessions of a run, in its folder."""

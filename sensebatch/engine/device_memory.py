@@ -13,8 +13,9 @@ from sensebatch.checkpoint.files import Checkpoint
 from sensebatch.config import MemoryConfig
 from sensebatch.engine.runtime import DTYPES
 from sensebatch.errors import DeviceError, OutOfMemoryError
+from sensebatch.footprint import Load
 from sensebatch.jobs import ModelIdentity
-from sensebatch.vram import Load, Placement, place
+from sensebatch.vram import Placement, place
 
 _OUT_OF_MEMORY = ("not enough memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """What torch says where its own error type is not used: host, driver and cuBLAS."""

@@ -44,6 +44,7 @@ from sensebatch.errors import (
     RunStoppedError,
     SensebatchError,
 )
+from sensebatch.footprint import Load
 from sensebatch.jobs import (
     Batch,
     BatchMetrics,
@@ -56,7 +57,7 @@ from sensebatch.jobs import (
 )
 from sensebatch.process import peak_rss_bytes
 from sensebatch.resolutions import PixelLimits
-from sensebatch.vram import Load, Placement, leaner
+from sensebatch.vram import Placement, leaner
 
 
 class SenseNovaEngine:

@@ -27,7 +27,8 @@ from sensebatch.engine.model.tokenizer import IMG_CONTEXT, IMG_END, Tokenizer
 from sensebatch.engine.preprocess import Patches
 from sensebatch.engine.prompts import Grid, ImageSpan, Prompt, positions, segments
 from sensebatch.engine.sampling.text import Step
-from sensebatch.vram import CUDA_TOKENS_PER_PASS, MAX_PREFILL_TOKENS
+from sensebatch.footprint import MAX_PREFILL_TOKENS
+from sensebatch.vram import CUDA_TOKENS_PER_PASS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from sensebatch.checkpoint.files import open_checkpoint
 from sensebatch.checkpoint.system_prompts import resolve_system_prompts
 from sensebatch.durations import Clock
 from sensebatch.errors import ConfigError
+from sensebatch.footprint import Load
 from sensebatch.manifest.read import read_manifest
 from sensebatch.plan import GroupPlan, group_load, make_plan, plan_entry
 from sensebatch.profile.rows import Row
@@ -19,7 +20,7 @@ from sensebatch.profile.suites import Case, Scale, Suite, chosen_cases, suite_ca
 from sensebatch.resolutions import Resolution
 from sensebatch.settings import resolve_settings
 from sensebatch.speed import Speeds
-from sensebatch.vram import Load, Placement, place
+from sensebatch.vram import Placement, place
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 MEASURED_ITEM_BYTES = 2

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from sensebatch.footprint import GIB
 from sensebatch.profile.published import RELEASE, published
 from sensebatch.profile.rows import Row
 from sensebatch.profile.suites import Suite
-from sensebatch.vram import GIB
 
 PLOT_NAME = "profile.png"
 

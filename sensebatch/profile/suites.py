@@ -15,11 +15,11 @@ import yaml
 
 from sensebatch.config import SYNTHETIC_PREFIX
 from sensebatch.errors import ConfigError
+from sensebatch.footprint import GIB
 from sensebatch.jobs import Task
 from sensebatch.profile.night import night_parts
 from sensebatch.resolutions import Resolution
 from sensebatch.store.files import write_atomic
-from sensebatch.vram import GIB
 
 SQUARE = Resolution(height=2048, width=2048)
 WIDE = Resolution(height=1152, width=2048)

@@ -16,8 +16,8 @@ from sensebatch.cli import session
 from sensebatch.cli.main import main
 from sensebatch.config import ModelConfig, RunConfig
 from sensebatch.contract import Engine
+from sensebatch.footprint import Load
 from sensebatch.jobs import ModelIdentity, Task
-from sensebatch.vram import Load
 from tests.executor.fakes import FakeEngine
 
 

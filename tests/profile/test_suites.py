@@ -10,6 +10,7 @@ import pytest
 
 from sensebatch.config import MemoryConfig
 from sensebatch.errors import ConfigError
+from sensebatch.footprint import GIB
 from sensebatch.jobs import Job, Task
 from sensebatch.manifest.read import read_manifest
 from sensebatch.profile.expected import expectation
@@ -26,7 +27,6 @@ from sensebatch.profile.suites import (
 )
 from sensebatch.resolutions import Resolution
 from sensebatch.settings import resolve_settings
-from sensebatch.vram import GIB
 
 SIXTEEN = "--max-batch-size 16 --max-batch-image-tokens 65536"
 NUM_JOBS = {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sensebatch.engine.model.attention import Attention, Segment, attend_segments
-from sensebatch.vram import ROWS
+from sensebatch.footprint import ROWS
 
 GROWTH_TOKENS = 128
 """A cache that must grow grows by at least this many tokens."""

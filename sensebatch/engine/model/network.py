@@ -32,8 +32,8 @@ from sensebatch.engine.model.patchify import (
 )
 from sensebatch.engine.model.rope import Rotary, patch_rotary, token_rotary
 from sensebatch.engine.model.transformer import Expert
+from sensebatch.footprint import ROWS
 from sensebatch.resolutions import Resolution
-from sensebatch.vram import ROWS
 
 
 class ScalarEmbedder(nn.Module):

@@ -15,9 +15,9 @@ from sensebatch.engine.prompts import Prompt
 from sensebatch.engine.runner import Extension, PassLimits, Runner
 from sensebatch.engine.sampling.guidance import Guidance
 from sensebatch.engine.tasks.denoise import Drawing, denoise
+from sensebatch.footprint import Load, denoise_bytes, prompt_bytes
 from sensebatch.jobs import GroupKey, Task, guidance_branches
 from sensebatch.resolutions import Resolution
-from sensebatch.vram import Load, denoise_bytes, prompt_bytes
 from tests.engine.golden_model import infer
 from tests.engine.memory.tracker import LiveBytes
 from tests.golden_data import ByteTokenizer
@@ -128,6 +128,6 @@ def test_a_cache_takes_what_is_expected() -> None:
         runner.extend([extension])
     keys, values = extension.cache.read(0)
     taken = network.arch.num_layers * (keys.numel() + values.numel()) * 4
-    from sensebatch.vram import cache_bytes
+    from sensebatch.footprint import cache_bytes
 
     assert cache_bytes(network.arch, 1000, 4) == taken

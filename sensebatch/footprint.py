@@ -1,0 +1,195 @@
+"""What a run's jobs take beside the weights: caches, passes of prompts and pictures, decoding.
+
+Knows shapes and bytes, not torch, and counts in integers. The formulas follow the network's code
+line by line where it needs the most: a change there that takes more memory must change them here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sensebatch.checkpoint.architecture import FM_HEAD_HIDDEN, Architecture
+from sensebatch.jobs import GroupKey
+from sensebatch.weights import SCALE_BYTES
+
+GIB = 1 << 30
+MIB = 1 << 20
+ROWS = 4096
+"""Tokens that go through the halves of a layer at a time, so that what they need for a moment
+does not grow with the batch. Matrix products of this many rows already run at full speed."""
+MAX_PREFILL_TOKENS = 8192
+"""Tokens of prompts in one pass; a longer prompt has a pass of its own."""
+TOKEN_NUMBERS = 32 * 32 * 3
+WORKSPACE_BYTES = 128 * MIB
+"""Of the matrix and attention libraries, and what the allocator rounds up."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """The most demanding job of a group, and how many are in a batch."""
+
+    group: GroupKey
+    batch_size: int
+    prompt_tokens: int
+    """Of one branch's prompt with its input images; an upper estimate."""
+    text_tokens: int = 0
+    """Most tokens decoded behind it."""
+    drawn_tokens: int = 0
+    """Most tokens of pictures that are read back into the prompt (interleave)."""
+    system_tokens: int = 0
+    """Of `prompt_tokens`, the system turn's, which is cached once more for all jobs to begin
+    with; an upper estimate for the run's own system prompt."""
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Cached tokens of one job over all branches when its last picture is drawn."""
+        total = 0
+        for branch in self.group.branches:
+            if branch == "cond":
+                total += self.prompt_tokens + self.text_tokens + self.drawn_tokens
+            elif branch == "img_cond":
+                total += self.prompt_tokens + self.drawn_tokens
+        return total
+
+
+def quantising_bytes(arch: Architecture, precision: str | None) -> int:
+    """Returns what quantising the activations of a pass takes for a moment."""
+    if precision is None:
+        return 0
+    widest = max(arch.hidden_size, arch.num_heads * arch.head_dim, arch.intermediate_size)
+    return ROWS * widest * (SCALE_BYTES + 1)
+
+
+def cache_bytes(arch: Architecture, tokens: int, item_bytes: int) -> int:
+    """Returns the bytes of the keys and values of cached tokens in all layers."""
+    return arch.num_layers * 2 * tokens * arch.num_kv_heads * arch.head_dim * item_bytes
+
+
+def _half_numbers(arch: Architecture, rows: int) -> tuple[int, int]:
+    """Returns the numbers that the two halves of a layer need for a moment for so many tokens."""
+    hidden, query = arch.hidden_size, arch.num_heads * arch.head_dim
+    key = arch.num_kv_heads * arch.head_dim
+    return rows * (hidden + 6 * query + 2 * key), rows * (hidden + 3 * arch.intermediate_size)
+
+
+def _prompt_pass_bytes(arch: Architecture, tokens: int, longest: int, item_bytes: int) -> int:
+    """Returns what a pass of prompt tokens needs beside their caches.
+
+    Args:
+        arch: The network's shape.
+        tokens: Of the pass.
+        longest: Keys of its longest sequence.
+        item_bytes: Of a number.
+    """
+    query, key = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    project, finish = _half_numbers(arch, min(tokens, ROWS))
+    projected = tokens * (query + 2 * key)
+    attended = tokens * query
+    # Values of one part are a view of what was projected before the heads were normed.
+    attend = projected + attended + 2 * longest * key + min(tokens, longest) * query
+    held = (arch.hidden_size + 2 * arch.head_dim) * tokens
+    project += projected if tokens > ROWS else 0
+    return item_bytes * (held + max(project, attend, attended + finish))
+
+
+def _picture_pass_bytes(
+    arch: Architecture, pictures: int, image_tokens: int, prefix: int, item_bytes: int
+) -> int:
+    """Returns what a denoising pass needs beside the caches.
+
+    Args:
+        arch: The network's shape.
+        pictures: Evaluations of the pass, one picture each.
+        image_tokens: Of a picture.
+        prefix: Of the longest one.
+        item_bytes: Of a number.
+    """
+    query, key = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    part = min(max(ROWS // image_tokens, 1), pictures) * image_tokens
+    project, finish = _half_numbers(arch, min(part, ROWS))
+    attended = part * query
+    held = (arch.hidden_size + 2 * arch.head_dim) * pictures * image_tokens
+    held += 2 * (image_tokens + prefix) * key
+    attend = part * (2 * query + 3 * key) + 2 * attended
+    network = item_bytes * (held + max(project, attend, attended + finish))
+    head = item_bytes * (held + 2 * part * FM_HEAD_HIDDEN)
+    head += 4 * TOKEN_NUMBERS * (pictures * image_tokens - part)
+    return max(network, head)
+
+
+def denoise_bytes(
+    arch: Architecture, load: Load, jobs: int, item_bytes: int, *, cached_jobs: int | None = None
+) -> int:
+    """Returns what drawing the pictures of some jobs together takes, weights not counted.
+
+    Args:
+        arch: The network's shape.
+        load: Their group.
+        jobs: How many share the pass.
+        item_bytes: Of a number.
+        cached_jobs: How many have their prefixes on the device; only theirs if None.
+    """
+    tokens = load.group.resolution.image_tokens
+    branches = len(load.group.branches)
+    prefix = load.prefix_tokens
+    longest = load.prompt_tokens + load.text_tokens + load.drawn_tokens
+    caches = cache_bytes(arch, (cached_jobs or jobs) * prefix, item_bytes)
+    state = 4 * TOKEN_NUMBERS * tokens * jobs
+    # Pictures of all evaluations, velocities of one job, and those of all jobs put together.
+    pictures = (jobs + 1) * branches + jobs + max(jobs, 1)
+    predicted = 4 * TOKEN_NUMBERS * tokens * pictures
+    patch_rotary = 2 * 4 * 4 * tokens * arch.vision_hidden_size // 2
+    network = _picture_pass_bytes(arch, jobs * branches, tokens, longest, item_bytes)
+    return caches + state + patch_rotary + max(network, predicted)
+
+
+def prompt_bytes(arch: Architecture, load: Load, item_bytes: int, *, parked: bool) -> int:
+    """Returns what prompts and decoding of a batch take, weights not counted.
+
+    Args:
+        arch: The network's shape.
+        load: The batch's group.
+        item_bytes: Of a number.
+        parked: Whether prompts that are done wait in host memory.
+    """
+    branches = sum(branch != "uncond" for branch in load.group.branches)
+    total = load.prompt_tokens * branches * load.batch_size
+    tokens = max(min(total, MAX_PREFILL_TOKENS), load.prompt_tokens)
+    longest = load.prompt_tokens + load.text_tokens + load.drawn_tokens
+    cached = load.prefix_tokens * load.batch_size
+    if parked and not load.text_tokens:
+        cached = min(cached, tokens)
+    logits = load.batch_size * arch.vocab_size * 2 * item_bytes
+    return (
+        cache_bytes(arch, cached + load.system_tokens, item_bytes)
+        + _prompt_pass_bytes(arch, tokens, longest, item_bytes)
+        + logits
+    )
+
+
+def jobs_per_pass(load: Load, tokens_per_pass: int) -> int:
+    """Returns how many jobs of a group are drawn together."""
+    fitting = max(tokens_per_pass // load.group.resolution.image_tokens, 1)
+    return min(fitting, load.batch_size)
+
+
+def working_bytes(
+    arch: Architecture,
+    loads: Iterable[Load],
+    tokens_per_pass: int,
+    item_bytes: int,
+    *,
+    parked: bool,
+    precision: str | None = None,
+) -> int:
+    """Returns the most that any group needs beside the weights."""
+    most = 0
+    for load in loads:
+        jobs = jobs_per_pass(load, tokens_per_pass)
+        cached = jobs if parked else load.batch_size
+        drawing = denoise_bytes(arch, load, jobs, item_bytes, cached_jobs=cached)
+        # Kept for the next batch; in host memory where prompts wait there.
+        drawing += 0 if parked else cache_bytes(arch, load.system_tokens, item_bytes)
+        most = max(most, drawing, prompt_bytes(arch, load, item_bytes, parked=parked))
+    return WORKSPACE_BYTES + quantising_bytes(arch, precision) + most
