@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sensebatch import config, settings
 from sensebatch.config import RunConfig, default_config
 from sensebatch.errors import ConfigError
-from sensebatch.jobs import Sampling, Task
+from sensebatch.jobs import Sampling, Task, guidance_branches
 from sensebatch.resolutions import PixelLimits, Resolution
 from sensebatch.settings import dump_settings, resolve_settings
 
@@ -214,3 +214,21 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_configurations_resolve(path: Path) -> None:
     assert isinstance(resolve_settings(config_file=path), RunConfig)
+
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_settings_are_valid_and_say_how_to_use_them(path: Path) -> None:
+    resolve_settings(config_file=path)
+    assert f"--config configs/{path.name}" in path.read_text()
+
+
+def test_settings_of_the_distilled_lora_evaluate_once_a_step() -> None:
+    path = next(path for path in CONFIGS if path.stem.endswith("8step"))
+    tasks = resolve_settings(config_file=path, flags={"model.model": "owner/name"}).tasks
+    for task, defaults in tasks.items():
+        sampling = defaults.sampling
+        assert (sampling.num_steps, sampling.timestep_shift) == (8, 3.0)
+        assert guidance_branches(task, sampling.cfg_scale, sampling.img_cfg_scale) == ("cond",)

@@ -42,6 +42,14 @@ def profile(
             metavar="WIDTHxHEIGHT",
         ),
     ] = None,
+    text_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Of a thought, or before each picture of a story, where weights are made up; 300 "
+            "if not given.",
+        ),
+    ] = None,
     only: Annotated[
         list[str] | None,
         typer.Option(help="Run only this case; may be repeated.", metavar="CASE"),
@@ -67,12 +75,18 @@ def profile(
     from sensebatch.profile.rows import read_rows, with_ratios
 
     if report is not None:
-        if any((suite, model, steps, jobs, size, only, output_dir)):
+        if any((suite, model, steps, jobs, size, text_tokens, only, output_dir)):
             raise ConfigError("--report: expected no other option beside it")
         _finish(report, with_ratios(read_rows(report)))
     if suite is None:
         raise ConfigError("--suite: expected tasks, budgets, modes, speed or night, found nothing")
-    given = {"model": model, "num_steps": steps, "num_jobs": jobs, "resolution": _parsed(size)}
+    given = {
+        "model": model,
+        "num_steps": steps,
+        "num_jobs": jobs,
+        "resolution": _parsed(size),
+        "text_tokens": text_tokens,
+    }
     folder = Path("outputs") / f"profile-{suite}" if output_dir is None else output_dir
     rows = _run(suite, {k: v for k, v in given.items() if v is not None}, only or [], folder)
     _finish(folder, rows)

@@ -148,6 +148,8 @@ def recomputed(row: Row) -> Expectation:
         num_jobs=row.num_jobs,
         resolution=Resolution(height=row.height, width=row.width),
     )
+    if row.scripted_tokens is not None:
+        scale = replace(scale, text_tokens=row.scripted_tokens)
     (case,) = chosen_cases(suite_cases(Suite(row.suite), scale), [row.case])
     # Some cases have more jobs than the scale says.
     case = replace(case, num_jobs=row.num_jobs)

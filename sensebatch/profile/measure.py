@@ -104,6 +104,7 @@ def _run_case(
         height=case.resolution.height,
         num_steps=scale.num_steps,
         num_jobs=case.num_jobs,
+        scripted_tokens=scale.text_tokens if scale.scripted else None,
         model=scale.model,
         setting=case.setting,
         budget_bytes=in_bytes(case.device_gib),

@@ -36,6 +36,8 @@ class Row:
     height: int
     num_steps: int
     num_jobs: int
+    scripted_tokens: int | None = None
+    """Tokens of a thought or before a picture, where weights are made up."""
     model: str
     setting: str
     budget_bytes: int | None = None
@@ -100,7 +102,17 @@ SCHEMA = pa.schema(
 )
 """The columns, described one by one in docs/profile.md."""
 
-_SAME = ("device", "torch_version", "model", "num_steps", "num_jobs", "width", "height", "dtype")
+_SAME = (
+    "device",
+    "torch_version",
+    "model",
+    "num_steps",
+    "num_jobs",
+    "scripted_tokens",
+    "width",
+    "height",
+    "dtype",
+)
 """What two cases must share for their speeds to be comparable."""
 
 

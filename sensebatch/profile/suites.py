@@ -72,6 +72,9 @@ class Scale:
     several pictures, and pictures of 1024x1024, of which there are four times as many."""
     resolution: Resolution | None = None
     """Of every picture; None for each case's own."""
+    text_tokens: int = TEXT_TOKENS
+    """Tokens of a thought, and of the text before each picture of a story, where weights are made
+    up."""
 
     @property
     def scripted(self) -> bool:
@@ -293,9 +296,9 @@ def _job(
     elif case.task is Task.INTERLEAVE:
         job |= {"prompt": STORY_PROMPT, "max_images": STORY_IMAGES}
     if scale.scripted and case.task is Task.INTERLEAVE:
-        job["max_new_tokens"] = STORY_IMAGES * TEXT_TOKENS
+        job["max_new_tokens"] = STORY_IMAGES * scale.text_tokens
     elif scale.scripted and case.think:
-        job["max_think_tokens"] = TEXT_TOKENS
+        job["max_think_tokens"] = scale.text_tokens
     return job
 
 
