@@ -25,7 +25,7 @@ from sensebatch.errors import RunFolderError, RunStoppedError
 from sensebatch.executor import Summary, execute
 from sensebatch.footprint import Load
 from sensebatch.inputs import InputReader
-from sensebatch.jobs import Job, ModelIdentity, Task
+from sensebatch.jobs import EngineInfo, Job, ModelIdentity, Task
 from sensebatch.plan import group_load, make_plan
 from sensebatch.report import format_summary, read_log, summarise
 from sensebatch.settings import dump_settings
@@ -88,6 +88,12 @@ class TorchBackend:
             device=device,
             loads=loads,
         )
+
+
+def _loaded(info: EngineInfo) -> str:
+    """Returns how long loading took, and how much of it compiling kernels."""
+    compiling = f", {info.compile_s:.1f} s of it for kernels" if info.compile_s is not None else ""
+    return f"loaded in {info.load_s:.1f} s{compiling}"
 
 
 def _settle_allocator() -> None:
@@ -219,6 +225,7 @@ def _run_pending(
             for group in to_run.groups
         ],
     )
+    say(_loaded(engine.info))
     reader = InputReader()
     try:
         with watch(stop) as display:

@@ -268,7 +268,8 @@ def load_engine(
     tokenizer = HFTokenizer(checkpoint.path)
     loader = _new_loader(config, checkpoint, where, identity)
     cap_device_memory(where, config.memory.vram_budget_bytes)
-    compile_s = warm_up(loader, BACKENDS[backend])
+    writers = [load.batch_size for load in loads if load.text_tokens]
+    compile_s = warm_up(loader, BACKENDS[backend], {1, *writers} if writers else ())
     peak = DevicePeak(where)
     loaded = loader.load(placement)
     allocated, reserved = peak.read()

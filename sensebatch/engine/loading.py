@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from accelerate import init_empty_weights
 from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.checkpoint.files import Checkpoint, check_tensors
 from sensebatch.checkpoint.tensors import expected_tensors
-from sensebatch.engine.device_memory import translated_out_of_memory
+from sensebatch.engine.device_memory import empty_cache, translated_out_of_memory
 from sensebatch.engine.lora import Lora
 from sensebatch.engine.model.attention import CUDNN_LEAST_QUERIES, Attention
 from sensebatch.engine.model.network import Network
@@ -75,22 +76,29 @@ class NetworkLoader:
         return network, residency
 
 
-def warm_up(loader: NetworkLoader, attention: Attention) -> float | None:
+def warm_up(
+    loader: NetworkLoader, attention: Attention, sequences: Collection[int] = ()
+) -> float | None:
     """Compiles the kernels that a network will use, before its weights take the memory.
 
     Also makes the attention library load itself, which takes it a second the first time.
+
+    Args:
+        loader: Says which network.
+        attention: The run's.
+        sequences: How many decode text together; none where there is none.
 
     Returns:
         Seconds that it took; None where nothing is compiled.
     """
     if not loader.fused:
         return None
-    from sensebatch.engine.model import kernels
+    from sensebatch.engine.model import decode_kernels, kernels
 
     start = time.perf_counter()
     arch = loader.arch
     with torch.inference_mode():
-        kernels.warm_up(arch, loader.dtype, loader.device)
+        kernels.warm_up(arch, loader.dtype, loader.device, quantised=loader.precision is not None)
         q_THE = torch.zeros(
             CUDNN_LEAST_QUERIES,
             arch.num_heads,
@@ -100,5 +108,10 @@ def warm_up(loader: NetworkLoader, attention: Attention) -> float | None:
         )
         k_TKE = q_THE[:, : arch.num_kv_heads].contiguous()
         attention(q_THE, k_TKE, k_TKE, False)
+        if arch.understanding_moe is None:
+            for count in sequences:
+                decode_kernels.warm_up(arch, loader.dtype, loader.device, count)
+    del q_THE, k_TKE
+    empty_cache(loader.device)
     torch.cuda.synchronize(loader.device)
     return time.perf_counter() - start

@@ -171,6 +171,13 @@ def test_a_new_token_attends_to_everything_before_it(room: int) -> None:
         assert_equal(out[sequence], expected.flatten())
 
 
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_warming_up_runs_every_kernel(sequences: int) -> None:
+    arch = golden_architecture("dense_fm")
+    kernels.warm_up(arch, torch.float32, torch.device(DEVICE), quantised=True)
+    decode_kernels.warm_up(arch, torch.float32, torch.device(DEVICE), sequences)
+
+
 def tileable_cases(*kinds: str) -> list[tuple[str, str]]:
     return [ids for ids in case_ids(*kinds) if is_tileable(golden_architecture(ids[0]))]
 

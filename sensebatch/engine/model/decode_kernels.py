@@ -15,6 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sensebatch.checkpoint.architecture import Architecture
+from sensebatch.engine.model import kernels
+
 MAX_SEQUENCES = 64
 """Most sequences that share a step."""
 LEAST_ROWS = 16
@@ -23,7 +26,7 @@ WIDE_ROWS = 4096
 """Rows of a weight matrix up to which its tiles are wide, so that there are enough of them."""
 SPLIT_TOKENS = 64
 """Cached tokens that one program attends to at a time."""
-MAX_SPLITS = 32
+SPLITS = 16
 """Programs that share the cached tokens of one key/value head of one sequence."""
 
 
@@ -231,13 +234,12 @@ def attend(q_SHE: Tensor, k_SLKE: Tensor, v_SLKE: Tensor, lengths_S: Tensor) -> 
             behind them already.
     """
     num_sequences, heads, dim = q_SHE.shape
-    room, kv_heads = k_SLKE.shape[1:3]
-    splits = min(triton.next_power_of_2(triton.cdiv(room, SPLIT_TOKENS)), MAX_SPLITS)
-    parts = q_SHE.new_empty(num_sequences * heads, splits, dim, dtype=torch.float32)
-    highest = parts.new_empty(num_sequences * heads, splits)
+    kv_heads = k_SLKE.shape[2]
+    parts = q_SHE.new_empty(num_sequences * heads, SPLITS, dim, dtype=torch.float32)
+    highest = parts.new_empty(num_sequences * heads, SPLITS)
     sums = torch.empty_like(highest)
     group = heads // kv_heads
-    _attend[(num_sequences, kv_heads, splits)](
+    _attend[(num_sequences, kv_heads, SPLITS)](
         q_SHE,
         k_SLKE,
         v_SLKE,
@@ -252,11 +254,43 @@ def attend(q_SHE: Tensor, k_SLKE: Tensor, v_SLKE: Tensor, lengths_S: Tensor) -> 
         PADDED=max(triton.next_power_of_2(group), LEAST_ROWS),
         DIM=dim,
         BLOCK=SPLIT_TOKENS,
-        SPLITS=splits,
+        SPLITS=SPLITS,
         num_warps=4,
     )
     out = q_SHE.new_empty(num_sequences, heads * dim)
     _combine[(num_sequences * heads,)](
-        parts, highest, sums, out, DIM=dim, SPLITS=splits, num_warps=4
+        parts, highest, sums, out, DIM=dim, SPLITS=SPLITS, num_warps=4
     )
     return out
+
+
+def warm_up(
+    arch: Architecture, dtype: torch.dtype, device: torch.device, num_sequences: int
+) -> None:
+    """Compiles every kernel for so many sequences; see `kernels.warm_up`."""
+    hidden, inner, dim = arch.hidden_size, arch.intermediate_size, arch.head_dim
+    heads, kv_heads = arch.num_heads, arch.num_kv_heads
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    x_SD = zeros(num_sequences, hidden)
+    product(x_SD, zeros((heads + 2 * kv_heads) * dim, hidden))
+    product(zeros(num_sequences, heads * dim), zeros(hidden, heads * dim), residual=x_SD)
+    hidden_SI = product(x_SD, zeros(2 * inner, hidden), swiglu=True)
+    product(hidden_SI, zeros(hidden, inner), residual=x_SD)
+    cache = zeros(2, num_sequences, 1, kv_heads, dim)
+    rows_S = torch.zeros(num_sequences, dtype=torch.int64, device=device)
+    norm, table = zeros(2, dim // 2), zeros(1, 1, dim)
+    q_SHE = kernels.norm_rotate(
+        zeros(num_sequences, (heads + 2 * kv_heads) * dim),
+        norm,
+        norm,
+        (table, table),
+        eps=arch.rms_norm_eps,
+        k_TKE=cache[0],
+        v_TKE=cache[1],
+        rotary_rows_T=rows_S,
+        places_T=rows_S,
+    )
+    attend(q_SHE, cache[0], cache[1], rows_S)

@@ -272,12 +272,19 @@ def norm_rotate(
     return q_THE
 
 
-def warm_up(arch: Architecture, dtype: torch.dtype, device: torch.device) -> None:
+def warm_up(
+    arch: Architecture, dtype: torch.dtype, device: torch.device, *, quantised: bool
+) -> None:
     """Compiles every kernel for a network, or fetches it from Triton's cache on disk."""
     half, kv_heads = arch.head_dim // 2, arch.num_kv_heads
     row = torch.zeros(1, arch.hidden_size, dtype=dtype, device=device)
     rms_norm(row, row[0], arch.rms_norm_eps)
-    swiglu(row.new_zeros(1, 2 * arch.intermediate_size))
+    gate_up = row.new_zeros(1, 2 * arch.intermediate_size)
+    swiglu(gate_up)
+    if quantised:
+        swiglu_quantised(gate_up)
+        quantise_rows(row, row[0], arch.rms_norm_eps)
+        quantise_rows(row)
     norm = row.new_zeros(2, half)
     table = row.new_zeros(1, 1, arch.head_dim)
     room = row.new_zeros(1, kv_heads, arch.head_dim)
