@@ -20,6 +20,9 @@ from sensebatch.engine.model.transformer import DecoderLayer, SwiGLU
 ROOM_TOKENS = 1024
 """Tokens that a decoder makes room for at a time behind what is cached."""
 
+TILE_SIDE = 16
+"""Rows and columns of matrices are a multiple of this, or their tiles would be too small."""
+
 Extend = Callable[[Sequence[tuple[KVCache, Sequence[int]]]], Tensor]
 """Caches tokens of some sequences and returns the outputs `[S, D]` of their last ones."""
 
@@ -65,7 +68,7 @@ class FastDecoder:
         caches: Of each sequence, on the device; at most `decode_kernels.MAX_SEQUENCES`. Until the
             decoder is gone they share one buffer.
         most_tokens: No sequence is given more.
-        as_graph: Whether a step is captured, because all its weights stay where they are.
+        as_graph: Whether a step is captured; see `can_capture`.
     """
 
     def __init__(
@@ -74,19 +77,21 @@ class FastDecoder:
         self._network = network
         self._caches = caches
         self._left = most_tokens
-        self._as_graph = as_graph and network.device.type == "cuda"
+        self._as_graph = as_graph
         count, device = len(caches), network.device
         self._tokens_S = torch.zeros(count, dtype=torch.int64, device=device)
         self._lengths_S = torch.zeros_like(self._tokens_S)
         self._angles_S = torch.zeros_like(self._tokens_S)
         self._sequences_S = torch.arange(count, device=device)
         self._given = torch.zeros(count, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._num_steps = 0
         self._make_room()
 
     def _make_room(self) -> None:
         """Gives every sequence room for more tokens, and so an address that a graph may know."""
         network = self._network
+        # What an old one holds is gone before there are two buffers.
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._is_first = True
         room = min(self._left, ROOM_TOKENS)
         self._room = SharedRoom(self._caches, room)
         ends = [cache.next_t + room + 1 for cache in self._caches]
@@ -96,7 +101,6 @@ class FastDecoder:
         self._rotary = network.token_rotary(positions)
         self._lengths_S.copy_(torch.tensor([cache.length for cache in self._caches]))
         self._angles_S.copy_(torch.tensor([cache.next_t for cache in self._caches]))
-        self._graph: torch.cuda.CUDAGraph | None = None
         self._left_in_room = room
 
     def step(self, taken: Sequence[tuple[int, int]]) -> list[int]:
@@ -113,12 +117,13 @@ class FastDecoder:
             cache.advance(1, cache.next_t + 1)
         self._left -= 1
         self._left_in_room -= 1
-        self._num_steps += 1
         return [choices[index] for index, _ in taken]
 
     def _run(self) -> None:
-        if not self._as_graph or self._num_steps == 0:
-            # Also the first step of a graph to come, so that everything has been used once.
+        if not self._as_graph or self._is_first:
+            # Also the first step in every room: kernels that its size asks for must have been
+            # loaded before a step is captured.
+            self._is_first = False
             self._compute()
             return
         if self._graph is None:
@@ -167,11 +172,22 @@ class FastDecoder:
 
 
 def can_decode_fast(network: Network) -> bool:
-    """Returns whether `FastDecoder` knows the layers of a network."""
-    layers = network.understanding.layers
-    return network.fused and all(
-        isinstance(layer.mlp, SwiGLU) and type(layer.qkv) is nn.Linear for layer in layers
+    """Returns whether `FastDecoder` knows the layers of a network, and its kernels their sizes."""
+    layers, arch = network.understanding.layers, network.arch
+    return (
+        network.fused
+        and arch.hidden_size % TILE_SIDE == arch.intermediate_size % TILE_SIDE == 0
+        and all(isinstance(layer.mlp, SwiGLU) and type(layer.qkv) is nn.Linear for layer in layers)
     )
+
+
+def can_capture(network: Network) -> bool:
+    """Returns whether a step can be a CUDA graph, if its layers stay where they are.
+
+    Embeddings in host memory are looked up there, for which the host would have to wait.
+    """
+    device = network.device
+    return device.type == "cuda" and network.embed_tokens.weight.device == device
 
 
 def new_decoder(
@@ -183,10 +199,20 @@ def new_decoder(
     choose: Callable[[Tensor], list[int]],
     as_graph: bool,
 ) -> Decoder:
-    """Returns the fastest decoder that a network allows; see the two for the arguments."""
+    """Returns the fastest decoder that a network allows; see the two for the arguments.
+
+    Args:
+        network: Loaded.
+        caches: See `FastDecoder`.
+        most_tokens: See `FastDecoder`.
+        extend: See `PlainDecoder`.
+        choose: See `PlainDecoder`.
+        as_graph: Whether the weights of all layers stay where they are.
+    """
     if can_decode_fast(network):
         from sensebatch.engine.model import decode_kernels
 
         if len(caches) <= decode_kernels.MAX_SEQUENCES:
+            as_graph = as_graph and can_capture(network)
             return FastDecoder(network, caches, most_tokens, as_graph=as_graph)
     return PlainDecoder(caches, extend, choose)

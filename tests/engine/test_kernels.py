@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from sensebatch.engine.decoding import FastDecoder, PlainDecoder
+from sensebatch.engine.decoding import (
+    FastDecoder,
+    PlainDecoder,
+    can_capture,
+    can_decode_fast,
+)
 from sensebatch.engine.model.attention import sdpa
+from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.patchify import image_to_tokens
 from sensebatch.engine.model.quantized import quantise_rows
 from sensebatch.engine.model.rope import rotate_token_heads, token_rotary
@@ -248,3 +257,60 @@ def test_only_fused_dense_networks_decode_fast() -> None:
         assert decoder is not None
         assert any(isinstance(cell.cell_contents, expected) for cell in decoder)
         assert build_network(config, fused=fused).fused == fused
+
+
+@interpreted
+def test_a_step_is_captured_only_where_its_kernels_have_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A larger room may ask for other kernels, which cannot be loaded while a graph is made."""
+    case = load_case("dense_fm", "prefix_text")
+    runner = build_runner(case, fused=True)
+    extension = runner.new_extension(Prompt(token_ids=(1, 2, 3)))
+    eager, captured = [], []
+    seen = eager
+
+    def watched(q: torch.Tensor, keys: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        seen.append(keys.shape[1])
+        return q.flatten(1)
+
+    def product(
+        x: torch.Tensor, weight: torch.Tensor, *, swiglu: bool = False, **_: object
+    ) -> torch.Tensor:
+        return x.new_zeros(x.shape[0], weight.shape[0] // (2 if swiglu else 1))
+
+    @contextmanager
+    def capture(*_: object, **__: object) -> Iterator[None]:
+        nonlocal seen
+        seen = captured
+        yield
+        seen = eager
+
+    monkeypatch.setattr(decode_kernels, "attend", watched)
+    monkeypatch.setattr(decode_kernels, "product", product)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Mock)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr("sensebatch.engine.decoding.ROOM_TOKENS", 2)
+    with infer():
+        runner.extend([extension])
+        decoder = FastDecoder(runner.network, [extension.cache], 4, as_graph=True)
+        for _ in range(4):
+            decoder.step([(0, 1)])
+    assert len(set(captured)) == 2
+    assert set(captured) == set(eager)
+
+
+def test_a_graph_needs_the_embeddings_on_the_gpu() -> None:
+    gpu, host = torch.device("cuda:0"), torch.device("cpu")
+    for device, embeddings, expected in ((gpu, gpu, True), (gpu, host, False), (host, host, False)):
+        network = Mock(device=device)
+        network.embed_tokens.weight.device = embeddings
+        assert can_capture(network) == expected
+
+
+@pytest.mark.parametrize("sizes", [{"hidden_size": 72}, {"intermediate_size": 100}])
+def test_matrices_that_no_tile_fits_are_decoded_plainly(sizes: dict[str, int]) -> None:
+    arch = golden_architecture("dense_fm")
+    with torch.device("meta"):
+        assert can_decode_fast(Network(arch, fused=True))
+        assert not can_decode_fast(Network(replace(arch, **sizes), fused=True))
