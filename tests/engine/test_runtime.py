@@ -1,0 +1,138 @@
+"""Which attention is taken where, and that a backend that is named is never replaced."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+from sensebatch.checkpoint.files import open_checkpoint
+from sensebatch.engine.model import attention
+from sensebatch.engine.runtime import is_tileable, resolve_attention, resolve_fused
+from sensebatch.errors import ConfigError
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch):
+    """Returns a function that makes modules look installed; nothing else of flash-attn is."""
+    names: set[str] = set()
+
+    def find_spec(name: str):
+        return importlib.machinery.ModuleSpec(name, None) if name in names else None
+
+    monkeypatch.setattr(attention.importlib.util, "find_spec", find_spec)
+    attention._flash_function.cache_clear()
+    yield names.update
+    attention._flash_function.cache_clear()
+
+
+def on_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+
+
+@pytest.mark.parametrize(
+    ("capability", "modules", "expected"),
+    [
+        ((9, 0), [], "cudnn"),
+        ((9, 0), ["flash_attn"], "cudnn"),
+        ((8, 9), [], "sdpa"),
+        ((8, 9), ["flash_attn"], "flash"),
+    ],
+)
+def test_auto_takes_the_fastest_that_can_be_used(
+    monkeypatch: pytest.MonkeyPatch, installed, capability, modules, expected
+) -> None:
+    installed(modules)
+    on_gpu(monkeypatch, capability)
+    assert resolve_attention("auto", "cuda", "bfloat16") == expected
+    assert resolve_attention("auto", "cuda", "float32") == "sdpa"
+    assert resolve_attention("auto", "cpu", "bfloat16") == "sdpa"
+
+
+@pytest.mark.parametrize("backend", ["cudnn", "flash"])
+def test_named_backends_never_fall_back(backend: str) -> None:
+    with pytest.raises(ConfigError, match=f"expected {backend} to be usable: it needs a CUDA"):
+        resolve_attention(backend, "cpu", "bfloat16")
+    with pytest.raises(ConfigError, match="half precision, found cuda and float32"):
+        resolve_attention(backend, "cuda", "float32")
+    assert resolve_attention("sdpa", "cuda", "float32") == "sdpa"
+
+
+def test_a_missing_package_is_named(installed) -> None:
+    installed([])
+    with pytest.raises(ConfigError, match="flash-attn package is not installed"):
+        resolve_attention("flash", "cuda", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("modules", "expected"),
+    [
+        (["flash_attn", "flash_attn.cute", "flash_attn_interface"], "flash_attn_interface"),
+        (["flash_attn", "flash_attn.cute"], "flash_attn.cute"),
+        (["flash_attn"], "flash_attn"),
+        ([], None),
+    ],
+)
+def test_the_newest_form_of_flash_attn_is_taken(installed, modules, expected) -> None:
+    installed(modules)
+    assert attention.flash_module() == expected
+
+
+@pytest.mark.parametrize("with_sums", [True, False])
+def test_flash_attention_is_asked_for_one_sequence(
+    monkeypatch: pytest.MonkeyPatch, installed, with_sums: bool
+) -> None:
+    """Of the package only what is called is known here; the newer forms also return sums."""
+
+    def flash_attn_func(q, k, v, causal):
+        out = torch.stack([attention.sdpa(*of_one, causal) for of_one in zip(q, k, v, strict=True)])
+        return (out, torch.zeros(())) if with_sums else out
+
+    module = ModuleType("flash_attn")
+    module.flash_attn_func = flash_attn_func
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    installed(["flash_attn"])
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 4, 8), torch.randn(5, 2, 8), torch.randn(5, 2, 8)
+    for causal in (True, False):
+        expected = attention.sdpa(q, k, v, causal)
+        assert torch.equal(attention.flash(q, k, v, causal), expected)
+
+
+def test_cudnn_is_for_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which kernel computes cannot be seen on a CPU, but which ones torch is allowed can."""
+    allowed = []
+
+    def record(q, *_):
+        allowed.append(torch.backends.cuda.flash_sdp_enabled())
+        return q
+
+    monkeypatch.setattr(attention, "sdpa", record)
+    for queries, causal in (
+        (attention.CUDNN_LEAST_QUERIES, False),
+        (attention.CUDNN_LEAST_QUERIES - 1, False),
+        (attention.CUDNN_LEAST_QUERIES, True),
+    ):
+        attention.cudnn(torch.zeros(queries, 1, 8), torch.zeros(1, 1, 8), torch.zeros(1), causal)
+    assert allowed == [False, True, True]
+
+
+def test_kernels_are_for_gpus_with_triton_and_heads_of_powers_of_two(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    large = open_checkpoint("synthetic:8b").architecture
+    tiny = open_checkpoint("tiny").architecture
+    assert is_tileable(large)
+    assert not is_tileable(tiny)
+    runtime = sys.modules["sensebatch.engine.runtime"]
+    spec = importlib.machinery.ModuleSpec("triton", None)
+    for found in (spec, None):
+        monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda _, found=found: found)
+        assert resolve_fused(True, "cuda", large) == (found is spec)
+        assert not resolve_fused(True, "cuda", tiny)
+        assert not resolve_fused(False, "cuda", large)
+        assert not resolve_fused(True, "cpu", large)
