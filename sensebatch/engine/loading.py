@@ -13,6 +13,7 @@ from accelerate import init_empty_weights
 from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.checkpoint.files import Checkpoint, check_tensors
 from sensebatch.checkpoint.tensors import expected_tensors
+from sensebatch.engine.decoding import can_decode_fast
 from sensebatch.engine.device_memory import empty_cache, translated_out_of_memory
 from sensebatch.engine.lora import Lora
 from sensebatch.engine.model.attention import CUDNN_LEAST_QUERIES, Attention
@@ -64,6 +65,13 @@ class NetworkLoader:
             CheckpointError: A file cannot be read.
             OutOfMemoryError: The device or the host has less memory than was planned with.
         """
+        network = self.new_network()
+        with translated_out_of_memory(f"the weights did not fit {self.device}"):
+            residency = Residency(network, self.source, placement, self.device)
+        return network, residency
+
+    def new_network(self) -> Network:
+        """Returns the network without weights."""
         with init_empty_weights():
             network = Network(self.arch, fused=self.fused)
         network = network.to(self.dtype).requires_grad_(False).eval()
@@ -71,9 +79,7 @@ class NetworkLoader:
             network.generation.use_fp8()
         if self.precision == "fp8-all":
             network.understanding.use_fp8()
-        with translated_out_of_memory(f"the weights did not fit {self.device}"):
-            residency = Residency(network, self.source, placement, self.device)
-        return network, residency
+        return network
 
 
 def warm_up(
@@ -108,8 +114,8 @@ def warm_up(
         )
         k_TKE = q_THE[:, : arch.num_kv_heads].contiguous()
         attention(q_THE, k_TKE, k_TKE, False)
-        if arch.understanding_moe is None:
-            for count in sequences:
+        if can_decode_fast(loader.new_network()):
+            for count in (n for n in sequences if n <= decode_kernels.MAX_SEQUENCES):
                 decode_kernels.warm_up(arch, loader.dtype, loader.device, count)
     del q_THE, k_TKE
     empty_cache(loader.device)

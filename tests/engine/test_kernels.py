@@ -17,6 +17,7 @@ from sensebatch.engine.decoding import (
     can_capture,
     can_decode_fast,
 )
+from sensebatch.engine.loading import NetworkLoader, warm_up
 from sensebatch.engine.model.attention import sdpa
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.patchify import image_to_tokens
@@ -38,8 +39,7 @@ from sensebatch.engine.model import decode_kernels, kernels
 
 EPS = 1e-6
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ROUNDING = 1e-5 if DEVICE == "cpu" else 5e-3
-"""On a GPU, products of float32 tiles are made in TF32."""
+ROUNDING = 1e-5
 FP8_STEP = 2**-3
 """A number between two of float8 may be rounded to either; they are a part in eight apart."""
 
@@ -92,6 +92,31 @@ def test_activations_are_quantised_as_in_torch() -> None:
     share = 1.0 if DEVICE == "cuda" else 0.9
     near = (quantised.float() - expected.float()).abs() <= FP8_STEP * expected.float().abs() + 2**-9
     assert near.float().mean() >= share
+
+
+def test_only_kernels_that_will_run_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    monkeypatch.setattr(kernels, "warm_up", Mock())
+    monkeypatch.setattr(decode_kernels, "warm_up", lambda *args: compiled.append(args[-1]))
+    monkeypatch.setattr(torch.cuda, "synchronize", Mock())
+    for arch, precision, expected in (
+        (golden_architecture("dense_fm"), None, [1, 64]),
+        (golden_architecture("dense_fm"), "fp8", [1, 64]),
+        (golden_architecture("dense_fm"), "fp8-all", []),
+        (replace(golden_architecture("dense_fm"), intermediate_size=100), None, []),
+        (golden_architecture("moe"), None, []),
+    ):
+        loader = NetworkLoader(
+            arch=arch,
+            source=Mock(),
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            fused=True,
+            precision=precision,
+        )
+        assert warm_up(loader, sdpa, [1, 64, 100]) is not None
+        assert compiled == expected
+        compiled.clear()
 
 
 def projected(tokens: int, heads: int, kv_heads: int, dim: int) -> tuple[torch.Tensor, ...]:
@@ -160,6 +185,35 @@ def test_product_of_few_rows_takes_activation_and_residual_along(
     assert_equal(decode_kernels.product(x, weight, residual=residual), expected + residual)
     gate, up = expected.chunk(2, dim=-1)
     assert_equal(decode_kernels.product(x, weight, swiglu=True), F.silu(gate) * up)
+
+
+SHARED_BYTES = {86: 101_376, 90: 232_448}
+"""Most that a program may have, by compute capability."""
+
+
+@pytest.mark.parametrize(
+    ("capability", "item_bytes", "sequences"), [(86, 2, 16), (86, 2, 64), (90, 4, 64)]
+)
+@pytest.mark.parametrize(("height", "swiglu"), [(4096, False), (6144, False), (12288, True)])
+def test_tiles_fit_what_a_program_may_have(
+    capability: int, item_bytes: int, sequences: int, height: int, swiglu: bool
+) -> None:
+    shared = SHARED_BYTES[capability]
+    rows, block, stages = decode_kernels.tile(
+        height, sequences, swiglu=swiglu, item_bytes=item_bytes, shared_bytes=shared
+    )
+    weights = rows * (2 if swiglu else 1)
+    assert stages * (weights + sequences) * block * item_bytes < shared
+    assert min(rows, block) >= decode_kernels.LEAST_ROWS
+
+
+def test_tiles_are_the_best_ones_on_a_large_gpu() -> None:
+    for height, swiglu in ((4096, False), (6144, False), (12288, True)):
+        sizes = [
+            decode_kernels.tile(height, 64, swiglu=swiglu, item_bytes=2, shared_bytes=limit)
+            for limit in (None, SHARED_BYTES[90])
+        ]
+        assert sizes[0] == sizes[1]
 
 
 @pytest.mark.parametrize("room", [40, 1500])

@@ -3,12 +3,15 @@
 A decoding step is bound by reading weights, and its launches are so short that each counts. So
 the activation behind a matrix product and the residual's sum are part of the product's kernel. The
 norm before it is not: repeated in every program it costs more than a launch. All sums are in
-float32. Tiles are those that were the fastest on an H200 for the matrices of the 8B model.
+float32, and so are products of float32. Tiles are those that were the fastest on an H200 for the
+matrices of the 8B model.
 
 Needs Triton, as `kernels` does.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
@@ -24,6 +27,8 @@ LEAST_ROWS = 16
 """Of a tile in a product of tiles."""
 WIDE_ROWS = 4096
 """Rows of a weight matrix up to which its tiles are wide, so that there are enough of them."""
+SHARED_REST = 1024
+"""Bytes of shared memory that are kept for what is not a tile of a product."""
 SPLIT_TOKENS = 64
 """Cached tokens that one program attends to at a time."""
 SPLITS = 16
@@ -88,10 +93,10 @@ def _matrix_product(
     for start in range(0, width, BLOCK):
         source = x + sequences[None, :] * width + start + columns[:, None]
         values = tl.load(source, mask=there, other=0.0)
-        total = tl.dot(tl.load(places + start), values, total)
+        total = tl.dot(tl.load(places + start), values, total, input_precision="ieee")
         if SWIGLU:
             up = tl.load(places + start + height.to(tl.int64) * width)
-            up_total = tl.dot(up, values, up_total)
+            up_total = tl.dot(up, values, up_total, input_precision="ieee")
     if SWIGLU:
         total = total / (1 + tl.exp(-total)) * up_total
     target = sequences[None, :] * height + rows[:, None]
@@ -103,6 +108,38 @@ def _matrix_product(
 def _divisor(number: int, most: int) -> int:
     """Returns the largest power of two up to `most` that divides a number."""
     return min(number & -number, most)
+
+
+@functools.cache
+def shared_bytes(device: torch.device) -> int | None:
+    """Returns the shared memory that a program may have; None where it is interpreted."""
+    if device.type != "cuda":
+        return None
+    # As Triton asks before it launches a kernel.
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    return int(properties["max_shared_mem"])
+
+
+def tile(
+    height: int, sequences: int, *, swiglu: bool, item_bytes: int, shared_bytes: int | None
+) -> tuple[int, int, int]:
+    """Returns rows, columns and stages of a product's tiles of weights.
+
+    Args:
+        height: Rows of the product.
+        sequences: Of a tile.
+        swiglu: See `product`.
+        item_bytes: Of a number.
+        shared_bytes: Tiles are narrower than is best where all stages would take more.
+    """
+    if swiglu:
+        rows, block, stages = 64, 128, 3
+    else:
+        rows, block, stages = (32, 256, 4) if height <= WIDE_ROWS else (32, 128, 6)
+    column_bytes = stages * (rows * (2 if swiglu else 1) + sequences) * item_bytes
+    while shared_bytes is not None and column_bytes * block > shared_bytes - SHARED_REST:
+        block //= 2
+    return rows, block, stages
 
 
 def product(
@@ -136,10 +173,11 @@ def product(
             *pointers, width, height, **flags, ROWS=rows, BLOCK=block, num_warps=4
         )
         return out
-    if swiglu:
-        rows, block, stages = 64, 128, 3
-    else:
-        rows, block, stages = (32, 256, 4) if height <= WIDE_ROWS else (32, 128, 6)
+    sequences = max(triton.next_power_of_2(num_sequences), LEAST_ROWS)
+    shared = shared_bytes(x_SD.device)
+    rows, block, stages = tile(
+        height, sequences, swiglu=swiglu, item_bytes=x_SD.itemsize, shared_bytes=shared
+    )
     rows = _divisor(height, rows)
     _matrix_product[(height // rows,)](
         *pointers,
@@ -147,7 +185,7 @@ def product(
         width,
         height,
         **flags,
-        SEQUENCES=max(triton.next_power_of_2(num_sequences), LEAST_ROWS),
+        SEQUENCES=sequences,
         ROWS=rows,
         BLOCK=_divisor(width, block),
         num_warps=4,
@@ -195,14 +233,16 @@ def _attend(
         inside = tokens < end
         place = base + tokens[:, None] * (KV_HEADS * DIM) + channels[None, :]
         k_tile = tl.load(keys + place, mask=inside[:, None], other=0.0)
-        scores = tl.dot(q_tile, tl.trans(k_tile)) * scale
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale
         scores = tl.where(inside[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp(scores - new_top[:, None])
         rescale = tl.exp(top - new_top)
         v_tile = tl.load(values + place, mask=inside[:, None], other=0.0)
         total = total * rescale + tl.sum(weights, 1)
-        out = out * rescale[:, None] + tl.dot(weights.to(v_tile.dtype), v_tile)
+        out = out * rescale[:, None] + tl.dot(
+            weights.to(v_tile.dtype), v_tile, input_precision="ieee"
+        )
         top = new_top
     place = row * SPLITS + split
     tl.store(highest + place, top, mask=there)
@@ -256,6 +296,8 @@ def attend(q_SHE: Tensor, k_SLKE: Tensor, v_SLKE: Tensor, lengths_S: Tensor) -> 
         BLOCK=SPLIT_TOKENS,
         SPLITS=SPLITS,
         num_warps=4,
+        # Three of float32 are more than the shared memory of most GPUs.
+        num_stages=3 if q_SHE.itemsize == 2 else 2,
     )
     out = q_SHE.new_empty(num_sequences, heads * dim)
     _combine[(num_sequences * heads,)](
