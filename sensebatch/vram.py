@@ -76,7 +76,8 @@ def place(
     host = int(host_free * HOST_SHARE) if host is None else host
     weights = weight_bytes(arch, item_bytes, precision)
     working = partial(working_bytes, arch, loads, item_bytes=item_bytes, precision=precision)
-    candidates = _candidates(weights, working, host)
+    writes = any(load.text_tokens for load in loads)
+    candidates = _candidates(weights, working, host, _fast_buffers(weights, writes=writes))
     budget = memory.vram_budget_bytes
     if memory.vram_mode != "auto":
         chosen = candidates[memory.vram_mode]
@@ -91,13 +92,19 @@ def place(
     return _within(weights, candidates, limit, asked=budget is not None)
 
 
+def _fast_buffers(weights: WeightBytes, *, writes: bool) -> int:
+    """Returns how many buffers spare denoising all copies, and decoding too where there is any."""
+    pictures = weights.buffers_for_pictures(RING)
+    return max(pictures, weights.buffers_for_text(RING)) if writes else pictures
+
+
 def _candidates(
-    weights: WeightBytes, working: Callable[..., int], host: int
+    weights: WeightBytes, working: Callable[..., int], host: int, fast_buffers: int
 ) -> dict[str, Placement]:
     most = CUDA_TOKENS_PER_PASS
     shapes = {
         "full": (None, True, most),
-        "fast": (weights.num_generation + RING, False, most),
+        "fast": (fast_buffers, False, most),
         "balanced": (RING, False, most),
         "low": (RING, False, 1),
     }
@@ -187,7 +194,7 @@ def leaner(
     weights = weight_bytes(arch, item_bytes, precision)
     embeddings = weights.embeddings if placement.embed_on_device else 0
     if placement.num_buffers is None:
-        num_buffers = weights.num_generation + RING
+        num_buffers = _fast_buffers(weights, writes=True)
         saved = weights.blocks - weights.buffers(RING, num_buffers - RING) + embeddings
         host = weights.blocks + weights.embeddings
     elif placement.num_buffers > RING:
@@ -204,7 +211,7 @@ def leaner(
         return None
     return replace(
         placement,
-        mode="fast" if num_buffers >= weights.num_generation + RING else "balanced",
+        mode="fast" if num_buffers >= weights.buffers_for_pictures(RING) else "balanced",
         num_buffers=num_buffers,
         embed_on_device=False,
         park_caches=True,

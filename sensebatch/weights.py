@@ -25,6 +25,8 @@ class WeightBytes:
     """The largest decoder layer or part of the head: what a buffer of the ring must hold."""
     kept_block: int
     """The largest layer of the generation expert: by how much memory for kept blocks grows."""
+    text_block: int
+    """The largest layer of the understanding expert or part of the head."""
     num_generation: int
     """Blocks of the generation expert."""
     num_understanding: int
@@ -38,6 +40,16 @@ class WeightBytes:
     def buffers(self, ring: int, kept: int) -> int:
         """Returns the bytes of device buffers: a ring for any block, others for kept layers."""
         return ring * self.block + kept * self.kept_block
+
+    def buffers_for_pictures(self, ring: int) -> int:
+        """Returns how many buffers keep the generation expert beside the ring."""
+        return ring + self.num_generation
+
+    def buffers_for_text(self, ring: int) -> int:
+        """Returns how many buffers keep the understanding expert and the head, the ring's memory
+        taken for them as well; at least the ring."""
+        missing = self.num_understanding * self.text_block - ring * self.block
+        return ring + max(-(-missing // self.kept_block), 0)
 
 
 def weight_bytes(arch: Architecture, item_bytes: int, precision: str | None = None) -> WeightBytes:
@@ -59,9 +71,12 @@ def weight_bytes(arch: Architecture, item_bytes: int, precision: str | None = No
             rest += spec.num_elements * item_bytes
     parts = head_part_rows(arch)
     kept = max(size for (group, _), size in layers.items() if group is TensorGroup.GENERATION)
+    part = parts[0] * arch.hidden_size * item_bytes
+    text = max(size for (group, _), size in layers.items() if group is TensorGroup.UNDERSTANDING)
     return WeightBytes(
-        block=max(*layers.values(), parts[0] * arch.hidden_size * item_bytes),
+        block=max(*layers.values(), part),
         kept_block=kept,
+        text_block=max(text, part),
         num_generation=arch.num_layers,
         num_understanding=arch.num_layers + len(parts),
         blocks=sum(layers.values()) + vocabulary * item_bytes,

@@ -36,6 +36,8 @@ class _Buffer:
     block: Block | None = None
     waiting: bool = False
     """Whether its block was copied ahead and has not been used yet."""
+    ready: bool = False
+    """Whether the computation has waited for the copy of its block."""
     copying: Future[None] | None = None
     """The host side of a copy that is not issued yet."""
     shells: dict[Layout, nn.Module] = field(default_factory=dict)
@@ -80,6 +82,13 @@ class Pool:
         self._kept: dict[Block, _Buffer] = {}
         self._ring: list[_Buffer] = []
         self._in_use: _Buffer | None = None
+        self._settled = False
+        """Whether every block of the order is in a buffer that it keeps."""
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every block of the order has a buffer for itself, until the next order."""
+        return len(self._kept) == len(self._order)
 
     def release(self) -> None:
         """Lets go of the memory; `give` must follow. What was in it is copied again."""
@@ -89,6 +98,7 @@ class Pool:
             self._lane.finish(buffer.loaded)
         self._order, self._kept, self._ring, self._active = [], {}, [], []
         self._cuts.clear()
+        self._settled = False
         self._memory = None
 
     def give(self, memory: Tensor) -> None:
@@ -111,15 +121,18 @@ class Pool:
             return
         self._order = list(order)
         self._place = {block: place for place, block in enumerate(order)}
+        self._settled = False
         for buffer in self._active:
             buffer.waiting = False
+            # Blocks that stay are lent without a mark of their own.
+            self._lane.computed(buffer.used)
         whole = keep and len(order) <= len(buffers)
         room = buffers if whole else buffers[:-RING]
         self._ring = [] if whole else buffers[-RING:]
-        self._claim([*(room if keep else ()), *self._ring])
         self._kept = {b.block: b for b in room if b.block in self._place}
         if keep:
             self._assign_kept(room, num_kept)
+        self._claim([*self._kept.values(), *self._ring])
 
     def _buffers_for(self, order: Sequence[Block]) -> list[_Buffer]:
         """Returns the memory in buffers for an order of blocks; the last ones end with it."""
@@ -161,14 +174,20 @@ class Pool:
     def _assign_kept(self, room: Sequence[_Buffer], count: int) -> None:
         """Gives so many blocks a buffer for themselves, spread over the pass.
 
-        Blocks are assigned in the order of the pass and of the buffers, so where every block has
-        a buffer of its own size, it gets that one.
+        Those that are in a buffer of this cut stay there. The others get empty buffers before
+        such as other orders have filled, in the order of the pass and of the buffers; so where
+        every block has a buffer of its own size, it gets that one.
         """
         order = self._order
         chosen = {order[i * len(order) // count] for i in range(count)} if count else set()
         self._kept = {block: buffer for block, buffer in self._kept.items() if block in chosen}
         taken = set(map(id, self._kept.values()))
-        free = iter([buffer for buffer in room if id(buffer) not in taken])
+        filled = [buffer for buffer in self._active if buffer.block is not None]
+
+        def costs(buffer: _Buffer) -> bool:
+            return any(buffer.overlaps(other) for other in filled)
+
+        free = iter(sorted((b for b in room if id(b) not in taken), key=costs))
         for block in order:
             if block in chosen and block not in self._kept:
                 self._kept[block] = next(free)
@@ -181,6 +200,9 @@ class Pool:
             CheckpointError: The weights could not be read again.
         """
         buffer = self._where.get(block) or self._load(block)
+        if self._settled and buffer.ready:
+            yield buffer.shell(block)
+            return
         self._in_use = buffer
         try:
             self._look_ahead(block)
@@ -192,6 +214,7 @@ class Pool:
                     raise
                 buffer.copying = None
             self._lane.wait(buffer.loaded)
+            buffer.ready = True
             buffer.waiting = False
             yield buffer.shell(block)
         finally:
@@ -202,7 +225,7 @@ class Pool:
     def _look_ahead(self, block: Block) -> None:
         """Starts copying the blocks behind one, as far as there are buffers for them."""
         place = self._place.get(block)
-        if place is None or len(self._kept) == len(self._order) <= len(self._where):
+        if place is None or self._settled:
             return
         for distance in range(1, len(self._order)):
             following = self._order[(place + distance) % len(self._order)]
@@ -212,6 +235,7 @@ class Pool:
             if buffer is None:
                 return
             self._fill(buffer, following)
+        self._settled = self.keeps_all and block in self._where
 
     def _free_ring_buffer(self) -> _Buffer | None:
         for buffer in self._ring:
@@ -232,6 +256,7 @@ class Pool:
         self._forget(buffer)
         buffer.block = block
         buffer.waiting = True
+        buffer.ready = False
         self._where[block] = buffer
         target = buffer.flat[: block.layout.num_bytes]
         buffer.copying = self._host.copy(block, target, self._lane, buffer.used, buffer.loaded)
@@ -250,4 +275,6 @@ class Pool:
         if buffer.block is not None:
             self._where.pop(buffer.block, None)
         buffer.block = None
+        buffer.ready = False
         buffer.waiting = False
+        self._settled = False

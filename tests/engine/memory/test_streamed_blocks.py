@@ -84,7 +84,7 @@ def expected_blocks(num_buffers: int, text_passes: int) -> float:
     return passes.copied_bytes
 
 
-@pytest.mark.parametrize("num_buffers", [2, 3, 6, 9, 11])
+@pytest.mark.parametrize("num_buffers", [2, 3, 6, 9, 11, 13, 15, 17])
 @pytest.mark.parametrize("text_passes", [0, 30])
 def test_blocks_copied_are_those_expected(
     num_buffers: int, text_passes: int, monkeypatch: pytest.MonkeyPatch
@@ -92,14 +92,6 @@ def test_blocks_copied_are_those_expected(
     counted = counted_blocks(num_buffers, text_passes, monkeypatch)
     # Each of a batch's phases copies ahead, and may lose, as much as the ring holds.
     assert counted == pytest.approx(expected_blocks(num_buffers, text_passes), abs=3 * RING)
-
-
-@pytest.mark.parametrize("text_passes", [0, 30])
-def test_with_room_for_much_of_both_experts_no_fewer_blocks_are_copied_than_expected(
-    text_passes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    counted = counted_blocks(15, text_passes, monkeypatch)
-    assert counted >= expected_blocks(15, text_passes) - 3 * RING
 
 
 def test_nothing_is_copied_where_all_blocks_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
