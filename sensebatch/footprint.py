@@ -20,6 +20,15 @@ ROWS = 4096
 does not grow with the batch. Matrix products of this many rows already run at full speed."""
 MAX_PREFILL_TOKENS = 8192
 """Tokens of prompts in one pass; a longer prompt has a pass of its own."""
+ROOM_TOKENS = 1024
+"""Tokens that decoding makes room for at a time behind what is cached."""
+GROWTH_TOKENS = 128
+"""A cache that must grow grows by at least this many tokens."""
+ATTENTION_SPLITS = 16
+"""Programs that share the cached tokens of one key/value head while a token is decoded."""
+ROOM_SPARE = 16
+"""Places behind that room: for what is written behind sequences that have ended, and for the few
+tokens that lead over from text to a picture."""
 TOKEN_NUMBERS = 32 * 32 * 3
 WORKSPACE_BYTES = 128 * MIB
 """Of the matrix and attention libraries, and what the allocator rounds up."""
@@ -53,9 +62,13 @@ class Load:
         return total
 
 
-def quantising_bytes(arch: Architecture, precision: str | None) -> int:
-    """Returns what quantising the activations of a pass takes for a moment."""
-    if precision is None:
+def quantising_bytes(arch: Architecture, precision: str | None, *, fused: bool = False) -> int:
+    """Returns what quantising the activations of a pass takes for a moment.
+
+    Nothing on top with kernels that quantise: float8 numbers take the place of wider ones, and
+    those together are more than the product that is added to the residual.
+    """
+    if precision is None or fused:
         return 0
     widest = max(arch.hidden_size, arch.num_heads * arch.head_dim, arch.intermediate_size)
     return ROWS * widest * (SCALE_BYTES + 1)
@@ -66,14 +79,27 @@ def cache_bytes(arch: Architecture, tokens: int, item_bytes: int) -> int:
     return arch.num_layers * 2 * tokens * arch.num_kv_heads * arch.head_dim * item_bytes
 
 
-def _half_numbers(arch: Architecture, rows: int) -> tuple[int, int]:
-    """Returns the numbers that the two halves of a layer need for a moment for so many tokens."""
+def _half_numbers(arch: Architecture, rows: int, *, fused: bool) -> tuple[int, int]:
+    """Returns the numbers that the two halves of a layer need for a moment for so many tokens.
+
+    Args:
+        arch: The network's shape.
+        rows: Tokens.
+        fused: Whether chains of small operations are kernels, which keep nothing in between.
+    """
     hidden, query = arch.hidden_size, arch.num_heads * arch.head_dim
     key = arch.num_kv_heads * arch.head_dim
+    if fused:
+        product = query + 2 * key
+        return rows * (product + max(hidden, product)), rows * max(
+            hidden + 2 * arch.intermediate_size, 3 * arch.intermediate_size
+        )
     return rows * (hidden + 6 * query + 2 * key), rows * (hidden + 3 * arch.intermediate_size)
 
 
-def _prompt_pass_bytes(arch: Architecture, tokens: int, longest: int, item_bytes: int) -> int:
+def _prompt_pass_bytes(
+    arch: Architecture, tokens: int, longest: int, item_bytes: int, *, fused: bool
+) -> int:
     """Returns what a pass of prompt tokens needs beside their caches.
 
     Args:
@@ -81,9 +107,10 @@ def _prompt_pass_bytes(arch: Architecture, tokens: int, longest: int, item_bytes
         tokens: Of the pass.
         longest: Keys of its longest sequence.
         item_bytes: Of a number.
+        fused: See `_half_numbers`.
     """
     query, key = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-    project, finish = _half_numbers(arch, min(tokens, ROWS))
+    project, finish = _half_numbers(arch, min(tokens, ROWS), fused=fused)
     projected = tokens * (query + 2 * key)
     attended = tokens * query
     # Values of one part are a view of what was projected before the heads were normed.
@@ -94,7 +121,13 @@ def _prompt_pass_bytes(arch: Architecture, tokens: int, longest: int, item_bytes
 
 
 def _picture_pass_bytes(
-    arch: Architecture, pictures: int, image_tokens: int, prefix: int, item_bytes: int
+    arch: Architecture,
+    pictures: int,
+    image_tokens: int,
+    prefix: int,
+    item_bytes: int,
+    *,
+    fused: bool,
 ) -> int:
     """Returns what a denoising pass needs beside the caches.
 
@@ -104,10 +137,11 @@ def _picture_pass_bytes(
         image_tokens: Of a picture.
         prefix: Of the longest one.
         item_bytes: Of a number.
+        fused: See `_half_numbers`.
     """
     query, key = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     part = min(max(ROWS // image_tokens, 1), pictures) * image_tokens
-    project, finish = _half_numbers(arch, min(part, ROWS))
+    project, finish = _half_numbers(arch, min(part, ROWS), fused=fused)
     attended = part * query
     held = (arch.hidden_size + 2 * arch.head_dim) * pictures * image_tokens
     held += 2 * (image_tokens + prefix) * key
@@ -119,7 +153,13 @@ def _picture_pass_bytes(
 
 
 def denoise_bytes(
-    arch: Architecture, load: Load, jobs: int, item_bytes: int, *, cached_jobs: int | None = None
+    arch: Architecture,
+    load: Load,
+    jobs: int,
+    item_bytes: int,
+    *,
+    cached_jobs: int | None = None,
+    fused: bool = False,
 ) -> int:
     """Returns what drawing the pictures of some jobs together takes, weights not counted.
 
@@ -129,6 +169,7 @@ def denoise_bytes(
         jobs: How many share the pass.
         item_bytes: Of a number.
         cached_jobs: How many have their prefixes on the device; only theirs if None.
+        fused: Whether chains of small operations are kernels.
     """
     tokens = load.group.resolution.image_tokens
     branches = len(load.group.branches)
@@ -140,11 +181,13 @@ def denoise_bytes(
     pictures = (jobs + 1) * branches + jobs + max(jobs, 1)
     predicted = 4 * TOKEN_NUMBERS * tokens * pictures
     patch_rotary = 2 * 4 * 4 * tokens * arch.vision_hidden_size // 2
-    network = _picture_pass_bytes(arch, jobs * branches, tokens, longest, item_bytes)
+    network = _picture_pass_bytes(arch, jobs * branches, tokens, longest, item_bytes, fused=fused)
     return caches + state + patch_rotary + max(network, predicted)
 
 
-def prompt_bytes(arch: Architecture, load: Load, item_bytes: int, *, parked: bool) -> int:
+def prompt_bytes(
+    arch: Architecture, load: Load, item_bytes: int, *, parked: bool, fused: bool = False
+) -> int:
     """Returns what prompts and decoding of a batch take, weights not counted.
 
     Args:
@@ -152,20 +195,54 @@ def prompt_bytes(arch: Architecture, load: Load, item_bytes: int, *, parked: boo
         load: The batch's group.
         item_bytes: Of a number.
         parked: Whether prompts that are done wait in host memory.
+        fused: Whether chains of small operations are kernels.
     """
     branches = sum(branch != "uncond" for branch in load.group.branches)
-    total = load.prompt_tokens * branches * load.batch_size
-    tokens = max(min(total, MAX_PREFILL_TOKENS), load.prompt_tokens)
-    longest = load.prompt_tokens + load.text_tokens + load.drawn_tokens
-    cached = load.prefix_tokens * load.batch_size
-    if parked and not load.text_tokens:
-        cached = min(cached, tokens)
+    prompts = branches * load.batch_size
+    together = min(max(MAX_PREFILL_TOKENS // load.prompt_tokens, 1), prompts)
+    # The system turn has gone through a pass of its own.
+    tokens = max(together * (load.prompt_tokens - load.system_tokens), load.system_tokens)
+    cached = load.prompt_tokens * (together if parked else prompts)
     logits = load.batch_size * arch.vocab_size * 2 * item_bytes
-    return (
+    reading = (
         cache_bytes(arch, cached + load.system_tokens, item_bytes)
-        + _prompt_pass_bytes(arch, tokens, longest, item_bytes)
+        + _prompt_pass_bytes(arch, tokens, load.prompt_tokens, item_bytes, fused=fused)
         + logits
     )
+    if not load.text_tokens:
+        return reading
+    return max(reading, _text_bytes(arch, load, item_bytes, parked=parked, fused=fused) + logits)
+
+
+def _text_bytes(
+    arch: Architecture, load: Load, item_bytes: int, *, parked: bool, fused: bool
+) -> int:
+    """Returns what a batch takes when its jobs have decoded all their text; see `prompt_bytes`.
+
+    Caches grow layer by layer, so that only one layer is there twice. Memory for text is counted
+    as if all of it came, whatever steps it is taken in.
+    """
+    branches = sum(branch != "uncond" for branch in load.group.branches)
+    longest = load.prompt_tokens + load.text_tokens + load.drawn_tokens
+    one_by_one = load.drawn_tokens > 0 or not fused
+    of_text = longest + (GROWTH_TOKENS if one_by_one else ROOM_SPARE)
+    # Pictures are read back into every branch; behind a thought only one cache is grown.
+    others = load.prefix_tokens - longest if load.drawn_tokens or not parked else 0
+    kept = 0 if parked else load.system_tokens
+    cached = load.batch_size * (of_text + others) + kept
+    caches = cache_bytes(arch, cached, item_bytes)
+    twice = cache_bytes(arch, load.batch_size * of_text, item_bytes) // arch.num_layers
+    text_pass = _prompt_pass_bytes(arch, load.batch_size, longest, item_bytes, fused=fused)
+    if fused:
+        # Partial results of attention, and cosines and sines of every position as they are made.
+        rows = load.batch_size * arch.num_heads * ATTENTION_SPLITS
+        text_pass += 4 * rows * (arch.head_dim + 2) + 16 * longest * arch.head_dim
+    if not load.drawn_tokens:
+        return caches + max(twice, text_pass)
+    picture = load.group.resolution.image_tokens + 1
+    tokens = max(min(picture * branches * load.batch_size, MAX_PREFILL_TOKENS), picture)
+    read_back = _prompt_pass_bytes(arch, tokens, longest, item_bytes, fused=fused)
+    return caches + twice + max(text_pass, read_back)
 
 
 def jobs_per_pass(load: Load, tokens_per_pass: int) -> int:
@@ -182,14 +259,16 @@ def working_bytes(
     *,
     parked: bool,
     precision: str | None = None,
+    fused: bool = False,
 ) -> int:
     """Returns the most that any group needs beside the weights."""
     most = 0
     for load in loads:
         jobs = jobs_per_pass(load, tokens_per_pass)
         cached = jobs if parked else load.batch_size
-        drawing = denoise_bytes(arch, load, jobs, item_bytes, cached_jobs=cached)
+        drawing = denoise_bytes(arch, load, jobs, item_bytes, cached_jobs=cached, fused=fused)
         # Kept for the next batch; in host memory where prompts wait there.
         drawing += 0 if parked else cache_bytes(arch, load.system_tokens, item_bytes)
-        most = max(most, drawing, prompt_bytes(arch, load, item_bytes, parked=parked))
-    return WORKSPACE_BYTES + quantising_bytes(arch, precision) + most
+        prompts = prompt_bytes(arch, load, item_bytes, parked=parked, fused=fused)
+        most = max(most, drawing, prompts)
+    return WORKSPACE_BYTES + quantising_bytes(arch, precision, fused=fused) + most

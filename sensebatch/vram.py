@@ -55,6 +55,7 @@ def place(
     device_free: int | None,
     host_free: int,
     precision: str | None = None,
+    fused: bool = False,
 ) -> Placement:
     """Returns the fastest placement that fits, or the one that was asked for.
 
@@ -66,6 +67,7 @@ def place(
         device_free: Bytes the device has free; None where the host is the device.
         host_free: Bytes the host has free.
         precision: `fp8` or `fp8-all` for linear layers in float8.
+        fused: Whether chains of small operations are kernels.
 
     Raises:
         ConfigError: It cannot fit; the message says the smallest budget that would.
@@ -75,7 +77,9 @@ def place(
     host = memory.host_budget_bytes
     host = int(host_free * HOST_SHARE) if host is None else host
     weights = weight_bytes(arch, item_bytes, precision)
-    working = partial(working_bytes, arch, loads, item_bytes=item_bytes, precision=precision)
+    working = partial(
+        working_bytes, arch, loads, item_bytes=item_bytes, precision=precision, fused=fused
+    )
     writes = any(load.text_tokens for load in loads)
     candidates = _candidates(weights, working, host, _fast_buffers(weights, writes=writes))
     budget = memory.vram_budget_bytes

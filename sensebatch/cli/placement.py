@@ -59,6 +59,7 @@ def memory_summary(
         num_jobs=[group.num_jobs for group in plan.groups],
         item_bytes=ITEM_BYTES[config.model.dtype],
         precision=config.model.quantised,
+        fused=config.model.compile,
         machine=machine,
     )
     memory = config.memory
@@ -85,6 +86,8 @@ class _Run:
     """Of each load's group."""
     item_bytes: int
     precision: str | None
+    fused: bool
+    """Whether chains of small operations are kernels, as on a GPU."""
     machine: MachineSpeeds | None
 
     def placed(self, memory: MemoryConfig) -> dict[str, Any]:
@@ -100,6 +103,7 @@ class _Run:
             list(self.loads),
             item_bytes=self.item_bytes,
             precision=self.precision,
+            fused=self.fused,
             # A mode that was asked for by name is shown, whatever this machine has.
             device_free=None if named or self.machine is None else self.machine.free_bytes,
             host_free=ENOUGH_BYTES,
@@ -138,6 +142,7 @@ class _Run:
             self.item_bytes,
             parked=placement.park_caches,
             precision=self.precision,
+            fused=self.fused,
         )
 
     def _waiting(self, load: Load, placement: Placement) -> int:

@@ -2,7 +2,7 @@
 
 `PlainDecoder` runs the network's ordinary passes and works everywhere. `FastDecoder` keeps the
 caches of all sequences in one buffer and computes a step with a few kernels for each layer, as a
-CUDA graph where all weights stay on the device. Shape suffixes: S sequences.
+CUDA graph where the weights that it needs stay on the device. Shape suffixes: S sequences.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ from torch import Tensor, nn
 from sensebatch.engine.model.kv_cache import KVCache, SharedRoom
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.transformer import DecoderLayer, SwiGLU
-
-ROOM_TOKENS = 1024
-"""Tokens that a decoder makes room for at a time behind what is cached."""
+from sensebatch.footprint import ROOM_SPARE, ROOM_TOKENS
 
 TILE_SIDE = 16
 """Rows and columns of matrices are a multiple of this, or their tiles would be too small."""
@@ -65,10 +63,11 @@ class FastDecoder:
 
     Args:
         network: Fused, with dense layers of unquantised weights in the understanding expert.
-        caches: Of each sequence, on the device; at most `decode_kernels.MAX_SEQUENCES`. Until the
-            decoder is gone they share one buffer.
+        caches: Of each sequence, wherever they are; at most `decode_kernels.MAX_SEQUENCES`. Until
+            the decoder is gone they share one buffer.
         most_tokens: No sequence is given more.
-        as_graph: Whether a step is captured; see `can_capture`.
+        as_graph: Whether a step is captured, because its weights, once used, stay where they are;
+            embeddings may be in host memory.
     """
 
     def __init__(
@@ -79,22 +78,27 @@ class FastDecoder:
         self._left = most_tokens
         self._as_graph = as_graph
         count, device = len(caches), network.device
-        self._tokens_S = torch.zeros(count, dtype=torch.int64, device=device)
-        self._lengths_S = torch.zeros_like(self._tokens_S)
-        self._angles_S = torch.zeros_like(self._tokens_S)
+        hidden = network.arch.hidden_size
+        self._x_SD = torch.zeros(count, hidden, dtype=network.dtype, device=device)
+        self._choices_S = torch.zeros(count, dtype=torch.int64, device=device)
+        self._lengths_S = torch.zeros_like(self._choices_S)
+        self._angles_S = torch.zeros_like(self._choices_S)
         self._sequences_S = torch.arange(count, device=device)
         self._given = torch.zeros(count, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._room: SharedRoom | None = None
         self._make_room()
 
     def _make_room(self) -> None:
         """Gives every sequence room for more tokens, and so an address that a graph may know."""
         network = self._network
-        # What an old one holds is gone before there are two buffers.
+        # What an old graph holds is gone before there is more; of an old room only the caches know,
+        # which leave it layer by layer.
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._room = None
         self._is_first = True
         room = min(self._left, ROOM_TOKENS)
-        self._room = SharedRoom(self._caches, room)
-        ends = [cache.next_t + room + 1 for cache in self._caches]
+        self._room = SharedRoom(self._caches, room, network.device)
+        ends = [cache.next_t + room + ROOM_SPARE for cache in self._caches]
         # Text has no rows and columns.
         positions = torch.arange(max(ends), device=network.device).repeat(3, 1)
         positions[1:] = 0
@@ -109,9 +113,10 @@ class FastDecoder:
             self._make_room()
         for index, token in taken:
             self._given[index] = token
-        self._tokens_S.copy_(self._given, non_blocking=True)
+        # Outside the graph: the table may be in host memory.
+        self._x_SD.copy_(self._network.embed_text(self._given))
         self._run()
-        choices = self._tokens_S.tolist()
+        choices = self._choices_S.tolist()
         for index, _ in taken:
             cache = self._caches[index]
             cache.advance(1, cache.next_t + 1)
@@ -134,18 +139,20 @@ class FastDecoder:
         self._graph.replay()
 
     def _compute(self) -> None:
-        """Goes from the tokens of all sequences to those that follow; allocates alike each time."""
+        """Goes from embedded tokens to the choices that follow; allocates alike each time."""
         from sensebatch.engine.model import decode_kernels, kernels
 
         network, expert = self._network, self._network.understanding
         eps = network.arch.rms_norm_eps
-        x_SD = network.embed_text(self._tokens_S)
-        places_S = self._room.places(self._sequences_S, self._lengths_S)
+        x_SD = self._x_SD
+        room = self._room
+        assert room is not None
+        places_S = room.places(self._sequences_S, self._lengths_S)
         for index in range(len(expert.layers)):
             with expert.lend(index) as layer:
                 assert isinstance(layer, DecoderLayer)
                 assert isinstance(layer.mlp, SwiGLU)
-                keys, values = self._room.layer(index)
+                keys, values = room.layer(index)
                 normed = kernels.rms_norm(x_SD, layer.input_norm, eps)
                 qkv = decode_kernels.product(normed, layer.qkv.weight)
                 q_SHE = kernels.norm_rotate(
@@ -165,9 +172,9 @@ class FastDecoder:
                 hidden = decode_kernels.product(normed, layer.mlp.gate_up.weight, swiglu=True)
                 x_SD = decode_kernels.product(hidden, layer.mlp.down.weight, residual=x_SD)
         logits = network.logits(kernels.rms_norm(x_SD, expert.norm, eps))
-        self._tokens_S.copy_(logits.argmax(-1))
+        self._choices_S.copy_(logits.argmax(-1))
         # Sequences that have ended stop at the last place of their room.
-        self._lengths_S.add_(1).clamp_(max=self._room.num_tokens - 1)
+        self._lengths_S.add_(1).clamp_(max=room.num_tokens - 1)
         self._angles_S.add_(1).clamp_(max=self._rotary[0].shape[0] - 1)
 
 
@@ -179,15 +186,6 @@ def can_decode_fast(network: Network) -> bool:
         and arch.hidden_size % TILE_SIDE == arch.intermediate_size % TILE_SIDE == 0
         and all(isinstance(layer.mlp, SwiGLU) and type(layer.qkv) is nn.Linear for layer in layers)
     )
-
-
-def can_capture(network: Network) -> bool:
-    """Returns whether a step can be a CUDA graph, if its layers stay where they are.
-
-    Embeddings in host memory are looked up there, for which the host would have to wait.
-    """
-    device = network.device
-    return device.type == "cuda" and network.embed_tokens.weight.device == device
 
 
 def new_decoder(
@@ -207,12 +205,14 @@ def new_decoder(
         most_tokens: See `FastDecoder`.
         extend: See `PlainDecoder`.
         choose: See `PlainDecoder`.
-        as_graph: Whether the weights of all layers stay where they are.
+        as_graph: See `FastDecoder`.
     """
     if can_decode_fast(network):
         from sensebatch.engine.model import decode_kernels
 
+        on_gpu = network.device.type == "cuda"
         if len(caches) <= decode_kernels.MAX_SEQUENCES:
-            as_graph = as_graph and can_capture(network)
-            return FastDecoder(network, caches, most_tokens, as_graph=as_graph)
+            return FastDecoder(network, caches, most_tokens, as_graph=as_graph and on_gpu)
+    for cache in caches:
+        cache.move(network.device)
     return PlainDecoder(caches, extend, choose)

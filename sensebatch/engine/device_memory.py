@@ -112,6 +112,8 @@ def plan_placement(
     identity: ModelIdentity,
     device: torch.device,
     loads: Sequence[Load],
+    *,
+    fused: bool,
 ) -> Placement:
     """Returns where the weights go, given what is free now; see `vram.place`."""
     device_free = None
@@ -123,6 +125,7 @@ def plan_placement(
         list(loads),
         item_bytes=DTYPES[identity.dtype].itemsize,
         precision=identity.precision,
+        fused=fused,
         device_free=device_free,
         host_free=psutil.virtual_memory().available,
     )

@@ -93,6 +93,11 @@ class Residency:
         return self._whole
 
     @property
+    def keeps_text(self) -> bool:
+        """Whether what decoding needs, once used, stays where it is until the next phase."""
+        return self._whole or self._pool.keeps_all
+
+    @property
     def host_bytes(self) -> int:
         """Host memory that blocks take."""
         return self._host.kept_bytes

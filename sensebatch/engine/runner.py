@@ -47,8 +47,8 @@ class Weights(Protocol):
     """Told what comes next, so that the weights for it can be brought."""
 
     @property
-    def is_whole(self) -> bool:
-        """Whether all weights stay where they are."""
+    def keeps_text(self) -> bool:
+        """Whether what decoding needs, once used, stays where it is until the next phase."""
 
     def prefill(self, *, decodes: bool) -> None:
         """One pass of prompts, with logits behind it where text follows."""
@@ -226,7 +226,7 @@ class Runner:
         """Returns the step that decodes text behind sequences; it tells the progress.
 
         Args:
-            caches: Of each sequence, on the device.
+            caches: Of each sequence, wherever they wait; they are on the device afterwards.
             most_tokens: No sequence is given more.
         """
         numbers = itertools.count(1)
@@ -236,7 +236,7 @@ class Runner:
             most_tokens,
             extend=self.append_tokens,
             choose=self.choose,
-            as_graph=self._weights is None or self._weights.is_whole,
+            as_graph=self._weights is None or self._weights.keeps_text,
         )
 
         def step(taken: Sequence[tuple[int, int]]) -> list[int]:

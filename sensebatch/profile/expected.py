@@ -91,6 +91,8 @@ def expectation(case: Case, model: str, manifest: Path, dtype: str) -> Expectati
         loads,
         item_bytes=ITEM_BYTES[dtype],
         precision=config.model.quantised,
+        # A CPU's memory is not measured.
+        fused=config.model.compile,
         device_free=None,
         host_free=ENOUGH_BYTES,
     )

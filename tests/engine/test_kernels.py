@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from sensebatch.engine.decoding import (
     FastDecoder,
     PlainDecoder,
-    can_capture,
     can_decode_fast,
 )
 from sensebatch.engine.loading import NetworkLoader, warm_up
@@ -352,14 +351,6 @@ def test_a_step_is_captured_only_where_its_kernels_have_run(
             decoder.step([(0, 1)])
     assert len(set(captured)) == 2
     assert set(captured) == set(eager)
-
-
-def test_a_graph_needs_the_embeddings_on_the_gpu() -> None:
-    gpu, host = torch.device("cuda:0"), torch.device("cpu")
-    for device, embeddings, expected in ((gpu, gpu, True), (gpu, host, False), (host, host, False)):
-        network = Mock(device=device)
-        network.embed_tokens.weight.device = embeddings
-        assert can_capture(network) == expected
 
 
 @pytest.mark.parametrize("sizes", [{"hidden_size": 72}, {"intermediate_size": 100}])

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.engine.model import kernels
+from sensebatch.footprint import ATTENTION_SPLITS
 
 MAX_SEQUENCES = 64
 """Most sequences that share a step."""
@@ -31,8 +32,6 @@ SHARED_REST = 1024
 """Bytes of shared memory that are kept for what is not a tile of a product."""
 SPLIT_TOKENS = 64
 """Cached tokens that one program attends to at a time."""
-SPLITS = 16
-"""Programs that share the cached tokens of one key/value head of one sequence."""
 
 
 @triton.jit
@@ -275,11 +274,11 @@ def attend(q_SHE: Tensor, k_SLKE: Tensor, v_SLKE: Tensor, lengths_S: Tensor) -> 
     """
     num_sequences, heads, dim = q_SHE.shape
     kv_heads = k_SLKE.shape[2]
-    parts = q_SHE.new_empty(num_sequences * heads, SPLITS, dim, dtype=torch.float32)
-    highest = parts.new_empty(num_sequences * heads, SPLITS)
+    parts = q_SHE.new_empty(num_sequences * heads, ATTENTION_SPLITS, dim, dtype=torch.float32)
+    highest = parts.new_empty(num_sequences * heads, ATTENTION_SPLITS)
     sums = torch.empty_like(highest)
     group = heads // kv_heads
-    _attend[(num_sequences, kv_heads, SPLITS)](
+    _attend[(num_sequences, kv_heads, ATTENTION_SPLITS)](
         q_SHE,
         k_SLKE,
         v_SLKE,
@@ -294,14 +293,14 @@ def attend(q_SHE: Tensor, k_SLKE: Tensor, v_SLKE: Tensor, lengths_S: Tensor) -> 
         PADDED=max(triton.next_power_of_2(group), LEAST_ROWS),
         DIM=dim,
         BLOCK=SPLIT_TOKENS,
-        SPLITS=SPLITS,
+        SPLITS=ATTENTION_SPLITS,
         num_warps=4,
         # Three of float32 are more than the shared memory of most GPUs.
         num_stages=3 if q_SHE.itemsize == 2 else 2,
     )
     out = q_SHE.new_empty(num_sequences, heads * dim)
     _combine[(num_sequences * heads,)](
-        parts, highest, sums, out, DIM=dim, SPLITS=SPLITS, num_warps=4
+        parts, highest, sums, out, DIM=dim, SPLITS=ATTENTION_SPLITS, num_warps=4
     )
     return out
 

@@ -1,6 +1,7 @@
 """Keys and values of one sequence, for every layer, and what a packed pass reads of them.
 
-Shape suffixes: T tokens of a pass, L cached tokens, H query heads, K key/value heads, E head_dim.
+Shape suffixes: T tokens of a pass, S sequences, L cached tokens, H query heads, K key/value heads,
+E head_dim.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import torch
 from torch import Tensor
 
 from sensebatch.engine.model.attention import Attention, Segment, attend_segments
-from sensebatch.footprint import ROWS
-
-GROWTH_TOKENS = 128
-"""A cache that must grow grows by at least this many tokens."""
+from sensebatch.footprint import GROWTH_TOKENS, ROOM_SPARE, ROWS
 
 
 class KVCache:
     """The cached keys and values of one sequence; it only ever grows at the end.
+
+    Each layer has memory of its own: where it must move or grow, one layer at a time does, so
+    that no more than one is there twice.
 
     Args:
         num_layers: Layers of the backbone.
@@ -39,9 +40,8 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._data = torch.empty(
-            num_layers, 2, 0, num_kv_heads, head_dim, dtype=dtype, device=device
-        )
+        empty = torch.empty(2, 0, num_kv_heads, head_dim, dtype=dtype, device=device)
+        self._layers = [empty] * num_layers
         self.length = 0
         """Cached tokens."""
         self.next_t = 0
@@ -50,13 +50,14 @@ class KVCache:
     def reserve(self, num_tokens: int) -> None:
         """Makes room for `num_tokens` behind the cached ones."""
         needed = self.length + num_tokens
-        capacity = self._data.shape[2]
+        capacity = self._layers[0].shape[1]
         if needed <= capacity:
             return
-        layers, _, _, heads, dim = self._data.shape
-        grown = self._data.new_empty(layers, 2, max(needed, capacity + GROWTH_TOKENS), heads, dim)
-        grown[:, :, : self.length] = self._data[:, :, : self.length]
-        self._data = grown
+        size = max(needed, capacity + GROWTH_TOKENS)
+        for index, old in enumerate(self._layers):
+            grown = old.new_empty(2, size, *old.shape[2:])
+            grown[:, : self.length] = old[:, : self.length]
+            self._layers[index] = grown
 
     def write(self, layer: int, k_TKE: Tensor, v_TKE: Tensor) -> tuple[Tensor, Tensor]:
         """Puts a layer's new keys and values behind the cached ones, in reserved room.
@@ -65,18 +66,21 @@ class KVCache:
             Keys and values of that layer, cached and new. `advance` makes the new ones count.
         """
         end = self.length + k_TKE.shape[0]
-        self._data[layer, 0, self.length : end] = k_TKE
-        self._data[layer, 1, self.length : end] = v_TKE
-        return self._data[layer, 0, :end], self._data[layer, 1, :end]
+        keys, values = self._layers[layer]
+        keys[self.length : end] = k_TKE
+        values[self.length : end] = v_TKE
+        return keys[:end], values[:end]
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
         """Returns a layer's cached keys and values, each `[L, K, E]`."""
-        return self._data[layer, 0, : self.length], self._data[layer, 1, : self.length]
+        keys, values = self._layers[layer]
+        return keys[: self.length], values[: self.length]
 
     def new_rows(self, num_tokens: int) -> tuple[Tensor, Tensor]:
         """Returns uninitialised keys and values of so many tokens, each `[tokens, K, E]`."""
-        shape = (num_tokens, *self._data.shape[3:])
-        return self._data.new_empty(shape), self._data.new_empty(shape)
+        some = self._layers[0]
+        shape = (num_tokens, *some.shape[2:])
+        return some.new_empty(shape), some.new_empty(shape)
 
     def fork(self) -> KVCache:
         """Returns a cache that begins with the same tokens and goes on by itself.
@@ -85,20 +89,23 @@ class KVCache:
         memory of its own.
         """
         twin = copy.copy(self)
-        twin._data = self._data[:, :, : self.length]
+        twin._layers = [layer[:, : self.length] for layer in self._layers]
         return twin
 
     def on(self, device: torch.device) -> KVCache:
         """Returns the cache on a device, to be read: itself where it is there already."""
-        if self._data.device == device:
+        if self._layers[0].device == device:
             return self
-        twin = copy.copy(self)
-        twin._data = self._data[:, :, : self.length].to(device)
+        twin = self.fork()
+        twin.move(device)
         return twin
 
     def move(self, device: torch.device) -> None:
-        """Moves keys and values to a device."""
-        self._data = self._data[:, :, : self.length].to(device)
+        """Moves keys and values to a device; nothing changes where they are there."""
+        if self._layers[0].device == device:
+            return
+        for index, layer in enumerate(self._layers):
+            self._layers[index] = layer[:, : self.length].to(device)
 
     def advance(self, num_tokens: int, next_t: int) -> None:
         """Counts tokens that every layer has written."""
@@ -107,34 +114,37 @@ class KVCache:
 
 
 class SharedRoom:
-    """One buffer for the caches of several sequences, with room behind each.
+    """One buffer a layer for the caches of several sequences, with room behind each.
 
     The caches become views of it and stay so until they are moved or grow on.
 
     Args:
-        caches: On one device.
+        caches: On any device.
         num_tokens: Room behind the longest of them.
+        device: Where the room is.
     """
 
-    def __init__(self, caches: Sequence[KVCache], num_tokens: int) -> None:
-        # One place more, for what is written behind sequences that have ended.
-        self.num_tokens = max(cache.length for cache in caches) + num_tokens + 1
+    def __init__(self, caches: Sequence[KVCache], num_tokens: int, device: torch.device) -> None:
+        self.num_tokens = max(cache.length for cache in caches) + num_tokens + ROOM_SPARE
         """Of one sequence."""
-        layers, _, _, heads, dim = caches[0]._data.shape
-        shape = (layers, 2, len(caches), self.num_tokens, heads, dim)
-        self._data = caches[0]._data.new_empty(shape)
-        for index, cache in enumerate(caches):
-            own = self._data[:, :, index]
-            own[:, :, : cache.length] = cache._data[:, :, : cache.length]
-            cache._data = own
+        self._layers = []
+        for index, some in enumerate(caches[0]._layers):
+            shape = (2, len(caches), self.num_tokens, *some.shape[2:])
+            room = some.new_empty(shape, device=device)
+            for row, cache in enumerate(caches):
+                room[:, row, : cache.length] = cache._layers[index][:, : cache.length]
+                # The old memory is gone before the next layer takes as much.
+                cache._layers[index] = room[:, row]
+            self._layers.append(room)
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Returns a layer's keys and values, each `[S, L, K, E]`."""
-        return self._data[index, 0], self._data[index, 1]
+        keys, values = self._layers[index]
+        return keys, values
 
     def places(self, sequences_S: Tensor, tokens_S: Tensor) -> Tensor:
         """Returns the element of a layer's keys or values where a token of a sequence begins."""
-        heads, dim = self._data.shape[4:]
+        heads, dim = self._layers[0].shape[3:]
         return (sequences_S * self.num_tokens + tokens_S) * (heads * dim)
 
 

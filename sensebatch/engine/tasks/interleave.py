@@ -112,7 +112,6 @@ def _write(runner: Runner, stories: Sequence[Story], script: Script | None) -> l
             scripts[place] = script.to_picture(story.state.job.sampling)
             limits[place] = len(scripts[place])
     with runner.decoding():
-        runner.bring(caches)
         decoded = greedy_decode(
             first,
             limits,

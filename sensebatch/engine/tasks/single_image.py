@@ -90,7 +90,6 @@ def think(
     caches = [state.caches[COND] for state in running]
     limits = {index: state.job.sampling.max_think_tokens for index, state in enumerate(running)}
     with runner.decoding():
-        runner.bring(caches)
         first, scripts = {}, {}
         for index, state in enumerate(running):
             assert state.choice is not None
