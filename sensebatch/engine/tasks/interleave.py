@@ -30,7 +30,7 @@ from sensebatch.jobs import JobResult
 from sensebatch.resolutions import PATCH_PIXELS, Resolution
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Story:
     """One job while it is written."""
 
@@ -45,8 +45,10 @@ class Story:
     choices: list[int] = field(default_factory=list)
     """Every greedy choice so far."""
     num_text_tokens: int = 0
-    images: list[Tensor] = field(default_factory=list)
-    """Finished pictures, float32 `[3, height, width]`."""
+    images: list[np.ndarray] = field(default_factory=list)
+    """Finished pictures, uint8 `[height, width, 3]`."""
+    last: Tensor | None = None
+    """The last of them until it is read back, float32 `[3, height, width]` on the device."""
     error: JobError | None = None
 
     @property
@@ -88,15 +90,25 @@ def run_interleave(
     writing = stories
     while writing:
         drawing = _write(runner, writing, script)
+        _let_go(writing, drawing)
         _draw(runner, drawing, checkpoints)
         writing = [
             story
             for story in drawing
             if story.error is None and len(story.images) < story.state.job.sampling.max_images
         ]
+        _let_go(drawing, writing)
         if writing:
             _read_back(runner, writing)
     return [_result(story) for story in stories]
+
+
+def _let_go(stories: Sequence[Story], going_on: Sequence[Story]) -> None:
+    """Frees the memory of stories that have ended, while others go on."""
+    for story in stories:
+        if story not in going_on:
+            story.state.caches.clear()
+            story.last = None
 
 
 def _write(runner: Runner, stories: Sequence[Story], script: Script | None) -> list[Story]:
@@ -202,22 +214,25 @@ def _finish_image(story: Story, image: Tensor) -> None:
     except JobError as error:
         story.error = JobError(f"picture {len(story.images)}: {error}")
         return
-    story.images.append(image)
+    story.images.append(to_uint8(image[None])[0].cpu().numpy())
+    story.last = image
     story.text += IMAGE_MARK
 
 
 def _read_back(runner: Runner, stories: Sequence[Story]) -> None:
     """Re-encodes every story's last picture into its prefixes and takes the next choice."""
     with runner.prefilling(decodes=True):
-        embeds = runner.embed_images([drawn_to_patches(story.images[-1]) for story in stories])
+        pictures = [story.last for story in stories if story.last is not None]
+        embeds = runner.embed_images([drawn_to_patches(picture) for picture in pictures])
         runner.bring(cache for story in stories for cache in _growing(story))
         extensions: list[Extension] = []
         cond_rows = []
-        for story, embed in zip(stories, embeds, strict=True):
-            size = story.images[-1].shape
-            grid = Grid(size[1] // PATCH_PIXELS, size[2] // PATCH_PIXELS)
+        for story, picture, embed in zip(stories, pictures, embeds, strict=True):
+            _, height, width = picture.shape
+            grid = Grid(height // PATCH_PIXELS, width // PATCH_PIXELS)
             cond_rows.append(len(extensions))
             extensions += [runner.generated_image(cache, grid, embed) for cache in _growing(story)]
+            story.last = None
         choices = runner.choose(runner.prefill(extensions)[cond_rows])
     for story, choice in zip(stories, choices, strict=True):
         story.state.choice = choice
@@ -225,12 +240,8 @@ def _read_back(runner: Runner, stories: Sequence[Story]) -> None:
 
 def _result(story: Story) -> JobResult:
     return JobResult(
-        images=() if story.error else tuple(_pixels(image) for image in story.images),
+        images=() if story.error else tuple(story.images),
         text=story.text,
         text_tokens=story.num_text_tokens,
         error=story.error,
     )
-
-
-def _pixels(image: Tensor) -> np.ndarray:
-    return to_uint8(image[None])[0].cpu().numpy()

@@ -1,0 +1,66 @@
+"""What interleave jobs no longer need is gone before the next pictures are drawn."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sensebatch.contract import DrawnImage
+from sensebatch.engine.sampling.text import Script
+from sensebatch.engine.tasks import interleave
+from sensebatch.engine.tasks.denoise import Drawing, denoise
+from sensebatch.engine.tasks.interleave import run_interleave
+from sensebatch.engine.tasks.state import PreparedJob
+from tests.engine.golden_model import infer
+from tests.engine.test_batches import jobs_of
+
+SCRIPT = Script(word=65, image_start=260)
+
+
+class Forgetful:
+    """Checkpoints that keep nothing, so that what is alive is the task's."""
+
+    def load(self) -> list[list[DrawnImage]]:
+        return []
+
+    def save(self, drawn: Sequence[tuple[int, DrawnImage]]) -> None:
+        pass
+
+
+def with_pictures(job: PreparedJob, max_images: int) -> PreparedJob:
+    sampling = replace(
+        job.job.sampling, max_images=max_images, max_new_tokens=2 * max_images, num_steps=1
+    )
+    return replace(job, job=replace(job.job, sampling=sampling))
+
+
+def test_ended_stories_and_earlier_pictures_take_no_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runner, (first, second, _) = jobs_of("dense_fm", "il_text_nothink")
+    script = replace(SCRIPT, image_start=runner.tokenizer.token_id("<img>"))
+    pictures: list[weakref.ref[torch.UntypedStorage]] = []
+    caches: list[list[weakref.ref[object]]] = []
+
+    def watched(_: object, drawings: Sequence[Drawing], *args: object, **options: object) -> object:
+        gc.collect()
+        assert all(picture() is None for picture in pictures)
+        if caches:
+            ended, going_on = caches[0]
+            assert (ended() is None, going_on() is None) == (True, False)
+        caches.append([weakref.ref(drawing.caches["cond"]) for drawing in drawings])
+        images = denoise(runner, drawings, *args, **options)
+        pictures.append(weakref.ref(images.untyped_storage()))
+        return images
+
+    monkeypatch.setattr(interleave, "denoise", watched)
+    jobs = [with_pictures(first, 1), with_pictures(second, 3)]
+    with infer():
+        results = run_interleave(runner, list(enumerate(jobs)), Forgetful(), script=script)
+    assert [len(result.images) for result in results] == [1, 3]
+    assert [len(drawn) for drawn in caches] == [2, 1, 1]
