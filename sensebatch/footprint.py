@@ -199,10 +199,12 @@ def prompt_bytes(
     """
     branches = sum(branch != "uncond" for branch in load.group.branches)
     prompts = branches * load.batch_size
-    together = min(max(MAX_PREFILL_TOKENS // load.prompt_tokens, 1), prompts)
     # The system turn has gone through a pass of its own.
-    tokens = max(together * (load.prompt_tokens - load.system_tokens), load.system_tokens)
-    cached = load.prompt_tokens * (together if parked else prompts)
+    new = load.prompt_tokens - load.system_tokens
+    tokens = max(min(new * prompts, MAX_PREFILL_TOKENS), new, load.system_tokens)
+    cached = load.prompt_tokens * prompts
+    if parked:
+        cached = min(cached, max(MAX_PREFILL_TOKENS, load.prompt_tokens))
     logits = load.batch_size * arch.vocab_size * 2 * item_bytes
     reading = (
         cache_bytes(arch, cached + load.system_tokens, item_bytes)
@@ -211,10 +213,10 @@ def prompt_bytes(
     )
     if not load.text_tokens:
         return reading
-    return max(reading, _text_bytes(arch, load, item_bytes, parked=parked, fused=fused) + logits)
+    return max(reading, text_bytes(arch, load, item_bytes, parked=parked, fused=fused) + logits)
 
 
-def _text_bytes(
+def text_bytes(
     arch: Architecture, load: Load, item_bytes: int, *, parked: bool, fused: bool
 ) -> int:
     """Returns what a batch takes when its jobs have decoded all their text; see `prompt_bytes`.
@@ -231,7 +233,8 @@ def _text_bytes(
     kept = 0 if parked else load.system_tokens
     cached = load.batch_size * (of_text + others) + kept
     caches = cache_bytes(arch, cached, item_bytes)
-    twice = cache_bytes(arch, load.batch_size * of_text, item_bytes) // arch.num_layers
+    grown = 1 if one_by_one else load.batch_size
+    twice = cache_bytes(arch, grown * of_text, item_bytes) // arch.num_layers
     text_pass = _prompt_pass_bytes(arch, load.batch_size, longest, item_bytes, fused=fused)
     if fused:
         # Partial results of attention, and cosines and sines of every position as they are made.

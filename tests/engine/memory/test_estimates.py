@@ -10,12 +10,20 @@ import torch
 from sensebatch.checkpoint.architecture import OFFICIAL_8B, Architecture, parse_architecture
 from sensebatch.config import default_config
 from sensebatch.engine.model.attention import sdpa
+from sensebatch.engine.model.kv_cache import SharedRoom
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.prompts import Prompt
 from sensebatch.engine.runner import Extension, PassLimits, Runner
 from sensebatch.engine.sampling.guidance import Guidance
 from sensebatch.engine.tasks.denoise import Drawing, denoise
-from sensebatch.footprint import Load, denoise_bytes, prompt_bytes
+from sensebatch.footprint import (
+    ROOM_SPARE,
+    Load,
+    cache_bytes,
+    denoise_bytes,
+    prompt_bytes,
+    text_bytes,
+)
 from sensebatch.jobs import GroupKey, Task, guidance_branches
 from sensebatch.resolutions import Resolution
 from tests.engine.golden_model import infer
@@ -120,6 +128,47 @@ def test_prompts_take_what_is_expected(jobs: int, prompt: int) -> None:
     assert LEAST <= expected / live.peak <= MOST, (expected, live.peak)
 
 
+@pytest.mark.parametrize(("jobs", "prompt", "text"), [(1, 1500, 6), (4, 400, 9)])
+def test_decoding_takes_what_is_expected(jobs: int, prompt: int, text: int) -> None:
+    """By passes; what kernels make room for is another test's."""
+    network = small_network()
+    runner = Runner(network, ByteTokenizer(), sdpa, lambda _: None)
+    load = make_load(Task.T2I, Resolution(height=2048, width=2048), jobs, prompt)
+    load = replace(load, text_tokens=text)
+    with infer(), LiveBytes() as live:
+        extensions = [runner.new_extension(Prompt(token_ids=(1,) * prompt)) for _ in range(jobs)]
+        caches = [extension.cache for extension in extensions]
+        runner.prefill(extensions)
+        del extensions
+        # Prompts alone are another test's.
+        live.peak = live.now
+        step = runner.text_step(caches, text)
+        for _ in range(text):
+            step([(index, 1) for index in range(jobs)])
+        runner.append_tokens([(cache, (1, 2, 3)) for cache in caches])
+    expected = text_bytes(network.arch, load, 4, parked=False, fused=False)
+    assert LEAST <= expected / live.peak <= MOST, (expected, live.peak)
+
+
+def test_room_that_is_made_anew_is_there_twice_for_one_layer_only() -> None:
+    arch = replace(small_architecture(64), num_layers=8)
+    network = Network(arch)
+    jobs, prompt, room = 3, 500, 200
+    with infer(), LiveBytes() as live:
+        caches = [network.new_cache() for _ in range(jobs)]
+        for cache in caches:
+            cache.reserve(prompt)
+            cache.advance(prompt, prompt)
+        shared = SharedRoom(caches, room, network.device)
+        del shared
+        for cache in caches:
+            cache.advance(room, prompt + room)
+        SharedRoom(caches, room, network.device)
+    places = jobs * (prompt + 2 * room + ROOM_SPARE)
+    taken = cache_bytes(arch, places, 4)
+    assert taken < live.peak <= taken + cache_bytes(arch, places, 4) // arch.num_layers
+
+
 def test_a_cache_takes_what_is_expected() -> None:
     network = small_network()
     runner = Runner(network, ByteTokenizer(), sdpa, lambda _: None)
@@ -128,6 +177,4 @@ def test_a_cache_takes_what_is_expected() -> None:
         runner.extend([extension])
     keys, values = extension.cache.read(0)
     taken = network.arch.num_layers * (keys.numel() + values.numel()) * 4
-    from sensebatch.footprint import cache_bytes
-
     assert cache_bytes(network.arch, 1000, 4) == taken
