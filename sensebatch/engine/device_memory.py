@@ -10,8 +10,8 @@ import psutil
 import torch
 
 from sensebatch.checkpoint.files import Checkpoint
-from sensebatch.config import MemoryConfig
-from sensebatch.engine.runtime import DTYPES
+from sensebatch.config import RunConfig
+from sensebatch.engine.runtime import DTYPES, resolve_fused
 from sensebatch.errors import DeviceError, OutOfMemoryError
 from sensebatch.footprint import Load
 from sensebatch.jobs import ModelIdentity
@@ -107,13 +107,11 @@ def cap_device_memory(device: torch.device, budget_bytes: int | None) -> None:
 
 
 def plan_placement(
-    memory: MemoryConfig,
+    config: RunConfig,
     checkpoint: Checkpoint,
     identity: ModelIdentity,
     device: torch.device,
     loads: Sequence[Load],
-    *,
-    fused: bool,
 ) -> Placement:
     """Returns where the weights go, given what is free now; see `vram.place`."""
     device_free = None
@@ -121,11 +119,11 @@ def plan_placement(
         device_free = torch.cuda.mem_get_info(device)[0]
     return place(
         checkpoint.architecture,
-        memory,
+        config.memory,
         list(loads),
         item_bytes=DTYPES[identity.dtype].itemsize,
         precision=identity.precision,
-        fused=fused,
+        fused=resolve_fused(config.model.compile, device.type, checkpoint.architecture),
         device_free=device_free,
         host_free=psutil.virtual_memory().available,
     )

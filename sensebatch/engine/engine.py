@@ -264,10 +264,9 @@ def load_engine(
     where = torch.device(device)
     backend = resolve_attention(config.model.attn_backend, device, identity.dtype)
     check_precision(identity.precision, device, identity.dtype)
-    fused = resolve_fused(config.model.compile, where.type, checkpoint.architecture)
-    placement = plan_placement(config.memory, checkpoint, identity, where, loads, fused=fused)
+    placement = plan_placement(config, checkpoint, identity, where, loads)
     tokenizer = HFTokenizer(checkpoint.path)
-    loader = _new_loader(config, checkpoint, where, identity, fused=fused)
+    loader = _new_loader(config, checkpoint, where, identity)
     cap_device_memory(where, config.memory.vram_budget_bytes)
     writers = [load.batch_size for load in loads if load.text_tokens]
     compile_s = warm_up(loader, BACKENDS[backend], {1, *writers} if writers else ())
@@ -303,12 +302,7 @@ def load_engine(
 
 
 def _new_loader(
-    config: RunConfig,
-    checkpoint: Checkpoint,
-    device: torch.device,
-    identity: ModelIdentity,
-    *,
-    fused: bool,
+    config: RunConfig, checkpoint: Checkpoint, device: torch.device, identity: ModelIdentity
 ) -> NetworkLoader:
     dtype = DTYPES[identity.dtype]
     return NetworkLoader(
@@ -316,6 +310,6 @@ def _new_loader(
         source=open_weights(checkpoint, config.model.lora_path, dtype),
         device=device,
         dtype=dtype,
-        fused=fused,
+        fused=resolve_fused(config.model.compile, device.type, checkpoint.architecture),
         precision=identity.precision,
     )
