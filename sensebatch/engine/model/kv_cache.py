@@ -107,6 +107,15 @@ class KVCache:
         for index, layer in enumerate(self._layers):
             self._layers[index] = layer[:, : self.length].to(device)
 
+    @property
+    def num_layers(self) -> int:
+        """Layers that it caches."""
+        return len(self._layers)
+
+    def trim(self, layer: int) -> None:
+        """Takes a layer to memory of its own, without room behind the cached tokens."""
+        self._layers[layer] = self._layers[layer][:, : self.length].clone()
+
     def advance(self, num_tokens: int, next_t: int) -> None:
         """Counts tokens that every layer has written."""
         self.length += num_tokens
@@ -146,6 +155,16 @@ class SharedRoom:
         """Returns the element of a layer's keys or values where a token of a sequence begins."""
         heads, dim = self._layers[0].shape[3:]
         return (sequences_S * self.num_tokens + tokens_S) * (heads * dim)
+
+
+def part_caches(caches: Sequence[KVCache]) -> None:
+    """Gives caches memory of their own, one layer at a time, so that a room they share is gone.
+
+    Otherwise all of a room lives on until the last of its caches has grown out of it.
+    """
+    for layer in range(caches[0].num_layers):
+        for cache in caches:
+            cache.trim(layer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sensebatch.contract import Checkpoints, DrawnImage
-from sensebatch.engine.model.kv_cache import KVCache
+from sensebatch.engine.model.kv_cache import KVCache, part_caches
 from sensebatch.engine.model.tokenizer import IMG_START
 from sensebatch.engine.preprocess import drawn_to_patches, to_uint8
 from sensebatch.engine.prompts import IMAGE_MARK, Grid
@@ -152,6 +152,7 @@ def _draw(runner: Runner, stories: Sequence[Story], checkpoints: Checkpoints) ->
         caches = [cache for story in stories for cache in _growing(story)]
         runner.bring(caches)
         runner.append_tokens([(cache, [image_start]) for cache in caches])
+        part_caches([story.state.caches[COND] for story in stories])
         runner.park(caches)
     by_size: dict[Resolution, list[tuple[Story, Tensor]]] = {}
     for story in stories:
