@@ -211,15 +211,11 @@ def _attend(
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    sequence = tl.program_id(0)
-    head = tl.program_id(1)
-    split = tl.program_id(2)
+    sequence, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + sequence) + 1
     span = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
-    begin = split * span
-    end = tl.minimum(begin + span, length)
-    queries = tl.arange(0, PADDED)
-    channels = tl.arange(0, DIM)
+    begin, end = split * span, tl.minimum(split * span + span, length)
+    queries, channels = tl.arange(0, PADDED), tl.arange(0, DIM)
     row = (sequence * KV_HEADS + head) * GROUP + queries
     there = queries < GROUP
     q_tile = tl.load(q + row[:, None] * DIM + channels[None, :], mask=there[:, None], other=0.0)
