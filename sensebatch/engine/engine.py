@@ -268,8 +268,7 @@ def load_engine(
     tokenizer = HFTokenizer(checkpoint.path)
     loader = _new_loader(config, checkpoint, where, identity)
     cap_device_memory(where, config.memory.vram_budget_bytes)
-    writers = [load.batch_size for load in loads if load.text_tokens]
-    compile_s = warm_up(loader, BACKENDS[backend], {1, *writers} if writers else ())
+    compile_s = warm_up(loader, BACKENDS[backend], loads)
     peak = DevicePeak(where)
     loaded = loader.load(placement)
     allocated, reserved = peak.read()

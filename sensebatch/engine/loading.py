@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from sensebatch.engine.model.attention import CUDNN_LEAST_QUERIES, Attention
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.residency import Residency
 from sensebatch.engine.weights import FileWeights, SyntheticWeights, WeightSource
+from sensebatch.footprint import Load
 from sensebatch.vram import Placement
 
 
@@ -83,7 +84,7 @@ class NetworkLoader:
 
 
 def warm_up(
-    loader: NetworkLoader, attention: Attention, sequences: Collection[int] = ()
+    loader: NetworkLoader, attention: Attention, loads: Sequence[Load] = ()
 ) -> float | None:
     """Compiles the kernels that a network will use, before its weights take the memory.
 
@@ -92,7 +93,7 @@ def warm_up(
     Args:
         loader: Says which network.
         attention: The run's.
-        sequences: How many decode text together; none where there is none.
+        loads: Of every group of the run.
 
     Returns:
         Seconds that it took; None where nothing is compiled.
@@ -115,7 +116,10 @@ def warm_up(
         k_TKE = q_THE[:, : arch.num_kv_heads].contiguous()
         attention(q_THE, k_TKE, k_TKE, False)
         if can_decode_fast(loader.new_network()):
-            for count in (n for n in sequences if n <= decode_kernels.MAX_SEQUENCES):
+            writers = [load.batch_size for load in loads if load.text_tokens]
+            # A job may come to be alone, split off or tried again.
+            counts = {1, *writers} if writers else set()
+            for count in sorted(n for n in counts if n <= decode_kernels.MAX_SEQUENCES):
                 decode_kernels.warm_up(arch, loader.dtype, loader.device, count)
     del q_THE, k_TKE
     empty_cache(loader.device)

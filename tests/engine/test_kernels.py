@@ -113,7 +113,9 @@ def test_only_kernels_that_will_run_are_compiled(monkeypatch: pytest.MonkeyPatch
             fused=True,
             precision=precision,
         )
-        assert warm_up(loader, sdpa, [1, 64, 100]) is not None
+        loads = [Mock(batch_size=n, text_tokens=300) for n in (64, 100)]
+        loads.append(Mock(batch_size=8, text_tokens=0))
+        assert warm_up(loader, sdpa, loads) is not None
         assert compiled == expected
         compiled.clear()
 
