@@ -24,6 +24,24 @@ _MAIN = "from sensebatch.cli.main import main; main()"
 _POLL_S = 0.5
 
 
+Steps = Annotated[int | None, typer.Option(min=1, help="Of denoising; 50 if not given.")]
+Jobs = Annotated[int | None, typer.Option(min=1, help="Of most cases; 8 if not given.")]
+Size = Annotated[
+    str | None,
+    typer.Option(
+        help="Of all pictures; each case's published size if not given.", metavar="WIDTHxHEIGHT"
+    ),
+]
+TextTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Of a thought, or before each picture of a story, where weights are made up; 300 if "
+        "not given.",
+    ),
+]
+
+
 def profile(
     suite: Annotated[
         Literal["tasks", "budgets", "modes", "speed", "night"] | None,
@@ -33,23 +51,10 @@ def profile(
         str | None,
         typer.Option(help="As for run; synthetic:8b (full-size made-up weights) if not given."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Of denoising; 50 if not given.")] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Of most cases; 8 if not given.")] = None,
-    size: Annotated[
-        str | None,
-        typer.Option(
-            help="Of all pictures; each case's published size if not given.",
-            metavar="WIDTHxHEIGHT",
-        ),
-    ] = None,
-    text_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Of a thought, or before each picture of a story, where weights are made up; 300 "
-            "if not given.",
-        ),
-    ] = None,
+    steps: Steps = None,
+    jobs: Jobs = None,
+    size: Size = None,
+    text_tokens: TextTokens = None,
     only: Annotated[
         list[str] | None,
         typer.Option(help="Run only this case; may be repeated.", metavar="CASE"),
