@@ -30,7 +30,7 @@ ROOM_SPARE = 16
 """Places behind that room: for what is written behind sequences that have ended, and for the few
 tokens that lead over from text to a picture."""
 TOKEN_NUMBERS = 32 * 32 * 3
-WORKSPACE_BYTES = 128 * MIB
+WORKSPACE_BYTES = 224 * MIB
 """Of the matrix and attention libraries, and what the allocator rounds up."""
 
 
@@ -148,8 +148,10 @@ def _picture_pass_bytes(
     attend = part * (2 * query + 3 * key) + 2 * attended
     network = item_bytes * (held + max(project, attend, attended + finish))
     head = item_bytes * (held + 2 * part * FM_HEAD_HIDDEN)
-    head += 4 * TOKEN_NUMBERS * (pictures * image_tokens - part)
-    return max(network, head)
+    predicted = 4 * TOKEN_NUMBERS * pictures * image_tokens
+    head += predicted - 4 * TOKEN_NUMBERS * part
+    # The parts' predictions are put together while what they were made of is still there.
+    return max(network, head, item_bytes * held + 2 * predicted)
 
 
 def denoise_bytes(
@@ -176,7 +178,8 @@ def denoise_bytes(
     prefix = load.prefix_tokens
     longest = load.prompt_tokens + load.text_tokens + load.drawn_tokens
     caches = cache_bytes(arch, (cached_jobs or jobs) * prefix, item_bytes)
-    state = 4 * TOKEN_NUMBERS * tokens * jobs
+    # The noise that a pass began with stays beside its state.
+    state = 2 * 4 * TOKEN_NUMBERS * tokens * jobs
     # Pictures of all evaluations, velocities of one job, and those of all jobs put together.
     pictures = (jobs + 1) * branches + jobs + max(jobs, 1)
     predicted = 4 * TOKEN_NUMBERS * tokens * pictures
@@ -270,6 +273,8 @@ def working_bytes(
         jobs = jobs_per_pass(load, tokens_per_pass)
         cached = jobs if parked else load.batch_size
         drawing = denoise_bytes(arch, load, jobs, item_bytes, cached_jobs=cached, fused=fused)
+        # Pictures of the batch that are finished wait for those of the last pass.
+        drawing += 4 * TOKEN_NUMBERS * load.group.resolution.image_tokens * (load.batch_size - jobs)
         # Kept for the next batch; in host memory where prompts wait there.
         drawing += 0 if parked else cache_bytes(arch, load.system_tokens, item_bytes)
         prompts = prompt_bytes(arch, load, item_bytes, parked=parked, fused=fused)

@@ -135,6 +135,5 @@ def _denoise_together(
 
     # Laid out on the device, which takes a CPU a tenth of a second for each large picture.
     noise = [image_to_tokens(drawing.noise.to(device)[None]) for drawing in drawings]
-    # Not named here, so that the first state is gone after the first step.
     z_JNx = euler(torch.cat(noise), schedule, velocity)
     return tokens_to_image(z_JNx, resolution.height, resolution.width)
