@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 
 from sensebatch.profile.suites import Suite
 
+PUBLISHED_STEPS = 50
+"""Denoising steps of every published figure."""
 RELEASE = "release"
 LATER = "later"
 OFFLOADED_HEAD = "u1.5"

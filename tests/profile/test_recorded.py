@@ -17,8 +17,8 @@ FOLDER = Path(__file__).parents[2] / "docs" / "measured"
 LOWEST, HIGHEST = 0.97, 1.10
 """What is expected, by what was reserved."""
 BLOCK_BYTES = 0.36 * GIB
-"""Of a layer. Under a budget the arithmetic of today may keep one more or one less than the run that
-was measured did."""
+"""Of a layer: under a budget, the arithmetic of today may keep one more or less on the device than
+was kept when it was measured."""
 
 
 def _recorded() -> list[object]:
