@@ -181,7 +181,7 @@ def denoise_bytes(
     # The noise that a pass began with stays beside its state.
     state = 2 * 4 * TOKEN_NUMBERS * tokens * jobs
     # Pictures of all evaluations, velocities of one job, and those of all jobs put together.
-    pictures = (jobs + 1) * branches + jobs + max(jobs, 1)
+    pictures = (jobs + 1) * branches + 2 * jobs
     predicted = 4 * TOKEN_NUMBERS * tokens * pictures
     patch_rotary = 2 * 4 * 4 * tokens * arch.vision_hidden_size // 2
     network = _picture_pass_bytes(arch, jobs * branches, tokens, longest, item_bytes, fused=fused)

@@ -30,7 +30,7 @@ from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.patchify import image_to_tokens
 from sensebatch.engine.model.quantized import Fp8Linear, quantise_rows
 from sensebatch.engine.model.tokenizer import HFTokenizer
-from sensebatch.engine.model.transformer import DecoderLayer, Expert, Linear, SwiGLU
+from sensebatch.engine.model.transformer import DecoderLayer, Expert, SwiGLU
 from sensebatch.engine.prompts import Prompt
 from sensebatch.engine.runner import Runner
 from sensebatch.engine.runtime import BACKENDS, DTYPES, resolve_attention, resolve_fused
@@ -278,15 +278,13 @@ def in_fp8(layer: nn.Module) -> Iterator[nn.Module]:
     """Gives a layer whose products are in float8."""
     assert isinstance(layer, DecoderLayer)
     twin = copy.deepcopy(layer)
-    twin.qkv, twin.o = _as_fp8(twin.qkv, layer), _as_fp8(twin.o, layer)
+    fused = layer._fused
+    twin.qkv = _quantised(twin.qkv.weight, fused=fused)
+    twin.o = _quantised(twin.o.weight, fused=fused)
     if isinstance(twin.mlp, SwiGLU):
-        twin.mlp.gate_up = _as_fp8(twin.mlp.gate_up, layer)
-        twin.mlp.down = _as_fp8(twin.mlp.down, layer)
+        twin.mlp.gate_up = _quantised(twin.mlp.gate_up.weight, fused=fused)
+        twin.mlp.down = _quantised(twin.mlp.down.weight, fused=fused)
     yield twin
-
-
-def _as_fp8(linear: Linear, layer: DecoderLayer) -> Fp8Linear:
-    return _quantised(linear.weight, fused=layer._fused)
 
 
 def _quantised(weight: Tensor, *, fused: bool) -> Fp8Linear:

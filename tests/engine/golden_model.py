@@ -5,20 +5,23 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from sensebatch.contract import DrawnImage
 from sensebatch.engine.model.attention import sdpa
-from sensebatch.engine.model.network import Network
+from sensebatch.engine.model.kv_cache import KVCache, Span
+from sensebatch.engine.model.network import ImagePositions, Network
+from sensebatch.engine.model.patchify import image_to_tokens
 from sensebatch.engine.model.state_dict_adapter import load_state_dict
 from sensebatch.engine.preprocess import Patches
 from sensebatch.engine.runner import Runner
+from sensebatch.engine.sampling.flow_matching import velocity_from_image
 from sensebatch.engine.tasks.state import PreparedJob, prepare_job
 from sensebatch.jobs import CfgNorm, Job, Sampling, Source, Task
 from sensebatch.resolutions import Resolution
-from tests.golden_data import ByteTokenizer, Case, golden_architecture, rule_weights
+from tests.golden_data import ByteTokenizer, Case, golden_architecture, load_case, rule_weights
 
 TASKS = {
     "t2i": Task.T2I,
@@ -109,6 +112,50 @@ class KeptImages:
     def save(self, drawn: Sequence[tuple[int, DrawnImage]]) -> None:
         for index, image in drawn:
             self.images[index].append(image)
+
+
+def prefill_text(runner: Runner, case: Case) -> tuple[KVCache, torch.Tensor]:
+    """Returns a cache of a case's text, and the outputs of its tokens."""
+    ids = case.tensor("input_ids")
+    indexes = case.tensor("indexes")
+    network = runner.network
+    cache = network.new_cache()
+    segments = ((0, len(ids), False),)
+    spans = [Span(cache=cache, num_tokens=len(ids), segments=segments)]
+    hidden = network.understand(network.embed_tokens(ids), indexes, spans, sdpa)
+    cache.advance(len(ids), int(indexes[0].max()) + 1)
+    return cache, hidden
+
+
+class Step(NamedTuple):
+    """What one evaluation of a golden picture is made of."""
+
+    z_JNx: torch.Tensor
+    t: float
+    cache: KVCache
+    positions: ImagePositions
+    condition_D: torch.Tensor
+
+    def velocity(self, x_JNx: torch.Tensor) -> torch.Tensor:
+        """Returns the velocity towards a predicted picture."""
+        return velocity_from_image(x_JNx, self.z_JNx, self.t)
+
+
+def golden_step(runner: Runner, case: Case) -> Step:
+    """Returns the evaluation of a `gen_step` case, its prefix cached by a runner of its model."""
+    network, image = runner.network, case.tensor("z_image")
+    cache, _ = prefill_text(runner, load_case(case.config, "prefix_text"))
+    t, size = float(case.params["t"]), Resolution(height=image.shape[-2], width=image.shape[-1])
+    condition = network.condition(torch.tensor([t]), float(case.params["noise_scale"]))[0]
+    positions = network.image_positions([cache], size)
+    return Step(image_to_tokens(image), t, cache, positions, condition)
+
+
+def predict(runner: Runner, step: Step) -> torch.Tensor:
+    """Returns the picture that the network predicts in a step."""
+    return runner.network.predict_image(
+        step.z_JNx, step.condition_D, [step.cache], step.positions, runner.attention
+    )
 
 
 def infer() -> torch.inference_mode:

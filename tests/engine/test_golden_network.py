@@ -5,15 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sensebatch.engine.model.attention import sdpa
-from sensebatch.engine.model.kv_cache import KVCache, Span
-from sensebatch.engine.model.patchify import image_to_tokens
 from sensebatch.engine.prompts import ImageSpan, Prompt
-from sensebatch.engine.runner import Extension, Runner
-from sensebatch.engine.sampling.flow_matching import velocity_from_image
-from sensebatch.resolutions import Resolution
-from tests.engine.golden_model import build_network, build_runner, case_patches, infer
-from tests.golden_data import TOLERANCE, Case, case_ids, load_case, relative_error
+from sensebatch.engine.runner import Extension
+from tests.engine.golden_model import (
+    build_network,
+    build_runner,
+    case_patches,
+    golden_step,
+    infer,
+    predict,
+    prefill_text,
+)
+from tests.golden_data import TOLERANCE, case_ids, load_case, relative_error
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -35,18 +38,6 @@ def test_both_patch_embedders_match_the_reference(config: str, name: str) -> Non
             for image, grid in images
         ]
         assert_close(torch.cat(generated), case.tensor("gen_embeds"))
-
-
-def prefill_text(runner: Runner, case: Case) -> tuple[KVCache, torch.Tensor]:
-    ids = case.tensor("input_ids")
-    indexes = case.tensor("indexes")
-    network = runner.network
-    cache = network.new_cache()
-    segments = ((0, len(ids), False),)
-    spans = [Span(cache=cache, num_tokens=len(ids), segments=segments)]
-    hidden = network.understand(network.embed_tokens(ids), indexes, spans, sdpa)
-    cache.advance(len(ids), int(indexes[0].max()) + 1)
-    return cache, hidden
 
 
 @pytest.mark.parametrize(("config", "name"), case_ids("prefix_text"))
@@ -104,21 +95,11 @@ def test_image_prefix_matches_the_reference(config: str, name: str) -> None:
 @pytest.mark.parametrize(("config", "name"), case_ids("gen_step"))
 def test_one_velocity_matches_the_reference(config: str, name: str) -> None:
     case = load_case(config, name)
-    prefix = load_case(config, "prefix_text")
-    runner = build_runner(prefix)
-    network = runner.network
-    t = float(case.params["t"])
-    scale = float(case.params["noise_scale"])
-    image = case.tensor("z_image")
-    size = Resolution(height=image.shape[-2], width=image.shape[-1])
-    z = image_to_tokens(image)
+    runner = build_runner(case)
     with infer():
-        cache, _ = prefill_text(runner, prefix)
-        positions = network.image_positions([cache], size)
-        condition = network.condition(torch.tensor([t]), scale)[0]
-        embedded = network.embed_noisy(z, condition, positions, [0])
+        step = golden_step(runner, case)
+        embedded = runner.network.embed_noisy(step.z_JNx, step.condition_D, step.positions, [0])
         assert_close(embedded, case.tensor("input_embeds"))
-        x = network.predict_image(z, condition, [cache], positions, sdpa)
+        x = predict(runner, step)
         assert_close(x, case.tensor("x_pred"))
-        v = velocity_from_image(x, z, t)
-        assert_close(v, case.tensor("v_pred"))
+        assert_close(step.velocity(x), case.tensor("v_pred"))

@@ -19,17 +19,13 @@ from sensebatch.engine.decoding import (
 from sensebatch.engine.loading import NetworkLoader, warm_up
 from sensebatch.engine.model.attention import sdpa
 from sensebatch.engine.model.network import Network
-from sensebatch.engine.model.patchify import image_to_tokens
 from sensebatch.engine.model.quantized import quantise_rows
 from sensebatch.engine.model.rope import rotate_token_heads, token_rotary
 from sensebatch.engine.model.transformer import rms_norm
 from sensebatch.engine.prompts import Prompt
 from sensebatch.engine.runtime import is_tileable
-from sensebatch.engine.sampling.flow_matching import velocity_from_image
 from sensebatch.engine.sampling.text import greedy_decode
-from sensebatch.resolutions import Resolution
-from tests.engine.golden_model import build_network, build_runner, infer
-from tests.engine.test_golden_network import prefill_text
+from tests.engine.golden_model import build_network, build_runner, golden_step, infer, predict
 from tests.golden_data import TOLERANCE, case_ids, golden_architecture, load_case, relative_error
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
@@ -253,18 +249,11 @@ interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="the golden networks a
 @pytest.mark.parametrize(("config", "name"), tileable_cases("gen_step"))
 def test_fused_networks_predict_the_reference_velocity(config: str, name: str) -> None:
     case = load_case(config, name)
-    prefix = load_case(config, "prefix_text")
-    runner = build_runner(prefix, fused=True)
-    image = case.tensor("z_image")
-    z, t = image_to_tokens(image), float(case.params["t"])
+    runner = build_runner(case, fused=True)
     with infer():
-        cache, _ = prefill_text(runner, prefix)
-        size = Resolution(height=image.shape[-2], width=image.shape[-1])
-        positions = runner.network.image_positions([cache], size)
-        scale = float(case.params["noise_scale"])
-        condition = runner.network.condition(torch.tensor([t]), scale)[0]
-        x = runner.network.predict_image(z, condition, [cache], positions, sdpa)
-    assert relative_error(velocity_from_image(x, z, t), case.tensor("v_pred")) < TOLERANCE
+        step = golden_step(runner, case)
+        v = step.velocity(predict(runner, step))
+    assert relative_error(v, case.tensor("v_pred")) < TOLERANCE
 
 
 @interpreted

@@ -16,18 +16,14 @@ from sensebatch.config import ModelConfig
 from sensebatch.engine.loading import NetworkLoader
 from sensebatch.engine.model.attention import sdpa
 from sensebatch.engine.model.network import Network
-from sensebatch.engine.model.patchify import image_to_tokens
 from sensebatch.engine.model.quantized import FP8, LARGEST, Fp8Linear, quantise_rows
 from sensebatch.engine.residency import Residency
 from sensebatch.engine.runner import Runner
 from sensebatch.engine.runtime import check_precision, resolve_runtime
-from sensebatch.engine.sampling.flow_matching import velocity_from_image
 from sensebatch.errors import ConfigError
-from sensebatch.resolutions import Resolution
 from sensebatch.weights import weight_bytes
-from tests.engine.golden_model import build_runner, infer
+from tests.engine.golden_model import build_runner, golden_step, infer, predict
 from tests.engine.memory.test_residency import RuleWeights, make_placement, run_case
-from tests.engine.test_golden_network import prefill_text
 from tests.golden_data import (
     ByteTokenizer,
     case_ids,
@@ -116,19 +112,12 @@ def mean_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 )
 @pytest.mark.parametrize("precision", ["fp8", "fp8-all"])
 def test_one_velocity_stays_close_to_the_reference(config: str, name: str, precision: str) -> None:
-    case, prefix = load_case(config, name), load_case(config, "prefix_text")
+    case = load_case(config, name)
     network, residency = load_fp8(config, precision)
     runner = Runner(network, ByteTokenizer(), sdpa, lambda _: None, residency)
-    t, scale = float(case.params["t"]), float(case.params["noise_scale"])
-    image = case.tensor("z_image")
-    size = Resolution(height=image.shape[-2], width=image.shape[-1])
-    z = image_to_tokens(image)
     with infer():
-        cache, _ = prefill_text(runner, prefix)
-        positions = network.image_positions([cache], size)
-        condition = network.condition(torch.tensor([t]), scale)[0]
-        x = network.predict_image(z, condition, [cache], positions, sdpa)
-        v = velocity_from_image(x, z, t)
+        step = golden_step(runner, case)
+        v = step.velocity(predict(runner, step))
     # Weights at random: a trained network is off by less.
     limit = 0.08 if precision == "fp8" else 0.1
     assert 0 < mean_error(v, case.tensor("v_pred")) < limit

@@ -130,6 +130,7 @@ class DecoderLayer(nn.Module):
     Args:
         arch: The network's shape.
         moe: Its sparse feed-forward block; None for a dense one.
+        fused: Whether chains of small operations are one kernel each; needs Triton.
     """
 
     def __init__(self, arch: Architecture, moe: Moe | None, *, fused: bool = False) -> None:
