@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from sensebatch.cli import session
 from sensebatch.settings import dump_settings, resolve_settings
 from tests.cli.conftest import FakeBackend, Invoke
+from tests.executor.fakes import FakeEngine
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -299,3 +303,28 @@ def test_two_budgets_of_the_gpu_that_differ_are_one_mistake(
     assert "--vram-budget and --max-memory: expected one amount for the GPU" in ended.err
     assert "found '13GiB' and '0=9GiB,cpu=20GiB'" in ended.err
     assert backend.loaded == []
+
+
+@pytest.mark.parametrize(
+    ("platform", "given", "expected"),
+    [("linux", None, "expandable_segments:True"), ("linux", "x:1", None), ("win32", None, None)],
+)
+def test_the_allocator_is_told_to_grow_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, platform: str, given: str | None, expected: str | None
+) -> None:
+    monkeypatch.setattr(session.sys, "platform", platform)
+    # Set first, so that what the call sets is taken back as well.
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    if given is not None:
+        monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", given)
+    session._settle_allocator()
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == expected
+
+
+def test_loading_says_what_compiling_took() -> None:
+    info = FakeEngine().info
+    assert session._loaded(replace(info, load_s=9.04)) == "loaded in 9.0 s"
+    said = session._loaded(replace(info, load_s=9.04, compile_s=0.81))
+    assert said == "loaded in 9.0 s, 0.8 s of it for kernels"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.machinery
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 from sensebatch.checkpoint.files import open_checkpoint
+from sensebatch.engine.device_memory import cap_device_memory
 from sensebatch.engine.model import attention
 from sensebatch.engine.runtime import is_tileable, resolve_attention, resolve_fused
 from sensebatch.errors import ConfigError
@@ -136,3 +137,21 @@ def test_kernels_are_for_gpus_with_triton_and_heads_of_powers_of_two(
         assert not resolve_fused(True, "cuda", tiny)
         assert not resolve_fused(False, "cuda", large)
         assert not resolve_fused(True, "cpu", large)
+
+
+@pytest.mark.parametrize(("device", "index"), [("cuda", 3), ("cuda:1", 1)])
+def test_a_budget_caps_the_device_that_is_computed_on(
+    monkeypatch: pytest.MonkeyPatch, device: str, index: int
+) -> None:
+    capped = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    total = SimpleNamespace(total_memory=40 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: total)
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda *given: capped.append(given)
+    )
+    cap_device_memory(torch.device(device), 10 << 30)
+    cap_device_memory(torch.device(device), 80 << 30)
+    cap_device_memory(torch.device(device), None)
+    cap_device_memory(torch.device("cpu"), 10 << 30)
+    assert capped == [(0.25, index), (1.0, index)]
