@@ -83,10 +83,11 @@ class MemoryConfig:
     """Most device memory the run may reserve, activations included; None for what is free."""
     host_budget_bytes: int | None = None
     """Most host memory weights may take; None for a safe part of what is free."""
-    max_batch_size: int = 8
-    """Most jobs in one batch."""
+    max_batch_size: int = 16
+    """Most jobs in one batch; there are fewer where memory does not hold as many."""
     max_batch_image_tokens: int = 16384
-    """Most image tokens in one batch, over all its jobs; one job always fits."""
+    """Most image tokens in one batch, over all its jobs; one job always fits. Text to image jobs
+    that think are not limited by it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from sensebatch.jobs import Batch, BatchResult, EngineInfo, Job
+from sensebatch.jobs import Batch, BatchResult, EngineInfo, GroupKey, Job
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,6 +87,9 @@ class Engine(Protocol):
             OutOfMemoryError: The batch does not fit; nothing of it is kept on the device.
             RunStoppedError: The device or the weights failed; no other batch would fare better.
         """
+
+    def largest_batch(self, group: GroupKey) -> int | None:
+        """Returns how many jobs of a group fit the memory together; None where all planned do."""
 
     def make_room(self) -> str | None:
         """Goes on with less of the device's memory, after a job alone did not fit.

@@ -156,8 +156,9 @@ class Clock:
 
         Args:
             load: The group's most demanding job, which all others count as.
-            num_jobs: Of the group, cut into batches of `load.batch_size`.
+            num_jobs: Of the group, cut into batches of `load.batch_size`, or of as many as fit.
         """
+        load = self._placement.fitted(load)
         silent = self._seconds(load, num_jobs, text_tokens=0)
         talking = self._seconds(load, num_jobs, text_tokens=load.text_tokens)
         return GroupSeconds(pictures=silent, text=max(talking - silent, 0.0))

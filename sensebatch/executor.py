@@ -98,9 +98,9 @@ class _Piece:
     """Number of the group in the plan."""
 
 
-def plan_remaining(store: Store, config: RunConfig) -> Plan:
+def plan_remaining(store: Store, engine: Engine, config: RunConfig) -> Plan:
     """Returns the plan of all jobs to be run that are in no interrupted batch."""
-    return make_plan(store.state.entries(), config.memory)
+    return make_plan(store.state.entries(), config.memory, engine.largest_batch)
 
 
 def execute(
@@ -169,7 +169,7 @@ class _Run:
         self._next: _Piece | None = None
         self._done = self._failed = self._images = 0
         self._interrupted = self._recorded_pieces()
-        self._plan = plan_remaining(store, config)
+        self._plan = plan_remaining(store, engine, config)
         self._tell(partial(observer.run_started, store.state.counts(), self._plan))
 
     @property
@@ -227,7 +227,8 @@ class _Run:
         pieces, too_large = [], []
         for started in self._store.state.started_batches():
             group = group_key(self._store.state.jobs(started.ids[:1])[0].job)
-            if len(started.members) > batch_size(group, self._config.memory):
+            fitting = self._engine.largest_batch(group)
+            if len(started.members) > batch_size(group, self._config.memory, fitting):
                 too_large.append(started.seq)
                 self._note(f"batch of {len(started.members)} jobs is planned anew")
             else:

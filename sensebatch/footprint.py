@@ -251,6 +251,11 @@ def text_bytes(
     return caches + twice + max(text_pass, read_back)
 
 
+def waiting_bytes(arch: Architecture, load: Load, item_bytes: int) -> int:
+    """Returns what the prefixes of a batch take while they wait in host memory."""
+    return cache_bytes(arch, load.prefix_tokens * load.batch_size, item_bytes)
+
+
 def jobs_per_pass(load: Load, tokens_per_pass: int) -> int:
     """Returns how many jobs of a group are drawn together."""
     fitting = max(tokens_per_pass // load.group.resolution.image_tokens, 1)

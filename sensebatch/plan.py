@@ -6,7 +6,7 @@ the state database.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,14 +132,34 @@ class Plan:
         return sum(group.max_images for group in self.groups)
 
 
-def batch_size(group: GroupKey, memory: MemoryConfig) -> int:
-    """Returns the most jobs of a group that go into one batch; at least one."""
-    fitting = memory.max_batch_image_tokens // group.resolution.image_tokens
-    return max(1, min(fitting, memory.max_batch_size))
+def batch_size(group: GroupKey, memory: MemoryConfig, fitting: int | None = None) -> int:
+    """Returns the most jobs of a group that go into one batch; at least one.
+
+    Args:
+        group: Of the jobs.
+        memory: Says how many are wanted.
+        fitting: How many the device's memory holds; None for any number.
+    """
+    most = memory.max_batch_size if fitting is None else min(memory.max_batch_size, fitting)
+    if group.think and group.task is Task.T2I:
+        # Thoughts are decoded together, at little more than the price of one; pictures of a batch
+        # are drawn some at a time anyway. Prompts with images would take too much memory.
+        return max(1, most)
+    return max(1, min(memory.max_batch_image_tokens // group.resolution.image_tokens, most))
 
 
-def make_plan(entries: Iterable[PlanEntry], memory: MemoryConfig) -> Plan:
-    """Returns the plan of jobs given in manifest order; the ids must be unique."""
+def make_plan(
+    entries: Iterable[PlanEntry],
+    memory: MemoryConfig,
+    fitting: Callable[[GroupKey], int | None] = lambda _: None,
+) -> Plan:
+    """Returns the plan of jobs given in manifest order; the ids must be unique.
+
+    Args:
+        entries: The jobs.
+        memory: How many jobs of a group are wanted in a batch.
+        fitting: How many of them the device's memory holds; None for any number.
+    """
     groups: dict[GroupKey, _Gathered] = {}
     for entry in entries:
         gathered = groups.setdefault(entry.group, _Gathered())
@@ -152,7 +172,7 @@ def make_plan(entries: Iterable[PlanEntry], memory: MemoryConfig) -> Plan:
         groups=tuple(
             GroupPlan(
                 group=group,
-                batch_size=batch_size(group, memory),
+                batch_size=batch_size(group, memory, fitting(group)),
                 fresh=tuple(gathered.fresh),
                 alone=tuple(gathered.alone),
                 max_images=gathered.max_images,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.config import MemoryConfig
 from sensebatch.errors import ConfigError
-from sensebatch.footprint import GIB, Load, working_bytes
+from sensebatch.footprint import GIB, Load, waiting_bytes, working_bytes
+from sensebatch.jobs import GroupKey
 from sensebatch.weights import WeightBytes, weight_bytes
 
 RING = 2
@@ -21,11 +23,13 @@ CUDA_TOKENS_PER_PASS = 8192
 MODES = ("auto", "full", "fast", "balanced", "low")
 HOST_SHARE = 0.7
 """Part of the free host memory that weights may take where no budget is given."""
+HOST_MOST = 0.9
+"""Part of it that weights and waiting prefixes together may take, if a smaller batch can help."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """Where weights and caches are, and how many jobs share a pass."""
+    """Where weights and caches are while one group of jobs is run, and how many share what."""
 
     mode: str
     num_buffers: int | None
@@ -34,6 +38,8 @@ class Placement:
     embed_on_device: bool
     tokens_per_pass: int
     """Most image tokens in one denoising pass; one job always fits."""
+    batch_size: int | None = None
+    """Most jobs that fit in one batch; None where all that were planned for do."""
     park_caches: bool
     """Whether prefixes of waiting jobs are kept in host memory."""
     host_budget_bytes: int | None
@@ -45,19 +51,49 @@ class Placement:
     reason: str
     """Why this one, for the person who reads it."""
 
+    def fitted(self, load: Load) -> Load:
+        """Returns the load of the group with as many jobs a batch as fit."""
+        return load if self.batch_size is None else replace(load, batch_size=self.batch_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placements:
+    """Of a run: either all weights stay on the device for every group, or for none."""
+
+    groups: Mapping[GroupKey, Placement]
+    """In the order in which they are run."""
+    leanest: Placement
+    """Of the most demanding group; where there are no groups, of the weights alone."""
+
+    @property
+    def device_bytes(self) -> int:
+        """Expected peak on the device."""
+        return max(
+            (p.device_bytes for p in self.groups.values()), default=self.leanest.device_bytes
+        )
+
+    @property
+    def first(self) -> Placement:
+        """Of the group that is run first."""
+        return next(iter(self.groups.values()), self.leanest)
+
+    def of(self, group: GroupKey) -> Placement:
+        """Returns a group's placement; the leanest for one that was not planned for."""
+        return self.groups.get(group, self.leanest)
+
 
 def place(
     arch: Architecture,
     memory: MemoryConfig,
-    loads: list[Load],
+    loads: Sequence[Load],
     *,
     item_bytes: int,
     device_free: int | None,
     host_free: int,
     precision: str | None = None,
     fused: bool = False,
-) -> Placement:
-    """Returns the fastest placement that fits, or the one that was asked for.
+) -> Placements:
+    """Returns for each group the fastest placement that fits, or the one that was asked for.
 
     Args:
         arch: The network's shape.
@@ -75,116 +111,166 @@ def place(
     if memory.vram_mode not in MODES:
         raise ConfigError(f"vram_mode: expected {', '.join(MODES)}, found {memory.vram_mode!r}")
     host = memory.host_budget_bytes
-    host = int(host_free * HOST_SHARE) if host is None else host
-    weights = weight_bytes(arch, item_bytes, precision)
-    working = partial(
-        working_bytes, arch, loads, item_bytes=item_bytes, precision=precision, fused=fused
-    )
-    writes = any(load.text_tokens for load in loads)
-    candidates = _candidates(weights, working, host, _fast_buffers(weights, writes=writes))
     budget = memory.vram_budget_bytes
-    if memory.vram_mode != "auto":
-        chosen = candidates[memory.vram_mode]
-        reason = f"asked for vram_mode {memory.vram_mode}"
-        limit = budget if budget is not None else device_free
-        if limit is not None and chosen.device_bytes > limit:
-            raise _too_small(candidates, memory.vram_mode, limit)
-        return replace(chosen, reason=reason)
-    limit = budget if budget is not None else device_free
-    if limit is None:
-        return replace(candidates["full"], reason="the host is the device")
-    return _within(weights, candidates, limit, asked=budget is not None)
+    planner = _Planner(
+        weights=weight_bytes(arch, item_bytes, precision),
+        working=partial(
+            working_bytes, arch, item_bytes=item_bytes, precision=precision, fused=fused
+        ),
+        waiting=partial(waiting_bytes, arch, item_bytes=item_bytes),
+        host=int(host_free * HOST_SHARE) if host is None else host,
+        host_most=int(host_free * HOST_MOST),
+        limit=device_free if budget is None else budget,
+        asked=budget is not None,
+    )
+    placed = planner.run(memory.vram_mode, list(loads) or [None])
+    return Placements(
+        groups={load.group: p for load, p in zip(loads, placed, strict=False)},
+        leanest=min(placed, key=_how_much_stays),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Planner:
+    """Weighs the placements of groups against what a device has."""
+
+    weights: WeightBytes
+    working: Callable[..., int]
+    """`working_bytes`, from the loads on."""
+    waiting: Callable[[Load], int]
+    """`waiting_bytes` of a load."""
+    host: int
+    """Most host memory for weights."""
+    host_most: int
+    """Most host memory for weights and waiting prefixes."""
+    limit: int | None
+    """Device memory; None for any amount."""
+    asked: bool
+    """Whether the limit is a budget that was asked for."""
+
+    def run(self, mode: str, loads: Sequence[Load | None]) -> list[Placement]:
+        """Returns the placement of each load; None stands for weights without jobs.
+
+        Raises:
+            ConfigError: One cannot fit.
+        """
+        if self.limit is not None:
+            self._check(mode, loads, self.limit)
+        if mode != "auto":
+            reason = f"asked for vram_mode {mode}"
+            return [replace(self._largest_batch(load, mode), reason=reason) for load in loads]
+        whole = [self._candidate(load, "full") for load in loads]
+        if self.limit is None:
+            return [replace(placement, reason="the host is the device") for placement in whole]
+        if all(self._fits(placement) for placement in whole):
+            reason = f"all weights fit {self._what(self.limit)}"
+            return [replace(placement, reason=reason) for placement in whole]
+        return [self._streamed(load, self.limit) for load in loads]
+
+    def _check(self, mode: str, loads: Sequence[Load | None], limit: int) -> None:
+        single = [load and replace(load, batch_size=1) for load in loads]
+
+        def needed(mode: str) -> int:
+            return max(self._candidate(load, mode).device_bytes for load in single)
+
+        least = needed("low" if mode == "auto" else mode)
+        if least > limit:
+            hint = f"; vram_mode low needs {needed('low') / GIB:.1f} GiB"
+            hint = "" if mode in ("auto", "low") else hint
+            raise ConfigError(
+                f"vram_budget: expected at least {least / GIB:.1f} GiB for the largest jobs "
+                f"of this run, found {limit / GIB:.1f} GiB{hint}"
+            )
+
+    def _fits(self, placement: Placement) -> bool:
+        return self.limit is None or placement.device_bytes <= self.limit
+
+    def _what(self, limit: int) -> str:
+        return f"{'a budget of' if self.asked else 'free device memory of'} {limit / GIB:.1f} GiB"
+
+    def _streamed(self, load: Load | None, limit: int) -> Placement:
+        """Returns the fastest placement of a group: what its jobs leave over holds weights.
+
+        Smaller batches come before single jobs, as long as two can share a pass.
+        """
+        lean = self._largest_batch(load, "balanced", least=2)
+        if not self._fits(lean):
+            lean = self._largest_batch(load, "low")
+        extra = (limit - lean.device_bytes) // self.weights.kept_block
+        # Buffers for every block would hold no more than those for all but one.
+        extra = min(extra, self.weights.num_generation + self.weights.num_understanding - RING - 1)
+        kept = min(extra, self.weights.num_generation)
+        return replace(
+            lean,
+            mode="fast" if kept == self.weights.num_generation else lean.mode,
+            num_buffers=RING + extra,
+            device_bytes=lean.device_bytes + extra * self.weights.kept_block,
+            reason=f"{self._what(limit)} holds {kept} of {self.weights.num_generation} "
+            "generation layers; the others are streamed",
+        )
+
+    def _largest_batch(self, load: Load | None, mode: str, least: int = 1) -> Placement:
+        """Returns a mode's placement for as many jobs a batch as fit: all, half of them, ...
+
+        Args:
+            load: Of the group.
+            mode: By name.
+            least: Fewest jobs that are tried to fit the device, of more; they may not.
+        """
+        placement = self._candidate(load, mode)
+        if load is None:
+            return placement
+        fitting = load
+        while (size := fitting.batch_size) > 1:
+            waiting = self.waiting(fitting) if placement.park_caches else 0
+            too_much = placement.host_bytes + waiting > self.host_most
+            if not too_much and (self._fits(placement) or size <= least):
+                break
+            fitting = replace(load, batch_size=-(-size // 2))
+            placement = self._candidate(fitting, mode)
+        return placement if fitting is load else replace(placement, batch_size=fitting.batch_size)
+
+    def _candidate(self, load: Load | None, mode: str) -> Placement:
+        """Returns what a mode means for a group."""
+        weights, host = self.weights, self.host
+        writes = load is not None and load.text_tokens > 0
+        num_buffers = {"full": None, "fast": _fast_buffers(weights, writes=writes)}.get(mode, RING)
+        parked = num_buffers is not None
+        tokens_per_pass = 1 if mode == "low" else CUDA_TOKENS_PER_PASS
+        if num_buffers is None:
+            device = weights.blocks + weights.embeddings
+        else:
+            device = weights.buffers(RING, num_buffers - RING)
+            # They are looked up in host memory, whatever is left for blocks.
+            host = max(host - weights.embeddings, 0)
+        staging = NUM_STAGING * weights.block
+        kept = weights.blocks if weights.blocks <= host else max(host - staging, 0) + staging
+        loads = [] if load is None else [load]
+        return Placement(
+            mode=mode,
+            num_buffers=num_buffers,
+            embed_on_device=not parked,
+            tokens_per_pass=tokens_per_pass,
+            park_caches=parked,
+            host_budget_bytes=host,
+            device_bytes=device
+            + weights.rest
+            + self.working(loads, tokens_per_pass, parked=parked),
+            host_bytes=kept + weights.embeddings if parked else 0,
+            reason="",
+        )
+
+
+def _how_much_stays(placement: Placement) -> tuple[int, int]:
+    """Orders placements by the weights that stay on the device, then by what jobs leave."""
+    buffers = placement.num_buffers
+    return sys.maxsize if buffers is None else buffers, -placement.device_bytes
 
 
 def _fast_buffers(weights: WeightBytes, *, writes: bool) -> int:
     """Returns how many buffers spare denoising all copies, and decoding too where there is any."""
     pictures = weights.buffers_for_pictures(RING)
     return max(pictures, weights.buffers_for_text(RING)) if writes else pictures
-
-
-def _candidates(
-    weights: WeightBytes, working: Callable[..., int], host: int, fast_buffers: int
-) -> dict[str, Placement]:
-    most = CUDA_TOKENS_PER_PASS
-    shapes = {
-        "full": (None, True, most),
-        "fast": (fast_buffers, False, most),
-        "balanced": (RING, False, most),
-        "low": (RING, False, 1),
-    }
-    return {
-        mode: _placement(weights, working, mode, buffers, embed, tokens, host)
-        for mode, (buffers, embed, tokens) in shapes.items()
-    }
-
-
-def _placement(
-    weights: WeightBytes,
-    working: Callable[..., int],
-    mode: str,
-    num_buffers: int | None,
-    embed: bool,
-    tokens_per_pass: int,
-    host: int,
-) -> Placement:
-    blocks = weights.blocks if num_buffers is None else weights.buffers(RING, num_buffers - RING)
-    device = blocks + weights.rest + (weights.embeddings if embed else 0)
-    parked = num_buffers is not None
-    staging = NUM_STAGING * weights.block
-    if not embed:
-        # They are looked up in host memory, whatever is left for blocks.
-        host = max(host - weights.embeddings, 0)
-    kept = weights.blocks if weights.blocks <= host else max(host - staging, 0) + staging
-    return Placement(
-        mode=mode,
-        num_buffers=num_buffers,
-        embed_on_device=embed,
-        tokens_per_pass=tokens_per_pass,
-        park_caches=parked,
-        host_budget_bytes=host,
-        device_bytes=device + working(tokens_per_pass, parked=parked),
-        host_bytes=0 if num_buffers is None else kept + (0 if embed else weights.embeddings),
-        reason="",
-    )
-
-
-def _within(
-    weights: WeightBytes,
-    candidates: dict[str, Placement],
-    limit: int,
-    *,
-    asked: bool,
-) -> Placement:
-    """Returns the fastest placement under a limit: what is left over holds weights."""
-    what = f"{'a budget of' if asked else 'free device memory of'} {limit / GIB:.1f} GiB"
-    if candidates["full"].device_bytes <= limit:
-        return replace(candidates["full"], reason=f"all weights fit {what}")
-    for base in ("balanced", "low"):
-        lean = candidates[base]
-        if lean.device_bytes > limit:
-            continue
-        extra = (limit - lean.device_bytes) // weights.kept_block
-        num_buffers = RING + extra
-        kept = min(extra, weights.num_generation)
-        return replace(
-            lean,
-            mode="fast" if kept == weights.num_generation else base,
-            num_buffers=num_buffers,
-            device_bytes=lean.device_bytes + extra * weights.kept_block,
-            reason=f"{what} holds {kept} of {weights.num_generation} generation layers; "
-            "the others are streamed",
-        )
-    raise _too_small(candidates, "auto", limit)
-
-
-def _too_small(candidates: dict[str, Placement], mode: str, limit: int) -> ConfigError:
-    asked = candidates["low" if mode == "auto" else mode]
-    hint = f"; vram_mode low needs {candidates['low'].device_bytes / GIB:.1f} GiB"
-    hint = "" if mode in ("auto", "low") else hint
-    return ConfigError(
-        f"vram_budget: expected at least {asked.device_bytes / GIB:.1f} GiB for the largest jobs "
-        f"of this run, found {limit / GIB:.1f} GiB{hint}"
-    )
 
 
 def leaner(
@@ -222,4 +308,27 @@ def leaner(
         device_bytes=placement.device_bytes - saved,
         host_bytes=host,
         reason=f"memory ran out: {num_buffers} blocks of weights stay on the device",
+    )
+
+
+def at_most(placement: Placement, most: Placement) -> Placement:
+    """Returns a placement that keeps no more weights on the device, and draws no more jobs
+    together, than one of `leaner`.
+
+    Args:
+        placement: Of some group.
+        most: What memory was enough for.
+    """
+    assert most.num_buffers is not None
+    buffers, tokens = placement.num_buffers, placement.tokens_per_pass
+    fewer = buffers is None or buffers > most.num_buffers
+    if not fewer and tokens <= most.tokens_per_pass:
+        return placement
+    mode = most.mode if fewer or most.mode == "low" else placement.mode
+    return replace(
+        most,
+        mode=mode,
+        num_buffers=most.num_buffers if fewer else buffers,
+        tokens_per_pass=min(tokens, most.tokens_per_pass),
+        batch_size=placement.batch_size,
     )

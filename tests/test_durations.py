@@ -57,7 +57,7 @@ def make_load(
 def seconds(
     load: Load, num_jobs: int = 1, *, speeds: Speeds = H200, **memory: object
 ) -> GroupSeconds:
-    placement = place(
+    placements = place(
         ARCH,
         MemoryConfig(**memory),
         [load],
@@ -65,7 +65,7 @@ def seconds(
         device_free=None,
         host_free=200 * GIB,
     )
-    return Clock(ARCH, placement, 2, speeds).group_seconds(load, num_jobs)
+    return Clock(ARCH, placements.of(load.group), 2, speeds).group_seconds(load, num_jobs)
 
 
 def step(load: Load, num_jobs: int = 1, **memory: object) -> float:

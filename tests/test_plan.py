@@ -54,7 +54,26 @@ def test_batches_are_of_one_group_and_fit(entries: list[PlanEntry], memory: Memo
             assert {group_of[job] for job in ids} == {group.group}
             assert len(ids) <= memory.max_batch_size
             tokens = len(ids) * group.group.resolution.image_tokens
-            assert len(ids) == 1 or tokens <= memory.max_batch_image_tokens
+            thinks = group.group.think and group.group.task is Task.T2I
+            assert len(ids) == 1 or thinks or tokens <= memory.max_batch_image_tokens
+
+
+@given(entries=entries, memory=memories)
+def test_thinking_jobs_are_decoded_together_whatever_their_size(
+    entries: list[PlanEntry], memory: MemoryConfig
+) -> None:
+    for group in make_plan(entries, memory).groups:
+        if group.group.think and group.group.task is Task.T2I:
+            assert group.batch_size == memory.max_batch_size
+
+
+@given(entries=entries, memory=memories, fitting=st.integers(1, 6))
+def test_no_batch_is_larger_than_fits(
+    entries: list[PlanEntry], memory: MemoryConfig, fitting: int
+) -> None:
+    wanted = [group.batch_size for group in make_plan(entries, memory).groups]
+    fits = [group.batch_size for group in make_plan(entries, memory, lambda _: fitting).groups]
+    assert fits == [min(size, fitting) for size in wanted]
 
 
 @given(entries=entries, memory=memories)

@@ -21,10 +21,11 @@ from sensebatch.footprint import (
     jobs_per_pass,
     prompt_bytes,
     quantising_bytes,
+    waiting_bytes,
 )
 from sensebatch.jobs import GroupKey, Task
 from sensebatch.resolutions import Resolution
-from sensebatch.vram import RING, Placement, leaner, place
+from sensebatch.vram import RING, Placement, Placements, at_most, leaner, place
 from sensebatch.weights import weight_bytes
 from tests.golden_data import CONFIGS, golden_architecture
 
@@ -46,13 +47,25 @@ def make_load(jobs: int = 4, *, branches: int = 2, prompt: int = 500, text: int 
 def placed(
     loads: list[Load] | None = None, *, device_free: int | None = None, **memory: object
 ) -> Placement:
+    return place_all(loads, device_free=device_free, **memory).leanest
+
+
+def place_all(
+    loads: list[Load] | None = None,
+    *,
+    device_free: int | None = None,
+    host_free: int = 200 * GIB,
+    precision: str | None = None,
+    **memory: object,
+) -> Placements:
     return place(
         ARCH,
         MemoryConfig(**memory),
         [make_load()] if loads is None else loads,
         item_bytes=2,
         device_free=device_free,
-        host_free=200 * GIB,
+        host_free=host_free,
+        precision=precision,
     )
 
 
@@ -135,6 +148,88 @@ def test_a_larger_budget_never_streams_more() -> None:
     assert buffers == sorted(buffers)
 
 
+def make_story(jobs: int = 4) -> Load:
+    load = make_load(jobs, prompt=1000, text=4000)
+    group = replace(load.group, task=Task.INTERLEAVE, think=True)
+    return replace(load, group=group, drawn_tokens=6 * 4098)
+
+
+def test_every_group_keeps_as_many_layers_as_its_own_jobs_leave_room_for() -> None:
+    dot, story = make_load(), make_story(2)
+    placed = place_all([dot, story], vram_budget_bytes=24 * GIB)
+    of_dot, of_story = placed.of(dot.group), placed.of(story.group)
+    assert of_dot == place_all([dot], vram_budget_bytes=24 * GIB).leanest
+    assert of_dot.num_buffers > of_story.num_buffers >= RING
+    assert placed.leanest == of_story
+    assert placed.device_bytes == max(of_dot.device_bytes, of_story.device_bytes) <= 24 * GIB
+
+
+def test_a_group_that_was_not_planned_for_is_given_the_leanest_placement() -> None:
+    placed = place_all([make_load(), make_story(2)], vram_budget_bytes=24 * GIB)
+    other = replace(make_load().group, num_steps=7)
+    assert placed.of(other) == placed.leanest
+
+
+def test_all_weights_stay_for_every_group_or_for_none() -> None:
+    dot, story = make_load(), make_story()
+    assert place_all([dot], device_free=45 * GIB).leanest.num_buffers is None
+    placed = place_all([dot, story], device_free=45 * GIB)
+    assert all(placed.of(load.group).num_buffers for load in (dot, story))
+    # More buffers than blocks would be memory for nothing.
+    weights = weight_bytes(ARCH, 2)
+    blocks = weights.num_generation + weights.num_understanding
+    assert placed.of(dot.group).num_buffers < blocks
+
+
+@settings(max_examples=25)
+@given(budget=st.integers(int(2.2 * GIB), 16 * GIB), jobs=st.integers(1, 16))
+def test_a_batch_is_as_large_as_a_budget_allows(budget: int, jobs: int) -> None:
+    thinking = make_load(jobs, prompt=700, text=1024)
+    size = place_all([thinking], vram_budget_bytes=budget).leanest.batch_size
+    if size is None:
+        return
+    # Twice as many would not even have fitted drawn one by one.
+    twice = replace(thinking, batch_size=min(2 * size, jobs))
+    low = place_all([twice], vram_mode="low").leanest
+    assert low.device_bytes > budget or size > 1
+
+
+def test_fewer_jobs_a_batch_come_before_a_refusal_and_before_single_passes() -> None:
+    thinking = make_load(16, prompt=700, text=1024)
+    roomy, tight = (
+        place_all([thinking], vram_budget_bytes=int(gib * GIB)).leanest for gib in (9, 3.5)
+    )
+    assert (roomy.mode, roomy.batch_size) == ("balanced", None)
+    assert tight.mode == "balanced"
+    assert tight.batch_size in (2, 4, 8)
+    assert tight.device_bytes <= 3.5 * GIB
+
+
+def test_prefixes_that_the_host_cannot_hold_make_batches_smaller() -> None:
+    edits = make_load(8, prompt=5000)
+    edits = replace(edits, group=replace(edits.group, branches=("cond", "img_cond")))
+    rich = place_all([edits], vram_mode="balanced")
+    assert rich.leanest.batch_size is None
+    poor = place_all([edits], vram_mode="balanced", host_free=16 * GIB).leanest
+    assert poor.batch_size is not None
+    waiting = waiting_bytes(ARCH, replace(edits, batch_size=poor.batch_size), 2)
+    assert poor.host_bytes + waiting <= 16 * GIB or poor.batch_size == 1
+
+
+def test_no_group_keeps_more_than_memory_was_enough_for() -> None:
+    dot, story = make_load(), make_story(2)
+    placed = place_all([dot, story], vram_budget_bytes=24 * GIB)
+    most = leaner(ARCH, placed.of(dot.group), 2)
+    assert most is not None
+    limited = at_most(placed.of(dot.group), most)
+    assert (limited.num_buffers, limited.mode) == (most.num_buffers, most.mode)
+    lean = placed.of(story.group)
+    assert lean.num_buffers is not None
+    assert at_most(lean, replace(most, num_buffers=lean.num_buffers)) is lean
+    alone = at_most(lean, replace(most, num_buffers=RING, tokens_per_pass=1, mode="low"))
+    assert (alone.tokens_per_pass, alone.mode, alone.num_buffers) == (1, "low", RING)
+
+
 @pytest.mark.parametrize("memory", [{"vram_mode": "fast"}, {}])
 def test_what_cannot_fit_is_refused_with_what_would(memory: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match=r"expected at least \d+\.\d GiB") as refused:
@@ -157,15 +252,7 @@ def test_the_host_keeps_what_its_budget_allows() -> None:
 def test_float8_makes_every_mode_leaner() -> None:
     def peaks(precision: str | None) -> list[int]:
         return [
-            place(
-                ARCH,
-                MemoryConfig(vram_mode=mode),
-                [make_load()],
-                item_bytes=2,
-                device_free=None,
-                host_free=200 * GIB,
-                precision=precision,
-            ).device_bytes
+            place_all(vram_mode=mode, precision=precision).device_bytes
             for mode in ("full", "fast", "balanced", "low")
         ]
 
@@ -182,15 +269,7 @@ def test_float8_makes_every_mode_leaner() -> None:
 @settings(max_examples=25)
 @given(budget=st.integers(int(2.5 * GIB), 40 * GIB))
 def test_a_budget_is_never_exceeded_with_float8(budget: int) -> None:
-    chosen = place(
-        ARCH,
-        MemoryConfig(vram_budget_bytes=budget),
-        [make_load()],
-        item_bytes=2,
-        device_free=None,
-        host_free=200 * GIB,
-        precision="fp8",
-    )
+    chosen = place_all(vram_budget_bytes=budget, precision="fp8").leanest
     assert chosen.device_bytes <= budget
     while (after := leaner(ARCH, chosen, 2, "fp8")) is not None:
         assert after.device_bytes <= chosen.device_bytes

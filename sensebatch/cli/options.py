@@ -173,7 +173,8 @@ class BatchOptions:
     max_batch_image_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Most image tokens (32 by 32 pixels each) in one batch.",
+            help="Most image tokens (32 by 32 pixels each) in one batch, but for t2i jobs "
+            "that think.",
             rich_help_panel=_EXECUTION,
         ),
     ] = None

@@ -17,7 +17,7 @@ from sensebatch.checkpoint.system_prompts import resolve_system_prompts
 from sensebatch.cli.speed_cache import MachineSpeeds
 from sensebatch.config import SYNTHETIC_PREFIX, TINY_MODEL, MemoryConfig, ModelConfig, RunConfig
 from sensebatch.durations import Clock, GroupSeconds
-from sensebatch.footprint import Load, cache_bytes, jobs_per_pass, working_bytes
+from sensebatch.footprint import Load, jobs_per_pass, waiting_bytes
 from sensebatch.plan import Plan, group_load
 from sensebatch.vram import MODES, Placement, place
 
@@ -97,7 +97,7 @@ class _Run:
             ConfigError: There is none.
         """
         named = memory.vram_mode != "auto"
-        placement = place(
+        placements = place(
             self.arch,
             memory,
             list(self.loads),
@@ -108,58 +108,43 @@ class _Run:
             device_free=None if named or self.machine is None else self.machine.free_bytes,
             host_free=ENOUGH_BYTES,
         )
-        groups = self._groups(placement)
+        groups = [
+            self._group(load, num_jobs, placements.of(load.group))
+            for load, num_jobs in zip(self.loads, self.num_jobs, strict=True)
+        ]
+        leanest = placements.leanest
         return {
-            "vram_mode": placement.mode,
-            "reason": placement.reason,
-            "device_bytes": placement.device_bytes,
+            "vram_mode": leanest.mode,
+            "reason": leanest.reason,
+            "device_bytes": placements.device_bytes,
             "host_bytes": max(
-                (group["host_bytes"] for group in groups), default=placement.host_bytes
+                (group["host_bytes"] for group in groups), default=leanest.host_bytes
             ),
             "seconds": _total([group["seconds"] for group in groups]),
             "groups": groups,
         }
 
-    def _groups(self, placement: Placement) -> list[dict[str, Any]]:
-        weights = placement.device_bytes - self._working(self.loads, placement)
-        seconds = self._seconds(placement)
-        return [
-            {
-                "batch_size": load.batch_size,
-                "jobs_per_pass": jobs_per_pass(load, placement.tokens_per_pass),
-                "device_bytes": weights + self._working([load], placement),
-                "host_bytes": placement.host_bytes + self._waiting(load, placement),
-                "seconds": None if of_group is None else asdict(of_group),
-            }
-            for load, of_group in zip(self.loads, seconds, strict=True)
-        ]
+    def _group(self, load: Load, num_jobs: int, placement: Placement) -> dict[str, Any]:
+        load = placement.fitted(load)
+        parked = placement.park_caches
+        waiting = waiting_bytes(self.arch, load, self.item_bytes) if parked else 0
+        seconds = self._seconds(load, num_jobs, placement)
+        return {
+            "vram_mode": placement.mode,
+            "reason": placement.reason,
+            "batch_size": load.batch_size,
+            "jobs_per_pass": jobs_per_pass(load, placement.tokens_per_pass),
+            "device_bytes": placement.device_bytes,
+            "host_bytes": placement.host_bytes + waiting,
+            "seconds": None if seconds is None else asdict(seconds),
+        }
 
-    def _working(self, loads: Sequence[Load], placement: Placement) -> int:
-        return working_bytes(
-            self.arch,
-            loads,
-            placement.tokens_per_pass,
-            self.item_bytes,
-            parked=placement.park_caches,
-            precision=self.precision,
-            fused=self.fused,
-        )
-
-    def _waiting(self, load: Load, placement: Placement) -> int:
-        """Returns the host memory of caches that wait there."""
-        if not placement.park_caches:
-            return 0
-        return cache_bytes(self.arch, load.prefix_tokens * load.batch_size, self.item_bytes)
-
-    def _seconds(self, placement: Placement) -> list[GroupSeconds | None]:
+    def _seconds(self, load: Load, num_jobs: int, placement: Placement) -> GroupSeconds | None:
         measured = self.item_bytes == MEASURED_ITEM_BYTES and self.precision is None
         if self.machine is None or not measured:
-            return [None] * len(self.loads)
+            return None
         clock = Clock(self.arch, placement, self.item_bytes, self.machine.speeds)
-        return [
-            clock.group_seconds(load, num_jobs)
-            for load, num_jobs in zip(self.loads, self.num_jobs, strict=True)
-        ]
+        return clock.group_seconds(load, num_jobs)
 
 
 def _total(seconds: Sequence[dict[str, float] | None]) -> dict[str, float] | None:

@@ -110,11 +110,11 @@ def _of_placement(placement: Summary, groups: Sequence[Summary]) -> Table:
     for number, (group, needs) in enumerate(zip(groups, placement["groups"], strict=True), start=1):
         cells = _cells(needs, timed=timed, texts=texts, bound=_bound(group))
         passed = (str(needs["batch_size"]), str(needs["jobs_per_pass"]))
-        table.add_row(str(number), placement["vram_mode"], *passed, *cells)
+        table.add_row(str(number), needs["vram_mode"], *passed, *cells)
     table.add_section()
     bound = "" if all(group["images_exact"] for group in groups) else "<= "
     cells = _cells(placement, timed=timed, texts=texts, bound=bound)
-    table.add_row("all", placement["vram_mode"], "", "", *cells)
+    table.add_row("all", "", "", "", *cells)
     return table
 
 

@@ -15,7 +15,7 @@ from sensebatch.engine.runtime import DTYPES, resolve_fused
 from sensebatch.errors import DeviceError, OutOfMemoryError
 from sensebatch.footprint import Load
 from sensebatch.jobs import ModelIdentity
-from sensebatch.vram import Placement, place
+from sensebatch.vram import Placements, place
 
 _OUT_OF_MEMORY = ("not enough memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """What torch says where its own error type is not used: host, driver and cuBLAS."""
@@ -106,14 +106,14 @@ def cap_device_memory(device: torch.device, budget_bytes: int | None) -> None:
         torch.cuda.set_per_process_memory_fraction(min(budget_bytes / total, 1.0), index)
 
 
-def plan_placement(
+def plan_placements(
     config: RunConfig,
     checkpoint: Checkpoint,
     identity: ModelIdentity,
     device: torch.device,
     loads: Sequence[Load],
-) -> Placement:
-    """Returns where the weights go, given what is free now; see `vram.place`."""
+) -> Placements:
+    """Returns where the weights go for each group, given what is free now; see `vram.place`."""
     device_free = None
     if device.type == "cuda":
         device_free = torch.cuda.mem_get_info(device)[0]

@@ -17,7 +17,7 @@ from sensebatch.engine.device_memory import (
     check_device,
     empty_cache,
     is_out_of_memory,
-    plan_placement,
+    plan_placements,
 )
 from sensebatch.engine.loading import NetworkLoader, open_weights, warm_up
 from sensebatch.engine.model.attention import Attention
@@ -50,6 +50,7 @@ from sensebatch.jobs import (
     BatchMetrics,
     BatchResult,
     EngineInfo,
+    GroupKey,
     Job,
     JobResult,
     ModelIdentity,
@@ -57,7 +58,7 @@ from sensebatch.jobs import (
 )
 from sensebatch.process import peak_rss_bytes
 from sensebatch.resolutions import PixelLimits
-from sensebatch.vram import Placement, leaner
+from sensebatch.vram import Placement, Placements, at_most, leaner
 
 
 class SenseNovaEngine:
@@ -66,7 +67,7 @@ class SenseNovaEngine:
     Args:
         loader: Loads the network anew where memory runs out.
         loaded: The network and what moves its weights.
-        placement: Where they are.
+        placements: Where they are while each group is run; loaded as the first says.
         tokenizer: Of the same checkpoint.
         attention: How one run or picture attends.
         pixel_limits: Sizes of input images.
@@ -79,7 +80,7 @@ class SenseNovaEngine:
         *,
         loader: NetworkLoader,
         loaded: tuple[Network, Residency],
-        placement: Placement,
+        placements: Placements,
         tokenizer: Tokenizer,
         attention: Attention,
         pixel_limits: PixelLimits,
@@ -87,7 +88,10 @@ class SenseNovaEngine:
         script: Script | None = None,
     ) -> None:
         self._loader = loader
-        self._placement = placement
+        self._placements = placements
+        self._placement = placements.first
+        self._most: Placement | None = None
+        """What memory was enough for after it had run out."""
         self._network, self._residency = loaded
         self._tokenizer = tokenizer
         self._attention = attention
@@ -131,6 +135,7 @@ class SenseNovaEngine:
     ) -> BatchResult:
         """Runs a batch; see `contract.Engine.generate`."""
         device = self._network.device
+        self._settle(batch.group)
         memory = DevicePeak(device)
         limits = PassLimits(
             image_tokens=self._placement.tokens_per_pass, park_caches=self._placement.park_caches
@@ -187,6 +192,20 @@ class SenseNovaEngine:
             peak_reserved_bytes=reserved,
         )
 
+    def largest_batch(self, group: GroupKey) -> int | None:
+        """Returns how many jobs fit together; see `contract.Engine.largest_batch`."""
+        return self._placements.of(group).batch_size
+
+    def _settle(self, group: GroupKey) -> None:
+        """Gives weights the memory that they have while a group is run."""
+        placement = self._placements.of(group)
+        if self._most is not None:
+            placement = at_most(placement, self._most)
+        if placement.num_buffers is not None:
+            self._residency.resize(placement.num_buffers)
+        self._placement = placement
+        self._info = replace(self._info, vram_mode=placement.mode)
+
     def make_room(self) -> str | None:
         """Goes on with less memory; see `contract.Engine.make_room`."""
         before = self._placement
@@ -194,7 +213,8 @@ class SenseNovaEngine:
         after = leaner(arch, before, dtype.itemsize, self._loader.precision)
         if after is None:
             return None
-        self._placement = after
+        self._placement = self._most = after
+        self._info = replace(self._info, vram_mode=after.mode)
         if self._residency.is_whole:
             # No block is in host memory, so all are read again.
             del self._network, self._residency
@@ -206,11 +226,6 @@ class SenseNovaEngine:
                     f"memory ran out and the weights could not be loaded again: {error}; "
                     "a lower --vram-mode may help"
                 ) from error
-        elif after.num_buffers != before.num_buffers:
-            assert after.num_buffers is not None
-            self._residency.shrink(after.num_buffers)
-            empty_cache(device)
-        self._info = replace(self._info, vram_mode=after.mode)
         return after.reason
 
     def _run(
@@ -264,13 +279,14 @@ def load_engine(
     where = torch.device(device)
     backend = resolve_attention(config.model.attn_backend, device, identity.dtype)
     check_precision(identity.precision, device, identity.dtype)
-    placement = plan_placement(config, checkpoint, identity, where, loads)
+    placements = plan_placements(config, checkpoint, identity, where, loads)
     tokenizer = HFTokenizer(checkpoint.path)
     loader = _new_loader(config, checkpoint, where, identity)
     cap_device_memory(where, config.memory.vram_budget_bytes)
-    compile_s = warm_up(loader, BACKENDS[backend], loads)
+    fitted = [placements.of(load.group).fitted(load) for load in loads]
+    compile_s = warm_up(loader, BACKENDS[backend], fitted)
     peak = DevicePeak(where)
-    loaded = loader.load(placement)
+    loaded = loader.load(placements.first)
     allocated, reserved = peak.read()
     info = EngineInfo(
         identity=identity,
@@ -280,7 +296,7 @@ def load_engine(
         dtype=identity.dtype,
         attn_backend=backend,
         compile_s=compile_s,
-        vram_mode=placement.mode,
+        vram_mode=placements.first.mode,
         budget_bytes=config.memory.vram_budget_bytes,
         torch_version=torch.__version__,
         load_s=time.perf_counter() - start,
@@ -291,7 +307,7 @@ def load_engine(
     return SenseNovaEngine(
         loader=loader,
         loaded=loaded,
-        placement=placement,
+        placements=placements,
         tokenizer=tokenizer,
         attention=BACKENDS[backend],
         pixel_limits=config.pixel_limits,

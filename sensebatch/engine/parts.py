@@ -75,10 +75,10 @@ def open_runner(model: str) -> Runner:
     compile_s = warm_up(loader, BACKENDS[backend])
     memory = replace(config.memory, vram_mode="full")
     item_bytes = DTYPES[dtype].itemsize
-    placement = place(
+    placements = place(
         checkpoint.architecture, memory, [], item_bytes=item_bytes, device_free=None, host_free=0
     )
-    network, residency = loader.load(placement)
+    network, residency = loader.load(placements.leanest)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     seconds = "not compiled" if compile_s is None else f"kernels {compile_s:.1f} s"
     print(f"{model}, {name}, torch {torch.__version__}, {dtype}, {backend}, {seconds}\n")

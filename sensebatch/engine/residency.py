@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sensebatch.checkpoint.architecture import Architecture
-from sensebatch.engine.device_memory import empty_cache
+from sensebatch.engine.device_memory import empty_cache, translated_out_of_memory
 from sensebatch.engine.memory.blocks import Block, Entry, Layout, layout_of, new_buffer
 from sensebatch.engine.memory.host import CPU, HostStore
 from sensebatch.engine.memory.lanes import Lane, lane_for
@@ -26,6 +26,7 @@ from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.quantized import FP8, quantise_rows, scale_of
 from sensebatch.engine.model.state_dict_adapter import Slot, checkpoint_slots
 from sensebatch.engine.weights import WeightSource
+from sensebatch.errors import OutOfMemoryError
 from sensebatch.vram import RING, Placement
 
 BLOCK_PREFIXES = ("understanding.layers.", "generation.layers.", "lm_head.parts.")
@@ -68,9 +69,7 @@ class Residency:
         blocks = [*self._generation, *self._understanding, *self._head]
         sizes = [block.layout.num_bytes for block in blocks]
         num_buffers = placement.num_buffers
-        self._whole = num_buffers is None or (
-            num_buffers >= len(blocks) and self._buffer_bytes(num_buffers) >= sum(sizes)
-        )
+        self._whole = num_buffers is None
         lane = lane_for(device)
         self._readers = Readers()
         _load_rest(network, pieces, source, self._readers, placement.embed_on_device, device)
@@ -114,13 +113,28 @@ class Residency:
         """Prepares many passes of the generation expert."""
         self._schedule(self._generation, keep=True)
 
-    def shrink(self, num_buffers: int) -> None:
-        """Keeps fewer blocks on the device; only where they are in host memory as well."""
-        assert not self._whole
+    def resize(self, num_buffers: int) -> None:
+        """Keeps fewer or more blocks on the device; only where they are in host memory as well.
+
+        Raises:
+            OutOfMemoryError: There is no memory for as many; as many are kept as before.
+        """
+        if self._whole or self._buffer_bytes(num_buffers) == self._pool.num_bytes:
+            return
+        before = self._pool.num_bytes
         self._pool.release()
         # Or the smaller memory would be taken out of the larger, which could not be given back.
         empty_cache(self._device)
-        self._pool.give(new_buffer(self._buffer_bytes(num_buffers), self._device))
+        try:
+            memory = self._new_memory(self._buffer_bytes(num_buffers))
+        except OutOfMemoryError:
+            self._pool.give(self._new_memory(before))
+            raise
+        self._pool.give(memory)
+
+    def _new_memory(self, num_bytes: int) -> Tensor:
+        with translated_out_of_memory(f"{num_bytes >> 20} MiB of weights did not fit"):
+            return new_buffer(num_bytes, self._device)
 
     def _buffer_bytes(self, num_buffers: int) -> int:
         """Returns the device memory for blocks: a ring for any, the rest for generation layers."""

@@ -20,7 +20,7 @@ from sensebatch.profile.suites import Case, Scale, Suite, chosen_cases, suite_ca
 from sensebatch.resolutions import Resolution
 from sensebatch.settings import resolve_settings
 from sensebatch.speed import Speeds
-from sensebatch.vram import Placement, place
+from sensebatch.vram import Placements, place
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 MEASURED_ITEM_BYTES = 2
@@ -40,8 +40,8 @@ class Expectation:
     groups: Sequence[GroupPlan]
     loads: Sequence[Load]
     """Of each group."""
-    placement: Placement
-    """Where weights are put, and how much memory the case is expected to take."""
+    placements: Placements
+    """Where weights are put for each group, and how much memory the case is expected to take."""
 
     def limits(self, speeds: Speeds, *, with_text: bool) -> tuple[float, float] | None:
         """Returns the least seconds of the case, and of one denoising step of one picture.
@@ -55,9 +55,9 @@ class Expectation:
         """
         if self.item_bytes != MEASURED_ITEM_BYTES or self.precision is not None:
             return None
-        clock = Clock(self.arch, self.placement, self.item_bytes, speeds)
         total = step = 0.0
         for group, load in zip(self.groups, self.loads, strict=True):
+            clock = Clock(self.arch, self.placements.of(load.group), self.item_bytes, speeds)
             seconds = clock.group_seconds(load, group.num_jobs)
             total += seconds.pictures + (seconds.text if with_text else 0.0)
             # What a run of twice as many steps takes on top is these steps and nothing else.
@@ -85,7 +85,7 @@ def expectation(case: Case, model: str, manifest: Path, dtype: str) -> Expectati
     plan = make_plan((plan_entry(job) for job in read_manifest(manifest, config)), config.memory)
     longest = max(len(prompt.text.encode()) for prompt in prompts)
     loads = [group_load(group, system_prompt_bytes=longest) for group in plan.groups]
-    placement = place(
+    placements = place(
         checkpoint.architecture,
         config.memory,
         loads,
@@ -102,7 +102,7 @@ def expectation(case: Case, model: str, manifest: Path, dtype: str) -> Expectati
         precision=config.model.quantised,
         groups=plan.groups,
         loads=loads,
-        placement=placement,
+        placements=placements,
     )
 
 
@@ -123,9 +123,9 @@ def with_expectation(
     """
     assert row.dtype is not None
     expected = expectation(case, row.model, manifest, row.dtype)
-    if row.vram_mode != expected.placement.mode:
+    if row.vram_mode != expected.placements.leanest.mode:
         return row
-    row = replace(row, expected_peak_bytes=expected.placement.device_bytes)
+    row = replace(row, expected_peak_bytes=expected.placements.device_bytes)
     of_device = speeds.get(row.device or "")
     if of_device is None or row.images != case.max_images:
         return row

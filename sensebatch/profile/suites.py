@@ -101,8 +101,6 @@ class Case:
     """Whether kernels are compiled."""
     precision: str = "auto"
     """Of linear layers; auto is that of the other weights."""
-    one_batch: bool = False
-    """Whether all jobs are in one batch, however large."""
     baseline: str | None = None
     """The case of the same suite that this one's speed is held against."""
     parts: tuple[Case, ...] = ()
@@ -133,9 +131,6 @@ class Case:
         words += [f"--max-memory {self.max_memory}"] if self.max_memory else []
         words += [] if self.compile else ["--no-compile"]
         words += [] if self.precision == "auto" else [f"--precision {self.precision}"]
-        if self.one_batch:
-            words.append(f"--max-batch-size {self.num_jobs}")
-            words.append(f"--max-batch-image-tokens {self._image_tokens}")
         return " ".join(words)
 
     @property
@@ -147,14 +142,7 @@ class Case:
             "memory.vram_mode": self.vram_mode,
             "memory.vram_budget_bytes": in_bytes(self.device_gib),
             "memory.host_budget_bytes": in_bytes(self.host_gib),
-            "memory.max_batch_size": self.num_jobs if self.one_batch else None,
-            "memory.max_batch_image_tokens": self._image_tokens if self.one_batch else None,
         }
-
-    @property
-    def _image_tokens(self) -> int:
-        """Of one picture of every job."""
-        return self.num_jobs * self.resolution.image_tokens
 
 
 def in_bytes(gib: int | None) -> int | None:
@@ -193,7 +181,7 @@ def _task_cases(full: Case) -> list[Case]:
         "num_jobs": 1,
     }
     capped: dict[str, Any] = {"vram_mode": "auto", "device_gib": 13}
-    many = replace(alone, num_jobs=MANY_JOBS, one_batch=True)
+    many = replace(alone, num_jobs=MANY_JOBS)
     lean: dict[str, Any] = {"vram_mode": "auto", "device_gib": 7}
     return [
         replace(alone, name="t2i"),

@@ -136,7 +136,7 @@ def test_jsonl_is_a_run_whose_rows_win_over_flags(invoke: Invoke, tmp_path: Path
     assert [values and values["seed"] for values in embedded] == [3, 9]
     assert [_opened(f"out/images/{name}.png").width for name in ("a", "b")] == [64, 32]
     assert Path("out/compare/a.png").is_file()
-    assert resolve_settings(config_file=Path("out/run.yaml")).memory.max_batch_size == 8
+    assert resolve_settings(config_file=Path("out/run.yaml")).memory.max_batch_size == 16
 
 
 @pytest.mark.parametrize(

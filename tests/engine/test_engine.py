@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -15,6 +15,7 @@ from sensebatch.engine.engine import SenseNovaEngine, load_engine
 from sensebatch.engine.tasks.denoise import draw_noise
 from sensebatch.engine.tasks.state import job_generator
 from sensebatch.errors import ConfigError, JobError, OutOfMemoryError
+from sensebatch.footprint import MIB, Load
 from sensebatch.jobs import (
     Batch,
     BatchResult,
@@ -25,6 +26,7 @@ from sensebatch.jobs import (
     batch_id,
     group_key,
 )
+from sensebatch.plan import group_load, make_plan, plan_entry
 from sensebatch.resolutions import Resolution
 from sensebatch.vram import Placement, leaner
 from tests.engine.golden_model import KeptImages
@@ -34,7 +36,7 @@ def make_config(**memory: object) -> RunConfig:
     return replace(default_config(), memory=MemoryConfig(**memory))
 
 
-def load(config: RunConfig, model: str = "tiny") -> SenseNovaEngine:
+def load(config: RunConfig, model: str = "tiny", loads: Sequence[Load] = ()) -> SenseNovaEngine:
     return load_engine(
         config,
         checkpoint=open_checkpoint(model),
@@ -47,6 +49,7 @@ def load(config: RunConfig, model: str = "tiny") -> SenseNovaEngine:
         ),
         system_prompt_source=dict.fromkeys(Task, "test"),
         device="cpu",
+        loads=loads,
     )
 
 
@@ -148,6 +151,24 @@ def test_making_room_goes_on_with_the_same_pictures_until_nothing_is_left() -> N
     assert modes[-2:] == ["balanced", "low"]
     # Drawn one by one, as the last resort draws them.
     assert len(pixels(generate(engine, *jobs))) == 2
+
+
+def test_each_group_has_its_own_placement_and_the_same_pictures() -> None:
+    large = Resolution(height=512, width=512)
+    jobs = make_job("a"), make_job("bb", resolution=large), make_job("ccc")
+    loads = [group_load(make_plan([plan_entry(job)], MemoryConfig()).groups[0]) for job in jobs[:2]]
+    engine = load(make_config(vram_budget_bytes=262 * MIB), loads=loads)
+    expected = load(make_config(vram_mode="full"))
+    buffers = []
+    for job in jobs:
+        assert pixels(generate(engine, job)) == pixels(generate(expected, job))
+        buffers.append(engine._placement.num_buffers)
+    assert buffers[0] == buffers[2] > buffers[1]
+    # What memory was not enough for is asked for by no later group.
+    assert engine.make_room() is not None
+    generate(engine, jobs[1])
+    generate(engine, jobs[0])
+    assert engine._placement.num_buffers < buffers[0]
 
 
 def test_a_leaner_placement_takes_less_each_time() -> None:

@@ -23,6 +23,7 @@ from sensebatch.jobs import (
     BatchMetrics,
     BatchResult,
     EngineInfo,
+    GroupKey,
     InputImage,
     Job,
     JobResult,
@@ -120,6 +121,11 @@ class FakeEngine:
     steps: int = 0
     modes: list[str] = field(default_factory=lambda: ["full", "fast", "low"])
     """What memory is left to try, the present one first."""
+    fitting: dict[int, int] = field(default_factory=dict)
+    """Jobs that fit together, by the image tokens of one."""
+
+    def largest_batch(self, group: GroupKey) -> int | None:
+        return self.fitting.get(group.resolution.image_tokens)
 
     def make_room(self) -> str | None:
         if len(self.modes) == 1:

@@ -251,6 +251,31 @@ def test_interrupted_batch_larger_than_the_new_size_is_planned_anew(tmp_path: Pa
     assert ran.engine.batches == [("j0", "j1"), ("j2", "j3")]
 
 
+def test_batches_are_as_large_as_the_engine_has_memory_for(tmp_path: Path) -> None:
+    small = Resolution(height=64, width=64)
+    jobs = [make_job(f"j{i}") for i in range(4)]
+    jobs += [replace(make_job(f"s{i}"), resolution=small) for i in range(3)]
+    tokens = jobs[0].resolution.image_tokens
+    assert tokens != small.image_tokens
+    ran = run_folder(
+        tmp_path, jobs, make_config(max_batch_size=4), engine=FakeEngine(fitting={tokens: 2})
+    )
+    assert ran.engine.batches == [("j0", "j1"), ("j2", "j3"), ("s0", "s1", "s2")]
+
+
+def test_interrupted_batch_that_no_longer_fits_is_planned_anew(tmp_path: Path) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    jobs = [make_job(f"j{i}") for i in range(4)]
+    with pytest.raises(KeyboardInterrupt):
+        run_folder(tmp_path, jobs, make_config(max_batch_size=4), engine=FakeEngine(interrupt))
+    engine = FakeEngine(fitting={jobs[0].resolution.image_tokens: 3})
+    ran = run_folder(tmp_path, jobs, make_config(max_batch_size=4), engine=engine)
+    assert ran.seen.notes == ["batch of 4 jobs is planned anew"]
+    assert ran.engine.batches == [("j0", "j1", "j2"), ("j3",)]
+
+
 def test_pictures_of_a_split_batch_are_not_drawn_again(tmp_path: Path) -> None:
     calls = 0
 

@@ -86,6 +86,11 @@ class Pool:
         """Whether every block of the order is in a buffer that it keeps."""
 
     @property
+    def num_bytes(self) -> int:
+        """Of the memory."""
+        return 0 if self._memory is None else self._memory.nbytes
+
+    @property
     def keeps_all(self) -> bool:
         """Whether every block of the order has a buffer for itself, until the next order."""
         return len(self._kept) == len(self._order)

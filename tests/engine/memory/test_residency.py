@@ -18,7 +18,7 @@ from sensebatch.engine.residency import Residency
 from sensebatch.engine.runner import Runner
 from sensebatch.engine.tasks.interleave import run_interleave
 from sensebatch.engine.tasks.single_image import draw_single_images
-from sensebatch.errors import CheckpointError
+from sensebatch.errors import CheckpointError, OutOfMemoryError
 from sensebatch.vram import Placement
 from tests.engine.golden_model import KeptImages, build_job, build_runner, case_resolutions, infer
 from tests.golden_data import (
@@ -245,10 +245,32 @@ def test_moving_weights_allocates_nothing(num_buffers: int) -> None:
 
 
 @pytest.mark.parametrize("host_budget_bytes", [None, 0])
-def test_a_pool_that_shrinks_between_batches_changes_no_bit(host_budget_bytes: int | None) -> None:
+def test_a_pool_of_another_size_changes_no_bit(
+    host_budget_bytes: int | None,
+) -> None:
     case = load_case("dense_fm", "t2i_think_end")
     expected = run_case(build_runner(case), case)
     runner, _, residency = moving_runner(case, 6, host_budget_bytes)
-    for num_buffers in (6, 4, 2):
-        residency.shrink(num_buffers)
+    for num_buffers in (6, 4, 2, 5):
+        residency.resize(num_buffers)
         assert torch.equal(run_case(runner, case)[0], expected[0])
+
+
+def test_memory_that_is_not_there_leaves_as_many_blocks_as_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = load_case("dense_fm", "t2i_think_end")
+    expected = run_case(build_runner(case), case)
+    runner, _, residency = moving_runner(case, 4, None)
+
+    def new_buffer(num_bytes: int, device: torch.device) -> torch.Tensor:
+        if num_bytes > few:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+
+    few = residency._pool.num_bytes
+    monkeypatch.setattr(residency_module, "new_buffer", new_buffer)
+    with pytest.raises(OutOfMemoryError, match="of weights did not fit"):
+        residency.resize(6)
+    assert residency._pool.num_bytes == few
+    assert torch.equal(run_case(runner, case)[0], expected[0])
