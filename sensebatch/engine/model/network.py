@@ -260,11 +260,16 @@ class Network(nn.Module):
         size = positions.resolution
         seen = range(len(caches)) if pictures is None else pictures
         x_TD = self.embed_noisy(z_JNx, condition_D, positions, seen)
-        context = GenerationContext(caches, size.image_tokens, attention)
-        x_TD = self.generation(x_TD, positions.token_rotary, context)
+        # Gone before the head is asked, which needs no keys.
+        x_TD = self.generation(
+            x_TD, positions.token_rotary, GenerationContext(caches, size.image_tokens, attention)
+        )
         x_BND = x_TD.unflatten(0, (len(caches), -1))
-        parts = x_BND.split(max(ROWS // size.image_tokens, 1))
-        return torch.cat([self.head(part, size.height, size.width).float() for part in parts])
+        x_BNx = z_JNx.new_empty(len(caches), *z_JNx.shape[1:], dtype=torch.float32)
+        at_a_time = max(ROWS // size.image_tokens, 1)
+        for part_BND, part_BNx in zip(x_BND.split(at_a_time), x_BNx.split(at_a_time), strict=True):
+            part_BNx.copy_(self.head(part_BND, size.height, size.width))
+        return x_BNx
 
     def embed_noisy(
         self,

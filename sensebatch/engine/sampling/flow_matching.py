@@ -62,21 +62,29 @@ def initial_noise(height: int, width: int, scale: float, generator: torch.Genera
     return scale * torch.randn(1, 3, height, width, generator=generator)[0]
 
 
-def velocity_from_image(x_Nx: Tensor, z_Nx: Tensor, t: float) -> Tensor:
-    """Returns the velocity that leads from z at t to the predicted image x at 1."""
-    return (x_Nx - z_Nx) / max(1 - t, T_EPS)
+def velocity_from_image(x_Nx: Tensor, z_Nx: Tensor, t: float, out: Tensor | None = None) -> Tensor:
+    """Returns the velocity that leads from z at t to the predicted image x at 1.
+
+    Args:
+        x_Nx: Predicted image.
+        z_Nx: Noisy image.
+        t: Timestep.
+        out: Where the velocity is written; may be `x_Nx`.
+    """
+    difference = torch.sub(x_Nx, z_Nx, out=out)
+    return torch.div(difference, max(1 - t, T_EPS), out=out)
 
 
 def euler(z_JNx: Tensor, schedule: Tensor, velocity: Velocity) -> Tensor:
-    """Integrates from the schedule's first timestep to its last.
+    """Integrates from the schedule's first timestep to its last, in place; returns `z_JNx`.
 
     Args:
-        z_JNx: float32 noise as tokens; not changed.
+        z_JNx: float32 noise as tokens; becomes the picture, so that the start takes no memory.
         schedule: float32 `[num_steps + 1]` of `timesteps`.
         velocity: Guided velocity of all jobs at a step.
     """
     times = schedule.tolist()
     steps = (schedule[1:] - schedule[:-1]).tolist()
     for index, step in enumerate(steps):
-        z_JNx = z_JNx + step * velocity(z_JNx, index, times[index])
+        z_JNx += step * velocity(z_JNx, index, times[index])
     return z_JNx

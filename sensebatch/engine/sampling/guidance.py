@@ -90,4 +90,5 @@ class Guidance:
         if step == 0:
             return torch.zeros_like(cond)
         alpha = (cond * uncond).sum() / (uncond.square().sum() + NORM_EPS)
-        return alpha * uncond + self._scale * (cond - alpha * uncond)
+        towards = alpha * uncond
+        return (cond - towards).mul_(self._scale).add_(towards)
