@@ -22,25 +22,34 @@ class Progress:
     phase: str
     """`prefill`, `think`, `denoise` or `encode`."""
     step: int
+    """Steps that are done, those of passes that an interrupted run has drawn counted in."""
     num_steps: int
-    """0 where the end is not known, as in decoding text."""
+    """Of all passes of the phase; 0 where the end is not known, as in decoding text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DrawnImage:
-    """One finished picture of an unfinished interleave job, exactly as the sampler left it."""
+    """One finished picture of a job of an unfinished batch, exactly as the sampler left it."""
 
     image: np.ndarray
     """float32 `[3, height, width]`, neither clamped nor quantised."""
     tokens: tuple[int, ...]
-    """Every greedy choice of the job up to and including the `<img>` of this picture."""
+    """Every greedy choice of the job in front of this picture: of an interleave job up to and
+    including its `<img>`, of another job its think text."""
 
 
 class Checkpoints(Protocol):
-    """The finished pictures of a batch's unfinished jobs; kept until the batch is committed."""
+    """The finished pictures of a batch's jobs; kept until the batch is committed.
+
+    Used by one thread at a time, but not always by the same one.
+    """
 
     def load(self) -> Sequence[Sequence[DrawnImage]]:
-        """Returns the pictures kept for each job of the batch, in the batch's order."""
+        """Returns the pictures kept for each job of the batch, in the batch's order.
+
+        A job that has not as many as it makes may have the same one more than once, the latest
+        last. Where nothing is kept, jobs may be missing.
+        """
 
     def save(self, drawn: Sequence[tuple[int, DrawnImage]]) -> None:
         """Keeps the pictures that were denoised together, as (job's index, picture); atomic."""
@@ -80,7 +89,7 @@ class Engine(Protocol):
         Args:
             batch: Jobs of one group.
             prepared: Of `prepare`, one for each job.
-            checkpoints: Where interleave jobs keep their finished pictures.
+            checkpoints: Where finished pictures are kept while others are drawn.
             progress: Called between steps.
 
         Raises:

@@ -144,14 +144,11 @@ def _picture_pass_bytes(
     project, finish = _half_numbers(arch, min(part, ROWS), fused=fused)
     attended = part * query
     held = (arch.hidden_size + 2 * arch.head_dim) * pictures * image_tokens
-    held += 2 * (image_tokens + prefix) * key
+    attended_to = 2 * (image_tokens + prefix) * key
     attend = part * (2 * query + 3 * key) + 2 * attended
-    network = item_bytes * (held + max(project, attend, attended + finish))
-    head = item_bytes * (held + 2 * part * FM_HEAD_HIDDEN)
-    predicted = 4 * TOKEN_NUMBERS * pictures * image_tokens
-    head += predicted - 4 * TOKEN_NUMBERS * part
-    # The parts' predictions are put together while what they were made of is still there.
-    return max(network, head, item_bytes * held + 2 * predicted)
+    network = item_bytes * (held + attended_to + max(project, attend, attended + finish))
+    head = item_bytes * (held + part * (FM_HEAD_HIDDEN + max(FM_HEAD_HIDDEN, TOKEN_NUMBERS)))
+    return max(network, head + 4 * TOKEN_NUMBERS * pictures * image_tokens)
 
 
 def denoise_bytes(
@@ -178,14 +175,21 @@ def denoise_bytes(
     prefix = load.prefix_tokens
     longest = load.prompt_tokens + load.text_tokens + load.drawn_tokens
     caches = cache_bytes(arch, (cached_jobs or jobs) * prefix, item_bytes)
-    # The noise that a pass began with stays beside its state.
-    state = 2 * 4 * TOKEN_NUMBERS * tokens * jobs
-    # Pictures of all evaluations, velocities of one job, and those of all jobs put together.
-    pictures = (jobs + 1) * branches + 2 * jobs
-    predicted = 4 * TOKEN_NUMBERS * tokens * pictures
+    state = 4 * TOKEN_NUMBERS * tokens * jobs
+    velocities = velocity_bytes(tokens, jobs, branches)
     patch_rotary = 2 * 4 * 4 * tokens * arch.vision_hidden_size // 2
     network = _picture_pass_bytes(arch, jobs * branches, tokens, longest, item_bytes, fused=fused)
-    return caches + state + patch_rotary + max(network, predicted)
+    return caches + state + patch_rotary + max(network, velocities)
+
+
+def velocity_bytes(image_tokens: int, jobs: int, branches: int) -> int:
+    """Returns what velocities of a step take beside the state, once the network has predicted.
+
+    Those of all evaluations, where the predictions were, those of all jobs, and what the guidance
+    of one job takes for a moment.
+    """
+    pictures = jobs * branches + jobs + (branches if branches > 1 else 0)
+    return 4 * TOKEN_NUMBERS * image_tokens * pictures
 
 
 def prompt_bytes(
@@ -278,8 +282,6 @@ def working_bytes(
         jobs = jobs_per_pass(load, tokens_per_pass)
         cached = jobs if parked else load.batch_size
         drawing = denoise_bytes(arch, load, jobs, item_bytes, cached_jobs=cached, fused=fused)
-        # Pictures of the batch that are finished wait for those of the last pass.
-        drawing += 4 * TOKEN_NUMBERS * load.group.resolution.image_tokens * (load.batch_size - jobs)
         # Kept for the next batch; in host memory where prompts wait there.
         drawing += 0 if parked else cache_bytes(arch, load.system_tokens, item_bytes)
         prompts = prompt_bytes(arch, load, item_bytes, parked=parked, fused=fused)

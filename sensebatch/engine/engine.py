@@ -241,7 +241,7 @@ class SenseNovaEngine:
             return tuple(
                 run_interleave(runner, list(enumerate(jobs)), checkpoints, script=self._script)
             )
-        return tuple(run_single_image(runner, jobs, self._script))
+        return tuple(run_single_image(runner, jobs, checkpoints, self._script))
 
 
 def made_up_text(tokenizer: Tokenizer) -> Script:

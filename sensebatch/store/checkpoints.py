@@ -1,4 +1,4 @@
-"""Finished pictures of interleave jobs whose batch is not committed yet, exact to the bit.
+"""Finished pictures of jobs whose batch is not committed yet, exact to the bit.
 
 The pictures of a batch that were drawn in one pass are one file, a round, in a folder of the
 batch's own. A batch that is run again in the same composition takes its own rounds. A job that

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import safe_open
 
 from tests.executor.fakes import outcome
 
@@ -43,6 +44,14 @@ jobs:
     max_new_tokens: 96
   - {id: continued, task: interleave, prompt: <image> What comes next?, image: in.png, think: true,
      max_images: 2, max_new_tokens: 64}
+"""
+
+PASSES = """
+version: 1
+name: passes
+defaults: {width: 128, height: 128, num_steps: 8, cfg_scale: 4, max_think_tokens: 12}
+jobs:
+  - {id: planned, prompt: Two blue squares, think: true, seeds: [1, 2, 3, 4]}
 """
 
 Moment = Callable[[Path], bool]
@@ -158,6 +167,33 @@ def test_sigkill_at_any_moment_leaves_a_run_that_resumes_to_the_same_bytes(
         files, rows = _made(folder)
         assert rows == whole_rows
         assert files == whole_files
+
+
+def _kept_jobs(root: Path) -> list[list[int]]:
+    """Returns which jobs of the one batch under way each file of checkpoints is of."""
+    found = []
+    for path in sorted(root.glob("checkpoints/*/*.safetensors")):
+        with safe_open(path, framework="np") as file:
+            found.append(json.loads(file.metadata()["composition"])["indexes"])
+    return found
+
+
+def test_sigkill_between_passes_loses_no_finished_pass(program: Program, tmp_path: Path) -> None:
+    """Four passes of one job each, killed behind the first three; each is drawn once."""
+    manifest = tmp_path / "passes.yaml"
+    manifest.write_text(PASSES, encoding="utf-8")
+    command = ("run", manifest, "--vram-mode", "low", "--output-dir")
+    assert program.run(*command, tmp_path / "whole") == 0
+    root = tmp_path / "killed"
+    for number in range(3):
+        moment = _file_count(f"checkpoints/*/{number:04d}.safetensors", 1)
+        assert program.run(*command, root, kill_at=partial(moment, root)) < 0
+        kept = _kept_jobs(root)
+        assert len(kept) > number
+        assert kept == [[index] for index in range(len(kept))]
+    assert program.run(*command, root) == 0
+    assert _made(root) == _made(tmp_path / "whole")
+    assert not list((root / "checkpoints").iterdir())
 
 
 def test_a_run_made_twice_is_the_same_bytes(

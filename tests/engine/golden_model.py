@@ -18,6 +18,7 @@ from sensebatch.engine.model.state_dict_adapter import load_state_dict
 from sensebatch.engine.preprocess import Patches
 from sensebatch.engine.runner import Runner
 from sensebatch.engine.sampling.flow_matching import velocity_from_image
+from sensebatch.engine.tasks.single_image import begin, draw
 from sensebatch.engine.tasks.state import PreparedJob, prepare_job
 from sensebatch.jobs import CfgNorm, Job, Sampling, Source, Task
 from sensebatch.resolutions import Resolution
@@ -98,6 +99,14 @@ def case_patches(case: Case) -> list[Patches]:
     grids = [tuple(grid) for grid in case.tensor("grid_hw").tolist()]
     rows = case.tensor("pixel_values").split([height * width for height, width in grids])
     return [Patches(rows_PD=part, grid_hw=grid) for part, grid in zip(rows, grids, strict=True)]
+
+
+def draw_together(
+    runner: Runner, jobs: Sequence[PreparedJob]
+) -> tuple[torch.Tensor, list[Sequence[int] | None]]:
+    """Returns the exact pictures of t2i or edit jobs, drawn in one pass, and their thoughts."""
+    running, thoughts = begin(runner, jobs)
+    return draw(runner, running), thoughts
 
 
 class KeptImages:

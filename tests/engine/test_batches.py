@@ -10,10 +10,9 @@ import torch
 
 from sensebatch.engine.runner import Runner
 from sensebatch.engine.tasks.interleave import run_interleave
-from sensebatch.engine.tasks.single_image import draw_single_images
 from sensebatch.engine.tasks.state import PreparedJob, job_generator, prepare_job
 from sensebatch.jobs import CfgNorm
-from tests.engine.golden_model import KeptImages, build_job, build_runner, infer
+from tests.engine.golden_model import KeptImages, build_job, build_runner, draw_together, infer
 from tests.golden_data import load_case, relative_error
 
 BATCH_TOLERANCE = 1e-5
@@ -78,9 +77,9 @@ def fresh(jobs: list[PreparedJob]) -> list[PreparedJob]:
 def test_a_batch_of_single_images_equals_its_jobs_alone(config: str, name: str) -> None:
     runner, jobs = jobs_of(config, name)
     with infer():
-        images, thoughts = draw_single_images(runner, fresh(jobs))
+        images, thoughts = draw_together(runner, fresh(jobs))
         for index, job in enumerate(fresh(jobs)):
-            alone, thought = draw_single_images(runner, [job])
+            alone, thought = draw_together(runner, [job])
             assert thoughts[index] == thought[0]
             assert relative_error(images[index], alone[0]) < BATCH_TOLERANCE
 
@@ -127,7 +126,7 @@ def test_a_picture_that_is_not_finite_fails_its_job_alone() -> None:
     runner.network.predict_image = poisoned
     try:
         with infer():
-            results = run_single_image(runner, fresh(jobs))
+            results = run_single_image(runner, fresh(jobs), KeptImages(len(jobs)))
     finally:
         del runner.network.predict_image
     assert [result.error is None for result in results] == [True, False, True]

@@ -8,13 +8,13 @@ import torch
 from sensebatch.engine.sampling.flow_matching import timesteps
 from sensebatch.engine.tasks.denoise import Drawing, denoise
 from sensebatch.engine.tasks.interleave import run_interleave
-from sensebatch.engine.tasks.single_image import draw_single_images
 from sensebatch.engine.tasks.state import start_jobs
 from tests.engine.golden_model import (
     KeptImages,
     build_job,
     build_runner,
     case_resolutions,
+    draw_together,
     infer,
 )
 from tests.golden_data import TOLERANCE, Case, case_ids, load_case, relative_error
@@ -36,7 +36,7 @@ def test_single_images_match_the_reference(config: str, name: str) -> None:
     case = load_case(config, name)
     runner = build_runner(case)
     with infer():
-        images, thoughts = draw_single_images(runner, [build_job(case, generation_prompt(case))])
+        images, thoughts = draw_together(runner, [build_job(case, generation_prompt(case))])
     assert relative_error(images, case.tensor("final_image")) < TOLERANCE
     if "think_token_ids" in case.outputs:
         assert thoughts == [case.outputs["think_token_ids"]]

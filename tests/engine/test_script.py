@@ -39,7 +39,7 @@ def test_thoughts_have_as_many_tokens_as_they_may(name: str) -> None:
     steps: list[Progress] = []
     runner.progress = steps.append
     with infer():
-        results = run_single_image(runner, fresh(jobs), SCRIPT)
+        results = run_single_image(runner, fresh(jobs), KeptImages(2), SCRIPT)
     assert [(result.think_tokens, result.text) for result in results] == [
         (9, 9 * AND),
         (4, 4 * AND),

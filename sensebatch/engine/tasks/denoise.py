@@ -16,9 +16,10 @@ from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.contract import Progress
 from sensebatch.engine.model.kv_cache import KVCache
 from sensebatch.engine.model.network import ImagePositions
-from sensebatch.engine.model.patchify import image_to_tokens, tokens_to_image
+from sensebatch.engine.model.patchify import TOKEN_NUMBERS, image_to_tokens, tokens_to_image
 from sensebatch.engine.runner import Runner
 from sensebatch.engine.sampling.flow_matching import (
+    Velocity,
     euler,
     initial_noise,
     noise_scale,
@@ -57,6 +58,14 @@ def draw_noise(arch: Architecture, resolution: Resolution, generator: torch.Gene
     return initial_noise(resolution.height, resolution.width, scale, generator)
 
 
+def passes(runner: Runner, num_jobs: int, resolution: Resolution) -> list[slice]:
+    """Returns which jobs are drawn together, pass by pass, as the runner's limits say."""
+    at_a_time = max(runner.limits.image_tokens // resolution.image_tokens, 1)
+    return [
+        slice(start, min(start + at_a_time, num_jobs)) for start in range(0, num_jobs, at_a_time)
+    ]
+
+
 def denoise(
     runner: Runner,
     drawings: Sequence[Drawing],
@@ -64,51 +73,58 @@ def denoise(
     *,
     num_steps: int,
     timestep_shift: float,
+    place: tuple[int, int] = (0, 1),
 ) -> Tensor:
-    """Returns the finished pictures, float32 `[J, 3, height, width]`, not clamped.
+    """Returns the finished pictures of a pass, float32 `[J, 3, height, width]`, not clamped.
 
-    Every step evaluates all branches of the jobs of a pass together; a job whose guidance rests
-    at a timestep takes part with its conditional branch alone.
+    Every step evaluates all branches of the jobs together; a job whose guidance rests at a
+    timestep takes part with its conditional branch alone.
 
     Args:
-        runner: The network; its limits say how many jobs share a pass.
-        drawings: One for each job.
+        runner: The network.
+        drawings: One for each job of the pass.
         resolution: Of every picture.
         num_steps: Euler steps.
         timestep_shift: Of the schedule.
+        place: Index of the pass among those of its batch, and how many they are; for progress.
     """
-    at_a_time = max(runner.limits.image_tokens // resolution.image_tokens, 1)
-    with runner.denoising():
-        return torch.cat(
-            [
-                _denoise_together(
-                    runner,
-                    drawings[start : start + at_a_time],
-                    resolution,
-                    num_steps=num_steps,
-                    timestep_shift=timestep_shift,
-                )
-                for start in range(0, len(drawings), at_a_time)
-            ]
-        )
-
-
-def _denoise_together(
-    runner: Runner,
-    drawings: Sequence[Drawing],
-    resolution: Resolution,
-    *,
-    num_steps: int,
-    timestep_shift: float,
-) -> Tensor:
-    """`denoise` for the jobs of one pass."""
-    device = runner.network.device
     schedule = timesteps(num_steps, timestep_shift)
-    conditions = runner.network.condition(
-        schedule[:-1].to(device), image_noise_scale(runner.network.arch, resolution)
+    with runner.denoising():
+        velocity = _guided_velocity(runner, drawings, resolution, schedule)
+        number, count = place
+
+        def told(z_JNx: Tensor, step: int, t: float) -> Tensor:
+            v_JNx = velocity(z_JNx, step, t)
+            runner.num_denoise_steps += 1
+            done, all_steps = number * num_steps + step + 1, count * num_steps
+            runner.progress(Progress(phase="denoise", step=done, num_steps=all_steps))
+            return v_JNx
+
+        z_JNx = euler(_noise(runner, drawings, resolution), schedule, told)
+        return tokens_to_image(z_JNx, resolution.height, resolution.width)
+
+
+def _noise(runner: Runner, drawings: Sequence[Drawing], resolution: Resolution) -> Tensor:
+    """Returns the starting noise of all jobs as tokens."""
+    device = runner.network.device
+    shape = (len(drawings), resolution.image_tokens, TOKEN_NUMBERS)
+    z_JNx = torch.empty(shape, dtype=torch.float32, device=device)
+    for z_Nx, drawing in zip(z_JNx, drawings, strict=True):
+        # Laid out on the device, which takes a CPU a tenth of a second for each large picture.
+        z_Nx.copy_(image_to_tokens(drawing.noise.to(device)[None])[0])
+    return z_JNx
+
+
+def _guided_velocity(
+    runner: Runner, drawings: Sequence[Drawing], resolution: Resolution, schedule: Tensor
+) -> Velocity:
+    """Returns the velocity of all jobs of a pass at a step."""
+    network = runner.network
+    conditions = network.condition(
+        schedule[:-1].to(network.device), image_noise_scale(network.arch, resolution)
     )
     of_all = {id(cache): cache for drawing in drawings for cache in drawing.caches.values()}
-    fetched = {key: cache.on(device) for key, cache in of_all.items()}
+    fetched = {key: cache.on(network.device) for key, cache in of_all.items()}
     shared: dict[tuple[tuple[str, ...], ...], ImagePositions] = {}
 
     def velocity(z_JNx: Tensor, step: int, t: float) -> Tensor:
@@ -120,20 +136,19 @@ def _denoise_together(
             for name in names
         ]
         if branches not in shared:
-            shared[branches] = runner.network.image_positions(caches, resolution)
-        x_BNx = runner.network.predict_image(
-            z_JNx, conditions[step], caches, shared[branches], runner.attention, rows
+            shared[branches] = network.image_positions(caches, resolution)
+        predicted = iter(
+            network.predict_image(
+                z_JNx, conditions[step], caches, shared[branches], runner.attention, rows
+            )
         )
-        predicted = iter(x_BNx)
-        guided = []
-        for drawing, names, z_Nx in zip(drawings, branches, z_JNx, strict=True):
-            velocities = {name: velocity_from_image(next(predicted), z_Nx, t) for name in names}
-            guided.append(drawing.guidance.combine(velocities, step, t))
-        runner.num_denoise_steps += 1
-        runner.progress(Progress(phase="denoise", step=step + 1, num_steps=num_steps))
-        return torch.stack(guided)
+        v_JNx = torch.empty_like(z_JNx)
+        for drawing, names, z_Nx, v_Nx in zip(drawings, branches, z_JNx, v_JNx, strict=True):
+            velocities = {}
+            for name in names:
+                x_Nx = next(predicted)
+                velocities[name] = velocity_from_image(x_Nx, z_Nx, t, out=x_Nx)
+            v_Nx.copy_(drawing.guidance.combine(velocities, step, t))
+        return v_JNx
 
-    # Laid out on the device, which takes a CPU a tenth of a second for each large picture.
-    noise = [image_to_tokens(drawing.noise.to(device)[None]) for drawing in drawings]
-    z_JNx = euler(torch.cat(noise), schedule, velocity)
-    return tokens_to_image(z_JNx, resolution.height, resolution.width)
+    return velocity

@@ -23,7 +23,7 @@ from sensebatch.engine.prompts import IMAGE_MARK, Grid
 from sensebatch.engine.runner import Extension, Runner
 from sensebatch.engine.sampling.guidance import COND, IMG_COND
 from sensebatch.engine.sampling.text import Script, greedy_decode
-from sensebatch.engine.tasks.denoise import Drawing, denoise, draw_noise
+from sensebatch.engine.tasks.denoise import Drawing, denoise, draw_noise, passes
 from sensebatch.engine.tasks.state import PreparedJob, RunningJob, check_finite, start_jobs
 from sensebatch.errors import JobError
 from sensebatch.jobs import JobResult
@@ -48,7 +48,7 @@ class Story:
     images: list[np.ndarray] = field(default_factory=list)
     """Finished pictures, uint8 `[height, width, 3]`."""
     last: Tensor | None = None
-    """The last of them until it is read back, float32 `[3, height, width]` on the device."""
+    """The last of them until it is read back, float32 `[3, height, width]` in host memory."""
     error: JobError | None = None
 
     @property
@@ -188,6 +188,25 @@ def _denoise_stories(
     resolution: Resolution,
     checkpoints: Checkpoints,
 ) -> None:
+    together = passes(runner, len(group), resolution)
+    for number, members in enumerate(together):
+        _denoise_pass(runner, group[members], resolution, (number, len(together)))
+    drawn = []
+    for story, _ in group:
+        if story.last is not None:
+            kept = DrawnImage(image=story.last.numpy(), tokens=tuple(story.choices))
+            drawn.append((story.index, kept))
+    if drawn:
+        checkpoints.save(drawn)
+
+
+def _denoise_pass(
+    runner: Runner,
+    group: Sequence[tuple[Story, Tensor]],
+    resolution: Resolution,
+    place: tuple[int, int],
+) -> None:
+    """Draws the pictures of a pass, and leaves nothing of it on the device."""
     sampling = group[0][0].state.job.sampling
     images = denoise(
         runner,
@@ -198,15 +217,10 @@ def _denoise_stories(
         resolution,
         num_steps=sampling.num_steps,
         timestep_shift=sampling.timestep_shift,
+        place=place,
     )
-    drawn = []
     for (story, _), image in zip(group, images, strict=True):
         _finish_image(story, image)
-        if story.error is None:
-            kept = DrawnImage(image=image.cpu().numpy(), tokens=tuple(story.choices))
-            drawn.append((story.index, kept))
-    if drawn:
-        checkpoints.save(drawn)
 
 
 def _finish_image(story: Story, image: Tensor) -> None:
@@ -216,15 +230,16 @@ def _finish_image(story: Story, image: Tensor) -> None:
         story.error = JobError(f"picture {len(story.images)}: {error}")
         return
     story.images.append(to_uint8(image[None])[0].cpu().numpy())
-    story.last = image
+    story.last = image.cpu()
     story.text += IMAGE_MARK
 
 
 def _read_back(runner: Runner, stories: Sequence[Story]) -> None:
     """Re-encodes every story's last picture into its prefixes and takes the next choice."""
     with runner.prefilling(decodes=True):
+        device = runner.network.device
         pictures = [story.last for story in stories if story.last is not None]
-        embeds = runner.embed_images([drawn_to_patches(picture) for picture in pictures])
+        embeds = runner.embed_images([drawn_to_patches(picture.to(device)) for picture in pictures])
         runner.bring(cache for story in stories for cache in _growing(story))
         extensions: list[Extension] = []
         cond_rows = []

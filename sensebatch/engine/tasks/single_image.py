@@ -1,77 +1,152 @@
 """Text to image and editing: one picture a job, perhaps after a think text.
 
-The two tasks differ in their prompts and guidance only, which know the task themselves.
-Shape suffixes: J jobs.
+The two tasks differ in their prompts and guidance only, which know the task themselves. Prompts
+and thoughts of a batch go through the network together, then its pictures are drawn in passes of
+a few jobs. The pictures of a pass that has another one behind it are kept as checkpoints. A run
+that goes on from them reads and thinks again, and then draws only the passes that are not kept
+whole: a pass among other neighbours might end in other bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import torch
 from torch import Tensor
 
+from sensebatch.contract import Checkpoints, DrawnImage
 from sensebatch.engine.model.tokenizer import THINK_END
 from sensebatch.engine.preprocess import to_uint8
 from sensebatch.engine.prompts import after_think
 from sensebatch.engine.runner import Runner
 from sensebatch.engine.sampling.guidance import COND
 from sensebatch.engine.sampling.text import Script, greedy_decode
-from sensebatch.engine.tasks.denoise import Drawing, denoise
+from sensebatch.engine.tasks.denoise import Drawing, denoise, passes
+from sensebatch.engine.tasks.keeping import Keeper
 from sensebatch.engine.tasks.state import PreparedJob, RunningJob, check_finite, start_jobs
 from sensebatch.errors import JobError
 from sensebatch.jobs import JobResult
 
+Thought = Sequence[int] | None
+"""Tokens of a think text; None of a job that does not think."""
+
 
 def run_single_image(
-    runner: Runner, jobs: Sequence[PreparedJob], script: Script | None = None
+    runner: Runner,
+    jobs: Sequence[PreparedJob],
+    checkpoints: Checkpoints,
+    script: Script | None = None,
 ) -> list[JobResult]:
     """Runs t2i or edit jobs of one group.
 
     Args:
         runner: The network.
-        jobs: All with or all without think, of one size and number of steps.
+        jobs: Of a batch, all with or all without think, of one size and number of steps.
+        checkpoints: Where finished pictures are kept while others are drawn.
         script: What they think, where the weights are made up.
 
     Returns:
         A result for each job; one whose picture is not finite carries its error.
+
+    Raises:
+        Exception: What saving a checkpoint raised.
     """
-    images, thoughts = draw_single_images(runner, jobs, script)
-    results = []
-    for image, thought in zip(images, thoughts, strict=True):
-        text = None if thought is None else runner.tokenizer.decode(thought)
-        num_tokens = 0 if thought is None else len(thought)
-        try:
-            check_finite(image)
-            pixels = to_uint8(image[None])[0].cpu().numpy()
-            results.append(JobResult(images=(pixels,), text=text, think_tokens=num_tokens))
-        except JobError as error:
-            results.append(JobResult(text=text, think_tokens=num_tokens, error=error))
-    return results
+    loaded = checkpoints.load()
+    running, thoughts = begin(runner, jobs, script)
+    kept = [
+        _kept_image(loaded[index] if index < len(loaded) else (), thought)
+        for index, thought in enumerate(thoughts)
+    ]
+    finished: list[np.ndarray | JobError] = []
+    together = passes(runner, len(running), jobs[0].job.resolution)
+    with Keeper(checkpoints) as keeper:
+        for number, members in enumerate(together):
+            images = [image for image in kept[members] if image is not None]
+            if len(images) == len(kept[members]):
+                finished += [_pixels(torch.from_numpy(i).to(runner.network.device)) for i in images]
+                continue
+            place = (number, len(together))
+            pixels, drawn = _draw(runner, running[members], thoughts[members], place)
+            finished += pixels
+            if drawn:
+                keeper.keep(list(enumerate(drawn, start=members.start)))
+    return [_result(runner, *of_job) for of_job in zip(finished, thoughts, strict=True)]
 
 
-def draw_single_images(
+def begin(
     runner: Runner, jobs: Sequence[PreparedJob], script: Script | None = None
-) -> tuple[Tensor, list[list[int] | None]]:
-    """Returns the pictures, float32 `[J, 3, height, width]`, and each job's think tokens."""
-    first = jobs[0].job
-    running = start_jobs(runner, jobs, decodes=first.think)
-    thoughts: list[list[int] | None] = [None] * len(running)
-    if first.think:
-        thoughts = [*think(runner, running, script)]
+) -> tuple[list[RunningJob], list[Thought]]:
+    """Reads the prompts of jobs and lets them think; returns them with their thoughts."""
+    thinks = jobs[0].job.think
+    running = start_jobs(runner, jobs, decodes=thinks)
+    return running, [*think(runner, running, script)] if thinks else [None] * len(running)
+
+
+def draw(runner: Runner, running: Sequence[RunningJob], place: tuple[int, int] = (0, 1)) -> Tensor:
+    """Returns the pictures of a pass, float32 `[J, 3, height, width]`; see `denoise`."""
     drawings = []
     for state in running:
         assert state.prepared.noise is not None
         drawings.append(
             Drawing(guidance=state.guidance, caches=state.caches, noise=state.prepared.noise)
         )
-    images = denoise(
+    first = running[0].job
+    return denoise(
         runner,
         drawings,
         first.resolution,
         num_steps=first.sampling.num_steps,
         timestep_shift=first.sampling.timestep_shift,
+        place=place,
     )
-    return images, thoughts
+
+
+def _draw(
+    runner: Runner,
+    running: Sequence[RunningJob],
+    thoughts: Sequence[Thought],
+    place: tuple[int, int],
+) -> tuple[list[np.ndarray | JobError], list[DrawnImage]]:
+    """Draws a pass, and leaves nothing of it on the device.
+
+    Returns:
+        What `_pixels` makes of each picture, and the pictures if they are to be kept: another
+        pass follows, and all of them are finite.
+    """
+    images = draw(runner, running, place)
+    pixels = [_pixels(image) for image in images]
+    number, count = place
+    if number + 1 == count or any(isinstance(one, JobError) for one in pixels):
+        return pixels, []
+    of_jobs = zip(images.cpu().numpy(), thoughts, strict=True)
+    return pixels, [DrawnImage(image=i, tokens=tuple(thought or ())) for i, thought in of_jobs]
+
+
+def _kept_image(pictures: Sequence[DrawnImage], thought: Thought) -> np.ndarray | None:
+    """Returns a job's picture of an earlier run, if it was drawn behind the same thought.
+
+    The last one, since a pass that was not kept whole was drawn and kept again.
+    """
+    tokens = tuple(thought or ())
+    return next((one.image for one in reversed(pictures) if one.tokens == tokens), None)
+
+
+def _pixels(image: Tensor) -> np.ndarray | JobError:
+    """Returns a picture as uint8 `[height, width, 3]`, or what is wrong with it."""
+    try:
+        check_finite(image)
+    except JobError as error:
+        return error
+    return to_uint8(image[None])[0].cpu().numpy()
+
+
+def _result(runner: Runner, picture: np.ndarray | JobError, thought: Thought) -> JobResult:
+    text = None if thought is None else runner.tokenizer.decode(thought)
+    num_tokens = len(thought or ())
+    if isinstance(picture, JobError):
+        return JobResult(text=text, think_tokens=num_tokens, error=picture)
+    return JobResult(images=(picture,), text=text, think_tokens=num_tokens)
 
 
 def think(

@@ -15,7 +15,9 @@ from sensebatch.engine.model.network import Network
 from sensebatch.engine.prompts import Prompt
 from sensebatch.engine.runner import Extension, PassLimits, Runner
 from sensebatch.engine.sampling.guidance import Guidance
+from sensebatch.engine.tasks import single_image
 from sensebatch.engine.tasks.denoise import Drawing, denoise
+from sensebatch.engine.tasks.state import prepare_job
 from sensebatch.footprint import (
     ROOM_SPARE,
     Load,
@@ -23,10 +25,11 @@ from sensebatch.footprint import (
     denoise_bytes,
     prompt_bytes,
     text_bytes,
+    velocity_bytes,
 )
-from sensebatch.jobs import GroupKey, Task, guidance_branches
+from sensebatch.jobs import CfgNorm, GroupKey, Job, Source, Task, guidance_branches
 from sensebatch.resolutions import Resolution
-from tests.engine.golden_model import infer
+from tests.engine.golden_model import KeptImages, infer
 from tests.engine.memory.tracker import LiveBytes
 from tests.golden_data import ByteTokenizer
 
@@ -178,3 +181,71 @@ def test_a_cache_takes_what_is_expected() -> None:
     keys, values = extension.cache.read(0)
     taken = network.arch.num_layers * (keys.numel() + values.numel()) * 4
     assert cache_bytes(network.arch, 1000, 4) == taken
+
+
+@pytest.mark.parametrize(
+    ("task", "jobs", "norm"),
+    [
+        (Task.T2I, 3, CfgNorm.NONE),
+        (Task.T2I, 1, CfgNorm.CFG_ZERO_STAR),
+        (Task.T2I, 2, CfgNorm.CHANNEL),
+        (Task.EDIT, 2, CfgNorm.GLOBAL),
+    ],
+)
+def test_guidance_takes_what_is_expected(
+    monkeypatch: pytest.MonkeyPatch, task: Task, jobs: int, norm: CfgNorm
+) -> None:
+    """With a network that needs nothing but what it returns."""
+    network, size = small_network(), Resolution(height=512, width=512)
+    runner = Runner(network, ByteTokenizer(), sdpa, lambda _: None)
+    sampling = replace(
+        default_config("8b").tasks[task].sampling, cfg_scale=4, img_cfg_scale=2, cfg_norm=norm
+    )
+    guidance = Guidance(task, sampling)
+
+    def predict(z_JNx: torch.Tensor, *args: object) -> torch.Tensor:
+        return torch.zeros(len(args[-1]), *z_JNx.shape[1:])
+
+    monkeypatch.setattr(network, "predict_image", predict)
+    caches = {branch: network.new_cache() for branch in guidance.branches}
+    noise = torch.zeros(3, 512, 512)
+    drawing = Drawing(guidance=guidance, caches=caches, noise=noise)
+    with infer(), LiveBytes() as live:
+        denoise(runner, [drawing] * jobs, size, num_steps=2, timestep_shift=3.0)
+    branches = len(guidance.branches)
+    assert branches == (3 if task is Task.EDIT else 2)
+    state = jobs * noise.nbytes
+    expected = state + velocity_bytes(size.image_tokens, jobs, branches)
+    assert LEAST <= expected / live.peak <= MOST, (expected, live.peak)
+
+
+def test_pictures_of_finished_passes_take_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, size = small_network(), Resolution(height=512, width=512)
+    limits = PassLimits(image_tokens=size.image_tokens)
+    runner = Runner(network, ByteTokenizer(), sdpa, lambda _: None, None, limits)
+    alive = []
+
+    def watched(*args: object, **options: object) -> torch.Tensor:
+        alive.append(live.now)
+        return denoise(*args, **options)
+
+    monkeypatch.setattr(single_image, "denoise", watched)
+    monkeypatch.setattr(KeptImages, "save", lambda *_: None)
+    sampling = replace(default_config("8b").tasks[Task.T2I].sampling, num_steps=1)
+    job = Job(
+        id="a",
+        task=Task.T2I,
+        prompt="a house",
+        resolution=size,
+        seed=1,
+        think=False,
+        sampling=sampling,
+        source=Source(file="test", row="0"),
+    )
+    prepared = prepare_job(network.arch, runner.tokenizer, job, system_prompt="")
+    with infer(), LiveBytes() as live:
+        single_image.run_single_image(runner, [prepared] * 4, KeptImages(4))
+    assert len(alive) == 4
+    floats, pixels = 4 * prepared.noise.numel(), prepared.noise.numel()
+    # What is being kept is in host memory, as finished pixels are, which is the device here.
+    assert max(alive) - alive[0] <= floats + 3 * pixels

@@ -17,10 +17,16 @@ from sensebatch.engine.model.attention import sdpa
 from sensebatch.engine.residency import Residency
 from sensebatch.engine.runner import Runner
 from sensebatch.engine.tasks.interleave import run_interleave
-from sensebatch.engine.tasks.single_image import draw_single_images
 from sensebatch.errors import CheckpointError, OutOfMemoryError
 from sensebatch.vram import Placement
-from tests.engine.golden_model import KeptImages, build_job, build_runner, case_resolutions, infer
+from tests.engine.golden_model import (
+    KeptImages,
+    build_job,
+    build_runner,
+    case_resolutions,
+    draw_together,
+    infer,
+)
 from tests.golden_data import (
     ByteTokenizer,
     Case,
@@ -99,7 +105,7 @@ def run_case(runner: Runner, case: Case) -> list[torch.Tensor]:
             job = build_job(case, case.params["system_message"])
             run_interleave(runner, [(0, job)], kept, resolutions=[case_resolutions(case)])
             return [torch.from_numpy(drawn.image) for drawn in kept.images[0]]
-        images, _ = draw_single_images(runner, [build_job(case, "You draw.")])
+        images, _ = draw_together(runner, [build_job(case, "You draw.")])
         return list(images)
 
 
