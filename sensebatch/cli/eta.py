@@ -38,10 +38,10 @@ class RemainingTime:
         elif batch.group in self._jobs:
             self._jobs[batch.group] = max(0, self._jobs[batch.group] - num_jobs)
 
-    def measured(self, batch: Batch, seconds: float) -> None:
-        """Takes account of a batch that took so long."""
+    def measured(self, batch: Batch, seconds: float, share: float = 1.0) -> None:
+        """Takes account of a batch that took so long for this share of its pictures."""
         self._seconds[batch.group.task] += seconds
-        self._cost[batch.group.task] += len(batch.jobs) * job_cost(batch.group)
+        self._cost[batch.group.task] += len(batch.jobs) * job_cost(batch.group) * share
 
     def of_batch(self, batch: Batch) -> float | None:
         """Returns the seconds that a batch should take, or None before anything was measured."""

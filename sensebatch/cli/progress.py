@@ -35,6 +35,7 @@ class Tracker:
         self._clock = clock
         self._remaining: RemainingTime | None = None
         self._batch_start = 0.0
+        self._share = 1.0
         self.num_jobs = self.num_done = self.num_failed = 0
         self.batch: Batch | None = None
         self.step = Progress(phase="", step=0, num_steps=0)
@@ -49,13 +50,16 @@ class Tracker:
         now = self._clock()
         assert self._remaining is not None
         if self.batch is not None:
-            self._remaining.measured(self.batch, now - self._batch_start)
+            self._remaining.measured(self.batch, now - self._batch_start, self._share)
         self._remaining.started(batch)
-        self.batch, self._batch_start = batch, now
+        self.batch, self._batch_start, self._share = batch, now, 1.0
         self.step = Progress(phase="", step=0, num_steps=0)
 
     def progress(self, progress: Progress) -> None:
         """The batch in the engine went on."""
+        if progress.phase == "denoise" != self.step.phase:
+            # What an interrupted run has drawn says nothing of the speed of this one.
+            self._share = 1 - (progress.step - 1) / progress.num_steps
         self.step = progress
 
     def batch_finished(self, batch: Batch, attempts: Sequence[Attempt]) -> None:  # noqa: ARG002
@@ -76,7 +80,8 @@ class Tracker:
         to_come, of_batch = self._remaining.to_come(), self._remaining.of_batch(self.batch)
         if to_come is None or of_batch is None:
             return None
-        return to_come + max(0.0, of_batch - (self._clock() - self._batch_start))
+        elapsed = self._clock() - self._batch_start
+        return to_come + max(0.0, of_batch * self._share - elapsed)
 
     def batch_words(self) -> str:
         """Returns what the batch is: `t2i 256x256, 8 jobs`."""

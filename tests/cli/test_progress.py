@@ -92,6 +92,22 @@ def test_remaining_time_counts_down_while_a_batch_runs() -> None:
     assert lines.remaining_s() == pytest.approx(10.0)
 
 
+def test_what_an_interrupted_run_has_drawn_says_nothing_of_the_speed() -> None:
+    clock = Clock()
+    lines = PlainLines(lambda _: None, clock)
+    lines.run_started(_counts(6), _plan(T2I))
+    lines.batch_started(_batch(*T2I[:2]))
+    # Three of four passes of two steps are kept.
+    for step in (7, 8):
+        lines.progress(Progress(phase="denoise", step=step, num_steps=8))
+    clock.now = 5.0
+    lines.batch_started(_batch(*T2I[2:4]))
+    assert lines.remaining_s() == pytest.approx(40.0)
+    lines.progress(Progress(phase="think", step=1, num_steps=0))
+    lines.progress(Progress(phase="denoise", step=5, num_steps=8))
+    assert lines.remaining_s() == pytest.approx(30.0)
+
+
 def _shown(display: LiveDisplay, *, color: bool = False) -> str:
     stream = io.StringIO()
     console = Console(
