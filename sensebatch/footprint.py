@@ -7,7 +7,7 @@ line by line where it needs the most: a change there that takes more memory must
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sensebatch.checkpoint.architecture import FM_HEAD_HIDDEN, Architecture
 from sensebatch.jobs import GroupKey
@@ -255,15 +255,30 @@ def text_bytes(
     return caches + twice + max(text_pass, read_back)
 
 
-def waiting_bytes(arch: Architecture, load: Load, item_bytes: int) -> int:
-    """Returns what the prefixes of a batch take while they wait in host memory."""
-    return cache_bytes(arch, load.prefix_tokens * load.batch_size, item_bytes)
-
-
 def jobs_per_pass(load: Load, tokens_per_pass: int) -> int:
     """Returns how many jobs of a group are drawn together."""
     fitting = max(tokens_per_pass // load.group.resolution.image_tokens, 1)
     return min(fitting, load.batch_size)
+
+
+def prefixes_wait(batch_size: int, jobs: int) -> bool:
+    """Returns whether prefixes of a batch leave the device until their pass, where they may.
+
+    Those of a batch that is drawn in one pass are needed there together.
+
+    Args:
+        batch_size: Jobs of the batch.
+        jobs: How many could share a pass.
+    """
+    return jobs < batch_size
+
+
+def waiting_bytes(
+    arch: Architecture, load: Load, tokens_per_pass: int, item_bytes: int, *, parked: bool
+) -> int:
+    """Returns what the prefixes of a batch take of host memory; see `working_bytes`."""
+    waits = parked and prefixes_wait(load.batch_size, jobs_per_pass(load, tokens_per_pass))
+    return cache_bytes(arch, load.prefix_tokens * load.batch_size, item_bytes) if waits else 0
 
 
 def working_bytes(
@@ -276,14 +291,28 @@ def working_bytes(
     precision: str | None = None,
     fused: bool = False,
 ) -> int:
-    """Returns the most that any group needs beside the weights."""
+    """Returns the most that any group needs beside the weights.
+
+    Args:
+        arch: The network's shape.
+        loads: Of the groups.
+        tokens_per_pass: Most image tokens of a denoising pass.
+        item_bytes: Of a number.
+        parked: Whether prefixes wait in host memory where they are not needed together.
+        precision: See `quantising_bytes`.
+        fused: See `_half_numbers`.
+    """
     most = 0
     for load in loads:
         jobs = jobs_per_pass(load, tokens_per_pass)
-        cached = jobs if parked else load.batch_size
+        waits = parked and prefixes_wait(load.batch_size, jobs)
+        cached = jobs if waits else load.batch_size
         drawing = denoise_bytes(arch, load, jobs, item_bytes, cached_jobs=cached, fused=fused)
         # Kept for the next batch; in host memory where prompts wait there.
-        drawing += 0 if parked else cache_bytes(arch, load.system_tokens, item_bytes)
-        prompts = prompt_bytes(arch, load, item_bytes, parked=parked, fused=fused)
-        most = max(most, drawing, prompts)
+        drawing += 0 if waits else cache_bytes(arch, load.system_tokens, item_bytes)
+        prompts = prompt_bytes(arch, load, item_bytes, parked=waits, fused=fused)
+        # A batch of one pass, whose prefixes stay: the last one, or a part of one that was split.
+        last = replace(load, batch_size=jobs)
+        least = prompt_bytes(arch, last, item_bytes, parked=False, fused=fused)
+        most = max(most, drawing, prompts, least)
     return WORKSPACE_BYTES + quantising_bytes(arch, precision, fused=fused) + most

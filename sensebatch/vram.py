@@ -41,7 +41,7 @@ class Placement:
     batch_size: int | None = None
     """Most jobs that fit in one batch; None where all that were planned for do."""
     park_caches: bool
-    """Whether prefixes of waiting jobs are kept in host memory."""
+    """Whether prefixes of jobs that wait for their pass are in host memory."""
     host_budget_bytes: int | None
     """Host memory for weights; None for as much as they need."""
     device_bytes: int
@@ -137,8 +137,8 @@ class _Planner:
     weights: WeightBytes
     working: Callable[..., int]
     """`working_bytes`, from the loads on."""
-    waiting: Callable[[Load], int]
-    """`waiting_bytes` of a load."""
+    waiting: Callable[..., int]
+    """`waiting_bytes`, from the load on."""
     host: int
     """Most host memory for weights."""
     host_most: int
@@ -222,7 +222,7 @@ class _Planner:
             return placement
         fitting = load
         while (size := fitting.batch_size) > 1:
-            waiting = self.waiting(fitting) if placement.park_caches else 0
+            waiting = self.waiting(fitting, placement.tokens_per_pass, parked=placement.park_caches)
             too_much = placement.host_bytes + waiting > self.host_most
             if not too_much and (self._fits(placement) or size <= least):
                 break

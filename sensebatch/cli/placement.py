@@ -126,8 +126,13 @@ class _Run:
 
     def _group(self, load: Load, num_jobs: int, placement: Placement) -> dict[str, Any]:
         load = placement.fitted(load)
-        parked = placement.park_caches
-        waiting = waiting_bytes(self.arch, load, self.item_bytes) if parked else 0
+        waiting = waiting_bytes(
+            self.arch,
+            load,
+            placement.tokens_per_pass,
+            self.item_bytes,
+            parked=placement.park_caches,
+        )
         seconds = self._seconds(load, num_jobs, placement)
         return {
             "vram_mode": placement.mode,

@@ -63,8 +63,8 @@ class FastDecoder:
 
     Args:
         network: Fused, with dense layers of unquantised weights in the understanding expert.
-        caches: Of each sequence, wherever they are; at most `decode_kernels.MAX_SEQUENCES`. Until
-            the decoder is gone they share one buffer.
+        caches: Of each sequence, on the device or waiting; at most `decode_kernels.MAX_SEQUENCES`.
+            Until the decoder is gone they share one buffer.
         most_tokens: No sequence is given more.
         as_graph: Whether a step is captured, because its weights, once used, stay where they are;
             embeddings may be in host memory.
@@ -97,7 +97,7 @@ class FastDecoder:
         self._room = None
         self._is_first = True
         room = min(self._left, ROOM_TOKENS)
-        self._room = SharedRoom(self._caches, room, network.device)
+        self._room = SharedRoom(self._caches, room)
         ends = [cache.next_t + room + ROOM_SPARE for cache in self._caches]
         # Text has no rows and columns.
         positions = torch.arange(max(ends), device=network.device).repeat(3, 1)
@@ -214,5 +214,5 @@ def new_decoder(
         if len(caches) <= decode_kernels.MAX_SEQUENCES:
             return FastDecoder(network, caches, most_tokens, as_graph=as_graph and on_gpu)
     for cache in caches:
-        cache.move(network.device)
+        cache.bring()
     return PlainDecoder(caches, extend, choose)

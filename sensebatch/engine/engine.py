@@ -20,6 +20,7 @@ from sensebatch.engine.device_memory import (
     plan_placements,
 )
 from sensebatch.engine.loading import NetworkLoader, open_weights, warm_up
+from sensebatch.engine.memory.pages import Pages
 from sensebatch.engine.model.attention import Attention
 from sensebatch.engine.model.kv_cache import KVCache
 from sensebatch.engine.model.network import Network
@@ -44,7 +45,7 @@ from sensebatch.errors import (
     RunStoppedError,
     SensebatchError,
 )
-from sensebatch.footprint import Load
+from sensebatch.footprint import Load, prefixes_wait
 from sensebatch.jobs import (
     Batch,
     BatchMetrics,
@@ -98,6 +99,7 @@ class SenseNovaEngine:
         self._pixel_limits = pixel_limits
         self._info = info
         self._script = script
+        self._pages = Pages(pin=loader.device.type == "cuda")
         self._system_turns: dict[tuple[int, ...], KVCache] = {}
         self._idle_since: float | None = None
 
@@ -137,16 +139,13 @@ class SenseNovaEngine:
         device = self._network.device
         self._settle(batch.group)
         memory = DevicePeak(device)
-        limits = PassLimits(
-            image_tokens=self._placement.tokens_per_pass, park_caches=self._placement.park_caches
-        )
         runner = Runner(
             self._network,
             self._tokenizer,
             self._attention,
             progress,
             self._residency,
-            limits,
+            self._limits(batch),
             self._system_turns,
         )
         start = time.perf_counter()
@@ -191,6 +190,12 @@ class SenseNovaEngine:
             peak_allocated_bytes=allocated,
             peak_reserved_bytes=reserved,
         )
+
+    def _limits(self, batch: Batch) -> PassLimits:
+        most = self._placement.tokens_per_pass
+        together = max(most // batch.group.resolution.image_tokens, 1)
+        waits = self._placement.park_caches and prefixes_wait(len(batch.jobs), together)
+        return PassLimits(image_tokens=most, park=self._pages.take if waits else None)
 
     def largest_batch(self, group: GroupKey) -> int | None:
         """Returns how many jobs fit together; see `contract.Engine.largest_batch`."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from sensebatch.contract import Progress
 from sensebatch.engine.decoding import new_decoder
 from sensebatch.engine.model.attention import Attention
-from sensebatch.engine.model.kv_cache import KVCache, Span
+from sensebatch.engine.model.kv_cache import KVCache, Parcel, Span
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.tokenizer import IMG_CONTEXT, IMG_END, Tokenizer
 from sensebatch.engine.preprocess import Patches
@@ -66,8 +66,9 @@ class PassLimits:
 
     image_tokens: int = CUDA_TOKENS_PER_PASS
     """Most image tokens denoised together; one picture always is."""
-    park_caches: bool = False
-    """Whether prefixes wait in host memory while other jobs' pictures are drawn."""
+    park: Callable[[int], Parcel] | None = None
+    """Gives host memory in which prefixes wait while other jobs' pictures are drawn; None lets
+    them stay on the device."""
 
 
 class Runner:
@@ -181,14 +182,14 @@ class Runner:
 
     def park(self, caches: Iterable[KVCache]) -> None:
         """Lets caches wait in host memory, where the limits say so."""
-        if self.limits.park_caches:
+        if self.limits.park is not None:
             for cache in caches:
-                cache.move(torch.device("cpu"))
+                cache.park(self.limits.park)
 
     def bring(self, caches: Iterable[KVCache]) -> None:
         """Brings caches to the device, to be added to."""
         for cache in caches:
-            cache.move(self.network.device)
+            cache.bring()
 
     def extend(self, extensions: Sequence[Extension]) -> Tensor:
         """Caches tokens of several sequences in one pass.

@@ -53,7 +53,7 @@ def test_caches_leave_a_shared_room_layer_by_layer() -> None:
         cache.reserve(50)
         cache.advance(50, 50)
     with LiveBytes() as live:
-        SharedRoom(caches, 20, CPU)
+        SharedRoom(caches, 20)
         room = live.now
         part_caches(caches)
         assert live.peak <= room + room // 6
@@ -73,7 +73,7 @@ def test_no_room_for_text_is_left_while_a_picture_is_drawn(
     rooms = []
 
     def step(caches: Sequence[KVCache], most_tokens: int) -> Step:
-        room = SharedRoom(caches, most_tokens, CPU)
+        room = SharedRoom(caches, most_tokens)
         rooms.append(weakref.ref(room.layer(0)[0].untyped_storage()))
         return Runner.text_step(runner, caches, most_tokens)
 

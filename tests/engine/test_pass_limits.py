@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from sensebatch.engine.model.kv_cache import KVCache
-from sensebatch.engine.runner import Runner
 from tests.engine.test_engine import generate, load, make_config, make_job
 
 
@@ -15,13 +13,13 @@ def test_low_draws_the_pictures_of_a_batch_one_by_one(mode: str, passes: int) ->
     assert result.metrics.num_denoise_steps == 2 * passes
 
 
-@pytest.mark.parametrize(("mode", "parks"), [("full", False), ("fast", True), ("low", True)])
-def test_prefixes_wait_in_host_memory_where_weights_do(
-    monkeypatch: pytest.MonkeyPatch, mode: str, parks: bool
+@pytest.mark.parametrize(
+    ("mode", "names", "waits"),
+    [("full", "ab", False), ("fast", "ab", False), ("low", "a", False), ("low", "ab", True)],
+)
+def test_prefixes_wait_in_host_memory_where_a_batch_is_more_than_one_pass(
+    mode: str, names: str, waits: bool
 ) -> None:
-    moved = []
-    # What is brought is there already where the host is the device.
-    monkeypatch.setattr(Runner, "bring", lambda *_: None)
-    monkeypatch.setattr(KVCache, "move", lambda _, device: moved.append(device))
-    generate(load(make_config(vram_mode=mode)), make_job("a"))
-    assert bool(moved) == parks
+    engine = load(make_config(vram_mode=mode))
+    generate(engine, *(make_job(name) for name in names))
+    assert (engine._pages.num_made > 0) == waits

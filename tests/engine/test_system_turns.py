@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sensebatch.config import default_config
+from sensebatch.engine.memory.pages import Pages
 from sensebatch.engine.model.attention import sdpa
 from sensebatch.engine.model.kv_cache import KVCache
 from sensebatch.engine.runner import PassLimits, Runner
@@ -136,15 +137,16 @@ def test_jobs_without_a_system_prompt_are_one_pass() -> None:
 
 
 def test_the_kept_turn_is_not_written_to() -> None:
-    runner = CountingRunner(limits=PassLimits(park_caches=True))
+    runner = CountingRunner(limits=PassLimits(park=Pages(pin=False).take))
     start(runner, prepared(runner, "a"))
     (cache,) = runner.system_turns.values()
-    before = [part.clone() for part in cache.read(0)]
+    before = [part.clone() for part in cache.brought().read(0)]
     states = start(runner, prepared(runner, "b"), prepared(runner, "c"))
     with infer():
+        runner.bring(state.caches["cond"] for state in states)
         runner.append_tokens([(state.caches["cond"], [1, 2, 3]) for state in states])
     assert cache.length == TURN
-    assert all(map(torch.equal, before, cache.read(0)))
+    assert all(map(torch.equal, before, cache.brought().read(0)))
 
 
 def test_shared_tokens_count_where_prompts_are_cut_into_passes(

@@ -7,8 +7,9 @@ E head_dim.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,11 +18,22 @@ from sensebatch.engine.model.attention import Attention, Segment, attend_segment
 from sensebatch.footprint import GROWTH_TOKENS, ROOM_SPARE, ROWS
 
 
+class Parcel(Protocol):
+    """Host memory by the byte."""
+
+    def write(self, start: int, source: Tensor) -> None:
+        """Copies a contiguous tensor's bytes to a place."""
+
+    def read(self, start: int, target: Tensor) -> None:
+        """Copies the bytes at a place into a contiguous tensor."""
+
+
 class KVCache:
     """The cached keys and values of one sequence; it only ever grows at the end.
 
     Each layer has memory of its own: where it must move or grow, one layer at a time does, so
-    that no more than one is there twice.
+    that no more than one is there twice. A cache may wait in host memory; it is then brought back
+    before it is read or added to.
 
     Args:
         num_layers: Layers of the backbone.
@@ -41,7 +53,10 @@ class KVCache:
         device: torch.device,
     ) -> None:
         empty = torch.empty(2, 0, num_kv_heads, head_dim, dtype=dtype, device=device)
+        self._empty = empty
         self._layers = [empty] * num_layers
+        self._parcel: Parcel | None = None
+        """Where keys and values wait, layer by layer; None while they are on the device."""
         self.length = 0
         """Cached tokens."""
         self.next_t = 0
@@ -49,6 +64,7 @@ class KVCache:
 
     def reserve(self, num_tokens: int) -> None:
         """Makes room for `num_tokens` behind the cached ones."""
+        assert self._parcel is None, "a cache that waits is brought back first"
         needed = self.length + num_tokens
         capacity = self._layers[0].shape[1]
         if needed <= capacity:
@@ -73,14 +89,14 @@ class KVCache:
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
         """Returns a layer's cached keys and values, each `[L, K, E]`."""
+        assert self._parcel is None, "a cache that waits is brought back first"
         keys, values = self._layers[layer]
         return keys[: self.length], values[: self.length]
 
     def new_rows(self, num_tokens: int) -> tuple[Tensor, Tensor]:
         """Returns uninitialised keys and values of so many tokens, each `[tokens, K, E]`."""
-        some = self._layers[0]
-        shape = (num_tokens, *some.shape[2:])
-        return some.new_empty(shape), some.new_empty(shape)
+        shape = (num_tokens, *self._empty.shape[2:])
+        return self._empty.new_empty(shape), self._empty.new_empty(shape)
 
     def fork(self) -> KVCache:
         """Returns a cache that begins with the same tokens and goes on by itself.
@@ -92,20 +108,61 @@ class KVCache:
         twin._layers = [layer[:, : self.length] for layer in self._layers]
         return twin
 
-    def on(self, device: torch.device) -> KVCache:
-        """Returns the cache on a device, to be read: itself where it is there already."""
-        if self._layers[0].device == device:
+    def park(self, take: Callable[[int], Parcel]) -> None:
+        """Lets keys and values wait in host memory; nothing changes where they do.
+
+        Args:
+            take: Returns room for so many bytes.
+        """
+        if self._parcel is not None:
+            return
+        parcel = take(self.num_layers * 2 * self._half_bytes)
+        for index, layer in enumerate(self._layers):
+            for half in (0, 1):
+                parcel.write(self._place(index, half), layer[half, : self.length])
+            self._layers[index] = self._empty
+        self._parcel = parcel
+
+    def bring(self) -> None:
+        """Brings keys and values back to memory of their own on the device, to be added to."""
+        if self._parcel is None:
+            return
+        for index in range(self.num_layers):
+            layer = self._empty.new_empty(2, self.length, *self._empty.shape[2:])
+            self.copy_layer(index, layer)
+            self._layers[index] = layer
+        self._parcel = None
+
+    def brought(self) -> KVCache:
+        """Returns the cache on the device, to be read: itself unless it waits."""
+        if self._parcel is None:
             return self
         twin = self.fork()
-        twin.move(device)
+        twin.bring()
         return twin
 
-    def move(self, device: torch.device) -> None:
-        """Moves keys and values to a device; nothing changes where they are there."""
-        if self._layers[0].device == device:
-            return
-        for index, layer in enumerate(self._layers):
-            self._layers[index] = layer[:, : self.length].to(device)
+    def copy_layer(self, layer: int, target: Tensor) -> None:
+        """Copies cached keys and values into `[2, L, K, E]`, wherever they are."""
+        for half in (0, 1):
+            if self._parcel is None:
+                target[half].copy_(self._layers[layer][half, : self.length])
+            else:
+                self._parcel.read(self._place(layer, half), target[half])
+
+    def replace_layer(self, layer: int, room: Tensor) -> None:
+        """Puts a copy of a layer, with room behind it, in place of the layer itself."""
+        self._layers[layer] = room
+        if layer == self.num_layers - 1:
+            self._parcel = None
+
+    @property
+    def _half_bytes(self) -> int:
+        """Of a layer's cached keys, and of its values."""
+        return self.length * self._empty.shape[2:].numel() * self._empty.itemsize
+
+    def _place(self, layer: int, half: int) -> int:
+        """Returns where a layer's keys or values begin in a parcel."""
+        return (2 * layer + half) * self._half_bytes
 
     @property
     def num_layers(self) -> int:
@@ -128,22 +185,21 @@ class SharedRoom:
     The caches become views of it and stay so until they are moved or grow on.
 
     Args:
-        caches: On any device.
+        caches: On the device or waiting.
         num_tokens: Room behind the longest of them.
-        device: Where the room is.
     """
 
-    def __init__(self, caches: Sequence[KVCache], num_tokens: int, device: torch.device) -> None:
+    def __init__(self, caches: Sequence[KVCache], num_tokens: int) -> None:
         self.num_tokens = max(cache.length for cache in caches) + num_tokens + ROOM_SPARE
         """Of one sequence."""
         self._layers = []
-        for index, some in enumerate(caches[0]._layers):
-            shape = (2, len(caches), self.num_tokens, *some.shape[2:])
-            room = some.new_empty(shape, device=device)
+        for index in range(caches[0].num_layers):
+            keys, _ = caches[0].new_rows(0)
+            room = keys.new_empty(2, len(caches), self.num_tokens, *keys.shape[1:])
             for row, cache in enumerate(caches):
-                room[:, row, : cache.length] = cache._layers[index][:, : cache.length]
+                cache.copy_layer(index, room[:, row, : cache.length])
                 # The old memory is gone before the next layer takes as much.
-                cache._layers[index] = room[:, row]
+                cache.replace_layer(index, room[:, row])
             self._layers.append(room)
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:

@@ -124,7 +124,7 @@ def _guided_velocity(
         schedule[:-1].to(network.device), image_noise_scale(network.arch, resolution)
     )
     of_all = {id(cache): cache for drawing in drawings for cache in drawing.caches.values()}
-    fetched = {key: cache.on(network.device) for key, cache in of_all.items()}
+    fetched = {key: cache.brought() for key, cache in of_all.items()}
     shared: dict[tuple[tuple[str, ...], ...], ImagePositions] = {}
 
     def velocity(z_JNx: Tensor, step: int, t: float) -> Tensor:

@@ -157,6 +157,7 @@ def _cached_system_turns(
     turns = list(dict.fromkeys(turn for job in jobs if (turn := job.prompts[COND].system_ids)))
     kept = runner.system_turns
     if turns == list(kept):
+        runner.park(kept.values())
         return dict(kept)
     kept.clear()
     if not turns:

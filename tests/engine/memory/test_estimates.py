@@ -162,11 +162,11 @@ def test_room_that_is_made_anew_is_there_twice_for_one_layer_only() -> None:
         for cache in caches:
             cache.reserve(prompt)
             cache.advance(prompt, prompt)
-        shared = SharedRoom(caches, room, network.device)
+        shared = SharedRoom(caches, room)
         del shared
         for cache in caches:
             cache.advance(room, prompt + room)
-        SharedRoom(caches, room, network.device)
+        SharedRoom(caches, room)
     places = jobs * (prompt + 2 * room + ROOM_SPARE)
     taken = cache_bytes(arch, places, 4)
     assert taken < live.peak <= taken + cache_bytes(arch, places, 4) // arch.num_layers
