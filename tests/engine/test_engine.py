@@ -154,10 +154,10 @@ def test_making_room_goes_on_with_the_same_pictures_until_nothing_is_left() -> N
 
 
 def test_each_group_has_its_own_placement_and_the_same_pictures() -> None:
-    large = Resolution(height=640, width=640)
+    large = Resolution(height=512, width=512)
     jobs = make_job("a"), make_job("bb", resolution=large), make_job("ccc")
     loads = [group_load(make_plan([plan_entry(job)], MemoryConfig()).groups[0]) for job in jobs[:2]]
-    engine = load(make_config(vram_budget_bytes=266 * MIB), loads=loads)
+    engine = load(make_config(vram_budget_bytes=264 * MIB), loads=loads)
     expected = load(make_config(vram_mode="full"))
     buffers = []
     for job in jobs:
