@@ -30,6 +30,7 @@ ROOM_SPARE = 16
 """Places behind that room: for what is written behind sequences that have ended, and for the few
 tokens that lead over from text to a picture."""
 TOKEN_NUMBERS = 32 * 32 * 3
+"""Of a picture's token."""
 WORKSPACE_BYTES = 224 * MIB
 """Of the matrix and attention libraries, and what the allocator rounds up."""
 
@@ -273,12 +274,22 @@ def prefixes_wait(batch_size: int, jobs: int) -> bool:
     return jobs < batch_size
 
 
-def waiting_bytes(
+def host_working_bytes(
     arch: Architecture, load: Load, tokens_per_pass: int, item_bytes: int, *, parked: bool
 ) -> int:
-    """Returns what the prefixes of a batch take of host memory; see `working_bytes`."""
-    waits = parked and prefixes_wait(load.batch_size, jobs_per_pass(load, tokens_per_pass))
-    return cache_bytes(arch, load.prefix_tokens * load.batch_size, item_bytes) if waits else 0
+    """Returns what a group takes of host memory beside weights and the program.
+
+    These are prefixes that wait; noise and input pictures of a batch and of the one that is made
+    ready behind it; what the sampler left of two passes; and pixels on their way to the disk.
+    """
+    jobs = jobs_per_pass(load, tokens_per_pass)
+    picture = TOKEN_NUMBERS * load.group.resolution.image_tokens
+    inputs = TOKEN_NUMBERS * load.prompt_tokens
+    drawn = picture + TOKEN_NUMBERS * load.drawn_tokens
+    pictures = load.batch_size * (2 * 4 * (picture + inputs) + 2 * drawn) + jobs * 2 * 4 * picture
+    if not parked or not prefixes_wait(load.batch_size, jobs):
+        return pictures
+    return pictures + cache_bytes(arch, load.prefix_tokens * load.batch_size, item_bytes)
 
 
 def working_bytes(

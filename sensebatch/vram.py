@@ -10,7 +10,7 @@ from functools import partial
 from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.config import MemoryConfig
 from sensebatch.errors import ConfigError
-from sensebatch.footprint import GIB, Load, waiting_bytes, working_bytes
+from sensebatch.footprint import GIB, MIB, Load, host_working_bytes, working_bytes
 from sensebatch.jobs import GroupKey
 from sensebatch.weights import WeightBytes, weight_bytes
 
@@ -24,7 +24,11 @@ MODES = ("auto", "full", "fast", "balanced", "low")
 HOST_SHARE = 0.7
 """Part of the free host memory that weights may take where no budget is given."""
 HOST_MOST = 0.9
-"""Part of it that weights and waiting prefixes together may take, if a smaller batch can help."""
+"""Part of it that a run may take altogether, if smaller batches can help."""
+PROGRAM_BYTES = 1664 * MIB
+"""Resident memory of a process that computes on a GPU, without weights and jobs."""
+LOADING_BYTES = 1024 * MIB
+"""The same while weights are loaded, before most libraries are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,11 +47,11 @@ class Placement:
     park_caches: bool
     """Whether prefixes of jobs that wait for their pass are in host memory."""
     host_budget_bytes: int | None
-    """Host memory for weights; None for as much as they need."""
+    """Host memory for blocks; None for as much as they need."""
     device_bytes: int
     """Expected peak on the device."""
     host_bytes: int
-    """Host memory that weights are expected to take."""
+    """Expected peak of the process's resident memory."""
     reason: str
     """Why this one, for the person who reads it."""
 
@@ -110,20 +114,25 @@ def place(
     """
     if memory.vram_mode not in MODES:
         raise ConfigError(f"vram_mode: expected {', '.join(MODES)}, found {memory.vram_mode!r}")
-    host = memory.host_budget_bytes
     budget = memory.vram_budget_bytes
+    weights = weight_bytes(arch, item_bytes, precision)
+    host = _Host(
+        weights=weights,
+        working=partial(host_working_bytes, arch, item_bytes=item_bytes),
+        free=host_free,
+        budget=memory.host_budget_bytes,
+    )
     planner = _Planner(
-        weights=weight_bytes(arch, item_bytes, precision),
+        weights=weights,
         working=partial(
             working_bytes, arch, item_bytes=item_bytes, precision=precision, fused=fused
         ),
-        waiting=partial(waiting_bytes, arch, item_bytes=item_bytes),
-        host=int(host_free * HOST_SHARE) if host is None else host,
-        host_most=int(host_free * HOST_MOST),
+        host=host,
         limit=device_free if budget is None else budget,
         asked=budget is not None,
     )
-    placed = planner.run(memory.vram_mode, list(loads) or [None])
+    wanted: Sequence[Load | None] = loads or [None]
+    placed = host.settled(planner.run(memory.vram_mode, wanted), wanted)
     return Placements(
         groups={load.group: p for load, p in zip(loads, placed, strict=False)},
         leanest=min(placed, key=_how_much_stays),
@@ -137,12 +146,7 @@ class _Planner:
     weights: WeightBytes
     working: Callable[..., int]
     """`working_bytes`, from the loads on."""
-    waiting: Callable[..., int]
-    """`waiting_bytes`, from the load on."""
-    host: int
-    """Most host memory for weights."""
-    host_most: int
-    """Most host memory for weights and waiting prefixes."""
+    host: _Host
     limit: int | None
     """Device memory; None for any amount."""
     asked: bool
@@ -222,9 +226,7 @@ class _Planner:
             return placement
         fitting = load
         while (size := fitting.batch_size) > 1:
-            waiting = self.waiting(fitting, placement.tokens_per_pass, parked=placement.park_caches)
-            too_much = placement.host_bytes + waiting > self.host_most
-            if not too_much and (self._fits(placement) or size <= least):
+            if self.host.holds(fitting, placement) and (self._fits(placement) or size <= least):
                 break
             fitting = replace(load, batch_size=-(-size // 2))
             placement = self._candidate(fitting, mode)
@@ -232,19 +234,15 @@ class _Planner:
 
     def _candidate(self, load: Load | None, mode: str) -> Placement:
         """Returns what a mode means for a group."""
-        weights, host = self.weights, self.host
+        weights = self.weights
         writes = load is not None and load.text_tokens > 0
-        num_buffers = {"full": None, "fast": _fast_buffers(weights, writes=writes)}.get(mode, RING)
+        num_buffers = {"full": None, "fast": fast_buffers(weights, writes=writes)}.get(mode, RING)
         parked = num_buffers is not None
         tokens_per_pass = 1 if mode == "low" else CUDA_TOKENS_PER_PASS
         if num_buffers is None:
             device = weights.blocks + weights.embeddings
         else:
             device = weights.buffers(RING, num_buffers - RING)
-            # They are looked up in host memory, whatever is left for blocks.
-            host = max(host - weights.embeddings, 0)
-        staging = NUM_STAGING * weights.block
-        kept = weights.blocks if weights.blocks <= host else max(host - staging, 0) + staging
         loads = [] if load is None else [load]
         return Placement(
             mode=mode,
@@ -252,13 +250,84 @@ class _Planner:
             embed_on_device=not parked,
             tokens_per_pass=tokens_per_pass,
             park_caches=parked,
-            host_budget_bytes=host,
+            host_budget_bytes=None,
             device_bytes=device
             + weights.rest
             + self.working(loads, tokens_per_pass, parked=parked),
-            host_bytes=kept + weights.embeddings if parked else 0,
+            host_bytes=0,
             reason="",
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Host:
+    """Shares host memory out between weights and jobs."""
+
+    weights: WeightBytes
+    working: Callable[..., int]
+    """`host_working_bytes`, from the load on."""
+    free: int
+    budget: int | None
+    """What was asked for, for the whole process."""
+
+    def holds(self, load: Load, placement: Placement) -> bool:
+        """Returns whether a batch leaves weights the memory they need at least, or had better."""
+        if placement.num_buffers is None:
+            return True
+        working = self._working(load, placement)
+        if self.budget is not None:
+            return PROGRAM_BYTES + working + self._least <= self.budget
+        kept = min(self.weights.blocks + self.weights.embeddings, int(self.free * HOST_SHARE))
+        return kept + working <= int(self.free * HOST_MOST)
+
+    def settled(
+        self, placements: Sequence[Placement], loads: Sequence[Load | None]
+    ) -> list[Placement]:
+        """Returns placements with what is left for weights, which is the same for all groups.
+
+        Raises:
+            ConfigError: The budget is too small.
+        """
+        working = [
+            0 if load is None else self._working(placement.fitted(load), placement)
+            for load, placement in zip(loads, placements, strict=True)
+        ]
+        if placements[0].num_buffers is None:
+            # Embeddings pass through host memory when they are loaded.
+            loading = LOADING_BYTES + self.weights.embeddings
+            return [
+                replace(placement, host_bytes=max(PROGRAM_BYTES + own, loading))
+                for placement, own in zip(placements, working, strict=True)
+            ]
+        room = int(self.free * HOST_SHARE)
+        if self.budget is not None:
+            beside = PROGRAM_BYTES + max(working)
+            room = self.budget - beside
+            if room < self._least:
+                raise ConfigError(
+                    f"max_memory: expected cpu to be at least {(beside + self._least) / GIB:.1f} "
+                    f"GiB for the largest jobs of this run, found {self.budget / GIB:.1f} GiB"
+                )
+        # Embeddings are looked up in host memory, whatever is left for blocks.
+        blocks = max(room - self.weights.embeddings, 0)
+        kept = self.weights.blocks if self.weights.blocks <= blocks else max(blocks, self._staging)
+        resident = PROGRAM_BYTES + self.weights.embeddings + kept
+        return [
+            replace(placement, host_budget_bytes=blocks, host_bytes=resident + own)
+            for placement, own in zip(placements, working, strict=True)
+        ]
+
+    @property
+    def _staging(self) -> int:
+        return NUM_STAGING * self.weights.block
+
+    @property
+    def _least(self) -> int:
+        """Of weights that are streamed."""
+        return self.weights.embeddings + self._staging
+
+    def _working(self, load: Load, placement: Placement) -> int:
+        return self.working(load, placement.tokens_per_pass, parked=placement.park_caches)
 
 
 def _how_much_stays(placement: Placement) -> tuple[int, int]:
@@ -267,68 +336,7 @@ def _how_much_stays(placement: Placement) -> tuple[int, int]:
     return sys.maxsize if buffers is None else buffers, -placement.device_bytes
 
 
-def _fast_buffers(weights: WeightBytes, *, writes: bool) -> int:
+def fast_buffers(weights: WeightBytes, *, writes: bool) -> int:
     """Returns how many buffers spare denoising all copies, and decoding too where there is any."""
     pictures = weights.buffers_for_pictures(RING)
     return max(pictures, weights.buffers_for_text(RING)) if writes else pictures
-
-
-def leaner(
-    arch: Architecture, placement: Placement, item_bytes: int, precision: str | None = None
-) -> Placement | None:
-    """Returns what to go on with where a placement turned out not to fit; None if nothing is left.
-
-    First fewer weights stay on the device, half of the buffers each time, then jobs are drawn one
-    by one.
-    """
-    weights = weight_bytes(arch, item_bytes, precision)
-    embeddings = weights.embeddings if placement.embed_on_device else 0
-    if placement.num_buffers is None:
-        num_buffers = _fast_buffers(weights, writes=True)
-        saved = weights.blocks - weights.buffers(RING, num_buffers - RING) + embeddings
-        host = weights.blocks + weights.embeddings
-    elif placement.num_buffers > RING:
-        num_buffers = max(placement.num_buffers // 2, RING)
-        saved = weights.buffers(RING, placement.num_buffers - RING) - weights.buffers(
-            RING, num_buffers - RING
-        )
-        host = placement.host_bytes
-    elif placement.tokens_per_pass > 1:
-        return replace(
-            placement, mode="low", tokens_per_pass=1, reason="memory ran out: one job at a time"
-        )
-    else:
-        return None
-    return replace(
-        placement,
-        mode="fast" if num_buffers >= weights.buffers_for_pictures(RING) else "balanced",
-        num_buffers=num_buffers,
-        embed_on_device=False,
-        park_caches=True,
-        device_bytes=placement.device_bytes - saved,
-        host_bytes=host,
-        reason=f"memory ran out: {num_buffers} blocks of weights stay on the device",
-    )
-
-
-def at_most(placement: Placement, most: Placement) -> Placement:
-    """Returns a placement that keeps no more weights on the device, and draws no more jobs
-    together, than one of `leaner`.
-
-    Args:
-        placement: Of some group.
-        most: What memory was enough for.
-    """
-    assert most.num_buffers is not None
-    buffers, tokens = placement.num_buffers, placement.tokens_per_pass
-    fewer = buffers is None or buffers > most.num_buffers
-    if not fewer and tokens <= most.tokens_per_pass:
-        return placement
-    mode = most.mode if fewer or most.mode == "low" else placement.mode
-    return replace(
-        most,
-        mode=mode,
-        num_buffers=most.num_buffers if fewer else buffers,
-        tokens_per_pass=min(tokens, most.tokens_per_pass),
-        batch_size=placement.batch_size,
-    )

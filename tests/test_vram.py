@@ -21,11 +21,11 @@ from sensebatch.footprint import (
     jobs_per_pass,
     prompt_bytes,
     quantising_bytes,
-    waiting_bytes,
 )
 from sensebatch.jobs import GroupKey, Task
+from sensebatch.leaner import at_most, leaner
 from sensebatch.resolutions import Resolution
-from sensebatch.vram import RING, Placement, Placements, at_most, leaner, place
+from sensebatch.vram import PROGRAM_BYTES, RING, Placement, Placements, place
 from sensebatch.weights import weight_bytes
 from tests.golden_data import CONFIGS, golden_architecture
 
@@ -214,8 +214,10 @@ def test_prefixes_that_the_host_cannot_hold_make_batches_smaller() -> None:
     assert rich.leanest.batch_size is None
     poor = place_all([edits], vram_mode="balanced", host_free=16 * GIB).leanest
     assert poor.batch_size is not None
-    waiting = waiting_bytes(ARCH, poor.fitted(edits), poor.tokens_per_pass, 2, parked=True)
-    assert poor.host_bytes + waiting <= 16 * GIB or poor.batch_size == 1
+    assert poor.host_bytes <= 16 * GIB + PROGRAM_BYTES or poor.batch_size == 1
+    capped = place_all([edits], vram_mode="balanced", host_budget_bytes=10 * GIB).leanest
+    assert capped.batch_size is not None
+    assert capped.host_bytes <= 10 * GIB
 
 
 def test_no_group_keeps_more_than_memory_was_enough_for() -> None:
@@ -244,11 +246,29 @@ def test_what_cannot_fit_is_refused_with_what_would(memory: dict[str, str]) -> N
 def test_the_host_keeps_what_its_budget_allows() -> None:
     weights = weight_bytes(ARCH, 2)
     rich = placed(vram_mode="balanced", host_budget_bytes=60 * GIB)
-    assert rich.host_bytes == weights.blocks + weights.embeddings
+    all_weights = weights.blocks + weights.embeddings + PROGRAM_BYTES
+    assert all_weights < rich.host_bytes < all_weights + 2 * GIB
     poor = placed(vram_mode="balanced", host_budget_bytes=20 * GIB)
     assert poor.host_bytes <= 20 * GIB
     assert poor.host_bytes > 20 * GIB - weights.block
-    assert placed(vram_mode="full").host_bytes == 0
+    assert placed(vram_mode="full").host_bytes < PROGRAM_BYTES + 2 * GIB
+
+
+@settings(max_examples=25)
+@given(budget=st.integers(0, 60 * GIB), jobs=st.integers(1, 16), prompt=st.integers(1, 9000))
+def test_a_host_budget_is_never_exceeded(budget: int, jobs: int, prompt: int) -> None:
+    loads = [make_load(jobs, prompt=prompt), make_story(2)]
+    memory = {"vram_mode": "balanced", "host_budget_bytes": budget}
+    try:
+        chosen = place_all(loads, **memory)
+    except ConfigError as error:
+        said = float(str(error).split("at least ")[1].split(" GiB")[0])
+        memory["host_budget_bytes"] = int((said + 0.1) * GIB)
+        assert memory["host_budget_bytes"] > budget
+        chosen = place_all(loads, **memory)
+    for placement in chosen.groups.values():
+        assert placement.host_bytes <= memory["host_budget_bytes"]
+    assert len({placement.host_budget_bytes for placement in chosen.groups.values()}) == 1
 
 
 def test_float8_makes_every_mode_leaner() -> None:

@@ -17,7 +17,7 @@ from sensebatch.checkpoint.system_prompts import resolve_system_prompts
 from sensebatch.cli.speed_cache import MachineSpeeds
 from sensebatch.config import SYNTHETIC_PREFIX, TINY_MODEL, MemoryConfig, ModelConfig, RunConfig
 from sensebatch.durations import Clock, GroupSeconds
-from sensebatch.footprint import Load, jobs_per_pass, waiting_bytes
+from sensebatch.footprint import Load, jobs_per_pass
 from sensebatch.plan import Plan, group_load
 from sensebatch.vram import MODES, Placement, place
 
@@ -126,13 +126,6 @@ class _Run:
 
     def _group(self, load: Load, num_jobs: int, placement: Placement) -> dict[str, Any]:
         load = placement.fitted(load)
-        waiting = waiting_bytes(
-            self.arch,
-            load,
-            placement.tokens_per_pass,
-            self.item_bytes,
-            parked=placement.park_caches,
-        )
         seconds = self._seconds(load, num_jobs, placement)
         return {
             "vram_mode": placement.mode,
@@ -140,7 +133,7 @@ class _Run:
             "batch_size": load.batch_size,
             "jobs_per_pass": jobs_per_pass(load, placement.tokens_per_pass),
             "device_bytes": placement.device_bytes,
-            "host_bytes": placement.host_bytes + waiting,
+            "host_bytes": placement.host_bytes,
             "seconds": None if seconds is None else asdict(seconds),
         }
 

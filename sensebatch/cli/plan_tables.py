@@ -55,8 +55,8 @@ def _memory(summary: Summary) -> list[object]:
         ]
     (placement,) = placements
     lines = [
-        f"{placement['vram_mode']}: {placement['reason']}. The host's GiB are weights and "
-        "caches, not the program."
+        f"{placement['vram_mode']}: {placement['reason']}. The host's GiB are the resident "
+        "memory of the process."
     ]
     if placement["seconds"] is not None:
         lines.append(_least_time(placement["seconds"], summary))

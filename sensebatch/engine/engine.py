@@ -57,9 +57,10 @@ from sensebatch.jobs import (
     ModelIdentity,
     Task,
 )
+from sensebatch.leaner import at_most, leaner
 from sensebatch.process import peak_rss_bytes
 from sensebatch.resolutions import PixelLimits
-from sensebatch.vram import Placement, Placements, at_most, leaner
+from sensebatch.vram import Placement, Placements
 
 
 class SenseNovaEngine:

@@ -26,9 +26,10 @@ from sensebatch.jobs import (
     batch_id,
     group_key,
 )
+from sensebatch.leaner import leaner
 from sensebatch.plan import group_load, make_plan, plan_entry
 from sensebatch.resolutions import Resolution
-from sensebatch.vram import Placement, leaner
+from sensebatch.vram import Placement
 from tests.engine.golden_model import KeptImages
 
 

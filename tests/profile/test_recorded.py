@@ -15,7 +15,7 @@ from tests.profile.results import result
 
 FOLDER = Path(__file__).parents[2] / "docs" / "measured"
 LOWEST, HIGHEST = 0.97, 1.10
-"""What is expected, by what was reserved."""
+"""What is expected, by what was reserved or resident."""
 BLOCK_BYTES = 0.36 * GIB
 """Of a layer: under a budget, the arithmetic of today may keep one more or less on the device than
 was kept when it was measured."""
@@ -45,6 +45,12 @@ def check(row: Row) -> None:
         expected += min(max(off, -BLOCK_BYTES), BLOCK_BYTES)
     ratio = expected / row.peak_reserved_bytes
     assert LOWEST <= ratio <= HIGHEST, f"{row.case}: expected / reserved is {ratio:.3f}"
+    if row.peak_rss_bytes is not None:
+        ratio = placement.host_bytes / row.peak_rss_bytes
+        assert LOWEST <= ratio <= HIGHEST, f"{row.case}: expected / resident is {ratio:.3f}"
+    if row.host_budget_bytes is not None:
+        assert row.peak_rss_bytes is not None
+        assert row.peak_rss_bytes <= row.host_budget_bytes
 
 
 @pytest.mark.parametrize("row", _recorded())
@@ -58,13 +64,38 @@ def test_expected_peaks_are_close_to_measured_ones(row: Row) -> None:
 )
 def test_an_estimate_that_is_off_is_found(case: str, ratio: float, close: bool) -> None:
     row = result(case)
-    measured = round(recomputed(row).placements.device_bytes / ratio)
-    row = replace(row, peak_reserved_bytes=measured)
-    if close:
+    placement = recomputed(row).placements.leanest
+    row = replace(
+        row, peak_reserved_bytes=placement.device_bytes, peak_rss_bytes=placement.host_bytes
+    )
+    device = replace(row, peak_reserved_bytes=round(placement.device_bytes / ratio))
+    host = replace(row, peak_rss_bytes=round(placement.host_bytes / ratio))
+    for off, what in ((device, "reserved"), (host, "resident")):
+        if close:
+            check(off)
+        else:
+            with pytest.raises(AssertionError, match=f"expected / {what} is"):
+                check(off)
+
+
+def test_more_host_memory_than_the_budget_is_found() -> None:
+    row = result(
+        "7gib-cpu20gib",
+        suite="budgets",
+        setting="--max-memory 0=7GiB,cpu=20GiB",
+        budget_bytes=7 * GIB,
+        host_budget_bytes=20 * GIB,
+    )
+    placement = recomputed(row).placements.leanest
+    row = replace(
+        row,
+        vram_mode=placement.mode,
+        peak_reserved_bytes=placement.device_bytes,
+        peak_rss_bytes=20 * GIB + 1,
+    )
+    with pytest.raises(AssertionError):
         check(row)
-    else:
-        with pytest.raises(AssertionError, match="expected / reserved is"):
-            check(row)
+    check(replace(row, peak_rss_bytes=20 * GIB))
 
 
 def test_another_placement_than_the_measured_one_is_found() -> None:
