@@ -83,17 +83,25 @@ class Engine(Protocol):
         *,
         checkpoints: Checkpoints,
         progress: Callable[[Progress], None],
+        stop: Callable[[], bool],
     ) -> BatchResult:
         """Runs a batch.
+
+        A stop is heeded where no picture is half drawn and others are still to be begun: before
+        a pass of t2i or edit pictures, between the rounds of interleave jobs, and in text that
+        nothing was drawn behind yet. A batch that draws in one pass or one round is finished.
 
         Args:
             batch: Jobs of one group.
             prepared: Of `prepare`, one for each job.
             checkpoints: Where finished pictures are kept while others are drawn.
             progress: Called between steps.
+            stop: Whether the run is to stop; true ever after it was once.
 
         Raises:
             OutOfMemoryError: The batch does not fit; nothing of it is kept on the device.
+            BatchStoppedError: A stop was heeded; `checkpoints` has what was finished, and the same
+                batch goes on from there.
             RunStoppedError: The device or the weights failed; no other batch would fare better.
         """
 

@@ -37,6 +37,10 @@ class DeviceError(RunStoppedError):
     """The device failed, and this process can compute nothing more on it."""
 
 
+class BatchStoppedError(RunStoppedError):
+    """A batch ended because the run is to stop; pictures of its finished passes are kept."""
+
+
 class JobError(SensebatchError):
     """One job cannot be done; the others are not concerned."""
 

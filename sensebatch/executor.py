@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -20,6 +21,7 @@ from typing import Protocol
 
 from sensebatch.config import RunConfig
 from sensebatch.contract import Checkpoints, Engine, Prepared, Progress
+from sensebatch.errors import BatchStoppedError
 from sensebatch.guard import Raised, guarded
 from sensebatch.jobs import (
     Batch,
@@ -66,7 +68,7 @@ class Stop(Protocol):
     """What a signal sets; `threading.Event` is one."""
 
     def is_set(self) -> bool:
-        """Returns whether the run is to stop after the current batch."""
+        """Returns whether the run is to stop where the current batch can; true once it is set."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +122,8 @@ def execute(
         config: The run's settings.
         read_image: Returns an input image's encoded bytes; raises JobError where it cannot.
         observer: Who watches.
-        stop: Once set, the current batch is finished and committed, and the run ends.
+        stop: Once set, the run ends: where the current batch heeds it, between two passes, with
+            that batch on record as started and its finished pictures kept; else behind it.
 
     Raises:
         RunStoppedError: The disk is full, or the device failed; what was committed stays, the
@@ -134,11 +137,13 @@ def execute(
         BatchWriter(store, engine.info, config.output, max_attempts=max_attempts) as writer,
         Preparer(engine, read_image) as preparer,
     ):
-        run = _Run(store, engine, config, preparer, observer, writer)
-        for piece in run.pieces():
-            if stop.is_set() or run.too_many_failures:
-                break
-            run.run_piece(piece)
+        run = _Run(store, engine, config, preparer, observer, writer, stop)
+        # A batch that heeds the stop is left as a kill would leave it.
+        with suppress(BatchStoppedError):
+            for piece in run.pieces():
+                if stop.is_set() or run.too_many_failures:
+                    break
+                run.run_piece(piece)
         run.settle()
     store.log.write()
     return run.summary(stopped=stop.is_set())
@@ -155,6 +160,7 @@ class _Run:
         preparer: Preparer,
         observer: Observer,
         writer: BatchWriter,
+        stop: Stop,
     ) -> None:
         self._store = store
         self._engine = engine
@@ -162,6 +168,7 @@ class _Run:
         self._preparer = preparer
         self._observer = observer
         self._writer = writer
+        self._stop = stop
         self._start = time.monotonic()
         self._writing: tuple[RanBatch, Future[tuple[Attempt, ...]]] | None = None
         self._parts: deque[_Piece] = deque()
@@ -280,7 +287,11 @@ class _Run:
                 lambda: _checked(
                     batch,
                     self._engine.generate(
-                        batch, prepared, checkpoints=checkpoints, progress=self._progress
+                        batch,
+                        prepared,
+                        checkpoints=checkpoints,
+                        progress=self._progress,
+                        stop=self._stop.is_set,
                     ),
                 )
             )

@@ -85,7 +85,7 @@ def outcome_lines(root: Path, summary: Summary) -> list[str]:
         words.append(f"{counts.remaining:,} to do")
     if summary.done or summary.failed:
         words.append(f"{counted(summary.images, 'image')} made in {duration(summary.seconds)}")
-    else:
+    elif not counts.remaining:
         words.append("nothing was left to run")
     folder = RunDir(root)
     lines = [

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from sensebatch.cli.eta import RemainingTime
 from sensebatch.cli.messages import counted, say
-from sensebatch.cli.signals import StopSignals
+from sensebatch.cli.signals import STOPPING, StopSignals
 from sensebatch.contract import Progress
 from sensebatch.jobs import Batch
 from sensebatch.plan import Plan
@@ -119,7 +119,7 @@ class LiveDisplay(Tracker):
             return Text()
         lines: list[RenderableType] = [self._grid()]
         if self._stop.is_set():
-            lines.append(Text("stopping after this batch; again to stop at once", style="yellow"))
+            lines.append(Text(STOPPING, style="yellow"))
         return Group(*lines)
 
     def _grid(self) -> Table:

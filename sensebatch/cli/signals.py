@@ -10,8 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+STOPPING = "stopping once the pictures in hand are finished; again to stop at once"
+"""What a person is told after the first signal."""
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_NOTICE = b"\nstopping after this batch; again to stop at once\n"
+_NOTICE = f"\n{STOPPING}\n".encode()
 _SHOW_CURSOR = b"\x1b[?25h\n"
 
 

@@ -135,20 +135,13 @@ class SenseNovaEngine:
         *,
         checkpoints: Checkpoints,
         progress: Callable[[Progress], None],
+        stop: Callable[[], bool],
     ) -> BatchResult:
         """Runs a batch; see `contract.Engine.generate`."""
         device = self._network.device
         self._settle(batch.group)
         memory = DevicePeak(device)
-        runner = Runner(
-            self._network,
-            self._tokenizer,
-            self._attention,
-            progress,
-            self._residency,
-            self._limits(batch),
-            self._system_turns,
-        )
+        runner = self._new_runner(batch, progress, stop)
         start = time.perf_counter()
         # Not known behind a batch that raises: how far the device came is not known either.
         idle_since, self._idle_since = self._idle_since, None
@@ -192,11 +185,27 @@ class SenseNovaEngine:
             peak_reserved_bytes=reserved,
         )
 
+    def _new_runner(
+        self, batch: Batch, progress: Callable[[Progress], None], stop: Callable[[], bool]
+    ) -> Runner:
+        limits = self._limits(batch)
+        return Runner(
+            self._network,
+            self._tokenizer,
+            self._attention,
+            progress,
+            self._residency,
+            limits,
+            self._system_turns,
+            None if _draws_once(batch, limits) else stop,
+        )
+
     def _limits(self, batch: Batch) -> PassLimits:
-        most = self._placement.tokens_per_pass
-        together = max(most // batch.group.resolution.image_tokens, 1)
-        waits = self._placement.park_caches and prefixes_wait(len(batch.jobs), together)
-        return PassLimits(image_tokens=most, park=self._pages.take if waits else None)
+        limits = PassLimits(image_tokens=self._placement.tokens_per_pass)
+        together = limits.together(batch.group.resolution)
+        if self._placement.park_caches and prefixes_wait(len(batch.jobs), together):
+            return replace(limits, park=self._pages.take)
+        return limits
 
     def largest_batch(self, group: GroupKey) -> int | None:
         """Returns how many jobs fit together; see `contract.Engine.largest_batch`."""
@@ -248,6 +257,13 @@ class SenseNovaEngine:
                 run_interleave(runner, list(enumerate(jobs)), checkpoints, script=self._script)
             )
         return tuple(run_single_image(runner, jobs, checkpoints, self._script))
+
+
+def _draws_once(batch: Batch, limits: PassLimits) -> bool:
+    """Returns whether a batch has one pass or round, behind which it is finished anyway."""
+    if batch.group.task is Task.INTERLEAVE:
+        return all(job.sampling.max_images == 1 for job in batch.jobs)
+    return len(batch.jobs) <= limits.together(batch.group.resolution)
 
 
 def made_up_text(tokenizer: Tokenizer) -> Script:

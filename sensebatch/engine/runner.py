@@ -27,7 +27,9 @@ from sensebatch.engine.model.tokenizer import IMG_CONTEXT, IMG_END, Tokenizer
 from sensebatch.engine.preprocess import Patches
 from sensebatch.engine.prompts import Grid, ImageSpan, Prompt, positions, segments
 from sensebatch.engine.sampling.text import Step
+from sensebatch.errors import BatchStoppedError
 from sensebatch.footprint import MAX_PREFILL_TOKENS
+from sensebatch.resolutions import Resolution
 from sensebatch.vram import CUDA_TOKENS_PER_PASS
 
 
@@ -70,6 +72,10 @@ class PassLimits:
     """Gives host memory in which prefixes wait while other jobs' pictures are drawn; None lets
     them stay on the device."""
 
+    def together(self, resolution: Resolution) -> int:
+        """Returns how many pictures of a size are drawn together at most."""
+        return max(self.image_tokens // resolution.image_tokens, 1)
+
 
 class Runner:
     """The network with its tokenizer, attention and clock.
@@ -82,6 +88,7 @@ class Runner:
         weights: Told which phase comes next; None where they stay where they are.
         limits: How much goes through the network at a time.
         system_turns: Cached system turns by their tokens, kept from batch to batch.
+        stop: Whether the batch is to end before it is finished; None finishes it always.
     """
 
     def __init__(
@@ -93,6 +100,7 @@ class Runner:
         weights: Weights | None = None,
         limits: PassLimits | None = None,
         system_turns: dict[tuple[int, ...], KVCache] | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> None:
         self.network = network
         self.tokenizer = tokenizer
@@ -101,11 +109,21 @@ class Runner:
         self.limits = PassLimits() if limits is None else limits
         self.system_turns = {} if system_turns is None else system_turns
         self._weights = weights
+        self._stop = stop
         self.seconds: dict[str, float] = defaultdict(float)
         """Wall seconds by phase."""
         self.worked: tuple[float, float] | None = None
         """Start of the first phase and end of the last one, of `time.perf_counter`."""
         self.num_denoise_steps = 0
+
+    def heed_stop(self) -> None:
+        """Ends the batch if it is to stop; called where no picture is half drawn.
+
+        Raises:
+            BatchStoppedError: It is to stop.
+        """
+        if self._stop is not None and self._stop():
+            raise BatchStoppedError("the run was stopped between two passes of a batch")
 
     @contextmanager
     def prefilling(self, *, decodes: bool) -> Iterator[None]:
@@ -226,6 +244,9 @@ class Runner:
     def text_step(self, caches: Sequence[KVCache], most_tokens: int) -> Step:
         """Returns the step that decodes text behind sequences; it tells the progress.
 
+        It heeds a stop while nothing is drawn: text is not kept, so that to finish it would be
+        in vain. Text behind a picture may be the last that its batch needs.
+
         Args:
             caches: Of each sequence, wherever they wait; they are on the device afterwards.
             most_tokens: No sequence is given more.
@@ -241,6 +262,8 @@ class Runner:
         )
 
         def step(taken: Sequence[tuple[int, int]]) -> list[int]:
+            if not self.num_denoise_steps:
+                self.heed_stop()
             self.progress(Progress(phase="think", step=next(numbers), num_steps=0))
             return decoder.step(taken)
 

@@ -148,7 +148,11 @@ def answer_examples(
                 for n in chosen
             ]
             result = engine.generate(
-                batch, prepared, checkpoints=_KeepNothing(), progress=lambda _: None
+                batch,
+                prepared,
+                checkpoints=_KeepNothing(),
+                progress=lambda _: None,
+                stop=lambda: False,
             )
             made = zip(chosen, result.results, strict=True)
             answers |= {number: _answer(job_result) for number, job_result in made}

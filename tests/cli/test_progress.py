@@ -11,7 +11,7 @@ from rich.console import Console
 
 from sensebatch.cli.eta import RemainingTime
 from sensebatch.cli.progress import LiveDisplay, PlainLines, duration, step_words
-from sensebatch.cli.signals import StopSignals
+from sensebatch.cli.signals import STOPPING, StopSignals
 from sensebatch.contract import Progress
 from sensebatch.jobs import Batch, Job, Task, group_key
 from sensebatch.plan import Plan, make_plan, plan_entry
@@ -135,7 +135,7 @@ def test_live_display_shows_the_whole_and_the_batch() -> None:
 def test_live_display_says_that_it_is_about_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     stop = StopSignals()
     monkeypatch.setattr(stop, "is_set", lambda: True)
-    assert "stopping after this batch; again to stop at once" in _shown(_display(stop))
+    assert STOPPING in _shown(_display(stop))
 
 
 def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,8 @@ jobs:
   - {id: planned, prompt: Two blue squares, think: true, seeds: [1, 2, 3, 4]}
 """
 
+MORE_PASSES = PASSES.replace("[1, 2, 3, 4]", "[1, 2, 3, 4, 5, 6]")
+
 Moment = Callable[[Path], bool]
 
 
@@ -63,8 +65,13 @@ class Program:
 
     server: subprocess.Popen[str]
 
-    def run(self, *args: str | Path, kill_at: Callable[[], bool] | None = None) -> int:
-        """Runs a command line to its end, or to a SIGKILL; returns its exit status."""
+    def run(
+        self,
+        *args: str | Path,
+        kill_at: Callable[[], bool] | None = None,
+        by: signal.Signals = signal.SIGKILL,
+    ) -> int:
+        """Runs a command line, told something by a signal or not; returns its exit status."""
         assert self.server.stdin is not None
         assert self.server.stdout is not None
         print(json.dumps([str(arg) for arg in args]), file=self.server.stdin, flush=True)
@@ -73,7 +80,7 @@ class Program:
             while not kill_at() and not _has_ended(pid):
                 time.sleep(POLL_S)
             with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, by)
         return int(self.server.stdout.readline())
 
 
@@ -192,6 +199,28 @@ def test_sigkill_between_passes_loses_no_finished_pass(program: Program, tmp_pat
         assert len(kept) > number
         assert kept == [[index] for index in range(len(kept))]
     assert program.run(*command, root) == 0
+    assert _made(root) == _made(tmp_path / "whole")
+    assert not list((root / "checkpoints").iterdir())
+
+
+def test_first_signal_ends_a_run_between_passes_and_loses_none(
+    program: Program, tmp_path: Path
+) -> None:
+    """Six passes of one job each; stopped in the second and, gone on, behind the next one."""
+    manifest = tmp_path / "passes.yaml"
+    manifest.write_text(MORE_PASSES, encoding="utf-8")
+    command = ("run", manifest, "--vram-mode", "low", "--output-dir")
+    root, kept = tmp_path / "stopped", _kept_jobs(tmp_path / "stopped")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        moment = partial(_file_count(f"checkpoints/*/{len(kept):04d}.safetensors", 1), root)
+        assert program.run(*command, root, kill_at=moment, by=number) == 75
+        before, kept = kept, _kept_jobs(root)
+        assert len(kept) > len(before)
+        # Each pass once, so that none was drawn again.
+        assert kept == [[index] for index in range(len(kept))]
+        assert outcome(root) == ({}, [])
+    assert program.run(*command, root) == 0
+    assert program.run(*command, tmp_path / "whole") == 0
     assert _made(root) == _made(tmp_path / "whole")
     assert not list((root / "checkpoints").iterdir())
 

@@ -1,4 +1,4 @@
-"""The first signal finishes the batch, the second ends at once; both leave a resumable folder."""
+"""The first signal finishes a pass, the second ends at once; both leave a resumable folder."""
 
 from __future__ import annotations
 
@@ -44,25 +44,43 @@ def _once(number: signal.Signals) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_first_signal_commits_the_batch_and_the_same_command_goes_on(
+def test_first_signal_commits_a_batch_of_one_pass_and_the_same_command_goes_on(
     invoke: Invoke, manifest: Path, backend: FakeBackend, number: signal.Signals
 ) -> None:
     backend.engine.on_step = _once(number)
     ended = invoke("run", manifest)
     assert ended.code == 75
-    assert "stopping after this batch; again to stop at once" in ended.err
+    assert "stopping once the pictures in hand are finished; again to stop at once" in ended.err
     assert "2 of 5 jobs done, 3 to do" in ended.err
     assert "the same command goes on from here" in ended.err
     resumed = invoke("run", manifest, "--json").json
     assert (resumed["exit_code"], resumed["this_run"]["done"]) == (0, 3)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_first_signal_ends_a_run_between_two_passes_and_the_same_command_goes_on(
+    invoke: Invoke, manifest: Path, backend: FakeBackend, number: signal.Signals
+) -> None:
+    backend.engine.a_pass, backend.engine.on_step = 1, _once(number)
+    ended = invoke("run", manifest, "--json")
+    assert ended.code == 75
+    assert (ended.json["stopped"], ended.json["done"], ended.json["remaining"]) == (True, 0, 5)
+    assert "0 of 5 jobs done, 5 to do\n" in ended.err
+    assert "the same command goes on from here" in ended.err
+    assert backend.engine.drawn == [("a",)]
+    counts = invoke("status", "outputs/small", "--json").json
+    assert (counts["started"], counts["pending"], counts["failed"]) == (2, 3, 0)
+    resumed = invoke("run", manifest, "--json").json
+    assert (resumed["exit_code"], resumed["this_run"]["done"]) == (0, 5)
+    assert backend.engine.drawn[:2] == [("a",), ("b",)]
+
+
 def test_signal_in_the_last_batch_is_a_finished_run(
     invoke: Invoke, manifest: Path, backend: FakeBackend
 ) -> None:
-    invoke("run", manifest, "--limit", "4")
+    invoke("run", manifest, "--limit", "2")
     backend.engine.on_step = _once(signal.SIGINT)
-    assert invoke("run", manifest).code == 0
+    assert invoke("run", manifest, "--limit", "3").code == 0
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -10,6 +10,7 @@ import torch
 
 from sensebatch.checkpoint.files import open_checkpoint
 from sensebatch.config import MemoryConfig, RunConfig, default_config
+from sensebatch.contract import Progress
 from sensebatch.engine import engine as engine_module
 from sensebatch.engine.engine import SenseNovaEngine, load_engine
 from sensebatch.engine.tasks.denoise import draw_noise
@@ -69,13 +70,18 @@ def make_job(name: str, **changes: object) -> Job:
     return replace(job, **changes)
 
 
-def generate(engine: SenseNovaEngine, *jobs: Job) -> BatchResult:
+def generate(
+    engine: SenseNovaEngine,
+    *jobs: Job,
+    kept: KeptImages | None = None,
+    progress: Callable[[Progress], None] = lambda _: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> BatchResult:
     keys = tuple(job.id for job in jobs)
     batch = Batch(id=batch_id(keys), group=group_key(jobs[0]), jobs=jobs, keys=keys)
     prepared = [engine.prepare(job, ()) for job in jobs]
-    return engine.generate(
-        batch, prepared, checkpoints=KeptImages(len(jobs)), progress=lambda _: None
-    )
+    kept = KeptImages(len(jobs)) if kept is None else kept
+    return engine.generate(batch, prepared, checkpoints=kept, progress=progress, stop=stop)
 
 
 def pixels(result: BatchResult) -> list[bytes]:
@@ -121,7 +127,13 @@ def test_what_was_prepared_gives_the_same_pictures_every_time() -> None:
     batch = Batch(id="b", group=group_key(job), jobs=(job,), keys=("k",))
     prepared = [engine.prepare(job, ())]
     first, again = (
-        engine.generate(batch, prepared, checkpoints=KeptImages(1), progress=lambda _: None)
+        engine.generate(
+            batch,
+            prepared,
+            checkpoints=KeptImages(1),
+            progress=lambda _: None,
+            stop=lambda: False,
+        )
         for _ in range(2)
     )
     assert len(pixels(first)) == 2

@@ -16,8 +16,8 @@ import numpy as np
 
 from sensebatch.config import ExecutionConfig, MemoryConfig, OutputConfig, RunConfig, default_config
 from sensebatch.contract import Checkpoints, DrawnImage, Progress
-from sensebatch.errors import JobError, OutOfMemoryError
-from sensebatch.executor import Summary, execute
+from sensebatch.errors import BatchStoppedError, JobError, OutOfMemoryError
+from sensebatch.executor import Stop, Summary, execute
 from sensebatch.jobs import (
     Batch,
     BatchMetrics,
@@ -123,6 +123,10 @@ class FakeEngine:
     """What memory is left to try, the present one first."""
     fitting: dict[int, int] = field(default_factory=dict)
     """Jobs that fit together, by the image tokens of one."""
+    a_pass: int | None = None
+    """Most t2i or edit jobs that are drawn together; None draws all of a batch."""
+    drawn: list[tuple[str, ...]] = field(default_factory=list)
+    """The jobs of each pass of t2i or edit jobs."""
 
     def largest_batch(self, group: GroupKey) -> int | None:
         return self.fitting.get(group.resolution.image_tokens)
@@ -164,6 +168,7 @@ class FakeEngine:
         *,
         checkpoints: Checkpoints,
         progress: Callable[[Progress], None],
+        stop: Callable[[], bool],
     ) -> BatchResult:
         self.batches.append(tuple(job.id for job in batch.jobs))
         if any("heavy" in job.prompt for job in batch.jobs) and len(batch.jobs) > 1:
@@ -173,10 +178,9 @@ class FakeEngine:
         if any("poison" in job.prompt for job in batch.jobs):
             raise RuntimeError("poisoned")
         if batch.group.task is Task.INTERLEAVE:
-            results = self._interleave(batch, checkpoints, progress)
+            results = self._interleave(batch, checkpoints, progress, stop)
         else:
-            results = [self._picture(batch, index, inputs) for index, inputs in enumerate(prepared)]
-            self._step(progress)
+            results = self._passes(batch, prepared, checkpoints, progress, stop)
         metrics = BatchMetrics(
             prefill_s=0.5, think_s=2.0, denoise_s=4.0, num_denoise_steps=8, total_s=8.0
         )
@@ -187,16 +191,54 @@ class FakeEngine:
         progress(Progress(phase="denoise", step=1, num_steps=2))
         self.on_step()
 
-    def _picture(self, batch: Batch, index: int, inputs: Sequence[bytes]) -> JobResult:
+    def _passes(
+        self,
+        batch: Batch,
+        prepared: Sequence[tuple[bytes, ...]],
+        checkpoints: Checkpoints,
+        progress: Callable[[Progress], None],
+        stop: Callable[[], bool],
+    ) -> list[JobResult]:
+        """Draws single pictures; a pass that has another one behind it is kept."""
+        count = len(batch.jobs)
+        size = self.a_pass or count
+        kept = checkpoints.load() if size < count else [()] * count
+        images: list[np.ndarray | None] = []
+        for start in range(0, count, size):
+            members = range(start, min(start + size, count))
+            if all(kept[i] for i in members):
+                images += [kept[i][-1].image for i in members]
+                continue
+            if size < count and stop():
+                raise BatchStoppedError("stopped")
+            self.drawn.append(tuple(batch.jobs[i].id for i in members))
+            drawn = [self._drawn(batch, i, prepared[i]) for i in members]
+            images += drawn
+            self._step(progress)
+            whole = [DrawnImage(image=image, tokens=()) for image in drawn if image is not None]
+            if members.stop < count and len(whole) == len(members):
+                checkpoints.save(list(zip(members, whole, strict=True)))
+        return [self._picture(batch, index, image) for index, image in enumerate(images)]
+
+    def _drawn(self, batch: Batch, index: int, inputs: Sequence[bytes]) -> np.ndarray | None:
         job, key = batch.jobs[index], batch.keys[index]
         if "fails" in job.prompt:
+            return None
+        return drawn_image(job.resolution, batch.id, key, *inputs)
+
+    def _picture(self, batch: Batch, index: int, image: np.ndarray | None) -> JobResult:
+        job = batch.jobs[index]
+        if image is None:
             return JobResult(error=ValueError("NaN in the output"))
-        image = drawn_image(job.resolution, batch.id, key, *inputs)
         text = f"thinking in {batch.id}\n" if job.think else None
         return JobResult(images=(to_pixels(image),), text=text, think_tokens=10 if job.think else 0)
 
     def _interleave(
-        self, batch: Batch, checkpoints: Checkpoints, progress: Callable[[Progress], None]
+        self,
+        batch: Batch,
+        checkpoints: Checkpoints,
+        progress: Callable[[Progress], None],
+        stop: Callable[[], bool],
     ) -> list[JobResult]:
         drawn = [list(pictures) for pictures in checkpoints.load()]
         wanted = [_num_images(job, key) for job, key in zip(batch.jobs, batch.keys, strict=True)]
@@ -208,6 +250,8 @@ class FakeEngine:
             unfinished = [i for i, pictures in enumerate(drawn) if len(pictures) < wanted[i]]
             if not unfinished:
                 break
+            if stop():
+                raise BatchStoppedError("stopped")
             pictures = [(i, self._next(batch, i, drawn[i])) for i in unfinished]
             checkpoints.save(pictures)
             for i, picture in pictures:
@@ -291,7 +335,7 @@ def run_store(
     config: RunConfig | None = None,
     *,
     engine: FakeEngine | None = None,
-    stop: Flag | None = None,
+    stop: Stop | None = None,
 ) -> Ran:
     """Ingests jobs into an open store and runs them."""
     engine, seen = engine or FakeEngine(), Recorder()
@@ -313,7 +357,7 @@ def run_folder(
     config: RunConfig | None = None,
     *,
     engine: FakeEngine | None = None,
-    stop: Flag | None = None,
+    stop: Stop | None = None,
 ) -> Ran:
     """Opens a run's folder, ingests jobs and runs them."""
     with open_store(root) as store:

@@ -60,7 +60,7 @@ def draw_noise(arch: Architecture, resolution: Resolution, generator: torch.Gene
 
 def passes(runner: Runner, num_jobs: int, resolution: Resolution) -> list[slice]:
     """Returns which jobs are drawn together, pass by pass, as the runner's limits say."""
-    at_a_time = max(runner.limits.image_tokens // resolution.image_tokens, 1)
+    at_a_time = runner.limits.together(resolution)
     return [
         slice(start, min(start + at_a_time, num_jobs)) for start in range(0, num_jobs, at_a_time)
     ]

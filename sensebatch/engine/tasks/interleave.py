@@ -3,7 +3,7 @@
 A round decodes every job to its next `<img>` (or its end), draws the pictures of all jobs that
 want one together, keeps them as checkpoints, and re-encodes them into the prefixes. A run that
 goes on from checkpoints goes through the same operations with the kept pictures in place of the
-denoising, so that it ends in the same bytes.
+denoising, so that it ends in the same bytes. A stop is heeded on either side of the drawing.
 """
 
 from __future__ import annotations
@@ -75,6 +75,10 @@ def run_interleave(
 
     Returns:
         A result for each job; one with a picture that is not finite carries its error.
+
+    Raises:
+        BatchStoppedError: A stop was heeded, before pictures were drawn or behind drawn ones
+            that others follow, or in text before the first.
     """
     kept = checkpoints.load()
     running = start_jobs(runner, [prepared for _, prepared in jobs], decodes=True)
@@ -91,6 +95,8 @@ def run_interleave(
     while writing:
         drawing = _write(runner, writing, script)
         _let_go(writing, drawing)
+        if drawing:
+            runner.heed_stop()
         _draw(runner, drawing, checkpoints)
         writing = [
             story
@@ -99,6 +105,7 @@ def run_interleave(
         ]
         _let_go(drawing, writing)
         if writing:
+            runner.heed_stop()
             _read_back(runner, writing)
     return [_result(story) for story in stories]
 

@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
 from sensebatch.contract import Checkpoints, DrawnImage
+from sensebatch.errors import BatchStoppedError
 
 
 class Keeper:
@@ -35,10 +36,11 @@ class Keeper:
         """Ends the thread.
 
         Raises:
-            Exception: What the last save raised, unless the block raised something itself.
+            Exception: What the last save raised, unless the block failed. To be stopped is no
+                failure, and must not hide that something could not be kept.
         """
         self._threads.shutdown(wait=True)
-        if error is None:
+        if error is None or isinstance(error, BatchStoppedError):
             self._wait()
 
     def keep(self, drawn: Sequence[tuple[int, DrawnImage]]) -> None:

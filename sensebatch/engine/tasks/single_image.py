@@ -4,7 +4,7 @@ The two tasks differ in their prompts and guidance only, which know the task the
 and thoughts of a batch go through the network together, then its pictures are drawn in passes of
 a few jobs. The pictures of a pass that has another one behind it are kept as checkpoints. A run
 that goes on from them reads and thinks again, and then draws only the passes that are not kept
-whole: a pass among other neighbours might end in other bytes.
+whole: a pass among other neighbours might end in other bytes. So a stop is heeded before a pass.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def run_single_image(
         A result for each job; one whose picture is not finite carries its error.
 
     Raises:
+        BatchStoppedError: A stop was heeded, before a pass or in a thought.
         Exception: What saving a checkpoint raised.
     """
     loaded = checkpoints.load()
@@ -66,6 +67,7 @@ def run_single_image(
             if len(images) == len(kept[members]):
                 finished += [_pixels(torch.from_numpy(i).to(runner.network.device)) for i in images]
                 continue
+            runner.heed_stop()
             place = (number, len(together))
             pixels, drawn = _draw(runner, running[members], thoughts[members], place)
             finished += pixels

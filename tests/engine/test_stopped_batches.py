@@ -1,0 +1,200 @@
+"""A stop is heeded between passes and rounds; what was finished is kept, and nothing else lost."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from sensebatch.contract import DrawnImage, Progress
+from sensebatch.engine.engine import SenseNovaEngine
+from sensebatch.engine.runner import Runner
+from sensebatch.engine.tasks.interleave import run_interleave
+from sensebatch.errors import BatchStoppedError, StorageFullError
+from sensebatch.jobs import BatchResult, Job, Task
+from tests.engine.golden_model import KeptImages, infer
+from tests.engine.test_batches import fresh, jobs_of
+from tests.engine.test_engine import generate, load, make_config, make_job, pixels
+
+NUM_STEPS = 2
+NUM_ROUNDS = 3
+NUM_TOKENS = 4
+"""Of a thought, or in front of each picture of a story; every job says so many."""
+
+
+@dataclass
+class Stop:
+    """Stops a batch once it has told its progress so many times in a phase; None at once."""
+
+    phase: str | None = None
+    after: int = 0
+    seen: list[str] = field(default_factory=list)
+    """The phase of everything it told."""
+
+    def told(self, progress: Progress) -> None:
+        self.seen.append(progress.phase)
+
+    def __call__(self) -> bool:
+        return self.phase is None or self.seen.count(self.phase) >= self.after
+
+
+NEVER = Stop("never", 1)
+
+
+@pytest.fixture(scope="module")
+def engine() -> SenseNovaEngine:
+    """Draws one picture a pass; with made-up weights, so that it says what it is to say."""
+    return load(make_config(vram_mode="low"), "synthetic:tiny")
+
+
+def make_jobs(task: Task = Task.T2I, *, think: bool = False, rounds: int = NUM_ROUNDS) -> list[Job]:
+    sampling = replace(
+        make_job("a").sampling,
+        num_steps=NUM_STEPS,
+        max_think_tokens=NUM_TOKENS,
+        max_images=rounds,
+        max_new_tokens=rounds * NUM_TOKENS,
+    )
+    names = ("a", "bb", "ccc") if task is Task.T2I else ("a", "bb")
+    return [make_job(name, task=task, think=think, sampling=sampling) for name in names]
+
+
+def run(
+    engine: SenseNovaEngine, jobs: Sequence[Job], kept: KeptImages | None = None, stop: Stop = NEVER
+) -> BatchResult:
+    return generate(engine, *jobs, kept=kept, progress=stop.told, stop=stop)
+
+
+def made(result: BatchResult) -> tuple[list[bytes], list[str | None]]:
+    return pixels(result), [job.text for job in result.results]
+
+
+def num_kept(kept: KeptImages) -> list[int]:
+    return [len(images) for images in kept.images]
+
+
+@pytest.mark.parametrize("think", [False, True])
+@pytest.mark.parametrize("step", [1, 2, 3, 4])
+def test_a_batch_stops_behind_the_pass_that_is_drawn_and_goes_on_from_there(
+    engine: SenseNovaEngine, think: bool, step: int
+) -> None:
+    jobs, kept, stop = make_jobs(think=think), KeptImages(3), Stop("denoise", step)
+    expected = run(engine, jobs)
+    with pytest.raises(BatchStoppedError):
+        run(engine, jobs, kept, stop)
+    num_passes = -(-step // NUM_STEPS)
+    assert stop.seen.count("denoise") == num_passes * NUM_STEPS
+    assert num_kept(kept) == [1] * num_passes + [0] * (3 - num_passes)
+    resumed = run(engine, jobs, kept)
+    assert resumed.metrics.num_denoise_steps == (3 - num_passes) * NUM_STEPS
+    assert made(resumed) == made(expected)
+
+
+@pytest.mark.parametrize(
+    ("stop", "num_tokens"),
+    [(Stop(), 0), (Stop("think", 2), 2), (Stop("think", NUM_TOKENS), NUM_TOKENS)],
+)
+@pytest.mark.parametrize("task", [Task.T2I, Task.INTERLEAVE])
+def test_a_batch_that_has_drawn_nothing_stops_at_once(
+    engine: SenseNovaEngine, task: Task, stop: Stop, num_tokens: int
+) -> None:
+    jobs = make_jobs(task, think=True)
+    kept, stop = KeptImages(len(jobs)), replace(stop, seen=[])
+    with pytest.raises(BatchStoppedError):
+        run(engine, jobs, kept, stop)
+    assert stop.seen == ["think"] * num_tokens
+    assert not any(num_kept(kept))
+    assert made(run(engine, jobs, kept)) == made(run(engine, jobs))
+
+
+def test_a_stop_in_the_last_pass_is_not_heeded(engine: SenseNovaEngine) -> None:
+    jobs = make_jobs()
+    result = run(engine, jobs, stop=Stop("denoise", 2 * NUM_STEPS + 1))
+    assert made(result) == made(run(engine, jobs))
+
+
+def test_a_stop_before_passes_that_are_all_kept_is_not_heeded(engine: SenseNovaEngine) -> None:
+    jobs, kept = make_jobs(), KeptImages(3)
+    expected = run(engine, jobs, kept)
+    # Of a batch of two, both.
+    kept.images = kept.images[:2]
+    assert pixels(run(engine, jobs[:2], kept, Stop())) == pixels(expected)[:2]
+
+
+@pytest.mark.parametrize("think", [False, True])
+def test_a_batch_of_one_pass_is_finished(engine: SenseNovaEngine, think: bool) -> None:
+    (job, *_) = make_jobs(think=think)
+    assert made(run(engine, [job], stop=Stop())) == made(run(engine, [job]))
+
+
+@pytest.mark.parametrize("step", [1, 4, 5])
+def test_stories_stop_behind_the_round_that_is_drawn_and_go_on_from_there(
+    engine: SenseNovaEngine, step: int
+) -> None:
+    jobs, kept, stop = make_jobs(Task.INTERLEAVE), KeptImages(2), Stop("denoise", step)
+    expected = run(engine, jobs)
+    with pytest.raises(BatchStoppedError):
+        run(engine, jobs, kept, stop)
+    of_round = 2 * NUM_STEPS
+    num_rounds = -(-step // of_round)
+    assert stop.seen.count("denoise") == num_rounds * of_round
+    # Nothing is read back or said behind the pictures.
+    assert stop.seen[-1] == "denoise"
+    assert num_kept(kept) == [num_rounds] * 2
+    resumed = run(engine, jobs, kept)
+    assert resumed.metrics.num_denoise_steps == (NUM_ROUNDS - num_rounds) * of_round
+    assert made(resumed) == made(expected)
+
+
+def test_stories_stop_before_the_next_round_is_drawn(engine: SenseNovaEngine) -> None:
+    jobs, kept, stop = make_jobs(Task.INTERLEAVE), KeptImages(2), Stop("think", NUM_TOKENS + 1)
+    with pytest.raises(BatchStoppedError):
+        run(engine, jobs, kept, stop)
+    assert stop.seen.count("think") == 2 * NUM_TOKENS
+    assert num_kept(kept) == [1, 1]
+    assert made(run(engine, jobs, kept)) == made(run(engine, jobs))
+
+
+def test_a_stop_in_the_last_round_is_not_heeded(engine: SenseNovaEngine) -> None:
+    jobs = make_jobs(Task.INTERLEAVE)
+    stop = Stop("denoise", 2 * (NUM_ROUNDS - 1) * NUM_STEPS + 1)
+    assert made(run(engine, jobs, stop=stop)) == made(run(engine, jobs))
+
+
+def test_a_stop_in_the_text_behind_the_last_picture_is_not_heeded() -> None:
+    """Stories that end by themselves, in the third round at the latest."""
+    runner, jobs = jobs_of("dense_fm", "il_text_think")
+    stop = Stop("think", 2 + 4 + 1)
+    watched = Runner(runner.network, runner.tokenizer, runner.attention, stop.told, stop=stop)
+    with infer():
+        expected = run_interleave(runner, list(enumerate(fresh(jobs))), KeptImages(3))
+        found = run_interleave(watched, list(enumerate(fresh(jobs))), KeptImages(3))
+    phases = [(phase, len(list(told))) for phase, told in itertools.groupby(stop.seen)]
+    assert phases == [("think", 2), ("denoise", 3), ("think", 4), ("denoise", 3), ("think", 3)]
+    assert [story.text for story in found] == [story.text for story in expected]
+
+
+def test_stories_of_one_picture_are_finished(engine: SenseNovaEngine) -> None:
+    jobs = make_jobs(Task.INTERLEAVE, rounds=1)
+    assert made(run(engine, jobs, stop=Stop())) == made(run(engine, jobs))
+
+
+class FullDisk(KeptImages):
+    """Has no room for a picture."""
+
+    def save(self, drawn: Sequence[tuple[int, DrawnImage]]) -> None:  # noqa: ARG002
+        raise StorageFullError("no room left on the disk")
+
+
+def test_a_stop_does_not_hide_that_pictures_could_not_be_kept(engine: SenseNovaEngine) -> None:
+    with pytest.raises(StorageFullError, match="no room left"):
+        run(engine, make_jobs(), FullDisk(3), Stop("denoise", 1))
+
+
+def test_the_waiting_is_not_told_behind_a_stopped_batch(engine: SenseNovaEngine) -> None:
+    run(engine, make_jobs())
+    with pytest.raises(BatchStoppedError):
+        run(engine, make_jobs(), stop=Stop())
+    assert run(engine, make_jobs()).metrics.wait_s is None
