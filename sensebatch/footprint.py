@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from sensebatch.checkpoint.architecture import FM_HEAD_HIDDEN, Architecture
-from sensebatch.jobs import GroupKey
+from sensebatch.jobs import GroupKey, Task
 from sensebatch.weights import SCALE_BYTES
 
 GIB = 1 << 30
@@ -47,6 +47,8 @@ class Load:
     """Most tokens decoded behind it."""
     drawn_tokens: int = 0
     """Most tokens of pictures that are read back into the prompt (interleave)."""
+    wanted_jobs: int | None = None
+    """Most jobs in a batch by the settings, where there are fewer; None for `batch_size`."""
     system_tokens: int = 0
     """Of `prompt_tokens`, the system turn's, which is cached once more for all jobs to begin
     with; an upper estimate for the run's own system prompt."""
@@ -215,13 +217,22 @@ def prompt_bytes(
         cached = min(cached, max(MAX_PREFILL_TOKENS, load.prompt_tokens))
     logits = load.batch_size * arch.vocab_size * 2 * item_bytes
     reading = (
-        cache_bytes(arch, cached + load.system_tokens, item_bytes)
+        _embedded_bytes(arch, load, item_bytes)
+        + cache_bytes(arch, cached + load.system_tokens, item_bytes)
         + _prompt_pass_bytes(arch, tokens, load.prompt_tokens, item_bytes, fused=fused)
         + logits
     )
     if not load.text_tokens:
         return reading
     return max(reading, text_bytes(arch, load, item_bytes, parked=parked, fused=fused) + logits)
+
+
+def _embedded_bytes(arch: Architecture, load: Load, item_bytes: int) -> int:
+    """Returns what the input pictures of a batch take, embedded, until all prompts are read."""
+    if load.group.task is Task.T2I:
+        return 0
+    tokens = load.prompt_tokens - load.system_tokens
+    return load.batch_size * tokens * arch.hidden_size * item_bytes
 
 
 def text_bytes(
@@ -319,8 +330,8 @@ def working_bytes(
         waits = parked and prefixes_wait(load.batch_size, jobs)
         cached = jobs if waits else load.batch_size
         drawing = denoise_bytes(arch, load, jobs, item_bytes, cached_jobs=cached, fused=fused)
-        # Kept for the next batch; in host memory where prompts wait there.
-        drawing += 0 if waits else cache_bytes(arch, load.system_tokens, item_bytes)
+        # Kept for the next batch, on the device if this one or one before is drawn in one pass.
+        drawing += cache_bytes(arch, load.system_tokens, item_bytes)
         prompts = prompt_bytes(arch, load, item_bytes, parked=waits, fused=fused)
         # A batch of one pass, whose prefixes stay: the last one, or a part of one that was split.
         last = replace(load, batch_size=jobs)

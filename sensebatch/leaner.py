@@ -5,66 +5,81 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sensebatch.checkpoint.architecture import Architecture
-from sensebatch.vram import RING, Placement, fast_buffers
-from sensebatch.weights import weight_bytes
+from sensebatch.jobs import GroupKey
+from sensebatch.vram import RING, Placement, Placements, fast_buffers
+from sensebatch.weights import WeightBytes, weight_bytes
 
 
 def leaner(
-    arch: Architecture, placement: Placement, item_bytes: int, precision: str | None = None
-) -> Placement | None:
-    """Returns what to go on with where a placement turned out not to fit; None if nothing is left.
+    arch: Architecture,
+    placements: Placements,
+    group: GroupKey,
+    item_bytes: int,
+    precision: str | None = None,
+) -> Placements | None:
+    """Returns what to go on with where a job alone did not fit; None if nothing is left to give up.
 
-    First fewer weights stay on the device, half of the buffers each time, then jobs are drawn one
-    by one.
+    First fewer weights stay on the device, half of the buffers each time, then jobs of the group
+    are drawn one by one. Other groups keep as many blocks less: that memory is gone for them too.
+
+    Args:
+        arch: The network's shape.
+        placements: Of the run.
+        group: The job's.
+        item_bytes: Of a number.
+        precision: `fp8` or `fp8-all` for linear layers in float8.
     """
     weights = weight_bytes(arch, item_bytes, precision)
-    embeddings = weights.embeddings if placement.embed_on_device else 0
-    if placement.num_buffers is None:
-        num_buffers = fast_buffers(weights, writes=True)
-        saved = weights.blocks - weights.buffers(RING, num_buffers - RING) + embeddings
-        host = placement.host_bytes + weights.blocks + weights.embeddings
-    elif placement.num_buffers > RING:
-        num_buffers = max(placement.num_buffers // 2, RING)
-        saved = weights.buffers(RING, placement.num_buffers - RING) - weights.buffers(
-            RING, num_buffers - RING
+    before = placements.of(group)
+    if before.num_buffers is None:
+        return Placements(
+            groups={key: _streamed(weights, p) for key, p in placements.groups.items()},
+            leanest=_streamed(weights, placements.leanest),
         )
-        host = placement.host_bytes
-    elif placement.tokens_per_pass > 1:
-        return replace(
-            placement, mode="low", tokens_per_pass=1, reason="memory ran out: one job at a time"
+    if before.num_buffers > RING:
+        freed = before.num_buffers - max(before.num_buffers // 2, RING)
+        return Placements(
+            groups={key: _keeping_less(weights, p, freed) for key, p in placements.groups.items()},
+            leanest=_keeping_less(weights, placements.leanest, freed),
         )
-    else:
+    if before.tokens_per_pass == 1:
         return None
+    reason = "memory ran out: one job at a time"
+    return placements.replacing(
+        group, replace(before, mode="low", tokens_per_pass=1, reason=reason)
+    )
+
+
+def _streamed(weights: WeightBytes, placement: Placement) -> Placement:
+    """Returns a placement of all weights without those that others can be streamed beside."""
+    num_buffers = fast_buffers(weights, writes=True)
+    held = weights.buffers(RING, num_buffers - RING)
     return replace(
         placement,
-        mode="fast" if num_buffers >= weights.buffers_for_pictures(RING) else "balanced",
+        mode="fast",
         num_buffers=num_buffers,
         embed_on_device=False,
         park_caches=True,
-        device_bytes=placement.device_bytes - saved,
-        host_bytes=host,
-        reason=f"memory ran out: {num_buffers} blocks of weights stay on the device",
+        device_bytes=placement.device_bytes - weights.blocks - weights.embeddings + held,
+        host_bytes=placement.host_bytes + weights.blocks + weights.embeddings,
+        reason=_reason(num_buffers),
     )
 
 
-def at_most(placement: Placement, most: Placement) -> Placement:
-    """Returns a placement that keeps no more weights on the device, and draws no more jobs
-    together, than one of `leaner`.
-
-    Args:
-        placement: Of some group.
-        most: What memory was enough for.
-    """
-    assert most.num_buffers is not None
-    buffers, tokens = placement.num_buffers, placement.tokens_per_pass
-    fewer = buffers is None or buffers > most.num_buffers
-    if not fewer and tokens <= most.tokens_per_pass:
-        return placement
-    mode = most.mode if fewer or most.mode == "low" else placement.mode
+def _keeping_less(weights: WeightBytes, placement: Placement, freed: int) -> Placement:
+    """Returns a streamed placement with so many buffers less, as far as it has them."""
+    assert placement.num_buffers is not None
+    num_buffers = max(placement.num_buffers - freed, RING)
+    mode = "fast" if num_buffers >= weights.buffers_for_pictures(RING) else "balanced"
     return replace(
-        most,
-        mode=mode,
-        num_buffers=most.num_buffers if fewer else buffers,
-        tokens_per_pass=min(tokens, most.tokens_per_pass),
-        batch_size=placement.batch_size,
+        placement,
+        mode=placement.mode if placement.mode == "low" else mode,
+        num_buffers=num_buffers,
+        device_bytes=placement.device_bytes
+        - (placement.num_buffers - num_buffers) * weights.kept_block,
+        reason=_reason(num_buffers),
     )
+
+
+def _reason(num_buffers: int) -> str:
+    return f"memory ran out: {num_buffers} blocks of weights stay on the device"

@@ -210,6 +210,7 @@ def group_load(plan: GroupPlan, *, system_prompt_bytes: int = SYSTEM_PROMPT_BYTE
     return Load(
         group=plan.group,
         batch_size=max(min(plan.batch_size, len(plan.fresh)), 1),
+        wanted_jobs=plan.batch_size,
         prompt_tokens=plan.prompt_tokens + system_tokens,
         system_tokens=system_tokens,
         text_tokens=plan.text_tokens,

@@ -10,7 +10,14 @@ from functools import partial
 from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.config import MemoryConfig
 from sensebatch.errors import ConfigError
-from sensebatch.footprint import GIB, MIB, Load, host_working_bytes, working_bytes
+from sensebatch.footprint import (
+    GIB,
+    MIB,
+    Load,
+    host_working_bytes,
+    jobs_per_pass,
+    working_bytes,
+)
 from sensebatch.jobs import GroupKey
 from sensebatch.weights import WeightBytes, weight_bytes
 
@@ -57,7 +64,9 @@ class Placement:
 
     def fitted(self, load: Load) -> Load:
         """Returns the load of the group with as many jobs a batch as fit."""
-        return load if self.batch_size is None else replace(load, batch_size=self.batch_size)
+        if self.batch_size is None:
+            return load
+        return replace(load, batch_size=min(self.batch_size, load.batch_size))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +93,10 @@ class Placements:
     def of(self, group: GroupKey) -> Placement:
         """Returns a group's placement; the leanest for one that was not planned for."""
         return self.groups.get(group, self.leanest)
+
+    def replacing(self, group: GroupKey, placement: Placement) -> Placements:
+        """Returns the placements with another one for a group."""
+        return replace(self, groups={**self.groups, group: placement})
 
 
 def place(
@@ -162,10 +175,11 @@ class _Planner:
             self._check(mode, loads, self.limit)
         if mode != "auto":
             reason = f"asked for vram_mode {mode}"
-            return [replace(self._largest_batch(load, mode), reason=reason) for load in loads]
-        whole = [self._candidate(load, "full") for load in loads]
+            return [replace(self._largest(load, mode), reason=reason) for load in loads]
         if self.limit is None:
-            return [replace(placement, reason="the host is the device") for placement in whole]
+            reason = "the host is the device"
+            return [replace(self._candidate(load, "full"), reason=reason) for load in loads]
+        whole = [self._whole(load) for load in loads]
         if all(self._fits(placement) for placement in whole):
             reason = f"all weights fit {self._what(self.limit)}"
             return [replace(placement, reason=reason) for placement in whole]
@@ -186,20 +200,40 @@ class _Planner:
                 f"of this run, found {limit / GIB:.1f} GiB{hint}"
             )
 
-    def _fits(self, placement: Placement) -> bool:
-        return self.limit is None or placement.device_bytes <= self.limit
+    def _fits(self, placement: Placement, spare: int = 0) -> bool:
+        return self.limit is None or placement.device_bytes + spare <= self.limit
 
     def _what(self, limit: int) -> str:
         return f"{'a budget of' if self.asked else 'free device memory of'} {limit / GIB:.1f} GiB"
 
-    def _streamed(self, load: Load | None, limit: int) -> Placement:
-        """Returns the fastest placement of a group: what its jobs leave over holds weights.
+    def _whole(self, load: Load | None) -> Placement:
+        """Returns a group's placement with all weights, which may not fit.
 
-        Smaller batches come before single jobs, as long as two can share a pass.
+        Its batch is no smaller than a pass; of texts, no less than half of those that could be
+        decoded together.
         """
-        lean = self._largest_batch(load, "balanced", least=2)
+        least = 1
+        if load is not None:
+            half = -(-load.batch_size // 2)
+            least = half if load.text_tokens else jobs_per_pass(load, CUDA_TOKENS_PER_PASS)
+        return self._largest(load, "full", least)
+
+    def _streamed(self, load: Load | None, limit: int) -> Placement:
+        """Returns a group's placement under a limit: what its jobs leave over holds weights.
+
+        Of a group that writes, the batch is so large that the weights for text stay, if that can
+        be: a token would have to wait for the others. Else smaller batches come before single
+        jobs in a pass, as long as two can share one.
+        """
+        lean = None
+        if load is not None and load.text_tokens:
+            spare = (fast_buffers(self.weights, writes=True) - RING) * self.weights.kept_block
+            lean = self._largest(load, "balanced", spare=spare)
+            lean = lean if self._fits(lean, spare) else None
+        if lean is None:
+            lean = self._largest(load, "balanced", least=2)
         if not self._fits(lean):
-            lean = self._largest_batch(load, "low")
+            lean = self._largest(load, "low")
         extra = (limit - lean.device_bytes) // self.weights.kept_block
         # Buffers for every block would hold no more than those for all but one.
         extra = min(extra, self.weights.num_generation + self.weights.num_understanding - RING - 1)
@@ -213,24 +247,28 @@ class _Planner:
             "generation layers; the others are streamed",
         )
 
-    def _largest_batch(self, load: Load | None, mode: str, least: int = 1) -> Placement:
-        """Returns a mode's placement for as many jobs a batch as fit: all, half of them, ...
+    def _largest(
+        self, load: Load | None, mode: str, least: int = 1, *, spare: int = 0
+    ) -> Placement:
+        """Returns a mode's placement for the largest batch that fits.
 
         Args:
             load: Of the group.
             mode: By name.
             least: Fewest jobs that are tried to fit the device, of more; they may not.
+            spare: Bytes of the device that are to be left.
         """
-        placement = self._candidate(load, mode)
         if load is None:
-            return placement
-        fitting = load
-        while (size := fitting.batch_size) > 1:
-            if self.host.holds(fitting, placement) and (self._fits(placement) or size <= least):
+            return self._candidate(None, mode)
+        sizes = _batch_sizes(load)
+        for size in sizes:
+            tried = replace(load, batch_size=size)
+            placement = self._candidate(tried, mode)
+            fits = self._fits(placement, spare) or size <= least
+            if fits and self.host.holds(tried, placement):
                 break
-            fitting = replace(load, batch_size=-(-size // 2))
-            placement = self._candidate(fitting, mode)
-        return placement if fitting is load else replace(placement, batch_size=fitting.batch_size)
+        placement = self._candidate(replace(load, batch_size=min(size, load.batch_size)), mode)
+        return placement if size == sizes[0] else replace(placement, batch_size=size)
 
     def _candidate(self, load: Load | None, mode: str) -> Placement:
         """Returns what a mode means for a group."""
@@ -292,18 +330,12 @@ class _Host:
             0 if load is None else self._working(placement.fitted(load), placement)
             for load, placement in zip(loads, placements, strict=True)
         ]
-        if placements[0].num_buffers is None:
-            # Embeddings pass through host memory when they are loaded.
-            loading = LOADING_BYTES + self.weights.embeddings
-            return [
-                replace(placement, host_bytes=max(PROGRAM_BYTES + own, loading))
-                for placement, own in zip(placements, working, strict=True)
-            ]
+        whole = placements[0].num_buffers is None
         room = int(self.free * HOST_SHARE)
         if self.budget is not None:
             beside = PROGRAM_BYTES + max(working)
             room = self.budget - beside
-            if room < self._least:
+            if room < self._least and not whole:
                 raise ConfigError(
                     f"max_memory: expected cpu to be at least {(beside + self._least) / GIB:.1f} "
                     f"GiB for the largest jobs of this run, found {self.budget / GIB:.1f} GiB"
@@ -311,9 +343,16 @@ class _Host:
         # Embeddings are looked up in host memory, whatever is left for blocks.
         blocks = max(room - self.weights.embeddings, 0)
         kept = self.weights.blocks if self.weights.blocks <= blocks else max(blocks, self._staging)
-        resident = PROGRAM_BYTES + self.weights.embeddings + kept
+        # With all weights on the device the program is largest while embeddings pass through.
+        held = 0 if whole else self.weights.embeddings + kept
+        loading = LOADING_BYTES + self.weights.embeddings
         return [
-            replace(placement, host_budget_bytes=blocks, host_bytes=resident + own)
+            replace(
+                placement,
+                # Also of weights that stay on the device until memory runs out there.
+                host_budget_bytes=blocks,
+                host_bytes=max(PROGRAM_BYTES + held + own, loading),
+            )
             for placement, own in zip(placements, working, strict=True)
         ]
 
@@ -328,6 +367,20 @@ class _Host:
 
     def _working(self, load: Load, placement: Placement) -> int:
         return self.working(load, placement.tokens_per_pass, parked=placement.park_caches)
+
+
+def _batch_sizes(load: Load) -> list[int]:
+    """Returns the sizes to try: as many jobs as are wanted, half of them, and so on to one.
+
+    Sizes come as wanted whatever is left to be run, so that a run that goes on cuts its batches
+    as before; only those are left out of which the next would hold all there are.
+    """
+    sizes = [load.wanted_jobs or load.batch_size]
+    while sizes[-1] > 1:
+        sizes.append(-(-sizes[-1] // 2))
+    while len(sizes) > 1 and sizes[1] >= load.batch_size:
+        sizes.pop(0)
+    return sizes
 
 
 def _how_much_stays(placement: Placement) -> tuple[int, int]:

@@ -57,7 +57,7 @@ from sensebatch.jobs import (
     ModelIdentity,
     Task,
 )
-from sensebatch.leaner import at_most, leaner
+from sensebatch.leaner import leaner
 from sensebatch.process import peak_rss_bytes
 from sensebatch.resolutions import PixelLimits
 from sensebatch.vram import Placement, Placements
@@ -91,9 +91,7 @@ class SenseNovaEngine:
     ) -> None:
         self._loader = loader
         self._placements = placements
-        self._placement = placements.first
-        self._most: Placement | None = None
-        """What memory was enough for after it had run out."""
+        self._group: GroupKey | None = None
         self._network, self._residency = loaded
         self._tokenizer = tokenizer
         self._attention = attention
@@ -212,36 +210,42 @@ class SenseNovaEngine:
         return self._placements.of(group).batch_size
 
     def _settle(self, group: GroupKey) -> None:
-        """Gives weights the memory that they have while a group is run."""
+        """Gives weights the memory that they have while a group is run, or as much as there is."""
         placement = self._placements.of(group)
-        if self._most is not None:
-            placement = at_most(placement, self._most)
         if placement.num_buffers is not None:
-            self._residency.resize(placement.num_buffers)
-        self._placement = placement
-        self._info = replace(self._info, vram_mode=placement.mode)
+            kept = self._residency.resize(placement.num_buffers)
+            placement = replace(placement, num_buffers=kept)
+        self._go_on_with(self._placements.replacing(group, placement), group)
+
+    def _go_on_with(self, placements: Placements, group: GroupKey) -> None:
+        self._placements, self._group = placements, group
+        self._info = replace(self._info, vram_mode=self._placement.mode)
+
+    @property
+    def _placement(self) -> Placement:
+        """Of the group that is run, or was run last."""
+        return self._placements.first if self._group is None else self._placements.of(self._group)
 
     def make_room(self) -> str | None:
         """Goes on with less memory; see `contract.Engine.make_room`."""
-        before = self._placement
         arch, dtype, device = self._loader.arch, self._loader.dtype, self._loader.device
-        after = leaner(arch, before, dtype.itemsize, self._loader.precision)
+        assert self._group is not None
+        after = leaner(arch, self._placements, self._group, dtype.itemsize, self._loader.precision)
         if after is None:
             return None
-        self._placement = self._most = after
-        self._info = replace(self._info, vram_mode=after.mode)
+        self._go_on_with(after, self._group)
         if self._residency.is_whole:
             # No block is in host memory, so all are read again.
             del self._network, self._residency
             empty_cache(device)
             try:
-                self._network, self._residency = self._loader.load(after)
+                self._network, self._residency = self._loader.load(self._placement)
             except (RuntimeError, SensebatchError) as error:
                 raise RunStoppedError(
                     f"memory ran out and the weights could not be loaded again: {error}; "
                     "a lower --vram-mode may help"
                 ) from error
-        return after.reason
+        return self._placement.reason
 
     def _run(
         self,

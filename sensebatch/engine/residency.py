@@ -79,6 +79,7 @@ class Residency:
             self._pool = Pool(new_buffer(sum(sizes), device), self._host, lane, sizes)
         else:
             assert num_buffers is not None
+            self._num_buffers = num_buffers
             memory = new_buffer(self._buffer_bytes(num_buffers), device)
             self._pool = Pool(memory, self._host, lane)
         lent = self._load_all(blocks, lane) if self._whole else None
@@ -113,14 +114,18 @@ class Residency:
         """Prepares many passes of the generation expert."""
         self._schedule(self._generation, keep=True)
 
-    def resize(self, num_buffers: int) -> None:
+    def resize(self, num_buffers: int) -> int:
         """Keeps fewer or more blocks on the device; only where they are in host memory as well.
 
+        Returns:
+            How many there are room for now: as before, where there is no memory for as many.
+
         Raises:
-            OutOfMemoryError: There is no memory for as many; as many are kept as before.
+            OutOfMemoryError: There is no memory for as many as before either.
         """
-        if self._whole or self._buffer_bytes(num_buffers) == self._pool.num_bytes:
-            return
+        if self._buffer_bytes(num_buffers) == self._pool.num_bytes:
+            self._num_buffers = num_buffers
+            return num_buffers
         before = self._pool.num_bytes
         self._pool.release()
         # Or the smaller memory would be taken out of the larger, which could not be given back.
@@ -128,9 +133,11 @@ class Residency:
         try:
             memory = self._new_memory(self._buffer_bytes(num_buffers))
         except OutOfMemoryError:
-            self._pool.give(self._new_memory(before))
-            raise
+            memory = self._new_memory(before)
+        else:
+            self._num_buffers = num_buffers
         self._pool.give(memory)
+        return self._num_buffers
 
     def _new_memory(self, num_bytes: int) -> Tensor:
         with translated_out_of_memory(f"{num_bytes >> 20} MiB of weights did not fit"):

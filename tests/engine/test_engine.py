@@ -30,7 +30,7 @@ from sensebatch.jobs import (
 from sensebatch.leaner import leaner
 from sensebatch.plan import group_load, make_plan, plan_entry
 from sensebatch.resolutions import Resolution
-from sensebatch.vram import Placement
+from sensebatch.vram import Placement, Placements
 from tests.engine.golden_model import KeptImages
 
 
@@ -186,7 +186,7 @@ def test_each_group_has_its_own_placement_and_the_same_pictures() -> None:
 
 def test_a_leaner_placement_takes_less_each_time() -> None:
     arch = open_checkpoint("tiny").architecture
-    placement: Placement | None = Placement(
+    placement = Placement(
         mode="full",
         num_buffers=None,
         embed_on_device=True,
@@ -197,11 +197,38 @@ def test_a_leaner_placement_takes_less_each_time() -> None:
         host_bytes=0,
         reason="",
     )
+    placements: Placements | None = Placements(groups={}, leanest=placement)
+    group = group_key(make_job("a"))
     peaks = []
-    while placement is not None:
-        peaks.append(placement.device_bytes)
-        placement = leaner(arch, placement, 4)
+    while placements is not None:
+        peaks.append(placements.of(group).device_bytes)
+        placements = leaner(arch, placements, group, 4)
     assert peaks[:-1] == sorted(set(peaks), reverse=True)
+
+
+def test_memory_for_more_weights_that_is_not_there_is_done_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    large = Resolution(height=512, width=512)
+    jobs = make_job("a", resolution=large), make_job("bb")
+    loads = [group_load(make_plan([plan_entry(job)], MemoryConfig()).groups[0]) for job in jobs]
+    engine = load(make_config(vram_budget_bytes=264 * MIB), loads=loads)
+    expected = pixels(generate(load(make_config(vram_mode="full")), jobs[1]))
+    generate(engine, jobs[0])
+    few = engine._placement.num_buffers
+    most = engine._residency._pool.num_bytes
+
+    def new_buffer(num_bytes: int, device: torch.device) -> torch.Tensor:
+        if num_bytes > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+
+    monkeypatch.setattr("sensebatch.engine.residency.new_buffer", new_buffer)
+    assert pixels(generate(engine, jobs[1])) == expected
+    assert engine._placement.num_buffers == few
+    # What is given up next is less than what is there.
+    engine.make_room()
+    assert engine._placement.num_buffers < few
 
 
 @pytest.mark.parametrize(

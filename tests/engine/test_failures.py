@@ -61,6 +61,7 @@ def test_weights_that_can_no_longer_be_read_stop_the_run(
 
 def test_room_that_cannot_be_made_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = load(make_config(vram_mode="full"))
+    generate(engine, make_job("a"))
     failure = OutOfMemoryError("the weights did not fit")
 
     def fails(*_: Any) -> None:

@@ -7,6 +7,7 @@ threads at a time, and the next one begun before the last is done.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -176,6 +177,9 @@ class PinnedMemory:
         size = buffer.nbytes
         code = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0)
         if int(code) != 0:
+            # The runtime remembers the error, and the next kernel's launch would be blamed for it.
+            with contextlib.suppress(RuntimeError):
+                torch.zeros(1, device="cuda")
             raise OutOfMemoryError(
                 f"pinning {size} bytes of host memory failed with CUDA error {int(code)}; "
                 "give the host a smaller budget (max_memory cpu=...)"

@@ -6,10 +6,10 @@ memory takes many times as long as the copies. Knows bytes, not caches.
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from sensebatch.engine.memory.blocks import new_buffer
@@ -42,7 +42,9 @@ class Pages:
             OutOfMemoryError: The host has no memory left.
         """
         count = -(-num_bytes // self._page_bytes)
-        pages = [self._free.pop() if self._free else self._new() for _ in range(count)]
+        while len(self._free) < count:
+            self._free.append(self._new())
+        pages = [self._free.pop() for _ in range(count)]
         parcel = Parcel(pages, self._page_bytes)
         weakref.finalize(parcel, self._free.extend, pages).atexit = False
         return parcel
@@ -50,9 +52,11 @@ class Pages:
     def _new(self) -> Tensor:
         page = new_buffer(self._page_bytes, CPU)
         if self._pin:
-            # What the system does not let be pinned is copied all the same, more slowly.
-            with contextlib.suppress(OutOfMemoryError):
+            try:
                 self._pins.append(PinnedMemory(page))
+            except OutOfMemoryError:
+                # What the system does not let be pinned is copied all the same, more slowly.
+                self._pin = False
         self.num_made += 1
         return page
 
@@ -84,7 +88,7 @@ class Parcel:
 
     def _parts(self, start: int, tensor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields, for each page it touches, the bytes there and those of the tensor."""
-        flat = tensor.view(-1).view(self._pages[0].dtype)
+        flat = tensor.view(-1).view(torch.uint8)
         place = 0
         while place < flat.numel():
             number, offset = divmod(start + place, self._page_bytes)

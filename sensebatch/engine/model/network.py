@@ -177,14 +177,18 @@ class Network(nn.Module):
             patches_Px: `[patches, 768]` normalised rows of all images, (channel, y, x).
             grids: (rows, columns) of patches of each image.
         """
-        embeds = []
+        sizes = [rows * columns for rows, columns in grids]
+        tokens = [size // MERGE**2 for size in sizes]
+        embeds_TD = torch.empty(
+            sum(tokens), self.arch.hidden_size, dtype=self.dtype, device=self.device
+        )
         # One at a time, so that what is needed for a moment does not grow with their number.
-        for rows, grid in zip(
-            patches_Px.split([rows * columns for rows, columns in grids]), grids, strict=True
+        for patches, grid, part_TD in zip(
+            patches_Px.split(sizes), grids, embeds_TD.split(tokens), strict=True
         ):
             rotary = self._patch_rotary(grid)
-            embeds.append(self.understanding_vision(rows.to(self.device), grid, rotary))
-        return torch.cat(embeds)
+            part_TD.copy_(self.understanding_vision(patches.to(self.device), grid, rotary))
+        return embeds_TD
 
     def _patch_rotary(self, grid: tuple[int, int]) -> Rotary:
         return patch_rotary(
