@@ -18,8 +18,9 @@ MIB = 1 << 20
 ROWS = 4096
 """Tokens that go through the halves of a layer at a time, so that what they need for a moment
 does not grow with the batch. Matrix products of this many rows already run at full speed."""
-MAX_PREFILL_TOKENS = 8192
-"""Tokens of prompts in one pass; a longer prompt has a pass of its own."""
+MAX_PREFILL_TOKENS = 9216
+"""Tokens of prompts in one pass; a longer prompt has a pass of its own. Two prompts with a picture
+of 2048x2048 share one, and with it the weights, which may have to be streamed for it."""
 ROOM_TOKENS = 1024
 """Tokens that decoding makes room for at a time behind what is cached."""
 GROWTH_TOKENS = 128

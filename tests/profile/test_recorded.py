@@ -16,9 +16,16 @@ from tests.profile.results import result
 FOLDER = Path(__file__).parents[2] / "docs" / "measured"
 LOWEST, HIGHEST = 0.97, 1.10
 """What is expected, by what was reserved or resident."""
+SECOND_BATCH = 0.75 * GIB
+"""What a second batch takes of host memory at most, of those that are recorded."""
 BLOCK_BYTES = 0.36 * GIB
 """Of a layer: under a budget, the arithmetic of today may keep one more or less on the device than
 was kept when it was measured."""
+
+
+def one_batch(row: Row) -> bool:
+    """Returns whether no other batch was made ready beside the one that was run."""
+    return row.calls == 1
 
 
 def _recorded() -> list[object]:
@@ -46,8 +53,10 @@ def check(row: Row) -> None:
     ratio = expected / row.peak_reserved_bytes
     assert LOWEST <= ratio <= HIGHEST, f"{row.case}: expected / reserved is {ratio:.3f}"
     if row.peak_rss_bytes is not None:
+        more = placement.host_bytes - row.peak_rss_bytes
         ratio = placement.host_bytes / row.peak_rss_bytes
-        assert LOWEST <= ratio <= HIGHEST, f"{row.case}: expected / resident is {ratio:.3f}"
+        close = ratio >= LOWEST and (ratio <= HIGHEST or (one_batch(row) and more < SECOND_BATCH))
+        assert close, f"{row.case}: expected / resident is {ratio:.3f}"
     if row.host_budget_bytes is not None:
         assert row.peak_rss_bytes is not None
         assert row.peak_rss_bytes <= row.host_budget_bytes
