@@ -134,6 +134,7 @@ def place(
         working=partial(host_working_bytes, arch, item_bytes=item_bytes),
         free=host_free,
         budget=memory.host_budget_bytes,
+        apart=device_free is not None or budget is not None,
     )
     planner = _Planner(
         weights=weights,
@@ -307,6 +308,8 @@ class _Host:
     free: int
     budget: int | None
     """What was asked for, for the whole process."""
+    apart: bool
+    """Whether the device has memory of its own."""
 
     def holds(self, load: Load, placement: Placement) -> bool:
         """Returns whether a batch leaves weights the memory they need at least, or had better."""
@@ -335,10 +338,11 @@ class _Host:
         if self.budget is not None:
             beside = PROGRAM_BYTES + max(working)
             room = self.budget - beside
-            if room < self._least and not whole:
+            least = beside if whole else beside + self._least
+            if self.budget < least and (self.apart or not whole):
                 raise ConfigError(
-                    f"max_memory: expected cpu to be at least {(beside + self._least) / GIB:.1f} "
-                    f"GiB for the largest jobs of this run, found {self.budget / GIB:.1f} GiB"
+                    f"max_memory: expected cpu to be at least {least / GIB:.1f} GiB for the "
+                    f"largest jobs of this run, found {self.budget / GIB:.1f} GiB"
                 )
         # Embeddings are looked up in host memory, whatever is left for blocks.
         blocks = max(room - self.weights.embeddings, 0)

@@ -302,6 +302,13 @@ def test_the_host_keeps_what_its_budget_allows() -> None:
     assert placed(vram_mode="full").host_bytes < PROGRAM_BYTES + 2 * GIB
 
 
+def test_a_host_budget_must_hold_the_program_where_all_weights_are_on_the_device() -> None:
+    with pytest.raises(ConfigError, match=r"max_memory: expected cpu to be at least 2\.\d GiB"):
+        place_all(vram_mode="full", device_free=80 * GIB, host_budget_bytes=GIB)
+    # Host and device are one: the program is smaller, and nobody knows by how much.
+    assert placed(vram_mode="full", host_budget_bytes=GIB).num_buffers is None
+
+
 @settings(max_examples=25)
 @given(budget=st.integers(0, 60 * GIB), jobs=st.integers(1, 16), prompt=st.integers(1, 9000))
 def test_a_host_budget_is_never_exceeded(budget: int, jobs: int, prompt: int) -> None:
