@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.footprint import MAX_PREFILL_TOKENS, Load, jobs_per_pass
+from sensebatch.placement import Placement
 from sensebatch.speed import (
     Sizes,
     Speeds,
@@ -19,7 +20,7 @@ from sensebatch.speed import (
     network_sizes,
     understanding_work,
 )
-from sensebatch.vram import RING, Placement
+from sensebatch.vram import RING
 from sensebatch.weights import weight_bytes
 
 UNDERSTANDING, GENERATION = "understanding", "generation"

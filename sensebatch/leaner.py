@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.jobs import GroupKey
-from sensebatch.vram import RING, Placement, Placements, fast_buffers
+from sensebatch.placement import Placement, Placements
+from sensebatch.vram import RING, fast_buffers
 from sensebatch.weights import WeightBytes, weight_bytes
 
 

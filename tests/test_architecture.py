@@ -25,23 +25,25 @@ MAY_IMPORT = {
     "manifest": NOUNS | {"config", "inputs"},
     "weights": NOUNS | {"checkpoint"},
     "footprint": NOUNS | {"checkpoint", "weights"},
-    "vram": NOUNS | {"config", "checkpoint", "footprint", "weights"},
+    "placement": NOUNS | {"footprint"},
+    "vram": NOUNS | {"config", "checkpoint", "footprint", "placement", "weights"},
     "speed": NOUNS | {"checkpoint"},
-    "leaner": NOUNS | {"checkpoint", "vram", "weights"},
-    "durations": NOUNS | {"checkpoint", "footprint", "speed", "vram", "weights"},
+    "leaner": NOUNS | {"checkpoint", "placement", "vram", "weights"},
+    "durations": NOUNS | {"checkpoint", "footprint", "placement", "speed", "vram", "weights"},
     "plan": NOUNS | {"config", "footprint"},
     "store": NOUNS | {"config", "contract", "plan", "process"},
     "guard": NOUNS | {"store"},
     "preparation": NOUNS | {"contract", "guard", "store"},
     "executor": NOUNS | {"contract", "config", "plan", "store", "inputs", "guard", "preparation"},
     "engine": NOUNS
-    | {"contract", "config", "checkpoint", "process", "footprint", "vram", "leaner"},
+    | {"contract", "config", "checkpoint", "process"}
+    | {"footprint", "placement", "vram", "leaner"},
     "timeline": NOUNS,
     "report": NOUNS | {"store", "timeline"},
     "tiny": NOUNS | {"contract", "config", "checkpoint", "engine"},
     "profile": NOUNS
     | {"config", "settings", "inputs", "checkpoint", "manifest", "vram", "plan", "store"}
-    | {"report", "durations", "footprint", "speed"},
+    | {"report", "durations", "footprint", "placement", "speed"},
 }
 """What each module or package beside `cli` may know; `cli` joins them and may know all."""
 

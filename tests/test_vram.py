@@ -24,8 +24,9 @@ from sensebatch.footprint import (
 )
 from sensebatch.jobs import GroupKey, Task
 from sensebatch.leaner import leaner
+from sensebatch.placement import Placement, Placements
 from sensebatch.resolutions import Resolution
-from sensebatch.vram import PROGRAM_BYTES, RING, Placement, Placements, place
+from sensebatch.vram import PROGRAM_BYTES, RING, place
 from sensebatch.weights import weight_bytes
 from tests.golden_data import CONFIGS, golden_architecture
 

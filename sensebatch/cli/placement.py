@@ -18,8 +18,9 @@ from sensebatch.cli.speed_cache import MachineSpeeds
 from sensebatch.config import SYNTHETIC_PREFIX, TINY_MODEL, MemoryConfig, ModelConfig, RunConfig
 from sensebatch.durations import Clock, GroupSeconds
 from sensebatch.footprint import Load, jobs_per_pass
+from sensebatch.placement import Placement
 from sensebatch.plan import Plan, group_load
-from sensebatch.vram import MODES, Placement, place
+from sensebatch.vram import MODES, place
 
 ITEM_BYTES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
 """Bytes of a weight; auto as on a GPU."""

@@ -15,7 +15,8 @@ from sensebatch.engine.runtime import DTYPES, resolve_fused
 from sensebatch.errors import DeviceError, OutOfMemoryError
 from sensebatch.footprint import Load
 from sensebatch.jobs import ModelIdentity
-from sensebatch.vram import Placements, place
+from sensebatch.placement import Placements
+from sensebatch.vram import place
 
 _OUT_OF_MEMORY = ("not enough memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """What torch says where its own error type is not used: host, driver and cuBLAS."""

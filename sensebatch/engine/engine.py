@@ -58,9 +58,9 @@ from sensebatch.jobs import (
     Task,
 )
 from sensebatch.leaner import leaner
+from sensebatch.placement import Placement, Placements
 from sensebatch.process import peak_rss_bytes
 from sensebatch.resolutions import PixelLimits
-from sensebatch.vram import Placement, Placements
 
 
 class SenseNovaEngine:

@@ -21,7 +21,7 @@ from sensebatch.engine.model.network import Network
 from sensebatch.engine.residency import Residency
 from sensebatch.engine.weights import FileWeights, SyntheticWeights, WeightSource
 from sensebatch.footprint import Load
-from sensebatch.vram import Placement
+from sensebatch.placement import Placement
 
 
 def open_weights(checkpoint: Checkpoint, lora_path: str | None, dtype: torch.dtype) -> WeightSource:

@@ -27,7 +27,8 @@ from sensebatch.engine.model.quantized import FP8, quantise_rows, scale_of
 from sensebatch.engine.model.state_dict_adapter import Slot, checkpoint_slots
 from sensebatch.engine.weights import WeightSource
 from sensebatch.errors import OutOfMemoryError
-from sensebatch.vram import RING, Placement
+from sensebatch.placement import Placement
+from sensebatch.vram import RING
 
 BLOCK_PREFIXES = ("understanding.layers.", "generation.layers.", "lm_head.parts.")
 PART_BYTES = 16 << 20

@@ -14,13 +14,14 @@ from sensebatch.durations import Clock
 from sensebatch.errors import ConfigError
 from sensebatch.footprint import Load
 from sensebatch.manifest.read import read_manifest
+from sensebatch.placement import Placements
 from sensebatch.plan import GroupPlan, group_load, make_plan, plan_entry
 from sensebatch.profile.rows import Row
 from sensebatch.profile.suites import Case, Scale, Suite, chosen_cases, suite_cases, write_manifest
 from sensebatch.resolutions import Resolution
 from sensebatch.settings import resolve_settings
 from sensebatch.speed import Speeds
-from sensebatch.vram import Placements, place
+from sensebatch.vram import place
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 MEASURED_ITEM_BYTES = 2

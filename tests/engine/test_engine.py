@@ -28,9 +28,9 @@ from sensebatch.jobs import (
     group_key,
 )
 from sensebatch.leaner import leaner
+from sensebatch.placement import Placement, Placements
 from sensebatch.plan import group_load, make_plan, plan_entry
 from sensebatch.resolutions import Resolution
-from sensebatch.vram import Placement, Placements
 from tests.engine.golden_model import KeptImages
 
 

@@ -18,7 +18,7 @@ from sensebatch.engine.residency import Residency
 from sensebatch.engine.runner import Runner
 from sensebatch.engine.tasks.interleave import run_interleave
 from sensebatch.errors import CheckpointError, OutOfMemoryError
-from sensebatch.vram import Placement
+from sensebatch.placement import Placement
 from tests.engine.golden_model import (
     KeptImages,
     build_job,
