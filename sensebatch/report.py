@@ -185,7 +185,9 @@ def _peak(rows: pa.Table, prefix: str) -> Memory:
 def _calls(done: pa.Table) -> list[Call]:
     sums = [("job_id", "count"), *((name, "sum") for name in _SUM)]
     figures = [(name, "max") for name in _MOST]
-    table = done.group_by(_CALL, use_threads=False).aggregate([*sums, *figures])
+    # Groups come out in no order of their own.
+    rows = done.append_column("row", pa.array(range(done.num_rows), pa.int64()))
+    table = rows.group_by(_CALL).aggregate([*sums, *figures, ("row", "min")]).sort_by("row_min")
     return [
         Call(
             session=row["session"],

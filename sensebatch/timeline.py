@@ -67,9 +67,7 @@ class Waiting:
 def timeline(log: pa.Table) -> tuple[Batch, ...]:
     """Returns every batch that went through the engine, in the order they were begun."""
     log = log.filter(pc.is_valid(log["batch_id"]))
-    table = log.group_by(_SHARED, use_threads=False).aggregate(
-        [("job_id", "count"), ("num_images", "sum")]
-    )
+    table = log.group_by(_SHARED).aggregate([("job_id", "count"), ("num_images", "sum")])
     batches = [
         Batch(
             session=row["session"],

@@ -103,6 +103,22 @@ def test_long_reports_are_cut_and_say_so() -> None:
     assert sum(line.startswith("  call ") for line in lines) == 2
 
 
+def test_calls_are_listed_in_the_order_of_the_log() -> None:
+    # Names that do not sort, and enough of them that a hash table gives them in another order.
+    names = [f"{number * 7919 % 1000:016x}" for number in range(200)]
+    tasks = ["interleave", "edit"]
+    log = log_table(
+        *(
+            log_row(f"{name}-{job}", name, task=tasks[number // 100])
+            for number, name in enumerate(names)
+            for job in range(1 + number % 3)
+        )
+    )
+    assert [call.batch_id for call in summarise(log).calls] == names
+    assert list(summarise(log).by_group) == ["interleave 256x256", "edit 256x256"]
+    assert "edit" not in format_summary(summarise(log), max_calls=100)
+
+
 def test_groups_are_by_task_and_size() -> None:
     groups = summarise(log_table(*TWO_CALLS)).by_group
     assert list(groups) == ["t2i 256x256", "interleave 256x256"]
