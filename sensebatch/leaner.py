@@ -39,9 +39,14 @@ def leaner(
         )
     if before.num_buffers > RING:
         freed = before.num_buffers - max(before.num_buffers // 2, RING)
+
+        def less(placement: Placement) -> Placement:
+            assert placement.num_buffers is not None
+            return _keeping(weights, placement, max(placement.num_buffers - freed, RING))
+
         return Placements(
-            groups={key: _keeping_less(weights, p, freed) for key, p in placements.groups.items()},
-            leanest=_keeping_less(weights, placements.leanest, freed),
+            groups={key: less(p) for key, p in placements.groups.items()},
+            leanest=less(placements.leanest),
         )
     if before.tokens_per_pass == 1:
         return None
@@ -67,10 +72,27 @@ def _streamed(weights: WeightBytes, placement: Placement) -> Placement:
     )
 
 
-def _keeping_less(weights: WeightBytes, placement: Placement, freed: int) -> Placement:
-    """Returns a streamed placement with so many buffers less, as far as it has them."""
+def keeping(
+    arch: Architecture,
+    placement: Placement,
+    num_buffers: int,
+    item_bytes: int,
+    precision: str | None = None,
+) -> Placement:
+    """Returns a streamed placement with other buffers than it was to have.
+
+    Args:
+        arch: The network's shape.
+        placement: Of a group.
+        num_buffers: That memory was enough for.
+        item_bytes: Of a number.
+        precision: See `leaner`.
+    """
+    return _keeping(weight_bytes(arch, item_bytes, precision), placement, num_buffers)
+
+
+def _keeping(weights: WeightBytes, placement: Placement, num_buffers: int) -> Placement:
     assert placement.num_buffers is not None
-    num_buffers = max(placement.num_buffers - freed, RING)
     mode = "fast" if num_buffers >= weights.buffers_for_pictures(RING) else "balanced"
     return replace(
         placement,

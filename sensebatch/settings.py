@@ -59,8 +59,12 @@ def _parse_pixels(value: object) -> object:
 
 
 def _parse_bytes(value: object) -> object:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?GiB", value) if isinstance(value, str) else None
-    return value if match is None else round(float(match[1]) * 2**30)
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?GiB", value)
+    if match is None:
+        raise ValueError(f"expected a number of bytes or text such as 20GiB, found {value!r}")
+    return round(float(match[1]) * 2**30)
 
 
 Device = Literal["auto", "cuda", "cpu"]

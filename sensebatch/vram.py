@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -126,18 +127,18 @@ class _Planner:
         return [self._streamed(load, self.limit) for load in loads]
 
     def _check(self, mode: str, loads: Sequence[Load | None], limit: int) -> None:
-        single = [load and replace(load, batch_size=1) for load in loads]
-
-        def needed(mode: str) -> int:
-            return max(self._candidate(load, mode).device_bytes for load in single)
-
-        least = needed("low" if mode == "auto" else mode)
+        asked = "low" if mode == "auto" else mode
+        needed = [
+            (self._candidate(load and replace(load, batch_size=1), asked).device_bytes, load)
+            for load in loads
+        ]
+        least, load = max(needed, key=lambda need: need[0])
         if least > limit:
-            hint = f"; vram_mode low needs {needed('low') / GIB:.1f} GiB"
-            hint = "" if mode in ("auto", "low") else hint
+            what = "vram_budget" if self.asked else "free device memory"
+            hint = "" if asked == "low" else "; vram_mode low needs less"
             raise ConfigError(
-                f"vram_budget: expected at least {least / GIB:.1f} GiB for the largest jobs "
-                f"of this run, found {limit / GIB:.1f} GiB{hint}"
+                f"{what}: expected at least {_least(least)} for {_name(load)}, found "
+                f"{limit / GIB:.2f} GiB{hint}"
             )
 
     def _fits(self, placement: Placement, spare: int = 0) -> bool:
@@ -184,7 +185,7 @@ class _Planner:
             num_buffers=RING + extra,
             device_bytes=lean.device_bytes + extra * self.weights.kept_block,
             reason=f"{self._what(limit)} holds {kept} of {self.weights.num_generation} "
-            "generation layers; the others are streamed",
+            "generation layers, the others are streamed",
         )
 
     def _largest(
@@ -252,9 +253,10 @@ class _Host:
 
     def holds(self, load: Load, placement: Placement) -> bool:
         """Returns whether a batch leaves weights the memory they need at least, or had better."""
-        if placement.num_buffers is None:
-            return True
         working = self._working(load, placement)
+        if placement.num_buffers is None:
+            capped = self.budget is not None and self.apart
+            return not capped or PROGRAM_BYTES + working <= (self.budget or 0)
         if self.budget is not None:
             return PROGRAM_BYTES + working + self._least <= self.budget
         kept = min(self.weights.blocks + self.weights.embeddings, int(self.free * HOST_SHARE))
@@ -279,9 +281,10 @@ class _Host:
             room = self.budget - beside
             least = beside if whole else beside + self._least
             if self.budget < least and (self.apart or not whole):
+                largest = loads[working.index(max(working))]
                 raise ConfigError(
-                    f"max_memory: expected cpu to be at least {least / GIB:.1f} GiB for the "
-                    f"largest jobs of this run, found {self.budget / GIB:.1f} GiB"
+                    f"max_memory: expected cpu to be at least {_least(least)} for "
+                    f"{_name(largest)}, found {self.budget / GIB:.2f} GiB"
                 )
         # Embeddings are looked up in host memory, whatever is left for blocks.
         blocks = max(room - self.weights.embeddings, 0)
@@ -324,6 +327,19 @@ def _batch_sizes(load: Load) -> list[int]:
     while len(sizes) > 1 and sizes[1] >= load.batch_size:
         sizes.pop(0)
     return sizes
+
+
+def _least(num_bytes: int) -> str:
+    """Returns an amount that is enough if it is typed."""
+    return f"{math.ceil(num_bytes / GIB * 100) / 100:.2f} GiB"
+
+
+def _name(load: Load | None) -> str:
+    """Returns what people call a group."""
+    if load is None:
+        return "the weights"
+    thinks = " with thinking" if load.group.think else ""
+    return f"{load.group.task.value} {load.group.resolution}{thinks}"
 
 
 def _how_much_stays(placement: Placement) -> tuple[int, int]:

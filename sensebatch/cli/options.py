@@ -97,7 +97,8 @@ class ModelOptions:
     max_memory: Annotated[
         str | None,
         typer.Option(
-            help='Most memory of GPU and host, either or both: "0=20GiB,cpu=80GiB".',
+            help='Most memory of GPU and host, either or both, in GiB: "0=20GiB,cpu=80GiB". cpu is '
+            "the resident memory of the process.",
             rich_help_panel=_MODEL,
         ),
     ] = None
@@ -150,7 +151,9 @@ def _budgets(max_memory: str | None, vram_budget: str | None) -> tuple[int | Non
         return amounts.get("0"), amounts.get("cpu")
     device = _bytes(vram_budget) if re.fullmatch(_AMOUNT, vram_budget) else 0
     if not device:
-        raise ConfigError(f"--vram-budget: expected an amount such as 13GiB, found {vram_budget!r}")
+        raise ConfigError(
+            f"--vram-budget: expected a positive number of GiB such as 13GiB, found {vram_budget!r}"
+        )
     if amounts.get("0", device) != device:
         raise ConfigError(
             f"--vram-budget and --max-memory: expected one amount for the GPU, found "
@@ -168,13 +171,17 @@ class BatchOptions:
     """How many jobs go through the network together."""
 
     max_batch_size: Annotated[
-        int | None, typer.Option(help="Most jobs in one batch.", rich_help_panel=_EXECUTION)
+        int | None,
+        typer.Option(
+            help="Most jobs in one batch, fewer where memory is short; 16 if not given.",
+            rich_help_panel=_EXECUTION,
+        ),
     ] = None
     max_batch_image_tokens: Annotated[
         int | None,
         typer.Option(
             help="Most image tokens (32 by 32 pixels each) in one batch, but for t2i jobs "
-            "that think.",
+            "that think; 16384 if not given.",
             rich_help_panel=_EXECUTION,
         ),
     ] = None

@@ -20,7 +20,8 @@ from sensebatch.durations import Clock, GroupSeconds
 from sensebatch.footprint import Load, jobs_per_pass
 from sensebatch.placement import Placement
 from sensebatch.plan import Plan, group_load
-from sensebatch.vram import MODES, place
+from sensebatch.vram import MODES, RING, place
+from sensebatch.weights import weight_bytes
 
 ITEM_BYTES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
 """Bytes of a weight; auto as on a GPU."""
@@ -42,7 +43,8 @@ def memory_summary(
 
     Returns:
         For each placement the mode, why, and for the run and each group of it bytes and seconds;
-        see docs/memory.md. None where the model is a Hub id, whose files may have to be fetched.
+        see docs/memory.md. None where the model is a Hub id, whose files may have to be fetched,
+        and for a CPU, where host and device are the same memory.
 
     Raises:
         CheckpointError: The model's files cannot be read.
@@ -50,7 +52,7 @@ def memory_summary(
     """
     model = config.model.model
     local = model == TINY_MODEL or model.startswith(SYNTHETIC_PREFIX)
-    if not local and not Path(model).expanduser().is_dir():
+    if config.model.device == "cpu" or not (local or Path(model).expanduser().is_dir()):
         return None
     checkpoint = open_checkpoint(model, config.model.revision)
     longest = _system_prompt_bytes(checkpoint, config.model)
@@ -121,9 +123,22 @@ class _Run:
             "host_bytes": max(
                 (group["host_bytes"] for group in groups), default=leanest.host_bytes
             ),
+            "file_bytes": self._file_bytes(leanest),
             "seconds": _total([group["seconds"] for group in groups]),
             "groups": groups,
         }
+
+    def _kept_layers(self, placement: Placement) -> int:
+        """Returns how many layers of the generation expert stay on the device for all steps."""
+        layers, buffers = self.arch.num_layers, placement.num_buffers
+        return layers if buffers is None or layers <= buffers else buffers - RING
+
+    def _file_bytes(self, placement: Placement) -> int:
+        """Returns the bytes of blocks that host memory has no room for."""
+        if placement.num_buffers is None or placement.host_budget_bytes is None:
+            return 0
+        blocks = weight_bytes(self.arch, self.item_bytes, self.precision).blocks
+        return max(blocks - placement.host_budget_bytes, 0)
 
     def _group(self, load: Load, num_jobs: int, placement: Placement) -> dict[str, Any]:
         load = placement.fitted(load)
@@ -133,6 +148,7 @@ class _Run:
             "reason": placement.reason,
             "batch_size": load.batch_size,
             "jobs_per_pass": jobs_per_pass(load, placement.tokens_per_pass),
+            "kept_layers": self._kept_layers(placement),
             "device_bytes": placement.device_bytes,
             "host_bytes": placement.host_bytes,
             "seconds": None if seconds is None else asdict(seconds),

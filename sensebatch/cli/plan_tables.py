@@ -15,7 +15,8 @@ Summary = Mapping[str, Any]
 
 def print_plan(summary: Summary) -> None:
     """Prints what `sensebatch plan --json` prints."""
-    table = new_table("#", "task", "size", "steps", "jobs", "images", "tokens", "batches", words=3)
+    columns = ("steps", "branches", "jobs", "images", "tokens", "batches", "jobs in each")
+    table = new_table("#", "task", "size", *columns, words=3)
     for number, group in enumerate(summary["groups"], start=1):
         bound = _bound(group)
         table.add_row(
@@ -23,15 +24,17 @@ def print_plan(summary: Summary) -> None:
             f"{group['task']} (think)" if group["think"] else group["task"],
             f"{group['width']}x{group['height']}",
             str(group["num_steps"]),
+            str(len(group["branches"])),
             f"{group['jobs']:,}",
             f"{bound}{group['images']:,}",
             f"{bound}{group['image_tokens']:,}",
-            f"{group['batches']:,} of {group['batch_size']}",
+            f"{group['batches']:,}",
+            f"<= {group['batch_size']}",
         )
     at_most = "" if summary["images_exact"] else "at most "
     total = (
         f"{counted(summary['jobs'], 'job')}, {at_most}{counted(summary['images'], 'image')}, "
-        f"batches: {summary['batches']:,}"
+        f"{summary['batches']:,} {'batch' if summary['batches'] == 1 else 'batches'}"
     )
     print_parts(table, total, *_memory(summary))
 
@@ -55,9 +58,15 @@ def _memory(summary: Summary) -> list[object]:
         ]
     (placement,) = placements
     lines = [
-        f"{placement['vram_mode']}: {placement['reason']}. The host's GiB are the resident "
-        "memory of the process."
+        _reason(placement),
+        "Layers are those of the generation expert that stay on the GPU; the host's GiB are the "
+        "resident memory of the process.",
     ]
+    if placement["file_bytes"]:
+        lines.append(
+            f"{placement['file_bytes'] / GIB:.1f} GiB of weights do not fit the host's budget and "
+            "are read from the checkpoint's files whenever they are needed."
+        )
     if placement["seconds"] is not None:
         lines.append(_least_time(placement["seconds"], summary))
         lines.append(
@@ -67,6 +76,15 @@ def _memory(summary: Summary) -> list[object]:
     elif machine is not None:
         lines.append("No time is known: speeds are measured in half precision.")
     return ["", _of_placement(placement, summary["groups"]), *lines]
+
+
+def _reason(placement: Summary) -> str:
+    """Returns why the groups have the modes they have."""
+    reasons = {group["reason"] for group in placement["groups"]}
+    if len(reasons) == 1:
+        return f"{placement['vram_mode']}: {reasons.pop()}."
+    what = placement["reason"].split(" holds ")[0]
+    return f"{what[0].upper()}{what[1:]} does not hold all weights."
 
 
 def _by_mode(placements: Sequence[Summary]) -> Table:
@@ -101,6 +119,7 @@ def _of_placement(placement: Summary, groups: Sequence[Summary]) -> Table:
         "mode",
         "batch",
         "a pass",
+        "layers",
         "GPU GiB",
         "host GiB",
         *(["seconds"] if timed else []),
@@ -109,12 +128,12 @@ def _of_placement(placement: Summary, groups: Sequence[Summary]) -> Table:
     )
     for number, (group, needs) in enumerate(zip(groups, placement["groups"], strict=True), start=1):
         cells = _cells(needs, timed=timed, texts=texts, bound=_bound(group))
-        passed = (str(needs["batch_size"]), str(needs["jobs_per_pass"]))
+        passed = (str(needs[name]) for name in ("batch_size", "jobs_per_pass", "kept_layers"))
         table.add_row(str(number), needs["vram_mode"], *passed, *cells)
     table.add_section()
     bound = "" if all(group["images_exact"] for group in groups) else "<= "
     cells = _cells(placement, timed=timed, texts=texts, bound=bound)
-    table.add_row("all", "", "", "", *cells)
+    table.add_row("all", "", "", "", "", *cells)
     return table
 
 

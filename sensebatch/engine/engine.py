@@ -57,7 +57,7 @@ from sensebatch.jobs import (
     ModelIdentity,
     Task,
 )
-from sensebatch.leaner import leaner
+from sensebatch.leaner import keeping, leaner
 from sensebatch.placement import Placement, Placements
 from sensebatch.process import peak_rss_bytes
 from sensebatch.resolutions import PixelLimits
@@ -211,14 +211,20 @@ class SenseNovaEngine:
 
     def _settle(self, group: GroupKey) -> None:
         """Gives weights the memory that they have while a group is run, or as much as there is."""
-        placement = self._placements.of(group)
-        if placement.num_buffers is not None:
-            kept = self._residency.resize(placement.num_buffers)
-            placement = replace(placement, num_buffers=kept)
-        self._go_on_with(self._placements.replacing(group, placement), group)
+        # Room is made for it also where this fails.
+        self._group = group
+        wanted = self._placement.num_buffers
+        placements = self._placements
+        if wanted is not None and (kept := self._residency.resize(wanted)) != wanted:
+            loader = self._loader
+            less = keeping(
+                loader.arch, self._placement, kept, loader.dtype.itemsize, loader.precision
+            )
+            placements = placements.replacing(group, less)
+        self._go_on_with(placements)
 
-    def _go_on_with(self, placements: Placements, group: GroupKey) -> None:
-        self._placements, self._group = placements, group
+    def _go_on_with(self, placements: Placements) -> None:
+        self._placements = placements
         self._info = replace(self._info, vram_mode=self._placement.mode)
 
     @property
@@ -233,7 +239,7 @@ class SenseNovaEngine:
         after = leaner(arch, self._placements, self._group, dtype.itemsize, self._loader.precision)
         if after is None:
             return None
-        self._go_on_with(after, self._group)
+        self._go_on_with(after)
         if self._residency.is_whole:
             # No block is in host memory, so all are read again.
             del self._network, self._residency

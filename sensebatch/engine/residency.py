@@ -122,7 +122,7 @@ class Residency:
             How many there are room for now: as before, where there is no memory for as many.
 
         Raises:
-            OutOfMemoryError: There is no memory for as many as before either.
+            OutOfMemoryError: There is no memory for as many as before either, or there was none.
         """
         if self._buffer_bytes(num_buffers) == self._pool.num_bytes:
             self._num_buffers = num_buffers
@@ -134,6 +134,9 @@ class Residency:
         try:
             memory = self._new_memory(self._buffer_bytes(num_buffers))
         except OutOfMemoryError:
+            if not before:
+                # There was none left the last time either.
+                raise
             memory = self._new_memory(before)
         else:
             self._num_buffers = num_buffers

@@ -88,9 +88,9 @@ def test_plan_with_a_budget_says_what_would_be_taken(invoke: Invoke, large: Path
 def test_budget_that_is_too_small_is_told_by_the_plan(invoke: Invoke, large: Path) -> None:
     ended = invoke("plan", large, *MODEL, "--max-memory", "0=1GiB")
     assert ended.code == 2
-    smallest = re.search(r"expected at least (\d+\.\d) GiB", ended.err)
+    smallest = re.search(r"expected at least (\d+\.\d\d) GiB", ended.err)
     assert smallest is not None
-    enough = f"0={float(smallest[1]) + 0.1:.1f}GiB"
+    enough = f"0={smallest[1]}GiB"
     assert invoke("plan", large, *MODEL, "--max-memory", enough).code == 0
 
 
@@ -167,7 +167,7 @@ def test_float8_takes_less_memory_and_has_no_seconds(invoke: Invoke, large: Path
 def test_a_plan_for_the_cpu_has_nothing_of_the_gpu(invoke: Invoke, large: Path) -> None:
     plan = invoke("plan", large, *MODEL, "--device", "cpu", "--json").json
     assert plan["machine"] is None
-    assert len(plan["memory"]) == 4
+    assert plan["memory"] is None
 
 
 def test_a_gpu_that_is_too_small_is_told_with_what_would_do(

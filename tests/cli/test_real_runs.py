@@ -54,7 +54,7 @@ jobs:
   - {id: planned, prompt: Two blue squares, think: true, seeds: [1, 2, 3, 4]}
 """
 
-MORE_PASSES = PASSES.replace("[1, 2, 3, 4]", "[1, 2, 3, 4, 5, 6]")
+MORE_PASSES = PASSES.replace("[1, 2, 3, 4]", str([*range(1, 13)]))
 
 Moment = Callable[[Path], bool]
 
@@ -206,7 +206,7 @@ def test_sigkill_between_passes_loses_no_finished_pass(program: Program, tmp_pat
 def test_first_signal_ends_a_run_between_passes_and_loses_none(
     program: Program, tmp_path: Path
 ) -> None:
-    """Six passes of one job each; stopped in the second and, gone on, behind the next one."""
+    """Twelve passes of one job each; stopped in the second and, gone on, behind the next one."""
     manifest = tmp_path / "passes.yaml"
     manifest.write_text(MORE_PASSES, encoding="utf-8")
     command = ("run", manifest, "--vram-mode", "low", "--output-dir")

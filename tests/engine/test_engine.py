@@ -226,9 +226,38 @@ def test_memory_for_more_weights_that_is_not_there_is_done_without(
     monkeypatch.setattr("sensebatch.engine.residency.new_buffer", new_buffer)
     assert pixels(generate(engine, jobs[1])) == expected
     assert engine._placement.num_buffers == few
+    assert engine.info.vram_mode == "balanced"
     # What is given up next is less than what is there.
     engine.make_room()
     assert engine._placement.num_buffers < few
+
+
+def test_room_is_made_for_the_group_whose_weights_do_not_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    large = Resolution(height=512, width=512)
+    jobs = make_job("a", resolution=large), make_job("bb")
+    loads = [group_load(make_plan([plan_entry(job)], MemoryConfig()).groups[0]) for job in jobs]
+    engine = load(make_config(vram_budget_bytes=264 * MIB), loads=loads)
+    wanted = engine._placements.of(group_key(jobs[1])).num_buffers
+    enough = engine._residency._buffer_bytes(2)
+
+    def new_buffer(num_bytes: int, device: torch.device) -> torch.Tensor:
+        if num_bytes > enough:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+
+    monkeypatch.setattr("sensebatch.engine.residency.new_buffer", new_buffer)
+    with pytest.raises(OutOfMemoryError):
+        generate(engine, jobs[1])
+    tried = []
+    while engine._placement.num_buffers > 2:
+        with pytest.raises(OutOfMemoryError):
+            generate(engine, jobs[1])
+        assert engine.make_room() is not None
+        tried.append(engine._placement.num_buffers)
+    assert tried[0] == max(wanted // 2, 2)
+    assert len(pixels(generate(engine, jobs[1]))) == 1
 
 
 @pytest.mark.parametrize(
