@@ -250,6 +250,8 @@ class BatchMetrics:
     denoise_s: float = 0.0
     num_denoise_steps: int = 0
     """Euler steps run, each over the jobs that share a pass."""
+    num_kept_images: int = 0
+    """Pictures of the results that checkpoints had, so that they took none of this time."""
     total_s: float = 0.0
     """Wall time of the generation, what tok/s is measured by."""
     peak_allocated_bytes: int = 0

@@ -24,7 +24,14 @@ GIB = 2**30
 
 _CALL = ["session", "batch_id", "started_at", "task", "width", "height"]
 """Identical jobs make batches of the same id; no two of a session start at the same time."""
-_MOST = ["total_s", "step_s", "peak_allocated_bytes", "peak_reserved_bytes", "peak_rss_bytes"]
+_MOST = [
+    "total_s",
+    "num_kept_images",
+    "step_s",
+    "peak_allocated_bytes",
+    "peak_reserved_bytes",
+    "peak_rss_bytes",
+]
 """Figures of a call: the same in each of its rows, but for what a row's own job added."""
 _SUM = ["num_images", "image_tokens"]
 _TEXT = ["think_tokens", "text_tokens"]
@@ -36,7 +43,7 @@ _LOAD = [
 ]
 _CONFIG = ["vram_mode", "attn_backend", "dtype", "precision"]
 _COLUMNS = {"job_id", "status", *_CALL, *_MOST, *_SUM, *_TEXT, *_LOAD, *_CONFIG, *TIMELINE_COLUMNS}
-_LATER = {"precision": pa.string(), "wait_s": pa.float64()}
+_LATER = {"precision": pa.string(), "wait_s": pa.float64(), "num_kept_images": pa.int32()}
 """Columns that older logs lack."""
 
 
@@ -61,6 +68,8 @@ class Call:
     jobs: int
     """Those that were done; the batch may have held others."""
     images: int
+    kept_images: int
+    """Those that an interrupted batch had drawn, in none of these seconds."""
     image_tokens: int
     wall_s: float
     step_s: float | None
@@ -77,6 +86,10 @@ class Throughput:
     images: int
     wall_s: float
     """Wall seconds of generation, over all calls."""
+    kept_images: int
+    """Those of `images` that were drawn before what the log has of their calls."""
+    calls_with_kept: int
+    """Calls with such pictures; no speed is measured by them."""
     seconds_per_image: float | None
     image_tokens: int
     tokens_per_image: float | None
@@ -197,6 +210,7 @@ def _calls(done: pa.Table) -> list[Call]:
             height=row["height"],
             jobs=row["job_id_count"],
             images=row["num_images_sum"],
+            kept_images=row["num_kept_images_max"] or 0,
             image_tokens=row["image_tokens_sum"],
             wall_s=row["total_s_max"],
             step_s=row["step_s_max"],
@@ -222,16 +236,20 @@ def _text_tokens(done: pa.Table) -> dict[str, int]:
 def _throughput(calls: Sequence[Call], text_tokens: int) -> Throughput:
     images = sum(call.images for call in calls)
     image_tokens = sum(call.image_tokens for call in calls)
-    wall_s = sum(call.wall_s for call in calls)
+    whole = [call for call in calls if not call.kept_images]
+    drawn = sum(call.images for call in whole)
+    drawn_s = sum(call.wall_s for call in whole)
     return Throughput(
         jobs=sum(call.jobs for call in calls),
         calls=len(calls),
         images=images,
-        wall_s=wall_s,
-        seconds_per_image=wall_s / images if images else None,
+        wall_s=sum(call.wall_s for call in calls),
+        kept_images=sum(call.kept_images for call in calls),
+        calls_with_kept=len(calls) - len(whole),
+        seconds_per_image=drawn_s / drawn if drawn else None,
         image_tokens=image_tokens,
         tokens_per_image=image_tokens / images if images else None,
-        image_tok_per_s=image_tokens / wall_s if wall_s else None,
+        image_tok_per_s=sum(c.image_tokens for c in whole) / drawn_s if drawn_s else None,
         text_tokens=text_tokens,
     )
 
@@ -259,6 +277,11 @@ def format_summary(summary: Summary, *, max_calls: int | None = None) -> str:
     ]
     if summary.waiting is not None:
         lines.append(f"waiting         {format_waiting(summary.waiting)}")
+    if total.calls_with_kept:
+        lines.append(
+            f"kept pictures   {total.kept_images} drawn before a stop, kill or split; "
+            f"calls with any: {total.calls_with_kept}, left out of average and throughput"
+        )
     if summary.failed_attempts:
         lines.append(f"failed attempts {summary.failed_attempts}")
     shown = summary.calls[:max_calls]
@@ -270,10 +293,12 @@ def format_summary(summary: Summary, *, max_calls: int | None = None) -> str:
 
 def _call_line(number: int, call: Call) -> str:
     step = f"  {call.step_s:.3f} s/step" if call.step_s is not None else ""
-    speed = f"{call.image_tokens / call.wall_s:.2f}" if call.wall_s else "-"
+    measured = call.wall_s and not call.kept_images
+    speed = f"{call.image_tokens / call.wall_s:.2f}" if measured else "-"
+    kept = f" ({call.kept_images} kept)" if call.kept_images else ""
     return (
         f"  call {number}: {call.task} {call.width}x{call.height}  jobs={call.jobs}  "
-        f"images={call.images}  {call.wall_s:.3f} s{step}  {speed} tok/s  "
+        f"images={call.images}{kept}  {call.wall_s:.3f} s{step}  {speed} tok/s  "
         f"{_gib(call.peak)}"
     )
 

@@ -138,6 +138,28 @@ def test_log_is_read_from_the_columns_it_has(tmp_path: Path) -> None:
     assert summarise(read_log(path)) == summarise(log_table(*TWO_CALLS))
 
 
+def test_calls_with_kept_pictures_are_counted_but_no_speed_is_measured_by_them() -> None:
+    kept = [log_row(f"k{i}", "k", total_s=1.0, num_kept_images=2) for i in range(3)]
+    plain, total = summarise(log_table(*TWO_CALLS)), summarise(log_table(*TWO_CALLS, *kept)).total
+    assert (total.calls, total.images, total.wall_s) == (3, 8, 13.0)
+    assert (total.kept_images, total.calls_with_kept) == (2, 1)
+    assert total.seconds_per_image == plain.total.seconds_per_image
+    assert total.image_tok_per_s == plain.total.image_tok_per_s
+    text = format_summary(summarise(log_table(*TWO_CALLS, *kept)))
+    assert "kept pictures   2 " in text
+    assert "jobs=3  images=3 (2 kept)  1.000 s  0.500 s/step  - tok/s" in text
+    assert "kept" not in format_summary(plain)
+    alone = summarise(log_table(*kept))
+    assert (alone.total.seconds_per_image, alone.total.image_tok_per_s) == (None, None)
+    assert alone.by_group["t2i 256x256"].image_tok_per_s is None
+
+
+def test_a_log_that_does_not_say_what_was_kept_has_nothing_kept(tmp_path: Path) -> None:
+    path = tmp_path / "log.parquet"
+    pq.write_table(log_table(*TWO_CALLS).drop_columns(["num_kept_images"]), path)
+    assert summarise(read_log(path)) == summarise(log_table(*TWO_CALLS))
+
+
 @pytest.mark.parametrize("content", [None, b"", b"no parquet"])
 def test_what_is_no_log_is_named(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "log.parquet"

@@ -178,6 +178,7 @@ class SenseNovaEngine:
             think_s=runner.seconds["think"],
             denoise_s=runner.seconds["denoise"],
             num_denoise_steps=runner.num_denoise_steps,
+            num_kept_images=runner.num_kept_images,
             total_s=time.perf_counter() - start,
             peak_allocated_bytes=allocated,
             peak_reserved_bytes=reserved,

@@ -115,6 +115,8 @@ class Runner:
         self.worked: tuple[float, float] | None = None
         """Start of the first phase and end of the last one, of `time.perf_counter`."""
         self.num_denoise_steps = 0
+        self.num_kept_images = 0
+        """Pictures taken from checkpoints."""
 
     def heed_stop(self) -> None:
         """Ends the batch if it is to stop; called where no picture is half drawn.

@@ -60,6 +60,7 @@ class Attempt:
     denoise_s: float = 0.0
     encode_s: float = 0.0
     total_s: float = 0.0
+    num_kept_images: int | None = None
     step_s: float | None = None
     image_tok_per_s: float | None = None
     text_tok_per_s: float | None = None

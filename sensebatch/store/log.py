@@ -70,6 +70,7 @@ SCHEMA = pa.schema(
         pa.field("denoise_s", pa.float64(), nullable=False),
         pa.field("encode_s", pa.float64(), nullable=False),
         pa.field("total_s", pa.float64(), nullable=False),
+        pa.field("num_kept_images", pa.int32()),
         pa.field("step_s", pa.float64()),
         pa.field("image_tok_per_s", pa.float64()),
         pa.field("text_tok_per_s", pa.float64()),

@@ -122,8 +122,11 @@ def batch_figures(
         "think_s": metrics.think_s,
         "denoise_s": metrics.denoise_s,
         "total_s": metrics.total_s,
+        "num_kept_images": metrics.num_kept_images,
         "step_s": _ratio(metrics.denoise_s, metrics.num_denoise_steps),
-        "image_tok_per_s": _ratio(image_tokens, metrics.total_s),
+        "image_tok_per_s": (
+            None if metrics.num_kept_images else _ratio(image_tokens, metrics.total_s)
+        ),
         "text_tok_per_s": _ratio(text_tokens, metrics.think_s),
         "peak_allocated_bytes": metrics.peak_allocated_bytes,
         "peak_reserved_bytes": metrics.peak_reserved_bytes,

@@ -35,6 +35,7 @@ class Batch:
     def run(self, kept: KeptImages) -> list[JobResult]:
         self.drawn.clear()
         self.runner.num_denoise_steps = 0
+        self.runner.num_kept_images = 0
         with infer():
             return run_single_image(self.runner, fresh(self.jobs), kept)
 
@@ -71,6 +72,7 @@ def test_a_resumed_batch_draws_only_what_is_missing_and_ends_in_the_same_bytes(
     batch, whole = make_batch(monkeypatch, name, a_pass=a_pass), KeptImages(3)
     expected = batch.run(whole)
     assert batch.drawn == list(enumerate(sizes))
+    assert batch.runner.num_kept_images == 0
     num_kept = sum(sizes[:-1])
     assert [len(images) for images in whole.images] == [1] * num_kept + [0] * (3 - num_kept)
     for index in range(num_kept):
@@ -84,6 +86,7 @@ def test_a_resumed_batch_draws_only_what_is_missing_and_ends_in_the_same_bytes(
         resumed = batch.run(some)
         assert batch.drawn == list(enumerate(sizes))[num_passes:]
         assert batch.runner.num_denoise_steps == batch.num_steps * (len(sizes) - num_passes)
+        assert batch.runner.num_kept_images == sum(sizes[:num_passes])
         assert made(resumed) == made(expected)
 
 
@@ -132,6 +135,7 @@ def test_a_pass_of_which_one_picture_is_missing_is_drawn_whole(
     kept.images[1] = [replace(other, image=-other.image)]
     assert made(batch.run(kept)) == made(expected)
     assert batch.drawn == [(0, 2), (1, 1)]
+    assert batch.runner.num_kept_images == 0
     assert made(batch.run(kept)) == made(expected)
     assert batch.drawn == [(1, 1)]
 

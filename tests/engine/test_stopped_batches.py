@@ -89,6 +89,7 @@ def test_a_batch_stops_behind_the_pass_that_is_drawn_and_goes_on_from_there(
     assert num_kept(kept) == [1] * num_passes + [0] * (3 - num_passes)
     resumed = run(engine, jobs, kept)
     assert resumed.metrics.num_denoise_steps == (3 - num_passes) * NUM_STEPS
+    assert resumed.metrics.num_kept_images == num_passes
     assert made(resumed) == made(expected)
 
 
@@ -145,6 +146,10 @@ def test_stories_stop_behind_the_round_that_is_drawn_and_go_on_from_there(
     assert num_kept(kept) == [num_rounds] * 2
     resumed = run(engine, jobs, kept)
     assert resumed.metrics.num_denoise_steps == (NUM_ROUNDS - num_rounds) * of_round
+    assert (resumed.metrics.num_kept_images, expected.metrics.num_kept_images) == (
+        2 * num_rounds,
+        0,
+    )
     assert made(resumed) == made(expected)
 
 

@@ -127,6 +127,8 @@ class FakeEngine:
     """Most t2i or edit jobs that are drawn together; None draws all of a batch."""
     drawn: list[tuple[str, ...]] = field(default_factory=list)
     """The jobs of each pass of t2i or edit jobs."""
+    num_kept: int = 0
+    """Pictures that the last batch took from checkpoints."""
 
     def largest_batch(self, group: GroupKey) -> int | None:
         return self.fitting.get(group.resolution.image_tokens)
@@ -182,7 +184,12 @@ class FakeEngine:
         else:
             results = self._passes(batch, prepared, checkpoints, progress, stop)
         metrics = BatchMetrics(
-            prefill_s=0.5, think_s=2.0, denoise_s=4.0, num_denoise_steps=8, total_s=8.0
+            prefill_s=0.5,
+            think_s=2.0,
+            denoise_s=4.0,
+            num_denoise_steps=8,
+            num_kept_images=self.num_kept,
+            total_s=8.0,
         )
         return BatchResult(results=tuple(results), metrics=metrics)
 
@@ -203,11 +210,13 @@ class FakeEngine:
         count = len(batch.jobs)
         size = self.a_pass or count
         kept = checkpoints.load() if size < count else [()] * count
+        self.num_kept = 0
         images: list[np.ndarray | None] = []
         for start in range(0, count, size):
             members = range(start, min(start + size, count))
             if all(kept[i] for i in members):
                 images += [kept[i][-1].image for i in members]
+                self.num_kept += len(members)
                 continue
             if size < count and stop():
                 raise BatchStoppedError("stopped")
@@ -241,6 +250,7 @@ class FakeEngine:
         stop: Callable[[], bool],
     ) -> list[JobResult]:
         drawn = [list(pictures) for pictures in checkpoints.load()]
+        self.num_kept = sum(map(len, drawn))
         wanted = [_num_images(job, key) for job, key in zip(batch.jobs, batch.keys, strict=True)]
         while True:
             self._step(progress)
@@ -381,8 +391,8 @@ def mixed_jobs() -> list[Job]:
 
 VOLATILE = frozenset(
     {"run", "session", "queue_s", "encode_s", "peak_rss_bytes", "started_at", "finished_at"}
-) | {"total_s"}
-"""Columns of the log that no two runs share."""
+) | {"total_s", "num_kept_images", "image_tok_per_s"}
+"""Columns of the log that no two runs share, or that say what was interrupted."""
 
 
 def outcome(root: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:

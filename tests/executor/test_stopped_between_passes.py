@@ -64,6 +64,15 @@ def test_a_stop_keeps_the_finished_passes_and_the_batch_goes_on_behind_them(
     assert kept(tmp_path / "a") == []
 
 
+def test_no_speed_is_measured_by_a_batch_with_kept_pictures(tmp_path: Path) -> None:
+    engine, stop = stopped_at(5)
+    run_folder(tmp_path, JOBS, CONFIG, engine=engine, stop=stop)
+    run_folder(tmp_path, JOBS, CONFIG, engine=FakeEngine(a_pass=1))
+    rows = pq.read_table(tmp_path / "log.parquet").to_pylist()
+    assert [row["num_kept_images"] for row in rows] == [0, 0, 0, 2, 2, 2, 0]
+    assert [row["image_tok_per_s"] is None for row in rows] == [False] * 3 + [True] * 3 + [False]
+
+
 def test_a_batch_that_is_still_being_written_is_committed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

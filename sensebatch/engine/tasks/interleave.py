@@ -170,6 +170,7 @@ def _draw(runner: Runner, stories: Sequence[Story], checkpoints: Checkpoints) ->
         if image is None:
             by_size.setdefault(story.resolution, []).append((story, noise))
         else:
+            runner.num_kept_images += 1
             _finish_image(story, image.to(runner.network.device))
     for resolution, group in by_size.items():
         _denoise_stories(runner, group, resolution, checkpoints)

@@ -65,6 +65,7 @@ def run_single_image(
         for number, members in enumerate(together):
             images = [image for image in kept[members] if image is not None]
             if len(images) == len(kept[members]):
+                runner.num_kept_images += len(images)
                 finished += [_pixels(torch.from_numpy(i).to(runner.network.device)) for i in images]
                 continue
             runner.heed_stop()
