@@ -39,6 +39,13 @@ class CfgNorm(StrEnum):
     CFG_ZERO_STAR = "cfg_zero_star"
 
 
+def interval_error(first: float, last: float) -> str | None:
+    """Returns what is wrong with the ends of `Sampling.cfg_interval`; None if nothing is."""
+    if first <= last:
+        return None
+    return f"expected the lower end first, found {first} before {last}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How pictures and text are sampled; the defaults live in `config.TaskDefaults`."""

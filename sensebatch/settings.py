@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+)
 from pydantic_core import ErrorDetails
 
 from sensebatch.config import (
@@ -29,7 +37,7 @@ from sensebatch.config import (
     default_config,
 )
 from sensebatch.errors import ConfigError
-from sensebatch.jobs import CfgNorm, Sampling, Task
+from sensebatch.jobs import CfgNorm, Sampling, Task, interval_error
 from sensebatch.resolutions import PixelLimits, Resolution, ResolutionError
 
 RUN_SECTION = "config"
@@ -67,6 +75,12 @@ def _parse_bytes(value: object) -> object:
     return round(float(match[1]) * 2**30)
 
 
+def _check_interval(ends: tuple[float, float]) -> tuple[float, float]:
+    if (message := interval_error(*ends)) is not None:
+        raise ValueError(message)
+    return ends
+
+
 Device = Literal["auto", "cuda", "cpu"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Precision = Literal["auto", "fp8", "fp8-all"]
@@ -78,6 +92,7 @@ Bytes = Annotated[Count, BeforeValidator(_parse_bytes)]
 """A number of bytes, or text such as `20GiB`."""
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Interval = Annotated[tuple[Fraction, Fraction], AfterValidator(_check_interval)]
 Size = Annotated[Any, BeforeValidator(_parse_size), PlainSerializer(str)]
 
 
@@ -144,7 +159,7 @@ class SamplingSection(_Section):
     cfg_scale: Annotated[float, Field(ge=0)]
     img_cfg_scale: Annotated[float, Field(ge=0)]
     cfg_norm: CfgNorm
-    cfg_interval: tuple[Fraction, Fraction]
+    cfg_interval: Interval
     max_think_tokens: Count
     max_images: Count
     max_new_tokens: Count

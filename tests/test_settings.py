@@ -99,7 +99,7 @@ def test_settings_of_a_run_can_be_given_to_another(tmp_path: Path) -> None:
 
 @given(
     attempts=st.integers(1, 100),
-    interval=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    interval=st.tuples(st.floats(0, 0.5), st.floats(0.5, 1)),
     sides=st.tuples(st.integers(1, 100), st.integers(1, 100)),
     prompt_file=st.none() | st.text(st.characters(codec="utf-8", categories=["L", "N"])),
 )
@@ -179,6 +179,10 @@ def test_file_offers_exactly_the_settings_there_are(
         (
             "tasks: {t2i: {resolution: 500x512}}",
             "FILE: tasks.t2i.resolution: expected width as a positive multiple of 32, found 500",
+        ),
+        (
+            "tasks: {t2i: {cfg_interval: [0.9, 0.1]}}",
+            "FILE: tasks.t2i.cfg_interval: expected the lower end first, found 0.9 before 0.1",
         ),
         ("- 1", "FILE: expected sections with settings, found [1]"),
     ],

@@ -37,6 +37,7 @@ class SamplingOptions:
         tuple[float, float] | None,
         typer.Option(
             help="First and last timestep with guidance: two numbers from 0 to 1.",
+            metavar="FROM TO",
             rich_help_panel=_SAMPLING,
         ),
     ] = None

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 import sensebatch
 from sensebatch.cli import (
@@ -39,6 +40,18 @@ _SETTINGS = {
 }
 
 
+class _Group(typer.core.TyperGroup):
+    """Says what is wrong with an option's value without the words of the library that found it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command that was named."""
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")
+            raise
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"sensebatch {sensebatch.__version__}")
@@ -59,6 +72,7 @@ def _root(
 def _make_app() -> typer.Typer:
     app = typer.Typer(
         name="sensebatch",
+        cls=_Group,
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,

@@ -104,6 +104,8 @@ def _obstacle(backend: str, device: str, dtype: str) -> str | None:
     """Returns why a backend cannot be used; None where it can."""
     if backend == "sdpa":
         return None
+    if device != "cuda" and dtype != "float32":
+        return "it needs a CUDA device"
     if device != "cuda" or dtype == "float32":
         return f"it needs a CUDA device and half precision, found {device} and {dtype}"
     if backend == "cudnn":

@@ -27,6 +27,11 @@ def jsonl_rows(path: Path, report: Report) -> Iterator[RawRow]:
                 continue
             try:
                 row = _parsed(line)
+            except json.JSONDecodeError as error:
+                # The end of the line counts as a line of its own.
+                column = min(error.pos, len(error.doc.rstrip("\r\n"))) + 1
+                report(number, (), f"expected a JSON object, found: {error.msg}: column {column}")
+                continue
             except (ValueError, RecursionError) as error:
                 report(number, (), f"expected a JSON object, found: {error}")
                 continue

@@ -15,7 +15,7 @@ from typing import Any
 
 from sensebatch.config import RunConfig
 from sensebatch.errors import Problem
-from sensebatch.jobs import CfgNorm, InputImage, Job, Sampling, Source, Task
+from sensebatch.jobs import CfgNorm, InputImage, Job, Sampling, Source, Task, interval_error
 from sensebatch.manifest.fields import FOREIGN_FIELDS, PASSED_THROUGH, ImageStruct, JobFields
 from sensebatch.manifest.ids import derived_id, id_error
 from sensebatch.manifest.images import ImageProbe, UnusableImageError
@@ -171,8 +171,7 @@ class JobResolver:
 
     def _sampling_of(self, fields: JobFields, task: Task, errors: RowErrors) -> Sampling:
         interval = fields.cfg_interval
-        if interval is not None and interval[0] > interval[1]:
-            message = f"expected the lower end first, found {interval[0]} before {interval[1]}"
+        if interval is not None and (message := interval_error(*interval)) is not None:
             errors.add("cfg_interval", message)
         if fields.cfg_norm == "cfg_zero_star" and task is not Task.T2I:
             message = f"expected 'none', 'global' or 'channel' for {task}, found 'cfg_zero_star'"

@@ -51,6 +51,19 @@ def test_the_commands_are_those_that_scripts_know() -> None:
     }  # fmt: skip
 
 
+def test_help_names_both_ends_of_the_guidance_interval(invoke: Invoke) -> None:
+    lines = invoke("t2i", "--help").out.splitlines()
+    (line,) = (line for line in lines if "--cfg-interval" in line)
+    assert re.search(r"--cfg-interval +FROM TO ", line)
+
+
+@pytest.mark.parametrize("args", [["run", "a.yaml"], ["manifest", "validate", "a.yaml"]])
+def test_wrong_word_is_told_without_the_words_of_a_library(invoke: Invoke, args: list[str]) -> None:
+    ended = invoke(*args, "--vram-mode", "quick")
+    assert ended.code == 2
+    assert "'--vram-mode': 'quick' is not one of" in ended.err
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_and_option_has_help(name: str) -> None:
     command = COMMANDS[name]

@@ -154,6 +154,10 @@ def test_jsonl_is_a_run_whose_rows_win_over_flags(invoke: Invoke, tmp_path: Path
         (["edit", "--jsonl", "b", "--width", "32"], "--jsonl: expected the sizes of edits"),
         (["t2i", "--jsonl", "b", "--width", "32"], "expected either --resolution or both"),
         (["t2i", "--prompt", "a", "--cfg-interval", "0", "2"], "--cfg-interval: expected a number"),
+        (
+            ["t2i", "--prompt", "a", "--cfg-interval", "0.9", "0.1"],
+            "--cfg-interval: expected the lower end first, found 0.9 before 0.1",
+        ),
     ],
 )
 def test_mistake_names_the_option(

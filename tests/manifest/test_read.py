@@ -116,6 +116,7 @@ def test_a_mistake_before_the_limit_is_raised(mistakes: Mistakes) -> None:
     ("line", "message"),
     [
         (b"{", "expected a JSON object, found: Expecting property name"),
+        (b'{"prompt": "a"', "expected a JSON object, found: Expecting ',' delimiter: column 15"),
         (b"[1]", "expected a JSON object, found a list of 1"),
         (b'{"prompt": "a", "prompt": "b"}', "expected a JSON object, found: 'prompt' is given tw"),
         (b'{"prompt": "a", "cfg_scale": NaN}', "expected a JSON object, found: NaN is not JSON"),
