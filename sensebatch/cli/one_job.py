@@ -22,7 +22,7 @@ from sensebatch.executor import Summary
 from sensebatch.inputs import read_input_image
 from sensebatch.jobs import Job, ModelIdentity, Source, Task, job_key
 from sensebatch.manifest.one import job_from_fields
-from sensebatch.manifest.read import manifest_name, read_manifests
+from sensebatch.manifest.read import read_manifests, run_name
 from sensebatch.settings import resolve_settings
 from sensebatch.store.attempts import DONE
 from sensebatch.store.files import write_atomic
@@ -114,12 +114,16 @@ def _run_jsonl(
             raise ConfigError(f"--{_option(name)}: expected no such option beside --jsonl")
     flags = {**command.flags, **_size_flags(command)}
     config = resolve_settings(config_file=command.config_file, flags=flags)
-    root = Path("outputs") / manifest_name([path]) if job.output_dir is None else job.output_dir
+
+    def jobs() -> Iterator[Job]:
+        return read_manifests([path], config, task=task, warn=warn_of)
+
+    root = Path("outputs") / run_name([path], jobs) if job.output_dir is None else job.output_dir
     request = Request(
         root=root,
         config=config,
         sources=(str(path),),
-        jobs=lambda: read_manifests([path], config, task=task, warn=warn_of),
+        jobs=jobs,
     )
     summary = run_session(request, backend)
     written = []

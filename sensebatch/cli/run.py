@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sensebatch.cli.options import BatchOptions, ExecutionOptions, ImageOptions, ModelOptions
-from sensebatch.jobs import Task
+from sensebatch.jobs import Job, Task
 
 
 def run(
@@ -42,17 +43,22 @@ def run(
     from sensebatch.cli.messages import warn_of
     from sensebatch.cli.outcome import finish, telling_stops
     from sensebatch.cli.session import Request, run_session
-    from sensebatch.manifest.read import manifest_name, read_manifests
+    from sensebatch.manifest.read import read_manifests, run_name
     from sensebatch.settings import resolve_settings
 
     flags = model.flags() | batch.flags() | execution.flags() | images.flags()
     config = resolve_settings(config_file=model.config, flags=flags)
-    root = Path("outputs") / manifest_name(manifests) if output_dir is None else output_dir
+
+    def jobs() -> Iterator[Job]:
+        return read_manifests(manifests, config, task=task, limit=limit, warn=warn_of)
+
+    root = Path("outputs") / run_name(manifests, jobs) if output_dir is None else output_dir
     request = Request(
         root=root,
         config=config,
         sources=tuple(str(path) for path in manifests),
-        jobs=lambda: read_manifests(manifests, config, task=task, limit=limit, warn=warn_of),
+        jobs=jobs,
+        limit=limit,
     )
     with telling_stops(root, as_json=as_json):
         summary = run_session(request)

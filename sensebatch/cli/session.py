@@ -117,6 +117,8 @@ class Request:
     """The manifests as the user named them."""
     jobs: Callable[[], Iterator[Job]]
     """Reads the manifests; called once, when the folder is held."""
+    limit: int | None = None
+    """After how many jobs `jobs` ends although the manifests may go on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +149,7 @@ def run_session(request: Request, backend: Backend | None = None) -> Summary:
         model = open_model(request.config.model, backend)
         with open_store(request.root) as store:
             jobs = _until_stopped(request.jobs(), stop)
-            changes = store.state.ingest(jobs, model.identity, request.root)
+            changes = store.state.ingest(jobs, model.identity, request.root, limit=request.limit)
             store.run_dir.write_settings(
                 settings_document(
                     dump_settings(request.config), request.sources, sensebatch.__version__
@@ -256,6 +258,7 @@ def _say_changes(changes: Changes) -> None:
         (changes.changed, "with a changed definition, run again"),
         (changes.restored, "done before, without its files now; run again"),
         (changes.removed, "no longer in the manifest; files are kept"),
+        (changes.unread, "not read because of --limit; left as they are"),
     ):
         if count:
             say(f"{counted(count, 'job')} {what}")

@@ -29,5 +29,7 @@ def status(
     parts += [f"{counts.pending} to do", f"{counts.started} {word}"]
     if counts.removed:
         parts.append(f"{counts.removed} no longer in the manifest")
+    if counts.unread:
+        parts.append(f"{counts.unread} not read because of --limit")
     state = "running now" if found.running else "not running"
     print(f"{folder}: {', '.join(parts)} ({state})")

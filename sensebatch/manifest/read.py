@@ -5,7 +5,7 @@ Memory grows by an id's digest a row. Nothing is loaded and nothing is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sensebatch.config import RunConfig
-from sensebatch.errors import Problem
+from sensebatch.errors import ManifestError, Problem
 from sensebatch.jobs import Job, Source, Task
 from sensebatch.manifest.defaults import defaults_for, overlaid
 from sensebatch.manifest.expand import Expanded, expand
@@ -289,6 +289,24 @@ def manifest_name(paths: Sequence[Path]) -> str:
     problems.raise_any()
     joined = "+".join(names)
     return joined if id_error(joined) is None else f"{names[0]}+{len(names) - 1}-more"
+
+
+def run_name(paths: Sequence[Path], jobs: Callable[[], Iterable[Job]]) -> str:
+    """Returns `manifest_name`; where there is none, tells the mistakes of all that is read.
+
+    Args:
+        paths: At least one manifest.
+        jobs: Reads them as the run would.
+
+    Raises:
+        ManifestError: As `manifest_name` and `read_manifests` raise it.
+    """
+    try:
+        return manifest_name(paths)
+    except ManifestError:
+        for _ in jobs():
+            pass
+        raise
 
 
 def _name(path: Path, problems: ProblemList) -> str:

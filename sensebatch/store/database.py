@@ -25,7 +25,7 @@ CREATE TABLE jobs (
     id TEXT NOT NULL,
     position INTEGER NOT NULL,       -- in the manifests
     seen INTEGER NOT NULL,           -- the last reading of the manifests that had the job
-    wanted INTEGER NOT NULL,         -- whether that was the latest one
+    wanted INTEGER NOT NULL,         -- whether the manifests have it, as far as is known
     key TEXT NOT NULL,
     group_number INTEGER NOT NULL REFERENCES groups,
     max_images INTEGER NOT NULL,

@@ -29,6 +29,8 @@ class Changes:
     """Jobs with an old id and a new definition that had been tried; they run again."""
     removed: int
     """Jobs that are no longer in the manifests; their files are kept."""
+    unread: int
+    """Jobs of earlier readings that this one ended before; they stay as they are."""
     restored: int
     """Done jobs whose files are gone; they run again."""
 
@@ -159,15 +161,26 @@ class Ingest:
         query = "SELECT number FROM groups WHERE definition = ?"
         return self._db.execute(query, (text,)).fetchone()[0]
 
-    def finish(self, root: Path) -> Changes:
-        """Marks the jobs that were not read, and those whose files are gone."""
+    def finish(self, root: Path, limit: int | None) -> Changes:
+        """Marks the jobs that were not read, and those whose files are gone.
+
+        Args:
+            root: The run's folder.
+            limit: After how many jobs the reading ended; jobs that it did not reach stay wanted.
+        """
         if self._problems:
             raise ManifestError(self._problems, self._num_problems)
-        removed = self._db.execute(
-            "UPDATE jobs SET wanted = 0 WHERE wanted = 1 AND seen <> ?", (self._number,)
-        ).rowcount
+        removed = unread = 0
+        if self._jobs == limit:
+            unread = self._db.execute(
+                "SELECT count(*) FROM jobs WHERE wanted = 1 AND seen <> ?", (self._number,)
+            ).fetchone()[0]
+        else:
+            removed = self._db.execute(
+                "UPDATE jobs SET wanted = 0 WHERE wanted = 1 AND seen <> ?", (self._number,)
+            ).rowcount
         done = self._db.execute(
-            "SELECT number, outputs FROM jobs WHERE wanted = 1 AND status = ?", (DONE,)
+            "SELECT number, outputs FROM jobs WHERE seen = ? AND status = ?", (self._number, DONE)
         )
         gone = [
             (PENDING, number)
@@ -183,6 +196,7 @@ class Ingest:
             added=self._added,
             changed=self._changed,
             removed=removed,
+            unread=unread,
             restored=len(gone),
         )
 

@@ -34,6 +34,8 @@ class Counts:
     failed: int
     removed: int
     """Jobs of earlier manifests that the latest no longer has; not among `jobs`."""
+    unread: int
+    """Jobs that the latest reading ended before, because of its limit; not among `jobs`."""
 
     @property
     def remaining(self) -> int:
@@ -85,13 +87,23 @@ class State:
         with self._db.transaction() as db:
             return tables.increment(db, "session")
 
-    def ingest(self, jobs: Iterable[Job], identity: ModelIdentity, root: Path) -> Changes:
+    def ingest(
+        self,
+        jobs: Iterable[Job],
+        identity: ModelIdentity,
+        root: Path,
+        *,
+        limit: int | None = None,
+    ) -> Changes:
         """Makes `jobs` the run's manifest, in one transaction.
 
         Args:
             jobs: All jobs, in order; read once, one by one. Whatever it raises undoes all.
             identity: What the keys depend on besides the jobs.
             root: The run's folder, in which the files of done jobs are looked for.
+            limit: After how many jobs `jobs` ends although the manifests may go on. Jobs that it
+                did not reach are neither removed nor run until they are read again; only a batch
+                that was started with one that it did reach runs whole.
 
         Raises:
             ManifestError: Two jobs have the same id, or ids that a disk which ignores case takes
@@ -101,21 +113,29 @@ class State:
             reader = Ingest(db, identity)
             for position, job in enumerate(jobs):
                 reader.add(position, job)
-            return reader.finish(root)
+            return reader.finish(root, limit)
 
     def counts(self) -> Counts:
         """Returns the number of jobs in each state."""
         with self._db.reading() as db:
-            rows = db.execute("SELECT wanted, status, count(*) FROM jobs GROUP BY 1, 2").fetchall()
-            started = sum(len(batch.members) for batch in tables.started_batches(db))
-        wanted = {status: count for is_wanted, status, count in rows if is_wanted}
+            rows = db.execute(
+                "SELECT wanted, seen = ?, status, count(*) FROM jobs GROUP BY 1, 2, 3",
+                (tables.latest_reading(db),),
+            ).fetchall()
+            started = sum(
+                tables.is_read(db, job_id)
+                for batch in tables.started_batches(db)
+                for job_id in batch.ids
+            )
+        wanted = {status: count for is_wanted, seen, status, count in rows if is_wanted and seen}
         return Counts(
             jobs=sum(wanted.values()),
             pending=wanted.get(PENDING, 0) - started,
             started=started,
             done=wanted.get(DONE, 0),
             failed=wanted.get(FAILED, 0),
-            removed=sum(count for is_wanted, _, count in rows if not is_wanted),
+            removed=sum(count for is_wanted, _, _, count in rows if not is_wanted),
+            unread=sum(count for is_wanted, seen, _, count in rows if is_wanted and not seen),
         )
 
     def has_jobs(self) -> bool:
@@ -127,8 +147,8 @@ class State:
         """Makes failed jobs pending again, with all their tries; returns how many."""
         with self._db.transaction() as db:
             return db.execute(
-                "UPDATE jobs SET status = ?, tries = 0, alone = 1 WHERE wanted = 1 AND status = ?",
-                (PENDING, FAILED),
+                "UPDATE jobs SET status = ?, tries = 0, alone = 1 WHERE seen = ? AND status = ?",
+                (PENDING, tables.latest_reading(db), FAILED),
             ).rowcount
 
     def entries(self, *, with_started: bool = False) -> Iterator[PlanEntry]:
@@ -145,8 +165,8 @@ class State:
             }
             rows = db.execute(
                 "SELECT id, group_number, max_images, prompt_tokens, text_tokens, alone FROM jobs"
-                " WHERE wanted = 1 AND status = ? ORDER BY position",
-                (PENDING,),
+                " WHERE wanted = 1 AND status = ? AND seen = ? ORDER BY position",
+                (PENDING, tables.latest_reading(db)),
             )
             for job_id, number, max_images, prompt_tokens, text_tokens, alone in rows:
                 if with_started or job_id not in started:
@@ -179,9 +199,16 @@ class State:
         return found
 
     def started_batches(self) -> list[StartedBatch]:
-        """Returns the batches that were begun and not committed, in the order they were begun."""
+        """Returns the batches to go on with, in the order they were begun.
+
+        They were begun and not committed, and at least one of their jobs is to be run.
+        """
         with self._db.reading() as db:
-            return tables.started_batches(db)
+            return [
+                batch
+                for batch in tables.started_batches(db)
+                if any(tables.is_read(db, job_id) for job_id in batch.ids)
+            ]
 
     def drop_batches(self, seqs: Iterable[int]) -> None:
         """Forgets that batches were started; their jobs are planned anew."""

@@ -41,6 +41,18 @@ def increment(db: sqlite3.Connection, name: str) -> int:
     return int(row[0])
 
 
+def latest_reading(db: sqlite3.Connection) -> int:
+    """Returns the number of the latest reading of the manifests; 0 before the first."""
+    row = db.execute("SELECT value FROM meta WHERE name = 'reading'").fetchone()
+    return 0 if row is None else int(row[0])
+
+
+def is_read(db: sqlite3.Connection, job_id: str) -> bool:
+    """Returns whether the latest reading of the manifests had a job."""
+    query = "SELECT 1 FROM jobs WHERE folded = ? AND seen = ?"
+    return db.execute(query, (fold(job_id), latest_reading(db))).fetchone() is not None
+
+
 def started_batches(db: sqlite3.Connection) -> list[StartedBatch]:
     """Returns the batches that were begun and not committed, in the order they were begun."""
     rows = db.execute("SELECT seq, members FROM batches ORDER BY seq").fetchall()

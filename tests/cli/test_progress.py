@@ -29,7 +29,7 @@ def _batch(*jobs: Job) -> Batch:
 
 
 def _counts(jobs: int, **counts: int) -> Counts:
-    values = {"pending": jobs, "started": 0, "done": 0, "failed": 0, "removed": 0}
+    values = {"pending": jobs, "started": 0, "done": 0, "failed": 0, "removed": 0, "unread": 0}
     return Counts(jobs=jobs, **{**values, **counts})
 
 

@@ -137,6 +137,55 @@ def test_limit_takes_the_first_jobs_and_the_rest_follows(invoke: Invoke, manifes
     assert (values["jobs"], values["this_run"]["done"]) == (5, 3)
 
 
+def test_jobs_beyond_the_limit_stay_in_a_folder_as_they_are(invoke: Invoke, manifest: Path) -> None:
+    invoke("run", manifest, "--limit", "3")
+    (Path("outputs/small") / "images" / "c.png").unlink()
+    ended = invoke("run", manifest, "--limit", "1", "--json")
+    assert "2 jobs not read because of --limit; left as they are" in ended.err
+    assert "no longer" not in ended.err
+    assert (ended.json["jobs"], ended.json["remaining"]) == (1, 0)
+    assert ended.json["this_run"]["done"] == 0
+    assert "2 not read because of --limit" in invoke("status", "outputs/small").out
+    assert invoke("run", manifest, "--json").json["this_run"]["done"] == 3
+
+
+def test_failed_jobs_beyond_the_limit_are_not_tried_again(
+    invoke: Invoke, manifest: Path, backend: FakeBackend
+) -> None:
+    _failing(manifest)
+    invoke("run", manifest)
+    invoke("run", manifest, "--limit", "1", "--retry-failed")
+    assert invoke("run", manifest).code == 1
+    assert len(backend.loaded) == 1
+
+
+def test_limit_beyond_the_last_job_tells_of_removed_jobs(invoke: Invoke, manifest: Path) -> None:
+    invoke("run", manifest)
+    manifest.write_text(manifest.read_text().replace("  - {id: b, prompt: a line}\n", ""))
+    ended = invoke("run", manifest, "--limit", "9")
+    assert "1 job no longer in the manifest; files are kept" in ended.err
+
+
+@pytest.mark.parametrize("args", [["run"], ["run", "--output-dir", "here"], ["plan"]])
+def test_all_mistakes_are_told_wherever_the_folder_gets_its_name(
+    invoke: Invoke, manifest: Path, args: list[str]
+) -> None:
+    text = manifest.read_text().replace("num_steps: 2", "num_steps: x").replace("a dot", "")
+    manifest.write_text(text)
+    ended = invoke(*args, manifest)
+    assert ended.code == 2
+    assert "defaults.num_steps: expected a whole number" in ended.err
+    assert "prompt: expected text" in ended.err
+    assert "2 mistakes in the manifest" in ended.err
+    assert not Path("outputs/small").exists()
+
+
+def test_missing_manifest_is_told_as_validate_tells_it(invoke: Invoke) -> None:
+    expected = "none.yaml: manifest: expected a file, found none"
+    assert expected in invoke("run", "none.yaml").err
+    assert expected in invoke("manifest", "validate", "none.yaml").err
+
+
 def test_run_yaml_holds_the_resolved_settings_and_repeats_the_run(
     invoke: Invoke, manifest: Path
 ) -> None:

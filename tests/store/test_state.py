@@ -118,6 +118,31 @@ def test_changed_member_takes_an_interrupted_batch_apart(state: State, tmp_path:
     assert [entry.id for entry in state.entries()] == ["a", "b"]
 
 
+def test_limit_leaves_interrupted_batches_whole_and_runs_those_it_reached(
+    state: State, tmp_path: Path
+) -> None:
+    jobs = [make_job(name) for name in "abcd"]
+    state.ingest(jobs, IDENTITY, tmp_path)
+    keys = {name: state.jobs([name])[0].key for name in "abcd"}
+    for pair in ("ab", "cd"):
+        state.begin([(name, keys[name]) for name in pair])
+    changes = state.ingest(jobs[:1], IDENTITY, tmp_path, limit=1)
+    assert (changes.removed, changes.unread) == (0, 3)
+    assert [batch.ids for batch in state.started_batches()] == [("a", "b")]
+    counts = state.counts()
+    assert (counts.jobs, counts.started, counts.pending, counts.unread) == (1, 1, 0, 3)
+    state.ingest(jobs, IDENTITY, tmp_path)
+    assert [batch.ids for batch in state.started_batches()] == [("a", "b"), ("c", "d")]
+    assert state.counts().unread == 0
+
+
+def test_jobs_beyond_the_limit_are_not_planned(state: State, tmp_path: Path) -> None:
+    jobs = [make_job("a"), make_job("b")]
+    state.ingest(jobs, IDENTITY, tmp_path)
+    state.ingest(jobs[:1], IDENTITY, tmp_path, limit=1)
+    assert [entry.id for entry in state.entries()] == ["a"]
+
+
 def test_another_sqlite_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "state.db"
     connection = sqlite3.connect(path)
