@@ -340,7 +340,10 @@ def test_a_vram_budget_that_is_none_is_refused(
 ) -> None:
     ended = invoke("run", manifest, f"--vram-budget={value}")
     assert ended.code == 2
-    assert f"--vram-budget: expected an amount such as 13GiB, found {value!r}" in ended.err
+    assert (
+        f"--vram-budget: expected a positive number of GiB such as 13GiB, found {value!r}"
+        in ended.err
+    )
     assert backend.loaded == []
 
 
