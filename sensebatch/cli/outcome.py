@@ -18,6 +18,7 @@ from sensebatch.errors import RunStoppedError
 from sensebatch.executor import Summary
 from sensebatch.report import Summary as Report
 from sensebatch.report import format_summary, read_log, summarise, summary_json
+from sensebatch.store.checkpoints import CheckpointStore
 from sensebatch.store.run_dir import RunDir
 
 
@@ -77,22 +78,24 @@ def exit_code(summary: Summary) -> int:
 
 def outcome_lines(root: Path, summary: Summary) -> list[str]:
     """Returns the last lines of a run: what became of the jobs, and where everything is."""
-    counts = summary.counts
+    counts, folder = summary.counts, RunDir(root)
     words = [f"{counts.done:,} of {counted(counts.jobs, 'job')} done"]
     if counts.failed:
         words.append(f"{counts.failed:,} failed")
     if counts.remaining:
-        words.append(f"{counts.remaining:,} to do")
+        words.append(f"{counts.pending:,} to do")
+    if counts.started:
+        words.append(f"{counts.started:,} interrupted")
+        kept = CheckpointStore(folder.checkpoints).num_images()
+        words += [f"{counted(kept, 'image')} kept"] if kept else []
     if summary.done or summary.failed:
         words.append(f"{counted(summary.images, 'image')} made in {duration(summary.seconds)}")
     elif not counts.remaining:
         words.append("nothing was left to run")
-    folder = RunDir(root)
+    places = {"images": root / "images", "log": folder.log, "summary": root / SUMMARY_NAME}
     lines = [
         ", ".join(words),
-        f"  images   {root / 'images'}",
-        f"  log      {folder.log}",
-        f"  summary  {root / SUMMARY_NAME}",
+        *(f"  {name:<8} {place}" for name, place in places.items() if place.exists()),
     ]
     if summary.stopped:
         lines.append("stopped; the same command goes on from here")
@@ -113,6 +116,7 @@ def outcome_json(root: Path, summary: Summary, report: Report | None) -> dict[st
         "done": counts.done,
         "failed": counts.failed,
         "remaining": counts.remaining,
+        "interrupted": counts.started,
         "stopped": summary.stopped,
         "this_run": {
             "done": summary.done,

@@ -149,7 +149,7 @@ def launch(arguments: Sequence[str], messages: Path) -> int:
     command = [sys.executable, "-c", _MAIN, *arguments]
     quiet = subprocess.DEVNULL
     with (
-        StopSignals().installed() as stop,
+        StopSignals("stopped at once").installed() as stop,
         messages.open("wb") as file,
         # A session of its own, or a signal of the terminal would reach the run twice.
         subprocess.Popen(command, stdout=quiet, stderr=file, start_new_session=True) as process,

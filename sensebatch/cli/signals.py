@@ -7,15 +7,17 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 STOPPING = "stopping once the pictures in hand are finished; again to stop at once"
 """What a person is told after the first signal."""
+RESUMABLE = "stopped at once; the same command goes on from here"
+"""What a person is told after the second."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _NOTICE = f"\n{STOPPING}\n".encode()
-_SHOW_CURSOR = b"\x1b[?25h\n"
+_SHOW_CURSOR = b"\x1b[?25h"
 
 
 class StoppedError(Exception):
@@ -23,9 +25,14 @@ class StoppedError(Exception):
 
 
 class StopSignals:
-    """Whether a run was asked to stop; a run's `Stop` for the executor."""
+    """Whether a run was asked to stop; a run's `Stop` for the executor.
 
-    def __init__(self) -> None:
+    Args:
+        ended: What a person is told after the second signal.
+    """
+
+    def __init__(self, ended: str = RESUMABLE) -> None:
+        self._ended = f"\n{ended}\n".encode()
         self._stop = threading.Event()
         self._notice = True
 
@@ -55,8 +62,8 @@ class StopSignals:
     def _handle(self, number: int, _: FrameType | None) -> None:
         # Plain writes: the signal may have come in the middle of a print.
         if self._stop.is_set():
-            if sys.stderr.isatty():
-                os.write(2, _SHOW_CURSOR)
+            with suppress(OSError):
+                os.write(2, (_SHOW_CURSOR if sys.stderr.isatty() else b"") + self._ended)
             # Waiting for threads and buffers would not be at once, and nothing is lost: what
             # counts is on the disk, as after a kill.
             os._exit(128 + number)

@@ -17,16 +17,20 @@ def status(
     ] = False,
 ) -> None:
     """Print how many jobs of a run are done, failed and still to do."""
+    from sensebatch.cli.messages import counted
     from sensebatch.store.status import read_status
 
     found = read_status(folder)
     if as_json:
-        print(json.dumps({**asdict(found.counts), "running": found.running}))
+        more = {"kept_images": found.kept_images, "running": found.running}
+        print(json.dumps({**asdict(found.counts), **more}))
         return
     counts = found.counts
     parts = [f"{counts.done} of {counts.jobs} jobs done", f"{counts.failed} failed"]
     word = "running" if found.running else "interrupted"
     parts += [f"{counts.pending} to do", f"{counts.started} {word}"]
+    if found.kept_images:
+        parts.append(f"{counted(found.kept_images, 'image')} kept")
     if counts.removed:
         parts.append(f"{counts.removed} no longer in the manifest")
     if counts.unread:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,14 @@ class CheckpointStore:
                 if len(pictures) > len(best.get(member, [])):
                     best[member] = pictures
         return [best.get(member, []) for member in members]
+
+    def num_images(self) -> int:
+        """Returns how many pictures are kept; reads none, and works beside a run."""
+        most: Counter[tuple[str, str]] = Counter()
+        for folder in self._folders():
+            # One that was taken over is in two folders.
+            most |= _counted(folder)
+        return most.total()
 
     def _folders(self) -> list[Path]:
         if not self._folder.is_dir():
@@ -196,9 +205,29 @@ def _read_round(path: Path) -> _Round:
 
 def _members(folder: Path) -> list[tuple[str, str]]:
     """Returns (id, key) of each job of the batch that made a folder; reads no picture."""
+    return _composition(_round_path(folder, 0))[0]
+
+
+def _counted(folder: Path) -> Counter[tuple[str, str]]:
+    """Returns how many pictures of each (id, key) a folder has, up to the first damaged file."""
+    found: Counter[tuple[str, str]] = Counter()
+    for path in sorted(folder.glob("*.safetensors")):
+        members, indexes = _composition(path)
+        if not members:
+            break
+        found.update(members[index] for index in indexes)
+    return found
+
+
+def _composition(path: Path) -> tuple[list[tuple[str, str]], list[int]]:
+    """Returns (id, key) of each job of a round's batch, and the index of each picture's job.
+
+    Both are empty where the file is missing or damaged.
+    """
     try:
-        with safe_open(_round_path(folder, 0), framework="np") as file:
+        with safe_open(path, framework="np") as file:
             composition = json.loads((file.metadata() or {})["composition"])
-            return [(job_id, key) for job_id, key in composition["members"]]
+            members = [(job_id, key) for job_id, key in composition["members"]]
+            return members, [index for index in composition["indexes"] if index < len(members)]
     except _DAMAGED:
-        return []
+        return [], []

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sensebatch.errors import RunFolderError
+from sensebatch.store.checkpoints import CheckpointStore
 from sensebatch.store.run_dir import RunDir
 from sensebatch.store.state import Counts, State
 
@@ -15,6 +16,8 @@ class RunStatus:
     """What a look at a run's folder from outside tells."""
 
     counts: Counts
+    kept_images: int
+    """Pictures of batches that are not committed, kept for whoever goes on with them."""
     running: bool
     """Whether a process works in the folder; without one, started jobs are interrupted jobs."""
 
@@ -31,6 +34,10 @@ def read_status(root: Path) -> RunStatus:
     running = run_dir.in_use()
     state = State(run_dir.state, read_only=True)
     try:
-        return RunStatus(counts=state.counts(), running=running)
+        return RunStatus(
+            counts=state.counts(),
+            kept_images=CheckpointStore(run_dir.checkpoints).num_images(),
+            running=running,
+        )
     finally:
         state.close()

@@ -65,11 +65,18 @@ def test_first_signal_ends_a_run_between_two_passes_and_the_same_command_goes_on
     ended = invoke("run", manifest, "--json")
     assert ended.code == 75
     assert (ended.json["stopped"], ended.json["done"], ended.json["remaining"]) == (True, 0, 5)
-    assert "0 of 5 jobs done, 5 to do\n" in ended.err
+    assert "0 of 5 jobs done, 3 to do, 2 interrupted, 1 image kept\n" in ended.err
+    assert ended.json["interrupted"] == 2
+    # None was written yet.
+    assert "  images " not in ended.err
+    assert "  log      outputs/small/log.parquet\n" in ended.err
     assert "the same command goes on from here" in ended.err
     assert backend.engine.drawn == [("a",)]
     counts = invoke("status", "outputs/small", "--json").json
     assert (counts["started"], counts["pending"], counts["failed"]) == (2, 3, 0)
+    assert counts["kept_images"] == 1
+    told = invoke("status", "outputs/small").out
+    assert "0 of 5 jobs done, 0 failed, 3 to do, 2 interrupted, 1 image kept" in told
     resumed = invoke("run", manifest, "--json").json
     assert (resumed["exit_code"], resumed["this_run"]["done"]) == (0, 5)
     assert backend.engine.drawn[:2] == [("a",), ("b",)]
@@ -90,9 +97,14 @@ def test_second_signal_ends_at_once_and_the_run_can_go_on(
 ) -> None:
     script = KILLED_TWICE.format(number=int(number))
     ended = subprocess.run(
-        [sys.executable, "-c", script, manifest, tmp_path / "out"], cwd=ROOT, check=False
+        [sys.executable, "-c", script, manifest, tmp_path / "out"],
+        cwd=ROOT,
+        check=False,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert ended.returncode == code
+    assert ended.stderr.endswith("\nstopped at once; the same command goes on from here\n")
     assert invoke("status", "out", "--json").json["started"] == 2
     assert invoke("run", manifest, "--output-dir", "out", "--json").json["done"] == 5
 

@@ -72,6 +72,22 @@ def test_job_in_another_batch_takes_its_pictures_along(tmp_path: Path) -> None:
     assert same(store.of_batch(2, batch_of("b", "c")).load(), expected)
 
 
+def test_pictures_are_counted_once_and_only_those_that_can_be_used(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "c")
+    assert store.num_images() == 0
+    old = store.of_batch(1, batch_of("a", "b"))
+    old.save([(0, picture("a")), (1, picture("b"))])
+    old.save([(1, picture("b", 1))])
+    assert store.num_images() == 3
+    new = store.of_batch(2, batch_of("b", "c"))
+    new.load()
+    new.save([(1, picture("c"))])
+    assert store.num_images() == 4
+    for folder in (1, 2):
+        (tmp_path / f"c/{folder}/0000.safetensors").write_bytes(b"damaged")
+    assert store.num_images() == 0
+
+
 def test_changed_job_takes_nothing_along(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "c")
     store.of_batch(1, batch_of("a")).save([(0, picture("a"))])
