@@ -9,12 +9,11 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -39,6 +38,7 @@ from sensebatch.config import (
 from sensebatch.errors import ConfigError
 from sensebatch.jobs import CfgNorm, Sampling, Task, interval_error
 from sensebatch.resolutions import PixelLimits, Resolution, ResolutionError
+from sensebatch.yaml_values import YamlTextError, YamlValue, load_yaml
 
 RUN_SECTION = "config"
 """Where a run's own record, `run.yaml`, holds its settings; such a file can be given as well."""
@@ -49,9 +49,8 @@ _COMMAND_LINE = "command line"
 def _parse_size(value: object) -> Resolution:
     match = re.fullmatch(r"(\d+)x(\d+)", value) if isinstance(value, str) else None
     if match is None:
-        hint = " (YAML reads 16:9 as a number: quote it)" if isinstance(value, int) else ""
         raise ValueError(
-            f"expected WIDTHxHEIGHT in pixels or a bucket of the task, found {value!r}{hint}"
+            f"expected WIDTHxHEIGHT in pixels or a bucket of the task, found {value!r}"
         )
     try:
         return Resolution(width=int(match[1]), height=int(match[2]))
@@ -208,7 +207,8 @@ def resolve_settings(
     Raises:
         ConfigError: Every unknown key and unusable value, each with its place.
     """
-    from_file = {} if config_file is None else _read_yaml(config_file)
+    document = None if config_file is None else _read_yaml(config_file)
+    from_file = {} if document is None else document.value
     from_flags = _nested(
         {name: value for name, value in (flags or {}).items() if value is not None}
     )
@@ -219,10 +219,18 @@ def resolve_settings(
     values = _merge(defaults, chosen)
     _name_buckets(values)
     try:
-        settings = Settings.model_validate_json(json.dumps(values))
+        settings = Settings.model_validate_json(json.dumps(values, default=str))
     except ValidationError as error:
-        source = str(config_file or _COMMAND_LINE)
-        raise ConfigError(_complaints(error.errors(), values, source, from_flags)) from None
+
+        def place(path: list[str]) -> str:
+            if list(_existing(from_flags, path)) == path:
+                return f"--{path[-1].replace('_', '-')}"
+            name = ".".join(path)
+            if document is None:
+                return f"{_COMMAND_LINE}: {name}"
+            return f"{config_file}: line {document.line_of(path)}: {name}"
+
+        raise ConfigError(_complaints(error.errors(), values, place)) from None
     return _run_config(settings)
 
 
@@ -265,26 +273,26 @@ def _run_config(settings: Settings) -> RunConfig:
     )
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path) -> YamlValue:
+    """Returns the mapping in a file, or the one under `RUN_SECTION`."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = load_yaml(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: expected UTF-8 text, found {error.reason}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    if isinstance(values, dict) and RUN_SECTION in values:
-        values = values[RUN_SECTION]
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected sections with settings, found {values!r}")
-    try:
-        # JSON's keys are strings: `1: 2` becomes an unknown setting like any other.
-        return dict(json.loads(json.dumps(values, default=str)))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: expected sections with settings: {error}") from None
+    except YamlTextError as error:
+        raise ConfigError(f"{path}: line {error.line}: {error}") from None
+    if isinstance(document.value, dict) and RUN_SECTION in document.value:
+        document = document.child(RUN_SECTION)
+    if document.value is None:
+        return YamlValue(value={}, node=document.node)
+    if not isinstance(document.value, dict):
+        line = document.line_of(())
+        raise ConfigError(
+            f"{path}: line {line}: expected sections with settings, found {document.value!r}"
+        )
+    return document
 
 
 def _nested(values: Mapping[str, object]) -> dict[str, Any]:
@@ -326,18 +334,14 @@ def _name_buckets(values: dict[str, Any]) -> None:
 
 
 def _complaints(
-    errors: list[ErrorDetails],
-    values: Mapping[str, Any],
-    source: str,
-    from_flags: Mapping[str, Any],
+    errors: list[ErrorDetails], values: Mapping[str, Any], place: Callable[[list[str]], str]
 ) -> str:
-    """Returns a line for each place that pydantic complains of, with file or flag, then place."""
+    """Returns a line for each place that pydantic complains of, as `place` names it."""
     complaints: dict[str, list[str]] = {}
     found: dict[str, str] = {}
     for error in errors:
         path = list(_existing(values, [str(part) for part in error["loc"]]))
-        by_flag = list(_existing(from_flags, path)) == path
-        where = f"--{path[-1].replace('_', '-')}" if by_flag else f"{source}: {'.'.join(path)}"
+        where = place(path)
         message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         if error["type"] == "extra_forbidden":
             message = f"unknown setting{_suggestion(path)}"
@@ -364,9 +368,21 @@ def _existing(values: object, path: list[str]) -> Iterator[str]:
 
 
 def _suggestion(path: list[str]) -> str:
-    """Returns `; did you mean ...?` for a key that resembles one of its section's."""
+    """Returns `; did you mean ...?` for a key like one of its section's, or of another section."""
     section: type[BaseModel] = Settings
     for part in path[:-1]:
         section = cast("type[BaseModel]", section.model_fields[part].annotation)
     close = difflib.get_close_matches(path[-1], section.model_fields, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    if not close:
+        names = list(_names(Settings))
+        found = difflib.get_close_matches(path[-1], [name[-1] for name in names], n=1)
+        close = [".".join(name) for name in names if [name[-1]] == found]
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def _names(section: type[BaseModel]) -> Iterator[tuple[str, ...]]:
+    """Yields every place of a setting below a section."""
+    for name, field in section.model_fields.items():
+        yield (name,)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from ((name, *rest) for rest in _names(field.annotation))

@@ -14,15 +14,16 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 NOUNS = {"errors", "resolutions", "jobs"}
 MAY_IMPORT = {
     "errors": set[str](),
+    "yaml_values": set[str](),
     "process": set[str](),
     "resolutions": {"errors"},
     "jobs": {"errors", "resolutions"},
     "contract": NOUNS,
     "config": NOUNS,
-    "settings": NOUNS | {"config"},
+    "settings": NOUNS | {"config", "yaml_values"},
     "inputs": NOUNS,
     "checkpoint": NOUNS | {"config"},
-    "manifest": NOUNS | {"config", "inputs"},
+    "manifest": NOUNS | {"config", "inputs", "yaml_values"},
     "weights": NOUNS | {"checkpoint"},
     "footprint": NOUNS | {"checkpoint", "weights"},
     "placement": NOUNS | {"footprint"},
@@ -31,7 +32,7 @@ MAY_IMPORT = {
     "leaner": NOUNS | {"checkpoint", "placement", "vram", "weights"},
     "durations": NOUNS | {"checkpoint", "footprint", "placement", "speed", "vram", "weights"},
     "plan": NOUNS | {"config", "footprint"},
-    "store": NOUNS | {"config", "contract", "plan", "process"},
+    "store": NOUNS | {"config", "contract", "plan", "process", "yaml_values"},
     "guard": NOUNS | {"store"},
     "preparation": NOUNS | {"contract", "guard", "store"},
     "executor": NOUNS | {"contract", "config", "plan", "store", "inputs", "guard", "preparation"},
@@ -43,7 +44,7 @@ MAY_IMPORT = {
     "tiny": NOUNS | {"contract", "config", "checkpoint", "engine"},
     "profile": NOUNS
     | {"config", "settings", "inputs", "checkpoint", "manifest", "vram", "plan", "store"}
-    | {"report", "durations", "footprint", "placement", "speed"},
+    | {"report", "durations", "footprint", "placement", "speed", "yaml_values"},
 }
 """What each module or package beside `cli` may know; `cli` joins them and may know all."""
 

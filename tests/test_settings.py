@@ -150,41 +150,67 @@ def test_file_offers_exactly_the_settings_there_are(
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("modle: {}", "FILE: modle: unknown setting; did you mean model?"),
-        ("model: {devise: cpu}", "FILE: model.devise: unknown setting; did you mean device?"),
+        ("modle: {}", "FILE: line 1: modle: unknown setting; did you mean model?"),
+        (
+            "model: {devise: cpu}",
+            "FILE: line 1: model.devise: unknown setting; did you mean device?",
+        ),
         (
             "tasks: {t2i: {nums_steps: 3}}",
-            "FILE: tasks.t2i.nums_steps: unknown setting; did you mean num_steps?",
+            "FILE: line 1: tasks.t2i.nums_steps: unknown setting; did you mean num_steps?",
         ),
-        ("1: 2", "FILE: 1: unknown setting"),
+        ("1: 2", "FILE: line 1: expected text as a key, found '1'"),
         (
             "model: {device: gpu}",
-            "FILE: model.device: expected 'auto', 'cuda' or 'cpu', found 'gpu'",
+            "FILE: line 1: model.device: expected 'auto', 'cuda' or 'cpu', found 'gpu'",
         ),
         (
             "memory: {max_batch_size: '8'}",
-            "FILE: memory.max_batch_size: expected integer, found '8'",
+            "FILE: line 1: memory.max_batch_size: expected integer, found '8'",
         ),
-        ("memory: 3", "FILE: memory: expected a section, found 3"),
+        ("memory: 3", "FILE: line 1: memory: expected a section, found 3"),
         (
             "tasks: {edit: {input_max_pixels: 0}}",
-            "FILE: tasks.edit.input_max_pixels: expected 'auto' or a number greater than 0, "
-            "found 0",
+            "FILE: line 1: tasks.edit.input_max_pixels: expected 'auto' or a number greater than "
+            "0, found 0",
         ),
         (
-            "tasks: {t2i: {resolution: 16:9}}",
-            "FILE: tasks.t2i.resolution: expected WIDTHxHEIGHT in pixels or a bucket of the task, "
-            "found 969 (YAML reads 16:9 as a number: quote it)",
+            "tasks:\n  t2i:\n    resolution: 17:9",
+            "FILE: line 3: tasks.t2i.resolution: expected WIDTHxHEIGHT in pixels or a bucket of "
+            "the task, found '17:9'",
         ),
         (
             "tasks: {t2i: {resolution: 500x512}}",
-            "FILE: tasks.t2i.resolution: expected width as a positive multiple of 32, found 500",
+            "FILE: line 1: tasks.t2i.resolution: expected width as a positive multiple of 32, "
+            "found 500",
         ),
         (
             "tasks: {t2i: {cfg_interval: [0.9, 0.1]}}",
-            "FILE: tasks.t2i.cfg_interval: expected the lower end first, found 0.9 before 0.1",
+            "FILE: line 1: tasks.t2i.cfg_interval: expected the lower end first, "
+            "found 0.9 before 0.1",
         ),
-        ("- 1", "FILE: expected sections with settings, found [1]"),
+        (
+            "vram_mode: full",
+            "FILE: line 1: vram_mode: unknown setting; did you mean memory.vram_mode?",
+        ),
+        (
+            "model: {sed: 1}",
+            "FILE: line 1: model.sed: unknown setting; did you mean "
+            "tasks.t2i.seed or tasks.edit.seed or tasks.interleave.seed?",
+        ),
+        (
+            "output: {image_format: !!timestamp 2026-01-01}",
+            "FILE: line 1: output.image_format: expected 'png', 'webp' or 'jpeg', "
+            "found '2026-01-01'",
+        ),
+        ("zzz: 1", "FILE: line 1: zzz: unknown setting"),
+        (
+            "version: 1\nconfig:\n  memory:\n    vram_mode: huge",
+            "FILE: line 4: memory.vram_mode: expected 'auto', 'full', 'fast', 'balanced' or 'low', "
+            "found 'huge'",
+        ),
+        ("model: {}\nmodel: {}", "FILE: line 2: expected every key once, found 'model' again"),
+        ("- 1", "FILE: line 1: expected sections with settings, found [1]"),
     ],
 )
 def test_mistake_in_a_file_names_file_place_expected_and_found(
@@ -196,7 +222,8 @@ def test_mistake_in_a_file_names_file_place_expected_and_found(
 def test_all_mistakes_are_told_at_once_and_flags_by_their_name(tmp_path: Path) -> None:
     text = "model: {dtype: int8}\nmemory: {max_batch_size: 0}\n"
     assert _complaints(tmp_path, text, memory__max_batch_size=-1, execution__max_attempts=0) == [
-        "FILE: model.dtype: expected 'auto', 'bfloat16', 'float16' or 'float32', found 'int8'",
+        "FILE: line 1: model.dtype: expected 'auto', 'bfloat16', 'float16' or 'float32', "
+        "found 'int8'",
         "--max-batch-size: expected a number greater than 0, found -1",
         "--max-attempts: expected a number greater than 0, found 0",
     ]
@@ -208,6 +235,18 @@ def test_file_that_is_no_settings_is_named(tmp_path: Path, content: bytes) -> No
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=r"broken\.yaml"):
         resolve_settings(config_file=path)
+
+
+@pytest.mark.parametrize("text", ["", "# memory:\n#   vram_mode: low\n", "memory:\n", "config:\n"])
+def test_file_without_settings_changes_nothing(tmp_path: Path, text: str) -> None:
+    assert resolve_settings(config_file=_file(tmp_path, text)) == default_config()
+
+
+def test_words_of_a_file_mean_what_they_mean_in_a_manifest(tmp_path: Path) -> None:
+    text = "model: {model: owner/name}\ntasks: {t2i: {resolution: 16:9, cfg_scale: 1e0}}"
+    defaults = resolve_settings(config_file=_file(tmp_path, text)).tasks[Task.T2I]
+    assert defaults.resolution == defaults.buckets["16:9"]
+    assert defaults.sampling.cfg_scale == 1.0
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:

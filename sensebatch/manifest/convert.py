@@ -9,8 +9,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import yaml
-
 from sensebatch.config import RunConfig
 from sensebatch.errors import ManifestError, Problem
 from sensebatch.inputs import InputReader
@@ -24,7 +22,7 @@ from sensebatch.manifest.read import (
     manifest_name,
     read_jobs,
 )
-from sensebatch.manifest.yaml_values import ValueDumper
+from sensebatch.yaml_values import dump_yaml
 
 ROWS_IN_MEMORY = 1024
 """Rows that a Parquet writer collects."""
@@ -140,15 +138,10 @@ def _picture(image: InputImage, dst: Path, reader: InputReader, embed_images: bo
 def _write_text(rows: Iterable[Row], file: BinaryIO, name: str | None) -> None:
     """Writes YAML under a name, or JSONL without one."""
     if name is not None:
-        file.write(_yaml({"version": 1, "name": name}))
+        file.write(dump_yaml({"version": 1, "name": name}).encode())
         file.write(b"jobs:\n")
     for row in rows:
-        file.write(_json(row) if name is None else _yaml([row]))
-
-
-def _yaml(value: Any) -> bytes:
-    text: str = yaml.dump(value, Dumper=ValueDumper, sort_keys=False, allow_unicode=True)
-    return text.encode()
+        file.write(_json(row) if name is None else dump_yaml([row]).encode())
 
 
 def _json(row: Row) -> bytes:

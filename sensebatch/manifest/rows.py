@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sensebatch import yaml_values
 from sensebatch.manifest.fields import SKIP_RESIZE
 from sensebatch.manifest.problems import Location
 
@@ -39,13 +40,9 @@ class ManifestRows:
 
 
 def is_unicode(value: object) -> bool:
-    """Whether every text inside a value can be written as UTF-8 (lone surrogates cannot)."""
+    """Whether every text inside a value can be written as UTF-8."""
     if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return False
-        return True
+        return yaml_values.is_unicode(value)
     if isinstance(value, Mapping):
         return all(is_unicode(key) and is_unicode(item) for key, item in value.items())
     if isinstance(value, list):

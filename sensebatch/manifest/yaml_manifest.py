@@ -21,7 +21,7 @@ from sensebatch.manifest.fields import (
 from sensebatch.manifest.ids import id_error
 from sensebatch.manifest.problems import RowErrors, found
 from sensebatch.manifest.rows import RawRow, Report, given
-from sensebatch.manifest.yaml_values import YamlTextError, YamlValue, load_yaml
+from sensebatch.yaml_values import YamlTextError, YamlValue, load_yaml
 
 _TOP_NAMES = ("version", "name", "defaults", "jobs")
 

@@ -11,8 +11,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sensebatch.config import SYNTHETIC_PREFIX
 from sensebatch.errors import ConfigError
 from sensebatch.footprint import GIB
@@ -20,6 +18,7 @@ from sensebatch.jobs import Task
 from sensebatch.profile.night import night_parts
 from sensebatch.resolutions import Resolution
 from sensebatch.store.files import write_atomic
+from sensebatch.yaml_values import dump_yaml
 
 SQUARE = Resolution(height=2048, width=2048)
 WIDE = Resolution(height=1152, width=2048)
@@ -262,7 +261,7 @@ def write_manifest(case: Case, scale: Scale, folder: Path) -> Path:
     ]
     path = folder / f"{case.name}.yaml"
     manifest = {"version": 1, "name": case.name, "defaults": defaults, "jobs": jobs}
-    write_atomic(path, yaml.safe_dump(manifest, sort_keys=False).encode())
+    write_atomic(path, dump_yaml(manifest).encode())
     return path
 
 

@@ -14,11 +14,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 
 from sensebatch.errors import JobError, RunFolderError
 from sensebatch.store.files import storage_errors, sync_folders, write_atomic
+from sensebatch.yaml_values import dump_yaml
 
 LOCK_WAIT_S = 2.0
 """How long a run waits for the lock: `status` holds it for a moment to see whether it is free."""
@@ -140,8 +140,7 @@ class RunDir:
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
         """Writes run.yaml."""
-        text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
-        write_atomic(self.settings, text.encode())
+        write_atomic(self.settings, dump_yaml(dict(settings)).encode())
         sync_folders([self.settings], self.root)
 
 

@@ -14,7 +14,7 @@ from sensebatch.config import RunConfig
 from sensebatch.errors import ManifestError
 from sensebatch.jobs import Job
 from sensebatch.manifest.read import manifest_name, read_manifest
-from sensebatch.manifest.yaml_values import ValueDumper, YamlTextError, load_yaml
+from sensebatch.yaml_values import YamlTextError, dump_yaml, load_yaml
 
 Write = Callable[[str], Path]
 HEAD = "version: 1\n"
@@ -54,15 +54,14 @@ def yaml_mistakes(read_yaml: Callable[[str], list[Job]]) -> Callable[[str], list
         ("1.", 1.0),
         ("2026-01-01", "2026-01-01"),
         ("~", None),
-        ("[, ]", []),
+        ("[]", []),
+        ("", None),
         ("'1'", "1"),
         ("=", "="),
         (".inf", float("inf")),
     ],
 )
 def test_plain_words_mean_what_yaml_1_2_says(text: str, value: object) -> None:
-    if text == "[, ]":
-        text = "[]"
     loaded = load_yaml(f"a: {text}").value["a"]
     assert loaded == value
     assert type(loaded) is type(value)
@@ -99,14 +98,15 @@ json_like = st.recursive(
 
 @given(json_like)
 def test_what_is_written_is_read_again(value: object) -> None:
-    text = yaml.dump({"a": value}, Dumper=ValueDumper, allow_unicode=True)
+    text = dump_yaml({"a": value})
     assert load_yaml(text).value == {"a": value}
+    # So it is to whoever reads it by the older rules.
+    assert yaml.safe_load(text) == {"a": value}
 
 
 @pytest.mark.parametrize(
     ("text", "line", "message"),
     [
-        ("", 1, "found an empty file"),
         ("a: 1\nb: [", 3, "found an error"),
         ("a: 1\nb: 2\na: 3", 3, "expected every key once, found 'a' again"),
         ("x:\n  - {b: 1, b: 2}", 2, "expected every key once, found 'b' again"),

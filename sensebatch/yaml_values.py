@@ -1,20 +1,17 @@
 """YAML values and the lines they stand on, under the YAML 1.2 rules of what a plain word means.
 
 Under the older rules of the library `16:9` would be a number of seconds, `no` would be false and
-`1e6` a text. Knows nothing of manifests.
+`1e6` a text. Manifests and configuration files are read by the same rules.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
-
-from sensebatch.manifest.problems import Location
-from sensebatch.manifest.rows import is_unicode
 
 try:
     from yaml import CSafeLoader as _Loader
@@ -23,10 +20,11 @@ except ImportError:
 
 _STRING = "tag:yaml.org,2002:str"
 _MERGE = "tag:yaml.org,2002:merge"
+_NULL = "tag:yaml.org,2002:null"
 _INTEGER = "tag:yaml.org,2002:int"
 _FLOAT = "tag:yaml.org,2002:float"
 _PLAIN_WORDS = (
-    ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    (_NULL, r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
     (_INTEGER, r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
     (
@@ -39,7 +37,7 @@ _PLAIN_WORDS = (
 
 
 class YamlTextError(Exception):
-    """Text that is no YAML, or a value that a manifest cannot hold.
+    """Text that is no YAML, or a value that no file of ours can hold.
 
     Args:
         message: What is wrong.
@@ -58,7 +56,7 @@ class YamlValue:
     value: Any
     node: yaml.Node
 
-    def line_of(self, location: Location) -> int:
+    def line_of(self, location: Sequence[str | int]) -> int:
         """Returns the line of a field inside the value, or of the last part that is there."""
         node, line = self.node, self.node.start_mark.line
         for part in location:
@@ -67,6 +65,12 @@ class YamlValue:
                 break
             line, node = step
         return line + 1
+
+    def child(self, key: str) -> YamlValue:
+        """Returns the value of a key that the mapping has."""
+        step = _step(self.node, key)
+        # A key that came in by a merge stands in another node; its lines are not told.
+        return YamlValue(value=self.value[key], node=self.node if step is None else step[1])
 
     def children(self, *location: str) -> Iterator[YamlValue]:
         """Yields the items of the list at a location inside the value."""
@@ -86,6 +90,13 @@ def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
         for start in starts:
             table.setdefault(start, []).append((tag, re.compile(rf"(?:{pattern})$")))
     return table
+
+
+def _resolvers_of_both() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
+    """Returns the plain words of YAML 1.2, then those of the older rules."""
+    ours = _resolvers()
+    older = yaml.SafeDumper.yaml_implicit_resolvers
+    return {start: ours.get(start, []) + words for start, words in older.items()}
 
 
 class _ValueLoader(_Loader):
@@ -108,10 +119,10 @@ _ValueLoader.add_constructor(_INTEGER, _ValueLoader.construct_integer)
 _ValueLoader.add_constructor(_FLOAT, _ValueLoader.construct_real)
 
 
-class ValueDumper(yaml.SafeDumper):
-    """Quotes exactly the words that the loader would not read as text."""
+class _ValueDumper(yaml.SafeDumper):
+    """Quotes every word that is no text to the loader, or to a reader by the older rules."""
 
-    yaml_implicit_resolvers = _resolvers()
+    yaml_implicit_resolvers = _resolvers_of_both()
 
     def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
         """Writes every value out, however often it occurs."""
@@ -125,14 +136,29 @@ class ValueDumper(yaml.SafeDumper):
         return self.represent_scalar(_STRING, text, style=None if text.isprintable() else '"')
 
 
-ValueDumper.add_representer(str, ValueDumper.represent_text)
+_ValueDumper.add_representer(str, _ValueDumper.represent_text)
+
+
+def dump_yaml(value: Any) -> str:
+    """Returns a text that `load_yaml` reads as the same value; keys keep their order."""
+    text: str = yaml.dump(value, Dumper=_ValueDumper, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8 (lone surrogates cannot)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def load_yaml(text: str) -> YamlValue:
-    """Returns the one document of a text.
+    """Returns the one document of a text; the value of an empty one is None.
 
     Raises:
-        YamlTextError: The text is no YAML or empty, repeats a key, has a key that is no text, or
+        YamlTextError: The text is no YAML, repeats a key, has a key that is no text, or
             contains itself.
     """
     try:
@@ -140,7 +166,8 @@ def load_yaml(text: str) -> YamlValue:
         try:
             node = loader.get_single_node()
             if node is None:
-                raise YamlTextError("expected a mapping, found an empty file", 1)
+                start = yaml.Mark("", 0, 0, 0, "", 0)
+                return YamlValue(value=None, node=yaml.ScalarNode(_NULL, "", start, start))
             _check_node(node, set(), set())
             return YamlValue(value=loader.construct_document(node), node=node)
         finally:
