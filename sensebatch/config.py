@@ -82,7 +82,7 @@ class MemoryConfig:
     vram_budget_bytes: int | None = None
     """Most device memory the run may reserve, activations included; None for what is free."""
     host_budget_bytes: int | None = None
-    """Most host memory weights may take; None for a safe part of what is free."""
+    """Most resident memory of the process; None lets weights take a safe part of what is free."""
     max_batch_size: int = 16
     """Most jobs in one batch; there are fewer where memory does not hold as many."""
     max_batch_image_tokens: int = 16384

@@ -12,10 +12,10 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -90,12 +90,11 @@ class CheckpointStore:
         return [best.get(member, []) for member in members]
 
     def num_images(self) -> int:
-        """Returns how many pictures are kept; reads none, and works beside a run."""
-        most: Counter[tuple[str, str]] = Counter()
-        for folder in self._folders():
-            # One that was taken over is in two folders.
-            most |= _counted(folder)
-        return most.total()
+        """Returns how many pictures are kept; reads none, and works beside a run.
+
+        One that another batch took over, or that was drawn again, counts once.
+        """
+        return len({name for folder in self._folders() for name in _picture_names(folder)})
 
     def _folders(self) -> list[Path]:
         if not self._folder.is_dir():
@@ -191,10 +190,9 @@ def _read_rounds(folder: Path) -> Iterator[_Round]:
 
 def _read_round(path: Path) -> _Round:
     with safe_open(path, framework="np") as file:
-        composition = json.loads((file.metadata() or {})["composition"])
-        members = [(job_id, key) for job_id, key in composition["members"]]
+        members, indexes = _composition(file)
         drawn = []
-        for place, index in enumerate(composition["indexes"]):
+        for place, index in enumerate(indexes):
             tokens = file.get_tensor(f"tokens.{place}")
             image = file.get_tensor(f"image.{place}")
             if image.dtype != np.float32 or not 0 <= index < len(members):
@@ -205,29 +203,30 @@ def _read_round(path: Path) -> _Round:
 
 def _members(folder: Path) -> list[tuple[str, str]]:
     """Returns (id, key) of each job of the batch that made a folder; reads no picture."""
-    return _composition(_round_path(folder, 0))[0]
-
-
-def _counted(folder: Path) -> Counter[tuple[str, str]]:
-    """Returns how many pictures of each (id, key) a folder has, up to the first damaged file."""
-    found: Counter[tuple[str, str]] = Counter()
-    for path in sorted(folder.glob("*.safetensors")):
-        members, indexes = _composition(path)
-        if not members:
-            break
-        found.update(members[index] for index in indexes)
-    return found
-
-
-def _composition(path: Path) -> tuple[list[tuple[str, str]], list[int]]:
-    """Returns (id, key) of each job of a round's batch, and the index of each picture's job.
-
-    Both are empty where the file is missing or damaged.
-    """
     try:
-        with safe_open(path, framework="np") as file:
-            composition = json.loads((file.metadata() or {})["composition"])
-            members = [(job_id, key) for job_id, key in composition["members"]]
-            return members, [index for index in composition["indexes"] if index < len(members)]
+        with safe_open(_round_path(folder, 0), framework="np") as file:
+            return _composition(file)[0]
     except _DAMAGED:
-        return [], []
+        return []
+
+
+def _picture_names(folder: Path) -> Iterator[tuple[tuple[str, str], bytes]]:
+    """Yields job and text of each picture of a folder, up to the first damaged file."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="np") as file:
+                members, indexes = _composition(file)
+                tokens = [file.get_tensor(f"tokens.{place}") for place in range(len(indexes))]
+                names = [
+                    (members[index], text.tobytes())
+                    for index, text in zip(indexes, tokens, strict=True)
+                ]
+        except (*_DAMAGED, IndexError):
+            return
+        yield from names
+
+
+def _composition(file: Any) -> tuple[list[tuple[str, str]], list[int]]:
+    """Returns (id, key) of each job of an open round's batch, and the index of each picture's."""
+    composition = json.loads((file.metadata() or {})["composition"])
+    return [(job_id, key) for job_id, key in composition["members"]], composition["indexes"]

@@ -206,13 +206,17 @@ def test_a_leaner_placement_takes_less_each_time() -> None:
     assert peaks[:-1] == sorted(set(peaks), reverse=True)
 
 
+def load_for_a_large_and_a_small_job() -> tuple[SenseNovaEngine, tuple[Job, Job]]:
+    """Returns an engine that is to keep more weights for the second job than for the first."""
+    jobs = make_job("a", resolution=Resolution(height=512, width=512)), make_job("bb")
+    loads = [group_load(make_plan([plan_entry(job)], MemoryConfig()).groups[0]) for job in jobs]
+    return load(make_config(vram_budget_bytes=264 * MIB), loads=loads), jobs
+
+
 def test_memory_for_more_weights_that_is_not_there_is_done_without(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    large = Resolution(height=512, width=512)
-    jobs = make_job("a", resolution=large), make_job("bb")
-    loads = [group_load(make_plan([plan_entry(job)], MemoryConfig()).groups[0]) for job in jobs]
-    engine = load(make_config(vram_budget_bytes=264 * MIB), loads=loads)
+    engine, jobs = load_for_a_large_and_a_small_job()
     expected = pixels(generate(load(make_config(vram_mode="full")), jobs[1]))
     generate(engine, jobs[0])
     few = engine._placement.num_buffers
@@ -235,10 +239,7 @@ def test_memory_for_more_weights_that_is_not_there_is_done_without(
 def test_room_is_made_for_the_group_whose_weights_do_not_fit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    large = Resolution(height=512, width=512)
-    jobs = make_job("a", resolution=large), make_job("bb")
-    loads = [group_load(make_plan([plan_entry(job)], MemoryConfig()).groups[0]) for job in jobs]
-    engine = load(make_config(vram_budget_bytes=264 * MIB), loads=loads)
+    engine, jobs = load_for_a_large_and_a_small_job()
     wanted = engine._placements.of(group_key(jobs[1])).num_buffers
     enough = engine._residency._buffer_bytes(2)
 

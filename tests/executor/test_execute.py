@@ -10,7 +10,7 @@ from PIL import Image
 
 from sensebatch.config import ExecutionConfig, OutputConfig
 from sensebatch.errors import StorageFullError
-from sensebatch.jobs import Task
+from sensebatch.jobs import Job, Task
 from sensebatch.resolutions import Resolution
 from sensebatch.store import files
 from sensebatch.store.checkpoints import CheckpointStore
@@ -237,13 +237,20 @@ def test_display_that_fails_does_not_fail_a_job(tmp_path: Path) -> None:
     assert (summary.done, summary.failed) == (1, 0)
 
 
-def test_interrupted_batch_larger_than_the_new_size_is_planned_anew(tmp_path: Path) -> None:
+def interrupted_batch_of_four(folder: Path) -> list[Job]:
+    """Returns the jobs of a folder whose only batch was begun and not finished."""
+
     def interrupt() -> None:
         raise KeyboardInterrupt
 
     jobs = [make_job(f"j{i}") for i in range(4)]
     with pytest.raises(KeyboardInterrupt):
-        run_folder(tmp_path, jobs, make_config(max_batch_size=4), engine=FakeEngine(interrupt))
+        run_folder(folder, jobs, make_config(max_batch_size=4), engine=FakeEngine(interrupt))
+    return jobs
+
+
+def test_interrupted_batch_larger_than_the_new_size_is_planned_anew(tmp_path: Path) -> None:
+    jobs = interrupted_batch_of_four(tmp_path)
     assert run_folder(tmp_path, jobs, stop=Flag(after=0)).seen.notes == [
         "batch of 4 jobs is planned anew"
     ]
@@ -264,12 +271,7 @@ def test_batches_are_as_large_as_the_engine_has_memory_for(tmp_path: Path) -> No
 
 
 def test_interrupted_batch_that_no_longer_fits_is_planned_anew(tmp_path: Path) -> None:
-    def interrupt() -> None:
-        raise KeyboardInterrupt
-
-    jobs = [make_job(f"j{i}") for i in range(4)]
-    with pytest.raises(KeyboardInterrupt):
-        run_folder(tmp_path, jobs, make_config(max_batch_size=4), engine=FakeEngine(interrupt))
+    jobs = interrupted_batch_of_four(tmp_path)
     engine = FakeEngine(fitting={jobs[0].resolution.image_tokens: 3})
     ran = run_folder(tmp_path, jobs, make_config(max_batch_size=4), engine=engine)
     assert ran.seen.notes == ["batch of 4 jobs is planned anew"]

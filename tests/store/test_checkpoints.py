@@ -83,6 +83,9 @@ def test_pictures_are_counted_once_and_only_those_that_can_be_used(tmp_path: Pat
     new.load()
     new.save([(1, picture("c"))])
     assert store.num_images() == 4
+    # Drawn again, because others of its pass were not kept.
+    new.save([(1, picture("c"))])
+    assert store.num_images() == 4
     for folder in (1, 2):
         (tmp_path / f"c/{folder}/0000.safetensors").write_bytes(b"damaged")
     assert store.num_images() == 0
