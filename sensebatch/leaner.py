@@ -60,6 +60,8 @@ def _streamed(weights: WeightBytes, placement: Placement) -> Placement:
     """Returns a placement of all weights without those that others can be streamed beside."""
     num_buffers = fast_buffers(weights, writes=True)
     held = weights.buffers(RING, num_buffers - RING)
+    room = placement.host_budget_bytes
+    blocks = weights.blocks if room is None else min(weights.blocks, room)
     return replace(
         placement,
         mode="fast",
@@ -67,7 +69,7 @@ def _streamed(weights: WeightBytes, placement: Placement) -> Placement:
         embed_on_device=False,
         park_caches=True,
         device_bytes=placement.device_bytes - weights.blocks - weights.embeddings + held,
-        host_bytes=placement.host_bytes + weights.blocks + weights.embeddings,
+        host_bytes=placement.host_bytes + weights.embeddings + blocks,
         reason=_reason(num_buffers),
     )
 
@@ -93,7 +95,8 @@ def keeping(
 
 def _keeping(weights: WeightBytes, placement: Placement, num_buffers: int) -> Placement:
     assert placement.num_buffers is not None
-    mode = "fast" if num_buffers >= weights.buffers_for_pictures(RING) else "balanced"
+    all_stay = weights.layers_kept(num_buffers, RING) == weights.num_generation
+    mode = "fast" if all_stay else "balanced"
     return replace(
         placement,
         mode=placement.mode if placement.mode == "low" else mode,

@@ -178,14 +178,15 @@ class _Planner:
         extra = (limit - lean.device_bytes) // self.weights.kept_block
         # Buffers for every block would hold no more than those for all but one.
         extra = min(extra, self.weights.num_generation + self.weights.num_understanding - RING - 1)
-        kept = min(extra, self.weights.num_generation)
+        kept = self.weights.layers_kept(RING + extra, RING)
+        layers = self.weights.num_generation
+        stays = "all" if kept == layers else f"{kept} of {layers}"
         return replace(
             lean,
-            mode="fast" if kept == self.weights.num_generation else lean.mode,
+            mode="fast" if kept == layers else lean.mode,
             num_buffers=RING + extra,
             device_bytes=lean.device_bytes + extra * self.weights.kept_block,
-            reason=f"{self._what(limit)} holds {kept} of {self.weights.num_generation} "
-            "generation layers, the others are streamed",
+            reason=f"{self._what(limit)} holds {stays} generation layers, the others are streamed",
         )
 
     def _largest(

@@ -45,6 +45,17 @@ class WeightBytes:
         """Returns how many buffers keep the generation expert beside the ring."""
         return ring + self.num_generation
 
+    def layers_kept(self, num_buffers: int | None, ring: int) -> int:
+        """Returns how many generation layers stay while pictures are drawn.
+
+        Args:
+            num_buffers: On the device; None for one of each block's own.
+            ring: How many of them blocks go through that do not stay.
+        """
+        if num_buffers is None or num_buffers >= self.num_generation:
+            return self.num_generation
+        return num_buffers - ring
+
     def buffers_for_text(self, ring: int) -> int:
         """Returns how many buffers keep the understanding expert and the head, the ring's memory
         taken for them as well; at least the ring."""

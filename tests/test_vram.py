@@ -306,6 +306,8 @@ def test_what_one_group_gives_up_no_other_keeps() -> None:
     assert less is not None
     after = [less.of(load.group).num_buffers for load in (dot, story)]
     assert after == [before[0] - (before[1] - after[1]), max(before[1] // 2, RING)]
+    # Nor does a group that was not planned for.
+    assert less.leanest.num_buffers == after[1]
     while less.of(story.group).num_buffers > RING:
         less = leaner(ARCH, less, story.group, 2)
     alone = leaner(ARCH, less, story.group, 2)
@@ -322,6 +324,20 @@ def test_all_weights_are_given_up_by_every_group_and_the_host_budget_holds() -> 
     assert all(less.of(load.group).num_buffers for load in (dot, story))
     kept = less.of(dot.group).host_budget_bytes + weight_bytes(ARCH, 2).embeddings
     assert 15 * GIB < kept + PROGRAM_BYTES <= 20 * GIB
+    assert 15 * GIB < less.of(dot.group).host_bytes <= 20 * GIB
+
+
+def test_a_reason_counts_the_layers_that_stay() -> None:
+    said = {
+        chosen.num_buffers: (chosen.mode, chosen.reason.split(" holds ")[1])
+        for budget in range(15 * GIB, 18 * GIB, GIB // 16)
+        if (chosen := placed(vram_budget_bytes=budget)).num_buffers is not None
+    }
+    assert ARCH.num_layers == 42
+    rest = "generation layers, the others are streamed"
+    assert said[41] == ("balanced", f"39 of 42 {rest}")
+    # Where there is a buffer for each, none are left over for the others to go through.
+    assert [said[count] for count in (42, 43, 44)] == [("fast", f"all {rest}")] * 3
 
 
 @pytest.mark.parametrize("memory", [{"vram_mode": "fast"}, {}])

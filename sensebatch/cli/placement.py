@@ -21,7 +21,7 @@ from sensebatch.footprint import Load, jobs_per_pass
 from sensebatch.placement import Placement
 from sensebatch.plan import Plan, group_load
 from sensebatch.vram import MODES, RING, place
-from sensebatch.weights import weight_bytes
+from sensebatch.weights import WeightBytes, weight_bytes
 
 ITEM_BYTES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
 """Bytes of a weight; auto as on a GPU."""
@@ -128,17 +128,15 @@ class _Run:
             "groups": groups,
         }
 
-    def _kept_layers(self, placement: Placement) -> int:
-        """Returns how many layers of the generation expert stay on the device for all steps."""
-        layers, buffers = self.arch.num_layers, placement.num_buffers
-        return layers if buffers is None or layers <= buffers else buffers - RING
-
     def _file_bytes(self, placement: Placement) -> int:
         """Returns the bytes of blocks that host memory has no room for."""
         if placement.num_buffers is None or placement.host_budget_bytes is None:
             return 0
-        blocks = weight_bytes(self.arch, self.item_bytes, self.precision).blocks
-        return max(blocks - placement.host_budget_bytes, 0)
+        return max(self._weights.blocks - placement.host_budget_bytes, 0)
+
+    @property
+    def _weights(self) -> WeightBytes:
+        return weight_bytes(self.arch, self.item_bytes, self.precision)
 
     def _group(self, load: Load, num_jobs: int, placement: Placement) -> dict[str, Any]:
         load = placement.fitted(load)
@@ -148,7 +146,7 @@ class _Run:
             "reason": placement.reason,
             "batch_size": load.batch_size,
             "jobs_per_pass": jobs_per_pass(load, placement.tokens_per_pass),
-            "kept_layers": self._kept_layers(placement),
+            "kept_layers": self._weights.layers_kept(placement.num_buffers, RING),
             "device_bytes": placement.device_bytes,
             "host_bytes": placement.host_bytes,
             "seconds": None if seconds is None else asdict(seconds),

@@ -189,3 +189,26 @@ def test_a_file_of_speeds_that_cannot_be_used_is_named(
     assert ended.code == 0
     assert f"warning: {measured}: " in ended.err
     assert ended.json["machine"] is None
+
+
+def test_plan_says_of_each_group_what_stays_and_what_is_read_again(
+    invoke: Invoke, large: Path
+) -> None:
+    options = (*MODEL, "--max-memory", "0=13GiB,cpu=4GiB")
+    (mode,) = invoke("plan", large, *options, "--json").json["memory"]
+    assert [group["batch_size"] for group in mode["groups"]] == [2, 1]
+    assert [group["kept_layers"] for group in mode["groups"]] == [31, 32]
+    assert 30 * GIB < mode["file_bytes"] < 31 * GIB
+
+
+def test_plan_for_people_has_steps_branches_and_modes_of_each_group(
+    invoke: Invoke, large: Path
+) -> None:
+    options = (*MODEL, "--max-memory", "0=16GiB,cpu=4GiB")
+    lines = [line.split() for line in invoke("plan", large, *options).out.splitlines()]
+    assert [line[:5] for line in lines if line[:1] in (["1"], ["2"])] == [
+        ["1", "t2i", "2048x2048", "50", "2"],
+        ["2", "t2i", "1024x1024", "50", "2"],
+        ["1", "balanced", "2", "2", "39"],
+        ["2", "fast", "1", "1", "42"],
+    ]

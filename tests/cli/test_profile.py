@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from sensebatch.profile.rows import read_rows, write_rows
 from tests.cli.conftest import Invoke
 from tests.profile.results import result
 
+ROOT = Path(__file__).parents[2]
 SMALL = ("--model", "synthetic:tiny", "--steps", "1", "--jobs", "1", "--size", "64x32")
 
 
@@ -99,6 +103,33 @@ def test_a_signal_ends_the_running_case_and_the_suite(
     monkeypatch.setattr(profile, "_MAIN", child)
     with pytest.raises(KeyboardInterrupt):
         profile.launch([], tmp_path / "said.txt")
+
+
+STUBBORN = (
+    "import os, signal, time\n"
+    "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    "for _ in range(2):\n"
+    "    os.kill(os.getppid(), signal.SIGTERM)\n"
+    "    time.sleep(1)\n"
+)
+LAUNCH = (
+    "import pathlib, sys\n"
+    "from sensebatch.cli import profile\n"
+    "profile._MAIN = sys.argv[1]\n"
+    "profile.launch([], pathlib.Path(sys.argv[2]))\n"
+)
+
+
+def test_a_second_signal_promises_nothing_of_a_suite(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", LAUNCH, STUBBORN, tmp_path / "said.txt"],
+        cwd=ROOT,
+        check=False,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert ended.returncode == 128 + signal.SIGTERM
+    assert ended.stderr.endswith("\nstopped at once\n")
 
 
 def test_doctor_describes_the_machine(invoke: Invoke) -> None:

@@ -289,3 +289,17 @@ def test_flash_attention_is_refused_where_it_cannot_be_used() -> None:
     config = replace(config, model=replace(config.model, attn_backend="flash"))
     with pytest.raises(ConfigError, match="attn_backend: expected flash to be usable"):
         load(config)
+
+
+def test_the_engine_says_and_warms_up_for_the_batch_that_fits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    warmed: list[Load] = []
+    monkeypatch.setattr(engine_module, "warm_up", lambda _, __, loads: warmed.extend(loads))
+    jobs = [make_job("a" * length) for length in range(1, 9)]
+    (plan,) = make_plan(map(plan_entry, jobs), MemoryConfig()).groups
+    engine = load(make_config(vram_budget_bytes=256 * MIB), loads=[group_load(plan)])
+    size = engine.largest_batch(plan.group)
+    assert size is not None
+    assert size < len(jobs)
+    assert [load.batch_size for load in warmed] == [size]

@@ -203,3 +203,12 @@ def test_the_waiting_is_not_told_behind_a_stopped_batch(engine: SenseNovaEngine)
     with pytest.raises(BatchStoppedError):
         run(engine, make_jobs(), stop=Stop())
     assert run(engine, make_jobs()).metrics.wait_s is None
+
+
+def test_a_batch_in_which_one_story_has_more_pictures_heeds_a_stop(
+    engine: SenseNovaEngine,
+) -> None:
+    jobs = make_jobs(Task.INTERLEAVE)
+    jobs[0] = replace(jobs[0], sampling=replace(jobs[0].sampling, max_images=1))
+    with pytest.raises(BatchStoppedError):
+        run(engine, jobs, stop=Stop())

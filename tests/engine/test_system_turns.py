@@ -177,3 +177,14 @@ def test_prompts_behind_a_shared_turn_take_no_more_than_expected(jobs: int) -> N
     expected = prompt_bytes(network.arch, load, 4, parked=False)
     assert live.peak <= expected
     assert jobs == 1 or expected <= 2 * MOST * live.peak
+
+
+def test_a_kept_turn_waits_where_the_next_batch_lets_prefixes_wait() -> None:
+    kept: dict[tuple[int, ...], KVCache] = {}
+    runner = CountingRunner(system_turns=kept)
+    start(runner, prepared(runner, "a"))
+    (cache,) = kept.values()
+    assert cache._parcel is None
+    later = CountingRunner(system_turns=kept, limits=PassLimits(park=Pages(pin=False).take))
+    start(later, prepared(later, "b"), prepared(later, "c"))
+    assert cache._parcel is not None

@@ -122,3 +122,31 @@ def test_pictures_behind_prefixes_that_waited_are_bit_identical(config: str, nam
     runner.limits = PassLimits(image_tokens=1, park=pages.take)
     assert same(run_case(runner, case), expected)
     assert pages.num_made > 0
+
+
+def test_pinning_is_given_up_after_one_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def refuse(buffer: torch.Tensor) -> None:
+        tried.append(buffer)
+        raise OutOfMemoryError("pinning failed")
+
+    monkeypatch.setattr(pages_module, "PinnedMemory", refuse)
+    filled(5).park(Pages(pin=True, page_bytes=64).take)
+    assert len(tried) == 1
+
+
+def test_pages_stay_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pinned:
+        alive = 0
+
+        def __init__(self, _: torch.Tensor) -> None:
+            Pinned.alive += 1
+
+        def __del__(self) -> None:
+            Pinned.alive -= 1
+
+    monkeypatch.setattr(pages_module, "PinnedMemory", Pinned)
+    pages = Pages(pin=True, page_bytes=64)
+    filled(5).park(pages.take)
+    assert Pinned.alive == pages.num_made > 1
