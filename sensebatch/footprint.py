@@ -144,7 +144,7 @@ def _picture_pass_bytes(
         fused: See `_half_numbers`.
     """
     query, key = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-    part = min(max(ROWS // image_tokens, 1), pictures) * image_tokens
+    part = min(pictures_per_part(image_tokens), pictures) * image_tokens
     project, finish = _half_numbers(arch, min(part, ROWS), fused=fused)
     attended = part * query
     held = (arch.hidden_size + 2 * arch.head_dim) * pictures * image_tokens
@@ -268,10 +268,30 @@ def text_bytes(
     return caches + twice + max(text_pass, read_back)
 
 
+def pictures_per_part(image_tokens: int) -> int:
+    """Returns how many pictures go through the halves of a layer together; see `ROWS`."""
+    return max(ROWS // image_tokens, 1)
+
+
+def pictures_per_pass(image_tokens: int, tokens_per_pass: int) -> int:
+    """Returns how many jobs' pictures are drawn together at most.
+
+    As many as fill parts, if it is more than one: then the products of matrices are of the same
+    rows whatever the limit, and so are their roundings.
+
+    Args:
+        image_tokens: Of a picture.
+        tokens_per_pass: Limit for all of a pass; one picture always is.
+    """
+    fitting = max(tokens_per_pass // image_tokens, 1)
+    part = pictures_per_part(image_tokens)
+    return fitting if fitting < part else fitting - fitting % part
+
+
 def jobs_per_pass(load: Load, tokens_per_pass: int) -> int:
     """Returns how many jobs of a group are drawn together."""
-    fitting = max(tokens_per_pass // load.group.resolution.image_tokens, 1)
-    return min(fitting, load.batch_size)
+    most = pictures_per_pass(load.group.resolution.image_tokens, tokens_per_pass)
+    return min(most, load.batch_size)
 
 
 def prefixes_wait(batch_size: int, jobs: int) -> bool:

@@ -14,6 +14,7 @@ from sensebatch.errors import ConfigError
 from sensebatch.footprint import (
     GIB,
     MIB,
+    ROWS,
     Load,
     host_working_bytes,
     jobs_per_pass,
@@ -28,6 +29,8 @@ NUM_STAGING = 2
 """Host buffers that blocks are read ahead into from the checkpoint's files."""
 CUDA_TOKENS_PER_PASS = 8192
 """Image tokens in one denoising pass: enough to hide a layer's copy behind its computation."""
+LOW_TOKENS_PER_PASS = ROWS
+"""The same under `low`: what activations need memory for, however small a pass is."""
 MODES = ("auto", "full", "fast", "balanced", "low")
 HOST_SHARE = 0.7
 """Part of the free host memory that weights may take where no budget is given."""
@@ -163,8 +166,8 @@ class _Planner:
         """Returns a group's placement under a limit: what its jobs leave over holds weights.
 
         Of a group that writes, the batch is so large that the weights for text stay, if that can
-        be: a token would have to wait for the others. Else smaller batches come before single
-        jobs in a pass, as long as two can share one.
+        be: a token would have to wait for the others. Else smaller batches come before the
+        passes of `low`, as long as two jobs can share one.
         """
         lean = None
         if load is not None and load.text_tokens:
@@ -218,7 +221,7 @@ class _Planner:
         writes = load is not None and load.text_tokens > 0
         num_buffers = {"full": None, "fast": fast_buffers(weights, writes=writes)}.get(mode, RING)
         parked = num_buffers is not None
-        tokens_per_pass = 1 if mode == "low" else CUDA_TOKENS_PER_PASS
+        tokens_per_pass = LOW_TOKENS_PER_PASS if mode == "low" else CUDA_TOKENS_PER_PASS
         if num_buffers is None:
             device = weights.blocks + weights.embeddings
         else:

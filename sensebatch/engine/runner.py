@@ -28,7 +28,7 @@ from sensebatch.engine.preprocess import Patches
 from sensebatch.engine.prompts import Grid, ImageSpan, Prompt, positions, segments
 from sensebatch.engine.sampling.text import Step
 from sensebatch.errors import BatchStoppedError
-from sensebatch.footprint import MAX_PREFILL_TOKENS
+from sensebatch.footprint import MAX_PREFILL_TOKENS, pictures_per_pass
 from sensebatch.resolutions import Resolution
 from sensebatch.vram import CUDA_TOKENS_PER_PASS
 
@@ -74,7 +74,7 @@ class PassLimits:
 
     def together(self, resolution: Resolution) -> int:
         """Returns how many pictures of a size are drawn together at most."""
-        return max(self.image_tokens // resolution.image_tokens, 1)
+        return pictures_per_pass(resolution.image_tokens, self.image_tokens)
 
 
 class Runner:

@@ -1,7 +1,8 @@
 """Runs command lines in processes of their own that need not import everything each time.
 
 Reads a JSON list of arguments a line on stdin; says the process's id as it starts and how it
-ended, each on a line of stdout. Nothing is computed before a process is made.
+ended, each on a line of stdout. Nothing is computed before a process is made. With the argument
+`alone`, vram_mode `low` draws small pictures one by one too.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import pyarrow.parquet  # noqa: F401
 import transformers
 
 import sensebatch.engine.engine  # noqa: F401
+from sensebatch import vram
 from sensebatch.cli.main import main
 
 
@@ -33,4 +35,6 @@ def _serve() -> None:
 
 
 if __name__ == "__main__":
+    if "alone" in sys.argv:
+        vram.LOW_TOKENS_PER_PASS = 1
     _serve()

@@ -10,13 +10,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 from safetensors import safe_open
@@ -92,11 +91,11 @@ def _has_ended(pid: int) -> bool:
         return True
 
 
-@pytest.fixture(scope="module")
-def program() -> Iterator[Program]:
+@contextmanager
+def _started(*options: str) -> Iterator[Program]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        [sys.executable, "-m", "tests.cli.fork_server"],
+        [sys.executable, "-m", "tests.cli.fork_server", *options],
         cwd=ROOT,
         env=environment,
         stdin=subprocess.PIPE,
@@ -104,6 +103,19 @@ def program() -> Iterator[Program]:
         text=True,
     ) as server:
         yield Program(server)
+
+
+@pytest.fixture(scope="module")
+def program() -> Iterator[Program]:
+    with _started() as program:
+        yield program
+
+
+@pytest.fixture(scope="module")
+def one_by_one() -> Iterator[Program]:
+    """The program, but that `low` draws small pictures one by one too."""
+    with _started("alone") as program:
+        yield program
 
 
 @pytest.fixture(scope="module")
@@ -185,26 +197,26 @@ def _kept_jobs(root: Path) -> list[list[int]]:
     return found
 
 
-def test_sigkill_between_passes_loses_no_finished_pass(program: Program, tmp_path: Path) -> None:
+def test_sigkill_between_passes_loses_no_finished_pass(one_by_one: Program, tmp_path: Path) -> None:
     """Four passes of one job each, killed behind the first three; each is drawn once."""
     manifest = tmp_path / "passes.yaml"
     manifest.write_text(PASSES, encoding="utf-8")
     command = ("run", manifest, "--vram-mode", "low", "--output-dir")
-    assert program.run(*command, tmp_path / "whole") == 0
+    assert one_by_one.run(*command, tmp_path / "whole") == 0
     root = tmp_path / "killed"
     for number in range(3):
         moment = _file_count(f"checkpoints/*/{number:04d}.safetensors", 1)
-        assert program.run(*command, root, kill_at=partial(moment, root)) < 0
+        assert one_by_one.run(*command, root, kill_at=partial(moment, root)) < 0
         kept = _kept_jobs(root)
         assert len(kept) > number
         assert kept == [[index] for index in range(len(kept))]
-    assert program.run(*command, root) == 0
+    assert one_by_one.run(*command, root) == 0
     assert _made(root) == _made(tmp_path / "whole")
     assert not list((root / "checkpoints").iterdir())
 
 
 def test_first_signal_ends_a_run_between_passes_and_loses_none(
-    program: Program, tmp_path: Path
+    one_by_one: Program, tmp_path: Path
 ) -> None:
     """Twelve passes of one job each; stopped in the second and, gone on, behind the next one."""
     manifest = tmp_path / "passes.yaml"
@@ -213,14 +225,14 @@ def test_first_signal_ends_a_run_between_passes_and_loses_none(
     root, kept = tmp_path / "stopped", _kept_jobs(tmp_path / "stopped")
     for number in (signal.SIGINT, signal.SIGTERM):
         moment = partial(_file_count(f"checkpoints/*/{len(kept):04d}.safetensors", 1), root)
-        assert program.run(*command, root, kill_at=moment, by=number) == 75
+        assert one_by_one.run(*command, root, kill_at=moment, by=number) == 75
         before, kept = kept, _kept_jobs(root)
         assert len(kept) > len(before)
         # Each pass once, so that none was drawn again.
         assert kept == [[index] for index in range(len(kept))]
         assert outcome(root) == ({}, [])
-    assert program.run(*command, root) == 0
-    assert program.run(*command, tmp_path / "whole") == 0
+    assert one_by_one.run(*command, root) == 0
+    assert one_by_one.run(*command, tmp_path / "whole") == 0
     assert _made(root) == _made(tmp_path / "whole")
     assert not list((root / "checkpoints").iterdir())
 
@@ -233,27 +245,10 @@ def test_a_run_made_twice_is_the_same_bytes(
     assert _made(again) == _made(uninterrupted)
 
 
-@pytest.mark.parametrize("mode", ["full", "fast", "balanced"])
+@pytest.mark.parametrize("mode", ["full", "fast", "balanced", "low"])
 def test_memory_modes_make_the_same_bytes(
     program: Program, manifest: Path, uninterrupted: Path, mode: str
 ) -> None:
     root = manifest.parent / mode
     assert program.run("run", manifest, "--output-dir", root, "--vram-mode", mode) == 0
     assert _made(root) == _made(uninterrupted)
-
-
-def test_low_makes_the_same_bytes_of_single_jobs_and_all_but_the_same_of_batches(
-    program: Program, manifest: Path, uninterrupted: Path
-) -> None:
-    """Products of matrices of another size round otherwise."""
-    folder = manifest.parent
-    low = ("run", manifest, "--vram-mode", "low", "--output-dir")
-    assert program.run(*low, folder / "low") == 0
-    for path in (uninterrupted / "images").rglob("*.png"):
-        expected = np.asarray(Image.open(path), np.int16)
-        found = np.asarray(Image.open(folder / "low" / path.relative_to(uninterrupted)), np.int16)
-        assert np.abs(found - expected).max() <= 2
-    alone = ("--max-batch-size", "1")
-    assert program.run(*low, folder / "low-alone", *alone) == 0
-    assert program.run("run", manifest, "--output-dir", folder / "full-alone", *alone) == 0
-    assert _made(folder / "low-alone") == _made(folder / "full-alone")

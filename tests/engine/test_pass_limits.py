@@ -2,20 +2,71 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from tests.engine.test_engine import generate, load, make_config, make_job
+from sensebatch import footprint, vram
+from sensebatch.engine.runner import PassLimits
+from sensebatch.resolutions import Resolution
+from tests.engine.test_engine import generate, load, make_config, make_job, pixels
+
+NUM_TOKENS = make_job("a").resolution.image_tokens
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two pictures in a part, and four in a pass but under `low`."""
+    monkeypatch.setattr(footprint, "ROWS", 2 * NUM_TOKENS)
+    monkeypatch.setattr(vram, "LOW_TOKENS_PER_PASS", 2 * NUM_TOKENS)
+    monkeypatch.setattr(vram, "CUDA_TOKENS_PER_PASS", 5 * NUM_TOKENS)
 
 
 @pytest.mark.parametrize(("mode", "passes"), [("full", 1), ("balanced", 1), ("low", 2)])
-def test_low_draws_the_pictures_of_a_batch_one_by_one(mode: str, passes: int) -> None:
-    result = generate(load(make_config(vram_mode=mode)), make_job("a"), make_job("bb"))
+def test_low_draws_as_many_pictures_in_a_pass_as_share_a_part(mode: str, passes: int) -> None:
+    result = generate(load(make_config(vram_mode=mode)), *map(make_job, ("a", "bb", "ccc", "dddd")))
     assert result.metrics.num_denoise_steps == 2 * passes
 
 
 @pytest.mark.parametrize(
+    ("sampling", "interval"), [({"cfg_scale": 1.0}, (0.0, 1.0)), ({"cfg_scale": 4.0}, (0.3, 1.0))]
+)
+@pytest.mark.parametrize("num_jobs", [2, 3, 5, 7])
+def test_pictures_are_the_same_bytes_however_many_share_a_pass(
+    sampling: dict[str, float], interval: tuple[float, float], num_jobs: int
+) -> None:
+    """Products of matrices of another size would round otherwise, so that a level would change."""
+    first = make_job("a")
+    settings = replace(first.sampling, **sampling, cfg_interval=interval)
+    jobs = [make_job("a" * (1 + index), sampling=settings) for index in range(num_jobs)]
+    expected = pixels(generate(load(make_config(vram_mode="full")), *jobs))
+    assert pixels(generate(load(make_config(vram_mode="low")), *jobs)) == expected
+    assert len(set(expected)) == num_jobs
+
+
+@pytest.mark.parametrize(
+    ("image_tokens", "limit", "pictures"),
+    [
+        (1, 1, 1),
+        (1, 5, 5),
+        (1, 12, 12),
+        (1, 13, 12),
+        (6, 30, 4),
+        (6, 11, 1),
+        (7, 30, 4),
+        (50, 1, 1),
+    ],
+)
+def test_a_pass_is_whole_parts_or_less_than_one(
+    image_tokens: int, limit: int, pictures: int
+) -> None:
+    size = Resolution(height=32, width=32 * image_tokens)
+    assert PassLimits(image_tokens=limit).together(size) == pictures
+
+
+@pytest.mark.parametrize(
     ("mode", "names", "waits"),
-    [("full", "ab", False), ("fast", "ab", False), ("low", "a", False), ("low", "ab", True)],
+    [("full", "abc", False), ("fast", "abc", False), ("low", "ab", False), ("low", "abc", True)],
 )
 def test_prefixes_wait_in_host_memory_where_a_batch_is_more_than_one_pass(
     mode: str, names: str, waits: bool

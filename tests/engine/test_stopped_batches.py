@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
+from sensebatch import vram
 from sensebatch.contract import DrawnImage, Progress
 from sensebatch.engine.engine import SenseNovaEngine
 from sensebatch.engine.runner import Runner
@@ -46,7 +47,9 @@ NEVER = Stop("never", 1)
 @pytest.fixture(scope="module")
 def engine() -> SenseNovaEngine:
     """Draws one picture a pass; with made-up weights, so that it says what it is to say."""
-    return load(make_config(vram_mode="low"), "synthetic:tiny")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vram, "LOW_TOKENS_PER_PASS", 1)
+        return load(make_config(vram_mode="low"), "synthetic:tiny")
 
 
 def make_jobs(task: Task = Task.T2I, *, think: bool = False, rounds: int = NUM_ROUNDS) -> list[Job]:

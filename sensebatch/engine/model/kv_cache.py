@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sensebatch.engine.model.attention import Attention, Segment, attend_segments
-from sensebatch.footprint import GROWTH_TOKENS, ROOM_SPARE, ROWS
+from sensebatch.footprint import GROWTH_TOKENS, ROOM_SPARE, pictures_per_part
 
 
 class Parcel(Protocol):
@@ -292,8 +292,8 @@ class GenerationContext:
         self._keys, self._values = caches[0].new_rows(num_tokens + longest)
 
     def parts(self, num_tokens: int) -> Sequence[slice]:
-        """Returns whole images, about `ROWS` tokens at a time."""
-        size = max(ROWS // self._num_tokens, 1) * self._num_tokens
+        """Returns whole images, as many at a time as `pictures_per_part` says."""
+        size = pictures_per_part(self._num_tokens) * self._num_tokens
         return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
 
     def room(self, num_tokens: int) -> tuple[Tensor, Tensor] | None:

@@ -32,7 +32,7 @@ from sensebatch.engine.model.patchify import (
 )
 from sensebatch.engine.model.rope import Rotary, patch_rotary, token_rotary
 from sensebatch.engine.model.transformer import Expert
-from sensebatch.footprint import ROWS
+from sensebatch.footprint import pictures_per_part
 from sensebatch.resolutions import Resolution
 
 
@@ -270,7 +270,7 @@ class Network(nn.Module):
         )
         x_BND = x_TD.unflatten(0, (len(caches), -1))
         x_BNx = z_JNx.new_empty(len(caches), *z_JNx.shape[1:], dtype=torch.float32)
-        at_a_time = max(ROWS // size.image_tokens, 1)
+        at_a_time = pictures_per_part(size.image_tokens)
         for part_BND, part_BNx in zip(x_BND.split(at_a_time), x_BNx.split(at_a_time), strict=True):
             part_BNx.copy_(self.head(part_BND, size.height, size.width))
         return x_BNx
@@ -287,7 +287,7 @@ class Network(nn.Module):
         x_BND = condition_D.new_empty(len(pictures), size.image_tokens, self.arch.hidden_size)
         # So many pictures at a time as keep what is needed for a moment as small as in a layer;
         # each is embedded once for all evaluations that look at it.
-        at_a_time = max(ROWS // size.image_tokens, 1)
+        at_a_time = pictures_per_part(size.image_tokens)
         for start in range(0, len(z_JNx), at_a_time):
             z_part = z_JNx[start : start + at_a_time]
             embedded_TD = self.generation_vision(
