@@ -137,11 +137,7 @@ class Log:
         """
         start = time.monotonic()
         last = self._state.num_attempts()
-        complete = last // PART_ROWS
-        for number in range(complete):
-            if not self._is_part(self._part(number)):
-                self._write(self._part(number), iter([self._rows_of_part(number)]))
-        self._write(self._run_dir.log, self._tables(complete, last))
+        self._write(self._run_dir.log, self._tables(last))
         end = time.monotonic()
         self._due = end + max(_MIN_INTERVAL_S, (end - start) / _MAX_SHARE)
 
@@ -149,18 +145,23 @@ class Log:
         """Returns whether log.parquet is there, whole, and has every row."""
         try:
             with pq.ParquetFile(self._run_dir.log) as file:
-                rows = file.metadata.num_rows
+                # Read to the end: what is damaged inside has an end that can be read.
+                rows = sum(batch.num_rows for batch in file.iter_batches(PART_ROWS))
                 return self._is_own(file) and rows == self._state.num_attempts()
         except (OSError, pa.ArrowException):
             return False
 
-    def _tables(self, complete: int, last: int) -> Iterator[pa.Table]:
+    def _tables(self, last: int) -> Iterator[pa.Table]:
+        """Yields all rows, part by part, and writes the parts that are not there yet."""
+        complete = last // PART_ROWS
         for number in range(complete):
-            yield pq.read_table(self._part(number), schema=self._schema)
+            path = self._part(number)
+            rows = self._read_part(path)
+            if rows is None:
+                rows = self._rows(number * PART_ROWS + 1, (number + 1) * PART_ROWS)
+                self._write(path, iter([rows]))
+            yield rows
         yield self._rows(complete * PART_ROWS + 1, last)
-
-    def _rows_of_part(self, number: int) -> pa.Table:
-        return self._rows(number * PART_ROWS + 1, (number + 1) * PART_ROWS)
 
     def _rows(self, first: int, last: int) -> pa.Table:
         rows = [row_from_json(text) for text in self._state.attempt_rows(first, last)]
@@ -169,16 +170,20 @@ class Log:
     def _part(self, number: int) -> Path:
         return self._run_dir.log_parts / f"part-{number:05d}.parquet"
 
-    def _is_part(self, path: Path) -> bool:
+    def _read_part(self, path: Path) -> pa.Table | None:
+        """Returns the rows of a part, or None where it is missing, damaged or another state's."""
         try:
             with pq.ParquetFile(path) as file:
-                return self._is_own(file) and file.metadata.num_rows == PART_ROWS
+                is_part = self._is_own(file) and file.metadata.num_rows == PART_ROWS
+                return file.read() if is_part else None
         except (OSError, pa.ArrowException):
-            return False
+            return None
 
     def _is_own(self, file: pq.ParquetFile) -> bool:
         """Whether a file has these columns and belongs to this state, not to one before it."""
-        return file.schema_arrow.equals(self._schema, check_metadata=True)
+        # Not equal with metadata checked: a list's items have another name once they were written.
+        found = file.schema_arrow
+        return found.equals(self._schema) and found.metadata == self._schema.metadata
 
     def _write(self, path: Path, tables: Iterator[pa.Table]) -> None:
         temporary = path.with_name(f".{path.name}.tmp")

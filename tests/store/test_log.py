@@ -98,6 +98,45 @@ def test_log_is_rebuilt_from_the_state_alone(
     assert pq.read_table(tmp_path / "log.parquet").equals(before)
 
 
+def test_what_is_written_stays_as_it_is_until_there_are_more_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "PART_ROWS", 2)
+    jobs = [make_job(f"j{i}") for i in range(4)]
+    run_folder(tmp_path, jobs)
+
+    def written() -> list[tuple[int, int]]:
+        files = [*sorted((tmp_path / "log").iterdir()), tmp_path / "log.parquet"]
+        return [(path.stat().st_ino, path.stat().st_mtime_ns) for path in files]
+
+    before = written()
+    assert len(before) == 3
+    with open_store(tmp_path):
+        assert written() == before
+    run_folder(tmp_path, [*jobs, make_job("j4"), make_job("j5")])
+    assert written()[:2] == before[:2]
+    assert read_log(RunDir(tmp_path)).num_rows == 6
+
+
+@pytest.mark.parametrize("name", ["log.parquet", "log/part-00000.parquet"])
+def test_file_that_is_damaged_before_its_end_is_written_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(log, "PART_ROWS", 2)
+    run_folder(tmp_path, [make_job(f"j{i}") for i in range(4)])
+    before = read_log(RunDir(tmp_path))
+    whole = (tmp_path / name).read_bytes()
+    column = pq.read_metadata(tmp_path / name).row_group(0).column(0)
+    start = column.dictionary_page_offset
+    damage = bytes(byte ^ 255 for byte in whole[start : start + column.total_compressed_size])
+    (tmp_path / name).write_bytes(whole.replace(whole[start : start + len(damage)], damage))
+    with open_store(tmp_path) as store:
+        if name != "log.parquet":
+            store.log.write()
+    assert read_log(RunDir(tmp_path)).equals(before)
+    assert pq.read_table(tmp_path / name).slice(0, 2).equals(before.slice(0, 2))
+
+
 def test_parts_of_another_state_are_not_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
