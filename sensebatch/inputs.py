@@ -18,6 +18,8 @@ from sensebatch.jobs import InputImage
 
 ROWS_IN_MEMORY = 32
 """Rows of a Parquet manifest whose pictures are held at once."""
+READ_AHEAD_BYTES = 2**20
+"""Read at once of a Parquet manifest; without a limit, all pictures of a row group would be."""
 
 
 class InputReader:
@@ -116,7 +118,7 @@ class _ParquetColumn:
         self.path, self.name = path, name
         self._damage = pa.ArrowException
         try:
-            self._file = pq.ParquetFile(path, pre_buffer=False)
+            self._file = pq.ParquetFile(path, pre_buffer=False, buffer_size=READ_AHEAD_BYTES)
         except pa.ArrowException as error:
             raise OSError(f"{path} is no Parquet file: {error}") from error
         metadata = self._file.metadata

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +49,21 @@ def test_members_are_read_in_any_order(table: Path, asked: list[tuple[int, int]]
         assert reader.read(image(table, row, index)) == content(row, index)
         if index == 0:
             assert reader.read(image(table, row, column="image")) == content(row, 0)
+    reader.close()
+
+
+def test_a_row_group_is_not_held_as_a_whole(tmp_path: Path) -> None:
+    pictures = [random.Random(row).randbytes(4096) for row in range(4096)]
+    path = tmp_path / "jobs.parquet"
+    table = pa.table({"image": [{"bytes": picture} for picture in pictures]})
+    pq.write_table(table, path, write_batch_size=32)
+    del table
+    reader, before = InputReader(), pa.total_allocated_bytes()
+    for row in (0, 2000):
+        sha256 = hashlib.sha256(pictures[row]).hexdigest()
+        known = replace(image(path, row, column="image"), sha256=sha256)
+        assert reader.read(known) == pictures[row]
+        assert pa.total_allocated_bytes() - before < path.stat().st_size / 2
     reader.close()
 
 

@@ -19,6 +19,9 @@ ROWS_IN_MEMORY = 2048
 """Rows held at once."""
 PICTURE_ROWS_IN_MEMORY = 32
 """Rows held at once where a column holds the bytes of pictures."""
+READ_AHEAD_BYTES = 2**20
+"""Read at once of a column; without a limit, all of a row group would be, and that may be all there
+is."""
 
 _WHOLE_NUMBERS = frozenset(
     [
@@ -44,7 +47,7 @@ def parquet_rows(path: Path, report: Report) -> Iterator[RawRow]:
     """
     first = 0
     try:
-        with pq.ParquetFile(path, pre_buffer=False) as file:
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=READ_AHEAD_BYTES) as file:
             names = _known_columns(file.schema_arrow, report)
             pictures = any(has_bytes(file.schema_arrow.field(name).type) for name in names)
             size = PICTURE_ROWS_IN_MEMORY if pictures else ROWS_IN_MEMORY

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -135,6 +137,20 @@ def test_a_damaged_picture_is_named(read_table: ReadTable) -> None:
     image = {"bytes": encoded("PNG")[:200], "path": "a.png"}
     (found,) = mistakes(read_table, {"prompt": ["a"], "images": [[image]]})
     assert found.startswith("row 0: images[0]: expected a complete picture, found a damaged one")
+
+
+def test_pictures_of_a_row_group_are_not_held_as_a_whole(tmp_path: Path, config: RunConfig) -> None:
+    picture = encoded("PNG", size=(64, 64))
+    path = tmp_path / "jobs.parquet"
+    images = [{"bytes": picture + random.Random(row).randbytes(4096)} for row in range(2048)]
+    numbers = pa.array(range(len(images)))
+    table = pa.table({"id": numbers, "prompt": ["a"] * len(images), "image": images})
+    pq.write_table(table, path, write_batch_size=32)
+    del table
+    before = pa.total_allocated_bytes()
+    for job in itertools.islice(read_manifest(path, config), 40):
+        assert job.task is Task.EDIT
+        assert pa.total_allocated_bytes() - before < path.stat().st_size / 2
 
 
 MEASURE = """
