@@ -128,14 +128,23 @@ class RunDir:
 
     def _require_own(self) -> None:
         """Refuses a folder whose pictures no state database answers for."""
-        if self.state.exists():
-            return
-        names = ("images", "text", "log.parquet")
+        if not self.state.exists():
+            self._refuse_if_any("images", "text", "log.parquet", how="without state.db")
+
+    def require_no_outputs(self) -> None:
+        """Refuses a folder whose pictures a state database without a job cannot answer for.
+
+        Raises:
+            RunFolderError: There are some: what the state database knew of them is lost.
+        """
+        self._refuse_if_any("images", "text", how="and no job in state.db")
+
+    def _refuse_if_any(self, *names: str, how: str) -> None:
         found = [name for name in names if (self.root / name).exists()]
         if found:
             raise RunFolderError(
                 f"{self.root}: expected an empty folder or a run's, found {', '.join(found)} "
-                "without state.db; choose another folder, so that nothing is overwritten"
+                f"{how}; choose another folder, so that nothing is overwritten"
             )
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:

@@ -59,7 +59,7 @@ def open_store(root: Path) -> Iterator[Store]:
     run_dir = RunDir(root)
     made = run_dir.missing_folders()
     with run_dir.locked():
-        state = State(run_dir.state)
+        state = _open_state(run_dir)
         is_used = True
         try:
             store = Store(
@@ -81,3 +81,15 @@ def open_store(root: Path) -> Iterator[Store]:
             state.close()
             if not is_used:
                 run_dir.remove_unused(made)
+
+
+def _open_state(run_dir: RunDir) -> State:
+    """Opens the state database; one that lost its jobs is not gone on with."""
+    state = State(run_dir.state)
+    try:
+        if not state.has_jobs():
+            run_dir.require_no_outputs()
+    except BaseException:
+        state.close()
+        raise
+    return state

@@ -58,6 +58,20 @@ def test_pictures_without_a_state_are_not_written_over(tmp_path: Path) -> None:
         pass
 
 
+def test_state_that_lost_its_jobs_costs_neither_pictures_nor_log(tmp_path: Path) -> None:
+    run_folder(tmp_path, [make_job("a")])
+    os.truncate(tmp_path / "state.db", 0)
+    kept = [tmp_path / "images/a.png", tmp_path / "log.parquet"]
+    before = [path.read_bytes() for path in kept]
+    for _ in range(2):
+        with (
+            pytest.raises(RunFolderError, match=r"found images and no job in state\.db"),
+            open_store(tmp_path),
+        ):
+            pass
+    assert [path.read_bytes() for path in kept] == before
+
+
 def test_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(RunFolderError, match="expected a folder"), open_store(tmp_path / "run"):
