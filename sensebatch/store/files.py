@@ -11,7 +11,18 @@ from pathlib import Path
 from sensebatch.errors import RunFolderError, StorageFullError
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-_UNUSABLE = frozenset({errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE})
+_UNUSABLE = frozenset(
+    {
+        errno.EIO,
+        errno.EROFS,
+        errno.EACCES,
+        errno.EPERM,
+        # A folder that was removed, and file systems that lost their server.
+        errno.ENOENT,
+        errno.ESTALE,
+        errno.ENOTCONN,
+    }
+)
 
 
 @contextmanager

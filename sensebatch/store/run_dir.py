@@ -92,6 +92,22 @@ class RunDir:
             finally:
                 lock.release()
 
+    def require_in_place(self) -> None:
+        """Refuses to go on where the folder was moved, removed or unmounted under a run.
+
+        Files would go to a new folder of its name, and the open state database would answer for
+        them from where nobody looks.
+
+        Raises:
+            RunFolderError: It is no longer where it was.
+        """
+        with storage_errors(self.root):
+            if not self.state.exists():
+                raise RunFolderError(
+                    f"{self.root}: expected the run's folder where it was, found it moved, removed "
+                    "or unmounted; bring it back and run the same command again"
+                )
+
     def missing_folders(self) -> list[Path]:
         """Returns the folders that `locked` is going to make, the innermost first."""
         return [folder for folder in (self.root, *self.root.parents) if not folder.exists()]

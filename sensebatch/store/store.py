@@ -29,7 +29,9 @@ class Store:
 
         Raises:
             StorageFullError: The disk is full; either all of the batch is committed or nothing.
+            RunFolderError: The folder is no longer where it was; nothing is committed.
         """
+        self.run_dir.require_in_place()
         stale = self.state.commit(seq, attempts, max_attempts=max_attempts)
         self.remove_stale(stale)
         self.checkpoints.discard(seq, self.state.needs_checkpoints)

@@ -111,7 +111,9 @@ class BatchWriter:
 
         Raises:
             StorageFullError: The disk is full.
+            RunFolderError: The run's folder is no longer where it was.
         """
+        self._store.run_dir.require_in_place()
         now = datetime.now(UTC)
         attempts = [
             early_failure(
@@ -131,6 +133,7 @@ class BatchWriter:
         return seq, attempts
 
     def _write_batch(self, ran: RanBatch) -> tuple[Attempt, ...]:
+        self._store.run_dir.require_in_place()
         futures = [
             self._encoders.submit(self._write_job, stored, result)
             for stored, result in zip(ran.jobs, ran.results, strict=True)

@@ -9,12 +9,13 @@ import pytest
 from PIL import Image
 
 from sensebatch.config import ExecutionConfig, OutputConfig
-from sensebatch.errors import StorageFullError
+from sensebatch.errors import RunFolderError, StorageFullError
 from sensebatch.jobs import Job, Task
 from sensebatch.resolutions import Resolution
 from sensebatch.store import files
 from sensebatch.store.checkpoints import CheckpointStore
 from sensebatch.store.images import read_metadata
+from sensebatch.store.store import open_store
 from tests.executor.fakes import (
     FakeEngine,
     Flag,
@@ -24,6 +25,7 @@ from tests.executor.fakes import (
     mixed_jobs,
     outcome,
     run_folder,
+    run_store,
 )
 
 
@@ -192,6 +194,28 @@ def test_full_disk_stops_the_run_and_it_can_be_resumed(
     run_folder(tmp_path / "a", jobs)
     run_folder(tmp_path / "b", jobs)
     assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
+
+
+def test_folder_that_is_moved_under_a_run_stops_it_and_it_can_be_resumed(tmp_path: Path) -> None:
+    jobs, root, elsewhere = [make_job("a"), make_job("b")], tmp_path / "run", tmp_path / "moved"
+    with pytest.raises(RunFolderError, match="moved, removed or unmounted"):
+        run_folder(root, jobs, engine=FakeEngine(lambda: root.rename(elsewhere)))
+    assert not root.exists()
+    elsewhere.rename(root)
+    run_folder(root, jobs)
+    run_folder(tmp_path / "whole", jobs)
+    assert outcome(root) == outcome(tmp_path / "whole")
+
+
+def test_inputs_that_vanish_with_the_folder_fail_no_job(tmp_path: Path) -> None:
+    root, elsewhere = tmp_path / "run", tmp_path / "moved"
+    jobs = [make_job(f"e{i}", Task.EDIT, images=(make_input("gone"),)) for i in range(3)]
+    with open_store(root) as store:
+        root.rename(elsewhere)
+        with pytest.raises(RunFolderError, match="moved, removed or unmounted"):
+            run_store(store, jobs)
+        assert store.state.counts().failed == 0
+    assert not root.exists()
 
 
 def test_picture_of_the_wrong_size_fails_its_job(tmp_path: Path) -> None:
