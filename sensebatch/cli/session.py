@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import sensebatch
 from sensebatch.checkpoint.files import Checkpoint, check_tensors, open_checkpoint
@@ -28,10 +28,10 @@ from sensebatch.inputs import InputReader
 from sensebatch.jobs import EngineInfo, Job, ModelIdentity, Task
 from sensebatch.plan import group_load, make_plan
 from sensebatch.report import format_summary, read_log, summarise
-from sensebatch.settings import dump_settings
+from sensebatch.settings import RUN_SECTION, dump_settings
 from sensebatch.store.files import write_atomic
 from sensebatch.store.ingest import Changes
-from sensebatch.store.run_dir import RunDir, settings_document
+from sensebatch.store.run_dir import RunDir
 from sensebatch.store.store import Store, open_store
 
 SUMMARY_NAME = "summary.txt"
@@ -150,11 +150,7 @@ def run_session(request: Request, backend: Backend | None = None) -> Summary:
         with open_store(request.root) as store:
             jobs = _until_stopped(request.jobs(), stop)
             changes = store.state.ingest(jobs, model.identity, request.root, limit=request.limit)
-            store.run_dir.write_settings(
-                settings_document(
-                    dump_settings(request.config), request.sources, sensebatch.__version__
-                )
-            )
+            store.run_dir.write_settings(_settings_document(request))
             _say_changes(changes)
             summary = _run_pending(request.config, store, model, backend, stop)
         log = summarise(read_log(RunDir(request.root).log))
@@ -193,6 +189,15 @@ def open_model(config: ModelConfig, backend: Backend) -> Model:
         prompt_source={task: prompt.source for task, prompt in prompts.by_task.items()},
         device=device,
     )
+
+
+def _settings_document(request: Request) -> dict[str, Any]:
+    """Returns what run.yaml says: the version, the manifests and every resolved setting."""
+    return {
+        "sensebatch": sensebatch.__version__,
+        "manifests": list(request.sources),
+        RUN_SECTION: dump_settings(request.config),
+    }
 
 
 def _run_pending(

@@ -5,7 +5,6 @@ Knows paths only; what is in `state.db` or in a picture is known elsewhere.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import socket
@@ -167,30 +166,6 @@ class RunDir:
         """Writes run.yaml."""
         write_atomic(self.settings, dump_yaml(dict(settings)).encode())
         sync_folders([self.settings], self.root)
-
-
-def settings_document(config: Any, manifests: Sequence[str], version: str) -> dict[str, Any]:
-    """Returns what run.yaml says: the version, the manifests and every resolved setting.
-
-    Args:
-        config: The run's `RunConfig`.
-        manifests: Paths as the user named them.
-        version: Of sensebatch.
-    """
-    return {"sensebatch": version, "manifests": list(manifests), "config": _plain(config)}
-
-
-def _plain(value: Any) -> Any:
-    """Returns dataclasses, mappings and enumerations as what YAML can say."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)
-        }
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, str) else value
 
 
 def _checked(job_id: str) -> str:

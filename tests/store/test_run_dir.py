@@ -7,14 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
-from sensebatch.config import default_config
 from sensebatch.errors import JobError, RunFolderError, StorageFullError
-from sensebatch.jobs import Task
 from sensebatch.store import files, run_dir
 from sensebatch.store.files import write_atomic
-from sensebatch.store.run_dir import RunDir, settings_document
+from sensebatch.store.run_dir import RunDir
 from sensebatch.store.status import read_status
 from sensebatch.store.store import open_store
 from tests.executor.fakes import FakeEngine, make_job, run_folder
@@ -98,15 +95,6 @@ def test_status_of_another_folder_is_an_error(tmp_path: Path) -> None:
 def test_id_that_would_leave_the_folder_is_refused(job_id: str) -> None:
     with pytest.raises(JobError):
         RunDir(Path("run")).image_name(job_id, "png")
-
-
-def test_settings_are_written_as_plain_yaml(tmp_path: Path) -> None:
-    folder = RunDir(tmp_path)
-    folder.write_settings(settings_document(default_config(), ["jobs.yaml"], "1.2"))
-    found = yaml.safe_load((tmp_path / "run.yaml").read_text())
-    assert found["manifests"] == ["jobs.yaml"]
-    sampling = default_config().tasks[Task.T2I].sampling
-    assert found["config"]["tasks"]["t2i"]["sampling"]["num_steps"] == sampling.num_steps
 
 
 @pytest.mark.parametrize("code", [28, 122])
