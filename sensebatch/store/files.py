@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from sensebatch.errors import RunFolderError, StorageFullError
 
@@ -48,10 +49,11 @@ def storage_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a file that is never seen half written; makes its folders.
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file that takes its name, and the place of an older one, when the block ends.
 
-    The content is on the disk on return; `sync_folders` does the same for the name.
+    The content is on the disk then; `sync_folders` does the same for the name. Makes its folders.
 
     Raises:
         StorageFullError: The disk is full; what was at `path` before is still there.
@@ -62,13 +64,19 @@ def write_atomic(path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)  # noqa: PTH105, one name to stop at in tests
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes a file that is never seen half written; see `atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(data)
 
 
 def sync_folders(paths: Iterable[Path], root: Path) -> None:

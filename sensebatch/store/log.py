@@ -8,7 +8,6 @@ Knows the columns and the files; what a row says is decided in `rows`.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ import pyarrow.parquet as pq
 
 from sensebatch.errors import RunFolderError
 from sensebatch.store.attempts import row_from_json
-from sensebatch.store.files import storage_errors, sync_folders
+from sensebatch.store.files import atomic_file, sync_folders
 from sensebatch.store.run_dir import RunDir
 from sensebatch.store.state import State
 
@@ -186,29 +185,13 @@ class Log:
         return found.equals(self._schema) and found.metadata == self._schema.metadata
 
     def _write(self, path: Path, tables: Iterator[pa.Table]) -> None:
-        temporary = path.with_name(f".{path.name}.tmp")
-        with storage_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with temporary.open("wb") as file:
-                    with pq.ParquetWriter(file, self._schema, compression="zstd") as writer:
-                        for table in tables:
-                            writer.write_table(table)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)  # noqa: PTH105, one name to stop at in tests
-            except OSError:
-                temporary.unlink(missing_ok=True)
-                raise
+        with (
+            atomic_file(path) as file,
+            pq.ParquetWriter(file, self._schema, compression="zstd") as writer,
+        ):
+            for table in tables:
+                writer.write_table(table)
         sync_folders([path], self._run_dir.root)
-
-
-def rebuild_log(run_dir: RunDir, state: State) -> int:
-    """Writes log.parquet anew from the state alone, and returns its number of rows."""
-    for part in sorted(run_dir.log_parts.glob("part-*.parquet")):
-        part.unlink()
-    Log(run_dir, state).write()
-    return state.num_attempts()
 
 
 def metadata_text(metadata: object) -> str:

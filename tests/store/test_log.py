@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import fields
 from pathlib import Path
 
@@ -13,9 +14,8 @@ from sensebatch.errors import RunFolderError
 from sensebatch.jobs import Task
 from sensebatch.store import log
 from sensebatch.store.attempts import Attempt
-from sensebatch.store.log import SCHEMA, read_log, rebuild_log
+from sensebatch.store.log import SCHEMA, read_log
 from sensebatch.store.run_dir import RunDir
-from sensebatch.store.state import State
 from sensebatch.store.store import open_store
 from tests.executor.fakes import IDENTITY, FakeEngine, make_config, make_job, mixed_jobs, run_folder
 
@@ -92,9 +92,8 @@ def test_log_is_rebuilt_from_the_state_alone(
     run_folder(tmp_path, mixed_jobs())
     assert pq.read_table(tmp_path / "log.parquet").equals(before)
     (tmp_path / "log.parquet").write_bytes(b"damaged")
-    state = State(tmp_path / "state.db")
-    assert rebuild_log(RunDir(tmp_path), state) == before.num_rows
-    state.close()
+    shutil.rmtree(tmp_path / "log")
+    run_folder(tmp_path, mixed_jobs())
     assert pq.read_table(tmp_path / "log.parquet").equals(before)
 
 
