@@ -13,10 +13,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from sensebatch.errors import RunFolderError
 from sensebatch.resolutions import PATCH_PIXELS
+from sensebatch.store import log as run_log
 from sensebatch.timeline import COLUMNS as TIMELINE_COLUMNS
 from sensebatch.timeline import Waiting, format_waiting, timeline, waiting
 
@@ -42,9 +41,9 @@ _LOAD = [
     "load_peak_rss_bytes",
 ]
 _CONFIG = ["vram_mode", "attn_backend", "dtype", "precision"]
-_COLUMNS = {"job_id", "status", *_CALL, *_MOST, *_SUM, *_TEXT, *_LOAD, *_CONFIG, *TIMELINE_COLUMNS}
-_LATER = {"precision": pa.string(), "wait_s": pa.float64(), "num_kept_images": pa.int32()}
-"""Columns that older logs lack."""
+_COLUMNS = sorted(
+    {"job_id", "status", *_CALL, *_MOST, *_SUM, *_TEXT, *_LOAD, *_CONFIG, *TIMELINE_COLUMNS}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,21 +123,12 @@ class Summary:
 
 
 def read_log(path: Path) -> pa.Table:
-    """Returns the columns of a `log.parquet` that the summary needs; null where it is older.
+    """Returns the columns of a `log.parquet` that the summary needs; see `store.log.read_log`.
 
     Raises:
         RunFolderError: There is no such file, or it is no log.
     """
-    try:
-        missing = _LATER.keys() - set(pq.read_schema(path).names)
-        log = pq.read_table(path, columns=sorted(_COLUMNS - missing))
-    except FileNotFoundError:
-        raise RunFolderError(f"{path}: expected the log of a run, found no file") from None
-    except (OSError, pa.ArrowException) as error:
-        raise RunFolderError(f"{path}: expected the log of a run: {error}") from None
-    for name in sorted(missing):
-        log = log.append_column(name, pa.nulls(log.num_rows, _LATER[name]))
-    return log
+    return run_log.read_log(path, _COLUMNS)
 
 
 def summarise(log: pa.Table, *, session: int | None = None) -> Summary:

@@ -116,7 +116,8 @@ def _run_case(
     )
     messages = root.with_name(f"{root.name}.stderr.txt")
     code = launch(arguments, messages)
-    log = read_log(RunDir(root)) if RunDir(root).log.exists() else None
+    log_path = RunDir(root).log
+    log = read_log(log_path) if log_path.exists() else None
     if log is not None and log.num_rows:
         row = replace(row, **figures(log, num_steps=scale.num_steps))
         row = with_expectation(row, case, scale, manifest, speeds)

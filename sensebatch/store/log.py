@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -199,21 +199,31 @@ def metadata_text(metadata: object) -> str:
     return json.dumps(metadata, ensure_ascii=False, sort_keys=True)
 
 
-def read_log(run_dir: RunDir) -> pa.Table:
-    """Returns the rows of log.parquet; works while a run writes it.
+def read_log(path: Path, columns: Collection[str] = SCHEMA.names) -> pa.Table:
+    """Returns the rows of a log.parquet; works while a run writes it.
+
+    Columns that an earlier version did not write are null.
+
+    Args:
+        path: The file.
+        columns: Which are read.
 
     Raises:
         RunFolderError: There is no log, or it cannot be read.
     """
     try:
-        log = pq.read_table(run_dir.log)
+        there = set(pq.read_schema(path).names)
+        later = [field for field in SCHEMA if field.nullable and field.name not in there]
+        missing = {field.name for field in later}
+        log = pq.read_table(path, columns=[name for name in columns if name not in missing])
+    except FileNotFoundError:
+        raise RunFolderError(f"{path}: expected the log of a run, found no file") from None
     except (OSError, pa.ArrowException) as error:
         raise RunFolderError(
-            f"{run_dir.log}: expected the log of a run: {error}; running the same command again "
-            "writes it anew"
+            f"{path}: expected the log of a run: {error}; running the same command again writes "
+            "it anew"
         ) from error
-    # A log of an earlier version lacks what came later.
-    for field in SCHEMA:
-        if field.nullable and field.name not in log.column_names:
+    for field in later:
+        if field.name in columns:
             log = log.append_column(field, pa.nulls(log.num_rows, field.type))
     return log

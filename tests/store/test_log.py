@@ -15,7 +15,6 @@ from sensebatch.jobs import Task
 from sensebatch.store import log
 from sensebatch.store.attempts import Attempt
 from sensebatch.store.log import SCHEMA, read_log
-from sensebatch.store.run_dir import RunDir
 from sensebatch.store.store import open_store
 from tests.executor.fakes import IDENTITY, FakeEngine, make_config, make_job, mixed_jobs, run_folder
 
@@ -33,26 +32,26 @@ def test_every_column_is_documented_in_order() -> None:
 
 def test_log_is_there_before_the_first_batch(tmp_path: Path) -> None:
     with open_store(tmp_path):
-        assert read_log(RunDir(tmp_path)).num_rows == 0
+        assert read_log(tmp_path / "log.parquet").num_rows == 0
 
 
 def test_log_is_readable_at_every_step_of_a_run(tmp_path: Path) -> None:
     seen = []
 
     def look() -> None:
-        seen.append(read_log(RunDir(tmp_path)).num_rows)
+        seen.append(read_log(tmp_path / "log.parquet").num_rows)
 
     run_folder(tmp_path, mixed_jobs(), engine=FakeEngine(look))
     assert seen == sorted(seen)
-    assert read_log(RunDir(tmp_path)).num_rows == len(mixed_jobs())
+    assert read_log(tmp_path / "log.parquet").num_rows == len(mixed_jobs())
 
 
 def test_log_of_an_earlier_version_has_nothing_in_later_columns(tmp_path: Path) -> None:
     run_folder(tmp_path, [make_job("a")])
-    run_dir = RunDir(tmp_path)
-    now = read_log(run_dir)
-    pq.write_table(now.drop_columns(["precision"]), run_dir.log)
-    then = read_log(run_dir)
+    path = tmp_path / "log.parquet"
+    now = read_log(path)
+    pq.write_table(now.drop_columns(["precision"]), path)
+    then = read_log(path)
     assert then["precision"].to_pylist() == [None]
     assert then.drop_columns(["precision"]).equals(now.drop_columns(["precision"]))
 
@@ -60,7 +59,7 @@ def test_log_of_an_earlier_version_has_nothing_in_later_columns(tmp_path: Path) 
 def test_rows_say_what_was_made_and_what_it_cost(tmp_path: Path) -> None:
     jobs = [make_job("a", metadata={"tag": "x"}), make_job("b"), make_job("s", Task.INTERLEAVE)]
     run_folder(tmp_path, jobs)
-    table = read_log(RunDir(tmp_path))
+    table = read_log(tmp_path / "log.parquet")
     assert table.schema.equals(SCHEMA)
     a, _, story = table.to_pylist()
     assert (a["image_paths"], a["image_tokens"]) == (["images/a.png"], 2)
@@ -152,4 +151,4 @@ def test_parts_of_another_state_are_not_taken(
 
 def test_missing_log_is_named(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"log\.parquet: expected the log of a run"):
-        read_log(RunDir(tmp_path))
+        read_log(tmp_path / "log.parquet")
