@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any
 
 import numpy as np
@@ -117,9 +116,7 @@ class _KeepNothing:
         """See `contract.Checkpoints`."""
 
 
-def answer_examples(
-    engine: Engine, examples: Sequence[Example], config: RunConfig, batch_size: int = BATCH_SIZE
-) -> list[Answer]:
+def answer_examples(engine: Engine, examples: Sequence[Example], config: RunConfig) -> list[Answer]:
     """Returns the engine's answers in the examples' order.
 
     Raises:
@@ -134,8 +131,8 @@ def answer_examples(
         groups[group_key(job)].append(number)
     answers: dict[int, Answer] = {}
     for group, members in groups.items():
-        for start in range(0, len(members), batch_size):
-            chosen = members[start : start + batch_size]
+        for start in range(0, len(members), BATCH_SIZE):
+            chosen = members[start : start + BATCH_SIZE]
             keys = tuple(jobs[number].id for number in chosen)
             batch = Batch(
                 id=batch_id(keys),
@@ -187,19 +184,14 @@ def open_engine(model: str, config: RunConfig) -> Engine:
     )
 
 
-def run_config(
-    *,
-    device: str = "auto",
-    dtype: str = "float32",
-    sampling: Mapping[str, Any] = MappingProxyType({}),
-) -> RunConfig:
-    """Returns the defaults of the embedded checkpoint with some sampling settings replaced."""
+def run_config(*, device: str, sampling: Mapping[str, Any]) -> RunConfig:
+    """Returns the embedded checkpoint's defaults, in float32, some sampling settings replaced."""
     config = default_config()
     tasks = {
         task: replace(defaults, sampling=replace(defaults.sampling, **sampling))
         for task, defaults in config.tasks.items()
     }
-    model = ModelConfig(device=device, dtype=dtype)
+    model = ModelConfig(device=device, dtype="float32")
     return replace(config, model=model, tasks=tasks)
 
 

@@ -25,15 +25,15 @@ from sensebatch.engine.model.patchify import (
     image_to_tokens,
     tokens_to_patches,
 )
-from sensebatch.engine.model.rope import Rotary, patch_rotary, token_rotary
+from sensebatch.engine.model.rope import Rotary
 from sensebatch.engine.model.transformer import (
     DecoderLayer,
     Expert,
     rms_norm,
 )
 from sensebatch.engine.preprocess import IMAGE_MEAN, IMAGE_STD
-from sensebatch.engine.sampling.flow_matching import noise_scale
-from sensebatch.resolutions import Resolution
+from sensebatch.engine.tasks.denoise import image_noise_scale
+from sensebatch.resolutions import PATCH_PIXELS, Resolution
 from sensebatch.tiny.packing import PackedBatch, PackingConfig
 from sensebatch.tiny.world.draw import background_weight, paint
 from sensebatch.tiny.world.scene import Pattern
@@ -71,7 +71,7 @@ class _Keep:
         self.kept: list[tuple[Tensor, Tensor]] = []
 
     def attend(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:  # noqa: ARG002
-        """See `transformer.AttentionContext`."""
+        """Returns `[T, H, E]` of all rows."""
         rows = self._bias.shape[0]
         q, k, v = (_by_row(x, rows) for x in (q_THE, k_TKE, v_TKE))
         self.kept.append((k, v))
@@ -86,7 +86,7 @@ class _Read:
         self._kept = kept
 
     def attend(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
-        """See `transformer.AttentionContext`."""
+        """Returns `[T, H, E]` of all rows."""
         rows = self._bias.shape[0]
         q, k, v = (_by_row(x, rows) for x in (q_THE, k_TKE, v_TKE))
         keys, values = self._kept[layer]
@@ -186,7 +186,8 @@ class Objective:
         t = self._timesteps(len(clean), generator)
         noise = torch.randn(clean.shape, generator=generator, device=clean.device)
         remaining = (1 - t)[:, None, None]
-        noisy = t[:, None, None] * clean + remaining * self._noise_scale(batch) * noise
+        scale = image_noise_scale(self._network.arch, batch.resolution)
+        noisy = t[:, None, None] * clean + remaining * scale * noise
         predicted, hidden_TD = self.predict(batch, pictures, noisy, t)
         errors = (predicted.float() - clean).square().mean(dim=(1, 2))
         velocity = (errors / (1 - t).clamp(min=self._config.min_remaining).square()).mean()
@@ -210,10 +211,10 @@ class Objective:
         hidden_u, hidden_g = self._kernels.run_experts(
             self._network,
             self._embed_rows(batch, pictures),
-            self._rotary(batch.positions.flatten(1)),
+            self._network.token_rotary(batch.positions.flatten(1)),
             self.understanding_bias(batch),
             self._embed_slots(batch, noisy_BNx, t_B),
-            self._rotary(self._slot_positions(batch)),
+            self._network.token_rotary(self._slot_positions(batch)),
             self.generation_bias(batch),
         )
         size = batch.resolution
@@ -272,22 +273,12 @@ class Objective:
         )
         return bias.masked_fill_(~allowed, float("-inf"))[:, None]
 
-    def _rotary(self, positions: Tensor) -> Rotary:
-        arch = self._network.arch
-        return token_rotary(
-            positions,
-            head_dim=arch.head_dim,
-            theta=arch.rope_theta,
-            theta_hw=arch.rope_theta_hw,
-            dtype=torch.float32,
-        )
-
     def _slot_positions(self, batch: PackedBatch) -> Tensor:
         """Returns `[3, R * G]`; zeros in the places of a slot that a small picture leaves."""
         size, width = batch.resolution, self._packing.slot_tokens
         device = batch.slot_t.device
         index = torch.arange(width, device=device)
-        columns = size.width // 32
+        columns = size.width // PATCH_PIXELS
         t = batch.slot_t[:, :, None].expand(-1, -1, width)
         row = (index // columns).expand_as(t)
         column = (index % columns).expand_as(t)
@@ -298,12 +289,7 @@ class Objective:
     ) -> Tensor:
         """Returns `[B, N, D]` of pictures through one of the patch embedders."""
         grid = (size.height // PATCH, size.width // PATCH)
-        rotary = patch_rotary(
-            grid,
-            channels=self._network.arch.vision_hidden_size,
-            theta=self._network.arch.vision_rope_theta,
-            device=self._network.device,
-        )
+        rotary = self._network.patch_rotary(grid)
         patches = tokens_to_patches(tokens_BNx, size.height, size.width)
         return embedding(patches, grid, rotary).unflatten(0, (len(tokens_BNx), -1))
 
@@ -320,10 +306,7 @@ class Objective:
         """Returns `[R * G, D]`, zeros where a slot or a place in it is empty."""
         network, size = self._network, batch.resolution
         embeds = self._embed_pictures(network.generation_vision, noisy, size)
-        condition = network.timestep_embedder(t)
-        if network.noise_scale_embedder is not None:
-            ratio = self._noise_scale(batch) / network.arch.noise_scale_max_value
-            condition = condition + network.noise_scale_embedder(torch.full_like(t, ratio))
+        condition = network.condition(t, image_noise_scale(network.arch, size))
         x_BND = embeds + condition[:, None, :]
         width = self._packing.slot_tokens
         padded = F.pad(x_BND, (0, 0, 0, width - size.image_tokens))
@@ -333,16 +316,6 @@ class Objective:
     def _timesteps(self, count: int, generator: torch.Generator) -> Tensor:
         normal = torch.randn(count, generator=generator, device=self._network.device)
         return torch.sigmoid(self._config.t_mean + self._config.t_std * normal)
-
-    def _noise_scale(self, batch: PackedBatch) -> float:
-        arch = self._network.arch
-        return noise_scale(
-            batch.resolution.image_tokens,
-            scale=arch.noise_scale,
-            mode=arch.noise_scale_mode,
-            base_image_seq_len=arch.noise_scale_base_image_seq_len,
-            max_value=arch.noise_scale_max_value,
-        )
 
 
 def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:

@@ -93,7 +93,6 @@ class PackedBatch:
     """int64 `[D]`, the filled slots among all of them, flattened."""
     drawn_scene: torch.Tensor
     """int64 `[D]`, the picture of each."""
-    num_examples: int
 
 
 def sample_example(
@@ -190,7 +189,6 @@ def collate(rows: list[list[Sequence]], config: PackingConfig) -> PackedBatch:
         label=torch.tensor(label, dtype=torch.int64),
         image_scene=torch.tensor(image_scene, dtype=torch.int64),
         image_tokens=torch.from_numpy(read),
-        num_examples=sum(len(members) for members in rows),
         **slots,
     )
 

@@ -34,7 +34,7 @@ def test_both_patch_embedders_match_the_reference(config: str, name: str) -> Non
         assert_close(network.embed_images(rows, grids), case.tensor("und_embeds"))
         images = zip(rows.split([h * w for h, w in grids]), grids, strict=True)
         generated = [
-            network.generation_vision(image, grid, network._patch_rotary(grid))
+            network.generation_vision(image, grid, network.patch_rotary(grid))
             for image, grid in images
         ]
         assert_close(torch.cat(generated), case.tensor("gen_embeds"))

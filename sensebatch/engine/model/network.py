@@ -33,7 +33,7 @@ from sensebatch.engine.model.patchify import (
 from sensebatch.engine.model.rope import Rotary, patch_rotary, token_rotary
 from sensebatch.engine.model.transformer import Expert
 from sensebatch.footprint import pictures_per_part
-from sensebatch.resolutions import Resolution
+from sensebatch.resolutions import PATCH_PIXELS, Resolution
 
 
 class ScalarEmbedder(nn.Module):
@@ -75,7 +75,6 @@ class HeadPart(nn.Module):
 
 class VocabularyHead(nn.Module):
     """Hidden states to logits, in parts (`checkpoint.tensors.head_part_rows`).
-
 
     Args:
         arch: The network's shape.
@@ -186,11 +185,12 @@ class Network(nn.Module):
         for patches, grid, part_TD in zip(
             patches_Px.split(sizes), grids, embeds_TD.split(tokens), strict=True
         ):
-            rotary = self._patch_rotary(grid)
+            rotary = self.patch_rotary(grid)
             part_TD.copy_(self.understanding_vision(patches.to(self.device), grid, rotary))
         return embeds_TD
 
-    def _patch_rotary(self, grid: tuple[int, int]) -> Rotary:
+    def patch_rotary(self, grid: tuple[int, int]) -> Rotary:
+        """Returns the angles of an image's patches; see `rope.patch_rotary`."""
         return patch_rotary(
             grid,
             channels=self.arch.vision_hidden_size,
@@ -216,7 +216,7 @@ class Network(nn.Module):
 
     def image_positions(self, caches: Sequence[KVCache], resolution: Resolution) -> ImagePositions:
         """Returns the positions of one picture behind each cache."""
-        rows, columns = resolution.height // 32, resolution.width // 32
+        rows, columns = resolution.height // PATCH_PIXELS, resolution.width // PATCH_PIXELS
         grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).T
         positions = [
             torch.cat((torch.full((1, rows * columns), cache.next_t), grid)) for cache in caches
@@ -225,7 +225,7 @@ class Network(nn.Module):
         return ImagePositions(
             resolution=resolution,
             token_rotary=self.token_rotary(torch.cat(positions, dim=1).to(self.device)),
-            patch_rotary=self._patch_rotary(patch_grid),
+            patch_rotary=self.patch_rotary(patch_grid),
             patch_grid=patch_grid,
         )
 

@@ -282,10 +282,7 @@ def score_things(reading: Reading, scene: Scene) -> tuple[ThingScore, ...]:
     Things are few, so every matching is tried. A thing that nothing is left for has no mark.
     """
     wanted = scene.things
-    blank: list[Thing | None] = [None] * len(wanted)
-    candidates = [*reading.things, *blank]
-    if len(candidates) > 6:
-        candidates = [*reading.things[:6], *blank]
+    candidates = [*reading.things[:6], *[None] * len(wanted)]
     best: tuple[ThingScore, ...] = ()
     best_total = -1
     for chosen in itertools.permutations(candidates, len(wanted)):

@@ -35,7 +35,7 @@ STAR_RADIUS, STAR_WAIST = 1.15, 0.47
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawing:
-    """Scenes of one size as arrays, ready to be sent to a device."""
+    """Scenes of one size as arrays."""
 
     height: int
     width: int
@@ -129,21 +129,11 @@ def background_weight(pattern: Pattern, height: int, width: int) -> torch.Tensor
             return (x + 0.5) / width
 
 
-def draw(drawing: Drawing, device: torch.device | str = "cpu") -> torch.Tensor:
+def draw(drawing: Drawing) -> torch.Tensor:
     """Returns the pictures, float32 `[scenes, 3, height, width]` in [0, 1], anti-aliased."""
-    height, width = drawing.height, drawing.width
-
-    def send(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(device, non_blocking=True)
-
-    weights = torch.stack([background_weight(p, height, width) for p in Pattern]).to(device)
-    return paint(
-        weights[send(drawing.pattern)],
-        send(drawing.soft),
-        send(drawing.shape),
-        send(drawing.geometry),
-        send(drawing.colour),
-    )
+    weights = torch.stack([background_weight(p, drawing.height, drawing.width) for p in Pattern])
+    arrays = (drawing.soft, drawing.shape, drawing.geometry, drawing.colour)
+    return paint(weights[torch.from_numpy(drawing.pattern)], *map(torch.from_numpy, arrays))
 
 
 def paint(
