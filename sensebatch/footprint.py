@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from sensebatch.checkpoint.architecture import FM_HEAD_HIDDEN, Architecture
 from sensebatch.jobs import GroupKey, Task
+from sensebatch.resolutions import TOKEN_NUMBERS
 from sensebatch.weights import SCALE_BYTES
 
 GIB = 1 << 30
@@ -30,8 +31,6 @@ ATTENTION_SPLITS = 16
 ROOM_SPARE = 16
 """Places behind that room: for what is written behind sequences that have ended, and for the few
 tokens that lead over from text to a picture."""
-TOKEN_NUMBERS = 32 * 32 * 3
-"""Of a picture's token."""
 WORKSPACE_BYTES = 224 * MIB
 """Of the matrix and attention libraries, and what the allocator rounds up."""
 

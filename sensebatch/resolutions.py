@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from sensebatch.errors import SensebatchError
 
 PATCH_PIXELS = 32
+TOKEN_NUMBERS = PATCH_PIXELS * PATCH_PIXELS * 3
+"""Numbers of an image token: its pixels' channels."""
 MAX_ASPECT_RATIO = 200
 
 

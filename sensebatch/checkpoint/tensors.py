@@ -13,7 +13,7 @@ from sensebatch.checkpoint.architecture import (
     Architecture,
     Moe,
 )
-from sensebatch.resolutions import PATCH_PIXELS
+from sensebatch.resolutions import PATCH_PIXELS, TOKEN_NUMBERS
 
 GENERATION_SUFFIX = "_mot_gen"
 """What marks the generation expert's weights inside the language model."""
@@ -151,12 +151,11 @@ def _pixel_head(arch: Architecture) -> dict[str, tuple[int, ...]]:
             "fm_head.conv2.weight": (last, PIXEL_HEAD_CHANNELS // 4, 3, 3),
             "fm_head.conv2.bias": (last,),
         }
-    pixels = 3 * PATCH_PIXELS * PATCH_PIXELS
     return {
         "fm_head.0.weight": (FM_HEAD_HIDDEN, arch.hidden_size),
         "fm_head.0.bias": (FM_HEAD_HIDDEN,),
-        "fm_head.2.weight": (pixels, FM_HEAD_HIDDEN),
-        "fm_head.2.bias": (pixels,),
+        "fm_head.2.weight": (TOKEN_NUMBERS, FM_HEAD_HIDDEN),
+        "fm_head.2.bias": (TOKEN_NUMBERS,),
     }
 
 

@@ -16,18 +16,16 @@ import numpy as np
 import torch
 from PIL import Image
 
+from sensebatch.engine.model.patchify import MERGE, PATCH
 from sensebatch.engine.prompts import Grid
 from sensebatch.errors import JobError
 from sensebatch.resolutions import (
-    PATCH_PIXELS,
     PixelLimits,
     ResolutionError,
     input_size,
     smart_resize,
 )
 
-VISION_PATCH_PIXELS = 16
-"""Side of a patch; a token is a square of 2 by 2 patches."""
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
 
@@ -56,8 +54,7 @@ class Patches:
     @property
     def token_grid(self) -> Grid:
         """Rows and columns of tokens."""
-        merge = PATCH_PIXELS // VISION_PATCH_PIXELS
-        return Grid(self.grid_hw[0] // merge, self.grid_hw[1] // merge)
+        return Grid(self.grid_hw[0] // MERGE, self.grid_hw[1] // MERGE)
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
@@ -189,9 +186,8 @@ def to_uint8(image_BCHW: torch.Tensor) -> torch.Tensor:
 def patchify(image_CHW: torch.Tensor) -> torch.Tensor:
     """Returns an image's patches `[P, D]`, rows channel-first."""
     channels, height, width = image_CHW.shape
-    side = VISION_PATCH_PIXELS
-    grid = image_CHW.reshape(channels, height // side, side, width // side, side)
-    return grid.permute(1, 3, 0, 2, 4).reshape(-1, channels * side * side)
+    grid = image_CHW.reshape(channels, height // PATCH, PATCH, width // PATCH, PATCH)
+    return grid.permute(1, 3, 0, 2, 4).reshape(-1, channels * PATCH * PATCH)
 
 
 def _normalised_patches(unit_CHW: torch.Tensor) -> Patches:
@@ -200,7 +196,7 @@ def _normalised_patches(unit_CHW: torch.Tensor) -> Patches:
     std = unit_CHW.new_tensor(IMAGE_STD).reshape(3, 1, 1)
     return Patches(
         rows_PD=patchify((unit_CHW - mean) / std),
-        grid_hw=(height // VISION_PATCH_PIXELS, width // VISION_PATCH_PIXELS),
+        grid_hw=(height // PATCH, width // PATCH),
     )
 
 

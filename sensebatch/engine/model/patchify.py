@@ -14,14 +14,12 @@ from torch import Tensor, nn
 
 from sensebatch.checkpoint.architecture import FM_HEAD_HIDDEN, PIXEL_HEAD_CHANNELS, Architecture
 from sensebatch.engine.model.rope import Rotary, rotate_patches
-from sensebatch.resolutions import PATCH_PIXELS
+from sensebatch.resolutions import PATCH_PIXELS, TOKEN_NUMBERS
 
 MERGE = 2
 """Patches a side of a token."""
 PATCH = PATCH_PIXELS // MERGE
 """Pixels a side of a patch."""
-TOKEN_NUMBERS = PATCH_PIXELS * PATCH_PIXELS * 3
-"""Numbers of a token: its pixels' channels."""
 
 
 def image_to_tokens(image_B3HW: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.contract import Progress
 from sensebatch.engine.model.kv_cache import KVCache
 from sensebatch.engine.model.network import ImagePositions
-from sensebatch.engine.model.patchify import TOKEN_NUMBERS, image_to_tokens, tokens_to_image
+from sensebatch.engine.model.patchify import image_to_tokens, tokens_to_image
 from sensebatch.engine.runner import Runner
 from sensebatch.engine.sampling.flow_matching import (
     Velocity,
@@ -27,7 +27,7 @@ from sensebatch.engine.sampling.flow_matching import (
     velocity_from_image,
 )
 from sensebatch.engine.sampling.guidance import Guidance
-from sensebatch.resolutions import Resolution
+from sensebatch.resolutions import TOKEN_NUMBERS, Resolution
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
