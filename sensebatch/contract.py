@@ -20,7 +20,7 @@ class Progress:
     """Where a batch is; sent often, so it is cheap."""
 
     phase: str
-    """`prefill`, `think`, `denoise` or `encode`."""
+    """`think` or `denoise`."""
     step: int
     """Steps that are done, those of passes that an interrupted run has drawn counted in."""
     num_steps: int

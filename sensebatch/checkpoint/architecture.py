@@ -227,16 +227,13 @@ def _reject_unsupported(top: _Fields, llm: _Fields) -> None:
     _require(top, "template", str, TEMPLATES[0], TEMPLATES)
     _require(top, "concat_time_token_num", int, 0, (0,))
     _require(top, "downsample_ratio", float, 0.5, (0.5,))
-    if top.has("use_adaLN"):
-        _require(top, "use_adaLN", bool, False, (False,))
+    _require(top, "use_adaLN", bool, False, (False,))
     _require(llm, "hidden_act", str, "silu", ("silu",))
     _require(llm, "attention_bias", bool, False, (False,))
     _require(llm, "use_sliding_window", bool, False, (False,))
     if llm.has("rope_scaling"):
         raise llm.reject("rope_scaling", llm.get("rope_scaling", object), "null")
-    fm_head_layers = top.get("fm_head_layers", int, 2)
-    if fm_head_layers != 2:
-        raise top.reject("fm_head_layers", fm_head_layers, "2")
+    _require(top, "fm_head_layers", int, 2, (2,))
 
 
 def _check_shapes(arch: Architecture) -> None:

@@ -207,12 +207,12 @@ def duration(seconds: float) -> str:
 
 
 def step_words(progress: Progress) -> str:
-    """Returns where a batch is: `denoise 7 of 50`, `think 212 tokens`."""
+    """Returns where a batch is: `denoise 7 of 50`, `think 212`."""
     if not progress.phase:
         return "starting"
     if progress.num_steps:
         return f"{progress.phase} {progress.step} of {progress.num_steps}"
-    return f"{progress.phase} {progress.step}" if progress.step else progress.phase
+    return f"{progress.phase} {progress.step}"
 
 
 def _bar(completed: int, total: int) -> ProgressBar:

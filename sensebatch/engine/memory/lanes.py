@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 
-class Mark(Protocol):
-    """A point that a computation or a copy has reached; made once, set again and again."""
-
-
 class Lane(Protocol):
-    """Copies from host to device, and the order between them and the computation."""
+    """Copies from host to device, and the order between them and the computation.
+
+    A mark is a point that a computation or a copy has reached; made once, set again and again.
+    """
 
     def new_mark(self) -> object:
         """Returns a mark that counts as reached."""
