@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -17,6 +18,9 @@ from sensebatch.resolutions import Resolution
 
 if TYPE_CHECKING:
     import numpy as np
+
+IMAGE_MARK = "<image>"
+"""In a prompt, the place of its next input image; in a story's text, that of a picture."""
 
 KEY_VERSION = 1
 """Raised when a change of the code changes the pixels that a job means."""
@@ -170,6 +174,13 @@ def job_key(job: Job, identity: ModelIdentity) -> str:
         content["precision"] = identity.precision
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def folded_id(job_id: str) -> str:
+    """Returns an id as a disk that ignores case and composition compares it."""
+    if job_id.isascii():
+        return job_id.lower()
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", job_id).casefold())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)

@@ -25,10 +25,7 @@ from sensebatch.engine.model.tokenizer import (
     Tokenizer,
 )
 from sensebatch.errors import JobError
-from sensebatch.jobs import Task
-
-IMAGE_MARK = "<image>"
-"""Where a prompt wants its next input image."""
+from sensebatch.jobs import IMAGE_MARK, Task
 
 
 class Grid(NamedTuple):

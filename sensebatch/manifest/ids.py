@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sensebatch.jobs import Task
+from sensebatch.jobs import Task, folded_id
 
 MAX_ID_BYTES = 150
 MAX_SLUG_BYTES = 40
@@ -67,13 +67,6 @@ def _is_device(job_id: str) -> bool:
     return job_id.partition(".")[0].strip().lower() in _WINDOWS_DEVICES
 
 
-def collision_key(job_id: str) -> str:
-    """Returns what two ids share that some file system takes for the same name."""
-    if job_id.isascii():
-        return job_id.lower()
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", job_id).casefold())
-
-
 class IdRegistry:
     """Remembers which ids were used and in which row, in about a hundred bytes each."""
 
@@ -92,7 +85,7 @@ class IdRegistry:
             job_id: A valid id.
             number: Of the row within the current file.
         """
-        key = collision_key(job_id).encode()
+        key = folded_id(job_id).encode()
         digest = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
         current = len(self._files) - 1
         known = self._rows.get(digest)

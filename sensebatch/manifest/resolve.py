@@ -15,7 +15,16 @@ from typing import Any
 
 from sensebatch.config import RunConfig
 from sensebatch.errors import Problem
-from sensebatch.jobs import CfgNorm, InputImage, Job, Sampling, Source, Task, interval_error
+from sensebatch.jobs import (
+    IMAGE_MARK,
+    CfgNorm,
+    InputImage,
+    Job,
+    Sampling,
+    Source,
+    Task,
+    interval_error,
+)
 from sensebatch.manifest.fields import FOREIGN_FIELDS, PASSED_THROUGH, ImageStruct, JobFields
 from sensebatch.manifest.ids import derived_id, id_error
 from sensebatch.manifest.images import ImageProbe, UnusableImageError
@@ -28,8 +37,6 @@ from sensebatch.manifest.sizes import (
 )
 from sensebatch.manifest.upstream import metadata_of, prompt_of, system_prompt_of, think_of
 from sensebatch.resolutions import Resolution, ResolutionError, smart_resize
-
-IMAGE_MARK = "<image>"
 
 Warn = Callable[[Problem], None]
 """Receives what is allowed but deserves a look."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sensebatch.errors import ManifestError, Problem
-from sensebatch.jobs import GroupKey, Job, ModelIdentity, job_key
+from sensebatch.jobs import GroupKey, Job, ModelIdentity, folded_id, job_key
 from sensebatch.plan import plan_entry
 from sensebatch.store import tables
 from sensebatch.store.attempts import DONE, PENDING
@@ -65,7 +65,7 @@ class Ingest:
         self._jobs += 1
         key = job_key(job, self._identity)
         definition = job_to_json(job)
-        folded = tables.fold(job.id)
+        folded = folded_id(job.id)
         row = self._db.execute(
             "SELECT number, id, seen, position, key, definition, wanted, attempts, outputs"
             " FROM jobs WHERE folded = ?",
@@ -205,6 +205,6 @@ class Ingest:
         query = "SELECT key FROM jobs WHERE folded = ? AND wanted = 1 AND status = ?"
         for batch in tables.started_batches(self._db):
             for job_id, key in batch.members:
-                if self._db.execute(query, (tables.fold(job_id), PENDING)).fetchone() != (key,):
+                if self._db.execute(query, (folded_id(job_id), PENDING)).fetchone() != (key,):
                     self._db.execute("DELETE FROM batches WHERE seq = ?", (batch.seq,))
                     break

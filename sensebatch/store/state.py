@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sensebatch.jobs import Job, ModelIdentity
+from sensebatch.jobs import Job, ModelIdentity, folded_id
 from sensebatch.plan import PlanEntry
 from sensebatch.store import tables
 from sensebatch.store.attempts import DONE, FAILED, PENDING, Attempt
@@ -190,7 +190,7 @@ class State:
             for job_id in ids:
                 row = db.execute(
                     "SELECT definition, key, attempts, tries FROM jobs WHERE folded = ?",
-                    (tables.fold(job_id),),
+                    (folded_id(job_id),),
                 ).fetchone()
                 if row is None:
                     raise KeyError(job_id)
@@ -273,9 +273,7 @@ class State:
             if db.execute("SELECT 1 FROM batches WHERE seq = ?", (seq,)).fetchone():
                 return True
             query = "SELECT 1 FROM jobs WHERE folded = ? AND wanted = 1 AND status = ?"
-            return any(
-                db.execute(query, (tables.fold(job_id), PENDING)).fetchone() for job_id in ids
-            )
+            return any(db.execute(query, (folded_id(job_id), PENDING)).fetchone() for job_id in ids)
 
     def num_attempts(self) -> int:
         """Returns how many rows the log has."""

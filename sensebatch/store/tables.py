@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import sqlite3
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sensebatch.jobs import folded_id
 from sensebatch.store.attempts import DONE, FAILED, PENDING, Attempt, attempt_to_json
 
 
@@ -24,11 +24,6 @@ class StartedBatch:
     def ids(self) -> tuple[str, ...]:
         """The ids of its jobs, in its order."""
         return tuple(job_id for job_id, _ in self.members)
-
-
-def fold(job_id: str) -> str:
-    """Returns an id as a disk that ignores case and composition compares it."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", job_id).casefold())
 
 
 def increment(db: sqlite3.Connection, name: str) -> int:
@@ -50,7 +45,7 @@ def latest_reading(db: sqlite3.Connection) -> int:
 def is_read(db: sqlite3.Connection, job_id: str) -> bool:
     """Returns whether the latest reading of the manifests had a job."""
     query = "SELECT 1 FROM jobs WHERE folded = ? AND seen = ?"
-    return db.execute(query, (fold(job_id), latest_reading(db))).fetchone() is not None
+    return db.execute(query, (folded_id(job_id), latest_reading(db))).fetchone() is not None
 
 
 def started_batches(db: sqlite3.Connection) -> list[StartedBatch]:
@@ -80,7 +75,7 @@ def record_attempts(
             "INSERT INTO attempts (job_id, row) VALUES (?, ?)",
             (attempt.job_id, attempt_to_json(attempt)),
         )
-        job = (fold(attempt.job_id),)
+        job = (folded_id(attempt.job_id),)
         if attempt.status == FAILED:
             db.execute(
                 "UPDATE jobs SET attempts = attempts + 1, tries = tries + 1, alone = 1,"

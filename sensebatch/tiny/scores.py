@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from sensebatch.jobs import IMAGE_MARK
 from sensebatch.tiny.world.captions import read_things
 from sensebatch.tiny.world.checker import (
     Reading,
@@ -142,7 +143,7 @@ def _score_story(
     scores.add("content", right)
     for reading, scene in zip(readings, wanted, strict=False):
         scores.add("background", reading.background == scene.background)
-    said = text.replace("<image>", "")
+    said = text.replace(IMAGE_MARK, "")
     lines = "".join(part for part in example.answer if isinstance(part, str))
     scores.add("text", said.split() == lines.split())
     scores.add(f"content:{example.kind.removeprefix('story-')}", right)

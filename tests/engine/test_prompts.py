@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sensebatch.engine.prompts import (
-    IMAGE_MARK,
     Grid,
     ImageSpan,
     Prompt,
@@ -22,7 +21,7 @@ from sensebatch.engine.prompts import (
     segments,
 )
 from sensebatch.errors import JobError
-from sensebatch.jobs import Task
+from sensebatch.jobs import IMAGE_MARK, Task
 from tests.golden_data import GOLDEN, ByteTokenizer, Case, case_ids, load_case
 
 TOKENIZER = ByteTokenizer()

@@ -12,7 +12,6 @@ from sensebatch.jobs import Task
 from sensebatch.manifest.ids import (
     MAX_ID_BYTES,
     IdRegistry,
-    collision_key,
     derived_id,
     id_error,
     slug,
@@ -68,15 +67,6 @@ def test_an_allowed_id_is_one_path_component(job_id: str) -> None:
         assert "/" not in job_id
         assert "\0" not in job_id
         assert job_id not in (".", "..")
-
-
-@given(st.text(max_size=20))
-def test_ids_that_differ_in_case_or_accents_encoding_collide(text: str) -> None:
-    assert collision_key(text) == collision_key(text.casefold())
-
-
-def test_composed_and_decomposed_letters_collide() -> None:
-    assert collision_key("e\u0301") == collision_key("É")
 
 
 def test_the_registry_names_the_first_row() -> None:

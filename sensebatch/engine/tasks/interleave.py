@@ -19,14 +19,14 @@ from sensebatch.contract import Checkpoints, DrawnImage
 from sensebatch.engine.model.kv_cache import KVCache, part_caches
 from sensebatch.engine.model.tokenizer import IMG_START
 from sensebatch.engine.preprocess import drawn_to_patches, to_uint8
-from sensebatch.engine.prompts import IMAGE_MARK, Grid
+from sensebatch.engine.prompts import Grid
 from sensebatch.engine.runner import Extension, Runner
 from sensebatch.engine.sampling.guidance import COND, IMG_COND
 from sensebatch.engine.sampling.text import Script, greedy_decode
 from sensebatch.engine.tasks.denoise import Drawing, denoise, draw_noise, passes
 from sensebatch.engine.tasks.state import PreparedJob, RunningJob, check_finite, start_jobs
 from sensebatch.errors import JobError
-from sensebatch.jobs import JobResult
+from sensebatch.jobs import IMAGE_MARK, JobResult
 from sensebatch.resolutions import PATCH_PIXELS, Resolution
 
 
