@@ -1,11 +1,97 @@
-"""Ids as disks compare them."""
+"""What makes a job another job, and when two ids are one."""
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sensebatch.jobs import folded_id
+from sensebatch.jobs import (
+    CfgNorm,
+    Job,
+    ModelIdentity,
+    Sampling,
+    Source,
+    Task,
+    folded_id,
+    job_key,
+)
+from sensebatch.resolutions import Resolution
+from tests.executor.fakes import IDENTITY, make_input, make_job
+
+DECIDING: dict[str, Any] = {
+    "task": Task.EDIT,
+    "prompt": "another",
+    "images": (make_input("x"),),
+    "resolution": Resolution(height=64, width=64),
+    "seed": 8,
+    "think": True,
+    "system_prompt": "own",
+    "input_max_pixels": 1024,
+    "sampling": None,
+}
+"""Another value of each field that a key depends on; those of `sampling` are below."""
+IDLE: dict[str, Any] = {
+    "id": "b",
+    "metadata": {"tag": 1},
+    "source": Source(file="other.yaml", row="line 9"),
+}
+SAMPLING: dict[str, Any] = {
+    "cfg_norm": CfgNorm.GLOBAL,
+    "cfg_interval": (0.25, 0.75),
+    **dict.fromkeys(("timestep_shift", "cfg_scale", "img_cfg_scale"), 9.5),
+    **dict.fromkeys(("num_steps", "max_think_tokens", "max_images", "max_new_tokens"), 99),
+}
+
+
+def key(job: Job, **identity: Any) -> str:
+    return job_key(job, replace(IDENTITY, **identity))
+
+
+def test_every_field_of_a_job_is_known_to_decide_or_not() -> None:
+    assert DECIDING.keys() | IDLE.keys() == {field.name for field in fields(Job)}
+    assert SAMPLING.keys() == {field.name for field in fields(Sampling)}
+
+
+@pytest.mark.parametrize("name", [name for name in DECIDING if name != "sampling"])
+def test_what_decides_pixels_is_in_the_key(name: str) -> None:
+    job = make_job("a")
+    assert key(replace(job, **{name: DECIDING[name]})) != key(job)
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_every_sampling_setting_is_in_the_key(name: str) -> None:
+    job = make_job("a")
+    assert key(replace(job, sampling=replace(job.sampling, **{name: SAMPLING[name]}))) != key(job)
+
+
+@pytest.mark.parametrize("name", IDLE)
+def test_what_decides_nothing_is_not_in_the_key(name: str) -> None:
+    job = make_job("a")
+    assert key(replace(job, **{name: IDLE[name]})) == key(job)
+
+
+def test_inputs_count_by_their_bytes_and_not_by_their_place() -> None:
+    here, there = make_input("x"), replace(make_input("x"), path="y", member=(1, "image", 0))
+    other = make_input("y")
+    keys = [key(make_job("a", Task.EDIT, images=(image,))) for image in (here, there, other)]
+    assert keys[0] == keys[1] != keys[2]
+
+
+@pytest.mark.parametrize("field", fields(ModelIdentity), ids=lambda field: field.name)
+def test_everything_of_the_model_is_in_the_key_of_the_tasks_it_serves(field: Any) -> None:
+    for task in Task:
+        others = "generation_prompt" if task is Task.INTERLEAVE else "interleave_prompt"
+        job = make_job("a", task)
+        assert (key(job, **{field.name: "another"}) == key(job)) == (field.name == others)
+
+
+def test_a_key_stays_what_it_was() -> None:
+    # Of another key, every job of every folder is run again.
+    assert key(make_job("a")) == "951c11d52aa88ee43ffba8613c5220b51bbd4b0a4519d07d8be67c209de6cacf"
 
 
 @given(st.text(max_size=20))
