@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.checkpoint.files import open_checkpoint
 from sensebatch.checkpoint.system_prompts import resolve_system_prompts
 from sensebatch.durations import Clock
-from sensebatch.errors import ConfigError
 from sensebatch.footprint import Load
 from sensebatch.manifest.read import read_manifest
 from sensebatch.placement import Placements
 from sensebatch.plan import GroupPlan, group_load, make_plan, plan_entry
 from sensebatch.profile.rows import Row
-from sensebatch.profile.suites import Case, Scale, Suite, chosen_cases, suite_cases, write_manifest
-from sensebatch.resolutions import Resolution
+from sensebatch.profile.suites import Case, Scale
 from sensebatch.settings import resolve_settings
 from sensebatch.speed import Speeds
 from sensebatch.vram import place
@@ -132,35 +129,3 @@ def with_expectation(
         return row
     limits = expected.limits(of_device, with_text=scale.scripted)
     return row if limits is None else replace(row, limit_s=limits[0], limit_step_s=limits[1])
-
-
-def recomputed(row: Row) -> Expectation:
-    """Returns what the arithmetic says today of a case that was measured before.
-
-    Args:
-        row: Of a case that was run, so that its dtype is known.
-
-    Raises:
-        ConfigError: The suite has no such case any more, or one with other options; or it does
-            not fit its budget.
-    """
-    assert row.dtype is not None
-    scale = Scale(
-        model=row.model,
-        num_steps=row.num_steps,
-        num_jobs=row.num_jobs,
-        resolution=Resolution(height=row.height, width=row.width),
-    )
-    if row.scripted_tokens is not None:
-        scale = replace(scale, text_tokens=row.scripted_tokens)
-    (case,) = chosen_cases(suite_cases(Suite(row.suite), scale), [row.case])
-    # Some cases have more jobs than the scale says.
-    case = replace(case, num_jobs=row.num_jobs)
-    if case.setting != row.setting:
-        raise ConfigError(
-            f"{row.suite}, {row.case}: expected the options {row.setting!r} that were measured, "
-            f"found {case.setting!r}: measure it again"
-        )
-    with TemporaryDirectory() as folder:
-        manifest = write_manifest(case, scale, Path(folder))
-        return expectation(case, row.model, manifest, row.dtype)

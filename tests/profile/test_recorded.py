@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
 from sensebatch.errors import ConfigError
 from sensebatch.footprint import GIB
-from sensebatch.profile.expected import recomputed
+from sensebatch.profile.expected import Expectation, expectation
 from sensebatch.profile.rows import DONE, Row, read_file
+from sensebatch.profile.suites import Scale, Suite, chosen_cases, suite_cases, write_manifest
+from sensebatch.resolutions import Resolution
 from tests.profile.results import result
 
 FOLDER = Path(__file__).parents[2] / "docs" / "measured"
@@ -21,6 +24,38 @@ SECOND_BATCH = 0.75 * GIB
 BLOCK_BYTES = 0.36 * GIB
 """Of a layer: under a budget, the arithmetic of today may keep one more or less on the device than
 was kept when it was measured."""
+
+
+def recomputed(row: Row) -> Expectation:
+    """Returns what the arithmetic says today of a case that was measured before.
+
+    Args:
+        row: Of a case that was run, so that its dtype is known.
+
+    Raises:
+        ConfigError: The suite has no such case any more, or one with other options; or it does
+            not fit its budget.
+    """
+    assert row.dtype is not None
+    scale = Scale(
+        model=row.model,
+        num_steps=row.num_steps,
+        num_jobs=row.num_jobs,
+        resolution=Resolution(height=row.height, width=row.width),
+    )
+    if row.scripted_tokens is not None:
+        scale = replace(scale, text_tokens=row.scripted_tokens)
+    (case,) = chosen_cases(suite_cases(Suite(row.suite), scale), [row.case])
+    # Some cases have more jobs than the scale says.
+    case = replace(case, num_jobs=row.num_jobs)
+    if case.setting != row.setting:
+        raise ConfigError(
+            f"{row.suite}, {row.case}: expected the options {row.setting!r} that were measured, "
+            f"found {case.setting!r}: measure it again"
+        )
+    with TemporaryDirectory() as folder:
+        manifest = write_manifest(case, scale, Path(folder))
+        return expectation(case, row.model, manifest, row.dtype)
 
 
 def one_batch(row: Row) -> bool:
