@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.checkpoint.tensors import TensorGroup, expected_tensors
 
+MEASURED_ITEM_BYTES = 2
+"""Of the numbers that speeds are measured with."""
 PATCHES = 4
 """Patches of a token."""
 PIXEL_HEAD_ROWS = {"conv1": 4, "conv2": 16}

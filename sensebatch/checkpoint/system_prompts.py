@@ -47,6 +47,11 @@ class SystemPrompts:
     warn_built_in: bool
     """Whether a built-in prompt meets a checkpoint that was trained with another one."""
 
+    @property
+    def longest_bytes(self) -> int:
+        """Bytes of UTF-8 of the longest."""
+        return max(len(prompt.text.encode()) for prompt in self.by_task.values())
+
 
 def resolve_system_prompts(checkpoint: Checkpoint, file: Path | None = None) -> SystemPrompts:
     """Returns the system prompts of a run by task.

@@ -20,13 +20,12 @@ from sensebatch.durations import Clock, GroupSeconds
 from sensebatch.footprint import Load, jobs_per_pass
 from sensebatch.placement import Placement
 from sensebatch.plan import Plan, group_load
+from sensebatch.speed import MEASURED_ITEM_BYTES
 from sensebatch.vram import MODES, RING, place
 from sensebatch.weights import WeightBytes, weight_bytes
 
 ITEM_BYTES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
 """Bytes of a weight; auto as on a GPU."""
-MEASURED_ITEM_BYTES = 2
-"""Of the numbers that speeds are measured with."""
 ENOUGH_BYTES = 1 << 50
 """Host memory where no budget is given: as much as the weights need."""
 
@@ -75,8 +74,7 @@ def memory_summary(
 def _system_prompt_bytes(checkpoint: Checkpoint, model: ModelConfig) -> int:
     """Returns the length of the longer system prompt, as the run will find it."""
     file = model.system_prompt_file
-    prompts = resolve_system_prompts(checkpoint, None if file is None else Path(file))
-    return max(len(prompt.text.encode()) for prompt in prompts.by_task.values())
+    return resolve_system_prompts(checkpoint, None if file is None else Path(file)).longest_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -144,7 +144,8 @@ class ManifestReader:
             per_task = {task: defaults_for(task, manifest.defaults) for task in Task}
             for row in manifest.rows:
                 num_rows += 1
-                yield from self._row(path, manifest, per_task, row)
+                place = f"{unit} {row.number}"
+                yield from self._row(path, place, manifest, per_task, row)
         except FileNotFoundError:
             self._add(path, "manifest", (), "expected a file, found none")
         except OSError as error:
@@ -155,6 +156,7 @@ class ManifestReader:
     def _row(
         self,
         path: Path,
+        place: str,
         manifest: ManifestRows,
         per_task: Mapping[Task, Mapping[str, Any]],
         row: RawRow,
@@ -168,7 +170,7 @@ class ManifestReader:
         if said is not None and said is not task:
             errors.add("task", f"expected {task}, as asked for, found {said}")
         fields = overlaid(per_task[task], row.fields, matrix) if manifest.defaults else row.fields
-        source = Source(file=str(path), row=f"{manifest.unit} {row.number}")
+        source = Source(file=str(path), row=place)
         origin = Origin(
             base=path.parent,
             source=source,
@@ -186,7 +188,6 @@ class ManifestReader:
             if num_bad == MAX_KEPT:
                 break
         for location, message in errors:
-            place = source.row
             if row.line_of is not None:
                 place = f"line {row.line_of(location)}"
             self._add(path, place, location, message)
@@ -260,17 +261,17 @@ def open_rows(path: Path, report: Report) -> ManifestRows:
     suffix = path.suffix.lower()
     if suffix in YAML_SUFFIXES:
         manifest = read_yaml_manifest(path, report)
-        return ManifestRows(unit="line", rows=manifest.rows, defaults=manifest.defaults)
+        return ManifestRows(rows=manifest.rows, defaults=manifest.defaults)
     if suffix in JSONL_SUFFIXES:
-        return ManifestRows(unit="line", rows=jsonl_rows(path, report))
+        return ManifestRows(rows=jsonl_rows(path, report))
     if suffix in PARQUET_SUFFIXES:
         # pyarrow is slow to import, and most manifests are not Parquet.
         from sensebatch.manifest.parquet import parquet_rows
 
-        return ManifestRows(unit="row", rows=parquet_rows(path, report), stores_images=True)
+        return ManifestRows(rows=parquet_rows(path, report), stores_images=True)
     known = ", ".join(SUFFIXES)
     report(1, (), f"expected a manifest that ends in one of {known}, found {path.name!r}")
-    return ManifestRows(unit="line", rows=iter(()))
+    return ManifestRows(rows=iter(()))
 
 
 def manifest_name(paths: Sequence[Path]) -> str:

@@ -29,8 +29,6 @@ class RawRow:
 class ManifestRows:
     """A manifest that was opened."""
 
-    unit: str
-    """What rows are counted in: `line` or `row`."""
     rows: Iterator[RawRow]
     """Reads on as it is consumed."""
     defaults: Mapping[str, Any] = field(default_factory=dict)

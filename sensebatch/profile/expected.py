@@ -17,12 +17,10 @@ from sensebatch.plan import GroupPlan, group_load, make_plan, plan_entry
 from sensebatch.profile.rows import Row
 from sensebatch.profile.suites import Case, Scale
 from sensebatch.settings import resolve_settings
-from sensebatch.speed import Speeds
+from sensebatch.speed import MEASURED_ITEM_BYTES, Speeds
 from sensebatch.vram import place
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-MEASURED_ITEM_BYTES = 2
-"""Of the numbers that speeds are measured with."""
 ENOUGH_BYTES = 1 << 50
 """Host memory where no budget is given: how much of it is used changes nothing on the device."""
 
@@ -79,9 +77,8 @@ def expectation(case: Case, model: str, manifest: Path, dtype: str) -> Expectati
     """
     config = resolve_settings(flags={"model.model": model} | case.flags)
     checkpoint = open_checkpoint(model)
-    prompts = resolve_system_prompts(checkpoint).by_task.values()
     plan = make_plan((plan_entry(job) for job in read_manifest(manifest, config)), config.memory)
-    longest = max(len(prompt.text.encode()) for prompt in prompts)
+    longest = resolve_system_prompts(checkpoint).longest_bytes
     loads = [group_load(group, system_prompt_bytes=longest) for group in plan.groups]
     placements = place(
         checkpoint.architecture,
