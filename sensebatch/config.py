@@ -48,7 +48,7 @@ class ModelConfig:
     """Which weights, and how they are computed with."""
 
     model: str = TINY_MODEL
-    """A checkpoint folder, a Hub id, or `tiny`."""
+    """A checkpoint folder, a Hub id, `tiny`, or made-up weights such as `synthetic:8b`."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
     lora_path: str | None = None

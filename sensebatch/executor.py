@@ -348,7 +348,8 @@ class _Run:
         """Waits until the batch that is being written is committed, and takes account of it.
 
         Raises:
-            StorageFullError: It could not be written.
+            StorageFullError: The disk is full.
+            RunFolderError: The folder cannot be written any more.
         """
         if self._writing is None:
             return

@@ -93,7 +93,7 @@ def smart_resize(height: int, width: int, *, min_pixels: int, max_pixels: int) -
     exceed `max_pixels`, because no side falls under one token.
 
     Raises:
-        ResolutionError: The sides are not positive or their ratio exceeds 200.
+        ResolutionError: The sides are not positive or their ratio exceeds `MAX_ASPECT_RATIO`.
 
     Source: `smart_resize` of the SenseNova-U1 release (there after Qwen2-VL).
     """
@@ -120,7 +120,11 @@ def smart_resize(height: int, width: int, *, min_pixels: int, max_pixels: int) -
 
 
 def input_size(height: int, width: int, *, max_pixels: int | None) -> tuple[int, int]:
-    """Returns (height, width) of an edit input after the first resize; None skips it."""
+    """Returns (height, width) of an edit input after the first resize; None skips it.
+
+    Raises:
+        ResolutionError: See `smart_resize`.
+    """
     if max_pixels is None:
         return height, width
     size = smart_resize(height, width, min_pixels=max_pixels, max_pixels=max_pixels)
@@ -128,12 +132,20 @@ def input_size(height: int, width: int, *, max_pixels: int | None) -> tuple[int,
 
 
 def edit_output_size(height: int, width: int, *, target_pixels: int) -> Resolution:
-    """Returns the output size of an edit whose first (already resized) input has these sides."""
+    """Returns the output size of an edit whose first (already resized) input has these sides.
+
+    Raises:
+        ResolutionError: See `smart_resize`.
+    """
     return smart_resize(height, width, min_pixels=target_pixels, max_pixels=target_pixels)
 
 
 def interleave_output_size(height: int, width: int, *, limits: PixelLimits) -> Resolution:
-    """Returns the size of an interleave job's pictures whose first input has these sides."""
+    """Returns the size of an interleave job's pictures whose first input has these sides.
+
+    Raises:
+        ResolutionError: See `smart_resize`.
+    """
     return smart_resize(
         height, width, min_pixels=limits.min_pixels, max_pixels=limits.base_pixels // 2
     )

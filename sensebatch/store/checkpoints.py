@@ -115,7 +115,8 @@ class BatchCheckpoints:
         """Returns the pictures kept for each job of the batch, in the batch's order.
 
         Raises:
-            StorageFullError: Pictures of another batch were found and cannot be taken over.
+            StorageFullError: The disk is full, so that pictures of another batch cannot be kept.
+            RunFolderError: The folder cannot be written.
         """
         pictures: list[list[DrawnImage]] = [[] for _ in self._members]
         self._num_rounds = 0
@@ -133,6 +134,7 @@ class BatchCheckpoints:
 
         Raises:
             StorageFullError: The disk is full.
+            RunFolderError: The folder cannot be written.
         """
         if self._num_rounds is None:
             self.load()

@@ -124,6 +124,7 @@ class Log:
 
         Raises:
             StorageFullError: The disk is full; the log before is still there.
+            RunFolderError: The folder cannot be written.
         """
         if time.monotonic() >= self._due:
             self.write()
@@ -133,6 +134,7 @@ class Log:
 
         Raises:
             StorageFullError: The disk is full; the log before is still there.
+            RunFolderError: The folder cannot be written.
         """
         start = time.monotonic()
         last = self._state.num_attempts()

@@ -29,7 +29,7 @@ class Store:
 
         Raises:
             StorageFullError: The disk is full; either all of the batch is committed or nothing.
-            RunFolderError: The folder is no longer where it was; nothing is committed.
+            RunFolderError: The folder cannot be written, or is not where it was; likewise.
         """
         self.run_dir.require_in_place()
         stale = self.state.commit(seq, attempts, max_attempts=max_attempts)

@@ -111,7 +111,7 @@ class BatchWriter:
 
         Raises:
             StorageFullError: The disk is full.
-            RunFolderError: The run's folder is no longer where it was.
+            RunFolderError: The folder cannot be written, or is not where it was.
         """
         self._store.run_dir.require_in_place()
         now = datetime.now(UTC)
