@@ -264,9 +264,7 @@ class SenseNovaEngine:
         # Generators of this call alone, so that it can be made again.
         jobs = [replace(job, generator=job.generator.clone_state()) for job in prepared]
         if batch.group.task is Task.INTERLEAVE:
-            return tuple(
-                run_interleave(runner, list(enumerate(jobs)), checkpoints, script=self._script)
-            )
+            return tuple(run_interleave(runner, jobs, checkpoints, script=self._script))
         return tuple(run_single_image(runner, jobs, checkpoints, self._script))
 
 

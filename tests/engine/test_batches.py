@@ -97,10 +97,10 @@ def test_a_batch_of_interleave_jobs_equals_its_jobs_alone(config: str, name: str
     runner, jobs = jobs_of(config, name)
     kept = KeptImages(len(jobs))
     with infer():
-        results = run_interleave(runner, list(enumerate(fresh(jobs))), kept)
+        results = run_interleave(runner, fresh(jobs), kept)
         for index, job in enumerate(fresh(jobs)):
             alone = KeptImages(1)
-            (result,) = run_interleave(runner, [(0, job)], alone)
+            (result,) = run_interleave(runner, [job], alone)
             assert results[index].text == result.text
             assert len(kept.images[index]) == len(alone.images[0])
             for together, single in zip(kept.images[index], alone.images[0], strict=True):

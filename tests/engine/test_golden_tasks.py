@@ -92,7 +92,7 @@ def test_interleave_matches_the_reference(config: str, name: str) -> None:
     kept = KeptImages(1)
     job = build_job(case, case.params["system_message"])
     with infer():
-        (result,) = run_interleave(runner, [(0, job)], kept, resolutions=[case_resolutions(case)])
+        (result,) = run_interleave(runner, [job], kept, resolutions=[case_resolutions(case)])
     assert result.error is None
     assert result.text == case.outputs["generated_text"]
     assert len(result.images) == case.outputs["num_images"]
@@ -112,13 +112,13 @@ def test_interleave_from_checkpoints_ends_in_the_same_bytes(config: str, name: s
     whole = KeptImages(1)
     with infer():
         job = build_job(case, case.params["system_message"])
-        (expected,) = run_interleave(runner, [(0, job)], whole, resolutions=sizes)
+        (expected,) = run_interleave(runner, [job], whole, resolutions=sizes)
         steps = runner.num_denoise_steps
         for count in range(1, len(whole.images[0]) + 1):
             some = KeptImages(1)
             some.images[0] = whole.images[0][:count]
             job = build_job(case, case.params["system_message"])
-            (resumed,) = run_interleave(runner, [(0, job)], some, resolutions=sizes)
+            (resumed,) = run_interleave(runner, [job], some, resolutions=sizes)
             assert resumed.text == expected.text
             assert [image.tobytes() for image in resumed.images] == [
                 image.tobytes() for image in expected.images

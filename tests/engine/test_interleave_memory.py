@@ -86,7 +86,7 @@ def test_no_room_for_text_is_left_while_a_picture_is_drawn(
     monkeypatch.setattr(interleave, "denoise", watched)
     jobs = [with_pictures(job, 2) for job in jobs]
     with infer():
-        run_interleave(runner, list(enumerate(jobs)), Forgetful(), script=script)
+        run_interleave(runner, jobs, Forgetful(), script=script)
     assert len(rooms) == 2
 
 
@@ -112,6 +112,6 @@ def test_ended_stories_and_earlier_pictures_take_no_memory(
     monkeypatch.setattr(interleave, "denoise", watched)
     jobs = [with_pictures(first, 1), with_pictures(second, 3)]
     with infer():
-        results = run_interleave(runner, list(enumerate(jobs)), Forgetful(), script=script)
+        results = run_interleave(runner, jobs, Forgetful(), script=script)
     assert [len(result.images) for result in results] == [1, 3]
     assert [len(drawn) for drawn in caches] == [2, 1, 1]

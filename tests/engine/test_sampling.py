@@ -111,7 +111,7 @@ def test_an_interleave_job_stops_at_its_last_picture() -> None:
     prepared = build_job(case, case.params["system_message"])
     job = replace(prepared.job, sampling=replace(prepared.job.sampling, max_images=1))
     with infer():
-        (result,) = run_interleave(runner, [(0, replace(prepared, job=job))], KeptImages(1))
+        (result,) = run_interleave(runner, [replace(prepared, job=job)], KeptImages(1))
     assert case.outputs["num_images"] > 1
     assert len(result.images) == 1
     assert result.text is not None

@@ -58,7 +58,7 @@ def test_stories_have_an_even_share_of_text_before_every_picture(
         "il_text_nothink", max_new_tokens=max_new_tokens, max_images=max_images
     )
     with infer():
-        (result,) = run_interleave(runner, [(0, job)], KeptImages(1), script=SCRIPT)
+        (result,) = run_interleave(runner, [job], KeptImages(1), script=SCRIPT)
     assert result.text == max_images * (share * AND + "<image>")
     assert len(result.images) == max_images
     assert result.text_tokens == max_images * share
@@ -68,10 +68,10 @@ def test_a_story_goes_on_from_its_pictures_to_the_same_bytes() -> None:
     runner, job = runner_and_job("il_text_nothink", max_new_tokens=9, max_images=3)
     whole, part = KeptImages(1), KeptImages(1)
     with infer():
-        (expected,) = run_interleave(runner, [(0, *fresh([job]))], whole, script=SCRIPT)
+        (expected,) = run_interleave(runner, fresh([job]), whole, script=SCRIPT)
         part.images[0] = whole.images[0][:2]
         runner.num_denoise_steps = 0
-        (resumed,) = run_interleave(runner, [(0, *fresh([job]))], part, script=SCRIPT)
+        (resumed,) = run_interleave(runner, fresh([job]), part, script=SCRIPT)
     assert runner.num_denoise_steps == 1
     assert [image.tobytes() for image in resumed.images] == [
         image.tobytes() for image in expected.images

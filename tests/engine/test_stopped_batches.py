@@ -177,8 +177,8 @@ def test_a_stop_in_the_text_behind_the_last_picture_is_not_heeded() -> None:
     stop = Stop("think", 2 + 4 + 1)
     watched = Runner(runner.network, runner.tokenizer, runner.attention, stop.told, stop=stop)
     with infer():
-        expected = run_interleave(runner, list(enumerate(fresh(jobs))), KeptImages(3))
-        found = run_interleave(watched, list(enumerate(fresh(jobs))), KeptImages(3))
+        expected = run_interleave(runner, fresh(jobs), KeptImages(3))
+        found = run_interleave(watched, fresh(jobs), KeptImages(3))
     phases = [(phase, len(list(told))) for phase, told in itertools.groupby(stop.seen)]
     assert phases == [("think", 2), ("denoise", 3), ("think", 4), ("denoise", 3), ("think", 3)]
     assert [story.text for story in found] == [story.text for story in expected]

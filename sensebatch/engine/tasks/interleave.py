@@ -59,7 +59,7 @@ class Story:
 
 def run_interleave(
     runner: Runner,
-    jobs: Sequence[tuple[int, PreparedJob]],
+    jobs: Sequence[PreparedJob],
     checkpoints: Checkpoints,
     resolutions: Sequence[Sequence[Resolution]] | None = None,
     script: Script | None = None,
@@ -68,7 +68,7 @@ def run_interleave(
 
     Args:
         runner: The network.
-        jobs: Each with its index in the batch.
+        jobs: Of a batch.
         checkpoints: Where finished pictures of unfinished jobs are kept.
         resolutions: Of each picture of each job; None draws all at the job's size.
         script: What they write, where the weights are made up.
@@ -81,15 +81,15 @@ def run_interleave(
             that others follow, or in text before the first.
     """
     kept = checkpoints.load()
-    running = start_jobs(runner, [prepared for _, prepared in jobs], decodes=True)
+    running = start_jobs(runner, jobs, decodes=True)
     stories = [
         Story(
             state=state,
             index=index,
-            resolutions=[state.job.resolution] if resolutions is None else resolutions[place],
+            resolutions=[state.job.resolution] if resolutions is None else resolutions[index],
             kept=kept[index] if index < len(kept) else (),
         )
-        for place, ((index, _), state) in enumerate(zip(jobs, running, strict=True))
+        for index, state in enumerate(running)
     ]
     writing = stories
     while writing:
