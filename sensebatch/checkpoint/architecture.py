@@ -176,6 +176,15 @@ def _moe(llm: _Fields, num_layers: int) -> tuple[Moe, Moe]:
     return understanding, generation
 
 
+def _rope_theta(llm: _Fields) -> float:
+    """Returns the base of the t angles, which transformers 5 writes inside `rope_parameters`."""
+    if not llm.has("rope_parameters"):
+        return float(llm.get("rope_theta", float, 5e6))
+    rope = llm.section("rope_parameters")
+    _require(rope, "rope_type", str, "default", ("default",))
+    return float(rope.get("rope_theta", float))
+
+
 def parse_architecture(config: Mapping[str, Any]) -> Architecture:
     """Returns the network's shape from the parsed `config.json`.
 
@@ -201,7 +210,7 @@ def parse_architecture(config: Mapping[str, Any]) -> Architecture:
         head_dim=llm.get("head_dim", int, hidden // heads),
         vocab_size=llm.get("vocab_size", int),
         rms_norm_eps=llm.get("rms_norm_eps", float, 1e-6),
-        rope_theta=llm.get("rope_theta", float, 5e6),
+        rope_theta=_rope_theta(llm),
         rope_theta_hw=llm.get("rope_theta_hw", float, 1e4),
         vision_hidden_size=vision.get("hidden_size", int),
         vision_rope_theta=vision.get("rope_theta_vision", float, 1e4),

@@ -54,6 +54,34 @@ def test_lists_of_one_count_as_their_element() -> None:
 
 
 @pytest.mark.parametrize(
+    ("model_type", "num_experts", "is_moe"),
+    [("qwen3", 8, True), ("qwen3_moe", 1, True), ("qwen3", 1, False)],
+)
+def test_sparse_backbone_is_told_by_its_experts_or_its_name(
+    model_type: str, num_experts: int, is_moe: bool
+) -> None:
+    config = edited(golden_config("moe"), "llm_config.model_type", model_type)
+    for name in ("num_experts", "gen_num_experts"):
+        config["llm_config"][name] = num_experts
+        config["llm_config"][f"{name}_per_tok"] = 1
+    assert parse_architecture(config).is_moe == is_moe
+
+
+def test_theta_is_read_where_transformers_5_writes_it() -> None:
+    config = golden_config("dense_fm")
+    del config["llm_config"]["rope_theta"], config["llm_config"]["rope_scaling"]
+    config["llm_config"]["rope_parameters"] = {"rope_type": "default", "rope_theta": 1000000.0}
+    arch = parse_architecture(config)
+    assert (arch.rope_theta, arch.rope_theta_hw) == (1e6, 1e4)
+    config["llm_config"]["rope_parameters"]["rope_type"] = "yarn"
+    with pytest.raises(CheckpointError, match=r"rope_parameters\.rope_type: .* found 'yarn'"):
+        parse_architecture(config)
+    config["llm_config"]["rope_parameters"] = {"rope_type": "default"}
+    with pytest.raises(CheckpointError, match=r"rope_parameters\.rope_theta: expected, not found"):
+        parse_architecture(config)
+
+
+@pytest.mark.parametrize(
     ("field", "value"),
     [
         ("model_type", "llama"),
