@@ -242,7 +242,10 @@ def _reject_unsupported(top: _Fields, llm: _Fields) -> None:
     _require(llm, "use_sliding_window", bool, False, (False,))
     if llm.has("rope_scaling"):
         raise llm.reject("rope_scaling", llm.get("rope_scaling", object), "null")
-    _require(top, "fm_head_layers", int, 2, (2,))
+    fm_head_layers = top.get("fm_head_layers", int, 2)
+    if fm_head_layers > 2:
+        # Up to here the field changes nothing: the head has two linear layers, or is convolutional.
+        raise top.reject("fm_head_layers", fm_head_layers, "at most 2")
 
 
 def _check_shapes(arch: Architecture) -> None:

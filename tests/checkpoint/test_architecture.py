@@ -81,6 +81,12 @@ def test_theta_is_read_where_transformers_5_writes_it() -> None:
         parse_architecture(config)
 
 
+@pytest.mark.parametrize("layers", [0, 1, 2])
+def test_pixel_head_of_up_to_two_layers_is_the_one_that_there_is(layers: int) -> None:
+    config = edited(golden_config("dense_fm"), "fm_head_layers", layers)
+    assert parse_architecture(config) == golden_architecture("dense_fm")
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
