@@ -12,7 +12,7 @@ from torch import Tensor
 from sensebatch.checkpoint.architecture import Moe
 from sensebatch.engine.model.attention import sdpa
 from sensebatch.engine.model.network import Network, ScalarEmbedder
-from sensebatch.engine.model.patchify import image_to_tokens
+from sensebatch.engine.model.patchify import PixelHead, image_to_tokens
 from sensebatch.engine.model.rope import patch_rotary, rotate_patches, token_rotary
 from sensebatch.engine.model.state_dict_adapter import load_state_dict
 from sensebatch.engine.model.transformer import SparseMlp, rms_norm
@@ -132,3 +132,14 @@ def test_a_picture_is_kept_in_float32_between_the_steps() -> None:
         drawn = denoise(runner, [drawing], SIZE, num_steps=5, timestep_shift=3.0)
     assert drawing.noise.dtype == torch.float32
     torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-5)
+
+
+def test_convolutions_of_float32_are_not_rounded_by_the_library() -> None:
+    head = PixelHead(golden_architecture("dense_pixel"))
+    allowed: list[bool] = []
+    for convolution in (head.conv1, head.conv2):
+        convolution.register_forward_pre_hook(
+            lambda *_: allowed.append(torch.backends.cudnn.allow_tf32)
+        )
+    head(torch.zeros(1, SIZE.image_tokens, 64), SIZE.height, SIZE.width)
+    assert allowed == [False, False]

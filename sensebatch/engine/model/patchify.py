@@ -9,6 +9,7 @@ x numbers of a patch or token.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -109,6 +110,8 @@ class PixelHead(nn.Module):
         """Returns `[B, N, 3072]` for images of these pixels."""
         rows, columns = height // PATCH_PIXELS, width // PATCH_PIXELS
         x = x_BND.transpose(1, 2).unflatten(2, (rows, columns))
-        x = F.gelu(self.conv1(F.pixel_shuffle(x, 2)))
-        x = self.conv2(F.pixel_shuffle(x, 2))
+        # cuDNN may otherwise round what it convolves in float32 to the 10 bits of TF32.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            x = F.gelu(self.conv1(F.pixel_shuffle(x, 2)))
+            x = self.conv2(F.pixel_shuffle(x, 2))
         return image_to_tokens(F.pixel_shuffle(x, 8))
