@@ -108,6 +108,25 @@ def test_interleave_buckets_equal_the_reference() -> None:
     assert {name: sides(size) for name, size in BUCKETS_INTERLEAVE.items()} == expected
 
 
+def test_t2i_buckets_are_the_published_ones() -> None:
+    expected = {
+        "1:1": [2048, 2048],
+        "16:9": [2720, 1536],
+        "3:2": [2496, 1664],
+        "4:3": [2368, 1760],
+        "2:1": [2880, 1440],
+        "3:1": [3456, 1152],
+    }
+    assert {name: sides(BUCKETS_T2I[name]) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("num_images", "pixels"), [(1, 4194304), (4, 4194304), (5, 3355443), (8, 2097152)]
+)
+def test_many_input_images_share_the_pixels_of_four(num_images: int, pixels: int) -> None:
+    assert LIMITS.model_max_pixels(num_images) == pixels
+
+
 @pytest.mark.parametrize("buckets", [BUCKETS_T2I, BUCKETS_INTERLEAVE, BUCKETS_TINY])
 def test_a_transposed_ratio_is_the_transposed_size(buckets: dict[str, Resolution]) -> None:
     for name, size in buckets.items():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sensebatch import config, settings
 from sensebatch.config import RunConfig, default_config
 from sensebatch.errors import ConfigError
-from sensebatch.jobs import Sampling, Task, guidance_branches
+from sensebatch.jobs import CfgNorm, Sampling, Task, guidance_branches
 from sensebatch.resolutions import PixelLimits, Resolution
 from sensebatch.settings import dump_settings, resolve_settings
 
@@ -37,6 +37,24 @@ def _complaints(tmp_path: Path, text: str, **flags: object) -> list[str]:
 
 def test_no_file_and_no_flags_are_the_defaults() -> None:
     assert resolve_settings() == default_config()
+
+
+@pytest.mark.parametrize("task", Task)
+def test_defaults_of_an_official_checkpoint_are_the_published_ones(task: Task) -> None:
+    defaults = default_config("owner/name").tasks[task]
+    assert defaults.sampling == Sampling(
+        num_steps=50,
+        timestep_shift=3.0,
+        cfg_scale=4.0,
+        img_cfg_scale=1.0,
+        cfg_norm=CfgNorm.NONE,
+        cfg_interval=(0.0, 1.0),
+        max_think_tokens=1024,
+        max_images=10,
+        max_new_tokens=8192,
+    )
+    assert (defaults.seed, defaults.think) == (42, task is Task.INTERLEAVE)
+    assert (defaults.target_pixels, defaults.input_max_pixels) == (4194304, "auto")
 
 
 def test_file_beats_defaults_and_flags_beat_file(tmp_path: Path) -> None:

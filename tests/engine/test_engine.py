@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 from sensebatch.checkpoint.files import open_checkpoint
 from sensebatch.config import MemoryConfig, RunConfig, default_config
@@ -107,6 +109,15 @@ def test_the_waiting_between_two_batches_is_told(monkeypatch: pytest.MonkeyPatch
         with pytest.raises(ValueError, match="broken"):
             generate(engine, make_job("a"))
     assert generate(engine, make_job("a")).metrics.wait_s is None
+
+
+def test_many_input_images_are_each_made_smaller() -> None:
+    engine = load(make_config())
+    buffer = io.BytesIO()
+    Image.new("RGB", (512, 512)).save(buffer, "PNG")
+    prepared = engine.prepare(make_job("b", task=Task.EDIT), [buffer.getvalue()] * 8)
+    # 4 x 2 x 256 x 256 pixels for the eight, whose limit alone is 2 x 256 x 256.
+    assert [image.token_grid for image in prepared.images] == [(8, 8)] * 8
 
 
 def test_a_job_that_cannot_be_laid_out_is_refused_before_any_batch() -> None:

@@ -139,6 +139,14 @@ def test_first_resize_enlarges_and_leaves_a_fitting_picture_untouched() -> None:
     assert resize_input(image, None) is image
 
 
+def test_first_resize_is_lanczos_and_the_models_own_bicubic() -> None:
+    image = picture(48, 48)
+    first = resize_input(image, 64 * 64)
+    assert first.tobytes() == image.resize((64, 64), Image.Resampling.LANCZOS).tobytes()
+    own = resize_for_model(image, min_pixels=96 * 96, max_pixels=96 * 96)
+    assert own.tobytes() == image.resize((96, 96), Image.Resampling.BICUBIC).tobytes()
+
+
 def test_picture_too_long_for_the_model_is_the_jobs_error() -> None:
     with pytest.raises(JobError, match="wide: expected an aspect ratio of at most 200"):
         load_input(
