@@ -64,6 +64,24 @@ def test_lookalike_that_normalises_to_a_special_token_is_the_jobs_error(tmp_path
         HFTokenizer(folder).encode("\uff1cimg\uff1e")
 
 
+def test_nothing_is_put_before_or_behind_a_text(tmp_path: Path, tokenizer: HFTokenizer) -> None:
+    folder = copied(tmp_path)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    end = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    number = tokenizer.token_id("<|endoftext|>")
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [end, text, end],
+        "pair": [text, text],
+        "special_tokens": {
+            "<|endoftext|>": {"id": "<|endoftext|>", "ids": [number], "tokens": ["<|endoftext|>"]}
+        },
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    assert HFTokenizer(folder).encode("a cat") == tokenizer.encode("a cat")
+
+
 def test_half_a_character_is_the_jobs_error(tokenizer: HFTokenizer) -> None:
     with pytest.raises(JobError, match="expected valid Unicode"):
         tokenizer.encode("a \ud800 b")
@@ -71,6 +89,7 @@ def test_half_a_character_is_the_jobs_error(tokenizer: HFTokenizer) -> None:
 
 def test_decoding_shows_think_tags_and_no_other_special_token(tokenizer: HFTokenizer) -> None:
     names = ["<think>", "<img>", "<IMG_CONTEXT>", "</img>", "</think>", "<|im_end|>"]
+    names.append("<|endoftext|>")
     ids = [*tokenizer.encode("so ."), *map(tokenizer.token_id, names), tokenizer.encode("é")[0]]
     assert tokenizer.decode(ids) == "so .<think></think>\ufffd"
     assert tokenizer.decode([100_000, -1]) == ""
