@@ -25,6 +25,11 @@ IMAGE_MARK = "<image>"
 KEY_VERSION = 1
 """Raised when a change of the code changes the pixels that a job means."""
 
+MAX_COUNT = 2**31 - 1
+"""Largest count or side that the log and the state have room for."""
+MAX_SEED = 2**63 - 1
+"""Largest seed, likewise."""
+
 
 class Task(StrEnum):
     """What a job makes."""

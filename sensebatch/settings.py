@@ -36,7 +36,7 @@ from sensebatch.config import (
     default_config,
 )
 from sensebatch.errors import ConfigError
-from sensebatch.jobs import CfgNorm, Sampling, Task, interval_error
+from sensebatch.jobs import MAX_COUNT, MAX_SEED, CfgNorm, Sampling, Task, interval_error
 from sensebatch.resolutions import PixelLimits, Resolution, ResolutionError
 from sensebatch.yaml_values import YamlTextError, YamlValue, load_yaml
 
@@ -47,7 +47,7 @@ _COMMAND_LINE = "command line"
 
 
 def _parse_size(value: object) -> Resolution:
-    match = re.fullmatch(r"(\d+)x(\d+)", value) if isinstance(value, str) else None
+    match = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", value) if isinstance(value, str) else None
     if match is None:
         raise ValueError(
             f"expected WIDTHxHEIGHT in pixels or a bucket of the task, found {value!r}"
@@ -68,7 +68,7 @@ def _parse_pixels(value: object) -> object:
 def _parse_bytes(value: object) -> object:
     if not isinstance(value, str):
         return value
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?GiB", value)
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]+)?) ?GiB", value)
     if match is None:
         raise ValueError(f"expected a number of bytes or text such as 20GiB, found {value!r}")
     return round(float(match[1]) * 2**30)
@@ -86,8 +86,8 @@ Precision = Literal["auto", "fp8", "fp8-all"]
 AttnBackend = Literal["auto", "cudnn", "flash", "sdpa"]
 VramMode = Literal["auto", "full", "fast", "balanced", "low"]
 ImageFormat = Literal["png", "webp", "jpeg"]
-Count = Annotated[int, Field(gt=0)]
-Bytes = Annotated[Count, BeforeValidator(_parse_bytes)]
+Count = Annotated[int, Field(gt=0, le=MAX_COUNT)]
+Bytes = Annotated[int, Field(gt=0, le=2**63 - 1), BeforeValidator(_parse_bytes)]
 """A number of bytes, or text such as `20GiB`."""
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -170,7 +170,7 @@ class TaskSection(SamplingSection):
     resolution: Size
     """`WIDTHxHEIGHT`, or the name of one of the buckets."""
     buckets: dict[str, Size]
-    seed: Annotated[int, Field(ge=0)]
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)]
     think: bool
     target_pixels: Count
     input_max_pixels: Annotated[Literal["auto"] | Count | None, BeforeValidator(_parse_pixels)]

@@ -223,6 +223,21 @@ def test_file_offers_exactly_the_settings_there_are(
         ),
         ("zzz: 1", "FILE: line 1: zzz: unknown setting"),
         (
+            "tasks: {t2i: {num_steps: 2147483648}}",
+            "FILE: line 1: tasks.t2i.num_steps: expected a number less than or equal to "
+            "2147483647, found 2147483648",
+        ),
+        (
+            "tasks: {t2i: {seed: 9223372036854775808}}",
+            "FILE: line 1: tasks.t2i.seed: expected a number less than or equal to "
+            "9223372036854775807, found 9223372036854775808",
+        ),
+        (
+            "memory: {vram_budget_bytes: 1234567890GiB}",
+            "FILE: line 1: memory.vram_budget_bytes: expected a number of bytes or text such as "
+            "20GiB, found '1234567890GiB'",
+        ),
+        (
             "version: 1\nconfig:\n  memory:\n    vram_mode: huge",
             "FILE: line 4: memory.vram_mode: expected 'auto', 'full', 'fast', 'balanced' or 'low', "
             "found 'huge'",

@@ -19,7 +19,7 @@ _MODEL = "Model"
 _OUTPUT = "Output"
 _EXECUTION = "Execution"
 _NOT_OF_MODEL = ("config", "vram_mode", "device_map", "max_memory", "vram_budget")
-_AMOUNT = r"\d+(?:\.\d+)? ?GiB"
+_AMOUNT = r"[0-9]{1,9}(?:\.[0-9]+)? ?GiB"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

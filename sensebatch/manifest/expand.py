@@ -15,7 +15,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sensebatch.manifest.fields import EXPANSION_FIELDS, JOB_FIELD_NAMES, MAX_SEED, JobFields
+from sensebatch.jobs import MAX_SEED
+from sensebatch.manifest.fields import EXPANSION_FIELDS, JOB_FIELD_NAMES, JobFields
 from sensebatch.manifest.ids import slug, with_suffixes
 from sensebatch.manifest.problems import RowErrors, found, suggestion
 

@@ -6,22 +6,21 @@ that is None was not given. Defaults are not stated here but in `config.py`.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag
 
-from sensebatch.jobs import Task
-
-MAX_SEED = 2**63 - 1
+from sensebatch.jobs import MAX_COUNT, MAX_SEED, Task
 
 SKIP_RESIZE = "none"
 """`input_max_pixels` that leaves the inputs as they are; the readers write null as this."""
 
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
-Side = Annotated[int, Field(gt=0)]
+Side = Annotated[int, Field(gt=0, le=MAX_COUNT)]
 Scale = Annotated[float, Field(ge=0)]
 Timestep = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 TaskName = Literal["t2i", "edit", "interleave"]
 
 
@@ -48,10 +47,12 @@ def _image_tag(value: object) -> str | None:
     return "<list>" if isinstance(value, list) else None
 
 
+_PIXELS_WORD = rf"^(auto|{SKIP_RESIZE}|[0-9]{{1,10}})$"
+
+
 def _pixels_tag(value: object) -> str | None:
     if isinstance(value, str):
-        known = value in ("auto", SKIP_RESIZE) or (value.isascii() and value.isdecimal())
-        return "<word>" if known else None
+        return "<word>" if re.fullmatch(_PIXELS_WORD, value) else None
     return "<number>" if type(value) is int else None
 
 
@@ -78,8 +79,7 @@ Images = Annotated[
 """One picture or several."""
 
 InputMaxPixels = Annotated[
-    Annotated[Count, Tag("<number>")]
-    | Annotated[str, Tag("<word>"), Field(pattern=r"^(auto|none|[0-9]+)$")],
+    Annotated[Count, Tag("<number>")] | Annotated[str, Tag("<word>"), Field(pattern=_PIXELS_WORD)],
     Discriminator(
         _pixels_tag,
         custom_error_type="wrong_type",

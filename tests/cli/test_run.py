@@ -334,7 +334,7 @@ def test_a_vram_budget_is_the_gpus_part_of_max_memory(
     assert (memory.vram_budget_bytes, memory.host_budget_bytes) == (13 * 2**30, host)
 
 
-@pytest.mark.parametrize("value", ["13", "13GB", "0GiB", "0=13GiB", "-1GiB"])
+@pytest.mark.parametrize("value", ["13", "13GB", "0GiB", "0=13GiB", "-1GiB", "1" * 400 + "GiB"])
 def test_a_vram_budget_that_is_none_is_refused(
     invoke: Invoke, manifest: Path, backend: FakeBackend, value: str
 ) -> None:

@@ -22,6 +22,7 @@ T2I_MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"think": 1}, "think: expected true or false, found 1"),
     ({"num_steps": 0}, "num_steps: expected at least 1, found 0"),
     ({"num_steps": 1.5}, "num_steps: expected a whole number, found 1.5"),
+    ({"num_steps": 2**31}, f"num_steps: expected at most {2**31 - 1}, found {2**31}"),
     ({"num_steps": "8"}, "num_steps: expected a whole number, found '8'"),
     ({"num_steps": True}, "num_steps: expected a whole number, found true"),
     ({"seed": -1}, "seed: expected at least 0, found -1"),
@@ -36,6 +37,7 @@ T2I_MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"width": 64}, "height: expected a number of pixels beside width, found nothing"),
     ({"height": 64}, "width: expected a number of pixels beside height, found nothing"),
     ({"width": 33, "height": 64}, "width: expected a positive multiple of 32, found 33"),
+    ({"width": 2**31, "height": 64}, f"width: expected at most {2**31 - 1}, found {2**31}"),
     (
         {"width": 32, "height": 6432},
         "width: expected an aspect ratio of at most 200, found 32x6432",
@@ -59,6 +61,7 @@ T2I_MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"seeds": [1], "n": 2}, "seeds: expected either seeds or n, found both"),
     ({"seeds": [1], "seed": 2}, "seeds: expected either seeds or seed, found both"),
     ({"n": 0}, "n: expected at least 1, found 0"),
+    ({"n": 2**31}, f"n: expected at most {2**31 - 1}, found {2**31}"),
     ({"n": 2, "seed": 2**63 - 1}, f"n: expected seeds up to {2**63 - 1}, found 2 from"),
     ({"think": True, "think_mode": False}, "think_mode: expected the same as think, found the op"),
 ]
@@ -91,6 +94,8 @@ EDIT_MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"input_max_pixels": "all"}, "input_max_pixels: expected a number of pixels, 'auto' or 'non"),
     ({"input_max_pixels": 3}, "input_max_pixels: expected at least 16384 pixels, found 3"),
     ({"input_max_pixels": "3"}, "input_max_pixels: expected at least 16384 pixels, found 3"),
+    ({"input_max_pixels": "9" * 11}, "input_max_pixels: expected a number of pixels, 'auto'"),
+    ({"target_pixels": 2**31}, f"target_pixels: expected at most {2**31 - 1}, found {2**31}"),
     ({"input_max_pixels": 0}, "input_max_pixels: expected at least 1, found 0"),
     ({"max_new_tokens": 3}, "max_new_tokens: expected a field of edit jobs, found one of other"),
 ]
