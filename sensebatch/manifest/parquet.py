@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sensebatch.manifest.fields import IMAGE_FIELDS, JOB_FIELD_NAMES
@@ -37,6 +38,7 @@ _WHOLE_NUMBERS = frozenset(
         "max_new_tokens",
     ]
 )
+_NUMBERS = _WHOLE_NUMBERS.union(["cfg_scale", "img_cfg_scale", "cfg_interval", "timestep_shift"])
 
 
 def parquet_rows(path: Path, report: Report) -> Iterator[RawRow]:
@@ -93,9 +95,9 @@ def _values(name: str, column: pa.Array) -> list[Any]:
     kind = column.type
     if name == "id" and pa.types.is_integer(kind):
         return column.cast(pa.string()).to_pylist()
-    if name in _WHOLE_NUMBERS and pa.types.is_floating(kind):
-        return _whole(column).to_pylist()
     values = column.to_pylist()
+    if name in _NUMBERS and not pa.types.is_integer(kind):
+        return [_number(value, whole=name in _WHOLE_NUMBERS) for value in values]
     if name in ("metadata", "matrix"):
         return [_mapping(value) for value in values]
     if name in IMAGE_FIELDS and pa.types.is_struct(kind):
@@ -103,12 +105,21 @@ def _values(name: str, column: pa.Array) -> list[Any]:
     return values
 
 
-def _whole(column: pa.Array) -> pa.Array:
-    """Returns a column as whole numbers if it holds no others (tables with gaps often do so)."""
-    try:
-        return column.cast(pa.int64())
-    except pa.ArrowInvalid:
-        return pc.if_else(pc.is_nan(column), None, column)
+def _number(value: Any, *, whole: bool) -> Any:
+    """Returns a number of a column as the other two formats would give it.
+
+    Databases write decimals. Tables with gaps hold whole numbers as floating-point ones, and NaN
+    where there is a gap.
+    """
+    if isinstance(value, list):
+        return [_number(item, whole=whole) for item in value]
+    if isinstance(value, Decimal):
+        value = int(value) if value == value.to_integral_value() else float(value)
+    if whole and isinstance(value, float):
+        if math.isnan(value):
+            return None
+        return int(value) if value.is_integer() else value
+    return value
 
 
 def _mapping(value: Any) -> Any:
@@ -125,7 +136,7 @@ def _mapping(value: Any) -> Any:
 
 
 def _image(value: Any) -> Any:
-    """Returns an image struct, or None where both of its parts are."""
-    if value is not None and value.get("bytes") is None and value.get("path") is None:
+    """Returns an image struct, or None where all of its parts are."""
+    if value is not None and all(part is None for part in value.values()):
         return None
     return value

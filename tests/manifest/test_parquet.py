@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,41 @@ def test_wrong_values_are_not_converted(read_table: ReadTable) -> None:
         "row 0: num_steps: expected a whole number, found 1.5",
         "row 0: metadata: expected a mapping, found '{'",
     ]
+
+
+def test_gaps_and_mistakes_leave_the_other_numbers_of_a_column_whole(
+    read_table: ReadTable,
+) -> None:
+    prompts = ["a", "b", "c"]
+    (first, second, _) = read_table({"prompt": prompts, "seed": [7.0, float("nan"), 2.0**53]})
+    assert (first.seed, second.seed) == (7, 42)
+    found = mistakes(read_table, {"prompt": prompts, "num_steps": [8.0, 1.5, float("inf")]})
+    assert found == [
+        "row 1: num_steps: expected a whole number, found 1.5",
+        "row 2: num_steps: expected a whole number, found inf",
+    ]
+
+
+def test_decimals_are_numbers(read_table: ReadTable) -> None:
+    (job,) = read_table(
+        {
+            "prompt": ["a"],
+            "seed": [Decimal(2**62 + 1)],
+            "cfg_scale": [Decimal("4.5")],
+            "cfg_interval": [[Decimal("0.0"), Decimal("0.5")]],
+        }
+    )
+    assert (job.seed, job.sampling.cfg_scale) == (2**62 + 1, 4.5)
+    assert job.sampling.cfg_interval == (0.0, 0.5)
+    (found,) = mistakes(read_table, {"prompt": ["a"], "num_steps": [Decimal("1.5")]})
+    assert found == "row 0: num_steps: expected a whole number, found 1.5"
+
+
+def test_a_picture_struct_of_other_names_is_a_mistake_and_no_t2i_job(
+    read_table: ReadTable,
+) -> None:
+    (found,) = mistakes(read_table, {"prompt": ["a"], "image": [{"uri": "a.png"}]})
+    assert found == "row 0: image.uri: expected a known field, found 'uri'"
 
 
 def test_text_that_is_no_unicode_is_a_mistake(read_table: ReadTable) -> None:
