@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -62,8 +63,7 @@ def convert_manifest(
         JobError: A picture changed while it was being copied.
     """
     suffix = dst.suffix.lower()
-    _check_destination(dst, suffix, embed_images)
-    dst.parent.mkdir(parents=True, exist_ok=True)
+    _check_destination(src, dst, suffix, embed_images)
     temporary = dst.with_name(f".{dst.name}.tmp")
     reader = InputReader()
     count = 0
@@ -75,6 +75,7 @@ def convert_manifest(
             yield _row(read, dst, reader, embed_images)
 
     try:
+        dst.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             if suffix in PARQUET_SUFFIXES:
                 _write_parquet(rows(), file, embed_images)
@@ -83,20 +84,31 @@ def convert_manifest(
                     rows(), file, None if suffix in JSONL_SUFFIXES else manifest_name([src])
                 )
         temporary.replace(dst)
+    except OSError as error:
+        raise _problem(
+            dst, f"expected a place that can be written, found: {error.strerror}"
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         reader.close()
     return count
 
 
-def _check_destination(dst: Path, suffix: str, embed_images: bool) -> None:
+def _check_destination(src: Path, dst: Path, suffix: str, embed_images: bool) -> None:
     message = ""
     if suffix not in SUFFIXES:
         message = f"expected a name that ends in one of {', '.join(SUFFIXES)}, found {dst.name!r}"
     elif embed_images and suffix not in PARQUET_SUFFIXES:
         message = f"expected a Parquet manifest to store pictures in, found {dst.name!r}"
+    elif src.exists() and dst.exists() and dst.samefile(src):
+        message = "expected another file than the one to be read, found the same"
     if message:
-        raise ManifestError([Problem(file=str(dst), row="manifest", field="", message=message)])
+        raise _problem(dst, message)
+
+
+def _problem(dst: Path, message: str) -> ManifestError:
+    return ManifestError([Problem(file=str(dst), row="manifest", field="", message=message)])
 
 
 def _row(read: ReadJob, dst: Path, reader: InputReader, embed_images: bool) -> Row:

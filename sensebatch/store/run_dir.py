@@ -72,6 +72,10 @@ class RunDir:
                 self.root.mkdir(parents=True, exist_ok=True)
             except FileExistsError:
                 raise RunFolderError(f"{self.root}: expected a folder, found a file") from None
+            except (FileNotFoundError, NotADirectoryError) as error:
+                raise RunFolderError(
+                    f"{self.root}: expected a folder that can be made: {error.strerror}"
+                ) from None
         lock = FileLock(self._lock)
         try:
             with storage_errors(self._lock):

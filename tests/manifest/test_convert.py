@@ -139,6 +139,8 @@ def test_a_bad_manifest_leaves_the_target_as_it_was(
     [
         ("a.csv", False, "expected a name that ends in one of .yaml"),
         ("a.yaml", True, "expected a Parquet manifest to store pictures in, found 'a.yaml'"),
+        ("jobs.jsonl", False, "expected another file than the one to be read"),
+        ("jobs.jsonl/a.yaml", False, "expected a place that can be written, found: File exists"),
     ],
 )
 def test_a_target_that_cannot_be_written_is_refused(
@@ -150,5 +152,7 @@ def test_a_target_that_cannot_be_written_is_refused(
     message: str,
 ) -> None:
     source = write_jsonl({"prompt": "x"})
+    content = source.read_bytes()
     with pytest.raises(ManifestError, match=message):
         convert_manifest(source, tmp_path / name, config, embed_images=embed)
+    assert source.read_bytes() == content

@@ -75,6 +75,13 @@ def test_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
         pass
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    root = tmp_path / "file" / "run"
+    with pytest.raises(RunFolderError, match="that can be made: Not a directory"), open_store(root):
+        pass
+
+
 def test_status_counts_while_a_run_works_and_after(tmp_path: Path) -> None:
     seen = []
     jobs = [make_job(f"j{i}") for i in range(3)] + [make_job("bad", prompt="fails")]
