@@ -62,11 +62,18 @@ class StopSignals:
     def _handle(self, number: int, _: FrameType | None) -> None:
         # Plain writes: the signal may have come in the middle of a print.
         if self._stop.is_set():
-            with suppress(OSError):
-                os.write(2, (_SHOW_CURSOR if sys.stderr.isatty() else b"") + self._ended)
+            _tell(self._ended, show_cursor=True)
             # Waiting for threads and buffers would not be at once, and nothing is lost: what
             # counts is on the disk, as after a kill.
             os._exit(128 + number)
         self._stop.set()
         if self._notice:
-            os.write(2, _NOTICE)
+            _tell(_NOTICE)
+
+
+def _tell(text: bytes, *, show_cursor: bool = False) -> None:
+    """Writes to standard error, if there is one; who read it may be gone, which stops nothing."""
+    # Without standard error its number may be that of another file.
+    if sys.stderr is not None:
+        with suppress(OSError):
+            os.write(2, (_SHOW_CURSOR if show_cursor and sys.stderr.isatty() else b"") + text)

@@ -43,6 +43,25 @@ def _once(number: signal.Signals) -> Callable[[], None]:
     return send
 
 
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_signal_stops_a_run_that_can_tell_nobody(
+    monkeypatch: pytest.MonkeyPatch, closed: bool
+) -> None:
+    written: list[bytes] = []
+
+    def to_a_broken_pipe(_: int, text: bytes) -> int:
+        written.append(text)
+        raise BrokenPipeError
+
+    with StopSignals().installed() as stop, monkeypatch.context() as patch:
+        patch.setattr(os, "write", to_a_broken_pipe)
+        if closed:
+            patch.setattr(sys, "stderr", None)
+        signal.raise_signal(signal.SIGTERM)
+    assert stop.is_set()
+    assert len(written) == (0 if closed else 1)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_first_signal_commits_a_batch_of_one_pass_and_the_same_command_goes_on(
     invoke: Invoke, manifest: Path, backend: FakeBackend, number: signal.Signals
