@@ -38,7 +38,7 @@ from sensebatch.config import (
 from sensebatch.errors import ConfigError
 from sensebatch.jobs import MAX_COUNT, MAX_SEED, CfgNorm, Sampling, Task, interval_error
 from sensebatch.resolutions import PixelLimits, Resolution, ResolutionError
-from sensebatch.yaml_values import YamlTextError, YamlValue, load_yaml
+from sensebatch.yaml_values import YamlTextError, YamlValue, read_yaml
 
 RUN_SECTION = "config"
 """Where a run's own record, `run.yaml`, holds its settings; such a file can be given as well."""
@@ -276,11 +276,9 @@ def _run_config(settings: Settings) -> RunConfig:
 def _read_yaml(path: Path) -> YamlValue:
     """Returns the mapping in a file, or the one under `RUN_SECTION`."""
     try:
-        document = load_yaml(path.read_text(encoding="utf-8-sig"))
+        document = read_yaml(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: expected UTF-8 text, found {error.reason}") from None
     except YamlTextError as error:
         raise ConfigError(f"{path}: line {error.line}: {error}") from None
     if isinstance(document.value, dict) and RUN_SECTION in document.value:
@@ -348,6 +346,8 @@ def _complaints(
         elif not message.startswith("expected "):
             message = re.sub("^(greater|less)", r"a number \1", message.removeprefix("a valid "))
             message = message.replace("an object", "a section")
+            if error["type"] == "string_too_short":
+                message = "text"
             found[where] = f", found {error['input']!r}"
         complaints.setdefault(where, []).append(message)
     return "\n".join(

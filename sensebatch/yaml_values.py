@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.reader import ReaderError
 
 try:
     from yaml import CSafeLoader as _Loader
@@ -154,6 +156,22 @@ def is_unicode(text: str) -> bool:
     return True
 
 
+def read_yaml(path: Path) -> YamlValue:
+    """Returns the one document of a file in UTF-8, as `load_yaml` does.
+
+    Raises:
+        OSError: The file cannot be read.
+        YamlTextError: As `load_yaml` raises it, or for bytes that are no UTF-8.
+    """
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        message = f"expected UTF-8 text, found byte 0x{content[error.start]:02x}"
+        raise YamlTextError(message, _line_at(content, error.start)) from error
+    return load_yaml(text)
+
+
 def load_yaml(text: str) -> YamlValue:
     """Returns the one document of a text; the value of an empty one is None.
 
@@ -177,8 +195,18 @@ def load_yaml(text: str) -> YamlValue:
         parts = [part for part in (error.context, error.problem) if part]
         line = 1 if mark is None else mark.line + 1
         raise YamlTextError(f"expected YAML, found an error: {', '.join(parts)}", line) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except ReaderError as error:
+        line = _line_at(text.encode(errors="surrogatepass"), error.position)
+        message = f"expected YAML, found character #x{error.character:04x}: {error.reason}"
+        raise YamlTextError(message, line) from error
+    except RecursionError as error:
+        raise YamlTextError("expected values that are nested less deeply", 1) from error
+    except (yaml.YAMLError, ValueError) as error:
         raise YamlTextError(f"expected YAML, found an error: {error}", 1) from error
+
+
+def _line_at(content: bytes, position: int) -> int:
+    return content.count(b"\n", 0, position) + 1
 
 
 def _step(node: yaml.Node, part: str | int) -> tuple[int, yaml.Node] | None:
@@ -221,7 +249,8 @@ def _check_keys(node: yaml.MappingNode) -> None:
     for key, _ in node.value:
         line = key.start_mark.line + 1
         if key.tag not in (_STRING, _MERGE):
-            raise YamlTextError(f"expected text as a key, found {key.value!r}", line)
+            found = repr(key.value) if isinstance(key, yaml.ScalarNode) else f"a {key.id}"
+            raise YamlTextError(f"expected text as a key, found {found}", line)
         if key.value in seen:
             raise YamlTextError(f"expected every key once, found {key.value!r} again", line)
         seen.add(key.value)

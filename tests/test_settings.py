@@ -222,6 +222,7 @@ def test_file_offers_exactly_the_settings_there_are(
             "found '2026-01-01'",
         ),
         ("zzz: 1", "FILE: line 1: zzz: unknown setting"),
+        ("model: {model: ''}", "FILE: line 1: model.model: expected text, found ''"),
         (
             "tasks: {t2i: {num_steps: 2147483648}}",
             "FILE: line 1: tasks.t2i.num_steps: expected a number less than or equal to "

@@ -6,6 +6,7 @@ only by those that compute.
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -107,6 +108,9 @@ def main(args: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: Always, with the exit code.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Not every terminal can show every character of a prompt or a box.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app(args=None if args is None else list(args), prog_name="sensebatch")
     except SensebatchError as error:

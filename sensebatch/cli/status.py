@@ -26,7 +26,7 @@ def status(
         print(json.dumps({**asdict(found.counts), **more}))
         return
     counts = found.counts
-    parts = [f"{counts.done} of {counts.jobs} jobs done", f"{counts.failed} failed"]
+    parts = [f"{counts.done} of {counted(counts.jobs, 'job')} done", f"{counts.failed} failed"]
     word = "running" if found.running else "interrupted"
     parts += [f"{counts.pending} to do", f"{counts.started} {word}"]
     if found.kept_images:

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import TYPE_CHECKING
 
 from sensebatch.jobs import InputImage
@@ -64,6 +65,11 @@ class ImageProbe:
         """
         try:
             stat = path.stat()
+            # A pipe has nothing left when the job is run, and may never end.
+            if not (S_ISREG(stat.st_mode) or S_ISDIR(stat.st_mode)):
+                raise UnusableImageError(
+                    f"expected an image file, found a device or pipe at {path}"
+                )
             key = (str(path), stat.st_mtime_ns, stat.st_size)
             facts = self._remembered(key)
             if facts is None:

@@ -37,6 +37,7 @@ _EXPECTED = {
     "literal_error": "{expected}",
     "missing": "a value",
     "model_type": "a mapping",
+    "recursion_loop": "a value that is nested less deeply",
     "string_too_short": "text",
     "string_type": "text",
     "too_long": "a list of at most {max_length}",
@@ -104,7 +105,9 @@ def field_name(location: Location) -> str:
         if isinstance(part, int):
             name += f"[{part}]"
         else:
-            name += f".{part}" if name else part
+            # A name of the manifest's may hold what a terminal obeys.
+            shown = part if part.isprintable() else repr(part)
+            name += f".{shown}" if name else shown
     return name
 
 

@@ -21,7 +21,7 @@ from sensebatch.manifest.fields import (
 from sensebatch.manifest.ids import id_error
 from sensebatch.manifest.problems import RowErrors, found
 from sensebatch.manifest.rows import RawRow, Report, given
-from sensebatch.yaml_values import YamlTextError, YamlValue, load_yaml
+from sensebatch.yaml_values import YamlTextError, YamlValue, read_yaml
 
 _TOP_NAMES = ("version", "name", "defaults", "jobs")
 
@@ -48,10 +48,7 @@ def read_yaml_manifest(path: Path, report: Report) -> YamlManifest:
     """
     nothing = YamlManifest(name=None, defaults={}, rows=iter(()))
     try:
-        document = load_yaml(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        report(1, (), f"expected UTF-8 text, found: {error}")
-        return nothing
+        document = read_yaml(path)
     except YamlTextError as error:
         report(error.line, (), str(error))
         return nothing

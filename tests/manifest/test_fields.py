@@ -14,6 +14,7 @@ RATIOS = "1:1, 16:9, 9:16, 3:2, 2:3, 4:3, 3:4, 2:1, 1:2, 3:1, 1:3"
 
 T2I_MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"num_step": 3}, "num_step: expected a known field, found 'num_step'; did you mean 'num_s"),
+    ({"a\x1b[2J": 3}, "'a\\x1b[2J': expected a known field, found 'a\\x1b[2J'"),
     ({"xyzzy": 3}, "xyzzy: expected a known field, found 'xyzzy'"),
     ({"prompt": None}, "prompt: expected text, found nothing"),
     ({"prompt": 3}, "prompt: expected text, found 3"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +102,10 @@ def test_a_picture_too_large_to_decode_is_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(UnusableImageError, match="expected a smaller picture"):
         check_picture(encoded("PNG"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no such pipes")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(UnusableImageError, match="found a device or pipe at"):
+        ImageProbe().file(tmp_path / "pipe.png")

@@ -146,7 +146,7 @@ def test_a_broken_line_is_a_mistake_and_the_rest_is_read(
         ("empty.jsonl", b"\n", "manifest: expected at least one job, found none"),
         ("jobs.csv", b"", "line 1: expected a manifest that ends in one of .yaml, .yml, .jsonl"),
         ("bad.parquet", b"PAR1", "row 0: expected a Parquet file, found an error: "),
-        ("bad.yaml", b"\xff", "line 1: expected UTF-8 text, found: "),
+        ("bad.yaml", b"\xff", "line 1: expected UTF-8 text, found byte 0xff"),
     ],
 )
 def test_a_file_that_is_no_manifest_is_one_mistake(

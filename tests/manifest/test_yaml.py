@@ -15,6 +15,7 @@ from sensebatch.errors import ManifestError
 from sensebatch.jobs import Job
 from sensebatch.manifest.read import manifest_name, read_manifest
 from sensebatch.yaml_values import YamlTextError, dump_yaml, load_yaml
+from sensebatch.yaml_values import read_yaml as read_yaml_file
 
 Write = Callable[[str], Path]
 HEAD = "version: 1\n"
@@ -114,6 +115,9 @@ def test_what_is_written_is_read_again(value: object) -> None:
         ("a: &a\n  - *a", 1, "contains itself"),
         ("a: !!python/name:os.system x", 1, "could not determine a constructor"),
         ("a: 1\n---\nb: 2", 2, "expected a single document"),
+        ("a: é\nb: x\x07", 2, "found character #x0007: control characters are not allowed"),
+        ("a: 1\n[b, c]: 2", 2, "expected text as a key, found a sequence"),
+        ("a: " + "[" * 2000 + "]" * 2000, 1, "expected values that are nested less deeply"),
     ],
 )
 def test_text_that_is_no_manifest_is_refused_with_its_line(
@@ -122,6 +126,14 @@ def test_text_that_is_no_manifest_is_refused_with_its_line(
     with pytest.raises(YamlTextError, match=message) as caught:
         load_yaml(text)
     assert caught.value.line == line
+
+
+def test_bytes_that_are_no_utf_8_are_refused_with_their_line(tmp_path: Path) -> None:
+    path = tmp_path / "latin.yaml"
+    path.write_bytes(b"version: 1\njobs:\n  - prompt: caf\xe9\n")
+    with pytest.raises(YamlTextError, match="expected UTF-8 text, found byte 0xe9") as caught:
+        read_yaml_file(path)
+    assert caught.value.line == 3
 
 
 def test_a_mistake_has_the_line_of_its_field(
