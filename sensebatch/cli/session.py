@@ -44,6 +44,9 @@ class Backend(Protocol):
     def resolve_runtime(self, model: ModelConfig) -> tuple[str, str]:
         """Returns device and dtype by name."""
 
+    def check_lora(self, file: Path, checkpoint: Checkpoint) -> None:
+        """Makes sure that a LoRA can be merged into a checkpoint's weights."""
+
     def load_engine(
         self,
         config: RunConfig,
@@ -66,6 +69,13 @@ class TorchBackend:
 
         _settle_allocator()
         return resolve_runtime(model)
+
+    def check_lora(self, file: Path, checkpoint: Checkpoint) -> None:
+        """Makes sure that a LoRA can be merged into a checkpoint's weights."""
+        from sensebatch.checkpoint.tensors import expected_tensors
+        from sensebatch.engine.lora import Lora
+
+        Lora.open(file, expected_tensors(checkpoint.architecture))
 
     def load_engine(
         self,
@@ -183,6 +193,10 @@ def open_model(config: ModelConfig, backend: Backend) -> Model:
         generation_prompt=prompts.by_task[Task.T2I].text,
         interleave_prompt=prompts.by_task[Task.INTERLEAVE].text,
     )
+    # Keys depend on it: a mistake found behind the reading of the manifest would have every job
+    # that is done run again.
+    if config.lora_path is not None:
+        backend.check_lora(Path(config.lora_path), checkpoint)
     return Model(
         checkpoint=checkpoint,
         identity=identity,

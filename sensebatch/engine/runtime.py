@@ -34,7 +34,7 @@ def resolve_runtime(model: ModelConfig) -> tuple[str, str]:
 
     Raises:
         ConfigError: A word that is not known, a GPU asked for where there is none, or a
-            precision that the device or the dtype does not allow.
+            precision or an attention that the device or the dtype does not allow.
     """
     _check_word("device", model.device, ("auto", "cuda", "cpu"))
     _check_word("dtype", model.dtype, ("auto", *DTYPES))
@@ -48,6 +48,7 @@ def resolve_runtime(model: ModelConfig) -> tuple[str, str]:
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" else "float32"
     check_precision(model.quantised, device, dtype)
+    resolve_attention(model.attn_backend, device, dtype)
     return device, dtype
 
 

@@ -16,6 +16,7 @@ from sensebatch.cli import session
 from sensebatch.cli.main import main
 from sensebatch.config import ModelConfig, RunConfig
 from sensebatch.contract import Engine
+from sensebatch.errors import CheckpointError
 from sensebatch.footprint import Load
 from sensebatch.jobs import ModelIdentity, Task
 from tests.executor.fakes import FakeEngine
@@ -34,6 +35,11 @@ class FakeBackend:
 
     def resolve_runtime(self, model: ModelConfig) -> tuple[str, str]:
         return "cpu", "float32" if model.dtype == "auto" else model.dtype
+
+    def check_lora(self, file: Path, checkpoint: Checkpoint) -> None:
+        assert checkpoint.tensors
+        if file.read_bytes() != b"lora":
+            raise CheckpointError(f"{file}: expected a LoRA")
 
     def load_engine(
         self,

@@ -235,6 +235,17 @@ def test_mistake_in_a_setting_is_one_clear_line(
     assert not Path("outputs").exists()
 
 
+def test_a_lora_that_is_none_has_no_job_run_again(
+    invoke: Invoke, manifest: Path, tmp_path: Path
+) -> None:
+    assert invoke("run", manifest).code == 0
+    lora = tmp_path / "x.safetensors"
+    lora.write_text("no lora")
+    assert invoke("run", manifest, "--lora-path", lora).code == 2
+    again = invoke("run", manifest, "--json").json
+    assert again["this_run"]["done"] == 0
+
+
 def test_unknown_option_is_a_usage_error(invoke: Invoke, manifest: Path) -> None:
     assert invoke("run", manifest, "--batchsize", "3").code == 2
 

@@ -10,9 +10,15 @@ import pytest
 import torch
 
 from sensebatch.checkpoint.files import open_checkpoint
+from sensebatch.config import ModelConfig
 from sensebatch.engine.device_memory import cap_device_memory
 from sensebatch.engine.model import attention
-from sensebatch.engine.runtime import is_tileable, resolve_attention, resolve_fused
+from sensebatch.engine.runtime import (
+    is_tileable,
+    resolve_attention,
+    resolve_fused,
+    resolve_runtime,
+)
 from sensebatch.errors import ConfigError
 
 
@@ -155,3 +161,8 @@ def test_a_budget_caps_the_device_that_is_computed_on(
     cap_device_memory(torch.device(device), None)
     cap_device_memory(torch.device("cpu"), 10 << 30)
     assert capped == [(0.25, index), (1.0, index)]
+
+
+def test_attention_that_cannot_be_used_is_known_before_anything_is_loaded() -> None:
+    with pytest.raises(ConfigError, match="attn_backend: expected cudnn to be usable"):
+        resolve_runtime(ModelConfig(attn_backend="cudnn", device="cpu"))
