@@ -113,7 +113,7 @@ def test_what_is_written_stays_as_it_is_until_there_are_more_rows(
         assert written() == before
     run_folder(tmp_path, [*jobs, make_job("j4"), make_job("j5")])
     assert written()[:2] == before[:2]
-    assert read_log(RunDir(tmp_path)).num_rows == 6
+    assert read_log(tmp_path / "log.parquet").num_rows == 6
 
 
 @pytest.mark.parametrize("name", ["log.parquet", "log/part-00000.parquet"])
@@ -122,7 +122,7 @@ def test_file_that_is_damaged_before_its_end_is_written_anew(
 ) -> None:
     monkeypatch.setattr(log, "PART_ROWS", 2)
     run_folder(tmp_path, [make_job(f"j{i}") for i in range(4)])
-    before = read_log(RunDir(tmp_path))
+    before = read_log(tmp_path / "log.parquet")
     whole = (tmp_path / name).read_bytes()
     column = pq.read_metadata(tmp_path / name).row_group(0).column(0)
     start = column.dictionary_page_offset
@@ -131,7 +131,7 @@ def test_file_that_is_damaged_before_its_end_is_written_anew(
     with open_store(tmp_path) as store:
         if name != "log.parquet":
             store.log.write()
-    assert read_log(RunDir(tmp_path)).equals(before)
+    assert read_log(tmp_path / "log.parquet").equals(before)
     assert pq.read_table(tmp_path / name).slice(0, 2).equals(before.slice(0, 2))
 
 
