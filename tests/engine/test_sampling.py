@@ -96,6 +96,27 @@ def test_the_interval_is_closed_for_t2i_and_open_for_the_others(
     assert (len(guidance.branches_at(t)) == 1) is not active
 
 
+FACTOR = 2 / (2 * 4.0**2 + 2 * 0.4**2) ** 0.5
+"""The length of the conditional velocity below by that of the guided one."""
+
+
+@pytest.mark.parametrize(
+    ("norm", "expected"),
+    [(CfgNorm.GLOBAL, (4.0 * FACTOR, 0.4 * FACTOR)), (CfgNorm.CHANNEL, (1.0, 0.4))],
+)
+def test_a_guided_velocity_is_made_shorter_and_never_longer(
+    norm: CfgNorm, expected: tuple[float, float]
+) -> None:
+    """Two tokens of two numbers: guidance makes the first 4 of 1, and the second 0.4 of 1."""
+    cond = torch.ones(2, 2)
+    uncond = torch.tensor([[0.0, 0.0], [1.2, 1.2]])
+    guidance = Guidance(Task.T2I, replace(SAMPLING, cfg_scale=4.0, cfg_norm=norm))
+    found = guidance.combine({"cond": cond, "uncond": uncond}, 1, 0.5)
+    torch.testing.assert_close(found, torch.tensor(expected)[:, None].expand(2, 2))
+    alone = guidance.combine({"cond": cond[1:], "uncond": uncond[1:]}, 1, 0.5)
+    torch.testing.assert_close(alone, torch.full((1, 2), 0.4))
+
+
 def test_cfg_zero_star_stands_still_at_step_0_only_where_guidance_is_active() -> None:
     velocities = {"cond": torch.ones(4, 3), "uncond": torch.full((4, 3), 0.5)}
     sampling = replace(SAMPLING, cfg_norm=CfgNorm.CFG_ZERO_STAR, cfg_interval=(0.5, 1.0))
