@@ -29,7 +29,7 @@ from sensebatch.cli import (
     status,
     t2i,
 )
-from sensebatch.cli.messages import counted
+from sensebatch.cli.messages import counted, say
 from sensebatch.cli.options import with_options
 from sensebatch.cli.signals import StoppedError
 from sensebatch.errors import ManifestError, RunStoppedError, SensebatchError
@@ -114,10 +114,10 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         app(args=None if args is None else list(args), prog_name="sensebatch")
     except SensebatchError as error:
-        print(_message(error), file=sys.stderr)
+        say(_message(error))
         raise SystemExit(exit_code(error)) from None
     except StoppedError:
-        print("stopped before anything was run; the same command starts it", file=sys.stderr)
+        say("stopped before anything was run; the same command starts it")
         raise SystemExit(exits.RESUMABLE) from None
     except KeyboardInterrupt:
         raise SystemExit(exits.INTERRUPTED) from None

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 
 from sensebatch.errors import Problem
 
 
 def say(text: str) -> None:
-    """Prints a line for people."""
-    print(text, file=sys.stderr, flush=True)
+    """Prints a line for people; where they are gone, with their terminal, work goes on."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def counted(count: int, noun: str) -> str:

@@ -14,7 +14,7 @@ from PIL import Image
 from sensebatch.cli.compare import compose
 from sensebatch.cli.job_options import JobOptions
 from sensebatch.cli.messages import say, warn_of
-from sensebatch.cli.outcome import finish
+from sensebatch.cli.outcome import finish, telling_stops
 from sensebatch.cli.session import Backend, Request, run_session
 from sensebatch.config import ModelConfig, RunConfig
 from sensebatch.errors import ConfigError, ManifestError, Problem
@@ -91,7 +91,8 @@ def _run_prompt(command: Command, backend: Backend | None) -> tuple[Path, Summar
     request = Request(
         root=root, config=config, sources=(job.source.file,), jobs=lambda: iter([job])
     )
-    summary = run_session(request, backend)
+    with telling_stops(root, as_json=command.job.as_json):
+        summary = run_session(request, backend)
     written = []
     for finished in finished_jobs(root):
         written += _copy_out(finished, folder, suffix)
@@ -125,7 +126,8 @@ def _run_jsonl(
         sources=(str(path),),
         jobs=jobs,
     )
-    summary = run_session(request, backend)
+    with telling_stops(root, as_json=command.job.as_json):
+        summary = run_session(request, backend)
     written = []
     if job.compare or job.print_think:
         for finished in finished_jobs(root):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -185,8 +185,16 @@ def watch(stop: StopSignals) -> Iterator[Tracker]:
         yield PlainLines(say)
         return
     display = LiveDisplay(console, stop)
-    with stop.shown_elsewhere(), Live(display, console=console, transient=True):
-        yield display
+    live = Live(display, console=console, transient=True)
+    # A terminal may go while the run goes on; then there is nothing left to tidy up.
+    with stop.shown_elsewhere():
+        with suppress(OSError):
+            live.start()
+        try:
+            yield display
+        finally:
+            with suppress(OSError):
+                live.stop()
 
 
 def failure_line(attempt: Attempt, will_retry: bool) -> str:

@@ -276,6 +276,7 @@ def _say_changes(changes: Changes) -> None:
     for count, what in (
         (changes.changed, "with a changed definition, run again"),
         (changes.restored, "done before, without its files now; run again"),
+        (changes.returned, "with a former definition whose files are still there; not run again"),
         (changes.removed, "no longer in the manifest; files are kept"),
         (changes.unread, "not read because of --limit; left as they are"),
     ):

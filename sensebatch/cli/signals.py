@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-STOPPING = "stopping once the pictures in hand are finished; again to stop at once"
+STOPPING = "stopping once the work in hand is finished; again to stop at once"
 """What a person is told after the first signal."""
 RESUMABLE = "stopped at once; the same command goes on from here"
 """What a person is told after the second."""

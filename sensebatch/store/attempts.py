@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
@@ -112,6 +113,12 @@ def row_from_json(text: str) -> dict[str, Any]:
     for name in _TIMES:
         values[name] = datetime.fromisoformat(values[name])
     return values
+
+
+def digests_of(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns (path in the run's folder, SHA-256) of every file that an attempt made."""
+    files = list(zip(row["image_paths"], row["image_sha256"], strict=True))
+    return files if row["text_path"] is None else [*files, (row["text_path"], row["text_sha256"])]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

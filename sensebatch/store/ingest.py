@@ -1,7 +1,8 @@
-"""Reading manifests into the state: what is new, what changed, what is gone."""
+"""Reading manifests into the state: what is new, what changed, what is gone, what came back."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sqlite3
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from sensebatch.errors import ManifestError, Problem
 from sensebatch.jobs import GroupKey, Job, ModelIdentity, folded_id, job_key
 from sensebatch.plan import plan_entry
 from sensebatch.store import tables
-from sensebatch.store.attempts import DONE, PENDING
+from sensebatch.store.attempts import DONE, PENDING, digests_of, row_from_json
 from sensebatch.store.codec import group_to_json, job_from_json, job_to_json
 
 _MAX_PROBLEMS = 100
@@ -33,6 +34,8 @@ class Changes:
     """Jobs of earlier readings that this one ended before; they stay as they are."""
     restored: int
     """Done jobs whose files are gone; they run again."""
+    returned: int
+    """Jobs that have a definition again which they were done with, and its files; they are done."""
 
 
 class _Row(NamedTuple):
@@ -56,7 +59,8 @@ class Ingest:
         self._db = db
         self._identity = identity
         self._number = tables.increment(db, "reading")
-        self._jobs = self._added = self._changed = self._num_problems = 0
+        self._jobs = self._added = self._num_problems = 0
+        self._changed: set[int] = set()
         self._problems: list[Problem] = []
         self._group_number = lru_cache(maxsize=None)(self._find_group)
 
@@ -130,7 +134,8 @@ class Ingest:
             ),
         )
         if key != old.key:
-            self._changed += old.attempts > 0
+            if old.attempts:
+                self._changed.add(old.number)
             self._db.execute(
                 "UPDATE jobs SET status = ?, tries = 0, alone = 0 WHERE number = ?",
                 (PENDING, old.number),
@@ -190,15 +195,53 @@ class Ingest:
         self._db.executemany(
             "UPDATE jobs SET status = ?, tries = 0, alone = 0 WHERE number = ?", gone
         )
+        returned = self._returned(root)
+        self._db.executemany(
+            "UPDATE jobs SET status = ? WHERE number = ?", ((DONE, number) for number in returned)
+        )
         self._drop_outdated_batches()
         return Changes(
             jobs=self._jobs,
             added=self._added,
-            changed=self._changed,
+            changed=len(self._changed - returned),
             removed=removed,
             unread=unread,
             restored=len(gone),
+            returned=len(returned),
         )
+
+    def _returned(self, root: Path) -> set[int]:
+        """Returns jobs to be run whose last success was of their key, and left the files there are.
+
+        A run of another definition, such as one that was started by mistake, may have ended before
+        it made anything of them; or after it replaced a file, so that a key alone says too little.
+        """
+        to_run = "seen = ? AND status = ? AND outputs <> '[]'"
+        values = (self._number, PENDING)
+        keys = {
+            job_id: (number, key)
+            for number, job_id, key in self._db.execute(
+                f"SELECT number, id, key FROM jobs WHERE {to_run}", values
+            )
+        }
+        if not keys:
+            return set()
+        made: dict[str, list[tuple[str, str]]] = {}
+        attempts = self._db.execute(
+            "SELECT job_id, row FROM attempts"
+            f" WHERE job_id IN (SELECT id FROM jobs WHERE {to_run}) ORDER BY seq",
+            values,
+        )
+        for job_id, text in attempts:
+            row = row_from_json(text)
+            if row["status"] == DONE:
+                is_own = row["key"] == keys[job_id][1]
+                made[job_id] = digests_of(row) if is_own else []
+        return {
+            keys[job_id][0]
+            for job_id, files in made.items()
+            if files and all(_has_digest(root / path, digest) for path, digest in files)
+        }
 
     def _drop_outdated_batches(self) -> None:
         """Forgets started batches of which a job changed or is no longer wanted."""
@@ -208,3 +251,11 @@ class Ingest:
                 if self._db.execute(query, (folded_id(job_id), PENDING)).fetchone() != (key,):
                     self._db.execute("DELETE FROM batches WHERE seq = ?", (batch.seq,))
                     break
+
+
+def _has_digest(path: Path, digest: str) -> bool:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == digest
+    except OSError:
+        return False

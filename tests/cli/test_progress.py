@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +12,8 @@ import pytest
 from rich.console import Console
 
 from sensebatch.cli.eta import RemainingTime
-from sensebatch.cli.progress import LiveDisplay, PlainLines, duration, step_words
+from sensebatch.cli.messages import say
+from sensebatch.cli.progress import LiveDisplay, PlainLines, duration, step_words, watch
 from sensebatch.cli.signals import STOPPING, StopSignals
 from sensebatch.contract import Progress
 from sensebatch.jobs import Batch, Job, Task, group_key
@@ -39,6 +42,23 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+class Terminal(io.StringIO):
+    """A terminal that is closed after some writes."""
+
+    def __init__(self, writes: int) -> None:
+        super().__init__()
+        self._left = writes
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        self._left -= 1
+        if self._left < 0:
+            raise OSError(errno.EIO, "the terminal is gone")
+        return super().write(text)
 
 
 T2I = [make_job(f"t{i}") for i in range(6)]
@@ -156,3 +176,14 @@ def test_durations_are_read_at_a_glance(seconds: float, words: str) -> None:
 def test_steps_without_a_known_end_have_no_total() -> None:
     assert step_words(Progress(phase="think", step=12, num_steps=0)) == "think 12"
     assert step_words(Progress(phase="denoise", step=3, num_steps=8)) == "denoise 3 of 8"
+
+
+@pytest.mark.parametrize("writes", [0, 1, 2])
+def test_a_terminal_that_goes_ends_no_run(monkeypatch: pytest.MonkeyPatch, writes: int) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    terminal = Terminal(writes)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with watch(StopSignals()) as tracker:
+        assert isinstance(tracker, LiveDisplay)
+    say("the end")
+    assert "the end" not in terminal.getvalue()

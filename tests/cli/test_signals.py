@@ -69,7 +69,7 @@ def test_first_signal_commits_a_batch_of_one_pass_and_the_same_command_goes_on(
     backend.engine.on_step = _once(number)
     ended = invoke("run", manifest)
     assert ended.code == 75
-    assert "stopping once the pictures in hand are finished; again to stop at once" in ended.err
+    assert "stopping once the work in hand is finished; again to stop at once" in ended.err
     assert "2 of 5 jobs done, 3 to do" in ended.err
     assert "the same command goes on from here" in ended.err
     resumed = invoke("run", manifest, "--json").json

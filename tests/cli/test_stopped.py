@@ -32,3 +32,21 @@ def test_run_that_cannot_go_on_is_resumable(
     counts = invoke("status", "outputs/small", "--json").json
     assert (counts["failed"], counts["started"] + counts["pending"]) == (0, 5)
     assert invoke("run", manifest).code == 0
+
+
+@pytest.mark.parametrize("asked", [("--prompt", "a dot"), ("--jsonl", "one.jsonl")])
+def test_one_job_that_cannot_go_on_says_so_in_its_object(
+    invoke: Invoke,
+    backend: FakeBackend,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    asked: tuple[str, str],
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise DeviceError("it is gone")
+
+    (tmp_path / "one.jsonl").write_text('{"prompt": "a dot"}\n', encoding="utf-8")
+    monkeypatch.setattr(backend.engine, "generate", fail)
+    ended = invoke("t2i", *asked, "--output-dir", "out", "--json")
+    assert ended.code == 75
+    assert (ended.json["exit_code"], ended.json["error"]) == (75, "it is gone")

@@ -13,7 +13,7 @@ from sensebatch.errors import ManifestError, RunFolderError
 from sensebatch.jobs import InputImage, Job, Source, Task, group_key
 from sensebatch.store.codec import group_from_json, group_to_json, job_from_json, job_to_json
 from sensebatch.store.state import State
-from tests.executor.fakes import IDENTITY, make_input, make_job, run_folder
+from tests.executor.fakes import IDENTITY, Flag, make_input, make_job, outcome, run_folder
 
 
 @pytest.fixture
@@ -85,6 +85,47 @@ def test_removed_job_that_comes_back_is_still_done(tmp_path: Path) -> None:
     ran = run_folder(tmp_path, jobs)
     assert ran.engine.batches == []
     assert ran.summary.counts.done == 2
+
+
+STORIES = [make_job(f"s{i}", Task.INTERLEAVE, seed=i) for i in range(3)]
+OTHERS = [replace(job, seed=job.seed + 50) for job in STORIES]
+
+
+def test_jobs_with_the_definition_they_were_done_with_are_done(tmp_path: Path) -> None:
+    """A run of another definition was stopped before it made anything, and one of a third."""
+    run_folder(tmp_path, STORIES)
+    before = outcome(tmp_path)
+    for others in (OTHERS, [replace(job, prompt="x") for job in STORIES]):
+        ran = run_folder(tmp_path, others, stop=Flag(after=0))
+        assert (ran.changes.changed, ran.changes.returned) == (3, 0)
+    ran = run_folder(tmp_path, STORIES)
+    assert (ran.changes.changed, ran.changes.returned, ran.engine.batches) == (0, 3, [])
+    assert ran.summary.counts.done == 3
+    assert outcome(tmp_path) == before
+    # For good, and not for this run alone.
+    assert run_folder(tmp_path, STORIES).changes.returned == 0
+
+
+def test_a_failure_of_another_definition_takes_nothing_from_the_first(tmp_path: Path) -> None:
+    run_folder(tmp_path, [make_job("a")])
+    ran = run_folder(tmp_path, [make_job("a", prompt="this one fails")])
+    assert ran.summary.counts.failed == 1
+    ran = run_folder(tmp_path, [make_job("a")])
+    assert (ran.changes.returned, ran.engine.batches) == (1, [])
+    assert ran.summary.counts.done == 1
+
+
+def test_only_the_files_of_a_definition_make_its_job_done(tmp_path: Path) -> None:
+    """One was replaced, one is gone, and one job was done with the other definition since."""
+    jobs = [make_job("whole"), *STORIES]
+    run_folder(tmp_path, jobs)
+    run_folder(tmp_path, [jobs[0], *OTHERS[:1]])
+    run_folder(tmp_path, [replace(jobs[0], seed=9), *OTHERS], stop=Flag(after=0))
+    (tmp_path / "images/s1/000.png").write_bytes(b"of a batch that was killed")
+    (tmp_path / "text/s2.txt").unlink()
+    ran = run_folder(tmp_path, jobs)
+    assert (ran.changes.returned, ran.changes.changed) == (1, 3)
+    assert sorted(id for batch in ran.engine.batches for id in batch) == ["s0", "s1", "s2"]
 
 
 def test_same_id_twice_names_both_places(state: State, tmp_path: Path) -> None:
