@@ -147,8 +147,13 @@ def _require(fields: _Fields, name: str, kind: type, default: Any, allowed: tupl
     return value
 
 
+def _num_experts(llm: _Fields) -> str:
+    """Returns the name of the field; transformers 5 writes another one."""
+    return "num_local_experts" if llm.has("num_local_experts") else "num_experts"
+
+
 def _moe(llm: _Fields, num_layers: int) -> tuple[Moe, Moe]:
-    num_experts = llm.get("num_experts", int)
+    num_experts = llm.get(_num_experts(llm), int)
     per_tok = llm.get("num_experts_per_tok", int)
     intermediate = llm.get("moe_intermediate_size", int)
     norm_topk = llm.get("norm_topk_prob", bool, True)
@@ -197,7 +202,7 @@ def parse_architecture(config: Mapping[str, Any]) -> Architecture:
     vision = top.section("vision_config")
     _reject_unsupported(top, llm)
     num_layers = llm.get("num_hidden_layers", int)
-    is_moe = llm.get("num_experts", int, 0) > 1 or "moe" in llm.get("model_type", str, "")
+    is_moe = llm.get(_num_experts(llm), int, 0) > 1 or "moe" in llm.get("model_type", str, "")
     understanding_moe, generation_moe = _moe(llm, num_layers) if is_moe else (None, None)
     heads = llm.get("num_attention_heads", int)
     hidden = llm.get("hidden_size", int)

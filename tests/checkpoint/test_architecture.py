@@ -67,6 +67,15 @@ def test_sparse_backbone_is_told_by_its_experts_or_its_name(
     assert parse_architecture(config).is_moe == is_moe
 
 
+def test_experts_are_counted_where_transformers_5_writes_it() -> None:
+    config = golden_config("moe")
+    config["llm_config"]["num_local_experts"] = config["llm_config"].pop("num_experts")
+    assert parse_architecture(config) == golden_architecture("moe")
+    del config["llm_config"]["num_local_experts"]
+    with pytest.raises(CheckpointError, match=r"llm_config\.num_experts: expected, not found"):
+        parse_architecture(config)
+
+
 def test_theta_is_read_where_transformers_5_writes_it() -> None:
     config = golden_config("dense_fm")
     del config["llm_config"]["rope_theta"], config["llm_config"]["rope_scaling"]
