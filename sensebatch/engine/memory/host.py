@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
@@ -140,7 +140,8 @@ class HostStore:
             self._fill(block, part)
             if previous is not None:
                 # Copies are issued in the order they were asked for, whatever was read first.
-                wait([previous])
+                # Raises where that copy was cancelled, of which `wait` would never hear.
+                previous.exception()
             lane.copy(target, part, after, staging.copied)
             lane.copy(target[:0], part[:0], staging.copied, done)
         finally:
