@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, chain
 
 from torch import Tensor, nn
 
@@ -99,7 +99,8 @@ class Pool:
         """Lets go of the memory; `give` must follow. What was in it is copied again."""
         for buffer in self._active:
             self._forget(buffer)
-            # Memory that is still copied to must not be given away.
+        # Memory that is still copied to must not be given away, by buffers of earlier cuts either.
+        for buffer in chain.from_iterable(self._cuts.values()):
             self._lane.finish(buffer.loaded)
         self._order, self._kept, self._ring, self._active = [], {}, [], []
         self._cuts.clear()

@@ -108,6 +108,23 @@ class CountingLane(CpuLane):
         super().copy(target, source, after, done)
 
 
+class LateLane(CpuLane):
+    """Knows the copies that nobody has waited for."""
+
+    def __init__(self) -> None:
+        self.under_way: list[object] = []
+
+    def new_mark(self) -> object:
+        return object()
+
+    def copy(self, target: Tensor, source: Tensor, after: object, done: object) -> None:
+        self.under_way.append(done)
+        super().copy(target, source, after, done)
+
+    def finish(self, mark: object) -> None:
+        self.under_way = [done for done in self.under_way if done is not mark]
+
+
 class Plain(nn.Module):
     """One matrix of bytes."""
 
@@ -155,4 +172,22 @@ def test_small_blocks_share_what_large_ones_are_streamed_through() -> None:
     # Three large ones are kept, the others go through the ring.
     assert go_through(large, keep=True) >= 3 + 3 * 3
     assert go_through(small, keep=True) == 8
+    readers.close()
+
+
+def test_memory_is_let_go_once_every_copy_into_it_is_done() -> None:
+    large = [plain_block(number, 1024) for number in range(4)]
+    small = [plain_block(number, 512) for number in range(10, 14)]
+    readers, lane = Readers(), LateLane()
+    host = HostStore(readers, pin=False)
+    host.keep([*large, *small], None, lane)
+    pool = Pool(new_buffer(4 * 1024, CPU), host, lane)
+    pool.schedule(large, keep=True)
+    with pool.lend(large[0]):
+        pass
+    # Takes the memory that large blocks are still copied to.
+    pool.schedule(small, keep=True)
+    assert lane.under_way
+    pool.release()
+    assert not lane.under_way
     readers.close()
