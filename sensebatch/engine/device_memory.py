@@ -18,8 +18,15 @@ from sensebatch.jobs import ModelIdentity
 from sensebatch.placement import Placements
 from sensebatch.vram import place
 
-_OUT_OF_MEMORY = ("not enough memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""What torch says where its own error type is not used: host, driver and cuBLAS."""
+_OUT_OF_MEMORY = (
+    "not enough memory",
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "Triton Error [CUDA]: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+"""What is said where torch's own error type is not used: by its allocator for the host, on Windows
+and elsewhere, by the driver, to torch or to Triton while it loads a kernel, and by cuBLAS."""
 
 
 class DevicePeak:

@@ -288,6 +288,19 @@ def test_memory_errors_of_torch_become_ours(
         generate(engine, make_job("a"))
 
 
+def test_memory_that_the_host_does_not_give_becomes_our_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = load(make_config())
+
+    def take_far_too_much(*_: object) -> None:
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    monkeypatch.setattr(engine_module, "run_single_image", take_far_too_much)
+    with pytest.raises(OutOfMemoryError, match=r"did not fit: .*you tried to allocate"):
+        generate(engine, make_job("a"))
+
+
 def raising(error: Exception) -> Callable[..., None]:
     def raise_it(*_: object) -> None:
         raise error

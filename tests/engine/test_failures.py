@@ -42,7 +42,14 @@ def test_device_that_computes_no_more_is_told_apart_from_a_bad_batch(
         generate(engine, make_job("a"))
 
 
-@pytest.mark.parametrize("words", ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: out of memory",
+        "Triton Error [CUDA]: out of memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+    ],
+)
 def test_memory_errors_of_the_driver_are_memory_errors(
     monkeypatch: pytest.MonkeyPatch, engine: SenseNovaEngine, words: str
 ) -> None:
