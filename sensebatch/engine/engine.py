@@ -137,7 +137,12 @@ class SenseNovaEngine:
     ) -> BatchResult:
         """Runs a batch; see `contract.Engine.generate`."""
         device = self._network.device
-        self._settle(batch.group)
+        try:
+            self._settle(batch.group)
+        except RuntimeError as error:
+            # A device that failed since the last batch.
+            check_device(device, error)
+            raise
         memory = DevicePeak(device)
         runner = self._new_runner(batch, progress, stop)
         start = time.perf_counter()

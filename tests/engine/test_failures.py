@@ -42,6 +42,18 @@ def test_device_that_computes_no_more_is_told_apart_from_a_bad_batch(
         generate(engine, make_job("a"))
 
 
+def test_a_device_that_failed_between_batches_is_noticed_while_weights_are_placed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = load(make_config(vram_mode="balanced"))
+    monkeypatch.setattr(engine._residency, "resize", _refuse)
+    with pytest.raises(torch.AcceleratorError):
+        generate(engine, make_job("a"))
+    monkeypatch.setattr(torch, "ones", _refuse)
+    with pytest.raises(DeviceError, match=r"cpu failed .* illegal memory access"):
+        generate(engine, make_job("a"))
+
+
 @pytest.mark.parametrize(
     "words",
     [
