@@ -1,0 +1,177 @@
+"""Blocks on streams that run when they like: what the order leaves open happens sooner or later.
+
+On a CPU every copy is done when its call returns, so nothing else shows a wait that is missing.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from threading import RLock
+
+import pytest
+from torch import Tensor
+
+from sensebatch.engine.memory.blocks import Block, new_buffer
+from sensebatch.engine.memory.host import CPU, HostStore
+from sensebatch.engine.memory.pool import Pool
+from sensebatch.engine.memory.readers import Readers
+from tests.engine.memory.test_blocks import plain_block
+
+NUM_LAYERS = 6
+SIZES = [(1024, 1024, 512), (1024, 512, 1536), (512, 1024, 512)]
+"""Of a layer of understanding, one of generation, and a part of the head."""
+
+
+@dataclass(eq=False, slots=True)
+class Mark:
+    """As a CUDA event: a wait is for what was asked for last when it was called."""
+
+    asked: int = 0
+    reached: int = 0
+
+
+class Streams:
+    """A computation and copies beside it, as a lane of a device; a seed says who goes on when."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+        self._lock = RLock()
+        self._computation: deque[Callable[[], bool]] = deque()
+        self._copies: deque[Callable[[], bool]] = deque()
+
+    def compute(self, work: Callable[[], object]) -> None:
+        self._computation.append(partial(self._do, work))
+        self._go_on()
+
+    def new_mark(self) -> object:
+        return Mark()
+
+    def computed(self, mark: object) -> None:
+        self._set(self._computation, mark)
+
+    def copy(self, target: Tensor, source: Tensor, after: object, done: object) -> None:
+        with self._lock:
+            self._wait(self._copies, after)
+            self._copies.append(partial(self._do, partial(target.copy_, source)))
+            self._set(self._copies, done)
+        self._go_on()
+
+    def wait(self, mark: object) -> None:
+        self._wait(self._computation, mark)
+
+    def finish(self, mark: object) -> None:
+        assert isinstance(mark, Mark)
+        with self._lock:
+            asked = mark.asked
+            while mark.reached < asked:
+                assert self._step(self._computation, self._copies), (
+                    "the streams wait for one another"
+                )
+
+    def _set(self, stream: deque[Callable[[], bool]], mark: object) -> None:
+        assert isinstance(mark, Mark)
+        with self._lock:
+            mark.asked += 1
+            stream.append(partial(self._reach, mark, mark.asked))
+
+    def _do(self, work: Callable[[], object]) -> bool:
+        work()
+        return True
+
+    def _reach(self, mark: Mark, number: int) -> bool:
+        mark.reached = number
+        return True
+
+    def _wait(self, stream: deque[Callable[[], bool]], mark: object) -> None:
+        assert isinstance(mark, Mark)
+        with self._lock:
+            asked = mark.asked
+            stream.append(lambda: mark.reached >= asked)
+
+    def _step(self, *streams: deque[Callable[[], bool]]) -> bool:
+        """Does one thing of the first stream that does not wait; returns whether there was one."""
+        for stream in streams:
+            if stream and stream[0]():
+                stream.popleft()
+                return True
+        return False
+
+    def _go_on(self) -> None:
+        with self._lock:
+            streams = [self._computation, self._copies]
+            # Often one stands still.
+            chosen = self._random.sample(streams, self._random.choice((1, 1, 2)))
+            for _ in range(self._random.randrange(6)):
+                self._step(*chosen)
+
+
+def check(weight: Tensor, number: int, wrong: list[int]) -> None:
+    if not (weight == number).all():
+        wrong.append(number)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("host_budget_bytes", [None, 0, 9 * 1024])
+def test_a_block_is_what_it_is_lent_as_until_it_has_been_computed_with(
+    sizes: tuple[int, int, int], host_budget_bytes: int | None
+) -> None:
+    readers = Readers()
+    wrong: list[int] = []
+    for seed in range(60):
+        go_through_phases(seed, sizes, host_budget_bytes, readers, wrong)
+    readers.close()
+    assert wrong == []
+
+
+def go_through_phases(
+    seed: int,
+    sizes: tuple[int, int, int],
+    host_budget_bytes: int | None,
+    readers: Readers,
+    wrong: list[int],
+) -> None:
+    """Goes through orders as a run has them; some passes break off, some memory is given back."""
+    chance, streams = random.Random(seed), Streams(seed)
+    understanding, generation = (
+        [plain_block(first + number, size) for number in range(NUM_LAYERS)]
+        for first, size in zip((1, 50), sizes[:2], strict=True)
+    )
+    head = [plain_block(100 + number, sizes[2]) for number in range(2)]
+    phases: list[tuple[list[Block], bool]] = [
+        (understanding, False),
+        ([*understanding, *head], False),
+        ([*understanding, *head], True),
+        (generation, True),
+    ]
+    host = HostStore(readers, pin=False)
+    host.keep([*generation, *understanding, *head], host_budget_bytes, streams)
+
+    def new_memory() -> Tensor:
+        return new_buffer(2 * max(sizes) + chance.randrange(10) * sizes[1], CPU)
+
+    memory = new_memory()
+    pool = Pool(memory, host, streams)
+    for _ in range(8):
+        order, keep = chance.choice(phases)
+        pool.schedule(order, keep=keep)
+        for _ in range(chance.randrange(4 if keep else 2)):
+            for block in order[: chance.choice((1, 3, None, None))]:
+                with pool.lend(block) as module:
+                    weight = module.get_parameter("weight")
+                    number = int(block.name.split()[1])
+                    streams.compute(partial(check, weight, number, wrong))
+        if chance.random() < 0.3:
+            pool.release()
+            # Whoever has it next.
+            streams.compute(partial(memory.fill_, 200))
+            streams.compute(partial(check, memory, 200, wrong))
+            memory = new_memory()
+            pool.give(memory)
+    host.close(streams)
+    end = streams.new_mark()
+    streams.computed(end)
+    streams.finish(end)
