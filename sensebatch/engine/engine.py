@@ -249,8 +249,8 @@ class SenseNovaEngine:
         if self._residency.is_whole:
             # No block is in host memory, so all are read again.
             del self._network, self._residency
-            empty_cache(device)
             try:
+                empty_cache(device)
                 self._network, self._residency = self._loader.load(self._placement)
             except (RuntimeError, SensebatchError) as error:
                 raise RunStoppedError(

@@ -238,7 +238,8 @@ class Pool:
             if following in self._where:
                 continue
             buffer = self._kept.get(following) or self._free_ring_buffer()
-            if buffer is None:
+            # One that is to keep the block may still be lent as what an earlier order had there.
+            if buffer is None or buffer is self._in_use:
                 return
             self._fill(buffer, following)
         self._settled = self.keeps_all and block in self._where

@@ -175,6 +175,22 @@ def test_small_blocks_share_what_large_ones_are_streamed_through() -> None:
     readers.close()
 
 
+def test_a_block_that_is_lent_is_not_replaced_by_the_one_that_is_to_stay_there() -> None:
+    """Where a block comes to a pass, others stay than before, and in buffers that are in use."""
+    blocks = [plain_block(number, 1024) for number in range(8)]
+    readers, lane = Readers(), CpuLane()
+    host = HostStore(readers, pin=False)
+    host.keep(blocks, None, lane)
+    pool = Pool(new_buffer(6 * 1024, CPU), host, lane)
+    for order in (blocks[:7], blocks):
+        pool.schedule(order, keep=True)
+        for block in order:
+            with pool.lend(block) as module:
+                weight = module.get_parameter("weight")
+                assert (weight == int(block.name.split()[1])).all()
+    readers.close()
+
+
 def test_memory_is_let_go_once_every_copy_into_it_is_done() -> None:
     large = [plain_block(number, 1024) for number in range(4)]
     small = [plain_block(number, 512) for number in range(10, 14)]
