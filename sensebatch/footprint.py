@@ -101,7 +101,13 @@ def _half_numbers(arch: Architecture, rows: int, *, fused: bool) -> tuple[int, i
 
 
 def _prompt_pass_bytes(
-    arch: Architecture, tokens: int, longest: int, item_bytes: int, *, fused: bool
+    arch: Architecture,
+    tokens: int,
+    longest: int,
+    item_bytes: int,
+    *,
+    fused: bool,
+    padded: bool = False,
 ) -> int:
     """Returns what a pass of prompt tokens needs beside their caches.
 
@@ -111,13 +117,15 @@ def _prompt_pass_bytes(
         longest: Keys of its longest sequence.
         item_bytes: Of a number.
         fused: See `_half_numbers`.
+        padded: Whether text may attend to keys before it, with idle queries in front.
     """
     query, key = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     project, finish = _half_numbers(arch, min(tokens, ROWS), fused=fused)
     projected = tokens * (query + 2 * key)
     attended = tokens * query
+    run = 2 * longest if padded else min(tokens, longest)
     # Values of one part are a view of what was projected before the heads were normed.
-    attend = projected + attended + 2 * longest * key + min(tokens, longest) * query
+    attend = projected + attended + 2 * longest * key + run * query
     held = (arch.hidden_size + 2 * arch.head_dim) * tokens
     project += projected if tokens > ROWS else 0
     return item_bytes * (held + max(project, attend, attended + finish))
@@ -219,7 +227,14 @@ def prompt_bytes(
     reading = (
         _embedded_bytes(arch, load, item_bytes)
         + cache_bytes(arch, cached + load.system_tokens, item_bytes)
-        + _prompt_pass_bytes(arch, tokens, load.prompt_tokens, item_bytes, fused=fused)
+        + _prompt_pass_bytes(
+            arch,
+            tokens,
+            load.prompt_tokens,
+            item_bytes,
+            fused=fused,
+            padded=load.system_tokens > 0 or load.group.task is not Task.T2I,
+        )
         + logits
     )
     if not load.text_tokens:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sensebatch.engine.model import attention
 from sensebatch.engine.sampling.flow_matching import timesteps
 from sensebatch.engine.tasks.denoise import Drawing, denoise
 from sensebatch.engine.tasks.interleave import run_interleave
@@ -18,6 +19,12 @@ from tests.engine.golden_model import (
     infer,
 )
 from tests.golden_data import TOLERANCE, Case, case_ids, load_case, relative_error
+
+
+@pytest.fixture(params=["masked", "without masks"], autouse=True)
+def text_behind_keys(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text attends to earlier keys as on a CPU, and as on a GPU."""
+    monkeypatch.setattr(attention, "_forms_scores", lambda _: request.param != "masked")
 
 
 def generation_prompt(case: Case) -> str:

@@ -110,6 +110,48 @@ def test_flash_attention_is_asked_for_one_sequence(
         assert torch.equal(attention.flash(q, k, v, causal), expected)
 
 
+@pytest.mark.parametrize(("queries", "keys"), [(2, 3), (8, 30), (9, 30), (29, 30), (40, 41)])
+def test_queries_behind_earlier_keys_need_no_mask(
+    monkeypatch: pytest.MonkeyPatch, queries: int, keys: int
+) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(queries, 4, 8), torch.randn(keys, 2, 8), torch.randn(keys, 2, 8)
+    expected = attention.sdpa(q, k, v, True)
+    masks = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*args: torch.Tensor, attn_mask: torch.Tensor | None, **rest: bool):
+        masks.append(attn_mask)
+        return attend(*args, attn_mask=attn_mask, **rest)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(attention, "_forms_scores", lambda _: True)
+    torch.testing.assert_close(attention.sdpa(q, k, v, True), expected, rtol=0, atol=1e-6)
+    assert set(masks) == {None}
+
+
+@pytest.mark.parametrize(
+    ("is_cuda", "dtype", "capability", "expected"),
+    [
+        (False, torch.bfloat16, (9, 0), False),
+        (True, torch.bfloat16, (9, 0), True),
+        (True, torch.float16, (8, 0), True),
+        (True, torch.float16, (7, 5), False),
+        (True, torch.float32, (9, 0), False),
+    ],
+)
+def test_masks_are_left_out_where_torch_has_flash_attention(
+    monkeypatch: pytest.MonkeyPatch,
+    is_cuda: bool,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    expected: bool,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    queries = SimpleNamespace(is_cuda=is_cuda, dtype=dtype, device=None)
+    assert attention._forms_scores(queries) == expected
+
+
 def test_cudnn_is_for_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which kernel computes cannot be seen on a CPU, but which ones torch is allowed can."""
     allowed = []

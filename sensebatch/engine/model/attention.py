@@ -20,6 +20,10 @@ Attention = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 """(q_QHE, k_LKE, v_LKE, causal) -> `[Q, H, E]`; causal aligns the last query with the last key."""
 
 CUDNN_LEAST_QUERIES = 1024
+FLASH_LEAST_CAPABILITY = (8, 0)
+"""The first CUDA devices that torch has its own FlashAttention for."""
+FEW_QUERIES = 8
+"""Most queries that are attended one by one where a mask would cost too much."""
 FLASH_MODULES = {
     "flash_attn_interface": "flash_attn_interface",
     "flash_attn.cute": "flash_attn",
@@ -36,6 +40,8 @@ def sdpa(q_QHE: Tensor, k_LKE: Tensor, v_LKE: Tensor, causal: bool) -> Tensor:
     num_queries, num_keys = q_QHE.shape[0], k_LKE.shape[0]
     mask = None
     if causal and 1 < num_queries < num_keys:
+        if _forms_scores(q_QHE):
+            return attend_without_mask(q_QHE, k_LKE, v_LKE)
         mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q_QHE.device)
         mask = mask.tril(num_keys - num_queries)
     out = F.scaled_dot_product_attention(
@@ -47,6 +53,38 @@ def sdpa(q_QHE: Tensor, k_LKE: Tensor, v_LKE: Tensor, causal: bool) -> Tensor:
         enable_gqa=q_QHE.shape[1] != k_LKE.shape[1],
     )
     return out[0].transpose(0, 1)
+
+
+def _forms_scores(q_QHE: Tensor) -> bool:
+    """Returns whether a mask would keep torch from the one kernel that forms no scores.
+
+    On CUDA it has two for grouped heads: FlashAttention, which takes no mask, needs half precision
+    and a device of compute capability 8.0, and one that forms all scores.
+    Source: torch's documentation of `scaled_dot_product_attention`, `enable_gqa`.
+    """
+    if not q_QHE.is_cuda or q_QHE.dtype == torch.float32:
+        return False
+    return torch.cuda.get_device_capability(q_QHE.device) >= FLASH_LEAST_CAPABILITY
+
+
+def attend_without_mask(q_QHE: Tensor, k_LKE: Tensor, v_LKE: Tensor) -> Tensor:
+    """Attends causally from queries behind earlier keys; see `Attention`.
+
+    A few queries go one by one. More get idle ones in front of them, one for each earlier key.
+    """
+    num_queries, num_keys = q_QHE.shape[0], k_LKE.shape[0]
+    num_earlier = num_keys - num_queries
+    if num_queries <= FEW_QUERIES:
+        ends = range(num_earlier + 1, num_keys + 1)
+        return torch.cat(
+            [
+                sdpa(q_1HE, k_LKE[:end], v_LKE[:end], False)
+                for q_1HE, end in zip(q_QHE.split(1), ends, strict=True)
+            ]
+        )
+    padded = q_QHE.new_zeros(num_keys, *q_QHE.shape[1:])
+    padded[num_earlier:] = q_QHE
+    return sdpa(padded, k_LKE, v_LKE, True)[num_earlier:]
 
 
 def cudnn(q_QHE: Tensor, k_LKE: Tensor, v_LKE: Tensor, causal: bool) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 
 from sensebatch.checkpoint.architecture import OFFICIAL_8B, Architecture, parse_architecture
 from sensebatch.config import default_config
+from sensebatch.engine.model import attention
 from sensebatch.engine.model.attention import sdpa
 from sensebatch.engine.model.kv_cache import SharedRoom
 from sensebatch.engine.model.network import Network
@@ -128,6 +129,29 @@ def test_prompts_take_what_is_expected(jobs: int, prompt: int) -> None:
         )
         runner.choose(hidden)
     expected = prompt_bytes(network.arch, load, 4, parked=False)
+    assert LEAST <= expected / live.peak <= MOST, (expected, live.peak)
+
+
+@pytest.mark.parametrize(("jobs", "system", "prompt"), [(1, 500, 6000), (2, 1500, 3500)])
+def test_prompts_behind_a_system_turn_take_what_is_expected(
+    monkeypatch: pytest.MonkeyPatch, jobs: int, system: int, prompt: int
+) -> None:
+    """As on a GPU."""
+    monkeypatch.setattr(attention, "_forms_scores", lambda _: True)
+    network = small_network()
+    runner = Runner(network, ByteTokenizer(), sdpa, lambda _: None)
+    load = make_load(Task.T2I, Resolution(height=2048, width=2048), jobs, prompt)
+    load = replace(load, system_tokens=system)
+    with infer(), LiveBytes() as live:
+        first = [runner.new_extension(Prompt(token_ids=(1,) * system)) for _ in range(jobs)]
+        runner.prefill(first)
+        rest = Prompt(token_ids=(1,) * (prompt - system))
+        live.peak = live.now
+        hidden = runner.prefill([Extension(cache=one.cache, prompt=rest) for one in first])
+        runner.choose(hidden)
+    # The system turn has a cache of its own in a run.
+    expected = prompt_bytes(network.arch, load, 4, parked=False)
+    expected -= cache_bytes(network.arch, system, 4)
     assert LEAST <= expected / live.peak <= MOST, (expected, live.peak)
 
 
