@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sensebatch.resolutions import Resolution
 
 MARKDOWN_NAME = "profile.md"
-_MAIN = "from sensebatch.cli.main import main; main()"
+_PROGRAM = ("-m", "sensebatch")
 _POLL_S = 0.5
 
 
@@ -146,7 +146,7 @@ def launch(arguments: Sequence[str], messages: Path) -> int:
     """
     from sensebatch.cli.signals import StopSignals
 
-    command = [sys.executable, "-c", _MAIN, *arguments]
+    command = [sys.executable, *_PROGRAM, *arguments]
     quiet = subprocess.DEVNULL
     with (
         StopSignals("stopped at once").installed() as stop,

@@ -50,8 +50,6 @@ from sensebatch.tiny.world.stories import story
 
 KINDS = ("t2i", "think", "edit", "interleave")
 BATCH_SIZE = 50
-RUN = "from sensebatch.cli.main import main; main()"
-"""The `sensebatch` command for this interpreter."""
 
 
 def held_out_examples(
@@ -242,8 +240,8 @@ def evaluate_run(model: str, out: Path, config_file: Path | None, count: int) ->
         examples = held_out_examples(kind, count)
         manifest = write_manifest(examples, out / kind)
         folder = out / f"{kind}-run"
-        command = [sys.executable, "-c", RUN, "run", str(manifest), "--output-dir", str(folder)]
-        subprocess.run([*command, "--model", model, *settings], check=True)
+        arguments = ["run", str(manifest), "--output-dir", str(folder), "--model", model, *settings]
+        subprocess.run([sys.executable, "-m", "sensebatch", *arguments], check=True)
         scores[kind] = score(kind, examples, read_answers(folder, len(examples)))
     return scores
 

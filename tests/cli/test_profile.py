@@ -100,7 +100,7 @@ def test_a_signal_ends_the_running_case_and_the_suite(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     child = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(200)"
-    monkeypatch.setattr(profile, "_MAIN", child)
+    monkeypatch.setattr(profile, "_PROGRAM", ("-c", child))
     with pytest.raises(KeyboardInterrupt):
         profile.launch([], tmp_path / "said.txt")
 
@@ -115,7 +115,7 @@ STUBBORN = (
 LAUNCH = (
     "import pathlib, sys\n"
     "from sensebatch.cli import profile\n"
-    "profile._MAIN = sys.argv[1]\n"
+    'profile._PROGRAM = ("-c", sys.argv[1])\n'
     "profile.launch([], pathlib.Path(sys.argv[2]))\n"
 )
 

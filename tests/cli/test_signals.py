@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from sensebatch.__main__ import main as start
 from sensebatch.cli.signals import StopSignals
 from tests.cli.conftest import FakeBackend, Invoke
 
@@ -41,6 +42,24 @@ def _once(number: signal.Signals) -> Callable[[], None]:
             os.kill(os.getpid(), number)
 
     return send
+
+
+class Interrupted:
+    """Finds the program as slowly as to be interrupted."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name == "sensebatch.cli.main":
+            raise KeyboardInterrupt
+
+
+def test_ctrl_c_before_the_program_is_there_ends_it_quietly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(sys.modules, "sensebatch.cli.main", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    with pytest.raises(SystemExit) as ended:
+        start()
+    assert ended.value.code == 130
 
 
 @pytest.mark.parametrize("closed", [False, True])

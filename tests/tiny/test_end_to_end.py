@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sensebatch.cli.main import main
-from sensebatch.tiny.evaluate import RUN, held_out_examples
+from sensebatch.tiny.evaluate import held_out_examples
 from sensebatch.tiny.manifests import read_answers, write_manifest
 from sensebatch.tiny.scores import score
 from sensebatch.tiny.world.examples import Example
@@ -55,7 +55,7 @@ def test_a_run_killed_in_the_middle_goes_on_to_the_right_pictures(tmp_path: Path
     manifest, folder = write_manifest(examples, tmp_path), tmp_path / "run"
     arguments = ["run", str(manifest), "--output-dir", str(folder), "--device", "cpu"]
     arguments += ["--max-batch-size", "1"]
-    made = _kill_when_some_are_made([sys.executable, "-c", RUN, *arguments], folder)
+    made = _kill_when_some_are_made([sys.executable, "-m", "sensebatch", *arguments], folder)
     assert 0 < len(made) < NUM_JOBS
     with pytest.raises(SystemExit) as ended:
         main(arguments)
