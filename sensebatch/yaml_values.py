@@ -20,6 +20,9 @@ try:
 except ImportError:
     from yaml import SafeLoader as _Loader  # type: ignore[assignment]
 
+MAX_VALUES = 20_000_000
+"""Of a document, aliases counted in full; so many jobs are better kept in another format."""
+
 _STRING = "tag:yaml.org,2002:str"
 _MERGE = "tag:yaml.org,2002:merge"
 _NULL = "tag:yaml.org,2002:null"
@@ -176,8 +179,8 @@ def load_yaml(text: str) -> YamlValue:
     """Returns the one document of a text; the value of an empty one is None.
 
     Raises:
-        YamlTextError: The text is no YAML, repeats a key, has a key that is no text, or
-            contains itself.
+        YamlTextError: The text is no YAML, repeats a key, has a key that is no text,
+            contains itself, or stands for more than `MAX_VALUES`.
     """
     try:
         loader = _ValueLoader(text)
@@ -186,7 +189,7 @@ def load_yaml(text: str) -> YamlValue:
             if node is None:
                 start = yaml.Mark("", 0, 0, 0, "", 0)
                 return YamlValue(value=None, node=yaml.ScalarNode(_NULL, "", start, start))
-            _check_node(node, set(), set())
+            _check_node(node, set(), {})
             return YamlValue(value=loader.construct_document(node), node=node)
         finally:
             loader.dispose()
@@ -222,26 +225,34 @@ def _step(node: yaml.Node, part: str | int) -> tuple[int, yaml.Node] | None:
     return None
 
 
-def _check_node(node: yaml.Node, above: set[int], checked: set[int]) -> None:
-    """Checks keys and texts of a node and everything below it, each node once."""
+def _check_node(node: yaml.Node, above: set[int], checked: dict[int, int]) -> int:
+    """Checks keys and texts of a node and everything below it, each node once.
+
+    Returns:
+        How many values it stands for, an alias for as many as what it names.
+    """
     line = node.start_mark.line + 1
     if id(node) in above:
         raise YamlTextError("expected a finite value, found one that contains itself", line)
     if id(node) in checked:
-        return
-    checked.add(id(node))
+        return checked[id(node)]
     if isinstance(node, yaml.ScalarNode):
         if not is_unicode(node.value):
             raise YamlTextError("expected Unicode text, found half of a surrogate pair", line)
-        return
+        checked[id(node)] = 1
+        return 1
     above.add(id(node))
     children = node.value
     if isinstance(node, yaml.MappingNode):
         _check_keys(node)
         children = [value for _, value in node.value]
-    for child in children:
-        _check_node(child, above, checked)
+    count = 1 + sum(_check_node(child, above, checked) for child in children)
+    if count > MAX_VALUES:
+        message = f"expected at most {MAX_VALUES:,} values, found {count:,} with aliases"
+        raise YamlTextError(message, line)
     above.remove(id(node))
+    checked[id(node)] = count
+    return count
 
 
 def _check_keys(node: yaml.MappingNode) -> None:

@@ -17,6 +17,11 @@ from sensebatch.manifest.read import manifest_name, read_manifest
 from sensebatch.yaml_values import YamlTextError, dump_yaml, load_yaml
 from sensebatch.yaml_values import read_yaml as read_yaml_file
 
+ALIASES = "x0: &x0 1\n" + "".join(
+    f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 10)}]\n" for i in range(1, 10)
+)
+"""Each line ten times the one before, some billions of values in all."""
+
 Write = Callable[[str], Path]
 HEAD = "version: 1\n"
 
@@ -115,6 +120,7 @@ def test_what_is_written_is_read_again(value: object) -> None:
         ("a: &a\n  - *a", 1, "contains itself"),
         ("a: !!python/name:os.system x", 1, "could not determine a constructor"),
         ("a: 1\n---\nb: 2", 2, "expected a single document"),
+        (ALIASES, 9, "expected at most 20,000,000 values, found 111,111,111 with aliases"),
         ("a: é\nb: x\x07", 2, "found character #x0007: control characters are not allowed"),
         ("a: 1\n[b, c]: 2", 2, "expected text as a key, found a sequence"),
         ("a: " + "[" * 2000 + "]" * 2000, 1, "expected values that are nested less deeply"),
