@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -32,6 +37,7 @@ pytest.importorskip("triton", reason="Triton has no build for this platform")
 
 from sensebatch.engine.model import decode_kernels, kernels
 
+ROOT = Path(__file__).parents[2]
 EPS = 1e-6
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDING = 1e-5
@@ -211,6 +217,30 @@ def test_tiles_are_the_best_ones_on_a_large_gpu() -> None:
             for limit in (None, SHARED_BYTES[90])
         ]
         assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("capability", [86, 90])
+def test_kernels_compile_for_gpus_without_one(tmp_path: Path, capability: int) -> None:
+    """What Triton's interpreter lets pass, its compiler may not; nor may a warning reach people."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    arguments = [str(capability), str(SHARED_BYTES[capability])]
+    ended = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "tests.engine.compile_kernels", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    shared = json.loads(ended.stdout)
+    quantised = {"_rms_norm_quantised", "_swiglu_quantised"}
+    assert shared.keys() - quantised == {
+        *("_rms_norm", "_swiglu", "_norm_rotate", "_vector_product", "_matrix_product"),
+        *("_attend", "_combine"),
+    }
+    assert (quantised <= shared.keys()) == (capability >= 89)
+    assert max(shared.values()) <= SHARED_BYTES[capability]
 
 
 @pytest.mark.parametrize("room", [40, 1500])

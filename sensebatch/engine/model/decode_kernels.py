@@ -169,7 +169,14 @@ def product(
     if num_sequences == 1:
         rows, block = _divisor(height, 2 if swiglu else 4), _divisor(width, 2048)
         _vector_product[(height // rows,)](
-            *pointers, width, height, **flags, ROWS=rows, BLOCK=block, num_warps=4
+            *pointers,
+            width,
+            height,
+            **flags,
+            ROWS=rows,
+            BLOCK=block,
+            num_warps=4,
+            enable_fp_fusion=True,
         )
         return out
     sequences = max(triton.next_power_of_2(num_sequences), LEAST_ROWS)
@@ -188,6 +195,7 @@ def product(
         ROWS=rows,
         BLOCK=_divisor(width, block),
         num_warps=4,
+        enable_fp_fusion=True,
         num_stages=stages,
     )
     return out
@@ -291,12 +299,20 @@ def attend(q_SHE: Tensor, k_SLKE: Tensor, v_SLKE: Tensor, lengths_S: Tensor) -> 
         BLOCK=SPLIT_TOKENS,
         SPLITS=ATTENTION_SPLITS,
         num_warps=4,
+        enable_fp_fusion=True,
         # Three of float32 are more than the shared memory of most GPUs.
         num_stages=3 if q_SHE.itemsize == 2 else 2,
     )
     out = q_SHE.new_empty(num_sequences, heads * dim)
     _combine[(num_sequences * heads,)](
-        parts, highest, sums, out, DIM=dim, SPLITS=ATTENTION_SPLITS, num_warps=4
+        parts,
+        highest,
+        sums,
+        out,
+        DIM=dim,
+        SPLITS=ATTENTION_SPLITS,
+        num_warps=4,
+        enable_fp_fusion=True,
     )
     return out
 

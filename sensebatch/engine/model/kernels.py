@@ -2,6 +2,8 @@
 
 Between two matrix products of a layer there are ten or more elementwise operations. One kernel for
 each chain reads and writes every number once. All compute in float32 and round once at the end.
+Every launch says that a product and its sum may be one operation, as Triton's default has been and
+is not to stay.
 
 Needs Triton, which PyTorch for CUDA brings; import this module only where it is to be used.
 """
@@ -40,7 +42,15 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     width = x_TD.shape[1]
     block = triton.next_power_of_2(width)
     _rms_norm[(x_TD.shape[0],)](
-        x_TD, weight_D, out_TD, eps, width, x_TD.stride(0), BLOCK=block, num_warps=8
+        x_TD,
+        weight_D,
+        out_TD,
+        eps,
+        width,
+        x_TD.stride(0),
+        BLOCK=block,
+        num_warps=8,
+        enable_fp_fusion=True,
     )
     return out_TD
 
@@ -105,6 +115,7 @@ def quantise_rows(
         NORM=norm_I is not None,
         LARGEST=LARGEST,
         num_warps=8,
+        enable_fp_fusion=True,
     )
     return out_TI, scales_T1
 
@@ -122,6 +133,7 @@ def swiglu_quantised(gate_up_TI: Tensor) -> tuple[Tensor, Tensor]:
         BLOCK=triton.next_power_of_2(width),
         LARGEST=LARGEST,
         num_warps=16,
+        enable_fp_fusion=True,
     )
     return out_TI, scales_T1
 
@@ -143,7 +155,7 @@ def swiglu(gate_up_TI: Tensor) -> Tensor:
     num_tokens, width = gate_up_TI.shape[0], gate_up_TI.shape[1] // 2
     out_TI = gate_up_TI.new_empty(num_tokens, width)
     grid = (num_tokens, triton.cdiv(width, SWIGLU_BLOCK))
-    _swiglu[grid](gate_up_TI, out_TI, width, BLOCK=SWIGLU_BLOCK, num_warps=4)
+    _swiglu[grid](gate_up_TI, out_TI, width, BLOCK=SWIGLU_BLOCK, num_warps=4, enable_fp_fusion=True)
     return out_TI
 
 
@@ -268,6 +280,7 @@ def norm_rotate(
         KV_HEADS=kv_heads,
         DIM=dim,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     return q_THE
 
