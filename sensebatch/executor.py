@@ -54,6 +54,9 @@ class Observer(Protocol):
     def progress(self, progress: Progress) -> None:
         """The batch in the engine went on."""
 
+    def batch_split(self, batch: Batch) -> None:
+        """The batch in the engine failed as a whole; its jobs are run in smaller ones."""
+
     def batch_finished(self, batch: Batch, attempts: Sequence[Attempt]) -> None:
         """A batch is committed; its jobs are done or failed."""
 
@@ -211,7 +214,7 @@ class _Run:
             while self._parts:
                 yield self._parts.popleft()
             if self._next is None or self._next.group != piece.group:
-                if self._writing is not None and _has_failures(self._writing[0]):
+                if self._writing is not None and self._writing[0].has_failures:
                     self.settle()
                 yield from self._again()
         self.settle()
@@ -259,6 +262,7 @@ class _Run:
         result = self._generate(batch, prepared, checkpoints)
         if isinstance(result, Raised) and len(jobs) > 1:
             self._split(seq, jobs, result)
+            self._tell(partial(self._observer.batch_split, batch))
             return
         if isinstance(result, Raised):
             metrics = BatchMetrics(total_s=time.monotonic() - start)
@@ -391,7 +395,3 @@ def _checked(batch: Batch, result: BatchResult) -> BatchResult:
     if len(result.results) != len(batch.jobs):
         raise ValueError(f"expected {len(batch.jobs)} results, found {len(result.results)}")
     return result
-
-
-def _has_failures(ran: RanBatch) -> bool:
-    return any(isinstance(result, Failure) for result in ran.results)

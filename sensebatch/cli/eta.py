@@ -20,23 +20,35 @@ class RemainingTime:
     pictures; a task that has not run yet is taken to be as fast as the others.
 
     Args:
-        plan: Batches that are to come.
-        num_interrupted: Jobs of interrupted batches, which run before the plan.
+        plan: Batches that are to come; interrupted ones, which run before them, are not.
     """
 
-    def __init__(self, plan: Plan, num_interrupted: int) -> None:
-        self._jobs: dict[GroupKey, int] = {group.group: group.num_jobs for group in plan.groups}
-        self._interrupted = num_interrupted
+    def __init__(self, plan: Plan) -> None:
+        self._jobs: dict[GroupKey, int] = defaultdict(int)
+        self._to_come: dict[str, GroupKey] = {}
+        """By the job's id: some run more than once, and some never."""
+        for planned in plan.groups:
+            self._jobs[planned.group] = planned.num_jobs
+            for ids in planned.batches():
+                self._to_come.update(dict.fromkeys(ids, planned.group))
         self._seconds: dict[Task, float] = defaultdict(float)
         self._cost: dict[Task, float] = defaultdict(float)
 
     def started(self, batch: Batch) -> None:
         """Takes a batch out of what is to come."""
-        num_jobs = len(batch.jobs)
-        if self._interrupted:
-            self._interrupted = max(0, self._interrupted - num_jobs)
-        elif batch.group in self._jobs:
-            self._jobs[batch.group] = max(0, self._jobs[batch.group] - num_jobs)
+        for job in batch.jobs:
+            self.gone(job.id)
+
+    def gone(self, job_id: str) -> None:
+        """Takes a job out of what is to come, if it was in it."""
+        group = self._to_come.pop(job_id, None)
+        if group is not None:
+            self._jobs[group] -= 1
+
+    def put_back(self, batch: Batch) -> None:
+        """Lets the jobs of a started batch be to come again, in smaller ones."""
+        self._to_come.update({job.id: batch.group for job in batch.jobs})
+        self._jobs[batch.group] += len(batch.jobs)
 
     def measured(self, batch: Batch, seconds: float, share: float = 1.0) -> None:
         """Takes account of a batch that took so long for this share of its pictures."""

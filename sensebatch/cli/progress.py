@@ -43,7 +43,7 @@ class Tracker:
     def run_started(self, counts: Counts, plan: Plan) -> None:
         """The run begins."""
         self.num_jobs, self.num_done, self.num_failed = counts.jobs, counts.done, counts.failed
-        self._remaining = RemainingTime(plan, counts.started)
+        self._remaining = RemainingTime(plan)
 
     def batch_started(self, batch: Batch) -> None:
         """A batch goes into the engine; the one before is through."""
@@ -62,13 +62,21 @@ class Tracker:
             self._share = 1 - (progress.step - 1) / progress.num_steps
         self.step = progress
 
+    def batch_split(self, batch: Batch) -> None:
+        """The batch in the engine made nothing; its jobs go into smaller ones."""
+        assert self._remaining is not None
+        self._remaining.put_back(batch)
+        self._share = 0.0
+
     def batch_finished(self, batch: Batch, attempts: Sequence[Attempt]) -> None:  # noqa: ARG002
         """A batch is committed."""
         self.num_done += sum(attempt.status == DONE for attempt in attempts)
 
-    def job_failed(self, attempt: Attempt, will_retry: bool) -> None:  # noqa: ARG002
+    def job_failed(self, attempt: Attempt, will_retry: bool) -> None:
         """A job failed."""
         self.num_failed += not will_retry
+        if attempt.batch_id is None and self._remaining is not None:
+            self._remaining.gone(attempt.job_id)
 
     def note(self, text: str) -> None:
         """Something a person may want to know."""

@@ -56,6 +56,11 @@ class RanBatch:
     """Seconds from the start of the run to the start of the batch."""
     started_at: datetime
 
+    @property
+    def has_failures(self) -> bool:
+        """Whether any of its jobs failed in the engine."""
+        return any(isinstance(result, Failure) for result in self.results)
+
 
 class BatchWriter:
     """Writes and commits batches in the background; used as a context manager.

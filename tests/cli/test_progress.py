@@ -7,6 +7,7 @@ import io
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import pytest
 from rich.console import Console
@@ -18,8 +19,10 @@ from sensebatch.cli.signals import STOPPING, StopSignals
 from sensebatch.contract import Progress
 from sensebatch.jobs import Batch, Job, Task, group_key
 from sensebatch.plan import Plan, make_plan, plan_entry
-from sensebatch.store.state import Counts
-from tests.executor.fakes import make_config, make_job
+from sensebatch.store.attempts import Attempt, Failure
+from sensebatch.store.rows import RowContext, WrittenJob, early_failure
+from sensebatch.store.state import Counts, StoredJob
+from tests.executor.fakes import FakeEngine, make_config, make_job
 
 
 def _plan(jobs: Sequence[Job]) -> Plan:
@@ -34,6 +37,15 @@ def _batch(*jobs: Job) -> Batch:
 def _counts(jobs: int, **counts: int) -> Counts:
     values = {"pending": jobs, "started": 0, "done": 0, "failed": 0, "removed": 0, "unread": 0}
     return Counts(jobs=jobs, **{**values, **counts})
+
+
+def _early_failure(job: Job) -> Attempt:
+    context = RowContext(run="r", session=1, info=FakeEngine().info)
+    stored = StoredJob(job=job, key=job.id, attempts=0, tries=0)
+    failure = Failure(type="JobError", message="no image", traceback="")
+    at = datetime(2026, 1, 1, tzinfo=UTC)
+    written = WrittenJob(failure=failure)
+    return early_failure(context, stored, written, queue_s=0.0, at=at, rss_bytes=0)
 
 
 @dataclass
@@ -66,13 +78,13 @@ EDITS = [make_job(f"e{i}", Task.EDIT) for i in range(2)]
 
 
 def test_nothing_is_promised_before_something_was_measured() -> None:
-    remaining = RemainingTime(_plan(T2I), num_interrupted=0)
+    remaining = RemainingTime(_plan(T2I))
     remaining.started(_batch(*T2I[:2]))
     assert remaining.to_come() is None
 
 
 def test_remaining_time_follows_the_measured_speed() -> None:
-    remaining = RemainingTime(_plan(T2I), num_interrupted=0)
+    remaining = RemainingTime(_plan(T2I))
     remaining.started(_batch(*T2I[:2]))
     remaining.measured(_batch(*T2I[:2]), seconds=10.0)
     assert remaining.to_come() == pytest.approx(20.0)
@@ -80,7 +92,7 @@ def test_remaining_time_follows_the_measured_speed() -> None:
 
 
 def test_each_task_has_its_own_speed_once_it_is_measured() -> None:
-    remaining = RemainingTime(_plan([*T2I, *EDITS]), num_interrupted=0)
+    remaining = RemainingTime(_plan([*T2I, *EDITS]))
     remaining.measured(_batch(*T2I), seconds=6.0)
     for job in (*T2I, EDITS[0]):
         remaining.started(_batch(job))
@@ -91,10 +103,45 @@ def test_each_task_has_its_own_speed_once_it_is_measured() -> None:
 
 
 def test_interrupted_batches_are_not_taken_out_of_the_plan() -> None:
-    remaining = RemainingTime(_plan(T2I), num_interrupted=2)
+    remaining = RemainingTime(_plan(T2I))
     remaining.started(_batch(make_job("x"), make_job("y")))
     remaining.measured(_batch(make_job("x"), make_job("y")), seconds=2.0)
     assert remaining.to_come() == pytest.approx(6.0)
+
+
+def test_parts_of_a_split_batch_are_still_to_come_and_the_attempt_drew_nothing() -> None:
+    clock = Clock()
+    lines = PlainLines(lambda _: None, clock)
+    lines.run_started(_counts(6), _plan(T2I))
+    lines.batch_started(_batch(*T2I[:4]))
+    clock.now = 2.0
+    lines.batch_split(_batch(*T2I[:4]))
+    lines.batch_started(_batch(*T2I[:2]))
+    assert lines.remaining_s() is None
+    clock.now = 20.0
+    lines.batch_started(_batch(*T2I[2:4]))
+    # Two jobs took 20 s with the attempt that was in vain, and four are left.
+    assert lines.remaining_s() == pytest.approx(40.0)
+
+
+def test_jobs_that_fail_before_a_batch_are_no_longer_to_come() -> None:
+    clock = Clock()
+    lines = PlainLines(lambda _: None, clock)
+    lines.run_started(_counts(6), _plan(T2I))
+    lines.batch_started(_batch(T2I[0]))
+    for job in T2I[1:4]:
+        lines.job_failed(_early_failure(job), will_retry=False)
+    clock.now = 5.0
+    lines.batch_started(_batch(T2I[4]))
+    assert lines.remaining_s() == pytest.approx(10.0)
+
+
+def test_jobs_tried_again_are_not_taken_out_of_the_plan_twice() -> None:
+    remaining = RemainingTime(_plan(T2I))
+    for job in (T2I[0], T2I[0]):
+        remaining.started(_batch(job))
+        remaining.measured(_batch(job), seconds=1.0)
+    assert remaining.to_come() == pytest.approx(5.0)
 
 
 def test_remaining_time_counts_down_while_a_batch_runs() -> None:

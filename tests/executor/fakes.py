@@ -294,6 +294,7 @@ class Recorder:
     finished: list[Attempt] = field(default_factory=list)
     failures: list[tuple[str, bool]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    splits: list[tuple[str, ...]] = field(default_factory=list)
     plan: Plan | None = None
     counts: Counts | None = None
 
@@ -305,6 +306,9 @@ class Recorder:
 
     def progress(self, progress: Progress) -> None:
         pass
+
+    def batch_split(self, batch: Batch) -> None:
+        self.splits.append(tuple(job.id for job in batch.jobs))
 
     def batch_finished(self, _: Batch, attempts: Sequence[Attempt]) -> None:
         self.finished += attempts

@@ -108,6 +108,7 @@ def test_out_of_memory_halves_the_batch_until_single_jobs_fit(tmp_path: Path) ->
         ("j2",),
         ("j3",),
     ]
+    assert ran.seen.splits == [("j0", "j1", "j2", "j3"), ("j0", "j1"), ("j2", "j3")]
     assert ran.summary.done == 4
     assert len(rows(tmp_path)) == 4
 
