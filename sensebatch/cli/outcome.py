@@ -18,8 +18,8 @@ from sensebatch.errors import RunStoppedError
 from sensebatch.executor import Summary
 from sensebatch.report import Summary as Report
 from sensebatch.report import format_summary, read_log, summarise, summary_json
-from sensebatch.store.checkpoints import CheckpointStore
 from sensebatch.store.run_dir import RunDir
+from sensebatch.store.status import read_status
 
 
 def finish(
@@ -86,7 +86,7 @@ def outcome_lines(root: Path, summary: Summary) -> list[str]:
         words.append(f"{counts.pending:,} to do")
     if counts.started:
         words.append(f"{counts.started:,} interrupted")
-        kept = CheckpointStore(folder.checkpoints).num_images()
+        kept = read_status(root).kept_images
         words += [f"{counted(kept, 'image')} kept"] if kept else []
     if summary.done or summary.failed:
         words.append(f"{counted(summary.images, 'image')} made in {duration(summary.seconds)}")

@@ -89,12 +89,17 @@ class CheckpointStore:
                     best[member] = pictures
         return [best.get(member, []) for member in members]
 
-    def num_images(self) -> int:
+    def num_images(self, is_to_run: Callable[[str, str], bool]) -> int:
         """Returns how many pictures are kept; reads none, and works beside a run.
 
         One that another batch took over, or that was drawn again, counts once.
+
+        Args:
+            is_to_run: Whether a job with this id and key is still to be run; pictures of others,
+                which lie beside those of jobs that they shared a batch with, do not count.
         """
-        return len({name for folder in self._folders() for name in _picture_names(folder)})
+        names = {name for folder in self._folders() for name in _picture_names(folder)}
+        return sum(is_to_run(*member) for member, _ in names)
 
     def _folders(self) -> list[Path]:
         if not self._folder.is_dir():

@@ -275,6 +275,13 @@ class State:
             query = "SELECT 1 FROM jobs WHERE folded = ? AND wanted = 1 AND status = ?"
             return any(db.execute(query, (folded_id(job_id), PENDING)).fetchone() for job_id in ids)
 
+    def is_to_run(self, job_id: str, key: str) -> bool:
+        """Returns whether a job is still to be run, and has this key."""
+        query = "SELECT 1 FROM jobs WHERE folded = ? AND key = ? AND wanted = 1 AND status = ?"
+        with self._db.reading() as db:
+            row = db.execute(query, (folded_id(job_id), key, PENDING)).fetchone()
+        return row is not None
+
     def num_attempts(self) -> int:
         """Returns how many rows the log has."""
         with self._db.reading() as db:

@@ -17,7 +17,7 @@ class RunStatus:
 
     counts: Counts
     kept_images: int
-    """Pictures of batches that are not committed, kept for whoever goes on with them."""
+    """Pictures of jobs that are not done, kept for whoever goes on with them."""
     running: bool
     """Whether a process works in the folder; without one, started jobs are interrupted jobs."""
 
@@ -36,7 +36,7 @@ def read_status(root: Path) -> RunStatus:
     try:
         return RunStatus(
             counts=state.counts(),
-            kept_images=CheckpointStore(run_dir.checkpoints).num_images(),
+            kept_images=CheckpointStore(run_dir.checkpoints).num_images(state.is_to_run),
             running=running,
         )
     finally:

@@ -11,6 +11,7 @@ import pytest
 from sensebatch.config import ExecutionConfig
 from sensebatch.jobs import Task
 from sensebatch.store import files
+from sensebatch.store.status import read_status
 from tests.executor.fakes import FakeEngine, make_config, make_job, mixed_jobs, outcome, run_folder
 
 PATIENCE_S = 10.0
@@ -150,3 +151,13 @@ def test_stopped_again_and_again_equals_uninterrupted(tmp_path: Path) -> None:
     run_folder(tmp_path / "b", mixed_jobs(), config, engine=FakeEngine(a_pass=1))
     assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
     assert kept(tmp_path / "a") == []
+
+
+def test_pictures_of_a_job_that_is_done_are_not_counted_as_kept(tmp_path: Path) -> None:
+    jobs = [make_job(f"s{i}", Task.INTERLEAVE, prompt="grows", seed=i) for i in range(2)]
+    # The batch is split behind two pictures of each; the first job alone draws two more.
+    engine, stop = stopped_at(8)
+    ran = run_folder(tmp_path, jobs, engine=engine, stop=stop)
+    assert engine.batches == [("s0", "s1"), ("s0",), ("s1",)]
+    assert (ran.summary.counts.done, ran.summary.counts.started) == (1, 1)
+    assert read_status(tmp_path).kept_images == 3

@@ -20,6 +20,10 @@ def batch_of(*names: str) -> Batch:
     return Batch(id="0" * 16, group=group_key(jobs[0]), jobs=jobs, keys=keys)
 
 
+def _all(*_: str) -> bool:
+    return True
+
+
 def picture(*parts: object) -> DrawnImage:
     image = drawn_image(SIZE, *parts)
     image[0, 0, :4] = [np.float32("nan"), -0.0, 1e-45, np.inf]
@@ -74,21 +78,22 @@ def test_job_in_another_batch_takes_its_pictures_along(tmp_path: Path) -> None:
 
 def test_pictures_are_counted_once_and_only_those_that_can_be_used(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "c")
-    assert store.num_images() == 0
+    assert store.num_images(_all) == 0
     old = store.of_batch(1, batch_of("a", "b"))
     old.save([(0, picture("a")), (1, picture("b"))])
     old.save([(1, picture("b", 1))])
-    assert store.num_images() == 3
+    assert store.num_images(_all) == 3
     new = store.of_batch(2, batch_of("b", "c"))
     new.load()
     new.save([(1, picture("c"))])
-    assert store.num_images() == 4
+    assert store.num_images(_all) == 4
+    assert store.num_images(lambda job_id, key: (job_id, key) == ("b", "key of b")) == 2
     # Drawn again, because others of its pass were not kept.
     new.save([(1, picture("c"))])
-    assert store.num_images() == 4
+    assert store.num_images(_all) == 4
     for folder in (1, 2):
         (tmp_path / f"c/{folder}/0000.safetensors").write_bytes(b"damaged")
-    assert store.num_images() == 0
+    assert store.num_images(_all) == 0
 
 
 def test_changed_job_takes_nothing_along(tmp_path: Path) -> None:
