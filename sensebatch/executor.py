@@ -137,6 +137,7 @@ def execute(
         store.state.retry_failed()
     max_attempts = config.execution.max_attempts
     with (
+        store.complete_log(),
         BatchWriter(store, engine.info, config.output, max_attempts=max_attempts) as writer,
         Preparer(engine, read_image) as preparer,
     ):
@@ -148,7 +149,6 @@ def execute(
                     break
                 run.run_piece(piece)
         run.settle()
-    store.log.write()
     return run.summary(stopped=stop.is_set())
 
 

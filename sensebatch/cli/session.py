@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -155,17 +156,28 @@ def run_session(request: Request, backend: Backend | None = None) -> Summary:
     """
     backend = TorchBackend() if backend is None else backend
     say(f"reading {', '.join(request.sources)}")
-    with StopSignals().installed() as stop:
-        model = open_model(request.config.model, backend)
-        with open_store(request.root) as store:
-            jobs = _until_stopped(request.jobs(), stop)
-            changes = store.state.ingest(jobs, model.identity, request.root, limit=request.limit)
-            store.run_dir.write_settings(_settings_document(request))
-            _say_changes(changes)
-            summary = _run_pending(request.config, store, model, backend, stop)
-        log = summarise(read_log(RunDir(request.root).log))
-        write_atomic(request.root / SUMMARY_NAME, f"{format_summary(log)}\n".encode())
+    try:
+        with StopSignals().installed() as stop:
+            model = open_model(request.config.model, backend)
+            with open_store(request.root) as store:
+                jobs = _until_stopped(request.jobs(), stop)
+                changes = store.state.ingest(
+                    jobs, model.identity, request.root, limit=request.limit
+                )
+                store.run_dir.write_settings(_settings_document(request))
+                _say_changes(changes)
+                summary = _run_pending(request.config, store, model, backend, stop)
+            _write_summary(request.root)
+    except RunStoppedError:
+        with suppress(RunStoppedError, RunFolderError):
+            _write_summary(request.root)
+        raise
     return summary
+
+
+def _write_summary(root: Path) -> None:
+    log = summarise(read_log(RunDir(root).log))
+    write_atomic(root / SUMMARY_NAME, f"{format_summary(log)}\n".encode())
 
 
 def open_model(config: ModelConfig, backend: Backend) -> Model:

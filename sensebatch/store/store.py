@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from sensebatch.errors import RunFolderError, RunStoppedError
 from sensebatch.store.attempts import Attempt
 from sensebatch.store.checkpoints import CheckpointStore
 from sensebatch.store.files import storage_errors
@@ -36,6 +37,19 @@ class Store:
         self.remove_stale(stale)
         self.checkpoints.discard(seq, self.state.needs_checkpoints)
         self.log.update()
+
+    @contextmanager
+    def complete_log(self) -> Iterator[None]:
+        """Writes every row there is at the end of the block, also where the run was stopped."""
+        try:
+            yield
+        except RunStoppedError:
+            # If it is the disk that failed, the next run writes the log.
+            with suppress(RunStoppedError, RunFolderError):
+                self.run_dir.require_in_place()
+                self.log.write()
+            raise
+        self.log.write()
 
     def remove_stale(self, names: Sequence[str]) -> None:
         """Removes files that a job's earlier definition made and its new one replaced."""

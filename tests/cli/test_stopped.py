@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from sensebatch.errors import DeviceError, RunFolderError, SensebatchError, StorageFullError
+from sensebatch.jobs import BatchResult
 from tests.cli.conftest import FakeBackend, Invoke
 
 
@@ -50,3 +51,21 @@ def test_one_job_that_cannot_go_on_says_so_in_its_object(
     ended = invoke("t2i", *asked, "--output-dir", "out", "--json")
     assert ended.code == 75
     assert (ended.json["exit_code"], ended.json["error"]) == (75, "it is gone")
+
+
+def test_what_was_committed_is_in_the_log_and_the_summary(
+    invoke: Invoke, manifest: Path, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = backend.engine.generate
+
+    def fail_behind_the_first(*args: Any, **options: Any) -> BatchResult:
+        if backend.engine.batches:
+            raise DeviceError("it is gone")
+        return real(*args, **options)
+
+    monkeypatch.setattr(backend.engine, "generate", fail_behind_the_first)
+    assert invoke("run", manifest).code == 75
+    done = invoke("status", "outputs/small", "--json").json["done"]
+    total = invoke("report", "outputs/small", "--json").json["total"]
+    assert total["jobs"] == done > 0
+    assert "calls=1" in Path("outputs/small/summary.txt").read_text(encoding="utf-8")

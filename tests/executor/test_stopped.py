@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from sensebatch.errors import DeviceError
@@ -29,6 +30,8 @@ def test_failed_device_stops_the_run_with_its_jobs_pending(tmp_path: Path) -> No
     with pytest.raises(DeviceError):
         run_folder(tmp_path / "a", jobs, engine=broken)
     assert broken.batches == [("t0", "t1"), ("t2", "t3"), ("t4", "t5")]
+    log = pq.read_table(tmp_path / "a/log.parquet")
+    assert log.column("job_id").to_pylist() == ["t0", "t1", "t2", "t3"]
     resumed = run_folder(tmp_path / "a", jobs)
     assert resumed.engine.batches[0] == ("t4", "t5")
     assert (resumed.summary.done, resumed.summary.failed) == (4, 0)
