@@ -128,14 +128,20 @@ class Failure:
     type: str
     message: str
     traceback: str
+    think_tokens: int = 0
+    """That the job had decoded before; they took their time all the same."""
+    text_tokens: int = 0
+    """Likewise."""
 
     @classmethod
-    def of(cls, error: BaseException) -> Failure:
+    def of(cls, error: BaseException, *, think_tokens: int = 0, text_tokens: int = 0) -> Failure:
         """Returns what is worth keeping of an exception."""
         return cls(
             type=type(error).__name__,
             message=_writable(str(error)),
             traceback=_writable("".join(traceback.format_exception(error))),
+            think_tokens=think_tokens,
+            text_tokens=text_tokens,
         )
 
 

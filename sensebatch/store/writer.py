@@ -144,21 +144,24 @@ class BatchWriter:
             for stored, result in zip(ran.jobs, ran.results, strict=True)
         ]
         written = [
-            self._settled(stored, future) for stored, future in zip(ran.jobs, futures, strict=True)
+            self._settled(stored, result, future)
+            for stored, result, future in zip(ran.jobs, ran.results, futures, strict=True)
         ]
         attempts = self._attempts(ran, written)
         self._sync(attempts)
         self._store.commit(ran.seq, attempts, max_attempts=self._max_attempts)
         return attempts
 
-    def _settled(self, stored: StoredJob, future: Future[WrittenJob]) -> WrittenJob:
+    def _settled(
+        self, stored: StoredJob, result: JobResult | Failure, future: Future[WrittenJob]
+    ) -> WrittenJob:
         """Returns what was written; an error that concerns one job alone is that job's failure."""
         error = future.exception()
         if error is None:
             return future.result()
         if isinstance(error, StorageFullError | RunFolderError) or not isinstance(error, Exception):
             raise error
-        return self._write_failure(stored, Failure.of(error))
+        return self._write_failure(stored, _failure(error, result))
 
     def _write_job(self, stored: StoredJob, result: JobResult | Failure) -> WrittenJob:
         if isinstance(result, Failure):
@@ -184,12 +187,18 @@ class BatchWriter:
         )
 
     def _write_failure(self, stored: StoredJob, failure: Failure) -> WrittenJob:
+        name: str | None
         try:
             name = self._store.run_dir.error_name(stored.job.id, stored.attempts + 1)
             self._write(name, failure.traceback.encode())
         except (JobError, OSError):  # a name that no file can have; the row says enough
-            return WrittenJob(failure=failure)
-        return WrittenJob(failure=failure, error_file=name)
+            name = None
+        return WrittenJob(
+            failure=failure,
+            error_file=name,
+            think_tokens=failure.think_tokens,
+            text_tokens=failure.text_tokens,
+        )
 
     def _image_names(self, stored: StoredJob, num_images: int) -> list[str]:
         job, run_dir = stored.job, self._store.run_dir
@@ -244,4 +253,10 @@ def _default_writers() -> int:
 
 def without_exceptions(results: Sequence[JobResult]) -> tuple[JobResult | Failure, ...]:
     """Returns results with every exception as text, so that no frame keeps device memory."""
-    return tuple(result if result.error is None else Failure.of(result.error) for result in results)
+    return tuple(
+        result if result.error is None else _failure(result.error, result) for result in results
+    )
+
+
+def _failure(error: BaseException, result: JobResult | Failure) -> Failure:
+    return Failure.of(error, think_tokens=result.think_tokens, text_tokens=result.text_tokens)

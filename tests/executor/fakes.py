@@ -237,10 +237,12 @@ class FakeEngine:
 
     def _picture(self, batch: Batch, index: int, image: np.ndarray | None) -> JobResult:
         job = batch.jobs[index]
-        if image is None:
-            return JobResult(error=ValueError("NaN in the output"))
         text = f"thinking in {batch.id}\n" if job.think else None
-        return JobResult(images=(to_pixels(image),), text=text, think_tokens=10 if job.think else 0)
+        tokens = 10 if job.think else 0
+        if image is None:
+            error = ValueError("NaN in the output")
+            return JobResult(text=text, think_tokens=tokens, error=error)
+        return JobResult(images=(to_pixels(image),), text=text, think_tokens=tokens)
 
     def _interleave(
         self,

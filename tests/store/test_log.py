@@ -3,15 +3,16 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
 from sensebatch.config import ExecutionConfig
 from sensebatch.errors import RunFolderError
-from sensebatch.jobs import Task
+from sensebatch.jobs import BatchResult, Task
 from sensebatch.store import log
 from sensebatch.store.attempts import Attempt
 from sensebatch.store.log import SCHEMA, read_log
@@ -76,6 +77,30 @@ def test_rows_say_what_was_made_and_what_it_cost(tmp_path: Path) -> None:
     assert story["text_tok_per_s"] == pytest.approx(5 / 2.0)
     assert story["text_path"] == "text/s.txt"
     assert story["image_paths"][0] == "images/s/000.png"
+
+
+class WrongSize(FakeEngine):
+    """Draws every picture too low by half."""
+
+    def generate(self, *args: Any, **options: Any) -> BatchResult:
+        done = super().generate(*args, **options)
+        results = (
+            replace(result, images=tuple(image[::2] for image in result.images))
+            for result in done.results
+        )
+        return replace(done, results=tuple(results))
+
+
+@pytest.mark.parametrize("engine", [FakeEngine(), WrongSize()])
+def test_text_of_a_job_that_failed_behind_it_took_its_time(
+    tmp_path: Path, engine: FakeEngine
+) -> None:
+    jobs = [make_job("a", think=True), make_job("fails", prompt="fails", think=True)]
+    run_folder(tmp_path, jobs, engine=engine)
+    a, failed = read_log(tmp_path / "log.parquet").to_pylist()
+    assert (failed["status"], failed["think_tokens"], failed["text_path"]) == ("failed", 10, None)
+    assert a["think_tokens"] == 10
+    assert a["text_tok_per_s"] == failed["text_tok_per_s"] == pytest.approx(20 / 2.0)
 
 
 def test_log_is_rebuilt_from_the_state_alone(
