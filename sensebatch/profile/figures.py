@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from sensebatch.report import summarise
 
 _BATCH = ["session", "batch_id", "started_at"]
-_OF_BATCH = ["total_s", "think_s", "denoise_s"]
+_OF_BATCH = ["total_s", "think_s", "denoise_s", "num_kept_images"]
 _OF_JOB = ["num_images", "image_tokens", "think_tokens", "text_tokens"]
 
 Batches = Sequence[Mapping[str, float]]
@@ -31,7 +31,10 @@ def figures(log: pa.Table, *, num_steps: int) -> dict[str, Any]:
     summary = summarise(log)
     total = summary.total
     batches = _batches(log.filter(pc.field("status") == "done"))
-    steady = batches[1:]
+    # Pictures that were kept, when memory ran out, took none of their batch's seconds.
+    drawn, steady = (
+        [batch for batch in some if not batch["num_kept_images"]] for some in (batches, batches[1:])
+    )
     last = log.slice(log.num_rows - 1).to_pylist()[0]
     found = {
         "vram_mode": summary.vram_mode,
@@ -50,7 +53,7 @@ def figures(log: pa.Table, *, num_steps: int) -> dict[str, Any]:
         "text_tokens": total.text_tokens,
         "wall_s": total.wall_s,
         "wait_share": None if summary.waiting is None else summary.waiting.share,
-        "step_s": _per(batches, ["denoise_s"], ["num_images"], num_steps),
+        "step_s": _per(drawn, ["denoise_s"], ["num_images"], num_steps),
         "steady_step_s": _per(steady, ["denoise_s"], ["num_images"], num_steps),
         "seconds_per_image": total.seconds_per_image,
         "image_tok_per_s": total.image_tok_per_s,

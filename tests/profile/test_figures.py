@@ -33,6 +33,15 @@ def test_steady_figures_leave_out_the_batch_that_was_run_first() -> None:
     assert found["text_tok_per_s"] == pytest.approx(300 / 11)
 
 
+def test_no_speed_is_measured_by_pictures_that_were_kept() -> None:
+    kept = _batch("c", 4, 2, total_s=1.0, denoise_s=1.0, num_kept_images=2)
+    found = figures(log_table(*FIRST, *SECOND, *THIRD, *kept), num_steps=2)
+    without = figures(log_table(*FIRST, *SECOND, *THIRD), num_steps=2)
+    for name in ("step_s", "steady_step_s", "image_tok_per_s", "steady_image_tok_per_s"):
+        assert found[name] == without[name]
+    assert found["images"] == 12
+
+
 def test_a_single_batch_has_no_steady_figures() -> None:
     found = figures(log_table(*FIRST), num_steps=2)
     assert found["step_s"] == pytest.approx(20 / (4 * 2))
