@@ -106,7 +106,7 @@ class Summary:
     attn_backend: str
     dtype: str
     precision: str
-    """`-` where no weights are float8."""
+    """`-` where no weights are float8; where those of some rows are, the dtype names the others."""
     sessions: int
     load_s: float
     """Of all loads together; a session that found nothing to do has none."""
@@ -147,10 +147,10 @@ def summarise(log: pa.Table, *, session: int | None = None) -> Summary:
         by_group.setdefault(f"{call.task} {call.width}x{call.height}", []).append(call)
     text_tokens = _text_tokens(done)
     return Summary(
-        vram_mode=_words(log, "vram_mode"),
-        attn_backend=_words(log, "attn_backend"),
-        dtype=_words(log, "dtype"),
-        precision=_words(log, "precision"),
+        vram_mode=_words(log["vram_mode"]),
+        attn_backend=_words(log["attn_backend"]),
+        dtype=_words(log["dtype"]),
+        precision=_precisions(log),
         sessions=len(pc.unique(log["session"])),
         load_s=sum(
             log.group_by("session").aggregate([("load_s", "max")])["load_s_max"].to_pylist()
@@ -172,8 +172,15 @@ def summary_json(summary: Summary) -> dict[str, Any]:
     return asdict(summary)
 
 
-def _words(log: pa.Table, column: str) -> str:
-    return ", ".join(sorted(word for word in pc.unique(log[column]).to_pylist() if word)) or "-"
+def _words(column: pa.ChunkedArray) -> str:
+    return ", ".join(sorted(word for word in pc.unique(column).to_pylist() if word)) or "-"
+
+
+def _precisions(log: pa.Table) -> str:
+    found = log["precision"]
+    if found.null_count == len(found):
+        return "-"
+    return _words(pc.coalesce(found, log["dtype"]))
 
 
 def _peak(rows: pa.Table, prefix: str) -> Memory:

@@ -71,6 +71,10 @@ def test_precision_is_said_where_it_is_not_the_dtype() -> None:
     plain = format_summary(summarise(log_table(*TWO_CALLS))).splitlines()
     fp8 = log_row("d", "z", precision="fp8")
     assert format_summary(summarise(log_table(fp8))).splitlines()[0] == plain[0] + "  precision=fp8"
+    unquantised = log_row("e", "y", precision=None)
+    both = format_summary(summarise(log_table(fp8, unquantised))).splitlines()[0]
+    assert both == plain[0] + "  precision=bfloat16, fp8"
+    assert summarise(log_table(unquantised)).precision == "-"
 
 
 def test_fields_stand_in_the_published_order() -> None:
