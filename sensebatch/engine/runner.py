@@ -116,7 +116,7 @@ class Runner:
         """Start of the first phase and end of the last one, of `time.perf_counter`."""
         self.num_denoise_steps = 0
         self.num_kept_images = 0
-        """Pictures taken from checkpoints."""
+        """Pictures of the batch's results that were taken from checkpoints."""
 
     def heed_stop(self) -> None:
         """Ends the batch if it is to stop; called where no picture is half drawn.

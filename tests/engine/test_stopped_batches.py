@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
+import torch
 
 from sensebatch import vram
 from sensebatch.contract import DrawnImage, Progress
@@ -154,6 +156,25 @@ def test_stories_stop_behind_the_round_that_is_drawn_and_go_on_from_there(
         0,
     )
     assert made(resumed) == made(expected)
+
+
+def test_kept_pictures_of_a_story_that_fails_are_none_of_its_batch(
+    engine: SenseNovaEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs, kept = make_jobs(Task.INTERLEAVE), KeptImages(2)
+    with pytest.raises(BatchStoppedError):
+        run(engine, jobs, kept, Stop("denoise", 1))
+    assert num_kept(kept) == [1, 1]
+    predict, calls = engine._network.predict_image, itertools.count(1)
+
+    def fails_at_first(*args: Any) -> torch.Tensor:
+        x = predict(*args)
+        return x * float("nan") if next(calls) == 1 else x
+
+    monkeypatch.setattr(engine._network, "predict_image", fails_at_first)
+    resumed = run(engine, jobs, kept)
+    assert [len(result.images) for result in resumed.results] == [0, NUM_ROUNDS]
+    assert resumed.metrics.num_kept_images == 1
 
 
 def test_stories_stop_before_the_next_round_is_drawn(engine: SenseNovaEngine) -> None:

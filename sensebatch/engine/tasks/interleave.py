@@ -41,6 +41,8 @@ class Story:
     """Of each picture; the last serves all that follow."""
     kept: Sequence[DrawnImage] = ()
     """Pictures an interrupted run has drawn."""
+    num_kept: int = 0
+    """Those of them that were taken."""
     text: str = ""
     choices: list[int] = field(default_factory=list)
     """Every greedy choice so far."""
@@ -107,6 +109,7 @@ def run_interleave(
         if writing:
             runner.heed_stop()
             _read_back(runner, writing)
+    runner.num_kept_images = sum(story.num_kept for story in stories if story.error is None)
     return [_result(story) for story in stories]
 
 
@@ -170,7 +173,7 @@ def _draw(runner: Runner, stories: Sequence[Story], checkpoints: Checkpoints) ->
         if image is None:
             by_size.setdefault(story.resolution, []).append((story, noise))
         else:
-            runner.num_kept_images += 1
+            story.num_kept += 1
             _finish_image(story, image.to(runner.network.device))
     for resolution, group in by_size.items():
         _denoise_stories(runner, group, resolution, checkpoints)
