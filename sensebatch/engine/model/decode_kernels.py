@@ -165,18 +165,12 @@ def product(
         x_SD if residual is None else residual,
         out,
     )
-    flags = {"SWIGLU": swiglu, "RESIDUAL": residual is not None}
+    flags: dict[str, int] = {"SWIGLU": swiglu, "RESIDUAL": residual is not None}
+    flags |= {"num_warps": 4, "enable_fp_fusion": True}
     if num_sequences == 1:
         rows, block = _divisor(height, 2 if swiglu else 4), _divisor(width, 2048)
         _vector_product[(height // rows,)](
-            *pointers,
-            width,
-            height,
-            **flags,
-            ROWS=rows,
-            BLOCK=block,
-            num_warps=4,
-            enable_fp_fusion=True,
+            *pointers, width, height, **flags, ROWS=rows, BLOCK=block
         )
         return out
     sequences = max(triton.next_power_of_2(num_sequences), LEAST_ROWS)
@@ -194,8 +188,6 @@ def product(
         SEQUENCES=sequences,
         ROWS=rows,
         BLOCK=_divisor(width, block),
-        num_warps=4,
-        enable_fp_fusion=True,
         num_stages=stages,
     )
     return out
