@@ -25,7 +25,7 @@ of 2048x2048 share one, and with it the weights, which may have to be streamed f
 ROOM_TOKENS = 1024
 """Tokens that decoding makes room for at a time behind what is cached."""
 GROWTH_TOKENS = 128
-"""A cache that must grow grows by at least this many tokens."""
+"""A cache that must grow for a single token grows by this many."""
 ATTENTION_SPLITS = 16
 """Programs that share the cached tokens of one key/value head while a token is decoded."""
 ROOM_SPARE = 16
@@ -204,7 +204,13 @@ def velocity_bytes(image_tokens: int, jobs: int, branches: int) -> int:
 
 
 def prompt_bytes(
-    arch: Architecture, load: Load, item_bytes: int, *, parked: bool, fused: bool = False
+    arch: Architecture,
+    load: Load,
+    item_bytes: int,
+    *,
+    parked: bool,
+    fused: bool = False,
+    precision: str | None = None,
 ) -> int:
     """Returns what prompts and decoding of a batch take, weights not counted.
 
@@ -214,6 +220,7 @@ def prompt_bytes(
         item_bytes: Of a number.
         parked: Whether prompts that are done wait in host memory.
         fused: Whether chains of small operations are kernels.
+        precision: See `quantising_bytes`.
     """
     branches = sum(branch != "uncond" for branch in load.group.branches)
     prompts = branches * load.batch_size
@@ -239,7 +246,8 @@ def prompt_bytes(
     )
     if not load.text_tokens:
         return reading
-    return max(reading, text_bytes(arch, load, item_bytes, parked=parked, fused=fused) + logits)
+    text = text_bytes(arch, load, item_bytes, parked=parked, fused=fused, precision=precision)
+    return max(reading, text + logits)
 
 
 def _embedded_bytes(arch: Architecture, load: Load, item_bytes: int) -> int:
@@ -250,8 +258,20 @@ def _embedded_bytes(arch: Architecture, load: Load, item_bytes: int) -> int:
     return load.batch_size * tokens * arch.hidden_size * item_bytes
 
 
+def decodes_fast(arch: Architecture, precision: str | None, *, fused: bool) -> bool:
+    """Returns whether kernels decode text, which know dense layers of unquantised weights only."""
+    moe = arch.understanding_moe
+    return fused and precision != "fp8-all" and (moe is None or not any(moe.sparse_layers))
+
+
 def text_bytes(
-    arch: Architecture, load: Load, item_bytes: int, *, parked: bool, fused: bool
+    arch: Architecture,
+    load: Load,
+    item_bytes: int,
+    *,
+    parked: bool,
+    fused: bool,
+    precision: str | None = None,
 ) -> int:
     """Returns what a batch takes when its jobs have decoded all their text; see `prompt_bytes`.
 
@@ -260,17 +280,19 @@ def text_bytes(
     """
     branches = sum(branch != "uncond" for branch in load.group.branches)
     longest = load.prompt_tokens + load.text_tokens + load.drawn_tokens
-    one_by_one = load.drawn_tokens > 0 or not fused
-    of_text = longest + (GROWTH_TOKENS if one_by_one else ROOM_SPARE)
+    fast = decodes_fast(arch, precision, fused=fused)
+    of_text = longest + (ROOM_SPARE if fast else GROWTH_TOKENS)
     # Pictures are read back into every branch; behind a thought only one cache is grown.
     others = load.prefix_tokens - longest if load.drawn_tokens or not parked else 0
+    others += GROWTH_TOKENS if load.drawn_tokens and branches > 1 else 0
     kept = 0 if parked else load.system_tokens
     cached = load.batch_size * (of_text + others) + kept
     caches = cache_bytes(arch, cached, item_bytes)
-    grown = 1 if one_by_one else load.batch_size
+    # Kernels want all caches in one room, which are then parted again.
+    grown = load.batch_size if fast else 1
     twice = cache_bytes(arch, grown * of_text, item_bytes) // arch.num_layers
     text_pass = _prompt_pass_bytes(arch, load.batch_size, longest, item_bytes, fused=fused)
-    if fused:
+    if fast:
         # Partial results of attention, and cosines and sines of every position as they are made.
         rows = load.batch_size * arch.num_heads * ATTENTION_SPLITS
         text_pass += 4 * rows * (arch.head_dim + 2) + 16 * longest * arch.head_dim
@@ -367,9 +389,11 @@ def working_bytes(
         drawing = denoise_bytes(arch, load, jobs, item_bytes, cached_jobs=cached, fused=fused)
         # Kept for the next batch, on the device if this one or one before is drawn in one pass.
         drawing += cache_bytes(arch, load.system_tokens, item_bytes)
-        prompts = prompt_bytes(arch, load, item_bytes, parked=waits, fused=fused)
+        prompts = prompt_bytes(
+            arch, load, item_bytes, parked=waits, fused=fused, precision=precision
+        )
         # A batch of one pass, whose prefixes stay: the last one, or a part of one that was split.
         last = replace(load, batch_size=jobs)
-        least = prompt_bytes(arch, last, item_bytes, parked=False, fused=fused)
+        least = prompt_bytes(arch, last, item_bytes, parked=False, fused=fused, precision=precision)
         most = max(most, drawing, prompts, least)
     return WORKSPACE_BYTES + quantising_bytes(arch, precision, fused=fused) + most

@@ -63,13 +63,16 @@ class KVCache:
         """Position t of the next text token."""
 
     def reserve(self, num_tokens: int) -> None:
-        """Makes room for `num_tokens` behind the cached ones."""
+        """Makes room for `num_tokens` behind the cached ones.
+
+        For one token it makes room for more, because text comes token by token.
+        """
         assert self._parcel is None, "a cache that waits is brought back first"
         needed = self.length + num_tokens
         capacity = self._layers[0].shape[1]
         if needed <= capacity:
             return
-        size = max(needed, capacity + GROWTH_TOKENS)
+        size = capacity + GROWTH_TOKENS if num_tokens == 1 else needed
         for index, old in enumerate(self._layers):
             grown = old.new_empty(2, size, *old.shape[2:])
             grown[:, : self.length] = old[:, : self.length]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sensebatch.contract import Checkpoints, DrawnImage
+from sensebatch.engine.model.kv_cache import part_caches
 from sensebatch.engine.model.tokenizer import THINK_END
 from sensebatch.engine.preprocess import to_uint8
 from sensebatch.engine.prompts import after_think
@@ -184,5 +185,6 @@ def think(
         )
         ending = after_think(runner.tokenizer)
         runner.append_tokens([(cache, ending) for cache in caches])
+        part_caches(caches)
         runner.park(caches)
     return [decoded[index].tokens for index in range(len(running))]

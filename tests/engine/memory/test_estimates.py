@@ -2,37 +2,44 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 
 from sensebatch.checkpoint.architecture import OFFICIAL_8B, Architecture, parse_architecture
-from sensebatch.config import default_config
+from sensebatch.config import MemoryConfig, default_config
+from sensebatch.engine.decoding import can_decode_fast
 from sensebatch.engine.model import attention
 from sensebatch.engine.model.attention import sdpa
 from sensebatch.engine.model.kv_cache import SharedRoom
 from sensebatch.engine.model.network import Network
+from sensebatch.engine.model.tokenizer import IMG_START
+from sensebatch.engine.preprocess import Patches
 from sensebatch.engine.prompts import Prompt
 from sensebatch.engine.runner import Extension, PassLimits, Runner
 from sensebatch.engine.sampling.guidance import Guidance
-from sensebatch.engine.tasks import single_image
+from sensebatch.engine.sampling.text import Script
+from sensebatch.engine.tasks import interleave, single_image
 from sensebatch.engine.tasks.denoise import Drawing, denoise
-from sensebatch.engine.tasks.state import prepare_job
+from sensebatch.engine.tasks.state import PreparedJob, prepare_job
 from sensebatch.footprint import (
     ROOM_SPARE,
     Load,
     cache_bytes,
+    decodes_fast,
     denoise_bytes,
     prompt_bytes,
     text_bytes,
     velocity_bytes,
 )
 from sensebatch.jobs import CfgNorm, GroupKey, Job, Source, Task, guidance_branches
+from sensebatch.plan import group_load, make_plan, plan_entry
 from sensebatch.resolutions import Resolution
 from tests.engine.golden_model import KeptImages, infer
 from tests.engine.memory.tracker import LiveBytes
-from tests.golden_data import ByteTokenizer
+from tests.golden_data import CONFIGS, ByteTokenizer, golden_architecture
 
 LEAST, MOST = 0.97, 1.10
 """The estimate may be this much of the measured peak."""
@@ -194,6 +201,78 @@ def test_room_that_is_made_anew_is_there_twice_for_one_layer_only() -> None:
     places = jobs * (prompt + 2 * room + ROOM_SPARE)
     taken = cache_bytes(arch, places, 4)
     assert taken < live.peak <= taken + cache_bytes(arch, places, 4) // arch.num_layers
+
+
+def test_short_prompts_behind_a_system_turn_take_no_more_than_their_tokens() -> None:
+    network = small_network()
+    runner = Runner(network, ByteTokenizer(), sdpa, lambda _: None)
+    turn = runner.new_extension(Prompt(token_ids=(1,) * 300))
+    jobs, new = 8, 20
+    with infer(), LiveBytes() as live:
+        runner.prefill([turn])
+        before = live.now
+        rest = Prompt(token_ids=(1,) * new)
+        extensions = [Extension(cache=turn.cache.fork(), prompt=rest) for _ in range(jobs)]
+        runner.prefill(extensions)
+        assert live.now - before == cache_bytes(network.arch, jobs * (300 + new), 4)
+
+
+def test_thoughts_leave_no_room_behind_them_while_pictures_are_drawn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    size = Resolution(height=32, width=32)
+    network = small_network()
+    runner = Runner(network, ByteTokenizer(), sdpa, lambda _: None)
+    found = []
+
+    def measured(_: Runner, drawings: list[Drawing], *_args: object, **_options: object) -> object:
+        caches = {id(c): c for drawing in drawings for c in drawing.caches.values()}.values()
+        lengths = sum(cache.length for cache in [*caches, *runner.system_turns.values()])
+        found.append((live.now, cache_bytes(network.arch, lengths, 4)))
+        return torch.zeros(len(drawings), 3, size.height, size.width)
+
+    monkeypatch.setattr(single_image, "denoise", measured)
+    prepared = _prepared(runner, Task.T2I, size, think=True)
+    with infer(), LiveBytes() as live:
+        single_image.run_single_image(runner, [prepared] * 3, KeptImages(3))
+    ((held, expected),) = found
+    assert held == expected
+
+
+def _prepared(runner: Runner, task: Task, size: Resolution, *, think: bool) -> PreparedJob:
+    sampling = replace(
+        default_config("8b").tasks[task].sampling,
+        num_steps=1,
+        img_cfg_scale=2.0,
+        max_think_tokens=5,
+        max_images=3,
+        max_new_tokens=9,
+    )
+    job = Job(
+        id="a",
+        task=task,
+        prompt="a house",
+        resolution=size,
+        seed=1,
+        think=think,
+        sampling=sampling,
+        source=Source(file="test", row="0"),
+    )
+    return prepare_job(runner.network.arch, runner.tokenizer, job, system_prompt="Draw.")
+
+
+@pytest.mark.parametrize("precision", [None, "fp8", "fp8-all"])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_text_is_expected_to_be_decoded_as_it_is(config: str, precision: str | None) -> None:
+    arch = golden_architecture(config)
+    with torch.device("meta"):
+        network = Network(arch, fused=True)
+    if precision is not None:
+        network.generation.use_fp8()
+    if precision == "fp8-all":
+        network.understanding.use_fp8()
+    assert decodes_fast(arch, precision, fused=True) == can_decode_fast(network)
+    assert not decodes_fast(arch, precision, fused=False)
 
 
 def test_a_cache_takes_what_is_expected() -> None:
