@@ -281,6 +281,8 @@ class Expert(nn.Module):
                         index, part, *_project(layer, x_TD[part], of_part, room)
                     )
                     _finish(layer, x_TD[part], attended_THE)
+                    # Gone before the next part or layer attends.
+                    del attended_THE
         for rows_TD in x_TD.split(ROWS):
             rows_TD.copy_(norm_rows(rows_TD, self.norm, self._eps, fused=self._fused))
         return x_TD

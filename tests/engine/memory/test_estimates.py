@@ -275,6 +275,30 @@ def test_text_is_expected_to_be_decoded_as_it_is(config: str, precision: str | N
     assert not decodes_fast(arch, precision, fused=False)
 
 
+def test_what_a_layer_attended_to_is_gone_before_the_next_attends() -> None:
+    network, alive = small_network(), []
+
+    class Watched:
+        def parts(self, num_tokens: int) -> list[slice]:
+            return [slice(0, num_tokens // 2), slice(num_tokens // 2, num_tokens)]
+
+        def room(self, _: int) -> None:
+            return None
+
+        def attend(
+            self, _layer: int, _part: slice, q_THE: torch.Tensor, *_: object
+        ) -> torch.Tensor:
+            assert not any(earlier() for earlier in alive)
+            attended = torch.zeros_like(q_THE)
+            alive.append(weakref.ref(attended))
+            return attended
+
+    with infer():
+        rotary = network.token_rotary(torch.zeros(3, 4, dtype=torch.int64))
+        network.understanding(torch.zeros(4, network.arch.hidden_size), rotary, Watched())
+    assert len(alive) == 2 * network.arch.num_layers
+
+
 def test_a_cache_takes_what_is_expected() -> None:
     network = small_network()
     runner = Runner(network, ByteTokenizer(), sdpa, lambda _: None)
