@@ -162,14 +162,12 @@ class Runner:
         self.seconds[name] += end - start
         self.worked = (start if self.worked is None else self.worked[0], end)
 
-    def embed_images(self, images: Sequence[Patches]) -> list[Tensor]:
-        """Returns `[tokens, D]` of each input image, all embedded in one pass."""
-        if not images:
-            return []
-        embeds = self.network.embed_images(
-            torch.cat([image.rows_PD for image in images]), [image.grid_hw for image in images]
-        )
-        return list(embeds.split([math.prod(image.token_grid) for image in images]))
+    def embed_images(self, images: Iterable[Patches]) -> list[Tensor]:
+        """Returns `[tokens, D]` of each input image.
+
+        One at a time, so that patches which are made as they are asked for are not all there.
+        """
+        return [self.network.embed_images(image.rows_PD, [image.grid_hw]) for image in images]
 
     def new_extension(self, prompt: Prompt, embeds: Sequence[Tensor] = ()) -> Extension:
         """Returns a prompt with its images' embeds, to be cached as a new sequence."""

@@ -250,7 +250,7 @@ def _read_back(runner: Runner, stories: Sequence[Story]) -> None:
     with runner.prefilling(decodes=True):
         device = runner.network.device
         pictures = [story.last for story in stories if story.last is not None]
-        embeds = runner.embed_images([drawn_to_patches(picture.to(device)) for picture in pictures])
+        embeds = runner.embed_images(drawn_to_patches(picture.to(device)) for picture in pictures)
         runner.bring(cache for story in stories for cache in _growing(story))
         extensions: list[Extension] = []
         cond_rows = []

@@ -299,6 +299,22 @@ def test_what_a_layer_attended_to_is_gone_before_the_next_attends() -> None:
     assert len(alive) == 2 * network.arch.num_layers
 
 
+def test_input_pictures_are_embedded_one_at_a_time() -> None:
+    network = small_network()
+    runner = Runner(network, ByteTokenizer(), sdpa, lambda _: None)
+    patches, pictures = 4 * 256, 6
+    with infer(), LiveBytes() as one:
+        runner.embed_images(
+            Patches(rows_PD=torch.zeros(patches, 768), grid_hw=(32, 32)) for _ in "a"
+        )
+    with infer(), LiveBytes() as live:
+        embeds = runner.embed_images(
+            Patches(rows_PD=torch.zeros(patches, 768), grid_hw=(32, 32)) for _ in range(pictures)
+        )
+    kept = sum(embed.nbytes for embed in embeds)
+    assert live.peak <= one.peak + kept + patches * 768 * 4
+
+
 def test_a_cache_takes_what_is_expected() -> None:
     network = small_network()
     runner = Runner(network, ByteTokenizer(), sdpa, lambda _: None)
