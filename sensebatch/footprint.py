@@ -133,6 +133,7 @@ def _prompt_pass_bytes(
 
 def _picture_pass_bytes(
     arch: Architecture,
+    jobs: int,
     pictures: int,
     image_tokens: int,
     prefix: int,
@@ -144,6 +145,7 @@ def _picture_pass_bytes(
 
     Args:
         arch: The network's shape.
+        jobs: Of the pass.
         pictures: Evaluations of the pass, one picture each.
         image_tokens: Of a picture.
         prefix: Of the longest one.
@@ -159,7 +161,21 @@ def _picture_pass_bytes(
     attend = part * (2 * query + 3 * key) + 2 * attended
     network = item_bytes * (held + attended_to + max(project, attend, attended + finish))
     head = item_bytes * (held + part * (FM_HEAD_HIDDEN + max(FM_HEAD_HIDDEN, TOKEN_NUMBERS)))
-    return max(network, head + 4 * TOKEN_NUMBERS * pictures * image_tokens)
+    # Each job's picture is embedded once, a part at a time; a part's outputs live on into the next.
+    seen = min(pictures_per_part(image_tokens), jobs)
+    before = seen * image_tokens * arch.hidden_size if seen < jobs else 0
+    embed = item_bytes * (held + before) + _patch_bytes(arch, seen * image_tokens)
+    return max(network, head + 4 * TOKEN_NUMBERS * pictures * image_tokens, embed)
+
+
+def _patch_bytes(arch: Architecture, tokens: int) -> int:
+    """Returns what embedding the patches of so many tokens takes for a moment.
+
+    Pixels are float32, and so is the rotation: its input, where that is not the embedding itself,
+    and its output twice, in halves and joined. All in all it is as much in half precision.
+    """
+    patches = 4 * tokens
+    return 4 * TOKEN_NUMBERS * tokens + 4 * 4 * arch.vision_hidden_size * patches
 
 
 def denoise_bytes(
@@ -189,7 +205,9 @@ def denoise_bytes(
     state = 4 * TOKEN_NUMBERS * tokens * jobs
     velocities = velocity_bytes(tokens, jobs, branches)
     patch_rotary = 2 * 4 * 4 * tokens * arch.vision_hidden_size // 2
-    network = _picture_pass_bytes(arch, jobs * branches, tokens, longest, item_bytes, fused=fused)
+    network = _picture_pass_bytes(
+        arch, jobs, jobs * branches, tokens, longest, item_bytes, fused=fused
+    )
     return caches + state + patch_rotary + max(network, velocities)
 
 

@@ -60,9 +60,11 @@ def small_architecture(hidden: int) -> Architecture:
     )
 
 
-def small_network(hidden: int = 64) -> Network:
+def small_network(hidden: int = 64, vision: int | None = None) -> Network:
     torch.manual_seed(0)
-    network = Network(small_architecture(hidden)).requires_grad_(False).eval()
+    arch = small_architecture(hidden)
+    arch = replace(arch, vision_hidden_size=vision or arch.vision_hidden_size)
+    network = Network(arch).requires_grad_(False).eval()
     for parameter in network.parameters():
         parameter.normal_(std=0.02)
     return network
@@ -83,18 +85,22 @@ def make_load(task: Task, size: Resolution, jobs: int, prompt: int) -> Load:
 
 
 @pytest.mark.parametrize(
-    ("task", "hidden", "jobs", "prompt"),
+    ("task", "hidden", "vision", "jobs", "prompt"),
     [
-        (Task.T2I, 64, 1, 64),
-        (Task.T2I, 64, 6, 300),
-        (Task.EDIT, 64, 3, 600),
-        (Task.T2I, 512, 1, 64),
-        (Task.EDIT, 512, 2, 600),
+        (Task.T2I, 64, None, 1, 64),
+        (Task.T2I, 64, None, 6, 300),
+        (Task.EDIT, 64, None, 3, 600),
+        (Task.T2I, 512, None, 1, 64),
+        (Task.EDIT, 512, None, 2, 600),
+        (Task.T2I, 64, 1024, 1, 64),
+        (Task.T2I, 64, 1024, 5, 64),
     ],
 )
-def test_denoising_takes_what_is_expected(task: Task, hidden: int, jobs: int, prompt: int) -> None:
+def test_denoising_takes_what_is_expected(
+    task: Task, hidden: int, vision: int | None, jobs: int, prompt: int
+) -> None:
     side = 1024
-    network = small_network(hidden)
+    network = small_network(hidden, vision)
     runner = Runner(
         network, ByteTokenizer(), sdpa, lambda _: None, None, PassLimits(image_tokens=1 << 20)
     )
