@@ -179,7 +179,7 @@ class Clock:
         tokens = load.group.resolution.image_tokens
         growing = jobs * sum(branch != "uncond" for branch in load.group.branches)
         writes, reads_back = load.text_tokens > 0, load.drawn_tokens > 0
-        num_pictures = load.drawn_tokens // (tokens + 2) if reads_back else 1
+        num_pictures = load.drawn_tokens // (tokens + 2) + 1
         # The system turn is there: only the first batch of a run computes it.
         known = load.system_tokens
         new = load.prompt_tokens - known

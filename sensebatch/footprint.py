@@ -46,7 +46,8 @@ class Load:
     text_tokens: int = 0
     """Most tokens decoded behind it."""
     drawn_tokens: int = 0
-    """Most tokens of pictures that are read back into the prompt (interleave)."""
+    """Most tokens of pictures that are cached before the last is drawn (interleave): all others
+    are read back, and `<img>` begins the last; see `story_tokens`."""
     wanted_jobs: int | None = None
     """Most jobs in a batch by the settings, where there are fewer; None for `batch_size`."""
     system_tokens: int = 0
@@ -63,6 +64,14 @@ class Load:
             elif branch == "img_cond":
                 total += self.prompt_tokens + self.drawn_tokens
         return total
+
+
+def story_tokens(image_tokens: int, num_pictures: int) -> int:
+    """Returns the tokens of an interleave job's pictures before its last one is drawn.
+
+    Each has `<img>` in front; behind those that are read back comes `</img>`.
+    """
+    return (num_pictures - 1) * (image_tokens + 2) + 1
 
 
 def quantising_bytes(arch: Architecture, precision: str | None, *, fused: bool = False) -> int:
@@ -317,6 +326,8 @@ def text_bytes(
     if not load.drawn_tokens:
         return caches + max(twice, text_pass)
     picture = load.group.resolution.image_tokens + 1
+    if load.drawn_tokens <= picture:
+        return caches + max(twice, text_pass)
     tokens = max(min(picture * branches * load.batch_size, MAX_PREFILL_TOKENS), picture)
     read_back = _prompt_pass_bytes(arch, tokens, longest, item_bytes, fused=fused)
     return caches + twice + max(text_pass, read_back)

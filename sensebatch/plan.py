@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sensebatch.config import MemoryConfig
-from sensebatch.footprint import Load
+from sensebatch.footprint import Load, story_tokens
 from sensebatch.jobs import GroupKey, Job, Task, group_key
 from sensebatch.resolutions import PATCH_PIXELS, PixelLimits
 
@@ -214,7 +214,7 @@ def group_load(plan: GroupPlan, *, system_prompt_bytes: int = SYSTEM_PROMPT_BYTE
         prompt_tokens=plan.prompt_tokens + system_tokens,
         system_tokens=system_tokens,
         text_tokens=plan.text_tokens,
-        drawn_tokens=plan.max_images_of_job * (tokens + 2) if interleave else 0,
+        drawn_tokens=story_tokens(tokens, plan.max_images_of_job) if interleave else 0,
     )
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sensebatch.checkpoint.architecture import OFFICIAL_8B, parse_architecture
 from sensebatch.config import MemoryConfig
 from sensebatch.durations import Clock, GroupSeconds
-from sensebatch.footprint import GIB, Load
+from sensebatch.footprint import GIB, Load, story_tokens
 from sensebatch.jobs import GroupKey, Task
 from sensebatch.resolutions import Resolution
 from sensebatch.speed import Speeds, Work, denoising_work, network_sizes
@@ -50,7 +50,7 @@ def make_load(
         batch_size=batch_size,
         prompt_tokens=prompt,
         text_tokens=text_tokens,
-        drawn_tokens=num_pictures * (size.image_tokens + 2),
+        drawn_tokens=story_tokens(size.image_tokens, num_pictures) if num_pictures else 0,
     )
 
 

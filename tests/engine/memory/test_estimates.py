@@ -245,6 +245,30 @@ def test_thoughts_leave_no_room_behind_them_while_pictures_are_drawn(
     assert held == expected
 
 
+def test_a_story_caches_no_more_than_is_expected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but its last picture are read back."""
+    size = Resolution(height=64, width=96)
+    network = small_network()
+    runner = Runner(network, ByteTokenizer(), sdpa, lambda _: None)
+    prepared = _prepared(runner, Task.INTERLEAVE, size, think=False)
+    lengths = []
+
+    def drawn(_: Runner, drawings: list[Drawing], *_args: object, **_options: object) -> object:
+        lengths.append(sum(drawings[0].caches[name].length for name in ("cond", "img_cond")))
+        return torch.zeros(len(drawings), 3, size.height, size.width)
+
+    monkeypatch.setattr(interleave, "denoise", drawn)
+    script = Script(word=5, image_start=runner.tokenizer.token_id(IMG_START))
+    with infer():
+        interleave.run_interleave(runner, [prepared], KeptImages(1), script=script)
+    entry = plan_entry(prepared.job)
+    load = group_load(make_plan([entry], MemoryConfig()).groups[0])
+    prompts = [prepared.prompts[name] for name in ("cond", "img_cond")]
+    expected = load.prefix_tokens - 2 * load.prompt_tokens
+    assert len(lengths) == prepared.job.sampling.max_images
+    assert lengths[-1] - sum(len(prompt.token_ids) for prompt in prompts) == expected
+
+
 def _prepared(runner: Runner, task: Task, size: Resolution, *, think: bool) -> PreparedJob:
     sampling = replace(
         default_config("8b").tasks[task].sampling,
