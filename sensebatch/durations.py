@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sensebatch.checkpoint.architecture import Architecture
-from sensebatch.footprint import MAX_PREFILL_TOKENS, Load, jobs_per_pass
+from sensebatch.footprint import Load, jobs_per_pass
+from sensebatch.passes import MAX_PREFILL_TOKENS
 from sensebatch.placement import Placement
 from sensebatch.speed import (
     Sizes,

@@ -14,12 +14,12 @@ from sensebatch.errors import ConfigError
 from sensebatch.footprint import (
     GIB,
     MIB,
-    ROWS,
     Load,
     host_working_bytes,
     jobs_per_pass,
     working_bytes,
 )
+from sensebatch.passes import ROWS
 from sensebatch.placement import Placement, Placements
 from sensebatch.weights import WeightBytes, weight_bytes
 

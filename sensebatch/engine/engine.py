@@ -45,7 +45,7 @@ from sensebatch.errors import (
     RunStoppedError,
     SensebatchError,
 )
-from sensebatch.footprint import Load, prefixes_wait
+from sensebatch.footprint import Load
 from sensebatch.jobs import (
     Batch,
     BatchMetrics,
@@ -58,6 +58,7 @@ from sensebatch.jobs import (
     Task,
 )
 from sensebatch.leaner import keeping, leaner
+from sensebatch.passes import prefixes_wait
 from sensebatch.placement import Placement, Placements
 from sensebatch.process import peak_rss_bytes
 from sensebatch.resolutions import PixelLimits

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from sensebatch import footprint, vram
+from sensebatch import passes, vram
 from sensebatch.engine.runner import PassLimits
 from sensebatch.resolutions import Resolution
 from tests.engine.test_engine import generate, load, make_config, make_job, pixels
@@ -17,7 +17,7 @@ NUM_TOKENS = make_job("a").resolution.image_tokens
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two pictures in a part, and four in a pass but under `low`."""
-    monkeypatch.setattr(footprint, "ROWS", 2 * NUM_TOKENS)
+    monkeypatch.setattr(passes, "ROWS", 2 * NUM_TOKENS)
     monkeypatch.setattr(vram, "LOW_TOKENS_PER_PASS", 2 * NUM_TOKENS)
     monkeypatch.setattr(vram, "CUDA_TOKENS_PER_PASS", 5 * NUM_TOKENS)
 

@@ -25,7 +25,6 @@ from sensebatch.engine.tasks import interleave, single_image
 from sensebatch.engine.tasks.denoise import Drawing, denoise
 from sensebatch.engine.tasks.state import PreparedJob, prepare_job
 from sensebatch.footprint import (
-    ROOM_SPARE,
     Load,
     cache_bytes,
     decodes_fast,
@@ -35,6 +34,7 @@ from sensebatch.footprint import (
     velocity_bytes,
 )
 from sensebatch.jobs import CfgNorm, GroupKey, Job, Source, Task, guidance_branches
+from sensebatch.passes import ROOM_SPARE
 from sensebatch.plan import group_load, make_plan, plan_entry
 from sensebatch.resolutions import Resolution
 from tests.engine.golden_model import KeptImages, infer
