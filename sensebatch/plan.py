@@ -6,6 +6,7 @@ the state database.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,9 +19,15 @@ from sensebatch.resolutions import PATCH_PIXELS, PixelLimits
 SYSTEM_PROMPT_BYTES = 4096
 """Longest system prompt that an estimate expects of a checkpoint."""
 BYTES_PER_TOKEN = 3
-"""A token of ordinary text, in any language, is so many bytes of UTF-8 or more."""
+"""A token of ordinary ASCII text is so many bytes or more."""
 LAYOUT_TOKENS = 32
 """Special tokens and words of the chat layout around a prompt."""
+IMAGE_LAYOUT_TOKENS = 8
+"""The same around an input image."""
+_RARE = re.compile(
+    "[^\u0000-\u07ff\u2000-\u206f\u3000-\u30ff\u3400-\u9fff\uac00-\ud7af\uff00-\uffef]+"
+)
+"""No alphabet that UTF-8 has in two bytes, no punctuation, not Chinese, Japanese or Korean."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,14 +63,27 @@ def plan_entry(job: Job) -> PlanEntry:
 
 def _prompt_tokens(job: Job) -> int:
     """Returns an upper estimate."""
-    system = job.system_prompt or ""
-    text = (len(system.encode()) + len(job.prompt.encode())) // BYTES_PER_TOKEN + LAYOUT_TOKENS
+    text = text_tokens(job.system_prompt or "") + text_tokens(job.prompt) + LAYOUT_TOKENS
     images = 0
     for image in job.images:
         pixels = job.input_max_pixels or image.height * image.width
         pixels = min(max(pixels, PixelLimits().min_pixels), PixelLimits().base_pixels)
-        images += pixels // PATCH_PIXELS**2 + 2
+        images += pixels // PATCH_PIXELS**2 + IMAGE_LAYOUT_TOKENS
     return text + images
+
+
+def text_tokens(text: str) -> int:
+    """Returns an upper estimate of the tokens of a text as people write it, without a tokenizer.
+
+    Digits are tokens of their own, characters of the scripts that tokenizers are trained on most
+    are one at most, and others may be one for each byte.
+    """
+    digits = sum(map(text.count, "0123456789"))
+    plain = len(text) if text.isascii() else len(text.encode("ascii", "ignore"))
+    rare = [] if text.isascii() else _RARE.findall(text)
+    known = len(text) - plain - sum(map(len, rare))
+    others = -(-(plain - digits) // BYTES_PER_TOKEN)
+    return digits + others + known + sum(len(run.encode()) for run in rare)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,12 +3,13 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sensebatch.config import MemoryConfig
 from sensebatch.jobs import GroupKey, Task, group_key
-from sensebatch.plan import PlanEntry, make_plan, plan_entry, plan_summary
+from sensebatch.plan import PlanEntry, make_plan, plan_entry, plan_summary, text_tokens
 from sensebatch.resolutions import Resolution
 from tests.executor.fakes import make_job
 
@@ -35,6 +36,24 @@ memories = st.builds(
     max_batch_size=st.integers(1, 5),
     max_batch_image_tokens=st.integers(1, 60),
 )
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("", 0),
+        ("a red house", 4),
+        ("2026-11-23", 8 + 1),
+        ("\N{LEFT DOUBLE QUOTATION MARK}ah\N{RIGHT DOUBLE QUOTATION MARK}", 2 + 1),
+        ("красный дом", 10 + 1),
+        ("一座红房子", 5),
+        ("\N{HOUSE BUILDING}\N{HOUSE BUILDING}", 8),
+        ("บ้าน", 4 * 3),
+    ],
+)
+def test_tokens_of_a_text_are_estimated_from_above(text: str, tokens: int) -> None:
+    """Of digits and of scripts that most tokenizers split finely too."""
+    assert text_tokens(text) == tokens
 
 
 @given(entries=entries, memory=memories)
