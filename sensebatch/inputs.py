@@ -19,7 +19,8 @@ from sensebatch.jobs import InputImage
 ROWS_IN_MEMORY = 32
 """Rows of a Parquet manifest whose pictures are held at once."""
 READ_AHEAD_BYTES = 2**20
-"""Read at once of a Parquet manifest; without a limit, all pictures of a row group would be."""
+"""Read at once of a column of a Parquet manifest; without a limit, all of a row group would be,
+and that may be all there is."""
 
 
 class InputReader:

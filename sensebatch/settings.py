@@ -40,6 +40,8 @@ from sensebatch.jobs import MAX_COUNT, MAX_SEED, CfgNorm, Sampling, Task, interv
 from sensebatch.resolutions import PixelLimits, Resolution, ResolutionError
 from sensebatch.yaml_values import YamlTextError, YamlValue, read_yaml
 
+AMOUNT = r"[0-9]{1,9}(?:\.[0-9]+)? ?GiB"
+"""Memory as people write it: `20GiB`."""
 RUN_SECTION = "config"
 """Where a run's own record, `run.yaml`, holds its settings; such a file can be given as well."""
 
@@ -65,13 +67,17 @@ def _parse_pixels(value: object) -> object:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
+def amount_bytes(amount: str) -> int:
+    """Returns the bytes of text that `AMOUNT` matches."""
+    return round(float(amount.removesuffix("GiB")) * 2**30)
+
+
 def _parse_bytes(value: object) -> object:
     if not isinstance(value, str):
         return value
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]+)?) ?GiB", value)
-    if match is None:
+    if re.fullmatch(AMOUNT, value) is None:
         raise ValueError(f"expected a number of bytes or text such as 20GiB, found {value!r}")
-    return round(float(match[1]) * 2**30)
+    return amount_bytes(value)
 
 
 def _check_interval(ends: tuple[float, float]) -> tuple[float, float]:

@@ -13,13 +13,21 @@ from typing import Annotated, Any, Literal, get_type_hints
 import typer
 
 from sensebatch.errors import ConfigError
-from sensebatch.settings import AttnBackend, Device, Dtype, ImageFormat, Precision, VramMode
+from sensebatch.settings import (
+    AMOUNT,
+    AttnBackend,
+    Device,
+    Dtype,
+    ImageFormat,
+    Precision,
+    VramMode,
+    amount_bytes,
+)
 
 _MODEL = "Model"
 _OUTPUT = "Output"
 _EXECUTION = "Execution"
 _NOT_OF_MODEL = ("config", "vram_mode", "device_map", "max_memory", "vram_budget")
-_AMOUNT = r"[0-9]{1,9}(?:\.[0-9]+)? ?GiB"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,8 +148,8 @@ def _budgets(max_memory: str | None, vram_budget: str | None) -> tuple[int | Non
         ConfigError: One is written otherwise, or they say different things of the device.
     """
     parts = [] if max_memory is None else max_memory.split(",")
-    matches = [re.fullmatch(rf"(0|cpu)=({_AMOUNT})", part) for part in parts]
-    amounts = {match[1]: _bytes(match[2]) for match in matches if match is not None}
+    matches = [re.fullmatch(rf"(0|cpu)=({AMOUNT})", part) for part in parts]
+    amounts = {match[1]: amount_bytes(match[2]) for match in matches if match is not None}
     if len(amounts) < len(parts) or not all(amounts.values()):
         raise ConfigError(
             f"--max-memory: expected 0=AMOUNT, cpu=AMOUNT or both with a comma, an AMOUNT such "
@@ -149,7 +157,7 @@ def _budgets(max_memory: str | None, vram_budget: str | None) -> tuple[int | Non
         )
     if vram_budget is None:
         return amounts.get("0"), amounts.get("cpu")
-    device = _bytes(vram_budget) if re.fullmatch(_AMOUNT, vram_budget) else 0
+    device = amount_bytes(vram_budget) if re.fullmatch(AMOUNT, vram_budget) else 0
     if not device:
         raise ConfigError(
             f"--vram-budget: expected a positive number of GiB such as 13GiB, found {vram_budget!r}"
@@ -160,10 +168,6 @@ def _budgets(max_memory: str | None, vram_budget: str | None) -> tuple[int | Non
             f"{vram_budget!r} and {max_memory!r}"
         )
     return device, amounts.get("cpu")
-
-
-def _bytes(amount: str) -> int:
-    return round(float(amount.removesuffix("GiB")) * 2**30)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

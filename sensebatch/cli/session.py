@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -156,23 +156,26 @@ def run_session(request: Request, backend: Backend | None = None) -> Summary:
     """
     backend = TorchBackend() if backend is None else backend
     say(f"reading {', '.join(request.sources)}")
+    with StopSignals().installed() as stop, _summarised(request.root):
+        model = open_model(request.config.model, backend)
+        with open_store(request.root) as store:
+            jobs = _until_stopped(request.jobs(), stop)
+            changes = store.state.ingest(jobs, model.identity, request.root, limit=request.limit)
+            store.run_dir.write_settings(_settings_document(request))
+            _say_changes(changes)
+            return _run_pending(request.config, store, model, backend, stop)
+
+
+@contextmanager
+def _summarised(root: Path) -> Iterator[None]:
+    """Writes the summary of a run's log at the end of the block, also where the run was stopped."""
     try:
-        with StopSignals().installed() as stop:
-            model = open_model(request.config.model, backend)
-            with open_store(request.root) as store:
-                jobs = _until_stopped(request.jobs(), stop)
-                changes = store.state.ingest(
-                    jobs, model.identity, request.root, limit=request.limit
-                )
-                store.run_dir.write_settings(_settings_document(request))
-                _say_changes(changes)
-                summary = _run_pending(request.config, store, model, backend, stop)
-            _write_summary(request.root)
+        yield
     except RunStoppedError:
         with suppress(RunStoppedError, RunFolderError):
-            _write_summary(request.root)
+            _write_summary(root)
         raise
-    return summary
+    _write_summary(root)
 
 
 def _write_summary(root: Path) -> None:

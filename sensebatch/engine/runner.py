@@ -167,7 +167,7 @@ class Runner:
 
         One at a time, so that patches which are made as they are asked for are not all there.
         """
-        return [self.network.embed_images(image.rows_PD, [image.grid_hw]) for image in images]
+        return [self.network.embed_image(image.rows_PD, image.grid_hw) for image in images]
 
     def new_extension(self, prompt: Prompt, embeds: Sequence[Tensor] = ()) -> Extension:
         """Returns a prompt with its images' embeds, to be cached as a new sequence."""

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sensebatch.inputs import READ_AHEAD_BYTES
 from sensebatch.manifest.fields import IMAGE_FIELDS, JOB_FIELD_NAMES
 from sensebatch.manifest.problems import unknown_field
 from sensebatch.manifest.rows import RawRow, Report, is_unicode
@@ -20,9 +21,6 @@ ROWS_IN_MEMORY = 2048
 """Rows held at once."""
 PICTURE_ROWS_IN_MEMORY = 32
 """Rows held at once where a column holds the bytes of pictures."""
-READ_AHEAD_BYTES = 2**20
-"""Read at once of a column; without a limit, all of a row group would be, and that may be all there
-is."""
 
 _WHOLE_NUMBERS = frozenset(
     [

@@ -169,24 +169,15 @@ class Network(nn.Module):
             dtype=self.dtype,
         )
 
-    def embed_images(self, patches_Px: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
-        """Returns `[tokens, D]` of input images through the understanding embedder.
+    def embed_image(self, patches_Px: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Returns `[tokens, D]` of an input image through the understanding embedder.
 
         Args:
-            patches_Px: `[patches, 768]` normalised rows of all images, (channel, y, x).
-            grids: (rows, columns) of patches of each image.
+            patches_Px: `[patches, 768]` normalised rows, (channel, y, x).
+            grid: (rows, columns) of patches.
         """
-        sizes = [rows * columns for rows, columns in grids]
-        tokens = [size // MERGE**2 for size in sizes]
-        embeds_TD = torch.empty(
-            sum(tokens), self.arch.hidden_size, dtype=self.dtype, device=self.device
-        )
-        # One at a time, so that what is needed for a moment does not grow with their number.
-        for patches, grid, part_TD in zip(
-            patches_Px.split(sizes), grids, embeds_TD.split(tokens), strict=True
-        ):
-            rotary = self.patch_rotary(grid)
-            part_TD.copy_(self.understanding_vision(patches.to(self.device), grid, rotary))
+        rotary = self.patch_rotary(grid)
+        embeds_TD: Tensor = self.understanding_vision(patches_Px.to(self.device), grid, rotary)
         return embeds_TD
 
     def patch_rotary(self, grid: tuple[int, int]) -> Rotary:

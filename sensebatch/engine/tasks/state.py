@@ -103,7 +103,7 @@ def start_jobs(runner: Runner, jobs: Sequence[PreparedJob], *, decodes: bool) ->
     """
     system_turns = _cached_system_turns(runner, jobs)
     with runner.prefilling(decodes=decodes):
-        embeds = iter(runner.embed_images([image for job in jobs for image in job.images]))
+        embeds = iter(runner.embed_images(image for job in jobs for image in job.images))
         extensions = []
         running = []
         shared: KVCache | None = None

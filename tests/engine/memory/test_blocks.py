@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -144,66 +147,67 @@ def plain_block(number: int, num_bytes: int) -> Block:
     )
 
 
+@contextmanager
+def pool_of(blocks: Sequence[Block], num_bytes: int, lane: CpuLane) -> Iterator[Pool]:
+    """Gives a pool of so much memory for blocks that the host keeps."""
+    readers = Readers()
+    host = HostStore(readers, pin=False)
+    host.keep(blocks, None, lane)
+    yield Pool(new_buffer(num_bytes, CPU), host, lane)
+    readers.close()
+
+
+def go_through(pool: Pool, blocks: Sequence[Block]) -> None:
+    """Makes a pass, and looks at every weight that is lent."""
+    for block in blocks:
+        with pool.lend(block) as module:
+            assert (module.get_parameter("weight") == int(block.name.split()[1])).all()
+
+
 def test_small_blocks_share_what_large_ones_are_streamed_through() -> None:
     large = [plain_block(number, 1024) for number in range(6)]
     small = [plain_block(number, 512) for number in range(10, 18)]
-    readers, lane = Readers(), CountingLane()
-    host = HostStore(readers, pin=False)
-    host.keep([*large, *small], None, lane)
-    pool = Pool(new_buffer(5 * 1024, CPU), host, lane)
+    lane = CountingLane()
+    with pool_of([*large, *small], 5 * 1024, lane) as pool:
 
-    def go_through(blocks: list[Block], *, keep: bool) -> int:
-        """Returns the copies that a phase of three passes, or of one, makes."""
-        lane.num_copies = 0
-        pool.schedule(blocks, keep=keep)
-        for _ in range(3 if keep else 1):
-            for block in blocks:
-                with pool.lend(block) as module:
-                    weight = module.get_parameter("weight")
-                    assert (weight == int(block.name.split()[1])).all()
-        return lane.num_copies
+        def num_copies(blocks: list[Block], *, keep: bool) -> int:
+            """Returns the copies that a phase of three passes, or of one, makes."""
+            lane.num_copies = 0
+            pool.schedule(blocks, keep=keep)
+            for _ in range(3 if keep else 1):
+                go_through(pool, blocks)
+            return lane.num_copies
 
-    # Ten small buffers: each block has one.
-    assert go_through(small, keep=True) == 8
-    assert go_through(small, keep=True) == 0
-    # The ring of large ones ends the memory: it takes that of the last two or four buffers.
-    assert go_through(large, keep=False) >= 6
-    assert 2 <= go_through(small, keep=True) <= 4
-    # Three large ones are kept, the others go through the ring.
-    assert go_through(large, keep=True) >= 3 + 3 * 3
-    assert go_through(small, keep=True) == 8
-    readers.close()
+        # Ten small buffers: each block has one.
+        assert num_copies(small, keep=True) == 8
+        assert num_copies(small, keep=True) == 0
+        # The ring of large ones ends the memory: it takes that of the last two or four buffers.
+        assert num_copies(large, keep=False) >= 6
+        assert 2 <= num_copies(small, keep=True) <= 4
+        # Three large ones are kept, the others go through the ring.
+        assert num_copies(large, keep=True) >= 3 + 3 * 3
+        assert num_copies(small, keep=True) == 8
 
 
 def test_a_block_that_is_lent_is_not_replaced_by_the_one_that_is_to_stay_there() -> None:
     """Where a block comes to a pass, others stay than before, and in buffers that are in use."""
     blocks = [plain_block(number, 1024) for number in range(8)]
-    readers, lane = Readers(), CpuLane()
-    host = HostStore(readers, pin=False)
-    host.keep(blocks, None, lane)
-    pool = Pool(new_buffer(6 * 1024, CPU), host, lane)
-    for order in (blocks[:7], blocks):
-        pool.schedule(order, keep=True)
-        for block in order:
-            with pool.lend(block) as module:
-                weight = module.get_parameter("weight")
-                assert (weight == int(block.name.split()[1])).all()
-    readers.close()
+    with pool_of(blocks, 6 * 1024, CpuLane()) as pool:
+        for order in (blocks[:7], blocks):
+            pool.schedule(order, keep=True)
+            go_through(pool, order)
 
 
 def test_memory_is_let_go_once_every_copy_into_it_is_done() -> None:
     large = [plain_block(number, 1024) for number in range(4)]
     small = [plain_block(number, 512) for number in range(10, 14)]
-    readers, lane = Readers(), LateLane()
-    host = HostStore(readers, pin=False)
-    host.keep([*large, *small], None, lane)
-    pool = Pool(new_buffer(4 * 1024, CPU), host, lane)
-    pool.schedule(large, keep=True)
-    with pool.lend(large[0]):
-        pass
-    # Takes the memory that large blocks are still copied to.
-    pool.schedule(small, keep=True)
-    assert lane.under_way
-    pool.release()
-    assert not lane.under_way
-    readers.close()
+    lane = LateLane()
+    with pool_of([*large, *small], 4 * 1024, lane) as pool:
+        pool.schedule(large, keep=True)
+        with pool.lend(large[0]):
+            pass
+        # Takes the memory that large blocks are still copied to.
+        pool.schedule(small, keep=True)
+        assert lane.under_way
+        pool.release()
+        assert not lane.under_way

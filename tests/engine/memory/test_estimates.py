@@ -70,6 +70,10 @@ def small_network(hidden: int = 64, vision: int | None = None) -> Network:
     return network
 
 
+def small_runner() -> Runner:
+    return Runner(small_network(), ByteTokenizer(), sdpa, lambda _: None)
+
+
 def make_load(task: Task, size: Resolution, jobs: int, prompt: int) -> Load:
     sampling = default_config("8b").tasks[task].sampling
     branches = guidance_branches(task, sampling.cfg_scale, sampling.img_cfg_scale)
@@ -133,8 +137,8 @@ def test_denoising_takes_what_is_expected(
 
 @pytest.mark.parametrize(("jobs", "prompt"), [(1, 6000), (3, 2500), (4, 500)])
 def test_prompts_take_what_is_expected(jobs: int, prompt: int) -> None:
-    network = small_network()
-    runner = Runner(network, ByteTokenizer(), sdpa, lambda _: None)
+    runner = small_runner()
+    network = runner.network
     load = make_load(Task.T2I, Resolution(height=2048, width=2048), jobs, prompt)
     with infer(), LiveBytes() as live:
         hidden = runner.prefill(
@@ -151,8 +155,8 @@ def test_prompts_behind_a_system_turn_take_what_is_expected(
 ) -> None:
     """As on a GPU."""
     monkeypatch.setattr(attention, "_forms_scores", lambda _: True)
-    network = small_network()
-    runner = Runner(network, ByteTokenizer(), sdpa, lambda _: None)
+    runner = small_runner()
+    network = runner.network
     load = make_load(Task.T2I, Resolution(height=2048, width=2048), jobs, prompt)
     load = replace(load, system_tokens=system)
     with infer(), LiveBytes() as live:
@@ -171,8 +175,8 @@ def test_prompts_behind_a_system_turn_take_what_is_expected(
 @pytest.mark.parametrize(("jobs", "prompt", "text"), [(1, 1500, 6), (4, 400, 9)])
 def test_decoding_takes_what_is_expected(jobs: int, prompt: int, text: int) -> None:
     """By passes; what kernels make room for is another test's."""
-    network = small_network()
-    runner = Runner(network, ByteTokenizer(), sdpa, lambda _: None)
+    runner = small_runner()
+    network = runner.network
     load = make_load(Task.T2I, Resolution(height=2048, width=2048), jobs, prompt)
     load = replace(load, text_tokens=text)
     with infer(), LiveBytes() as live:
@@ -210,8 +214,8 @@ def test_room_that_is_made_anew_is_there_twice_for_one_layer_only() -> None:
 
 
 def test_short_prompts_behind_a_system_turn_take_no_more_than_their_tokens() -> None:
-    network = small_network()
-    runner = Runner(network, ByteTokenizer(), sdpa, lambda _: None)
+    runner = small_runner()
+    network = runner.network
     turn = runner.new_extension(Prompt(token_ids=(1,) * 300))
     jobs, new = 8, 20
     with infer(), LiveBytes() as live:
@@ -227,8 +231,8 @@ def test_thoughts_leave_no_room_behind_them_while_pictures_are_drawn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     size = Resolution(height=32, width=32)
-    network = small_network()
-    runner = Runner(network, ByteTokenizer(), sdpa, lambda _: None)
+    runner = small_runner()
+    network = runner.network
     found = []
 
     def measured(_: Runner, drawings: list[Drawing], *_args: object, **_options: object) -> object:
@@ -248,8 +252,7 @@ def test_thoughts_leave_no_room_behind_them_while_pictures_are_drawn(
 def test_a_story_caches_no_more_than_is_expected(monkeypatch: pytest.MonkeyPatch) -> None:
     """All but its last picture are read back."""
     size = Resolution(height=64, width=96)
-    network = small_network()
-    runner = Runner(network, ByteTokenizer(), sdpa, lambda _: None)
+    runner = small_runner()
     prepared = _prepared(runner, Task.INTERLEAVE, size, think=False)
     lengths = []
 
@@ -330,8 +333,7 @@ def test_what_a_layer_attended_to_is_gone_before_the_next_attends() -> None:
 
 
 def test_input_pictures_are_embedded_one_at_a_time() -> None:
-    network = small_network()
-    runner = Runner(network, ByteTokenizer(), sdpa, lambda _: None)
+    runner = small_runner()
     patches, pictures = 4 * 256, 6
     with infer(), LiveBytes() as one:
         runner.embed_images(
@@ -346,8 +348,8 @@ def test_input_pictures_are_embedded_one_at_a_time() -> None:
 
 
 def test_a_cache_takes_what_is_expected() -> None:
-    network = small_network()
-    runner = Runner(network, ByteTokenizer(), sdpa, lambda _: None)
+    runner = small_runner()
+    network = runner.network
     extension = Extension(cache=network.new_cache(), prompt=Prompt(token_ids=(1,) * 1000))
     with infer():
         runner.extend([extension])
