@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from sensebatch.report import GIB
+from sensebatch.report.summary import GIB
 from sensebatch.store.log import SCHEMA
 
 

@@ -22,7 +22,7 @@ def doctor(
     """
     from dataclasses import asdict
 
-    from sensebatch.engine.machine import look_at_machine
+    from sensebatch.engine.device.machine import look_at_machine
 
     machine = asdict(look_at_machine())
     machine["speeds_file"] = None if machine["gpu"] is None else _keep(machine)
@@ -60,7 +60,7 @@ def _keep(machine: Mapping[str, Any]) -> str | None:
 
 
 def _lines(machine: Mapping[str, Any]) -> list[str]:
-    from sensebatch.footprint import GIB
+    from sensebatch.plan.footprint import GIB
 
     free, total = (machine[f"host_{kind}_bytes"] / GIB for kind in ("free", "total"))
     lines = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 from sensebatch.jobs import Batch, GroupKey, Task
-from sensebatch.plan import Plan
+from sensebatch.plan.batches import Plan
 
 
 def job_cost(group: GroupKey) -> float:

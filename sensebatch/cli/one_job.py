@@ -18,9 +18,9 @@ from sensebatch.cli.outcome import finish, telling_stops
 from sensebatch.cli.session import Backend, Request, run_session
 from sensebatch.config import ModelConfig, RunConfig
 from sensebatch.errors import ConfigError, ManifestError, Problem
-from sensebatch.executor import Summary
-from sensebatch.inputs import read_input_image
+from sensebatch.executor.run import Summary
 from sensebatch.jobs import Job, ModelIdentity, Source, Task, job_key
+from sensebatch.manifest.inputs import read_input_image
 from sensebatch.manifest.one import job_from_fields
 from sensebatch.manifest.read import read_manifests, run_name
 from sensebatch.settings import resolve_settings

@@ -15,9 +15,9 @@ from sensebatch.cli.messages import counted, say
 from sensebatch.cli.progress import duration
 from sensebatch.cli.session import SUMMARY_NAME
 from sensebatch.errors import RunStoppedError
-from sensebatch.executor import Summary
-from sensebatch.report import Summary as Report
-from sensebatch.report import format_summary, read_log, summarise, summary_json
+from sensebatch.executor.run import Summary
+from sensebatch.report.summary import Summary as Report
+from sensebatch.report.summary import format_summary, read_log, summarise, summary_json
 from sensebatch.store.run_dir import RunDir
 from sensebatch.store.status import read_status
 

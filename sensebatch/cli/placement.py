@@ -16,13 +16,13 @@ from sensebatch.checkpoint.files import Checkpoint, open_checkpoint
 from sensebatch.checkpoint.system_prompts import resolve_system_prompts
 from sensebatch.cli.speed_cache import MachineSpeeds
 from sensebatch.config import SYNTHETIC_PREFIX, TINY_MODEL, MemoryConfig, ModelConfig, RunConfig
-from sensebatch.durations import Clock, GroupSeconds
-from sensebatch.footprint import Load, jobs_per_pass
-from sensebatch.placement import Placement
-from sensebatch.plan import Plan, group_load
-from sensebatch.speed import MEASURED_ITEM_BYTES
-from sensebatch.vram import MODES, RING, place
-from sensebatch.weights import WeightBytes, weight_bytes
+from sensebatch.plan.batches import Plan, group_load
+from sensebatch.plan.device import MODES, RING, place
+from sensebatch.plan.footprint import Load, jobs_per_pass
+from sensebatch.plan.placement import Placement
+from sensebatch.plan.seconds import Clock, GroupSeconds
+from sensebatch.plan.weight_bytes import WeightBytes, weight_bytes
+from sensebatch.plan.work import MEASURED_ITEM_BYTES
 
 ITEM_BYTES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
 """Bytes of a weight; auto as on a GPU."""

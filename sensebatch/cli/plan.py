@@ -36,7 +36,7 @@ def plan(
     from sensebatch.cli.placement import memory_summary
     from sensebatch.cli.speed_cache import read_speeds
     from sensebatch.manifest.read import read_manifests
-    from sensebatch.plan import make_plan, plan_entry, plan_summary
+    from sensebatch.plan.batches import make_plan, plan_entry, plan_summary
     from sensebatch.settings import resolve_settings
 
     config = resolve_settings(config_file=model.config, flags=model.flags() | batch.flags())

@@ -17,7 +17,7 @@ from sensebatch.cli.messages import counted, say
 from sensebatch.cli.signals import STOPPING, StopSignals
 from sensebatch.contract import Progress
 from sensebatch.jobs import Batch
-from sensebatch.plan import Plan
+from sensebatch.plan.batches import Plan
 from sensebatch.store.attempts import DONE, Attempt
 from sensebatch.store.state import Counts
 

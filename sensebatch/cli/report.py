@@ -31,9 +31,9 @@ def report(
 ) -> None:
     """Print what a run cost: load, seconds an image, throughput, peak memory, calls."""
     from sensebatch.cli.tables import print_groups
-    from sensebatch.report import format_summary, read_log, summarise, summary_json
+    from sensebatch.report.summary import format_summary, read_log, summarise, summary_json
+    from sensebatch.report.timeline import format_timeline, timeline
     from sensebatch.store.run_dir import RunDir
-    from sensebatch.timeline import format_timeline, timeline
 
     log = read_log(RunDir(folder).log)
     if show_timeline:

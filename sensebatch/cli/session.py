@@ -23,12 +23,12 @@ from sensebatch.cli.signals import StoppedError, StopSignals
 from sensebatch.config import ModelConfig, RunConfig
 from sensebatch.contract import Engine
 from sensebatch.errors import RunFolderError, RunStoppedError
-from sensebatch.executor import Summary, execute
-from sensebatch.footprint import Load
-from sensebatch.inputs import InputReader
+from sensebatch.executor.run import Summary, execute
 from sensebatch.jobs import EngineInfo, Job, ModelIdentity, Task
-from sensebatch.plan import group_load, make_plan
-from sensebatch.report import format_summary, read_log, summarise
+from sensebatch.manifest.inputs import InputReader
+from sensebatch.plan.batches import group_load, make_plan
+from sensebatch.plan.footprint import Load
+from sensebatch.report.summary import format_summary, read_log, summarise
 from sensebatch.settings import RUN_SECTION, dump_settings
 from sensebatch.store.files import write_atomic
 from sensebatch.store.ingest import Changes
@@ -66,7 +66,7 @@ class TorchBackend:
 
     def resolve_runtime(self, model: ModelConfig) -> tuple[str, str]:
         """Returns device and dtype by name."""
-        from sensebatch.engine.runtime import resolve_runtime
+        from sensebatch.engine.device.runtime import resolve_runtime
 
         _settle_allocator()
         return resolve_runtime(model)
@@ -74,7 +74,7 @@ class TorchBackend:
     def check_lora(self, file: Path, checkpoint: Checkpoint) -> None:
         """Makes sure that a LoRA can be merged into a checkpoint's weights."""
         from sensebatch.checkpoint.tensors import expected_tensors
-        from sensebatch.engine.lora import Lora
+        from sensebatch.engine.weights.lora import Lora
 
         Lora.open(file, expected_tensors(checkpoint.architecture))
 

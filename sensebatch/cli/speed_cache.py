@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sensebatch.speed import Speeds
+from sensebatch.plan.work import Speeds
 from sensebatch.store.files import write_atomic
 
 FILE_NAME = "speeds.json"

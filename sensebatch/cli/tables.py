@@ -14,7 +14,7 @@ from sensebatch.cli.messages import counted
 
 if TYPE_CHECKING:
     from sensebatch.checkpoint.summary import Summary as ModelSummary
-    from sensebatch.report import Summary, Throughput
+    from sensebatch.report.summary import Summary, Throughput
 
 GIB = 2**30
 MAX_NAMES = 5

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sensebatch.engine.model.kv_cache import KVCache, SharedRoom
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.transformer import DecoderLayer, SwiGLU
-from sensebatch.passes import ROOM_SPARE, ROOM_TOKENS
+from sensebatch.plan.passes import ROOM_SPARE, ROOM_TOKENS
 
 TILE_SIDE = 16
 """Rows and columns of matrices are a multiple of this, or their tiles would be too small."""

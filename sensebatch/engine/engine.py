@@ -11,7 +11,7 @@ import torch
 from sensebatch.checkpoint.files import Checkpoint
 from sensebatch.config import RunConfig
 from sensebatch.contract import Checkpoints, Progress
-from sensebatch.engine.device_memory import (
+from sensebatch.engine.device.memory import (
     DevicePeak,
     cap_device_memory,
     check_device,
@@ -19,33 +19,32 @@ from sensebatch.engine.device_memory import (
     is_out_of_memory,
     plan_placements,
 )
-from sensebatch.engine.loading import NetworkLoader, open_weights, warm_up
-from sensebatch.engine.memory.pages import Pages
-from sensebatch.engine.model.attention import Attention
-from sensebatch.engine.model.kv_cache import KVCache
-from sensebatch.engine.model.network import Network
-from sensebatch.engine.model.tokenizer import IMG_START, HFTokenizer, Tokenizer
-from sensebatch.engine.preprocess import load_input
-from sensebatch.engine.residency import Residency
-from sensebatch.engine.runner import PassLimits, Runner
-from sensebatch.engine.runtime import (
+from sensebatch.engine.device.runtime import (
     BACKENDS,
     DTYPES,
     check_precision,
     resolve_attention,
     resolve_fused,
 )
+from sensebatch.engine.memory.pages import Pages
+from sensebatch.engine.model.attention import Attention
+from sensebatch.engine.model.kv_cache import KVCache
+from sensebatch.engine.model.network import Network
+from sensebatch.engine.model.tokenizer import IMG_START, HFTokenizer, Tokenizer
+from sensebatch.engine.preprocess import load_input
+from sensebatch.engine.runner import PassLimits, Runner
 from sensebatch.engine.sampling.text import Script
 from sensebatch.engine.tasks.interleave import run_interleave
 from sensebatch.engine.tasks.single_image import run_single_image
 from sensebatch.engine.tasks.state import PreparedJob, prepare_job
+from sensebatch.engine.weights.loader import NetworkLoader, open_weights, warm_up
+from sensebatch.engine.weights.residency import Residency
 from sensebatch.errors import (
     CheckpointError,
     OutOfMemoryError,
     RunStoppedError,
     SensebatchError,
 )
-from sensebatch.footprint import Load
 from sensebatch.jobs import (
     Batch,
     BatchMetrics,
@@ -57,9 +56,10 @@ from sensebatch.jobs import (
     ModelIdentity,
     Task,
 )
-from sensebatch.leaner import keeping, leaner
-from sensebatch.passes import prefixes_wait
-from sensebatch.placement import Placement, Placements
+from sensebatch.plan.fallback import keeping, leaner
+from sensebatch.plan.footprint import Load
+from sensebatch.plan.passes import prefixes_wait
+from sensebatch.plan.placement import Placement, Placements
 from sensebatch.process import peak_rss_bytes
 from sensebatch.resolutions import PixelLimits
 

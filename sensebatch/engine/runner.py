@@ -28,9 +28,9 @@ from sensebatch.engine.preprocess import Patches
 from sensebatch.engine.prompts import Grid, ImageSpan, Prompt, positions, segments
 from sensebatch.engine.sampling.text import Step
 from sensebatch.errors import BatchStoppedError
-from sensebatch.passes import MAX_PREFILL_TOKENS, pictures_per_pass
+from sensebatch.plan.device import CUDA_TOKENS_PER_PASS
+from sensebatch.plan.passes import MAX_PREFILL_TOKENS, pictures_per_pass
 from sensebatch.resolutions import Resolution
-from sensebatch.vram import CUDA_TOKENS_PER_PASS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,9 +12,9 @@ from typing import Any, BinaryIO
 
 from sensebatch.config import RunConfig
 from sensebatch.errors import ManifestError, Problem
-from sensebatch.inputs import InputReader
 from sensebatch.jobs import InputImage, Task
 from sensebatch.manifest.fields import EXPANSION_FIELDS, IMAGE_FIELDS
+from sensebatch.manifest.inputs import InputReader
 from sensebatch.manifest.read import (
     JSONL_SUFFIXES,
     PARQUET_SUFFIXES,

@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sensebatch.inputs import READ_AHEAD_BYTES
 from sensebatch.manifest.fields import IMAGE_FIELDS, JOB_FIELD_NAMES
+from sensebatch.manifest.inputs import READ_AHEAD_BYTES
 from sensebatch.manifest.problems import unknown_field
 from sensebatch.manifest.rows import RawRow, Report, is_unicode
 

@@ -9,16 +9,16 @@ from pathlib import Path
 from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.checkpoint.files import open_checkpoint
 from sensebatch.checkpoint.system_prompts import resolve_system_prompts
-from sensebatch.durations import Clock
-from sensebatch.footprint import Load
 from sensebatch.manifest.read import read_manifest
-from sensebatch.placement import Placements
-from sensebatch.plan import GroupPlan, group_load, make_plan, plan_entry
+from sensebatch.plan.batches import GroupPlan, group_load, make_plan, plan_entry
+from sensebatch.plan.device import place
+from sensebatch.plan.footprint import Load
+from sensebatch.plan.placement import Placements
+from sensebatch.plan.seconds import Clock
+from sensebatch.plan.work import MEASURED_ITEM_BYTES, Speeds
 from sensebatch.profile.rows import Row
 from sensebatch.profile.suites import Case, Scale
 from sensebatch.settings import resolve_settings
-from sensebatch.speed import MEASURED_ITEM_BYTES, Speeds
-from sensebatch.vram import place
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 ENOUGH_BYTES = 1 << 50

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sensebatch.report import summarise
+from sensebatch.report.summary import summarise
 
 _BATCH = ["session", "batch_id", "started_at"]
 _OF_BATCH = ["total_s", "think_s", "denoise_s", "num_kept_images"]

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 import sensebatch
+from sensebatch.plan.work import Speeds
 from sensebatch.profile.expected import with_expectation
 from sensebatch.profile.figures import figures
 from sensebatch.profile.rows import (
@@ -28,7 +29,6 @@ from sensebatch.profile.rows import (
     write_rows,
 )
 from sensebatch.profile.suites import Case, Scale, Suite, in_bytes, run_arguments, write_manifest
-from sensebatch.speed import Speeds
 from sensebatch.store.log import read_log
 from sensebatch.store.run_dir import RunDir
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from sensebatch.config import SYNTHETIC_PREFIX
 from sensebatch.errors import ConfigError
-from sensebatch.footprint import GIB
 from sensebatch.jobs import Task
+from sensebatch.plan.footprint import GIB
 from sensebatch.profile.night import night_parts
 from sensebatch.resolutions import Resolution
 from sensebatch.store.files import write_atomic

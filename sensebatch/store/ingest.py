@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from sensebatch.errors import ManifestError, Problem
 from sensebatch.jobs import GroupKey, Job, ModelIdentity, folded_id, job_key
-from sensebatch.plan import plan_entry
+from sensebatch.plan.batches import plan_entry
 from sensebatch.store import tables
 from sensebatch.store.attempts import DONE, PENDING, digests_of, row_from_json
 from sensebatch.store.codec import group_to_json, job_from_json, job_to_json

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sensebatch.jobs import Job, ModelIdentity, folded_id
-from sensebatch.plan import PlanEntry
+from sensebatch.plan.batches import PlanEntry
 from sensebatch.store import tables
 from sensebatch.store.attempts import DONE, FAILED, PENDING, Attempt
 from sensebatch.store.codec import group_from_json, job_from_json

@@ -24,8 +24,8 @@ from sensebatch.checkpoint.fingerprint import fingerprint
 from sensebatch.checkpoint.system_prompts import resolve_system_prompts
 from sensebatch.config import ModelConfig, RunConfig, default_config
 from sensebatch.contract import DrawnImage, Engine
+from sensebatch.engine.device.runtime import resolve_runtime
 from sensebatch.engine.engine import load_engine
-from sensebatch.engine.runtime import resolve_runtime
 from sensebatch.jobs import (
     Batch,
     GroupKey,

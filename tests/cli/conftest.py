@@ -17,8 +17,8 @@ from sensebatch.cli.main import main
 from sensebatch.config import ModelConfig, RunConfig
 from sensebatch.contract import Engine
 from sensebatch.errors import CheckpointError
-from sensebatch.footprint import Load
 from sensebatch.jobs import ModelIdentity, Task
+from sensebatch.plan.footprint import Load
 from tests.executor.fakes import FakeEngine
 
 

@@ -15,8 +15,8 @@ import pyarrow.parquet  # noqa: F401
 import transformers
 
 import sensebatch.engine.engine  # noqa: F401
-from sensebatch import vram
 from sensebatch.cli.main import main
+from sensebatch.plan import device as vram
 
 
 def _serve() -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from sensebatch.cli.speed_cache import read_speeds, speeds_path
-from sensebatch.engine import machine
-from sensebatch.engine.machine import Gpu, Machine
+from sensebatch.engine.device import machine
+from sensebatch.engine.device.machine import Gpu, Machine
 from tests.cli.conftest import Invoke
 
 GPU = Gpu(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sensebatch.footprint import GIB
+from sensebatch.plan.footprint import GIB
 from tests.cli.conftest import Invoke
 
 MODEL = ("--model", "synthetic:8b")

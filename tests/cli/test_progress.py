@@ -18,7 +18,7 @@ from sensebatch.cli.progress import LiveDisplay, PlainLines, duration, step_word
 from sensebatch.cli.signals import STOPPING, StopSignals
 from sensebatch.contract import Progress
 from sensebatch.jobs import Batch, Job, Task, group_key
-from sensebatch.plan import Plan, make_plan, plan_entry
+from sensebatch.plan.batches import Plan, make_plan, plan_entry
 from sensebatch.store.attempts import Attempt, Failure
 from sensebatch.store.rows import RowContext, WrittenJob, early_failure
 from sensebatch.store.state import Counts, StoredJob

@@ -13,8 +13,8 @@ from sensebatch.engine.model.attention import sdpa
 from sensebatch.engine.model.kv_cache import KVCache
 from sensebatch.engine.prompts import Prompt
 from sensebatch.engine.runner import Extension, Runner
+from sensebatch.plan.work import Work, denoising_work, network_sizes, understanding_work
 from sensebatch.resolutions import Resolution
-from sensebatch.speed import Work, denoising_work, network_sizes, understanding_work
 from tests.engine.golden_model import build_network
 from tests.golden_data import CONFIGS, ByteTokenizer, golden_architecture
 

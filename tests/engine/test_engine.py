@@ -18,7 +18,6 @@ from sensebatch.engine.engine import SenseNovaEngine, load_engine
 from sensebatch.engine.tasks.denoise import draw_noise
 from sensebatch.engine.tasks.state import job_generator
 from sensebatch.errors import ConfigError, JobError, OutOfMemoryError
-from sensebatch.footprint import MIB, Load
 from sensebatch.jobs import (
     Batch,
     BatchResult,
@@ -29,9 +28,10 @@ from sensebatch.jobs import (
     batch_id,
     group_key,
 )
-from sensebatch.leaner import leaner
-from sensebatch.placement import Placement, Placements
-from sensebatch.plan import group_load, make_plan, plan_entry
+from sensebatch.plan.batches import group_load, make_plan, plan_entry
+from sensebatch.plan.fallback import leaner
+from sensebatch.plan.footprint import MIB, Load
+from sensebatch.plan.placement import Placement, Placements
 from sensebatch.resolutions import Resolution
 from tests.engine.golden_model import KeptImages
 
@@ -238,7 +238,7 @@ def test_memory_for_more_weights_that_is_not_there_is_done_without(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
-    monkeypatch.setattr("sensebatch.engine.residency.new_buffer", new_buffer)
+    monkeypatch.setattr("sensebatch.engine.weights.residency.new_buffer", new_buffer)
     assert pixels(generate(engine, jobs[1])) == expected
     assert engine._placement.num_buffers == few
     assert engine.info.vram_mode == "balanced"
@@ -259,7 +259,7 @@ def test_room_is_made_for_the_group_whose_weights_do_not_fit(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
-    monkeypatch.setattr("sensebatch.engine.residency.new_buffer", new_buffer)
+    monkeypatch.setattr("sensebatch.engine.weights.residency.new_buffer", new_buffer)
     with pytest.raises(OutOfMemoryError):
         generate(engine, jobs[1])
     tried = []

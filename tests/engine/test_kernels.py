@@ -21,15 +21,15 @@ from sensebatch.engine.decoding import (
     PlainDecoder,
     can_decode_fast,
 )
-from sensebatch.engine.loading import NetworkLoader, warm_up
+from sensebatch.engine.device.runtime import is_tileable
 from sensebatch.engine.model.attention import sdpa
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.quantized import quantise_rows
 from sensebatch.engine.model.rope import rotate_token_heads, token_rotary
 from sensebatch.engine.model.transformer import rms_norm
 from sensebatch.engine.prompts import Prompt
-from sensebatch.engine.runtime import is_tileable
 from sensebatch.engine.sampling.text import greedy_decode
+from sensebatch.engine.weights.loader import NetworkLoader, warm_up
 from tests.engine.golden_model import build_network, build_runner, golden_step, infer, predict
 from tests.golden_data import TOLERANCE, case_ids, golden_architecture, load_case, relative_error
 

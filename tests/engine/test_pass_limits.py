@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from sensebatch import passes, vram
 from sensebatch.engine.runner import PassLimits
+from sensebatch.plan import device as vram
+from sensebatch.plan import passes
 from sensebatch.resolutions import Resolution
 from tests.engine.test_engine import generate, load, make_config, make_job, pixels
 

@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from sensebatch.checkpoint.architecture import OFFICIAL_8B, parse_architecture
 from sensebatch.checkpoint.tensors import head_part_rows
 from sensebatch.config import ModelConfig
-from sensebatch.engine.loading import NetworkLoader
+from sensebatch.engine.device.runtime import check_precision, resolve_runtime
 from sensebatch.engine.model.attention import sdpa
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.quantized import FP8, LARGEST, Fp8Linear, quantise_rows
-from sensebatch.engine.residency import Residency
 from sensebatch.engine.runner import Runner
-from sensebatch.engine.runtime import check_precision, resolve_runtime
+from sensebatch.engine.weights.loader import NetworkLoader
+from sensebatch.engine.weights.residency import Residency
 from sensebatch.errors import ConfigError
-from sensebatch.weights import weight_bytes
+from sensebatch.plan.weight_bytes import weight_bytes
 from tests.engine.golden_model import build_runner, golden_step, infer, predict
 from tests.engine.memory.test_residency import RuleWeights, make_placement, run_case
 from tests.golden_data import (

@@ -14,8 +14,8 @@ from sensebatch.engine.model.attention import sdpa
 from sensebatch.engine.model.kv_cache import KVCache
 from sensebatch.engine.runner import PassLimits, Runner
 from sensebatch.engine.tasks.state import PreparedJob, RunningJob, prepare_job, start_jobs
-from sensebatch.footprint import Load, prompt_bytes
 from sensebatch.jobs import Job, Source, Task, group_key
+from sensebatch.plan.footprint import Load, prompt_bytes
 from sensebatch.resolutions import Resolution
 from tests.engine.golden_model import build_network, infer
 from tests.engine.memory.test_estimates import MOST, small_network

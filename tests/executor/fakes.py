@@ -17,7 +17,7 @@ import numpy as np
 from sensebatch.config import ExecutionConfig, MemoryConfig, OutputConfig, RunConfig, default_config
 from sensebatch.contract import Checkpoints, DrawnImage, Progress
 from sensebatch.errors import BatchStoppedError, JobError, OutOfMemoryError
-from sensebatch.executor import Stop, Summary, execute
+from sensebatch.executor.run import Stop, Summary, execute
 from sensebatch.jobs import (
     Batch,
     BatchMetrics,
@@ -31,7 +31,7 @@ from sensebatch.jobs import (
     Source,
     Task,
 )
-from sensebatch.plan import Plan
+from sensebatch.plan.batches import Plan
 from sensebatch.resolutions import Resolution
 from sensebatch.store.attempts import Attempt
 from sensebatch.store.state import Changes, Counts

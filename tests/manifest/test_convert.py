@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from sensebatch.config import RunConfig, default_config
 from sensebatch.errors import ManifestError
-from sensebatch.inputs import read_input_image
 from sensebatch.jobs import Job, Source
 from sensebatch.manifest.convert import convert_manifest
+from sensebatch.manifest.inputs import read_input_image
 from sensebatch.manifest.read import manifest_name, read_manifest
 from tests.manifest.conftest import WriteJsonl
 from tests.manifest.test_images import encoded

@@ -17,8 +17,8 @@ import pytest
 
 from sensebatch.config import RunConfig
 from sensebatch.errors import ManifestError
-from sensebatch.inputs import read_input_image
 from sensebatch.jobs import Job, Task
+from sensebatch.manifest.inputs import read_input_image
 from sensebatch.manifest.read import read_manifest
 from tests.manifest.test_images import encoded
 

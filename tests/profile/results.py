@@ -6,7 +6,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from sensebatch.footprint import GIB
+from sensebatch.plan.footprint import GIB
 from sensebatch.profile.rows import Row
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sensebatch.footprint import GIB
+from sensebatch.plan.footprint import GIB
 from sensebatch.profile.plot import PLOT_NAME, measured_points, plot, published_points
 from sensebatch.profile.suites import Suite
 from tests.profile.results import result

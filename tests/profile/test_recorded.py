@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from sensebatch.errors import ConfigError
-from sensebatch.footprint import GIB
+from sensebatch.plan.footprint import GIB
 from sensebatch.profile.expected import Expectation, expectation
 from sensebatch.profile.rows import DONE, Row, read_file
 from sensebatch.profile.suites import Scale, Suite, chosen_cases, suite_cases, write_manifest

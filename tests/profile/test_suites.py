@@ -10,9 +10,9 @@ import pytest
 
 from sensebatch.config import MemoryConfig
 from sensebatch.errors import ConfigError
-from sensebatch.footprint import GIB
 from sensebatch.jobs import Job, Task
 from sensebatch.manifest.read import read_manifest
+from sensebatch.plan.footprint import GIB
 from sensebatch.profile.expected import expectation
 from sensebatch.profile.published import SOURCES, published
 from sensebatch.profile.suites import (

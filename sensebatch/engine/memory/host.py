@@ -22,7 +22,7 @@ from sensebatch.engine.memory.blocks import Block, new_buffer
 from sensebatch.engine.memory.lanes import Lane
 from sensebatch.engine.memory.readers import Readers
 from sensebatch.errors import OutOfMemoryError
-from sensebatch.vram import NUM_STAGING
+from sensebatch.plan.device import NUM_STAGING
 
 NUM_KEEPERS = 4
 """Kept blocks that are read and pinned at the same time."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.engine.model import kernels
-from sensebatch.passes import ATTENTION_SPLITS
+from sensebatch.plan.passes import ATTENTION_SPLITS
 
 MAX_SEQUENCES = 64
 """Most sequences that share a step."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sensebatch.engine.model.attention import Attention, Segment, attend_segments
-from sensebatch.passes import GROWTH_TOKENS, ROOM_SPARE, pictures_per_part
+from sensebatch.plan.passes import GROWTH_TOKENS, ROOM_SPARE, pictures_per_part
 
 
 class Parcel(Protocol):

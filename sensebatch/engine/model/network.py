@@ -32,7 +32,7 @@ from sensebatch.engine.model.patchify import (
 )
 from sensebatch.engine.model.rope import Rotary, patch_rotary, token_rotary
 from sensebatch.engine.model.transformer import Expert
-from sensebatch.passes import pictures_per_part
+from sensebatch.plan.passes import pictures_per_part
 from sensebatch.resolutions import PATCH_PIXELS, Resolution
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from sensebatch.checkpoint.architecture import Architecture, Moe
 from sensebatch.engine.model.quantized import Fp8Linear
 from sensebatch.engine.model.rope import Rotary, rotate_token_heads
-from sensebatch.passes import ROWS
+from sensebatch.plan.passes import ROWS
 
 Linear = nn.Linear | Fp8Linear
 

@@ -24,7 +24,9 @@ from sensebatch.engine.sampling.text import Script
 from sensebatch.engine.tasks import interleave, single_image
 from sensebatch.engine.tasks.denoise import Drawing, denoise
 from sensebatch.engine.tasks.state import PreparedJob, prepare_job
-from sensebatch.footprint import (
+from sensebatch.jobs import CfgNorm, GroupKey, Job, Source, Task, guidance_branches
+from sensebatch.plan.batches import group_load, make_plan, plan_entry
+from sensebatch.plan.footprint import (
     Load,
     cache_bytes,
     decodes_fast,
@@ -33,9 +35,7 @@ from sensebatch.footprint import (
     text_bytes,
     velocity_bytes,
 )
-from sensebatch.jobs import CfgNorm, GroupKey, Job, Source, Task, guidance_branches
-from sensebatch.passes import ROOM_SPARE
-from sensebatch.plan import group_load, make_plan, plan_entry
+from sensebatch.plan.passes import ROOM_SPARE
 from sensebatch.resolutions import Resolution
 from tests.engine.golden_model import KeptImages, infer
 from tests.engine.memory.tracker import LiveBytes

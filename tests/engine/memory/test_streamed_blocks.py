@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sensebatch.durations import Blocks, Passes, pass_orders
-from sensebatch.engine.loading import NetworkLoader
 from sensebatch.engine.memory.lanes import CpuLane
-from sensebatch.speed import Speeds, network_sizes, understanding_work
-from sensebatch.vram import RING
+from sensebatch.engine.weights.loader import NetworkLoader
+from sensebatch.plan.device import RING
+from sensebatch.plan.seconds import Blocks, Passes, pass_orders
+from sensebatch.plan.work import Speeds, network_sizes, understanding_work
 from tests.engine.memory.test_residency import make_placement
 from tests.golden_data import golden_architecture
 

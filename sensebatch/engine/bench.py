@@ -1,0 +1,377 @@
+"""Times steps and tokens by themselves on a loaded network, and says how far each path is off.
+
+    python -m sensebatch.engine.bench --model synthetic:8b
+
+A developer's tool: what a user gets is measured by `sensebatch profile`. All weights stay on the
+device. Prints a Markdown table for docs/profile.md.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor, nn
+
+from sensebatch.checkpoint.files import Checkpoint, open_checkpoint
+from sensebatch.config import SYNTHETIC_PREFIX, default_config
+from sensebatch.engine.decoding import PlainDecoder
+from sensebatch.engine.device.runtime import BACKENDS, DTYPES, resolve_attention, resolve_fused
+from sensebatch.engine.model.attention import Attention, sdpa
+from sensebatch.engine.model.network import Network
+from sensebatch.engine.model.patchify import image_to_tokens
+from sensebatch.engine.model.quantized import Fp8Linear, quantise_rows
+from sensebatch.engine.model.tokenizer import HFTokenizer
+from sensebatch.engine.model.transformer import DecoderLayer, Expert, SwiGLU
+from sensebatch.engine.prompts import Prompt
+from sensebatch.engine.runner import Runner
+from sensebatch.engine.sampling.guidance import Guidance
+from sensebatch.engine.tasks.denoise import Drawing, denoise, draw_noise, image_noise_scale
+from sensebatch.engine.tasks.state import job_generator
+from sensebatch.engine.weights.loader import NetworkLoader, open_weights, warm_up
+from sensebatch.jobs import Task
+from sensebatch.plan.device import place
+from sensebatch.resolutions import Resolution
+
+Lend = Callable[[nn.Module], AbstractContextManager[nn.Module]]
+"""Turns a layer of the network into the one that a variant computes with."""
+LIMIT_ROWS = 4096
+PROMPT_TOKENS = 300
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """How much is measured."""
+
+    side: int
+    """Pixels of a large picture."""
+    steps: int
+    tokens: int
+
+
+FULL = Sizes(side=2048, steps=10, tokens=200)
+SMALL = Sizes(side=128, steps=2, tokens=4)
+
+
+def open_runner(model: str) -> Runner:
+    """Returns the network as a run in `full` has it.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read.
+    """
+    checkpoint, config = open_checkpoint(model), default_config(model)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = "bfloat16" if device.type == "cuda" else "float32"
+    backend = resolve_attention("auto", device.type, dtype)
+    loader = _loader(checkpoint, device, DTYPES[dtype])
+    compile_s = warm_up(loader, BACKENDS[backend])
+    memory = replace(config.memory, vram_mode="full")
+    item_bytes = DTYPES[dtype].itemsize
+    placements = place(
+        checkpoint.architecture, memory, [], item_bytes=item_bytes, device_free=None, host_free=0
+    )
+    network, residency = loader.load(placements.leanest)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    seconds = "not compiled" if compile_s is None else f"kernels {compile_s:.1f} s"
+    print(f"{model}, {name}, torch {torch.__version__}, {dtype}, {backend}, {seconds}\n")
+    return Runner(
+        network, HFTokenizer(checkpoint.path), BACKENDS[backend], lambda _: None, residency
+    )
+
+
+def _loader(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> NetworkLoader:
+    return NetworkLoader(
+        arch=checkpoint.architecture,
+        source=open_weights(checkpoint, None, dtype),
+        device=device,
+        dtype=dtype,
+        fused=resolve_fused(True, device.type, checkpoint.architecture),
+    )
+
+
+def step_seconds(
+    runner: Runner, *, jobs: int, side: int, steps: int, prompts: tuple[int, int]
+) -> float:
+    """Returns the seconds of a denoising step by jobs, after one to warm up.
+
+    Args:
+        runner: The network.
+        jobs: That share a pass.
+        side: Pixels of the square pictures.
+        steps: That are timed.
+        prompts: Tokens of the conditional prompts and of the one that all jobs share.
+    """
+    size = Resolution(height=side, width=side)
+    drawings = _drawings(runner, jobs, size, prompts)
+    denoise(runner, drawings, size, num_steps=1, timestep_shift=3.0)
+    start = _now(runner)
+    denoise(runner, drawings, size, num_steps=steps, timestep_shift=3.0)
+    return (_now(runner) - start) / (steps * jobs)
+
+
+def _drawings(
+    runner: Runner, jobs: int, size: Resolution, prompts: tuple[int, int]
+) -> list[Drawing]:
+    sampling = default_config(SYNTHETIC_PREFIX + "8b").tasks[Task.T2I].sampling
+    guidance = Guidance(Task.T2I, sampling)
+    shared = runner.new_extension(_prompt(prompts[1]))
+    # Of different lengths, as prompts are.
+    own = [runner.new_extension(_prompt(prompts[0] + job)) for job in range(jobs)]
+    runner.prefill([shared, *own])
+    arch = runner.network.arch
+    return [
+        Drawing(
+            guidance=guidance,
+            caches={"cond": extension.cache, "uncond": shared.cache},
+            noise=draw_noise(arch, size, job_generator(job)),
+        )
+        for job, extension in enumerate(own)
+    ]
+
+
+def _prompt(tokens: int) -> Prompt:
+    return Prompt(token_ids=tuple(range(1, tokens + 1)))
+
+
+def _now(runner: Runner) -> float:
+    if runner.network.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def token_seconds(runner: Runner, *, sequences: int, tokens: int, plain: bool) -> float:
+    """Returns the seconds of a decoding step, after three to warm up.
+
+    Args:
+        runner: The network.
+        sequences: That decode together.
+        tokens: That are timed.
+        plain: Whether the passes that read prompts are used.
+    """
+    extensions = [
+        runner.new_extension(_prompt(PROMPT_TOKENS + index)) for index in range(sequences)
+    ]
+    choices = runner.choose(runner.prefill(extensions))
+    caches = [extension.cache for extension in extensions]
+    step = runner.text_step(caches, tokens + 3)
+    if plain:
+        step = PlainDecoder(caches, runner.append_tokens, runner.choose).step
+    for _ in range(3):
+        choices = [*step(list(enumerate(choices)))]
+    start = _now(runner)
+    for _ in range(tokens):
+        choices = [*step(list(enumerate(choices)))]
+    return (_now(runner) - start) / tokens
+
+
+def limit_seconds(runner: Runner, *, fp8: bool, steps: int) -> float:
+    """Returns what products and attention alone take of a step of two branches.
+
+    Pictures of `LIMIT_ROWS` tokens behind a prompt, one operation after the other, without
+    anything between them.
+    """
+    network, arch = runner.network, runner.network.arch
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, device=network.device).to(network.dtype)
+
+    hidden, query = arch.hidden_size, arch.num_heads * arch.head_dim
+    key = arch.num_kv_heads * arch.head_dim
+    inner = arch.intermediate_size
+    shapes = (
+        (query + 2 * key, hidden),
+        (hidden, query),
+        (2 * inner, hidden),
+        (hidden, inner),
+    )
+    products: list[Callable[[], object]] = []
+    for rows, columns in shapes:
+        x, weight = noise(LIMIT_ROWS, columns), noise(rows, columns) / columns**0.5
+        if fp8:
+            linear = _quantised(weight, fused=network.fused)
+            quantised, scales = quantise_rows(x)
+            products.append(partial(linear.multiply, quantised, scales, network.dtype))
+        else:
+            products.append(partial(F.linear, x, weight))
+    queries = noise(LIMIT_ROWS, arch.num_heads, arch.head_dim)
+    keys = noise(LIMIT_ROWS + PROMPT_TOKENS, arch.num_kv_heads, arch.head_dim)
+    products.append(lambda: runner.attention(queries, keys, keys, False))
+    seconds = 0.0
+    for count in (1, steps):
+        start = _now(runner)
+        for _ in range(2 * arch.num_layers * count):
+            for product in products:
+                product()
+        seconds = (_now(runner) - start) / count
+    return seconds
+
+
+def variant(
+    network: Network,
+    understanding: Lend = nullcontext,
+    generation: Lend = nullcontext,
+    *,
+    fused: bool,
+    dtype: torch.dtype,
+) -> Network:
+    """Returns a network of the same weights whose layers are lent in another form.
+
+    Args:
+        network: Loaded, all weights on the device.
+        understanding: Makes a layer of that expert what it is to be, each time it is lent.
+        generation: Likewise.
+        fused: Of the network that is returned.
+        dtype: Of what is not in layers.
+    """
+    with torch.device("meta"):
+        twin = Network(network.arch, fused=fused).requires_grad_(False).to(dtype)
+    for name, parameter in network.named_parameters():
+        if parameter.device.type != "meta":
+            owner, _, attribute = name.rpartition(".")
+            value = nn.Parameter(parameter.to(dtype), requires_grad=False)
+            setattr(twin.get_submodule(owner), attribute, value)
+    twin.understanding.lend = _lender(network.understanding, understanding)
+    twin.generation.lend = _lender(network.generation, generation)
+    twin.lm_head.lend = network.lm_head.lend
+    return twin
+
+
+def _lender(expert: Expert, form: Lend) -> Callable[[int], AbstractContextManager[nn.Module]]:
+    @contextmanager
+    def lend(index: int) -> Iterator[nn.Module]:
+        with expert.lend(index) as layer, form(layer) as formed:
+            yield formed
+
+    return lend
+
+
+@contextmanager
+def naive(layer: nn.Module) -> Iterator[nn.Module]:
+    """Gives a layer of torch's operations with the same weights."""
+    assert isinstance(layer, DecoderLayer)
+    twin = copy.copy(layer)
+    twin._modules = dict(layer._modules)
+    twin.mlp = copy.copy(layer.mlp)
+    twin._fused = False
+    if isinstance(twin.mlp, SwiGLU):
+        twin.mlp._fused = False
+    yield twin
+
+
+@contextmanager
+def in_float32(layer: nn.Module) -> Iterator[nn.Module]:
+    """Gives a layer of torch's operations that computes in float32."""
+    with naive(layer) as twin:
+        yield copy.deepcopy(twin).float()
+
+
+@contextmanager
+def in_fp8(layer: nn.Module) -> Iterator[nn.Module]:
+    """Gives a layer whose products are in float8."""
+    assert isinstance(layer, DecoderLayer)
+    twin = copy.deepcopy(layer)
+    fused = layer._fused
+    twin.qkv = _quantised(twin.qkv.weight, fused=fused)
+    twin.o = _quantised(twin.o.weight, fused=fused)
+    if isinstance(twin.mlp, SwiGLU):
+        twin.mlp.gate_up = _quantised(twin.mlp.gate_up.weight, fused=fused)
+        twin.mlp.down = _quantised(twin.mlp.down.weight, fused=fused)
+    yield twin
+
+
+def _quantised(weight: Tensor, *, fused: bool) -> Fp8Linear:
+    rows, columns = weight.shape
+    linear = Fp8Linear(columns, rows, weight.device, fused=fused)
+    quantised, scale = quantise_rows(weight)
+    linear.weight = nn.Parameter(quantised, requires_grad=False)
+    linear.scale = nn.Parameter(scale[:, 0].contiguous(), requires_grad=False)
+    return linear
+
+
+def velocity(runner: Runner, network: Network, attention: Attention, side: int) -> Tensor:
+    """Returns both branches' velocities of one step in the middle of the way, in float64."""
+    own = Runner(network, runner.tokenizer, attention, lambda _: None)
+    size = Resolution(height=side, width=side)
+    (drawing,) = _drawings(own, 1, size, (PROMPT_TOKENS, 8))
+    caches = [drawing.caches[branch] for branch in ("cond", "uncond")]
+    z_JNx = image_to_tokens(drawing.noise.to(network.device)[None]) / 2
+    t = torch.full((1,), 0.5, device=network.device)
+    condition = network.condition(t, image_noise_scale(network.arch, size))[0]
+    positions = network.image_positions(caches, size)
+    x = network.predict_image(z_JNx, condition, caches, positions, attention, [0, 0])
+    return ((x - z_JNx) / 0.5).double()
+
+
+def errors(runner: Runner, side: int) -> dict[str, float]:
+    """Returns how far velocities are off, root mean square, by path; float32 is the measure."""
+    network, dtype = runner.network, runner.network.dtype
+    exact = variant(network, in_float32, in_float32, fused=False, dtype=torch.float32)
+    expected = velocity(runner, exact, sdpa, side)
+    plain = variant(network, naive, naive, fused=False, dtype=dtype)
+    fused = network.fused
+    paths = {
+        "torch's operations": (plain, sdpa),
+        "as it is run": (network, runner.attention),
+        "fp8": (variant(network, generation=in_fp8, fused=fused, dtype=dtype), runner.attention),
+        "fp8-all": (variant(network, in_fp8, in_fp8, fused=fused, dtype=dtype), runner.attention),
+    }
+    return {
+        name: float((velocity(runner, path, attention, side) - expected).norm() / expected.norm())
+        for name, (path, attention) in paths.items()
+    }
+
+
+def rows(runner: Runner, sizes: Sizes) -> Iterator[tuple[str, str]]:
+    """Yields what was measured, and what came out."""
+    side, steps = sizes.side, sizes.steps
+    prompts = (PROMPT_TOKENS, 8)
+    plain = variant(runner.network, naive, naive, fused=False, dtype=runner.network.dtype)
+    slow = Runner(plain, runner.tokenizer, sdpa, lambda _: None)
+    for precision in (False, True):
+        limit = limit_seconds(runner, fp8=precision, steps=steps)
+        yield f"limit of a step{' in float8' if precision else ''}", f"{limit:.4f} s"
+    cases: Sequence[tuple[str, Runner, int, int, tuple[int, int]]] = (
+        ("t2i", runner, 1, side, prompts),
+        ("t2i", runner, 2, side, prompts),
+        ("t2i", runner, 8, side // 2, prompts),
+        ("t2i", runner, 8, side // 4, prompts),
+        ("edit", runner, 1, side, (PROMPT_TOKENS + (side // 32) ** 2, (side // 32) ** 2)),
+        ("t2i, torch's operations", slow, 1, side, prompts),
+    )
+    for name, own, jobs, pixels, lengths in cases:
+        seconds = step_seconds(own, jobs=jobs, side=pixels, steps=steps, prompts=lengths)
+        yield f"{name}, {pixels}x{pixels}, {jobs} a pass", f"{seconds:.4f} s a step and job"
+    for sequences in (1, 16):
+        for name, own, tokens in (
+            ("text", runner, sizes.tokens),
+            ("text, torch's operations", slow, max(sizes.tokens // 20, 1)),
+        ):
+            seconds = token_seconds(own, sequences=sequences, tokens=tokens, plain=own is slow)
+            speed = f"{seconds * 1e3:.2f} ms a token, {sequences / seconds:,.1f} tok/s"
+            yield f"{name}, {sequences} together", speed
+    for name, error in errors(runner, side // 2).items():
+        yield f"velocity error, {name}", f"{error:.3%}"
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Checkpoint folder, or synthetic:8b.")],
+    small: Annotated[bool, typer.Option(help="A few small steps, to try the tool.")] = False,
+) -> None:
+    """Prints what steps and tokens take, and how far they are off."""
+    runner = open_runner(model)
+    print("| what | measured |\n| --- | ---: |")
+    with torch.inference_mode():
+        for what, measured in rows(runner, SMALL if small else FULL):
+            print(f"| {what} | {measured} |", flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

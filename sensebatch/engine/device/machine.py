@@ -1,0 +1,199 @@
+"""What a machine is and how fast it copies, multiplies and attends; measured, not looked up."""
+
+from __future__ import annotations
+
+import platform
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+import psutil
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import sensebatch
+from sensebatch.engine.device.memory import translated_out_of_memory
+from sensebatch.engine.device.runtime import resolve_attention
+from sensebatch.errors import ConfigError
+
+MEASURED_S = 0.2
+"""Seconds that each speed is measured for."""
+BURST = 8
+"""Computations that are launched together, so that launching them hides behind them."""
+COPY_BYTES = 256 << 20
+READ_BYTES = 1 << 30
+"""Far more than any cache of a GPU holds."""
+GEMM_SIZE = 8192
+"""Side of the square matrices; large enough for full speed."""
+ATTENTION_SHAPE = (32, 4096, 4416, 128)
+"""Heads, queries, keys and head size: one guidance branch of a picture of 2048x2048."""
+ATTENTION_BACKENDS = (
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """The device that `device: cuda` takes."""
+
+    name: str
+    free_bytes: int
+    total_bytes: int
+    pinned_bytes_per_s: float
+    """Copies from page-locked host memory to the device."""
+    pageable_bytes_per_s: float
+    gemm_flop_per_s: float
+    """bfloat16; a product of n by n matrices counts 2 n^3."""
+    attention_flop_per_s: float
+    """bfloat16, torch's fastest kernel; two products for each query, key and head."""
+    memory_bytes_per_s: float
+    """Reads of the device's own memory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What sensebatch would compute with."""
+
+    sensebatch: str
+    python: str
+    torch: str
+    cuda: str | None
+    """That torch was built for; None for a build without."""
+    flash_obstacle: str | None
+    """Why flash-attn cannot be used; None where it can."""
+    host_free_bytes: int
+    host_total_bytes: int
+    gpu: Gpu | None
+
+
+def look_at_machine() -> Machine:
+    """Returns what this machine is; takes about a second where there is a GPU.
+
+    Raises:
+        OutOfMemoryError: The GPU has not even the memory free that measuring takes.
+    """
+    has_gpu = torch.cuda.is_available()
+    host = psutil.virtual_memory()
+    return Machine(
+        sensebatch=sensebatch.__version__,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        cuda=torch.version.cuda,
+        flash_obstacle=_flash_obstacle("cuda" if has_gpu else "cpu"),
+        host_free_bytes=host.available,
+        host_total_bytes=host.total,
+        gpu=_look_at_gpu(torch.device("cuda", torch.cuda.current_device())) if has_gpu else None,
+    )
+
+
+def _flash_obstacle(device: str) -> str | None:
+    try:
+        resolve_attention("flash", device, "bfloat16")
+    except ConfigError as error:
+        return str(error).rpartition("usable: ")[2]
+    return None
+
+
+def _look_at_gpu(device: torch.device) -> Gpu:
+    name = torch.cuda.get_device_name(device)
+    free, total = torch.cuda.mem_get_info(device)
+    with translated_out_of_memory(f"{name} has too little memory free to be measured"):
+        return Gpu(
+            name=name,
+            free_bytes=free,
+            total_bytes=total,
+            pinned_bytes_per_s=copy_speed(device, COPY_BYTES, MEASURED_S, pin=True),
+            pageable_bytes_per_s=copy_speed(device, COPY_BYTES, MEASURED_S, pin=False),
+            gemm_flop_per_s=gemm_speed(device, GEMM_SIZE, MEASURED_S),
+            attention_flop_per_s=attention_speed(device, ATTENTION_SHAPE, MEASURED_S),
+            memory_bytes_per_s=read_speed(device, READ_BYTES, MEASURED_S),
+        )
+
+
+def copy_speed(device: torch.device, num_bytes: int, seconds: float, *, pin: bool) -> float:
+    """Returns the bytes a second of copies from the host to a device."""
+    source = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=pin)
+    target = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    rounds = _rounds_per_s(device, seconds, lambda: target.copy_(source, non_blocking=pin))
+    return num_bytes * rounds
+
+
+def gemm_speed(device: torch.device, size: int, seconds: float) -> float:
+    """Returns the operations a second of a product of square bfloat16 matrices."""
+    left, right = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    out = torch.empty_like(left)
+    rounds = _rounds_per_s(device, seconds, lambda: torch.matmul(left, right, out=out), BURST)
+    return 2 * size**3 * rounds
+
+
+def attention_speed(
+    device: torch.device, shape: tuple[int, int, int, int], seconds: float
+) -> float:
+    """Returns the operations a second of torch's fastest attention kernel in bfloat16.
+
+    Args:
+        device: Where it runs.
+        shape: Heads, queries, keys and head size.
+        seconds: That the fastest is measured for; the others get a tenth.
+
+    Raises:
+        RuntimeError: There is no kernel for such a shape.
+    """
+    heads, queries, keys, head_dim = shape
+    q, k, v = (
+        torch.randn(1, heads, tokens, head_dim, device=device).bfloat16()
+        for tokens in (queries, keys, keys)
+    )
+
+    def speed(backend: SDPBackend, seconds: float) -> float:
+        # A kernel that this device or shape does not have says why in a warning as well.
+        with suppress(RuntimeError), warnings.catch_warnings(), sdpa_kernel(backend):
+            warnings.simplefilter("ignore")
+            rounds = _rounds_per_s(
+                device, seconds, lambda: F.scaled_dot_product_attention(q, k, v), BURST
+            )
+            return 4 * heads * queries * keys * head_dim * rounds
+        return 0.0
+
+    fastest = max(ATTENTION_BACKENDS, key=lambda backend: speed(backend, seconds / 10))
+    found = speed(fastest, seconds)
+    if not found:
+        raise RuntimeError(f"torch has no attention kernel for {shape} on {device}")
+    return found
+
+
+def read_speed(device: torch.device, num_bytes: int, seconds: float) -> float:
+    """Returns the bytes a second that a device reads of its own memory."""
+    source = torch.zeros(num_bytes // 4, device=device)
+    rounds = _rounds_per_s(device, seconds, source.sum, BURST)
+    return num_bytes * rounds
+
+
+def _rounds_per_s(
+    device: torch.device, seconds: float, once: Callable[[], object], burst: int = 1
+) -> float:
+    """Returns how often something is done a second, in the fastest of many bursts.
+
+    A limit is asked for, and a GPU is slower for moments: while it wakes, and when it is hot.
+    """
+
+    def finish() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    once()
+    finish()
+    fastest = 0.0
+    end = time.perf_counter() + seconds
+    while (start := time.perf_counter()) < end or not fastest:
+        for _ in range(burst):
+            once()
+        # Waits each time, or launches would run ahead of the clock.
+        finish()
+        fastest = max(fastest, burst / (time.perf_counter() - start))
+    return fastest

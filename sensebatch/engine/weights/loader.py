@@ -1,0 +1,127 @@
+"""Makes a network of a checkpoint, its weights wherever they are to be."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+
+from sensebatch.checkpoint.architecture import Architecture
+from sensebatch.checkpoint.files import Checkpoint, check_tensors
+from sensebatch.checkpoint.tensors import expected_tensors
+from sensebatch.engine.decoding import can_decode_fast
+from sensebatch.engine.device.memory import empty_cache, translated_out_of_memory
+from sensebatch.engine.model.attention import CUDNN_LEAST_QUERIES, Attention
+from sensebatch.engine.model.network import Network
+from sensebatch.engine.weights.lora import Lora
+from sensebatch.engine.weights.residency import Residency
+from sensebatch.engine.weights.sources import FileWeights, SyntheticWeights, WeightSource
+from sensebatch.plan.footprint import Load
+from sensebatch.plan.placement import Placement
+
+
+def open_weights(checkpoint: Checkpoint, lora_path: str | None, dtype: torch.dtype) -> WeightSource:
+    """Returns where a checkpoint's weights are read from.
+
+    Raises:
+        CheckpointError: A tensor is missing, extra or wrongly shaped, or the LoRA does not fit.
+    """
+    lora = None
+    if lora_path is not None:
+        lora = Lora.open(Path(lora_path), expected_tensors(checkpoint.architecture))
+    if checkpoint.synthetic:
+        return SyntheticWeights(dtype)
+    check_tensors(checkpoint)
+    return FileWeights(checkpoint, lora)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkLoader:
+    """Makes a checkpoint's network, as often as its weights have to be placed anew."""
+
+    arch: Architecture
+    """The network's shape."""
+    source: WeightSource
+    """Gives the weights; the checkpoint they are read from has been checked."""
+    device: torch.device
+    """Where the network computes."""
+    dtype: torch.dtype
+    """What weights are rounded to."""
+    fused: bool = False
+    """Whether chains of small operations are one kernel each."""
+    precision: str | None = None
+    """`fp8` or `fp8-all` for linear layers in float8; see `config.ModelConfig`."""
+
+    def load(self, placement: Placement) -> tuple[Network, Residency]:
+        """Returns a network in evaluation mode, without gradients, and what moves its weights.
+
+        Args:
+            placement: How much of each memory they take.
+
+        Raises:
+            CheckpointError: A file cannot be read.
+            OutOfMemoryError: The device or the host has less memory than was planned with.
+        """
+        network = self.new_network()
+        with translated_out_of_memory(f"the weights did not fit {self.device}"):
+            residency = Residency(network, self.source, placement, self.device)
+        return network, residency
+
+    def new_network(self) -> Network:
+        """Returns the network without weights."""
+        with init_empty_weights():
+            network = Network(self.arch, fused=self.fused)
+        network = network.to(self.dtype).requires_grad_(False).eval()
+        if self.precision is not None:
+            network.generation.use_fp8()
+        if self.precision == "fp8-all":
+            network.understanding.use_fp8()
+        return network
+
+
+def warm_up(
+    loader: NetworkLoader, attention: Attention, loads: Sequence[Load] = ()
+) -> float | None:
+    """Compiles the kernels that a network will use, before its weights take the memory.
+
+    Also makes the attention library load itself, which takes it a second the first time.
+
+    Args:
+        loader: Says which network.
+        attention: The run's.
+        loads: Of every group of the run.
+
+    Returns:
+        Seconds that it took; None where nothing is compiled.
+    """
+    if not loader.fused:
+        return None
+    from sensebatch.engine.model import decode_kernels, kernels
+
+    start = time.perf_counter()
+    arch = loader.arch
+    with torch.inference_mode():
+        kernels.warm_up(arch, loader.dtype, loader.device, quantised=loader.precision is not None)
+        q_THE = torch.zeros(
+            CUDNN_LEAST_QUERIES,
+            arch.num_heads,
+            arch.head_dim,
+            dtype=loader.dtype,
+            device=loader.device,
+        )
+        k_TKE = q_THE[:, : arch.num_kv_heads].contiguous()
+        attention(q_THE, k_TKE, k_TKE, False)
+        if can_decode_fast(loader.new_network()):
+            writers = [load.batch_size for load in loads if load.text_tokens]
+            # A job may come to be alone, split off or tried again.
+            counts = {1, *writers} if writers else set()
+            for count in sorted(n for n in counts if n <= decode_kernels.MAX_SEQUENCES):
+                decode_kernels.warm_up(arch, loader.dtype, loader.device, count)
+    del q_THE, k_TKE
+    empty_cache(loader.device)
+    torch.cuda.synchronize(loader.device)
+    return time.perf_counter() - start

@@ -1,0 +1,292 @@
+"""Where the network's weights are during each phase of a batch.
+
+Cuts the network into blocks (decoder layers and parts of the vocabulary head) that memory moves,
+puts everything else on the device for good, and tells memory which blocks a phase goes through.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from sensebatch.checkpoint.architecture import Architecture
+from sensebatch.engine.device.memory import empty_cache, translated_out_of_memory
+from sensebatch.engine.memory.blocks import Block, Entry, Layout, layout_of, new_buffer
+from sensebatch.engine.memory.host import CPU, HostStore
+from sensebatch.engine.memory.lanes import Lane, lane_for
+from sensebatch.engine.memory.pool import Pool
+from sensebatch.engine.memory.readers import Readers
+from sensebatch.engine.model.network import Network
+from sensebatch.engine.model.quantized import FP8, quantise_rows, scale_of
+from sensebatch.engine.model.state_dict_adapter import Slot, checkpoint_slots
+from sensebatch.engine.weights.sources import WeightSource
+from sensebatch.errors import OutOfMemoryError
+from sensebatch.plan.device import RING
+from sensebatch.plan.placement import Placement
+
+BLOCK_PREFIXES = ("understanding.layers.", "generation.layers.", "lm_head.parts.")
+PART_BYTES = 16 << 20
+"""About as much of a tensor is read by one thread at a time."""
+CACHED_BYTES = 1 << 20
+"""About as much of it is quantised at a time."""
+
+Pieces = list[tuple[str, Slot]]
+"""(checkpoint tensor, slot) of one parameter."""
+
+
+class Residency:
+    """Moves the network's weights.
+
+    Args:
+        network: Its parameters are on the meta device, in the dtypes they are to have; they are
+            given memory here.
+        source: Where weights are read from.
+        placement: How much memory they take.
+        device: Where the network computes.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+        OutOfMemoryError: The host has less memory than was planned with.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        source: WeightSource,
+        placement: Placement,
+        device: torch.device,
+    ) -> None:
+        self._device = device
+        pieces = _pieces_by_parameter(network.arch)
+        self._understanding = _blocks(network, "understanding.layers", pieces, source)
+        self._generation = _blocks(network, "generation.layers", pieces, source)
+        self._head = _blocks(network, "lm_head.parts", pieces, source)
+        blocks = [*self._generation, *self._understanding, *self._head]
+        sizes = [block.layout.num_bytes for block in blocks]
+        num_buffers = placement.num_buffers
+        self._whole = num_buffers is None
+        lane = lane_for(device)
+        self._readers = Readers()
+        _load_rest(network, pieces, source, self._readers, placement.embed_on_device, device)
+        self._host = HostStore(self._readers, pin=device.type == "cuda")
+        self._host.keep(blocks, 0 if self._whole else placement.host_budget_bytes, lane)
+        if self._whole:
+            self._pool = Pool(new_buffer(sum(sizes), device), self._host, lane, sizes)
+        else:
+            assert num_buffers is not None
+            self._num_buffers = num_buffers
+            memory = new_buffer(self._buffer_bytes(num_buffers), device)
+            self._pool = Pool(memory, self._host, lane)
+        lent = self._load_all(blocks, lane) if self._whole else None
+        network.understanding.lend = self._lender(self._understanding, lent)
+        network.generation.lend = self._lender(self._generation, lent)
+        network.lm_head.lend = self._lender(self._head, lent)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every block has a device buffer for good, and none is in host memory."""
+        return self._whole
+
+    @property
+    def keeps_text(self) -> bool:
+        """Whether what decoding needs, once used, stays where it is until the next phase."""
+        return self._whole or self._pool.keeps_all
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory that blocks take."""
+        return self._host.kept_bytes
+
+    def prefill(self, *, decodes: bool) -> None:
+        """Prepares one pass of prompts, with logits behind it where text follows."""
+        self._schedule([*self._understanding, *(self._head if decodes else [])], keep=False)
+
+    def decode(self) -> None:
+        """Prepares many passes of the understanding expert with logits."""
+        self._schedule([*self._understanding, *self._head], keep=True)
+
+    def denoise(self) -> None:
+        """Prepares many passes of the generation expert."""
+        self._schedule(self._generation, keep=True)
+
+    def resize(self, num_buffers: int) -> int:
+        """Keeps fewer or more blocks on the device; only where they are in host memory as well.
+
+        Returns:
+            How many there are room for now: as before, where there is no memory for as many.
+
+        Raises:
+            OutOfMemoryError: There is no memory for as many as before either, or there was none.
+        """
+        if self._buffer_bytes(num_buffers) == self._pool.num_bytes:
+            self._num_buffers = num_buffers
+            return num_buffers
+        before = self._pool.num_bytes
+        self._pool.release()
+        # Or the smaller memory would be taken out of the larger, which could not be given back.
+        empty_cache(self._device)
+        try:
+            memory = self._new_memory(self._buffer_bytes(num_buffers))
+        except OutOfMemoryError:
+            if not before:
+                # There was none left the last time either.
+                raise
+            memory = self._new_memory(before)
+        else:
+            self._num_buffers = num_buffers
+        self._pool.give(memory)
+        return self._num_buffers
+
+    def _new_memory(self, num_bytes: int) -> Tensor:
+        with translated_out_of_memory(f"{num_bytes >> 20} MiB of weights did not fit"):
+            return new_buffer(num_bytes, self._device)
+
+    def _buffer_bytes(self, num_buffers: int) -> int:
+        """Returns the device memory for blocks: a ring for any, the rest for generation layers."""
+        generation = max(block.layout.num_bytes for block in self._generation)
+        others = (block.layout.num_bytes for block in (*self._understanding, *self._head))
+        kept = max(num_buffers - RING, 0)
+        return kept * generation + RING * max(generation, *others)
+
+    def _schedule(self, order: Sequence[Block], *, keep: bool) -> None:
+        if not self._whole:
+            self._pool.schedule(order, keep=keep)
+
+    def _lender(
+        self, blocks: Sequence[Block], lent: Mapping[Block, nn.Module] | None
+    ) -> Callable[[int], AbstractContextManager[nn.Module]]:
+        if lent is None:
+            return lambda index: self._pool.lend(blocks[index])
+        modules = [lent[block] for block in blocks]
+        return lambda index: nullcontext(modules[index])
+
+    def _load_all(self, blocks: Sequence[Block], lane: Lane) -> dict[Block, nn.Module]:
+        """Gives every block the buffer of its own size, for good; nothing waits for it again."""
+        self._pool.schedule(blocks, keep=True)
+        lent = {}
+        try:
+            for block in blocks:
+                with self._pool.lend(block) as module:
+                    lent[block] = module
+        finally:
+            self._host.close(lane)
+            self._readers.close()
+        return lent
+
+
+def _pieces_by_parameter(arch: Architecture) -> dict[str, Pieces]:
+    pieces: dict[str, Pieces] = defaultdict(list)
+    for name, slots in checkpoint_slots(arch).items():
+        for slot in slots:
+            pieces[slot.parameter].append((name, slot))
+    return pieces
+
+
+def _blocks(
+    network: Network, prefix: str, pieces: Mapping[str, Pieces], source: WeightSource
+) -> list[Block]:
+    """Returns a block for each module of a list in the network."""
+    dtype = network.dtype
+    blocks = []
+    for index, module in enumerate(network.get_submodule(prefix).children()):
+        name = f"{prefix}.{index}"
+        layout = layout_of(module)
+        parts = [
+            part
+            for entry in layout.entries
+            for tensor, slot in pieces.get(f"{name}.{entry.name}", ())
+            for part in _parts(layout, entry, tensor, slot, source, dtype)
+        ]
+        blocks.append(Block(name=name, module=module, layout=layout, parts=tuple(parts)))
+    return blocks
+
+
+def _parts(
+    layout: Layout,
+    entry: Entry,
+    tensor: str,
+    slot: Slot,
+    source: WeightSource,
+    dtype: torch.dtype,
+) -> Iterator[Callable[[Tensor], None]]:
+    """Gives what reads a checkpoint tensor into its slot, some rows each."""
+    shape = slot.view({slot.parameter: torch.empty(entry.shape, device="meta")}).shape
+    first = 0 if slot.rows is None else slot.rows[0]
+    at_a_time = max(PART_BYTES // (math.prod(shape[1:]) * dtype.itemsize), 1)
+    for start in range(0, shape[0], at_a_time):
+        rows = range(start, min(start + at_a_time, shape[0]))
+        if entry.dtype == FP8:
+            scales = next(e for e in layout.entries if e.name == scale_of(entry.name))
+            yield partial(_quantise_rows, (entry, scales), tensor, slot, first, rows, source, dtype)
+        else:
+            yield partial(_read_rows, entry, tensor, slot, first, rows, source)
+
+
+def _read_rows(
+    entry: Entry,
+    tensor: str,
+    slot: Slot,
+    first: int,
+    rows: range,
+    source: WeightSource,
+    flat: Tensor,
+) -> None:
+    """Reads rows of a slot, whose first row is the tensor's row `first`."""
+    target = slot.view({slot.parameter: entry.view(flat)})[rows.start : rows.stop]
+    source.read_into(tensor, (first + rows.start, first + rows.stop), target)
+
+
+def _quantise_rows(
+    entries: tuple[Entry, Entry],
+    tensor: str,
+    slot: Slot,
+    first: int,
+    rows: range,
+    source: WeightSource,
+    dtype: torch.dtype,
+    flat: Tensor,
+) -> None:
+    """`_read_rows` for a float8 parameter and its scales: quantises what it reads as `dtype`."""
+    weight, scale = (slot.view({slot.parameter: entry.view(flat)}) for entry in entries)
+    # So few at a time that they stay in the processor's cache from one operation to the next.
+    at_a_time = max(CACHED_BYTES // (weight.shape[1] * dtype.itemsize), 1)
+    room = torch.empty(min(at_a_time, len(rows)), weight.shape[1], dtype=dtype)
+    for start in rows[::at_a_time]:
+        end = min(start + at_a_time, rows.stop)
+        values = room[: end - start]
+        source.read_into(tensor, (first + start, first + end), values)
+        quantised, scales = quantise_rows(values)
+        weight[start:end] = quantised
+        scale[start:end] = scales[:, 0]
+
+
+def _load_rest(
+    network: Network,
+    pieces: Mapping[str, Pieces],
+    source: WeightSource,
+    readers: Readers,
+    embed_on_device: bool,
+    device: torch.device,
+) -> None:
+    """Gives every parameter outside the blocks its memory, on the device but for embeddings."""
+    for name, parameter in list(network.named_parameters()):
+        if name.startswith(BLOCK_PREFIXES):
+            continue
+        entry = Entry(name, parameter.dtype, tuple(parameter.shape), 0)
+        flat = new_buffer(parameter.nbytes, CPU)
+        readers.run(
+            partial(part, flat)
+            for tensor, slot in pieces[name]
+            for part in _parts(Layout((entry,), 0), entry, tensor, slot, source, parameter.dtype)
+        )
+        value = entry.view(flat)
+        if embed_on_device or not name.startswith("embed_tokens."):
+            value = value.to(device)
+        owner, _, attribute = name.rpartition(".")
+        setattr(network.get_submodule(owner), attribute, nn.Parameter(value, requires_grad=False))

@@ -1,0 +1,127 @@
+"""Where weights come from: a checkpoint's files, or a fixed rule for full-size made-up ones.
+
+Both write straight to where a tensor is to be, so no weight is in host memory twice.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from threading import Lock
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sensebatch.checkpoint.files import Checkpoint, TensorFile
+from sensebatch.engine.weights.lora import Lora
+from sensebatch.errors import CheckpointError
+
+FILE_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+SYNTHETIC_PERIOD = 1_048_583
+"""Made-up weights repeat after this many numbers: a prime, so that no row repeats another."""
+MAX_READ_BYTES = 1 << 30
+
+
+class WeightSource(Protocol):
+    """Gives checkpoint tensors by name; may be asked from several threads."""
+
+    def read_into(self, name: str, rows: tuple[int, int] | None, target: Tensor) -> None:
+        """Writes a tensor, or its rows from start to end, into contiguous host memory.
+
+        Raises:
+            CheckpointError: The file has become shorter or cannot be read.
+        """
+
+
+class FileWeights:
+    """The weights of a checkpoint, read from its safetensors files.
+
+    Args:
+        checkpoint: Its headers, already checked.
+        lora: Merged into what is read.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, lora: Lora | None = None) -> None:
+        self._tensors = checkpoint.tensors
+        self._lora = lora
+
+    def read_into(self, name: str, rows: tuple[int, int] | None, target: Tensor) -> None:
+        """See `WeightSource.read_into`."""
+        tensor = self._tensors[name]
+        first, end = (0, tensor.shape[0]) if rows is None else rows
+        start = first * (tensor.nbytes // tensor.shape[0])
+        changed = self._lora is not None and name in self._lora
+        if FILE_DTYPES[tensor.dtype] == target.dtype and not changed:
+            _read_bytes(tensor, start, target)
+            return
+        weight = torch.empty((end - first, *tensor.shape[1:]), dtype=FILE_DTYPES[tensor.dtype])
+        _read_bytes(tensor, start, weight)
+        if self._lora is not None:
+            weight = self._lora.apply(name, weight, first_row=first)
+        target.copy_(weight)
+
+
+def _read_bytes(tensor: TensorFile, start: int, target: Tensor) -> None:
+    """Fills contiguous memory from a tensor's bytes on, without a buffer between."""
+    view = target.view(-1).view(torch.uint8).numpy().data
+    try:
+        with tensor.file.open("rb", buffering=0) as file:
+            file.seek(tensor.offset + start)
+            done = 0
+            while done < len(view):
+                count = file.readinto(view[done : done + MAX_READ_BYTES])
+                if not count:
+                    raise CheckpointError(f"{tensor.file}: expected more bytes, found its end")
+                done += count
+    except OSError as error:
+        raise CheckpointError(f"{tensor.file}: cannot be read: {error.strerror}") from error
+
+
+class SyntheticWeights:
+    """Made-up weights of any architecture, from a fixed rule: for profiling, not for pictures.
+
+    Normal numbers from one table, at a place given by the tensor's name, scaled so that every
+    matrix keeps the size of what goes through it; norms are ones.
+
+    Args:
+        dtype: Of the weights.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self._normal = torch.randn(SYNTHETIC_PERIOD, generator=generator)
+        self._dtype = dtype
+        self._tables: dict[float, Tensor] = {}
+        self._lock = Lock()
+
+    def read_into(self, name: str, rows: tuple[int, int] | None, target: Tensor) -> None:
+        """See `WeightSource.read_into`."""
+        if target.ndim == 1 and "norm" in name:
+            target.fill_(1)
+            return
+        fan_in = math.prod(target.shape[1:])
+        table = self._table(0.02 if target.ndim == 1 or "embed_tokens" in name else fan_in**-0.5)
+        first = 0 if rows is None else rows[0] * fan_in
+        place = (zlib.crc32(name.encode()) + first) % SYNTHETIC_PERIOD
+        # As bytes, since numpy copies those at the speed of the memory and has no bfloat16.
+        size = self._dtype.itemsize
+        source, flat = table.view(torch.uint8).numpy(), target.view(-1).view(torch.uint8).numpy()
+        place *= size
+        done = 0
+        while done < flat.size:
+            count = min(source.size - place, flat.size - done)
+            flat[done : done + count] = source[place : place + count]
+            done, place = done + count, 0
+
+    def _table(self, scale: float) -> Tensor:
+        """Returns the numbers of one scale, made once."""
+        with self._lock:
+            if scale not in self._tables:
+                self._tables[scale] = (scale * self._normal).to(self._dtype)
+            return self._tables[scale]

@@ -1,0 +1,70 @@
+"""Where weights and caches are while the jobs of a run are computed. Says so; decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from sensebatch.jobs import GroupKey
+from sensebatch.plan.footprint import Load
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where weights and caches are while one group of jobs is run, and how many share what."""
+
+    mode: str
+    num_buffers: int | None
+    """Device buffers: a ring for blocks of any kind, the others as large as a generation layer;
+    None gives every block its own."""
+    embed_on_device: bool
+    tokens_per_pass: int
+    """Most image tokens in one denoising pass; one job always fits."""
+    batch_size: int | None = None
+    """Most jobs that fit in one batch; None where all that were planned for do."""
+    park_caches: bool
+    """Whether prefixes of jobs that wait for their pass are in host memory."""
+    host_budget_bytes: int | None
+    """Host memory for blocks; None for as much as they need."""
+    device_bytes: int
+    """Expected peak on the device."""
+    host_bytes: int
+    """Expected peak of the process's resident memory."""
+    reason: str
+    """Why this one, for the person who reads it."""
+
+    def fitted(self, load: Load) -> Load:
+        """Returns the load of the group with as many jobs a batch as fit."""
+        if self.batch_size is None:
+            return load
+        return replace(load, batch_size=min(self.batch_size, load.batch_size))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placements:
+    """Of a run: either all weights stay on the device for every group, or for none."""
+
+    groups: Mapping[GroupKey, Placement]
+    """In the order in which they are run."""
+    leanest: Placement
+    """Of the most demanding group; where there are no groups, of the weights alone."""
+
+    @property
+    def device_bytes(self) -> int:
+        """Expected peak on the device."""
+        return max(
+            (p.device_bytes for p in self.groups.values()), default=self.leanest.device_bytes
+        )
+
+    @property
+    def first(self) -> Placement:
+        """Of the group that is run first."""
+        return next(iter(self.groups.values()), self.leanest)
+
+    def of(self, group: GroupKey) -> Placement:
+        """Returns a group's placement; the leanest for one that was not planned for."""
+        return self.groups.get(group, self.leanest)
+
+    def replacing(self, group: GroupKey, placement: Placement) -> Placements:
+        """Returns the placements with another one for a group."""
+        return replace(self, groups={**self.groups, group: placement})

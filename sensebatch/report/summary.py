@@ -1,0 +1,311 @@
+"""The summary of a run, from its log alone: a table in, figures and text out.
+
+A call is one batch through the engine. A batch's seconds and peaks stand in the row of each of
+its jobs, so they are counted once a call here and never summed over rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sensebatch.report.timeline import COLUMNS as TIMELINE_COLUMNS
+from sensebatch.report.timeline import Waiting, format_waiting, timeline, waiting
+from sensebatch.resolutions import PATCH_PIXELS
+from sensebatch.store import log as run_log
+
+GIB = 2**30
+
+_CALL = ["session", "batch_id", "started_at", "task", "width", "height"]
+"""Identical jobs make batches of the same id; no two of a session start at the same time."""
+_MOST = [
+    "total_s",
+    "num_kept_images",
+    "step_s",
+    "peak_allocated_bytes",
+    "peak_reserved_bytes",
+    "peak_rss_bytes",
+]
+"""Figures of a call: the same in each of its rows, but for what a row's own job added."""
+_SUM = ["num_images", "image_tokens"]
+_TEXT = ["think_tokens", "text_tokens"]
+_LOAD = [
+    "load_s",
+    "load_peak_allocated_bytes",
+    "load_peak_reserved_bytes",
+    "load_peak_rss_bytes",
+]
+_CONFIG = ["vram_mode", "attn_backend", "dtype", "precision"]
+_COLUMNS = sorted(
+    {"job_id", "status", *_CALL, *_MOST, *_SUM, *_TEXT, *_LOAD, *_CONFIG, *TIMELINE_COLUMNS}
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Peak bytes of device memory and of the process."""
+
+    allocated_bytes: int
+    reserved_bytes: int
+    rss_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One batch that made pictures."""
+
+    session: int
+    batch_id: str
+    task: str
+    width: int
+    height: int
+    jobs: int
+    """Those that were done; the batch may have held others."""
+    images: int
+    kept_images: int
+    """Those that an interrupted batch had drawn, in none of these seconds."""
+    image_tokens: int
+    wall_s: float
+    step_s: float | None
+    """Seconds of a denoising step of the whole batch."""
+    peak: Memory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Throughput:
+    """What a number of calls made, and how fast."""
+
+    jobs: int
+    calls: int
+    images: int
+    wall_s: float
+    """Wall seconds of generation, over all calls."""
+    kept_images: int
+    """Those of `images` that were drawn before what the log has of their calls."""
+    calls_with_kept: int
+    """Calls with such pictures; no speed is measured by them."""
+    seconds_per_image: float | None
+    image_tokens: int
+    tokens_per_image: float | None
+    image_tok_per_s: float | None
+    """Image tokens by wall seconds of generation."""
+    text_tokens: int
+    """Think and interleave text; not part of the image figures."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """What a log says of a run, over all its sessions or one."""
+
+    vram_mode: str
+    attn_backend: str
+    dtype: str
+    precision: str
+    """`-` where no weights are float8; where those of some rows are, the dtype names the others."""
+    sessions: int
+    load_s: float
+    """Of all loads together; a session that found nothing to do has none."""
+    load_peak: Memory
+    total: Throughput
+    peak: Memory
+    failed_attempts: int
+    by_group: Mapping[str, Throughput]
+    """By `task WIDTHxHEIGHT`."""
+    waiting: Waiting | None
+    """Of the device, between batches; None where there was one batch, or the log is older."""
+    calls: tuple[Call, ...]
+    """In the order they were committed."""
+
+
+def read_log(path: Path) -> pa.Table:
+    """Returns the columns of a `log.parquet` that the summary needs; see `store.log.read_log`.
+
+    Raises:
+        RunFolderError: There is no such file, or it is no log.
+    """
+    return run_log.read_log(path, _COLUMNS)
+
+
+def summarise(log: pa.Table, *, session: int | None = None) -> Summary:
+    """Returns the summary of a log.
+
+    Args:
+        log: `log.parquet` as a table.
+        session: Only the rows of this session; None for all.
+    """
+    if session is not None:
+        log = log.filter(pc.field("session") == session)
+    done = log.filter(pc.field("status") == "done")
+    calls = _calls(done)
+    by_group: dict[str, list[Call]] = {}
+    for call in calls:
+        by_group.setdefault(f"{call.task} {call.width}x{call.height}", []).append(call)
+    text_tokens = _text_tokens(done)
+    return Summary(
+        vram_mode=_words(log["vram_mode"]),
+        attn_backend=_words(log["attn_backend"]),
+        dtype=_words(log["dtype"]),
+        precision=_precisions(log),
+        sessions=len(pc.unique(log["session"])),
+        load_s=sum(
+            log.group_by("session").aggregate([("load_s", "max")])["load_s_max"].to_pylist()
+        ),
+        load_peak=_peak(log, "load_peak_"),
+        total=_throughput(calls, sum(text_tokens.values())),
+        peak=_peak(done, "peak_"),
+        failed_attempts=log.num_rows - done.num_rows,
+        by_group={
+            name: _throughput(members, text_tokens[name]) for name, members in by_group.items()
+        },
+        waiting=waiting(timeline(log)),
+        calls=tuple(calls),
+    )
+
+
+def summary_json(summary: Summary) -> dict[str, Any]:
+    """Returns the summary as plain data: seconds, bytes, tokens."""
+    return asdict(summary)
+
+
+def _words(column: pa.ChunkedArray) -> str:
+    return ", ".join(sorted(word for word in pc.unique(column).to_pylist() if word)) or "-"
+
+
+def _precisions(log: pa.Table) -> str:
+    found = log["precision"]
+    if found.null_count == len(found):
+        return "-"
+    return _words(pc.coalesce(found, log["dtype"]))
+
+
+def _peak(rows: pa.Table, prefix: str) -> Memory:
+    def most(name: str) -> int:
+        return pc.max(rows[f"{prefix}{name}_bytes"]).as_py() or 0
+
+    return Memory(
+        allocated_bytes=most("allocated"), reserved_bytes=most("reserved"), rss_bytes=most("rss")
+    )
+
+
+def _calls(done: pa.Table) -> list[Call]:
+    sums = [("job_id", "count"), *((name, "sum") for name in _SUM)]
+    figures = [(name, "max") for name in _MOST]
+    # Groups come out in no order of their own.
+    rows = done.append_column("row", pa.array(range(done.num_rows), pa.int64()))
+    table = rows.group_by(_CALL).aggregate([*sums, *figures, ("row", "min")]).sort_by("row_min")
+    return [
+        Call(
+            session=row["session"],
+            batch_id=row["batch_id"],
+            task=row["task"],
+            width=row["width"],
+            height=row["height"],
+            jobs=row["job_id_count"],
+            images=row["num_images_sum"],
+            kept_images=row["num_kept_images_max"] or 0,
+            image_tokens=row["image_tokens_sum"],
+            wall_s=row["total_s_max"],
+            step_s=row["step_s_max"],
+            peak=Memory(
+                allocated_bytes=row["peak_allocated_bytes_max"],
+                reserved_bytes=row["peak_reserved_bytes_max"],
+                rss_bytes=row["peak_rss_bytes_max"],
+            ),
+        )
+        for row in table.to_pylist()
+    ]
+
+
+def _text_tokens(done: pa.Table) -> dict[str, int]:
+    table = done.group_by(["task", "width", "height"]).aggregate([(name, "sum") for name in _TEXT])
+    return {
+        f"{row['task']} {row['width']}x{row['height']}": row["think_tokens_sum"]
+        + row["text_tokens_sum"]
+        for row in table.to_pylist()
+    }
+
+
+def _throughput(calls: Sequence[Call], text_tokens: int) -> Throughput:
+    images = sum(call.images for call in calls)
+    image_tokens = sum(call.image_tokens for call in calls)
+    whole = [call for call in calls if not call.kept_images]
+    drawn = sum(call.images for call in whole)
+    drawn_s = sum(call.wall_s for call in whole)
+    return Throughput(
+        jobs=sum(call.jobs for call in calls),
+        calls=len(calls),
+        images=images,
+        wall_s=sum(call.wall_s for call in calls),
+        kept_images=sum(call.kept_images for call in calls),
+        calls_with_kept=len(calls) - len(whole),
+        seconds_per_image=drawn_s / drawn if drawn else None,
+        image_tokens=image_tokens,
+        tokens_per_image=image_tokens / images if images else None,
+        image_tok_per_s=sum(c.image_tokens for c in whole) / drawn_s if drawn_s else None,
+        text_tokens=text_tokens,
+    )
+
+
+def format_summary(summary: Summary, *, max_calls: int | None = None) -> str:
+    """Returns the published summary as text, its fields in the published order.
+
+    Args:
+        summary: Of `summarise`.
+        max_calls: Most lines for single calls; None prints all.
+    """
+    total = summary.total
+    lines = [
+        f"config          vram_mode={summary.vram_mode}  attn_backend={summary.attn_backend}  "
+        f"dtype={summary.dtype}"
+        + ("" if summary.precision == "-" else f"  precision={summary.precision}"),
+        f"model load      {summary.load_s:.3f} s",
+        f"load peak       {_gib(summary.load_peak)}",
+        f"generations     calls={total.calls}  images={total.images}  wall={total.wall_s:.3f} s",
+        f"average         {_figure(total.seconds_per_image, '.3f')} s/image",
+        f"image tokens    patch={PATCH_PIXELS}  average={_figure(total.tokens_per_image, '.1f')} "
+        "per image",
+        f"throughput      {_figure(total.image_tok_per_s, '.2f')} image tok/s",
+        f"generation peak {_gib(summary.peak)}",
+    ]
+    if summary.waiting is not None:
+        lines.append(f"waiting         {format_waiting(summary.waiting)}")
+    if total.calls_with_kept:
+        lines.append(
+            f"kept pictures   {total.kept_images} drawn before a stop, kill or split; "
+            f"calls with any: {total.calls_with_kept}, left out of average and throughput"
+        )
+    if summary.failed_attempts:
+        lines.append(f"failed attempts {summary.failed_attempts}")
+    shown = summary.calls[:max_calls]
+    lines += [_call_line(number, call) for number, call in enumerate(shown, start=1)]
+    if len(shown) < len(summary.calls):
+        lines.append(f"  ... and {len(summary.calls) - len(shown)} more calls")
+    return "\n".join(lines)
+
+
+def _call_line(number: int, call: Call) -> str:
+    step = f"  {call.step_s:.3f} s/step" if call.step_s is not None else ""
+    measured = call.wall_s and not call.kept_images
+    speed = f"{call.image_tokens / call.wall_s:.2f}" if measured else "-"
+    kept = f" ({call.kept_images} kept)" if call.kept_images else ""
+    return (
+        f"  call {number}: {call.task} {call.width}x{call.height}  jobs={call.jobs}  "
+        f"images={call.images}{kept}  {call.wall_s:.3f} s{step}  {speed} tok/s  "
+        f"{_gib(call.peak)}"
+    )
+
+
+def _gib(memory: Memory) -> str:
+    return (
+        f"allocated={memory.allocated_bytes / GIB:.2f} GiB  "
+        f"reserved={memory.reserved_bytes / GIB:.2f} GiB  rss={memory.rss_bytes / GIB:.2f} GiB"
+    )
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

@@ -1,0 +1,65 @@
+"""What is said of a machine is true of this one."""
+
+from __future__ import annotations
+
+from unittest.mock import Mock
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend
+
+from sensebatch.engine.device import machine
+from sensebatch.engine.device.machine import (
+    attention_speed,
+    copy_speed,
+    gemm_speed,
+    look_at_machine,
+    read_speed,
+)
+from sensebatch.errors import OutOfMemoryError
+
+
+def test_a_machine_without_a_gpu_has_no_speeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = look_at_machine()
+    assert found.gpu is None
+    assert found.torch == torch.__version__
+    assert found.flash_obstacle == "it needs a CUDA device"
+
+
+def test_speeds_can_be_measured_on_any_device() -> None:
+    cpu = torch.device("cpu")
+    assert copy_speed(cpu, 1 << 10, 0.01, pin=False) > 0
+    assert gemm_speed(cpu, 16, 0.01) > 0
+    assert attention_speed(cpu, (2, 8, 12, 16), 0.03) > 0
+    assert read_speed(cpu, 1 << 10, 0.01) > 0
+
+
+def test_no_attention_kernel_at_all_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "ATTENTION_BACKENDS", (SDPBackend.CUDNN_ATTENTION,))
+    with pytest.raises(RuntimeError, match="no attention kernel"):
+        attention_speed(torch.device("cpu"), (2, 8, 12, 16), 0.01)
+
+
+def test_a_gpu_that_is_full_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA Test")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1, 2))
+    monkeypatch.setattr(machine, "copy_speed", full)
+    with pytest.raises(OutOfMemoryError, match="NVIDIA Test has too little memory free"):
+        look_at_machine()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_is_described_and_measured() -> None:
+    gpu = look_at_machine().gpu
+    assert gpu is not None
+    assert 0 < gpu.free_bytes <= gpu.total_bytes
+    assert gpu.pageable_bytes_per_s > 0
+    assert gpu.pinned_bytes_per_s > 0
+    assert gpu.gemm_flop_per_s > 0
+    assert gpu.attention_flop_per_s > 0
+    assert gpu.memory_bytes_per_s > gpu.pinned_bytes_per_s

@@ -1,0 +1,210 @@
+"""Which attention is taken where, and that a backend that is named is never replaced."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from sensebatch.checkpoint.files import open_checkpoint
+from sensebatch.config import ModelConfig
+from sensebatch.engine.device.memory import cap_device_memory
+from sensebatch.engine.device.runtime import (
+    is_tileable,
+    resolve_attention,
+    resolve_fused,
+    resolve_runtime,
+)
+from sensebatch.engine.model import attention
+from sensebatch.errors import ConfigError
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch):
+    """Returns a function that makes modules look installed; nothing else of flash-attn is."""
+    names: set[str] = set()
+
+    def find_spec(name: str):
+        return importlib.machinery.ModuleSpec(name, None) if name in names else None
+
+    monkeypatch.setattr(attention.importlib.util, "find_spec", find_spec)
+    attention._flash_function.cache_clear()
+    yield names.update
+    attention._flash_function.cache_clear()
+
+
+def on_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+
+
+@pytest.mark.parametrize(
+    ("capability", "modules", "expected"),
+    [
+        ((9, 0), [], "cudnn"),
+        ((9, 0), ["flash_attn"], "cudnn"),
+        ((8, 9), [], "sdpa"),
+        ((8, 9), ["flash_attn"], "flash"),
+    ],
+)
+def test_auto_takes_the_fastest_that_can_be_used(
+    monkeypatch: pytest.MonkeyPatch, installed, capability, modules, expected
+) -> None:
+    installed(modules)
+    on_gpu(monkeypatch, capability)
+    assert resolve_attention("auto", "cuda", "bfloat16") == expected
+    assert resolve_attention("auto", "cuda", "float32") == "sdpa"
+    assert resolve_attention("auto", "cpu", "bfloat16") == "sdpa"
+
+
+@pytest.mark.parametrize("backend", ["cudnn", "flash"])
+def test_named_backends_never_fall_back(backend: str) -> None:
+    with pytest.raises(ConfigError, match=f"expected {backend} to be usable: it needs a CUDA"):
+        resolve_attention(backend, "cpu", "bfloat16")
+    with pytest.raises(ConfigError, match="half precision, found cuda and float32"):
+        resolve_attention(backend, "cuda", "float32")
+    assert resolve_attention("sdpa", "cuda", "float32") == "sdpa"
+
+
+def test_a_missing_package_is_named(installed) -> None:
+    installed([])
+    with pytest.raises(ConfigError, match="flash-attn package is not installed"):
+        resolve_attention("flash", "cuda", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("modules", "expected"),
+    [
+        (["flash_attn", "flash_attn.cute", "flash_attn_interface"], "flash_attn_interface"),
+        (["flash_attn", "flash_attn.cute"], "flash_attn.cute"),
+        (["flash_attn"], "flash_attn"),
+        ([], None),
+    ],
+)
+def test_the_newest_form_of_flash_attn_is_taken(installed, modules, expected) -> None:
+    installed(modules)
+    assert attention.flash_module() == expected
+
+
+@pytest.mark.parametrize("with_sums", [True, False])
+def test_flash_attention_is_asked_for_one_sequence(
+    monkeypatch: pytest.MonkeyPatch, installed, with_sums: bool
+) -> None:
+    """Of the package only what is called is known here; the newer forms also return sums."""
+
+    def flash_attn_func(q, k, v, causal):
+        out = torch.stack([attention.sdpa(*of_one, causal) for of_one in zip(q, k, v, strict=True)])
+        return (out, torch.zeros(())) if with_sums else out
+
+    module = ModuleType("flash_attn")
+    module.flash_attn_func = flash_attn_func
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    installed(["flash_attn"])
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 4, 8), torch.randn(5, 2, 8), torch.randn(5, 2, 8)
+    for causal in (True, False):
+        expected = attention.sdpa(q, k, v, causal)
+        assert torch.equal(attention.flash(q, k, v, causal), expected)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(2, 3), (8, 30), (9, 30), (29, 30), (40, 41)])
+def test_queries_behind_earlier_keys_need_no_mask(
+    monkeypatch: pytest.MonkeyPatch, queries: int, keys: int
+) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(queries, 4, 8), torch.randn(keys, 2, 8), torch.randn(keys, 2, 8)
+    expected = attention.sdpa(q, k, v, True)
+    masks = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*args: torch.Tensor, attn_mask: torch.Tensor | None, **rest: bool):
+        masks.append(attn_mask)
+        return attend(*args, attn_mask=attn_mask, **rest)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(attention, "_forms_scores", lambda _: True)
+    torch.testing.assert_close(attention.sdpa(q, k, v, True), expected, rtol=0, atol=1e-6)
+    assert set(masks) == {None}
+
+
+@pytest.mark.parametrize(
+    ("is_cuda", "dtype", "capability", "expected"),
+    [
+        (False, torch.bfloat16, (9, 0), False),
+        (True, torch.bfloat16, (9, 0), True),
+        (True, torch.float16, (8, 0), True),
+        (True, torch.float16, (7, 5), False),
+        (True, torch.float32, (9, 0), False),
+    ],
+)
+def test_masks_are_left_out_where_torch_has_flash_attention(
+    monkeypatch: pytest.MonkeyPatch,
+    is_cuda: bool,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    expected: bool,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    queries = SimpleNamespace(is_cuda=is_cuda, dtype=dtype, device=None)
+    assert attention._forms_scores(queries) == expected
+
+
+def test_cudnn_is_for_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which kernel computes cannot be seen on a CPU, but which ones torch is allowed can."""
+    allowed = []
+
+    def record(q, *_):
+        allowed.append(torch.backends.cuda.flash_sdp_enabled())
+        return q
+
+    monkeypatch.setattr(attention, "sdpa", record)
+    for queries, causal in (
+        (attention.CUDNN_LEAST_QUERIES, False),
+        (attention.CUDNN_LEAST_QUERIES - 1, False),
+        (attention.CUDNN_LEAST_QUERIES, True),
+    ):
+        attention.cudnn(torch.zeros(queries, 1, 8), torch.zeros(1, 1, 8), torch.zeros(1), causal)
+    assert allowed == [False, True, True]
+
+
+def test_kernels_are_for_gpus_with_triton_and_heads_of_powers_of_two(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    large = open_checkpoint("synthetic:8b").architecture
+    tiny = open_checkpoint("tiny").architecture
+    assert is_tileable(large)
+    assert not is_tileable(tiny)
+    runtime = sys.modules["sensebatch.engine.device.runtime"]
+    spec = importlib.machinery.ModuleSpec("triton", None)
+    for found in (spec, None):
+        monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda _, found=found: found)
+        assert resolve_fused(True, "cuda", large) == (found is spec)
+        assert not resolve_fused(True, "cuda", tiny)
+        assert not resolve_fused(False, "cuda", large)
+        assert not resolve_fused(True, "cpu", large)
+
+
+@pytest.mark.parametrize(("device", "index"), [("cuda", 3), ("cuda:1", 1)])
+def test_a_budget_caps_the_device_that_is_computed_on(
+    monkeypatch: pytest.MonkeyPatch, device: str, index: int
+) -> None:
+    capped = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    total = SimpleNamespace(total_memory=40 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: total)
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda *given: capped.append(given)
+    )
+    cap_device_memory(torch.device(device), 10 << 30)
+    cap_device_memory(torch.device(device), 80 << 30)
+    cap_device_memory(torch.device(device), None)
+    cap_device_memory(torch.device("cpu"), 10 << 30)
+    assert capped == [(0.25, index), (1.0, index)]
+
+
+def test_attention_that_cannot_be_used_is_known_before_anything_is_loaded() -> None:
+    with pytest.raises(ConfigError, match="attn_backend: expected cudnn to be usable"):
+        resolve_runtime(ModelConfig(attn_backend="cudnn", device="cpu"))

@@ -1,0 +1,48 @@
+"""The tool that times parts: its variants compute what they say, and every row is measured."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sensebatch.engine import bench
+from sensebatch.engine.model.attention import sdpa
+from sensebatch.engine.runner import Runner
+from tests.engine.golden_model import build_network, infer
+from tests.golden_data import ByteTokenizer
+
+
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch) -> Runner:
+    monkeypatch.setattr(bench, "LIMIT_ROWS", 8)
+    monkeypatch.setattr(bench, "PROMPT_TOKENS", 9)
+    return Runner(build_network("dense_fm"), ByteTokenizer(), sdpa, lambda _: None)
+
+
+def test_every_part_is_measured(runner: Runner) -> None:
+    with infer():
+        measured = dict(bench.rows(runner, bench.SMALL))
+    assert len(measured) == 2 + 6 + 4 + 4
+    assert all(float(value.split()[0].rstrip("%")) >= 0 for value in measured.values())
+
+
+def test_errors_are_those_of_the_paths(runner: Runner) -> None:
+    """In float32 nothing is off but float8, which is by more the more there is of it."""
+    with infer():
+        errors = bench.errors(runner, 64)
+    assert errors["torch's operations"] == errors["as it is run"] == 0
+    assert 0.001 < errors["fp8"] < errors["fp8-all"] < 0.2
+
+
+def test_a_variant_shares_weights_and_leaves_the_network_as_it_is(runner: Runner) -> None:
+    network = runner.network
+    before = {name: parameter.clone() for name, parameter in network.named_parameters()}
+    with infer():
+        float8 = bench.variant(network, generation=bench.in_fp8, fused=False, dtype=torch.float32)
+        bench.velocity(runner, float8, sdpa, 64)
+        plain = bench.variant(network, bench.naive, fused=False, dtype=torch.float32)
+        with plain.understanding.lend(0) as layer:
+            assert (
+                layer.qkv.weight.data_ptr() == network.understanding.layers[0].qkv.weight.data_ptr()
+            )
+    assert all(torch.equal(before[name], value) for name, value in network.named_parameters())

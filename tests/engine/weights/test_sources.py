@@ -1,0 +1,72 @@
+"""Where weights come from: rows of a tensor are what the whole holds there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sensebatch.checkpoint.files import Checkpoint, open_checkpoint
+from sensebatch.checkpoint.tensors import expected_tensors
+from sensebatch.engine.weights.lora import Lora
+from sensebatch.engine.weights.sources import FileWeights, SyntheticWeights, WeightSource
+
+GATE = "language_model.model.layers.0.mlp_mot_gen.gate_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    return open_checkpoint("tiny")
+
+
+def make_lora(checkpoint: Checkpoint, folder: Path) -> Lora:
+    num_rows, num_columns = checkpoint.tensors[GATE].shape
+    generator = torch.Generator().manual_seed(3)
+    base = GATE.removesuffix(".weight")
+    tensors = {
+        f"{base}.lora_down.weight": torch.randn(4, num_columns, generator=generator),
+        f"{base}.lora_up.weight": torch.randn(num_rows, 4, generator=generator),
+        f"{base}.alpha": torch.tensor(2.0),
+    }
+    save_file(tensors, folder / "lora.safetensors")
+    return Lora.open(folder / "lora.safetensors", expected_tensors(checkpoint.architecture))
+
+
+def by_rows(source: WeightSource, name: str, shape: tuple[int, ...], step: int) -> torch.Tensor:
+    weight = torch.empty(shape)
+    for start in range(0, shape[0], step):
+        rows = (start, min(start + step, shape[0]))
+        source.read_into(name, rows, weight[slice(*rows)])
+    return weight
+
+
+@pytest.mark.parametrize("step", [1, 7, 1000])
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_rows_of_a_file_are_those_of_the_whole(
+    checkpoint: Checkpoint, tmp_path: Path, step: int, with_lora: bool
+) -> None:
+    lora = make_lora(checkpoint, tmp_path) if with_lora else None
+    source = FileWeights(checkpoint, lora)
+    shape = tuple(checkpoint.tensors[GATE].shape)
+    whole = torch.empty(shape)
+    source.read_into(GATE, None, whole)
+    plain = torch.empty(shape)
+    FileWeights(checkpoint).read_into(GATE, None, plain)
+    assert torch.equal(whole, plain) == (not with_lora)
+    found = by_rows(source, GATE, shape, step)
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-2 if with_lora else 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_made_up_weights_are_those_of_the_whole(dtype: torch.dtype) -> None:
+    source = SyntheticWeights(dtype)
+    # More numbers than the table has, so that it is gone through more than once.
+    whole = torch.empty(3000, 700, dtype=dtype)
+    source.read_into("a.weight", None, whole)
+    rows = torch.empty(1500, 700, dtype=dtype)
+    source.read_into("a.weight", (1000, 2500), rows)
+    assert torch.equal(rows, whole[1000:2500])
+    assert whole.float().std() == pytest.approx(700**-0.5, rel=0.01)
+    assert not torch.equal(whole[0], whole[1])

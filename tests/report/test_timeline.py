@@ -1,0 +1,59 @@
+"""What the device did when: each batch once, its waiting told apart from its work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from sensebatch.report.summary import format_summary, read_log, summarise
+from sensebatch.report.timeline import format_timeline, timeline, waiting
+from tests.log_rows import log_row, log_table
+
+PHASES = {"prefill_s": 0.5, "think_s": 1.0, "denoise_s": 7.0, "total_s": 9.0}
+NIGHT = log_table(
+    log_row("c", "y", queue_s=10.0, wait_s=1.0, task="edit", **PHASES),
+    log_row("a", "x", queue_s=0.25, wait_s=None, **PHASES),
+    log_row("b", "x", queue_s=0.25, wait_s=None, **PHASES),
+    log_row("d", "z", queue_s=20.0, wait_s=0.5, status="failed", num_images=0, **PHASES),
+    log_row("e", "", status="failed", num_images=0) | {"batch_id": None},
+)
+
+
+def test_every_batch_is_one_line_in_the_order_of_the_run() -> None:
+    batches = timeline(NIGHT)
+    assert [(batch.batch_id, batch.jobs, batch.images) for batch in batches] == [
+        ("x", 2, 2),
+        ("y", 1, 1),
+        ("z", 1, 0),
+    ]
+    assert [batch.wait_s for batch in batches] == [None, 1.0, 0.5]
+    assert batches[0].other_s == pytest.approx(0.5)
+
+
+def test_waiting_is_a_share_of_the_batches_that_it_is_known_of() -> None:
+    found = waiting(timeline(NIGHT))
+    assert found is not None
+    assert (found.seconds, found.batches) == (1.5, 2)
+    assert found.share == pytest.approx(1.5 / 19.5)
+    assert waiting(timeline(NIGHT.slice(1, 2))) is None
+
+
+def test_the_table_and_the_summary_say_the_share() -> None:
+    lines = format_timeline(timeline(NIGHT)).splitlines()
+    assert len(lines) == 2 + 3 + 2
+    assert lines[2] == ("| 0.250 | - | 0.500 | 1.000 | 7.000 | 0.500 | 2 | 2 | t2i 256x256 |")
+    said = "1.500 s between 2 batches and those before them (7.69% of their time)"
+    assert lines[-1] == f"waiting: {said}"
+    assert f"waiting         {said}" in format_summary(summarise(NIGHT)).splitlines()
+
+
+def test_logs_without_the_column_are_read_and_say_nothing_of_waiting(tmp_path: Path) -> None:
+    path = tmp_path / "log.parquet"
+    pq.write_table(NIGHT.drop_columns(["wait_s", "precision"]), path)
+    log = read_log(path)
+    assert [batch.wait_s for batch in timeline(log)] == [None, None, None]
+    summary = summarise(log)
+    assert (summary.waiting, summary.total.calls) == (None, 2)
+    assert "waiting" not in format_summary(summary)
