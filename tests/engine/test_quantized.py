@@ -23,7 +23,7 @@ from sensebatch.engine.weights.residency import Residency
 from sensebatch.errors import ConfigError
 from sensebatch.plan.weight_bytes import weight_bytes
 from tests.engine.golden_model import build_runner, golden_step, infer, predict
-from tests.engine.memory.test_residency import RuleWeights, make_placement, run_case
+from tests.engine.weights.test_residency import RuleWeights, make_placement, run_case
 from tests.golden_data import (
     ByteTokenizer,
     case_ids,

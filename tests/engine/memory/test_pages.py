@@ -11,7 +11,7 @@ from sensebatch.engine.model.kv_cache import KVCache, SharedRoom
 from sensebatch.engine.runner import PassLimits
 from sensebatch.errors import OutOfMemoryError
 from tests.engine.golden_model import build_runner
-from tests.engine.memory.test_residency import CASES, run_case
+from tests.engine.weights.test_residency import CASES, run_case
 from tests.golden_data import load_case
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from sensebatch.engine.weights.loader import NetworkLoader
 from sensebatch.plan.device import RING
 from sensebatch.plan.seconds import Blocks, Passes, pass_orders
 from sensebatch.plan.work import Speeds, network_sizes, understanding_work
-from tests.engine.memory.test_residency import make_placement
+from tests.engine.weights.test_residency import make_placement
 from tests.golden_data import golden_architecture
 
 ARCH = replace(golden_architecture("dense_fm"), num_layers=9)
