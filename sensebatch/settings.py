@@ -38,6 +38,7 @@ from sensebatch.config import (
 from sensebatch.errors import ConfigError
 from sensebatch.jobs import MAX_COUNT, MAX_SEED, CfgNorm, Sampling, Task, interval_error
 from sensebatch.resolutions import PixelLimits, Resolution, ResolutionError
+from sensebatch.units import GIB
 from sensebatch.yaml_values import YamlTextError, YamlValue, read_yaml
 
 AMOUNT = r"[0-9]{1,9}(?:\.[0-9]+)? ?GiB"
@@ -69,7 +70,7 @@ def _parse_pixels(value: object) -> object:
 
 def amount_bytes(amount: str) -> int:
     """Returns the bytes of text that `AMOUNT` matches."""
-    return round(float(amount.removesuffix("GiB")) * 2**30)
+    return round(float(amount.removesuffix("GiB")) * GIB)
 
 
 def _parse_bytes(value: object) -> object:

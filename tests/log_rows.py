@@ -7,8 +7,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from sensebatch.report.summary import GIB
 from sensebatch.store.log import SCHEMA
+from sensebatch.units import GIB
 
 
 def log_row(job_id: str, batch_id: str, **changes: Any) -> dict[str, Any]:

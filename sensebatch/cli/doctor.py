@@ -60,7 +60,7 @@ def _keep(machine: Mapping[str, Any]) -> str | None:
 
 
 def _lines(machine: Mapping[str, Any]) -> list[str]:
-    from sensebatch.plan.footprint import GIB
+    from sensebatch.units import GIB
 
     free, total = (machine[f"host_{kind}_bytes"] / GIB for kind in ("free", "total"))
     lines = [

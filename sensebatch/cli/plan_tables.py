@@ -8,7 +8,8 @@ from typing import Any
 from rich.table import Table
 
 from sensebatch.cli.messages import counted
-from sensebatch.cli.tables import GIB, new_table, print_parts
+from sensebatch.cli.tables import new_table, print_parts
+from sensebatch.units import GIB, duration
 
 Summary = Mapping[str, Any]
 
@@ -150,13 +151,5 @@ def _cells(needs: Summary, *, timed: bool, texts: bool, bound: str) -> list[str]
 def _least_time(seconds: Mapping[str, float], summary: Summary) -> str:
     most = "" if summary["images_exact"] else " if all images are drawn"
     text = seconds["text"]
-    more = f", and {_duration(text)} more if all text is written" if text else ""
-    return f"At least {_duration(seconds['pictures'])}{most}{more}."
-
-
-def _duration(seconds: float) -> str:
-    """Returns seconds in words, whole minutes where there are many."""
-    if seconds < 600:
-        return f"{seconds:.1f} s"
-    hours, minutes = divmod(int(seconds // 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+    more = f", and {duration(text)} more if all text is written" if text else ""
+    return f"At least {duration(seconds['pictures'])}{most}{more}."

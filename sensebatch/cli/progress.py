@@ -20,6 +20,7 @@ from sensebatch.jobs import Batch
 from sensebatch.plan.batches import Plan
 from sensebatch.store.attempts import DONE, Attempt
 from sensebatch.store.state import Counts
+from sensebatch.units import duration
 
 BAR_WIDTH = 32
 
@@ -210,16 +211,6 @@ def failure_line(attempt: Attempt, will_retry: bool) -> str:
     what = "failed, to be tried again" if will_retry else "failed"
     first = (attempt.error_message or "").partition("\n")[0]
     return f"{what}: {attempt.job_id}: {attempt.error_type}: {first} ({attempt.error_file})"
-
-
-def duration(seconds: float) -> str:
-    """Returns a duration to read at a glance: `48 s`, `12 min`, `7 h 05 min`."""
-    if round(seconds) < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def step_words(progress: Progress) -> str:

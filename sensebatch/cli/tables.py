@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from sensebatch.cli.messages import counted
+from sensebatch.units import GIB
 
 if TYPE_CHECKING:
     from sensebatch.checkpoint.summary import Summary as ModelSummary
     from sensebatch.report.summary import Summary, Throughput
 
-GIB = 2**30
 MAX_NAMES = 5
 
 

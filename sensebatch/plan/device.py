@@ -12,8 +12,6 @@ from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.config import MemoryConfig
 from sensebatch.errors import ConfigError
 from sensebatch.plan.footprint import (
-    GIB,
-    MIB,
     Load,
     host_working_bytes,
     jobs_per_pass,
@@ -22,6 +20,7 @@ from sensebatch.plan.footprint import (
 from sensebatch.plan.passes import ROWS
 from sensebatch.plan.placement import Placement, Placements
 from sensebatch.plan.weight_bytes import WeightBytes, weight_bytes
+from sensebatch.units import GIB, MIB
 
 RING = 2
 """Buffers that blocks pass through: one is computed with while the next is filled."""

@@ -23,9 +23,8 @@ from sensebatch.plan.passes import (
 )
 from sensebatch.plan.weight_bytes import SCALE_BYTES
 from sensebatch.resolutions import TOKEN_NUMBERS
+from sensebatch.units import MIB
 
-GIB = 1 << 30
-MIB = 1 << 20
 WORKSPACE_BYTES = 224 * MIB
 """Of the matrix and attention libraries, and what the allocator rounds up."""
 

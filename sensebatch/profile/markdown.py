@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from sensebatch.plan.footprint import GIB
 from sensebatch.profile.published import PUBLISHED_STEPS, SOURCES, Published, published
 from sensebatch.profile.rows import DONE, Row
 from sensebatch.profile.suites import SQUARE, WIDE, Scale, Suite, suite_cases
+from sensebatch.units import GIB
 
 NOTHING = "-"
 OURS = "sensebatch"

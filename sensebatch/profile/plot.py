@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from sensebatch.plan.footprint import GIB
 from sensebatch.profile.published import PUBLISHED_STEPS, RELEASE, published
 from sensebatch.profile.rows import Row
 from sensebatch.profile.suites import Suite
+from sensebatch.units import GIB
 
 PLOT_NAME = "profile.png"
 

@@ -14,10 +14,10 @@ from typing import Any
 from sensebatch.config import SYNTHETIC_PREFIX
 from sensebatch.errors import ConfigError
 from sensebatch.jobs import Task
-from sensebatch.plan.footprint import GIB
 from sensebatch.profile.night import night_parts
 from sensebatch.resolutions import Resolution
 from sensebatch.store.files import write_atomic
+from sensebatch.units import GIB
 from sensebatch.yaml_values import dump_yaml
 
 SQUARE = Resolution(height=2048, width=2048)

@@ -18,8 +18,7 @@ from sensebatch.report.timeline import COLUMNS as TIMELINE_COLUMNS
 from sensebatch.report.timeline import Waiting, format_waiting, timeline, waiting
 from sensebatch.resolutions import PATCH_PIXELS
 from sensebatch.store import log as run_log
-
-GIB = 2**30
+from sensebatch.units import GIB
 
 _CALL = ["session", "batch_id", "started_at", "task", "width", "height"]
 """Identical jobs make batches of the same id; no two of a session start at the same time."""

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from sensebatch.cli.eta import RemainingTime
 from sensebatch.cli.messages import say
-from sensebatch.cli.progress import LiveDisplay, PlainLines, duration, step_words, watch
+from sensebatch.cli.progress import LiveDisplay, PlainLines, step_words, watch
 from sensebatch.cli.signals import STOPPING, StopSignals
 from sensebatch.contract import Progress
 from sensebatch.jobs import Batch, Job, Task, group_key
@@ -210,14 +210,6 @@ def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\x1b[31m" in _shown(_display(), color=True)
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\x1b[31m" not in _shown(_display(), color=True)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [(0.4, "0 s"), (59.4, "59 s"), (59.7, "1 min"), (3600, "1 h 00 min"), (25500, "7 h 05 min")],
-)
-def test_durations_are_read_at_a_glance(seconds: float, words: str) -> None:
-    assert duration(seconds) == words
 
 
 def test_steps_without_a_known_end_have_no_total() -> None:

@@ -30,9 +30,10 @@ from sensebatch.jobs import (
 )
 from sensebatch.plan.batches import group_load, make_plan, plan_entry
 from sensebatch.plan.fallback import leaner
-from sensebatch.plan.footprint import MIB, Load
+from sensebatch.plan.footprint import Load
 from sensebatch.plan.placement import Placement, Placements
 from sensebatch.resolutions import Resolution
+from sensebatch.units import MIB
 from tests.engine.golden_model import KeptImages
 
 

@@ -17,7 +17,6 @@ from sensebatch.jobs import GroupKey, Task
 from sensebatch.plan.device import PROGRAM_BYTES, RING, place
 from sensebatch.plan.fallback import leaner
 from sensebatch.plan.footprint import (
-    GIB,
     Load,
     cache_bytes,
     denoise_bytes,
@@ -28,6 +27,7 @@ from sensebatch.plan.footprint import (
 from sensebatch.plan.placement import Placement, Placements
 from sensebatch.plan.weight_bytes import weight_bytes
 from sensebatch.resolutions import Resolution
+from sensebatch.units import GIB
 from tests.golden_data import CONFIGS, golden_architecture
 
 ARCH = parse_architecture(OFFICIAL_8B)

@@ -13,10 +13,11 @@ from sensebatch.checkpoint.architecture import OFFICIAL_8B, parse_architecture
 from sensebatch.config import MemoryConfig
 from sensebatch.jobs import GroupKey, Task
 from sensebatch.plan.device import place
-from sensebatch.plan.footprint import GIB, Load, story_tokens
+from sensebatch.plan.footprint import Load, story_tokens
 from sensebatch.plan.seconds import Clock, GroupSeconds
 from sensebatch.plan.work import Speeds, Work, denoising_work, network_sizes
 from sensebatch.resolutions import Resolution
+from sensebatch.units import GIB
 
 ARCH = parse_architecture(OFFICIAL_8B)
 SIZES = network_sizes(ARCH)

@@ -6,8 +6,8 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from sensebatch.plan.footprint import GIB
 from sensebatch.profile.rows import Row
+from sensebatch.units import GIB
 
 
 def result(case: str, **changes: Any) -> Row:

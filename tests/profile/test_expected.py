@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from sensebatch.plan.footprint import GIB
 from sensebatch.plan.work import Speeds
 from sensebatch.profile.expected import Expectation, expectation, with_expectation
 from sensebatch.profile.suites import Scale, Suite, chosen_cases, suite_cases, write_manifest
+from sensebatch.units import GIB
 from tests.profile.results import result
 
 SPEEDS = Speeds(

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from sensebatch.plan.footprint import GIB
 from sensebatch.profile.plot import PLOT_NAME, measured_points, plot, published_points
 from sensebatch.profile.suites import Suite
+from sensebatch.units import GIB
 from tests.profile.results import result
 
 BUDGET = {"suite": "budgets", "budget_bytes": 9 * GIB}

@@ -9,11 +9,11 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from sensebatch.errors import ConfigError
-from sensebatch.plan.footprint import GIB
 from sensebatch.profile.expected import Expectation, expectation
 from sensebatch.profile.rows import DONE, Row, read_file
 from sensebatch.profile.suites import Scale, Suite, chosen_cases, suite_cases, write_manifest
 from sensebatch.resolutions import Resolution
+from sensebatch.units import GIB
 from tests.profile.results import result
 
 FOLDER = Path(__file__).parents[2] / "docs" / "measured"

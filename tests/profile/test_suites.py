@@ -12,7 +12,6 @@ from sensebatch.config import MemoryConfig
 from sensebatch.errors import ConfigError
 from sensebatch.jobs import Job, Task
 from sensebatch.manifest.read import read_manifest
-from sensebatch.plan.footprint import GIB
 from sensebatch.profile.expected import expectation
 from sensebatch.profile.published import SOURCES, published
 from sensebatch.profile.suites import (
@@ -27,6 +26,7 @@ from sensebatch.profile.suites import (
 )
 from sensebatch.resolutions import Resolution
 from sensebatch.settings import resolve_settings
+from sensebatch.units import GIB
 
 NUM_JOBS = {
     "interleave": 1, "interleave-4": 4, "interleave-13gib": 1, "plain-16": 16, "think-16": 16,

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sensebatch.errors import RunFolderError
-from sensebatch.report.summary import GIB, format_summary, read_log, summarise, summary_json
+from sensebatch.report.summary import format_summary, read_log, summarise, summary_json
+from sensebatch.units import GIB
 from tests.log_rows import log_row, log_table
 
 TWO_CALLS = (
