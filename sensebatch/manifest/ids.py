@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from sensebatch.jobs import Task, folded_id
@@ -37,22 +37,24 @@ def id_error(job_id: str) -> str | None:
         return None
     if not job_id:
         return "expected an id that is not empty"
-    if match := _FORBIDDEN.search(job_id):
-        return f"expected an id without {match.group()!r}, since it names a file, found {job_id!r}"
-    if any(unicodedata.category(char) in _HIDDEN_CATEGORIES for char in job_id):
-        return f"expected an id without control characters, found {job_id!r}"
-    if job_id[0] in ".-" or job_id[0].isspace():
-        return f"expected an id that does not start with {job_id[0]!r}, found {job_id!r}"
-    if job_id[-1] == "." or job_id[-1].isspace():
-        return f"expected an id that does not end with {job_id[-1]!r}, found {job_id!r}"
-    if job_id.casefold().endswith(_OUTPUT_SUFFIXES):
-        return f"expected an id without a file's suffix, found {job_id!r}"
-    if _is_device(job_id):
-        return f"expected an id that is no reserved name of Windows, found {job_id!r}"
-    num_bytes = len(job_id.encode())
+    num_bytes = len(job_id.encode(errors="surrogatepass"))
     if num_bytes > MAX_ID_BYTES:
         return f"expected an id of at most {MAX_ID_BYTES} bytes, found {num_bytes}: {job_id!r}"
-    return None
+    wanted = next((wanted for is_broken, wanted in _rules(job_id) if is_broken), None)
+    return None if wanted is None else f"expected an id {wanted}, found {job_id!r}"
+
+
+def _rules(job_id: str) -> Iterator[tuple[bool, str]]:
+    """Yields whether an id breaks a rule and what the rule asks for."""
+    first, last = job_id[0], job_id[-1]
+    if match := _FORBIDDEN.search(job_id):
+        yield True, f"without {match.group()!r}, since it names a file"
+    hidden = any(unicodedata.category(char) in _HIDDEN_CATEGORIES for char in job_id)
+    yield hidden, "without control characters"
+    yield first in ".-" or first.isspace(), f"that does not start with {first!r}"
+    yield last == "." or last.isspace(), f"that does not end with {last!r}"
+    yield job_id.casefold().endswith(_OUTPUT_SUFFIXES), "without a file's suffix"
+    yield _is_device(job_id), "that is not a reserved name of Windows"
 
 
 def given_id(value: object) -> str | None:

@@ -29,7 +29,7 @@ def write_folder(
     if num_shards == 1:
         save_file(dict(tensors), folder / "model.safetensors")
         return folder
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for shard in range(num_shards):
         name = f"model-{shard + 1:05}-of-{num_shards:05}.safetensors"
         part = dict(list(tensors.items())[shard::num_shards])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -375,7 +376,7 @@ def test_two_budgets_of_the_gpu_that_differ_are_one_mistake(
 def test_the_allocator_is_told_to_grow_unless_the_user_says_otherwise(
     monkeypatch: pytest.MonkeyPatch, platform: str, given: str | None, expected: str | None
 ) -> None:
-    monkeypatch.setattr(session.sys, "platform", platform)
+    monkeypatch.setattr(sys, "platform", platform)
     # Set first, so that what the call sets is taken back as well.
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
     monkeypatch.delenv("PYTORCH_ALLOC_CONF")

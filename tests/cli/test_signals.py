@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,7 +48,7 @@ def _once(number: signal.Signals) -> Callable[[], None]:
 class Interrupted:
     """Finds the program as slowly as to be interrupted."""
 
-    def find_spec(self, name: str, *_: object) -> None:
+    def find_spec(self, name: str, *_: Any) -> None:
         if name == "sensebatch.cli.main":
             raise KeyboardInterrupt
 

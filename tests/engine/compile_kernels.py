@@ -49,7 +49,7 @@ def compiled(self: JITFunction, grid: object) -> Callable[..., None]:
 
 driver.set_active(Absent())
 JITFunction.__getitem__ = compiled
-decode_kernels.shared_bytes = lambda _: SHARED_BYTES
+vars(decode_kernels)["shared_bytes"] = lambda _: SHARED_BYTES
 arch, nowhere = open_checkpoint("synthetic:8b").architecture, torch.device("meta")
 kernels.warm_up(arch, torch.bfloat16, nowhere, quantised=CAPABILITY >= 89)
 for num_sequences in (1, 16, decode_kernels.MAX_SEQUENCES):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -118,8 +119,8 @@ def test_a_picture_that_is_not_finite_fails_its_job_alone() -> None:
     runner, jobs = jobs_of("dense_fm", "t2i_cfg4_none")
     embed = runner.network.predict_image
 
-    def poisoned(*args: torch.Tensor) -> torch.Tensor:
-        x = embed(*args)
+    def poisoned(*args: Any, **options: Any) -> torch.Tensor:
+        x = embed(*args, **options)
         x[2:4] = float("nan")
         return x
 

@@ -42,7 +42,6 @@ def test_a_variant_shares_weights_and_leaves_the_network_as_it_is(runner: Runner
         bench.velocity(runner, float8, sdpa, 64)
         plain = bench.variant(network, bench.naive, fused=False, dtype=torch.float32)
         with plain.understanding.lend(0) as layer:
-            assert (
-                layer.qkv.weight.data_ptr() == network.understanding.layers[0].qkv.weight.data_ptr()
-            )
+            shared = network.understanding.get_parameter("layers.0.qkv.weight")
+            assert layer.get_parameter("qkv.weight").data_ptr() == shared.data_ptr()
     assert all(torch.equal(before[name], value) for name, value in network.named_parameters())

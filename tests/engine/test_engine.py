@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ from sensebatch.units import MIB
 from tests.engine.golden_model import KeptImages
 
 
-def make_config(**memory: object) -> RunConfig:
+def make_config(**memory: Any) -> RunConfig:
     return replace(default_config(), memory=MemoryConfig(**memory))
 
 
@@ -58,7 +59,7 @@ def load(config: RunConfig, model: str = "tiny", loads: Sequence[Load] = ()) -> 
     )
 
 
-def make_job(name: str, **changes: object) -> Job:
+def make_job(name: str, **changes: Any) -> Job:
     sampling = replace(default_config().tasks[Task.T2I].sampling, num_steps=2, max_think_tokens=5)
     job = Job(
         id=name,
@@ -294,7 +295,7 @@ def test_memory_that_the_host_does_not_give_becomes_our_error(
 ) -> None:
     engine = load(make_config())
 
-    def take_far_too_much(*_: object) -> None:
+    def take_far_too_much(*_: Any) -> None:
         torch.empty(1 << 60, dtype=torch.uint8)
 
     monkeypatch.setattr(engine_module, "run_single_image", take_far_too_much)
@@ -303,7 +304,7 @@ def test_memory_that_the_host_does_not_give_becomes_our_error(
 
 
 def raising(error: Exception) -> Callable[..., None]:
-    def raise_it(*_: object) -> None:
+    def raise_it(*_: Any) -> None:
         raise error
 
     return raise_it

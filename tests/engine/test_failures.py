@@ -9,6 +9,7 @@ import torch
 
 from sensebatch.engine import engine as engine_module
 from sensebatch.engine.engine import SenseNovaEngine
+from sensebatch.engine.weights.loader import NetworkLoader
 from sensebatch.errors import CheckpointError, DeviceError, OutOfMemoryError, RunStoppedError
 from tests.engine.test_engine import generate, load, make_config, make_job, raising
 
@@ -86,6 +87,6 @@ def test_room_that_cannot_be_made_stops_the_run(monkeypatch: pytest.MonkeyPatch)
     def fails(*_: Any) -> None:
         raise failure
 
-    monkeypatch.setattr(engine_module.NetworkLoader, "load", fails)
+    monkeypatch.setattr(NetworkLoader, "load", fails)
     with pytest.raises(RunStoppedError, match="could not be loaded again"):
         engine.make_room()

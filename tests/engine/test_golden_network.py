@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -74,7 +76,7 @@ def test_image_prefix_matches_the_reference(config: str, name: str) -> None:
         seen: list[torch.Tensor] = []
         original = network.understanding.forward
 
-        def record(*args: object) -> torch.Tensor:
+        def record(*args: Any, **_: Any) -> torch.Tensor:
             # Copied, because the layers compute in their input's memory.
             seen.append(args[0].clone())
             seen.append(original(*args))

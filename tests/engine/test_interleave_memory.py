@@ -98,7 +98,7 @@ def test_ended_stories_and_earlier_pictures_take_no_memory(
     pictures: list[weakref.ref[torch.UntypedStorage]] = []
     caches: list[list[weakref.ref[object]]] = []
 
-    def watched(_: object, drawings: Sequence[Drawing], *args: object, **options: object) -> object:
+    def watched(_: object, drawings: Sequence[Drawing], *args: Any, **options: Any) -> object:
         gc.collect()
         assert all(picture() is None for picture in pictures)
         if caches:

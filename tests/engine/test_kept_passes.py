@@ -52,7 +52,7 @@ def make_batch(
     monkeypatch.setattr(runner, "limits", PassLimits(image_tokens=a_pass * tokens))
     batch = Batch(runner, jobs)
 
-    def watched(runner: Runner, drawings: Sequence[object], *args: Any, **options: Any) -> object:
+    def watched(runner: Runner, drawings: Sequence[Any], *args: Any, **options: Any) -> object:
         batch.drawn.append((options["place"][0], len(drawings)))
         return denoise(runner, drawings, *args, **options)
 
@@ -210,8 +210,8 @@ def test_a_pass_with_a_picture_that_is_not_finite_is_not_kept(
     batch, kept = make_batch(monkeypatch, a_pass=2), KeptImages(3)
     predict = batch.runner.network.predict_image
 
-    def poisoned(*args: torch.Tensor) -> torch.Tensor:
-        x = predict(*args)
+    def poisoned(*args: Any, **options: Any) -> torch.Tensor:
+        x = predict(*args, **options)
         x[:2] = float("nan")
         return x
 

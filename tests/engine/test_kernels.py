@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -341,7 +342,8 @@ def test_a_step_is_captured_only_where_its_kernels_have_run(
     case = load_case("dense_fm", "prefix_text")
     runner = build_runner(case, fused=True)
     extension = runner.new_extension(Prompt(token_ids=(1, 2, 3)))
-    eager, captured = [], []
+    eager: list[int] = []
+    captured: list[int] = []
     seen = eager
 
     def watched(q: torch.Tensor, keys: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
@@ -349,12 +351,12 @@ def test_a_step_is_captured_only_where_its_kernels_have_run(
         return q.flatten(1)
 
     def product(
-        x: torch.Tensor, weight: torch.Tensor, *, swiglu: bool = False, **_: object
+        x: torch.Tensor, weight: torch.Tensor, *, swiglu: bool = False, **_: Any
     ) -> torch.Tensor:
         return x.new_zeros(x.shape[0], weight.shape[0] // (2 if swiglu else 1))
 
     @contextmanager
-    def capture(*_: object, **__: object) -> Iterator[None]:
+    def capture(*_: Any, **__: Any) -> Iterator[None]:
         nonlocal seen
         seen = captured
         yield
@@ -375,7 +377,7 @@ def test_a_step_is_captured_only_where_its_kernels_have_run(
 
 
 @pytest.mark.parametrize("sizes", [{"hidden_size": 72}, {"intermediate_size": 100}])
-def test_matrices_that_no_tile_fits_are_decoded_plainly(sizes: dict[str, int]) -> None:
+def test_matrices_that_no_tile_fits_are_decoded_plainly(sizes: dict[str, Any]) -> None:
     arch = golden_architecture("dense_fm")
     with torch.device("meta"):
         assert can_decode_fast(Network(arch, fused=True))

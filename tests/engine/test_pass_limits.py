@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -34,7 +35,7 @@ def test_low_draws_as_many_pictures_in_a_pass_as_share_a_part(mode: str, passes:
 )
 @pytest.mark.parametrize("num_jobs", [2, 3, 5, 7])
 def test_pictures_are_the_same_bytes_however_many_share_a_pass(
-    sampling: dict[str, float], interval: tuple[float, float], num_jobs: int
+    sampling: dict[str, Any], interval: tuple[float, float], num_jobs: int
 ) -> None:
     """Products of matrices of another size would round otherwise, so that a level would change."""
     first = make_job("a")

@@ -5,6 +5,8 @@ The golden vectors are float32 throughout, so they cannot tell.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -116,8 +118,8 @@ def test_a_picture_is_kept_in_float32_between_the_steps() -> None:
     expected = torch.randn(1, 3, SIZE.height, SIZE.width)
     predict = network.predict_image
 
-    def fixed(z_JNx: Tensor, *rest: object) -> Tensor:
-        assert z_JNx.dtype == predict(z_JNx, *rest).dtype == torch.float32
+    def fixed(z_JNx: Tensor, *rest: Any, **options: Any) -> Tensor:
+        assert z_JNx.dtype == predict(z_JNx, *rest, **options).dtype == torch.float32
         return image_to_tokens(expected).repeat(2, 1, 1)
 
     network.predict_image = fixed

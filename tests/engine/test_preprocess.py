@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,12 +25,12 @@ from sensebatch.engine.preprocess import (
 )
 from sensebatch.errors import JobError
 from sensebatch.resolutions import PixelLimits
-from tests.golden_data import case_ids, load_case, load_cases, relative_error
+from tests.golden_data import Case, case_ids, load_case, load_cases, relative_error
 
 LIMITS = PixelLimits(base_pixels=256 * 256, min_pixels=64 * 64)
 
 
-def encode(image: Image.Image, **options: object) -> bytes:
+def encode(image: Image.Image, **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, **{"format": "PNG", **options})
     return buffer.getvalue()
@@ -41,7 +42,7 @@ def picture(width: int = 64, height: int = 32) -> Image.Image:
 
 
 @pytest.mark.parametrize("case", load_cases("common", "preprocess"), ids=lambda case: case.name)
-def test_preprocessing_equals_the_golden_steps(case) -> None:
+def test_preprocessing_equals_the_golden_steps(case: Case) -> None:
     image = decode_image(encode(Image.fromarray(case.tensor("source").numpy())), case.name)
     assert np.array_equal(np.asarray(image), case.tensor("rgb").numpy())
     resized = resize_for_model(
@@ -78,7 +79,7 @@ def test_input_images_of_a_job_equal_the_golden_patches(config: str, name: str) 
 
 
 @pytest.mark.parametrize("case", load_cases("common", "denorm"), ids=lambda case: case.name)
-def test_final_pixels_equal_the_golden_levels(case) -> None:
+def test_final_pixels_equal_the_golden_levels(case: Case) -> None:
     assert torch.equal(to_uint8(case.tensor("image")), case.tensor("uint8"))
 
 

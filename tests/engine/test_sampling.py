@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -27,14 +28,14 @@ SAMPLING = default_config("official").tasks[Task.T2I].sampling
 
 
 @pytest.mark.parametrize("case", SCHEDULE["timesteps"])
-def test_timesteps_match_the_reference(case: dict) -> None:
+def test_timesteps_match_the_reference(case: dict[str, Any]) -> None:
     found = timesteps(case["num_steps"], case["timestep_shift"])
     expected = torch.tensor(case["timesteps"], dtype=torch.float64).float()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", SCHEDULE["noise_scale"])
-def test_noise_scale_matches_the_reference(case: dict) -> None:
+def test_noise_scale_matches_the_reference(case: dict[str, Any]) -> None:
     arch = parse_architecture(golden_config(case["config"]))
     found = noise_scale(
         case["image_tokens"],

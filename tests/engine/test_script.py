@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -23,7 +25,7 @@ SCRIPT = made_up_text(ByteTokenizer())
 AND = " "
 
 
-def runner_and_job(name: str, **sampling: int) -> tuple[Runner, PreparedJob]:
+def runner_and_job(name: str, **sampling: Any) -> tuple[Runner, PreparedJob]:
     case = load_case("dense_fm", name)
     prepared = build_job(case, "You talk.")
     changed = replace(prepared.job.sampling, num_steps=1, **sampling)
@@ -82,7 +84,7 @@ def test_a_story_goes_on_from_its_pictures_to_the_same_bytes() -> None:
 def test_choices_are_replaced_and_passes_are_not() -> None:
     taken = []
 
-    def step(pairs: list[tuple[int, int]]) -> list[int]:
+    def step(pairs: Sequence[tuple[int, int]]) -> list[int]:
         taken.append(pairs)
         return [0 for _ in pairs]
 

@@ -34,7 +34,8 @@ from sensebatch.jobs import (
 from sensebatch.plan.batches import Plan
 from sensebatch.resolutions import Resolution
 from sensebatch.store.attempts import Attempt
-from sensebatch.store.state import Changes, Counts
+from sensebatch.store.ingest import Changes
+from sensebatch.store.state import Counts
 from sensebatch.store.store import Store, open_store
 
 SMALL = Resolution(height=32, width=64)
@@ -91,12 +92,12 @@ def make_config(
     )
 
 
-def digest(*parts: object) -> bytes:
+def digest(*parts: Any) -> bytes:
     """Returns a hash of anything that prints the same every time."""
     return hashlib.sha256("|".join(map(str, parts)).encode()).digest()
 
 
-def drawn_image(size: Resolution, *parts: object) -> np.ndarray:
+def drawn_image(size: Resolution, *parts: Any) -> np.ndarray:
     """Returns float32 noise `[3, height, width]` that depends on `parts` alone."""
     generator = np.random.default_rng(np.frombuffer(digest(*parts), dtype=np.uint32))
     return generator.standard_normal((3, size.height, size.width), dtype=np.float32)

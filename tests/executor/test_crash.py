@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 
 from sensebatch.config import ExecutionConfig
 from sensebatch.jobs import Job, Task
-from sensebatch.store import files
 from sensebatch.store.database import Database
 from tests.executor.fakes import (
     FakeEngine,
@@ -60,7 +59,7 @@ class Life:
 @contextmanager
 def mortal(life: Life) -> Iterator[None]:
     """Makes every operation on the disk, and every step of the engine, a step of a life."""
-    replace, fsync, transaction = files.os.replace, files.os.fsync, Database.transaction
+    replace, fsync, transaction = os.replace, os.fsync, Database.transaction
 
     def step_then(call: Any) -> Any:
         def stepping(*args: Any, **options: Any) -> Any:
@@ -78,8 +77,8 @@ def mortal(life: Life) -> Iterator[None]:
         life.step()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files.os, "replace", step_then(replace))
-        patch.setattr(files.os, "fsync", step_then(fsync))
+        patch.setattr(os, "replace", step_then(replace))
+        patch.setattr(os, "fsync", step_then(fsync))
         patch.setattr(Path, "unlink", step_then(Path.unlink))
         patch.setattr(Database, "transaction", mortal_transaction)
         yield

@@ -144,7 +144,8 @@ def test_what_is_ahead_is_kept_while_a_batch_is_split(tmp_path: Path) -> None:
             assert number or self.wait_for("j4")
 
     jobs = [make_job(f"j{i}", prompt="heavy" if i < 3 else "", seed=i) for i in range(5)]
-    ran = run_folder(tmp_path, jobs, make_config(max_batch_size=3), engine=Waits())
+    engine = Waits()
+    ran = run_folder(tmp_path, jobs, make_config(max_batch_size=3), engine=engine)
     assert ran.engine.batches == [
         ("j0", "j1", "j2"),
         ("j0", "j1"),
@@ -153,7 +154,7 @@ def test_what_is_ahead_is_kept_while_a_batch_is_split(tmp_path: Path) -> None:
         ("j1",),
         ("j3", "j4"),
     ]
-    assert Counter(ran.engine.prepared)["j4"] == 1
+    assert Counter(engine.prepared)["j4"] == 1
     assert ran.summary.done == 5
 
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,7 +14,6 @@ from sensebatch.config import ExecutionConfig, OutputConfig
 from sensebatch.errors import RunFolderError, StorageFullError
 from sensebatch.jobs import Job, Task
 from sensebatch.resolutions import Resolution
-from sensebatch.store import files
 from sensebatch.store.checkpoints import CheckpointStore
 from sensebatch.store.images import read_metadata
 from sensebatch.store.store import open_store
@@ -29,7 +30,7 @@ from tests.executor.fakes import (
 )
 
 
-def rows(root: Path) -> list[dict]:
+def rows(root: Path) -> list[dict[str, Any]]:
     return pq.read_table(root / "log.parquet").to_pylist()
 
 
@@ -177,7 +178,7 @@ def test_full_disk_stops_the_run_and_it_can_be_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = mixed_jobs()
-    real = files.os.replace
+    real = os.replace
     written = 0
 
     def replace_until_full(source: Path, target: Path) -> None:
@@ -188,7 +189,7 @@ def test_full_disk_stops_the_run_and_it_can_be_resumed(
         real(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files.os, "replace", replace_until_full)
+        patch.setattr(os, "replace", replace_until_full)
         with pytest.raises(StorageFullError, match="no room left"):
             run_folder(tmp_path / "a", jobs)
     assert not list((tmp_path / "a").rglob("*.tmp"))
@@ -199,8 +200,12 @@ def test_full_disk_stops_the_run_and_it_can_be_resumed(
 
 def test_folder_that_is_moved_under_a_run_stops_it_and_it_can_be_resumed(tmp_path: Path) -> None:
     jobs, root, elsewhere = [make_job("a"), make_job("b")], tmp_path / "run", tmp_path / "moved"
+
+    def move() -> None:
+        root.rename(elsewhere)
+
     with pytest.raises(RunFolderError, match="moved, removed or unmounted"):
-        run_folder(root, jobs, engine=FakeEngine(lambda: root.rename(elsewhere)))
+        run_folder(root, jobs, engine=FakeEngine(move))
     assert not root.exists()
     elsewhere.rename(root)
     run_folder(root, jobs)
@@ -221,8 +226,8 @@ def test_inputs_that_vanish_with_the_folder_fail_no_job(tmp_path: Path) -> None:
 
 def test_picture_of_the_wrong_size_fails_its_job(tmp_path: Path) -> None:
     class Wrong(FakeEngine):
-        def generate(self, batch, inputs, **rest):  # type: ignore[no-untyped-def]
-            result = super().generate(batch, inputs, **rest)
+        def generate(self, batch: Any, prepared: Any, **rest: Any) -> Any:
+            result = super().generate(batch, prepared, **rest)
             small = replace(result.results[0], images=(np.zeros((8, 8, 3), np.uint8),))
             return replace(result, results=(small, *result.results[1:]))
 
@@ -233,8 +238,8 @@ def test_picture_of_the_wrong_size_fails_its_job(tmp_path: Path) -> None:
 
 def test_missing_result_fails_the_jobs_and_not_the_run(tmp_path: Path) -> None:
     class Short(FakeEngine):
-        def generate(self, batch, inputs, **rest):  # type: ignore[no-untyped-def]
-            return replace(super().generate(batch, inputs, **rest), results=())
+        def generate(self, batch: Any, prepared: Any, **rest: Any) -> Any:
+            return replace(super().generate(batch, prepared, **rest), results=())
 
     ran = run_folder(tmp_path, [make_job("a"), make_job("b")], engine=Short())
     assert ran.summary.failed == 2
@@ -328,7 +333,7 @@ def test_pictures_of_a_split_batch_are_not_drawn_again(tmp_path: Path) -> None:
 def test_pictures_left_by_a_kill_behind_the_last_commit_are_cleared_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def end(*_: object) -> None:
+    def end(*_: Any) -> None:
         raise KeyboardInterrupt
 
     jobs = [make_job("story", Task.INTERLEAVE)]

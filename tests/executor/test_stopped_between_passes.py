@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
@@ -10,7 +11,6 @@ import pytest
 
 from sensebatch.config import ExecutionConfig
 from sensebatch.jobs import Task
-from sensebatch.store import files
 from sensebatch.store.status import read_status
 from tests.executor.fakes import FakeEngine, make_config, make_job, mixed_jobs, outcome, run_folder
 
@@ -78,14 +78,14 @@ def test_a_batch_that_is_still_being_written_is_committed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, stop = stopped_at(4)
-    replace = files.os.replace
+    replace = os.replace
 
     def late(source: Path, target: Path) -> None:
         if "images" in str(target):
             assert stop.wait(PATIENCE_S)
         replace(source, target)
 
-    monkeypatch.setattr(files.os, "replace", late)
+    monkeypatch.setattr(os, "replace", late)
     ran = run_folder(tmp_path, JOBS, CONFIG, engine=engine, stop=stop)
     assert (ran.summary.done, ran.summary.counts.started) == (3, 3)
     assert logged(tmp_path) == ["j0", "j1", "j2"]

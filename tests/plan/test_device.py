@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -46,7 +47,7 @@ def make_load(jobs: int = 4, *, branches: int = 2, prompt: int = 500, text: int 
 
 
 def placed(
-    loads: list[Load] | None = None, *, device_free: int | None = None, **memory: object
+    loads: list[Load] | None = None, *, device_free: int | None = None, **memory: Any
 ) -> Placement:
     return place_all(loads, device_free=device_free, **memory).leanest
 
@@ -57,7 +58,7 @@ def place_all(
     device_free: int | None = None,
     host_free: int = 200 * GIB,
     precision: str | None = None,
-    **memory: object,
+    **memory: Any,
 ) -> Placements:
     return place(
         ARCH,
@@ -341,7 +342,7 @@ def test_a_reason_counts_the_layers_that_stay() -> None:
 
 
 @pytest.mark.parametrize("memory", [{"vram_mode": "fast"}, {}])
-def test_what_cannot_fit_is_refused_with_what_would(memory: dict[str, str]) -> None:
+def test_what_cannot_fit_is_refused_with_what_would(memory: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"expected at least \d+\.\d\d GiB") as refused:
         placed(vram_budget_bytes=GIB, **memory)
     assert "for t2i 2048x2048" in str(refused.value)
@@ -372,7 +373,7 @@ def test_a_host_budget_must_hold_the_program_where_all_weights_are_on_the_device
 @given(budget=st.integers(0, 60 * GIB), jobs=st.integers(1, 16), prompt=st.integers(1, 9000))
 def test_a_host_budget_is_never_exceeded(budget: int, jobs: int, prompt: int) -> None:
     loads = [make_load(jobs, prompt=prompt), make_story(2)]
-    memory = {"vram_mode": "balanced", "host_budget_bytes": budget}
+    memory: dict[str, Any] = {"vram_mode": "balanced", "host_budget_bytes": budget}
     try:
         chosen = place_all(loads, **memory)
     except ConfigError as error:

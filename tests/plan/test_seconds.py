@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -55,9 +56,7 @@ def make_load(
     )
 
 
-def seconds(
-    load: Load, num_jobs: int = 1, *, speeds: Speeds = H200, **memory: object
-) -> GroupSeconds:
+def seconds(load: Load, num_jobs: int = 1, *, speeds: Speeds = H200, **memory: Any) -> GroupSeconds:
     placements = place(
         ARCH,
         MemoryConfig(**memory),
@@ -69,7 +68,7 @@ def seconds(
     return Clock(ARCH, placements.of(load.group), 2, speeds).group_seconds(load, num_jobs)
 
 
-def step(load: Load, num_jobs: int = 1, **memory: object) -> float:
+def step(load: Load, num_jobs: int = 1, **memory: Any) -> float:
     """Returns the seconds of a denoising step a job, all else spread over the steps."""
     return seconds(load, num_jobs, **memory).pictures / STEPS / num_jobs
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,7 +50,7 @@ tok/s |
 """
 
 
-def _document(**changes: object) -> str:
+def _document(**changes: Any) -> str:
     low = result("low", status=FAILED, error="low-1: it broke", **NONE)
     return format_markdown(with_ratios([result("full", **changes), low]))
 
@@ -69,7 +70,7 @@ def test_tables_are_these() -> None:
     [({}, False), ({"num_steps": 4}, True), ({"height": 64}, True), ({"model": "tiny"}, True)],
 )
 def test_figures_of_other_work_are_not_passed_off_as_comparable(
-    changes: dict[str, object], scaled: bool
+    changes: dict[str, Any], scaled: bool
 ) -> None:
     assert ("These cases were scaled down" in _document(**changes)) == scaled
 

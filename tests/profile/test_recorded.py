@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 
@@ -63,7 +65,7 @@ def one_batch(row: Row) -> bool:
     return row.calls == 1
 
 
-def _recorded() -> list[object]:
+def _recorded() -> Sequence[object]:
     """Returns the rows of every file that have a peak of device memory."""
     rows = [
         pytest.param(row, id=f"{file.stem}-{row.case}")
@@ -155,7 +157,7 @@ def test_another_placement_than_the_measured_one_is_found() -> None:
     ],
 )
 def test_a_case_that_is_no_longer_run_so_is_measured_again(
-    changes: dict[str, str], message: str
+    changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         recomputed(replace(result("low"), **changes))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,14 +25,16 @@ def _all(*_: str) -> bool:
     return True
 
 
-def picture(*parts: object) -> DrawnImage:
+def picture(*parts: Any) -> DrawnImage:
     image = drawn_image(SIZE, *parts)
     image[0, 0, :4] = [np.float32("nan"), -0.0, 1e-45, np.inf]
     return DrawnImage(image=image, tokens=(1, 2**40, len(parts)))
 
 
 def same(found: Sequence[Sequence[DrawnImage]], expected: Sequence[Sequence[DrawnImage]]) -> bool:
-    def plain(pictures: Sequence[Sequence[DrawnImage]]) -> list[list[tuple[bytes, tuple]]]:
+    def plain(
+        pictures: Sequence[Sequence[DrawnImage]],
+    ) -> list[list[object]]:
         return [[(one.image.tobytes(), one.tokens) for one in own] for own in pictures]
 
     return plain(found) == plain(expected)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from tests.executor.fakes import IDENTITY, SMALL, drawn_image, make_job, to_pixe
 PIXELS = to_pixels(drawn_image(SMALL, "pixels"))
 
 
-def metadata(prompt: str = "a cat") -> dict:
+def metadata(prompt: str = "a cat") -> dict[str, Any]:
     return picture_metadata(make_job("a", prompt=prompt), "k" * 64, IDENTITY, 0)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sensebatch.errors import JobError, RunFolderError, StorageFullError
-from sensebatch.store import files, run_dir
+from sensebatch.store import run_dir
 from sensebatch.store.files import write_atomic
 from sensebatch.store.run_dir import RunDir
 from sensebatch.store.status import read_status
@@ -113,7 +113,7 @@ def test_full_disk_leaves_the_old_file_and_no_temporary_one(
     def full(_: int) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StorageFullError, match="run the same command again"):
         write_atomic(tmp_path / "a", b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -4,6 +4,7 @@ import sqlite3
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -34,7 +35,7 @@ text = st.text(st.characters(exclude_categories=["Cs"]))
     metadata=st.dictionaries(text, st.none() | text | st.integers() | st.lists(text)),
 )
 def test_job_is_read_back_as_it_was(
-    prompt: str, seed: int, cfg: float, system: str | None, metadata: dict
+    prompt: str, seed: int, cfg: float, system: str | None, metadata: dict[str, Any]
 ) -> None:
     job = make_job(
         "a", Task.EDIT, prompt=prompt, seed=seed, system_prompt=system, metadata=metadata

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def network(tokenizer: WorldTokenizer) -> Network:
     config["llm_config"] |= {"num_hidden_layers": 2, "intermediate_size": 64}
     network = Network(parse_architecture(config)).eval().requires_grad_(False)
     init_weights(network, 0)
-    torch.nn.init.normal_(network.head.conv2.weight, std=0.02)
+    torch.nn.init.normal_(network.get_parameter("head.conv2.weight"), std=0.02)
     return network
 
 
@@ -70,7 +71,7 @@ def _by_engine(
     """Returns the predicted pictures and the last token's output, the way jobs are run."""
     runner = Runner(network, tokenizer, sdpa, lambda _: None)
 
-    def embeds(prefix: int) -> tuple[list, list[torch.Tensor]]:
+    def embeds(prefix: int) -> tuple[list[Any], list[torch.Tensor]]:
         kept = [(span, scene) for span, scene in sequence.images if span.end <= prefix]
         drawn = [draw(plan_drawing([scene]))[0] * 2 - 1 for _, scene in kept]
         return [span for span, _ in kept], runner.embed_images(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ CONFIG = TrainConfig(
 
 @pytest.fixture(autouse=True)
 def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def config(vocab_size: int) -> dict:
+    def config(vocab_size: int) -> dict[str, Any]:
         full = network_config(vocab_size)
         full["llm_config"] |= {"num_hidden_layers": 1, "intermediate_size": 32}
         return full

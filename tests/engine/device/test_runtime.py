@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.machinery
 import sys
+from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,16 +23,18 @@ from sensebatch.engine.device.runtime import (
 from sensebatch.engine.model import attention
 from sensebatch.errors import ConfigError
 
+Installed = Callable[[list[str]], None]
+
 
 @pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch):
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Installed]:
     """Returns a function that makes modules look installed; nothing else of flash-attn is."""
     names: set[str] = set()
 
-    def find_spec(name: str):
+    def find_spec(name: str) -> importlib.machinery.ModuleSpec | None:
         return importlib.machinery.ModuleSpec(name, None) if name in names else None
 
-    monkeypatch.setattr(attention.importlib.util, "find_spec", find_spec)
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
     attention._flash_function.cache_clear()
     yield names.update
     attention._flash_function.cache_clear()
@@ -51,7 +55,11 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None
     ],
 )
 def test_auto_takes_the_fastest_that_can_be_used(
-    monkeypatch: pytest.MonkeyPatch, installed, capability, modules, expected
+    monkeypatch: pytest.MonkeyPatch,
+    installed: Installed,
+    capability: Any,
+    modules: list[str],
+    expected: str,
 ) -> None:
     installed(modules)
     on_gpu(monkeypatch, capability)
@@ -69,7 +77,7 @@ def test_named_backends_never_fall_back(backend: str) -> None:
     assert resolve_attention("sdpa", "cuda", "float32") == "sdpa"
 
 
-def test_a_missing_package_is_named(installed) -> None:
+def test_a_missing_package_is_named(installed: Installed) -> None:
     installed([])
     with pytest.raises(ConfigError, match="flash-attn package is not installed"):
         resolve_attention("flash", "cuda", "bfloat16")
@@ -84,23 +92,25 @@ def test_a_missing_package_is_named(installed) -> None:
         ([], None),
     ],
 )
-def test_the_newest_form_of_flash_attn_is_taken(installed, modules, expected) -> None:
+def test_the_newest_form_of_flash_attn_is_taken(
+    installed: Installed, modules: list[str], expected: str | None
+) -> None:
     installed(modules)
     assert attention.flash_module() == expected
 
 
 @pytest.mark.parametrize("with_sums", [True, False])
 def test_flash_attention_is_asked_for_one_sequence(
-    monkeypatch: pytest.MonkeyPatch, installed, with_sums: bool
+    monkeypatch: pytest.MonkeyPatch, installed: Installed, with_sums: bool
 ) -> None:
     """Of the package only what is called is known here; the newer forms also return sums."""
 
-    def flash_attn_func(q, k, v, causal):
+    def flash_attn_func(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> object:
         out = torch.stack([attention.sdpa(*of_one, causal) for of_one in zip(q, k, v, strict=True)])
         return (out, torch.zeros(())) if with_sums else out
 
     module = ModuleType("flash_attn")
-    module.flash_attn_func = flash_attn_func
+    vars(module)["flash_attn_func"] = flash_attn_func
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     installed(["flash_attn"])
     torch.manual_seed(0)
@@ -118,9 +128,9 @@ def test_queries_behind_earlier_keys_need_no_mask(
     q, k, v = torch.randn(queries, 4, 8), torch.randn(keys, 2, 8), torch.randn(keys, 2, 8)
     expected = attention.sdpa(q, k, v, True)
     masks = []
-    attend = torch.nn.functional.scaled_dot_product_attention
+    attend: Any = torch.nn.functional.scaled_dot_product_attention
 
-    def watched(*args: torch.Tensor, attn_mask: torch.Tensor | None, **rest: bool):
+    def watched(*args: Any, attn_mask: Any, **rest: Any) -> torch.Tensor:
         masks.append(attn_mask)
         return attend(*args, attn_mask=attn_mask, **rest)
 
@@ -149,14 +159,14 @@ def test_masks_are_left_out_where_torch_has_flash_attention(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     queries = SimpleNamespace(is_cuda=is_cuda, dtype=dtype, device=None)
-    assert attention._forms_scores(queries) == expected
+    assert attention._forms_scores(cast(torch.Tensor, queries)) == expected
 
 
 def test_cudnn_is_for_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which kernel computes cannot be seen on a CPU, but which ones torch is allowed can."""
     allowed = []
 
-    def record(q, *_):
+    def record(q: torch.Tensor, *_: Any) -> torch.Tensor:
         allowed.append(torch.backends.cuda.flash_sdp_enabled())
         return q
 

@@ -139,11 +139,15 @@ class Plain(nn.Module):
 
 def plain_block(number: int, num_bytes: int) -> Block:
     module = Plain(num_bytes)
+
+    def fill(flat: torch.Tensor) -> None:
+        flat.fill_(number)
+
     return Block(
         name=f"block {number}",
         module=module,
         layout=layout_of(module),
-        parts=(lambda flat: flat.fill_(number),),
+        parts=(fill,),
     )
 
 

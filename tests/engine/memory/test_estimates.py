@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -235,7 +236,7 @@ def test_thoughts_leave_no_room_behind_them_while_pictures_are_drawn(
     network = runner.network
     found = []
 
-    def measured(_: Runner, drawings: list[Drawing], *_args: object, **_options: object) -> object:
+    def measured(_: Runner, drawings: list[Drawing], *_args: Any, **_options: Any) -> object:
         caches = {id(c): c for drawing in drawings for c in drawing.caches.values()}.values()
         lengths = sum(cache.length for cache in [*caches, *runner.system_turns.values()])
         found.append((live.now, cache_bytes(network.arch, lengths, 4)))
@@ -256,7 +257,7 @@ def test_a_story_caches_no_more_than_is_expected(monkeypatch: pytest.MonkeyPatch
     prepared = _prepared(runner, Task.INTERLEAVE, size, think=False)
     lengths = []
 
-    def drawn(_: Runner, drawings: list[Drawing], *_args: object, **_options: object) -> object:
+    def drawn(_: Runner, drawings: list[Drawing], *_args: Any, **_options: Any) -> object:
         lengths.append(sum(drawings[0].caches[name].length for name in ("cond", "img_cond")))
         return torch.zeros(len(drawings), 3, size.height, size.width)
 
@@ -309,7 +310,8 @@ def test_text_is_expected_to_be_decoded_as_it_is(config: str, precision: str | N
 
 
 def test_what_a_layer_attended_to_is_gone_before_the_next_attends() -> None:
-    network, alive = small_network(), []
+    network = small_network()
+    alive: list[Any] = []
 
     class Watched:
         def parts(self, num_tokens: int) -> list[slice]:
@@ -318,9 +320,7 @@ def test_what_a_layer_attended_to_is_gone_before_the_next_attends() -> None:
         def room(self, _: int) -> None:
             return None
 
-        def attend(
-            self, _layer: int, _part: slice, q_THE: torch.Tensor, *_: object
-        ) -> torch.Tensor:
+        def attend(self, _layer: int, _part: slice, q_THE: torch.Tensor, *_: Any) -> torch.Tensor:
             assert not any(earlier() for earlier in alive)
             attended = torch.zeros_like(q_THE)
             alive.append(weakref.ref(attended))
@@ -378,7 +378,7 @@ def test_guidance_takes_what_is_expected(
     )
     guidance = Guidance(task, sampling)
 
-    def predict(z_JNx: torch.Tensor, *args: object) -> torch.Tensor:
+    def predict(z_JNx: torch.Tensor, *args: Any) -> torch.Tensor:
         return torch.zeros(len(args[-1]), *z_JNx.shape[1:])
 
     monkeypatch.setattr(network, "predict_image", predict)
@@ -400,7 +400,7 @@ def test_pictures_of_finished_passes_take_no_memory(monkeypatch: pytest.MonkeyPa
     runner = Runner(network, ByteTokenizer(), sdpa, lambda _: None, None, limits)
     alive = []
 
-    def watched(*args: object, **options: object) -> torch.Tensor:
+    def watched(*args: Any, **options: Any) -> torch.Tensor:
         alive.append(live.now)
         return denoise(*args, **options)
 

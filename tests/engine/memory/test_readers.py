@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from concurrent.futures import Future, wait
 from functools import partial
@@ -19,7 +20,7 @@ def fail(message: str) -> None:
 
 
 def test_tasks_run_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers_module.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
     readers = Readers()
     # Passes only where all four wait together.
     met = threading.Barrier(4, timeout=30)
@@ -28,7 +29,7 @@ def test_tasks_run_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_task_of_a_failed_call_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers_module.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     readers = Readers()
     failing, cancelled, ended = threading.Event(), threading.Event(), []
 

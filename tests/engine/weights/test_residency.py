@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,7 +11,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sensebatch.engine.memory import readers as readers_module
 from sensebatch.engine.model.attention import sdpa
 from sensebatch.engine.runner import Runner
 from sensebatch.engine.tasks.interleave import run_interleave
@@ -169,7 +169,7 @@ def test_a_read_that_fails_among_others_ends_the_load(
     )
     # Several parts of each tensor, on more threads than there may be cores.
     monkeypatch.setattr(residency_module, "PART_BYTES", 4096)
-    monkeypatch.setattr(readers_module.os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
     with pytest.raises(CheckpointError, match="up_proj"):
         loader.load(make_placement(num_buffers, host_budget_bytes=budget))
     reads = source.num_reads
@@ -185,7 +185,7 @@ def test_pictures_do_not_depend_on_the_parts_weights_are_read_in(
     case = load_case("moe", "t2i_think_end")
     expected = run_case(build_runner(case), case)
     monkeypatch.setattr(residency_module, "PART_BYTES", 1000)
-    monkeypatch.setattr(readers_module.os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
     for num_buffers, budget in ((None, None), (2, 0)):
         runner, _, _ = moving_runner(case, num_buffers, budget)
         assert torch.equal(run_case(runner, case)[0], expected[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def test_the_fixed_form_is_read_back() -> None:
 
 @pytest.mark.parametrize("sample", [text_to_image, edit, story])
 @pytest.mark.parametrize("split", list(Split))
-def test_examples_are_valid_and_the_same_for_the_same_seed(sample, split: Split) -> None:
+def test_examples_are_valid_and_the_same_for_the_same_seed(sample: Any, split: Split) -> None:
     for seed in range(150):
         first = sample(np.random.default_rng(seed), split, SQUARE, think=seed % 2 == 0)
         assert first == sample(np.random.default_rng(seed), split, SQUARE, think=seed % 2 == 0)
@@ -70,7 +71,7 @@ def test_examples_are_valid_and_the_same_for_the_same_seed(sample, split: Split)
 
 
 @pytest.mark.parametrize("sample", [text_to_image, edit, story])
-def test_training_examples_show_no_held_out_combination(sample) -> None:
+def test_training_examples_show_no_held_out_combination(sample: Any) -> None:
     rng = np.random.default_rng(0)
     for _ in range(300):
         example = sample(rng, Split.TRAIN, SQUARE, think=False)
