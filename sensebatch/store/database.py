@@ -6,50 +6,13 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from sensebatch.errors import RunFolderError, StorageFullError
-
-FORMAT = 1
-"""Raised when the tables change; kept in the file as `user_version`."""
+from sensebatch.store import migrations
 
 _BUSY_TIMEOUT_S = 30.0
-
-_SCHEMA = """
-CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE groups (number INTEGER PRIMARY KEY, definition TEXT NOT NULL UNIQUE);
-CREATE TABLE jobs (
-    number INTEGER PRIMARY KEY,
-    folded TEXT NOT NULL UNIQUE,     -- the id as a disk that ignores case sees it
-    id TEXT NOT NULL,
-    position INTEGER NOT NULL,       -- in the manifests
-    seen INTEGER NOT NULL,           -- the last reading of the manifests that had the job
-    wanted INTEGER NOT NULL,         -- whether the manifests have it, as far as is known
-    key TEXT NOT NULL,
-    group_number INTEGER NOT NULL REFERENCES groups,
-    max_images INTEGER NOT NULL,
-    prompt_tokens INTEGER NOT NULL,  -- estimates, for the memory plan
-    text_tokens INTEGER NOT NULL,
-    definition TEXT NOT NULL,
-    status TEXT NOT NULL,            -- pending, done or failed
-    attempts INTEGER NOT NULL,       -- rows in the log
-    tries INTEGER NOT NULL,          -- attempts that count against max_attempts
-    alone INTEGER NOT NULL,          -- whether it failed before, and runs in a batch of its own
-    outputs TEXT NOT NULL            -- JSON list of the files of its last success
-);
-CREATE INDEX jobs_todo ON jobs (wanted, status, position);
-CREATE TABLE batches (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,
-    members TEXT NOT NULL            -- JSON list of [id, key]: started and not committed
-);
-CREATE TABLE attempts (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,
-    job_id TEXT NOT NULL,
-    row TEXT NOT NULL                -- JSON, a row of the log
-);
-CREATE TABLE stale (path TEXT PRIMARY KEY) WITHOUT ROWID;
-"""
 
 
 class Database:
@@ -60,7 +23,7 @@ class Database:
         read_only: Opens an existing file beside the process that writes it.
 
     Raises:
-        RunFolderError: The file is no state database, or of another version.
+        RunFolderError: The file is not a state database, or a newer version made it.
         StorageFullError: The disk is full.
     """
 
@@ -68,11 +31,13 @@ class Database:
         self.path = path
         self._lock = threading.RLock()
         with self.errors():
-            self._connection = self._connect(read_only)
+            connection = self._connect(read_only)
             try:
-                self._prepare(read_only)
+                self._connection = (
+                    self._as_of_today(connection) if read_only else self._prepared(connection)
+                )
             except BaseException:
-                self._connection.close()
+                connection.close()
                 raise
 
     def _connect(self, read_only: bool) -> sqlite3.Connection:
@@ -89,21 +54,28 @@ class Database:
             check_same_thread=False,
         )
 
-    def _prepare(self, read_only: bool) -> None:
-        connection = self._connection
-        found = connection.execute("PRAGMA user_version").fetchone()[0]
-        tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-        if found != FORMAT and (tables or found or read_only):
-            raise RunFolderError(
-                f"{self.path}: expected a state database of format {FORMAT}, found "
-                + (f"format {found}" if found else "another file")
-            )
-        if read_only:
-            return
+    def _prepared(self, connection: sqlite3.Connection) -> sqlite3.Connection:
+        """Returns a connection whose file has today's tables, and is written as it has to be."""
+        migrations.missing_steps(
+            self.path, connection
+        )  # refuse a file of others before it is changed
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
-        if not tables:
-            connection.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version = {FORMAT};COMMIT;")
+        migrations.migrate(self.path, connection)
+        return connection
+
+    def _as_of_today(self, connection: sqlite3.Connection) -> sqlite3.Connection:
+        """Returns a connection with today's tables: of an older file, a copy in memory."""
+        missing = migrations.missing_steps(self.path, connection)
+        if missing == len(migrations.STEPS):
+            raise RunFolderError(f"{self.path}: expected a state database, found an empty file")
+        if not missing:
+            return connection
+        with closing(connection):
+            memory = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+            connection.backup(memory)
+        migrations.apply_steps(memory, missing)
+        return memory
 
     @contextmanager
     def errors(self) -> Iterator[None]:

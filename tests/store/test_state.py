@@ -190,7 +190,7 @@ def test_another_sqlite_file_is_refused(tmp_path: Path) -> None:
     connection = sqlite3.connect(path)
     connection.execute("CREATE TABLE other (x)")
     connection.close()
-    with pytest.raises(RunFolderError, match=r"state\.db: expected a state database of format"):
+    with pytest.raises(RunFolderError, match=r"expected a state database, found another SQLite"):
         State(path)
 
 

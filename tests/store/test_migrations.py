@@ -1,0 +1,168 @@
+"""Folders of earlier versions go on where they were, and newer ones are refused by name.
+
+`folders/format_1` holds two runs of `m/jobs.yaml` with the embedded checkpoint, made by version
+0.1.0 when the tables of state.db had their first form: one that is finished, and one that was
+stopped between two images of its interleave batch, with a job that had failed for want of its
+input image.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from sensebatch.cli.main import main
+from sensebatch.errors import RunFolderError, StorageFullError
+from sensebatch.store import migrations
+from sensebatch.store.log import read_log
+from sensebatch.store.state import State
+from sensebatch.store.status import read_status
+from sensebatch.store.store import open_store
+
+FOLDERS = Path(__file__).parent / "folders" / "format_1"
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Returns a copy of the folders, from which their manifest has the path it had."""
+    shutil.copytree(FOLDERS, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Makes this program one whose tables have a further column."""
+    step = "ALTER TABLE batches ADD COLUMN later INTEGER NOT NULL DEFAULT 7;"
+    with monkeypatch.context() as patch:
+        patch.setattr(migrations, "STEPS", (*migrations.STEPS, step))
+        yield
+
+
+def command(*args: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main([str(arg) for arg in args])
+    return ended.value.code if isinstance(ended.value.code, int) else 0
+
+
+def files_of(root: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for folder in ("images", "text")
+        for path in sorted((root / folder).rglob("*"))
+        if path.is_file()
+    }
+
+
+def old_rows(root: Path, columns: list[str]) -> list[dict[str, Any]]:
+    return pq.read_table(root / "log.parquet", columns=columns).to_pylist()
+
+
+def test_finished_folder_of_the_first_format_draws_nothing_again(
+    folders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = folders / "done"
+    columns = pq.read_schema(root / "log.parquet").names
+    before, rows = files_of(root), old_rows(root, columns)
+    (root / "log.parquet").unlink()
+    assert command("run", "m/jobs.yaml", "--output-dir", root) == 0
+    assert "nothing was left to run" in capsys.readouterr().err
+    assert files_of(root) == before
+    assert old_rows(root, columns) == rows
+    assert command("report", root, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["total"]["images"] == len(rows) + 4
+
+
+def test_interrupted_folder_of_the_first_format_goes_on_where_it_was(folders: Path) -> None:
+    root = folders / "interrupted"
+    columns = pq.read_schema(root / "log.parquet").names
+    before, rows = files_of(root), old_rows(root, columns)
+    status = read_status(root)
+    assert (status.counts.done, status.counts.failed, status.counts.started) == (4, 1, 2)
+    assert status.kept_images == 2
+    assert command("run", "m/jobs.yaml", "--output-dir", root, "--retry-failed") == 0
+    after = files_of(root)
+    assert {name: after[name] for name in before} == before
+    assert old_rows(root, columns)[: len(rows)] == rows
+    new = read_log(root / "log.parquet").to_pylist()[len(rows) :]
+    assert sorted(row["job_id"] for row in new) == sorted(
+        ["edit-1649a193d96b009c", "stories-seed=1", "stories-seed=2"]
+    )
+    assert [row["num_kept_images"] for row in new if row["task"] == "interleave"] == [2, 2]
+    assert not list((root / "checkpoints").iterdir())
+
+
+@pytest.mark.usefixtures("later")
+def test_older_state_is_brought_to_todays_tables_and_kept_as_it_was(folders: Path) -> None:
+    path = folders / "interrupted" / "state.db"
+    with open_store(path.parent) as store:
+        assert store.state.counts().done == 4
+        assert len(store.state.started_batches()) == 1
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("SELECT later FROM batches").fetchall() == [(7,)]
+        attempts = db.execute("SELECT * FROM attempts").fetchall()
+    with closing(sqlite3.connect(f"{path}.format-1")) as old:
+        assert old.execute("PRAGMA user_version").fetchone() == (1,)
+        assert old.execute("SELECT * FROM attempts").fetchall() == attempts
+    made = path.with_name("state.db.format-1").stat().st_mtime_ns
+    with open_store(path.parent):
+        assert path.with_name("state.db.format-1").stat().st_mtime_ns == made
+
+
+@pytest.mark.usefixtures("later")
+def test_older_state_is_read_without_being_changed(folders: Path) -> None:
+    root = folders / "interrupted"
+    before = (root / "state.db").read_bytes()
+    assert read_status(root).counts.done == 4
+    assert (root / "state.db").read_bytes() == before
+    assert not (root / "state.db.format-1").exists()
+
+
+def test_step_that_fails_leaves_the_state_as_it_was(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folders / "done" / "state.db"
+    steps = ("CREATE TABLE more (x);", "ALTER TABLE nowhere ADD COLUMN y;")
+    with monkeypatch.context() as patch:
+        patch.setattr(migrations, "STEPS", (*migrations.STEPS, *steps))
+        with pytest.raises(RunFolderError, match="nowhere"):
+            State(path)
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (1,)
+        assert not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'more'").fetchone()
+    with open_store(path.parent) as store:
+        assert store.state.counts().done == 7
+
+
+@pytest.mark.usefixtures("later")
+def test_state_is_not_changed_where_there_is_no_room_for_the_copy(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    path = folders / "done" / "state.db"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(StorageFullError, match="no room left"):
+            State(path)
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (1,)
+
+
+def test_state_of_a_newer_version_is_refused_by_name(folders: Path) -> None:
+    path = folders / "done" / "state.db"
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA user_version = 99")
+    for read_only in (False, True):
+        with pytest.raises(RunFolderError, match=r"made by a newer sensebatch \(state format 99"):
+            State(path, read_only=read_only)
