@@ -37,6 +37,10 @@ class DeviceError(RunStoppedError):
     """The device failed, and this process can compute nothing more on it."""
 
 
+class StoppedError(RunStoppedError):
+    """The run was asked to stop before any of its jobs was run; nothing was changed."""
+
+
 class BatchStoppedError(RunStoppedError):
     """A batch ended because the run is to stop; pictures of its finished passes are kept."""
 

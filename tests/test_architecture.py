@@ -127,8 +127,8 @@ def test_only_engine_and_tiny_import_torch_and_transformers() -> None:
     assert importers <= HEAVY_PACKAGES
 
 
-def test_command_line_imports_the_engine_only_inside_functions() -> None:
-    for path in (PACKAGE / "cli").glob("*.py"):
+def test_session_and_command_line_import_the_engine_only_inside_functions() -> None:
+    for path in (PACKAGE / "session.py", *(PACKAGE / "cli").glob("*.py")):
         tree = _tree(path)
         for function in [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]:
             function.body = []

@@ -31,8 +31,7 @@ from sensebatch.cli import (
 )
 from sensebatch.cli.messages import counted, say
 from sensebatch.cli.options import with_options
-from sensebatch.cli.signals import StoppedError
-from sensebatch.errors import ManifestError, RunStoppedError, SensebatchError
+from sensebatch.errors import ManifestError, RunStoppedError, SensebatchError, StoppedError
 
 _SETTINGS = {
     # cfg_scale and cfg-scale are the same option; values are left alone.
@@ -116,9 +115,6 @@ def main(args: Sequence[str] | None = None) -> None:
     except SensebatchError as error:
         say(_message(error))
         raise SystemExit(exit_code(error)) from None
-    except StoppedError:
-        say("stopped before anything was run; the same command starts it")
-        raise SystemExit(exits.RESUMABLE) from None
     except KeyboardInterrupt:
         raise SystemExit(exits.INTERRUPTED) from None
 
@@ -133,6 +129,8 @@ def exit_code(error: SensebatchError) -> int:
 
 
 def _message(error: SensebatchError) -> str:
+    if isinstance(error, StoppedError):
+        return "stopped before anything was run; the same command starts it"
     if isinstance(error, ManifestError):
         mistakes = counted(error.num_problems, "mistake")
         return f"{error}\nsensebatch: {mistakes} in the manifest; nothing was started"

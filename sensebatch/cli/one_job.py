@@ -15,7 +15,7 @@ from sensebatch.cli.compare import compose
 from sensebatch.cli.job_options import JobOptions
 from sensebatch.cli.messages import say, warn_of
 from sensebatch.cli.outcome import finish, telling_stops
-from sensebatch.cli.session import Backend, Request, run_session
+from sensebatch.cli.session import run_session
 from sensebatch.config import ModelConfig, RunConfig
 from sensebatch.errors import ConfigError, ManifestError, Problem
 from sensebatch.executor.run import Summary
@@ -23,6 +23,7 @@ from sensebatch.jobs import Job, ModelIdentity, Source, Task, job_key
 from sensebatch.manifest.inputs import read_input_image
 from sensebatch.manifest.one import job_from_fields
 from sensebatch.manifest.read import read_manifests, run_name
+from sensebatch.session import Request
 from sensebatch.settings import resolve_settings
 from sensebatch.store.attempts import DONE
 from sensebatch.store.files import write_atomic
@@ -64,7 +65,7 @@ class Finished:
     text: Path | None
 
 
-def run_command(command: Command, backend: Backend | None = None) -> None:
+def run_command(command: Command) -> None:
     """Runs the job of a command line, or those of its JSONL file, and ends the command.
 
     Raises:
@@ -73,13 +74,13 @@ def run_command(command: Command, backend: Backend | None = None) -> None:
     """
     job = command.job
     if job.jsonl is None:
-        root, summary, written = _run_prompt(command, backend)
+        root, summary, written = _run_prompt(command)
     else:
-        root, summary, written = _run_jsonl(command, job.jsonl, backend)
+        root, summary, written = _run_jsonl(command, job.jsonl)
     finish(root, summary, profile=job.profile, as_json=job.as_json, outputs=written)
 
 
-def _run_prompt(command: Command, backend: Backend | None) -> tuple[Path, Summary, list[Path]]:
+def _run_prompt(command: Command) -> tuple[Path, Summary, list[Path]]:
     if command.job.prompt is None:
         raise ConfigError("expected --prompt or --jsonl, found neither")
     folder, stem, config = _place(command)
@@ -92,7 +93,7 @@ def _run_prompt(command: Command, backend: Backend | None) -> tuple[Path, Summar
         root=root, config=config, sources=(job.source.file,), jobs=lambda: iter([job])
     )
     with telling_stops(root, as_json=command.job.as_json):
-        summary = run_session(request, backend)
+        summary = run_session(request)
     written = []
     for finished in finished_jobs(root):
         written += _copy_out(finished, folder, suffix)
@@ -100,9 +101,7 @@ def _run_prompt(command: Command, backend: Backend | None) -> tuple[Path, Summar
     return root, summary, written
 
 
-def _run_jsonl(
-    command: Command, path: Path, backend: Backend | None
-) -> tuple[Path, Summary, list[Path]]:
+def _run_jsonl(command: Command, path: Path) -> tuple[Path, Summary, list[Path]]:
     job, task = command.job, command.task
     for name, value in (
         ("prompt", job.prompt),
@@ -127,7 +126,7 @@ def _run_jsonl(
         jobs=jobs,
     )
     with telling_stops(root, as_json=command.job.as_json):
-        summary = run_session(request, backend)
+        summary = run_session(request)
     written = []
     if job.compare or job.print_think:
         for finished in finished_jobs(root):

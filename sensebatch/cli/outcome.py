@@ -12,11 +12,11 @@ import typer
 
 from sensebatch.cli import exits
 from sensebatch.cli.messages import counted, say
-from sensebatch.cli.session import SUMMARY_NAME
 from sensebatch.errors import RunStoppedError
 from sensebatch.executor.run import Summary
 from sensebatch.report.summary import Summary as Report
 from sensebatch.report.summary import format_summary, read_log, summarise, summary_json
+from sensebatch.session import SUMMARY_NAME
 from sensebatch.store.run_dir import RunDir
 from sensebatch.store.status import read_status
 from sensebatch.units import duration

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -13,20 +14,22 @@ from rich.table import Table
 from rich.text import Text
 
 from sensebatch.cli.eta import RemainingTime
-from sensebatch.cli.messages import counted, say
+from sensebatch.cli.messages import counted, say, warn
 from sensebatch.cli.signals import STOPPING, StopSignals
 from sensebatch.contract import Progress
-from sensebatch.jobs import Batch
+from sensebatch.jobs import Batch, EngineInfo
 from sensebatch.plan.batches import Plan
+from sensebatch.session import Model, RunObserver
 from sensebatch.store.attempts import DONE, Attempt
+from sensebatch.store.ingest import Changes
 from sensebatch.store.state import Counts
 from sensebatch.units import duration
 
 BAR_WIDTH = 32
 
 
-class Tracker:
-    """Where a run is; implements the executor's `Observer` but for what is shown.
+class Tracker(RunObserver):
+    """Knows where a run is and says how it begins; what is shown of the rest is a child's.
 
     Args:
         clock: Seconds that only grow.
@@ -40,9 +43,30 @@ class Tracker:
         self.num_jobs = self.num_done = self.num_failed = 0
         self.batch: Batch | None = None
         self.step = Progress(phase="", step=0, num_steps=0)
+        self._root = Path()
+
+    def warning(self, text: str) -> None:
+        """Something is allowed but deserves a look."""
+        warn(text)
+
+    def jobs_read(self, root: Path, changes: Changes) -> None:
+        """The run's folder is open and has the jobs of this run."""
+        self._root = root
+        for line in change_lines(changes):
+            say(line)
+
+    def loading(self, counts: Counts, model: Model) -> None:
+        """There are jobs to run, and the weights are loaded for them."""
+        say(f"{counts.remaining:,} of {counted(counts.jobs, 'job')} to run in {self._root}")
+        how = ", ".join(filter(None, (model.identity.dtype, model.identity.precision)))
+        say(f"loading {model.name} on {model.device} ({how})")
+
+    def loaded(self, info: EngineInfo) -> None:
+        """The weights are loaded."""
+        say(loaded_line(info))
 
     def run_started(self, counts: Counts, plan: Plan) -> None:
-        """The run begins."""
+        """The first batch is next."""
         self.num_jobs, self.num_done, self.num_failed = counts.jobs, counts.done, counts.failed
         self._remaining = RemainingTime(plan)
 
@@ -57,7 +81,7 @@ class Tracker:
         self.step = Progress(phase="", step=0, num_steps=0)
 
     def progress(self, progress: Progress) -> None:
-        """The batch in the engine went on."""
+        """The batch in the engine advanced."""
         if progress.phase == "denoise" != self.step.phase:
             # What an interrupted run has drawn says nothing of the speed of this one.
             self._share = 1 - (progress.step - 1) / progress.num_steps
@@ -78,9 +102,6 @@ class Tracker:
         self.num_failed += not will_retry
         if attempt.batch_id is None and self._remaining is not None:
             self._remaining.gone(attempt.job_id)
-
-    def note(self, text: str) -> None:
-        """Something a person may want to know."""
 
     def remaining_s(self) -> float | None:
         """Returns the seconds the run still needs, or None before a batch was measured."""
@@ -113,6 +134,21 @@ class LiveDisplay(Tracker):
         super().__init__()
         self._console = console
         self._stop = stop
+        self._live = Live(self, console=console, transient=True)
+
+    def run_started(self, counts: Counts, plan: Plan) -> None:
+        """The first batch is next."""
+        super().run_started(counts, plan)
+        # A terminal may close while the run continues; then there is nothing to show or tidy up.
+        self._stop.notice = False
+        with suppress(OSError):
+            self._live.start()
+
+    def close(self) -> None:
+        """Ends the display."""
+        with suppress(OSError):
+            self._live.stop()
+        self._stop.notice = True
 
     def job_failed(self, attempt: Attempt, will_retry: bool) -> None:
         """A job failed."""
@@ -194,16 +230,29 @@ def watch(stop: StopSignals) -> Iterator[Tracker]:
         yield PlainLines(say)
         return
     display = LiveDisplay(console, stop)
-    live = Live(display, console=console, transient=True)
-    # A terminal may go while the run goes on; then there is nothing left to tidy up.
-    with stop.shown_elsewhere():
-        with suppress(OSError):
-            live.start()
-        try:
-            yield display
-        finally:
-            with suppress(OSError):
-                live.stop()
+    try:
+        yield display
+    finally:
+        display.close()
+
+
+def change_lines(changes: Changes) -> Iterator[str]:
+    """Yields a line for each way in which the manifests changed since they were last read."""
+    for count, what in (
+        (changes.changed, "with a changed definition, run again"),
+        (changes.restored, "done before, without its files now; run again"),
+        (changes.returned, "with a former definition whose files are still there; not run again"),
+        (changes.removed, "no longer in the manifest; files are kept"),
+        (changes.unread, "not read because of --limit; left as they are"),
+    ):
+        if count:
+            yield f"{counted(count, 'job')} {what}"
+
+
+def loaded_line(info: EngineInfo) -> str:
+    """Returns how long loading took, and how much of it compiling kernels."""
+    compiling = f", {info.compile_s:.1f} s of it for kernels" if info.compile_s is not None else ""
+    return f"loaded in {info.load_s:.1f} s{compiling}"
 
 
 def failure_line(attempt: Attempt, will_retry: bool) -> str:

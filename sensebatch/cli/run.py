@@ -42,8 +42,9 @@ def run(
     """
     from sensebatch.cli.messages import warn_of
     from sensebatch.cli.outcome import finish, telling_stops
-    from sensebatch.cli.session import Request, run_session
+    from sensebatch.cli.session import run_session
     from sensebatch.manifest.read import read_manifests, run_name
+    from sensebatch.session import Request
     from sensebatch.settings import resolve_settings
 
     flags = model.flags() | batch.flags() | execution.flags() | images.flags()

@@ -20,10 +20,6 @@ _NOTICE = f"\n{STOPPING}\n".encode()
 _SHOW_CURSOR = b"\x1b[?25h"
 
 
-class StoppedError(Exception):
-    """A signal came before the manifests were read; nothing was changed."""
-
-
 class StopSignals:
     """Whether a run was asked to stop; a run's `Stop` for the executor.
 
@@ -34,7 +30,8 @@ class StopSignals:
     def __init__(self, ended: str = RESUMABLE) -> None:
         self._ended = f"\n{ended}\n".encode()
         self._stop = threading.Event()
-        self._notice = True
+        self.notice = True
+        """Whether the first signal prints a line; a display shows it otherwise."""
 
     def is_set(self) -> bool:
         """Returns whether a first signal came."""
@@ -50,15 +47,6 @@ class StopSignals:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    @contextmanager
-    def shown_elsewhere(self) -> Iterator[None]:
-        """Leaves telling the user to a display while the block runs."""
-        self._notice = False
-        try:
-            yield
-        finally:
-            self._notice = True
-
     def _handle(self, number: int, _: FrameType | None) -> None:
         # Plain writes: the signal may have come in the middle of a print.
         if self._stop.is_set():
@@ -67,7 +55,7 @@ class StopSignals:
             # counts is on the disk, as after a kill.
             os._exit(128 + number)
         self._stop.set()
-        if self._notice:
+        if self.notice:
             _tell(_NOTICE)
 
 

@@ -3,61 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from sensebatch.checkpoint.files import Checkpoint
-from sensebatch.cli import session
+from sensebatch import session
 from sensebatch.cli.main import main
-from sensebatch.config import ModelConfig, RunConfig
-from sensebatch.contract import Engine
-from sensebatch.errors import CheckpointError
-from sensebatch.jobs import ModelIdentity, Task
-from sensebatch.plan.footprint import Load
-from tests.executor.fakes import FakeEngine
-
-
-@dataclass
-class FakeBackend:
-    """Loads a fake engine; remembers whether and how."""
-
-    engine: FakeEngine = field(default_factory=FakeEngine)
-    loaded: list[RunConfig] = field(default_factory=list)
-    loads: list[Load] = field(default_factory=list)
-
-    def __call__(self) -> FakeBackend:
-        return self
-
-    def resolve_runtime(self, model: ModelConfig) -> tuple[str, str]:
-        return "cpu", "float32" if model.dtype == "auto" else model.dtype
-
-    def check_lora(self, file: Path, checkpoint: Checkpoint) -> None:
-        assert checkpoint.tensors
-        if file.read_bytes() != b"lora":
-            raise CheckpointError(f"{file}: expected a LoRA")
-
-    def load_engine(
-        self,
-        config: RunConfig,
-        *,
-        checkpoint: Checkpoint,
-        identity: ModelIdentity,
-        system_prompt_source: Mapping[Task, str],
-        device: str,
-        loads: Sequence[Load],
-    ) -> Engine:
-        assert checkpoint.tensors
-        assert identity.dtype == "float32"
-        assert set(system_prompt_source) == set(Task)
-        assert device == "cpu"
-        self.loads = list(loads)
-        self.loaded.append(config)
-        return self.engine
+from tests.backends import FakeBackend
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from PIL import Image
 from sensebatch.checkpoint.files import TINY_FOLDER
 from sensebatch.settings import resolve_settings
 from sensebatch.store.images import read_metadata
-from tests.cli.conftest import FakeBackend, Invoke
+from tests.backends import FakeBackend
+from tests.cli.conftest import Invoke
 
 pytestmark = pytest.mark.usefixtures("backend")
 

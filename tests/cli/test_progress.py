@@ -224,5 +224,6 @@ def test_a_terminal_that_goes_ends_no_run(monkeypatch: pytest.MonkeyPatch, write
     monkeypatch.setattr(sys, "stderr", terminal)
     with watch(StopSignals()) as tracker:
         assert isinstance(tracker, LiveDisplay)
+        tracker.run_started(_counts(6), _plan(T2I))
     say("the end")
     assert "the end" not in terminal.getvalue()

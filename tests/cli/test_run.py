@@ -12,8 +12,10 @@ import pytest
 import yaml
 
 from sensebatch.cli import session
+from sensebatch.cli.progress import loaded_line
 from sensebatch.settings import dump_settings, resolve_settings
-from tests.cli.conftest import FakeBackend, Invoke
+from tests.backends import FakeBackend
+from tests.cli.conftest import Invoke
 from tests.executor.fakes import FakeEngine
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -389,6 +391,6 @@ def test_the_allocator_is_told_to_grow_unless_the_user_says_otherwise(
 
 def test_loading_says_what_compiling_took() -> None:
     info = FakeEngine().info
-    assert session._loaded(replace(info, load_s=9.04)) == "loaded in 9.0 s"
-    said = session._loaded(replace(info, load_s=9.04, compile_s=0.81))
+    assert loaded_line(replace(info, load_s=9.04)) == "loaded in 9.0 s"
+    said = loaded_line(replace(info, load_s=9.04, compile_s=0.81))
     assert said == "loaded in 9.0 s, 0.8 s of it for kernels"

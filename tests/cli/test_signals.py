@@ -14,15 +14,16 @@ import pytest
 
 from sensebatch.__main__ import main as start
 from sensebatch.cli.signals import StopSignals
-from tests.cli.conftest import FakeBackend, Invoke
+from tests.backends import FakeBackend
+from tests.cli.conftest import Invoke
 
 ROOT = Path(__file__).parents[2]
 
 KILLED_TWICE = """
 import os, signal, sys
-from sensebatch.cli import session
+from sensebatch import session
 from sensebatch.cli.main import main
-from tests.cli.conftest import FakeBackend
+from tests.backends import FakeBackend
 from tests.executor.fakes import FakeEngine
 
 def twice():

@@ -9,7 +9,8 @@ import pytest
 
 from sensebatch.errors import DeviceError, RunFolderError, SensebatchError, StorageFullError
 from sensebatch.jobs import BatchResult
-from tests.cli.conftest import FakeBackend, Invoke
+from tests.backends import FakeBackend
+from tests.cli.conftest import Invoke
 
 
 @pytest.mark.parametrize("kind", [DeviceError, StorageFullError, RunFolderError])
