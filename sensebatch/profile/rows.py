@@ -6,14 +6,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_type_hints
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sensebatch.errors import RunFolderError
 from sensebatch.profile.suites import Suite
+from sensebatch.store.columns import arrow_schema
 from sensebatch.store.files import write_atomic
 
 PARQUET_NAME = "profile.parquet"
@@ -79,27 +78,7 @@ class Row:
     command: str
 
 
-def _arrow_type(hint: Any) -> pa.DataType:
-    kind = next(arg for arg in get_args(hint) if arg is not type(None)) if _optional(hint) else hint
-    return {
-        str: pa.string(),
-        int: pa.int64(),
-        float: pa.float64(),
-        bool: pa.bool_(),
-        datetime: pa.timestamp("us", tz="UTC"),
-    }[kind]
-
-
-def _optional(hint: Any) -> bool:
-    return isinstance(hint, UnionType)
-
-
-SCHEMA = pa.schema(
-    [
-        pa.field(name, _arrow_type(hint), nullable=_optional(hint))
-        for name, hint in get_type_hints(Row).items()
-    ]
-)
+SCHEMA = arrow_schema(Row)
 """The columns, described one by one in docs/profile.md."""
 
 _SAME = (

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 
 DONE = "done"
 FAILED = "failed"
@@ -16,82 +16,178 @@ PENDING = "pending"
 _TIMES = ("started_at", "finished_at")
 
 
+Int32 = Annotated[int, "int32"]
+"""A number whose column has 32 bits; columns of plain `int` have 64."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """What became of one try at one job; each field is a column of the log, in its order.
+    """One attempt at one job; each field is a column of the log, in its order.
 
-    docs/log.md says what each means and in which unit. Strings are empty and figures 0 or None
-    where there is nothing to say.
+    This is the one declaration of the columns: `columns` makes the schema from it, and the table in
+    docs/log.md is written from the text under the fields by `python -m tests.store.documented`. A
+    new column may be None, since the rows of earlier versions do not have it.
     """
 
     run: str
-    session: int
+    """The run folder's id: 12 hex digits, drawn when the folder was made."""
+    session: Int32
+    """Number of the process that made the row, in this folder, from 1."""
     job_id: str
+    """The job's id in the manifest."""
     key: str
+    """Hash (64 hex digits) of everything that decides the job's pixels and text."""
     task: str
+    """`t2i`, `edit` or `interleave`."""
     status: str
-    attempt: int
+    """`done` or `failed`, of this attempt."""
+    attempt: Int32
+    """Number of the attempt at this job, from 1, over all sessions."""
     error_type: str | None = None
+    """Type of the error of a failed attempt; else null."""
     error_message: str | None = None
+    """Its message; else null."""
     error_file: str | None = None
+    """Path, in the folder, of its traceback; else null."""
     prompt: str
+    """The job's prompt."""
     seed: int
-    width: int
-    height: int
-    num_steps: int
+    """Seed of the job's noise."""
+    width: Int32
+    """Pixels, of every image the job makes."""
+    height: Int32
+    """Pixels."""
+    num_steps: Int32
+    """Euler steps for one image."""
     cfg_scale: float
+    """Guidance scale of the text."""
     img_cfg_scale: float
+    """Guidance scale of the input images; not used by t2i."""
     cfg_norm: str
+    """`none`, `global`, `channel` or `cfg_zero_star`."""
     cfg_interval: tuple[float, float]
+    """Two timesteps between which guidance is applied."""
     timestep_shift: float
+    """Shift of the timestep schedule."""
     think: bool
-    num_input_images: int
-    num_images: int = 0
+    """Whether the model thinks before it draws."""
+    num_input_images: Int32
+    """Input images of the job."""
+    num_images: Int32 = 0
+    """Images the attempt made; 0 if it failed."""
     image_tokens: int = 0
+    """Image tokens (squares of 32 by 32 pixels) of these images."""
     think_tokens: int = 0
+    """Tokens of the think text of a t2i or edit job, also if the job failed afterwards."""
     text_tokens: int = 0
+    """Tokens of the text of an interleave job, its thoughts included; likewise."""
     batch_id: str | None = None
-    batch_size: int = 0
+    """Hash (16 hex digits) of the keys of the batch's jobs in their order; null if the job failed
+    before a batch began."""
+    batch_size: Int32 = 0
+    """Jobs in the batch; 0 if there was none."""
     shared_figures: bool = False
+    """Whether the columns marked *batch* are figures of several jobs together. The same figures
+    then stand in the row of each of these jobs: count them once for each (`session`, `batch_id`,
+    `started_at`), never sum them over rows."""
     queue_s: float
+    """Seconds from the start of the session's run to the start of the batch. *Batch.*"""
     load_s: float
+    """Seconds the session took to load the model; the same in all its rows."""
     wait_s: float | None = None
+    """Seconds the device waited for the batch: from the end of its last phase in the previous batch
+    to the start of its first phase in this one. That includes what follows a batch's last step
+    (images copied back) and what precedes the next one's first (inputs that are not ready, a writer
+    that is not done, recording the start of the batch). Null for a session's first batch, for a
+    batch that raised an error and the one after it, and in rows of versions that did not measure
+    it. *Batch.*"""
     prefill_s: float = 0.0
+    """Seconds of input images, prompts and re-encoded images. *Batch.*"""
     think_s: float = 0.0
+    """Seconds of decoding text, think or interleave. *Batch.*"""
     denoise_s: float = 0.0
+    """Seconds of denoising; images that an interrupted run had kept (resume.md) take none.
+    *Batch.*"""
     encode_s: float = 0.0
+    """Seconds of encoding and writing this job's files, in the background; not part of
+    `total_s`."""
     total_s: float = 0.0
-    num_kept_images: int | None = None
+    """Wall seconds of the generation. For a batch that was interrupted: of what was done after it
+    was resumed. *Batch.*"""
+    num_kept_images: Int32 | None = None
+    """Images of the batch that were not drawn in these `total_s`, but kept by an interrupted or
+    split batch before it (resume.md). `report` counts such a batch's images and seconds, but
+    measures no speed by them. Null if the job failed before a batch began, and in rows of versions
+    that did not record it. *Batch.*"""
     step_s: float | None = None
+    """Seconds of one denoising step of the jobs that share a pass, which are the whole batch unless
+    memory.md says otherwise; null without one. *Batch.*"""
     image_tok_per_s: float | None = None
+    """Image tokens of all images of the batch divided by `total_s`: the published tok/s. Null
+    without images, and if some of them were kept. *Batch.*"""
     text_tok_per_s: float | None = None
+    """Think and text tokens of all jobs of the batch divided by `think_s`; null without text.
+    *Batch.*"""
     peak_allocated_bytes: int = 0
+    """Most device memory allocated during the batch; 0 on a CPU. *Batch.*"""
     peak_reserved_bytes: int = 0
+    """Most device memory reserved during the batch; 0 on a CPU. *Batch.*"""
     peak_rss_bytes: int
+    """Most host memory the process had held resident by the time of the row, the pages of mapped
+    files (libraries) included. Weights are read, not mapped, so the page cache of the checkpoint's
+    files is not part of it."""
     load_peak_allocated_bytes: int
+    """Most device memory allocated while the model was loaded."""
     load_peak_reserved_bytes: int
+    """Most device memory reserved while the model was loaded."""
     load_peak_rss_bytes: int
+    """Most host memory the process had held resident by the end of the load."""
     vram_mode: str
+    """Where weights were kept: `full`, `fast`, `balanced` or `low` (memory.md). It changes within a
+    run if memory ran out."""
     budget_bytes: int | None
+    """Device memory the run was allowed (`--vram-budget` or `--max-memory`); null without a
+    limit."""
     attn_backend: str
+    """Attention kernel: `cudnn`, `flash` or `sdpa`."""
     compile_s: float | None = None
+    """Seconds of compiling kernels and trying them once, part of `load_s`; null if nothing was
+    compiled (`--no-compile`, a CPU, no Triton)."""
     dtype: str
+    """Type of weights and activations."""
     precision: str | None
+    """`fp8` or `fp8-all` if matrices are float8 (memory.md); null if all weights are in the
+    dtype."""
     device: str
+    """The device, as torch names it."""
     torch_version: str
+    """Version of torch."""
     model: str
+    """The checkpoint, as the user named it."""
     checkpoint: str
+    """Fingerprint of its tensors, configuration and tokenizer."""
     lora: str | None
+    """Fingerprint of the merged LoRA; null without one."""
     system_prompt_source: str
+    """Where the job's system prompt comes from: `job`, or the place where the run's was found."""
     image_paths: tuple[str, ...] = ()
+    """Paths of the images, in the folder, in the order drawn."""
     image_sha256: tuple[str, ...] = ()
+    """SHA-256 of each of these files."""
     text_path: str | None = None
+    """Path of the think or interleave text; null without one."""
     text_sha256: str | None = None
+    """SHA-256 of that file."""
     started_at: datetime
+    """UTC, when the batch began."""
     finished_at: datetime
+    """UTC, when the files of the batch were in place."""
     source_file: str
+    """The manifest, as the user named it."""
     source_row: str
+    """Line or row of the job in it."""
     metadata: str
+    """The job's tags and metadata, as a JSON object."""
 
     @property
     def outputs(self) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ Knows the columns and the files; what a row says is decided in `rows`.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -16,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sensebatch.errors import RunFolderError
-from sensebatch.store.attempts import row_from_json
+from sensebatch.store.attempts import Attempt, row_from_json
+from sensebatch.store.columns import arrow_schema
 from sensebatch.store.files import atomic_file, sync_folders
 from sensebatch.store.run_dir import RunDir
 from sensebatch.store.state import State
@@ -28,80 +28,7 @@ _MIN_INTERVAL_S = 2.0
 _MAX_SHARE = 0.05
 """Share of the time that rewriting may take."""
 
-_TIME = pa.timestamp("us", tz="UTC")
-
-SCHEMA = pa.schema(
-    [
-        pa.field("run", pa.string(), nullable=False),
-        pa.field("session", pa.int32(), nullable=False),
-        pa.field("job_id", pa.string(), nullable=False),
-        pa.field("key", pa.string(), nullable=False),
-        pa.field("task", pa.string(), nullable=False),
-        pa.field("status", pa.string(), nullable=False),
-        pa.field("attempt", pa.int32(), nullable=False),
-        pa.field("error_type", pa.string()),
-        pa.field("error_message", pa.string()),
-        pa.field("error_file", pa.string()),
-        pa.field("prompt", pa.string(), nullable=False),
-        pa.field("seed", pa.int64(), nullable=False),
-        pa.field("width", pa.int32(), nullable=False),
-        pa.field("height", pa.int32(), nullable=False),
-        pa.field("num_steps", pa.int32(), nullable=False),
-        pa.field("cfg_scale", pa.float64(), nullable=False),
-        pa.field("img_cfg_scale", pa.float64(), nullable=False),
-        pa.field("cfg_norm", pa.string(), nullable=False),
-        pa.field("cfg_interval", pa.list_(pa.float64()), nullable=False),
-        pa.field("timestep_shift", pa.float64(), nullable=False),
-        pa.field("think", pa.bool_(), nullable=False),
-        pa.field("num_input_images", pa.int32(), nullable=False),
-        pa.field("num_images", pa.int32(), nullable=False),
-        pa.field("image_tokens", pa.int64(), nullable=False),
-        pa.field("think_tokens", pa.int64(), nullable=False),
-        pa.field("text_tokens", pa.int64(), nullable=False),
-        pa.field("batch_id", pa.string()),
-        pa.field("batch_size", pa.int32(), nullable=False),
-        pa.field("shared_figures", pa.bool_(), nullable=False),
-        pa.field("queue_s", pa.float64(), nullable=False),
-        pa.field("load_s", pa.float64(), nullable=False),
-        pa.field("wait_s", pa.float64()),
-        pa.field("prefill_s", pa.float64(), nullable=False),
-        pa.field("think_s", pa.float64(), nullable=False),
-        pa.field("denoise_s", pa.float64(), nullable=False),
-        pa.field("encode_s", pa.float64(), nullable=False),
-        pa.field("total_s", pa.float64(), nullable=False),
-        pa.field("num_kept_images", pa.int32()),
-        pa.field("step_s", pa.float64()),
-        pa.field("image_tok_per_s", pa.float64()),
-        pa.field("text_tok_per_s", pa.float64()),
-        pa.field("peak_allocated_bytes", pa.int64(), nullable=False),
-        pa.field("peak_reserved_bytes", pa.int64(), nullable=False),
-        pa.field("peak_rss_bytes", pa.int64(), nullable=False),
-        pa.field("load_peak_allocated_bytes", pa.int64(), nullable=False),
-        pa.field("load_peak_reserved_bytes", pa.int64(), nullable=False),
-        pa.field("load_peak_rss_bytes", pa.int64(), nullable=False),
-        pa.field("vram_mode", pa.string(), nullable=False),
-        pa.field("budget_bytes", pa.int64()),
-        pa.field("attn_backend", pa.string(), nullable=False),
-        pa.field("compile_s", pa.float64()),
-        pa.field("dtype", pa.string(), nullable=False),
-        pa.field("precision", pa.string()),
-        pa.field("device", pa.string(), nullable=False),
-        pa.field("torch_version", pa.string(), nullable=False),
-        pa.field("model", pa.string(), nullable=False),
-        pa.field("checkpoint", pa.string(), nullable=False),
-        pa.field("lora", pa.string()),
-        pa.field("system_prompt_source", pa.string(), nullable=False),
-        pa.field("image_paths", pa.list_(pa.string()), nullable=False),
-        pa.field("image_sha256", pa.list_(pa.string()), nullable=False),
-        pa.field("text_path", pa.string()),
-        pa.field("text_sha256", pa.string()),
-        pa.field("started_at", _TIME, nullable=False),
-        pa.field("finished_at", _TIME, nullable=False),
-        pa.field("source_file", pa.string(), nullable=False),
-        pa.field("source_row", pa.string(), nullable=False),
-        pa.field("metadata", pa.string(), nullable=False),
-    ]
-)
+SCHEMA = arrow_schema(Attempt)
 """The columns, described one by one in docs/log.md."""
 
 
@@ -194,11 +121,6 @@ class Log:
             for table in tables:
                 writer.write_table(table)
         sync_folders([path], self._run_dir.root)
-
-
-def metadata_text(metadata: object) -> str:
-    """Returns a job's metadata as the log holds it."""
-    return json.dumps(metadata, ensure_ascii=False, sort_keys=True)
 
 
 def read_log(path: Path, columns: Collection[str] = SCHEMA.names) -> pa.Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -9,7 +10,6 @@ from typing import Any
 
 from sensebatch.jobs import BatchMetrics, EngineInfo
 from sensebatch.store.attempts import DONE, FAILED, Attempt, Failure
-from sensebatch.store.log import metadata_text
 from sensebatch.store.state import StoredJob
 
 
@@ -79,7 +79,7 @@ def job_columns(context: RowContext, stored: StoredJob) -> dict[str, Any]:
         "system_prompt_source": "job" if own_prompt else info.system_prompt_source[job.task],
         "source_file": job.source.file,
         "source_row": job.source.row,
-        "metadata": metadata_text(dict(job.metadata)),
+        "metadata": json.dumps(dict(job.metadata), ensure_ascii=False, sort_keys=True),
     }
 
 

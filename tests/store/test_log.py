@@ -1,9 +1,8 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,13 @@ from sensebatch.store.attempts import Attempt
 from sensebatch.store.log import SCHEMA, read_log
 from sensebatch.store.store import open_store
 from tests.executor.fakes import IDENTITY, FakeEngine, make_config, make_job, mixed_jobs, run_folder
-
-DOCS = Path(__file__).parents[2] / "docs" / "log.md"
-
-
-def test_columns_are_the_fields_of_an_attempt() -> None:
-    assert SCHEMA.names == [field.name for field in fields(Attempt)]
+from tests.store import documented
 
 
-def test_every_column_is_documented_in_order() -> None:
-    documented = re.findall(r"^\| `(\w+)` \|", DOCS.read_text(), re.MULTILINE)
-    assert documented == SCHEMA.names
+def test_table_of_the_documentation_is_what_the_columns_say() -> None:
+    document = documented.DOCS.read_text()
+    assert set(documented.field_texts(Attempt)) == set(SCHEMA.names)
+    assert document == documented.written(document), "run python -m tests.store.documented"
 
 
 def test_log_is_there_before_the_first_batch(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ import pytest
 from sensebatch.cli.main import main
 from sensebatch.errors import RunFolderError, StorageFullError
 from sensebatch.store import migrations
-from sensebatch.store.log import read_log
+from sensebatch.store.log import SCHEMA, read_log
 from sensebatch.store.state import State
 from sensebatch.store.status import read_status
 from sensebatch.store.store import open_store
@@ -80,6 +80,12 @@ def test_finished_folder_of_the_first_format_draws_nothing_again(
     assert old_rows(root, columns) == rows
     assert command("report", root, "--json") == 0
     assert json.loads(capsys.readouterr().out)["total"]["images"] == len(rows) + 4
+
+
+def test_columns_of_the_first_format_are_still_columns_and_later_ones_may_be_null() -> None:
+    found = pq.read_schema(FOLDERS / "done" / "log.parquet")
+    assert [SCHEMA.field(name) for name in found.names] == list(found)
+    assert all(field.nullable for field in SCHEMA if field.name not in found.names)
 
 
 def test_interrupted_folder_of_the_first_format_goes_on_where_it_was(folders: Path) -> None:
