@@ -28,7 +28,7 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DrawnImage:
+class KeptImage:
     """One finished picture of a job of an unfinished batch, exactly as the sampler left it."""
 
     image: np.ndarray
@@ -44,14 +44,14 @@ class Checkpoints(Protocol):
     Used by one thread at a time, but not always by the same one.
     """
 
-    def load(self) -> Sequence[Sequence[DrawnImage]]:
+    def load(self) -> Sequence[Sequence[KeptImage]]:
         """Returns the pictures kept for each job of the batch, in the batch's order.
 
         A job that has not as many as it makes may have the same one more than once, the latest
         last. Where nothing is kept, jobs may be missing.
         """
 
-    def save(self, drawn: Sequence[tuple[int, DrawnImage]]) -> None:
+    def save(self, drawn: Sequence[tuple[int, KeptImage]]) -> None:
         """Keeps the pictures that were denoised together, as (job's index, picture); atomic."""
 
 

@@ -256,7 +256,7 @@ class _Run:
         keys = tuple(stored.key for stored in jobs)
         members = tuple(stored.job for stored in jobs)
         batch = Batch(id=batch_id(keys), group=group_key(members[0]), jobs=members, keys=keys)
-        checkpoints = self._store.checkpoints.of_batch(seq, batch)
+        checkpoints = self._store.kept.of_batch(seq, batch)
         self._tell(partial(self._observer.batch_started, batch))
         start = time.monotonic()
         result = self._generate(batch, prepared, checkpoints)

@@ -36,7 +36,7 @@ class RunDir:
         self.state = root / "state.db"
         self.log = root / "log.parquet"
         self.log_parts = root / "log"
-        self.checkpoints = root / "checkpoints"
+        self.kept_images = root / "checkpoints"
         self._lock = root / ".lock"
         self._holder = root / ".lock-holder.json"
 

@@ -267,7 +267,7 @@ class State:
         with self._db.transaction() as db:
             db.executemany("DELETE FROM stale WHERE path = ?", ((path,) for path in paths))
 
-    def needs_checkpoints(self, seq: int, ids: Iterable[str]) -> bool:
+    def needs_kept_images(self, seq: int, ids: Iterable[str]) -> bool:
         """Returns whether a batch is under way, or one of the jobs it had is still to be run."""
         with self._db.reading() as db:
             if db.execute("SELECT 1 FROM batches WHERE seq = ?", (seq,)).fetchone():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sensebatch.errors import RunFolderError
-from sensebatch.store.checkpoints import CheckpointStore
+from sensebatch.store.kept import KeptImages
 from sensebatch.store.run_dir import RunDir
 from sensebatch.store.state import Counts, State
 
@@ -36,7 +36,7 @@ def read_status(root: Path) -> RunStatus:
     try:
         return RunStatus(
             counts=state.counts(),
-            kept_images=CheckpointStore(run_dir.checkpoints).num_images(state.is_to_run),
+            kept_images=KeptImages(run_dir.kept_images).num_images(state.is_to_run),
             running=running,
         )
     finally:

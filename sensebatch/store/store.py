@@ -1,4 +1,4 @@
-"""A run's folder, opened: its lock held, its state, its checkpoints and its log at hand."""
+"""A run's folder, opened: its lock held, its state, its kept images and its log at hand."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path, PurePosixPath
 
 from sensebatch.errors import RunFolderError, RunStoppedError
 from sensebatch.store.attempts import Attempt
-from sensebatch.store.checkpoints import CheckpointStore
 from sensebatch.store.files import storage_errors
+from sensebatch.store.kept import KeptImages
 from sensebatch.store.log import Log
 from sensebatch.store.run_dir import RunDir
 from sensebatch.store.state import State
@@ -22,7 +22,7 @@ class Store:
 
     run_dir: RunDir
     state: State
-    checkpoints: CheckpointStore
+    kept: KeptImages
     log: Log
 
     def commit(self, seq: int, attempts: Sequence[Attempt], *, max_attempts: int) -> None:
@@ -35,7 +35,7 @@ class Store:
         self.run_dir.require_in_place()
         stale = self.state.commit(seq, attempts, max_attempts=max_attempts)
         self.remove_stale(stale)
-        self.checkpoints.discard(seq, self.state.needs_checkpoints)
+        self.kept.discard(seq, self.state.needs_kept_images)
         self.log.update()
 
     @contextmanager
@@ -81,7 +81,7 @@ def open_store(root: Path) -> Iterator[Store]:
             store = Store(
                 run_dir=run_dir,
                 state=state,
-                checkpoints=CheckpointStore(run_dir.checkpoints),
+                kept=KeptImages(run_dir.kept_images),
                 log=Log(run_dir, state),
             )
             store.remove_stale(state.stale_files())
@@ -89,7 +89,7 @@ def open_store(root: Path) -> Iterator[Store]:
                 store.log.write()
             yield store
             # A process that was killed behind its last commit left them, and none may follow.
-            store.checkpoints.discard_unneeded(state.needs_checkpoints)
+            store.kept.discard_unneeded(state.needs_kept_images)
         except BaseException:
             is_used = state.has_jobs()
             raise

@@ -23,7 +23,7 @@ from sensebatch.checkpoint.files import open_checkpoint
 from sensebatch.checkpoint.fingerprint import fingerprint
 from sensebatch.checkpoint.system_prompts import resolve_system_prompts
 from sensebatch.config import ModelConfig, RunConfig, default_config
-from sensebatch.contract import DrawnImage, Engine
+from sensebatch.contract import Engine, KeptImage
 from sensebatch.engine.device.runtime import resolve_runtime
 from sensebatch.engine.engine import load_engine
 from sensebatch.jobs import (
@@ -106,11 +106,11 @@ def example_job(example: Example, number: int, sampling: Sampling) -> Job:
 class _KeepNothing:
     """Pictures of unfinished jobs are not kept."""
 
-    def load(self) -> Sequence[Sequence[DrawnImage]]:
+    def load(self) -> Sequence[Sequence[KeptImage]]:
         """See `contract.Checkpoints`."""
         return ()
 
-    def save(self, drawn: Sequence[tuple[int, DrawnImage]]) -> None:
+    def save(self, drawn: Sequence[tuple[int, KeptImage]]) -> None:
         """See `contract.Checkpoints`."""
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sensebatch.contract import DrawnImage
+from sensebatch.contract import KeptImage
 from sensebatch.engine.model.attention import sdpa
 from sensebatch.engine.model.kv_cache import KVCache, Span
 from sensebatch.engine.model.network import ImagePositions, Network
@@ -113,12 +113,12 @@ class KeptImages:
     """Checkpoints of one batch in memory."""
 
     def __init__(self, num_jobs: int) -> None:
-        self.images: list[list[DrawnImage]] = [[] for _ in range(num_jobs)]
+        self.images: list[list[KeptImage]] = [[] for _ in range(num_jobs)]
 
-    def load(self) -> list[list[DrawnImage]]:
+    def load(self) -> list[list[KeptImage]]:
         return [list(kept) for kept in self.images]
 
-    def save(self, drawn: Sequence[tuple[int, DrawnImage]]) -> None:
+    def save(self, drawn: Sequence[tuple[int, KeptImage]]) -> None:
         for index, image in drawn:
             self.images[index].append(image)
 

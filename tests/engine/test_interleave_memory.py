@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from sensebatch.contract import DrawnImage
+from sensebatch.contract import KeptImage
 from sensebatch.engine.model.kv_cache import KVCache, SharedRoom, part_caches
 from sensebatch.engine.runner import Runner
 from sensebatch.engine.sampling.text import Script, Step
@@ -30,10 +30,10 @@ SCRIPT = Script(word=65, image_start=260)
 class Forgetful:
     """Checkpoints that keep nothing, so that what is alive is the task's."""
 
-    def load(self) -> list[list[DrawnImage]]:
+    def load(self) -> list[list[KeptImage]]:
         return []
 
-    def save(self, drawn: Sequence[tuple[int, DrawnImage]]) -> None:
+    def save(self, drawn: Sequence[tuple[int, KeptImage]]) -> None:
         pass
 
 

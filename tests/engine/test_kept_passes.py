@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from sensebatch.contract import DrawnImage, Progress
+from sensebatch.contract import KeptImage, Progress
 from sensebatch.engine.runner import PassLimits, Runner
 from sensebatch.engine.tasks import single_image
 from sensebatch.engine.tasks.denoise import denoise
@@ -115,7 +115,7 @@ def test_a_picture_behind_another_thought_is_not_used(
     expected = batch.run(kept)
     (right,) = kept.images[0]
     assert len(right.tokens) == expected[0].think_tokens > 0
-    kept.images[0] = [DrawnImage(image=right.image * 0, tokens=tokens)]
+    kept.images[0] = [KeptImage(image=right.image * 0, tokens=tokens)]
     assert made(batch.run(kept)) == made(expected)
     assert batch.drawn == [(0, 1), (2, 1)]
     # Kept again behind the right one, and then used.
@@ -143,7 +143,7 @@ def test_a_pass_of_which_one_picture_is_missing_is_drawn_whole(
 class FullDisk(KeptImages):
     """Has no room for a picture."""
 
-    def save(self, drawn: Sequence[tuple[int, DrawnImage]]) -> None:  # noqa: ARG002
+    def save(self, drawn: Sequence[tuple[int, KeptImage]]) -> None:  # noqa: ARG002
         raise StorageFullError("no room left on the disk")
 
 
@@ -167,7 +167,7 @@ class Waiting(KeptImages):
         self.drawn = threading.Semaphore(0)
         self.saving = 0
 
-    def save(self, drawn: Sequence[tuple[int, DrawnImage]]) -> None:
+    def save(self, drawn: Sequence[tuple[int, KeptImage]]) -> None:
         self.saving += 1
         assert self.saving == 1, "one save at a time"
         assert self.drawn.acquire(timeout=60), "the next pass waits for the save"

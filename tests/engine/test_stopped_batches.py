@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from sensebatch.contract import DrawnImage, Progress
+from sensebatch.contract import KeptImage, Progress
 from sensebatch.engine.engine import SenseNovaEngine
 from sensebatch.engine.runner import Runner
 from sensebatch.engine.tasks.interleave import run_interleave
@@ -213,7 +213,7 @@ def test_stories_of_one_picture_are_finished(engine: SenseNovaEngine) -> None:
 class FullDisk(KeptImages):
     """Has no room for a picture."""
 
-    def save(self, drawn: Sequence[tuple[int, DrawnImage]]) -> None:  # noqa: ARG002
+    def save(self, drawn: Sequence[tuple[int, KeptImage]]) -> None:  # noqa: ARG002
         raise StorageFullError("no room left on the disk")
 
 

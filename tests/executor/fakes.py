@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from sensebatch.config import ExecutionConfig, MemoryConfig, OutputConfig, RunConfig, default_config
-from sensebatch.contract import Checkpoints, DrawnImage, Progress
+from sensebatch.contract import Checkpoints, KeptImage, Progress
 from sensebatch.errors import BatchStoppedError, JobError, OutOfMemoryError
 from sensebatch.executor.run import Stop, Summary, execute
 from sensebatch.jobs import (
@@ -225,7 +225,7 @@ class FakeEngine:
             drawn = [self._drawn(batch, i, prepared[i]) for i in members]
             images += drawn
             self._step(progress)
-            whole = [DrawnImage(image=image, tokens=()) for image in drawn if image is not None]
+            whole = [KeptImage(image=image, tokens=()) for image in drawn if image is not None]
             if members.stop < count and len(whole) == len(members):
                 checkpoints.save(list(zip(members, whole, strict=True)))
         return [self._picture(batch, index, image) for index, image in enumerate(images)]
@@ -278,11 +278,11 @@ class FakeEngine:
             for pictures in drawn
         ]
 
-    def _next(self, batch: Batch, index: int, before: Sequence[DrawnImage]) -> DrawnImage:
+    def _next(self, batch: Batch, index: int, before: Sequence[KeptImage]) -> KeptImage:
         job, key = batch.jobs[index], batch.keys[index]
         state = [digest(picture.image.tobytes(), picture.tokens) for picture in before]
         image = drawn_image(job.resolution, batch.id, key, *state)
-        return DrawnImage(image=image, tokens=tuple(digest(batch.id, key, *state)[:3]))
+        return KeptImage(image=image, tokens=tuple(digest(batch.id, key, *state)[:3]))
 
 
 def _num_images(job: Job, key: str) -> int:

@@ -14,8 +14,8 @@ from sensebatch.config import ExecutionConfig, OutputConfig
 from sensebatch.errors import RunFolderError, StorageFullError
 from sensebatch.jobs import Job, Task
 from sensebatch.resolutions import Resolution
-from sensebatch.store.checkpoints import CheckpointStore
 from sensebatch.store.images import read_metadata
+from sensebatch.store.kept import KeptImages
 from sensebatch.store.store import open_store
 from tests.executor.fakes import (
     FakeEngine,
@@ -338,7 +338,7 @@ def test_pictures_left_by_a_kill_behind_the_last_commit_are_cleared_up(
 
     jobs = [make_job("story", Task.INTERLEAVE)]
     with monkeypatch.context() as patch:
-        patch.setattr(CheckpointStore, "discard", end)
+        patch.setattr(KeptImages, "discard", end)
         with pytest.raises(KeyboardInterrupt):
             run_folder(tmp_path, jobs)
     assert list((tmp_path / "checkpoints").iterdir())

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sensebatch.contract import Checkpoints, DrawnImage
+from sensebatch.contract import Checkpoints, KeptImage
 from sensebatch.engine.model.kv_cache import KVCache, part_caches
 from sensebatch.engine.model.tokenizer import IMG_START
 from sensebatch.engine.preprocess import drawn_to_patches, to_uint8
@@ -39,7 +39,7 @@ class Story:
     """Of the job in its batch; names its checkpoints."""
     resolutions: Sequence[Resolution]
     """Of each picture; the last serves all that follow."""
-    kept: Sequence[DrawnImage] = ()
+    kept: Sequence[KeptImage] = ()
     """Pictures an interrupted run has drawn."""
     num_kept: int = 0
     """Those of them that were taken."""
@@ -205,7 +205,7 @@ def _denoise_stories(
     drawn = []
     for story, _ in group:
         if story.last is not None:
-            kept = DrawnImage(image=story.last.numpy(), tokens=tuple(story.choices))
+            kept = KeptImage(image=story.last.numpy(), tokens=tuple(story.choices))
             drawn.append((story.index, kept))
     if drawn:
         checkpoints.save(drawn)

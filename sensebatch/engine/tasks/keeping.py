@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
-from sensebatch.contract import Checkpoints, DrawnImage
+from sensebatch.contract import Checkpoints, KeptImage
 from sensebatch.errors import BatchStoppedError
 
 
@@ -43,7 +43,7 @@ class Keeper:
         if error is None or isinstance(error, BatchStoppedError):
             self._wait()
 
-    def keep(self, drawn: Sequence[tuple[int, DrawnImage]]) -> None:
+    def keep(self, drawn: Sequence[tuple[int, KeptImage]]) -> None:
         """Starts to save pictures once those before are saved.
 
         Args:

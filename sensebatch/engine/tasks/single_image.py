@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sensebatch.contract import Checkpoints, DrawnImage
+from sensebatch.contract import Checkpoints, KeptImage
 from sensebatch.engine.model.kv_cache import part_caches
 from sensebatch.engine.model.tokenizer import THINK_END
 from sensebatch.engine.preprocess import to_uint8
@@ -111,7 +111,7 @@ def _draw(
     running: Sequence[RunningJob],
     thoughts: Sequence[Thought],
     place: tuple[int, int],
-) -> tuple[list[np.ndarray | JobError], list[DrawnImage]]:
+) -> tuple[list[np.ndarray | JobError], list[KeptImage]]:
     """Draws a pass, and leaves nothing of it on the device.
 
     Returns:
@@ -124,10 +124,10 @@ def _draw(
     if number + 1 == count or any(isinstance(one, JobError) for one in pixels):
         return pixels, []
     of_jobs = zip(images.cpu().numpy(), thoughts, strict=True)
-    return pixels, [DrawnImage(image=i, tokens=tuple(thought or ())) for i, thought in of_jobs]
+    return pixels, [KeptImage(image=i, tokens=tuple(thought or ())) for i, thought in of_jobs]
 
 
-def _kept_image(pictures: Sequence[DrawnImage], thought: Thought) -> np.ndarray | None:
+def _kept_image(pictures: Sequence[KeptImage], thought: Thought) -> np.ndarray | None:
     """Returns a job's picture of an earlier run, if it was drawn behind the same thought.
 
     The last one, since a pass that was not kept whole was drawn and kept again.
