@@ -156,7 +156,7 @@ def _moe(llm: _Fields, num_layers: int) -> tuple[Moe, Moe]:
     num_experts = llm.get(_num_experts(llm), int)
     per_tok = llm.get("num_experts_per_tok", int)
     intermediate = llm.get("moe_intermediate_size", int)
-    norm_topk = llm.get("norm_topk_prob", bool, True)
+    norm_topk = llm.get("norm_topk_prob", bool, False)
     step = llm.get("decoder_sparse_step", int, 1)
     if step < 1:
         raise llm.reject("decoder_sparse_step", step, "1 or more")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 ROWS = 4096
 """Tokens that go through the halves of a layer at a time, so that what they need for a moment
 does not grow with the batch. Matrix products of this many rows already run at full speed."""
@@ -22,6 +24,31 @@ tokens that lead over from text to a picture."""
 def pictures_per_part(image_tokens: int) -> int:
     """Returns how many pictures go through the halves of a layer together; see `ROWS`."""
     return max(ROWS // image_tokens, 1)
+
+
+def evaluation_parts(images: Sequence[int], image_tokens: int) -> list[slice]:
+    """Returns the evaluations of a denoising step in parts of at most `pictures_per_part`.
+
+    Images that fill a part keep their evaluations to themselves. So the rows of a matrix product,
+    and with them its roundings, do not depend on how many images share the pass, even where
+    guidance rests for some of them.
+
+    Args:
+        images: Which image of the pass each evaluation is of, in order.
+        image_tokens: Of an image.
+    """
+    size = pictures_per_part(image_tokens)
+    parts: list[slice] = []
+    start = 0
+    for end in range(1, len(images) + 1):
+        if (
+            end == len(images)
+            or end - start == size
+            or images[end] // size != images[start] // size
+        ):
+            parts.append(slice(start, end))
+            start = end
+    return parts
 
 
 def pictures_per_pass(image_tokens: int, tokens_per_pass: int) -> int:

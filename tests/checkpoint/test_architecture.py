@@ -48,6 +48,19 @@ def test_generation_experts_differ_from_understanding_ones_and_default_to_them()
     assert moe.generation_moe.sparse_layers == (True, True)
 
 
+def test_weights_of_experts_are_renormalised_only_where_the_field_says_so() -> None:
+    """As transformers reads a Qwen3-MoE configuration."""
+    for value, expected in ((True, True), (False, False), (None, False)):
+        config = edited(golden_config("moe"), "llm_config.norm_topk_prob", value)
+        moe = parse_architecture(config)
+        assert moe.understanding_moe is not None
+        assert moe.generation_moe is not None
+        assert moe.understanding_moe.norm_topk_prob is expected
+        assert moe.generation_moe.norm_topk_prob is expected
+    del config["llm_config"]["norm_topk_prob"]
+    assert parse_architecture(config) == moe
+
+
 def test_lists_of_one_count_as_their_element() -> None:
     config = edited(golden_config("dense_fm"), "downsample_ratio", [0.5])
     assert parse_architecture(config) == golden_architecture("dense_fm")

@@ -20,6 +20,7 @@ from sensebatch.engine.tasks.denoise import draw_noise
 from sensebatch.engine.tasks.state import job_generator
 from sensebatch.errors import ConfigError, JobError, OutOfMemoryError
 from sensebatch.jobs import (
+    MAX_SEED,
     Batch,
     BatchResult,
     Job,
@@ -88,6 +89,12 @@ def generate(
     return engine.generate(batch, prepared, checkpoints=kept, progress=progress, stop=stop)
 
 
+def png(width: int, height: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def pixels(result: BatchResult) -> list[bytes]:
     return [image.tobytes() for job in result.results for image in job.images]
 
@@ -115,11 +122,52 @@ def test_the_waiting_between_two_batches_is_told(monkeypatch: pytest.MonkeyPatch
 
 def test_many_input_images_are_each_made_smaller() -> None:
     engine = load(make_config())
-    buffer = io.BytesIO()
-    Image.new("RGB", (512, 512)).save(buffer, "PNG")
-    prepared = engine.prepare(make_job("b", task=Task.EDIT), [buffer.getvalue()] * 8)
+    prepared = engine.prepare(make_job("b", task=Task.EDIT), [png(512, 512)] * 8)
     # 4 x 2 x 256 x 256 pixels for the eight, whose limit alone is 2 x 256 x 256.
     assert [image.token_grid for image in prepared.images] == [(8, 8)] * 8
+
+
+@pytest.mark.parametrize(
+    ("max_pixels", "grid"), [(None, (6, 8)), (128 * 128, (4, 5)), (256 * 256, (7, 10))]
+)
+def test_inputs_of_an_edit_are_brought_to_the_jobs_number_of_pixels(
+    max_pixels: int | None, grid: tuple[int, int]
+) -> None:
+    engine = load(make_config())
+    job = make_job("b", task=Task.EDIT, input_max_pixels=max_pixels)
+    prepared = engine.prepare(job, [png(256, 192)])
+    assert [image.token_grid for image in prepared.images] == [grid]
+
+
+@pytest.mark.parametrize("task", list(Task))
+def test_a_job_reads_its_own_system_prompt_before_the_runs(task: Task) -> None:
+    engine = load(make_config())
+    own, runs = (
+        engine.prepare(make_job("b", task=task, system_prompt=prompt), ()).prompts["cond"]
+        for prompt in ("Speak in rhymes.", None)
+    )
+    decode = engine._tokenizer.decode
+    assert decode(own.system_ids) == "system\nSpeak in rhymes.\n"
+    said = "You tell." if task is Task.INTERLEAVE else "You draw."
+    assert decode(runs.system_ids) == f"system\n{said}\n"
+
+
+def test_a_scale_below_1_draws_what_1_draws() -> None:
+    engine = load(make_config())
+    drawn = [
+        pixels(
+            generate(engine, make_job("a", sampling=replace(make_job("a").sampling, cfg_scale=c)))
+        )
+        for c in (1.0, 0.5, 1.5)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_seed_keeps_all_its_bits() -> None:
+    engine = load(make_config())
+    for seed in (2**32 + 5, MAX_SEED):
+        prepared = engine.prepare(make_job("a", seed=seed), ())
+        assert prepared.generator.initial_seed() == seed
 
 
 def test_a_job_that_cannot_be_laid_out_is_refused_before_any_batch() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from sensebatch.engine.model.patchify import tokens_to_patches
 from sensebatch.engine.prompts import ImageSpan, Prompt
 from sensebatch.engine.runner import Extension
 from tests.engine.golden_model import (
@@ -106,3 +107,39 @@ def test_one_velocity_matches_the_reference(config: str, name: str) -> None:
         x = predict(runner, step)
         assert_close(x, case.tensor("x_pred"))
         assert_close(step.velocity(x), case.tensor("v_pred"))
+
+
+@pytest.mark.parametrize(("config", "name"), case_ids("gen_step"))
+def test_everything_a_velocity_is_made_of_matches_the_reference(
+    config: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = load_case(config, name)
+    runner = build_runner(case)
+    network = runner.network
+    outputs: list[torch.Tensor] = []
+    original = network.generation.forward
+
+    def record(*args: Any) -> torch.Tensor:
+        outputs.append(original(*args).clone())
+        return outputs[-1]
+
+    with infer():
+        step = golden_step(runner, case)
+        size, t = step.positions.resolution, case.tensor("t").reshape(1)
+        assert step.t == pytest.approx(t.item(), abs=1e-7)
+        embeds = network.generation_vision(
+            tokens_to_patches(step.z_JNx, size.height, size.width),
+            step.positions.patch_grid,
+            step.positions.patch_rotary,
+        )
+        assert_close(embeds, case.tensor("gen_vit_embeds"))
+        expected = case.tensor("timestep_embeds")
+        assert_close(network.timestep_embedder(t).expand_as(expected), expected)
+        expected = case.tensor("noise_scale_embeds")
+        ratio = torch.tensor([case.params["noise_scale"] / network.arch.noise_scale_max_value])
+        assert_close(network.noise_scale_embedder(ratio).expand_as(expected), expected)
+        places = network.token_rotary(case.tensor("image_indexes"))
+        assert all(map(torch.equal, step.positions.token_rotary, places))
+        monkeypatch.setattr(network.generation, "forward", record)
+        predict(runner, step)
+        assert_close(outputs[0], case.tensor("last_hidden_state"))

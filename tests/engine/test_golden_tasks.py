@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
 import pytest
 import torch
 
 from sensebatch.engine.model import attention
-from sensebatch.engine.sampling.flow_matching import timesteps
-from sensebatch.engine.tasks.denoise import Drawing, denoise
+from sensebatch.engine.model.patchify import tokens_to_image
+from sensebatch.engine.runner import Runner
+from sensebatch.engine.sampling.flow_matching import euler, timesteps
+from sensebatch.engine.sampling.guidance import Guidance
+from sensebatch.engine.tasks import denoise as denoise_module
+from sensebatch.engine.tasks import interleave
+from sensebatch.engine.tasks.denoise import Drawing, denoise, draw_noise, image_noise_scale
 from sensebatch.engine.tasks.interleave import run_interleave
 from sensebatch.engine.tasks.state import start_jobs
 from tests.engine.golden_model import (
+    TASKS,
     KeptImages,
     build_job,
     build_runner,
@@ -18,7 +27,14 @@ from tests.engine.golden_model import (
     draw_together,
     infer,
 )
-from tests.golden_data import TOLERANCE, Case, case_ids, load_case, relative_error
+from tests.golden_data import (
+    TOLERANCE,
+    Case,
+    case_ids,
+    golden_architecture,
+    load_case,
+    relative_error,
+)
 
 
 @pytest.fixture(params=["masked", "without masks"], autouse=True)
@@ -65,11 +81,119 @@ def test_pictures_follow_the_prefix_at_the_reference_position(config: str, name:
         assert cache.next_t == case.outputs[f"image_t_index_{branch}"]
 
 
-@pytest.mark.parametrize(("config", "name"), case_ids("t2i"))
-def test_timesteps_match_the_reference(config: str, name: str) -> None:
-    case = load_case(config, name)
+def assert_drawn_from(
+    case: Case, *, timesteps_name: str, noise_name: str, generator: torch.Generator
+) -> None:
+    """Checks the schedule of an image of a case, and the noise that a job's generator gives."""
     schedule = timesteps(case.params["num_steps"], case.params["timestep_shift"])
-    torch.testing.assert_close(schedule, case.tensor("timesteps"), rtol=0, atol=1e-7)
+    torch.testing.assert_close(schedule, case.tensor(timesteps_name), rtol=0, atol=1e-7)
+    arch = golden_architecture(case.config)
+    noise = draw_noise(arch, case_resolutions(case)[0], generator)
+    assert relative_error(noise[None], case.tensor(noise_name)[:1]) < TOLERANCE
+
+
+@pytest.mark.parametrize(("config", "name"), case_ids("t2i", "think", "edit", "edit_think"))
+def test_schedule_and_noise_match_the_reference(config: str, name: str) -> None:
+    case = load_case(config, name)
+    generator = torch.Generator().manual_seed(case.params["seed"])
+    assert_drawn_from(
+        case, timesteps_name="timesteps", noise_name="initial_noise", generator=generator
+    )
+
+
+@pytest.mark.parametrize(("config", "name"), case_ids("interleave"))
+def test_schedules_and_noises_of_interleave_jobs_match_the_reference(
+    config: str, name: str
+) -> None:
+    case = load_case(config, name)
+    generator = torch.Generator().manual_seed(case.params["seed"])
+    for number in range(case.outputs["num_images"]):
+        assert_drawn_from(
+            case,
+            timesteps_name=f"timesteps_{number}",
+            noise_name=f"initial_noise_{number}",
+            generator=generator,
+        )
+        scale = image_noise_scale(golden_architecture(config), case_resolutions(case)[0])
+        assert scale == pytest.approx(case.outputs["noise_scales"][number], rel=1e-6)
+
+
+def test_every_step_of_an_image_matches_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = load_case("dense_fm", "t2i_cfg4_none")
+    states: list[torch.Tensor] = []
+    velocities: list[dict[str, torch.Tensor]] = []
+    combine = Guidance.combine
+
+    def watched_euler(z: torch.Tensor, schedule: torch.Tensor, velocity: Any) -> torch.Tensor:
+        def watched(z_JNx: torch.Tensor, *args: Any) -> torch.Tensor:
+            states.append(z_JNx.clone())
+            return velocity(z_JNx, *args)
+
+        return euler(z, schedule, watched)
+
+    def watched_combine(
+        self: Guidance, found: Mapping[str, torch.Tensor], step: int, t: float
+    ) -> torch.Tensor:
+        velocities.append({branch: v.clone() for branch, v in found.items()})
+        return combine(self, found, step, t)
+
+    monkeypatch.setattr(denoise_module, "euler", watched_euler)
+    monkeypatch.setattr(Guidance, "combine", watched_combine)
+    with infer():
+        draw_together(build_runner(case), [build_job(case, generation_prompt(case))])
+    size = case_resolutions(case)[0]
+    for number, state in enumerate(states[1:]):
+        image = tokens_to_image(state, size.height, size.width)
+        assert relative_error(image, case.tensor(f"image_after_step_{number}")) < TOLERANCE
+    assert len(states) == len(velocities) == 4
+    for branch, found in velocities[1].items():
+        expected = case.tensor(f"v_{branch}_step_1")
+        assert relative_error(found.reshape(expected.shape), expected) < TOLERANCE
+
+
+def watch_logits(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Returns a list to which the logits of every greedy choice are added."""
+    seen: list[torch.Tensor] = []
+    logits = runner.network.logits
+
+    def watched(hidden_SD: torch.Tensor) -> torch.Tensor:
+        seen.append(logits(hidden_SD))
+        return seen[-1]
+
+    monkeypatch.setattr(runner.network, "logits", watched)
+    return seen
+
+
+def assert_chosen_from(seen: Sequence[torch.Tensor], case: Case) -> None:
+    expected = case.tensor("step_logits")
+    # A thought that `</think>` has ended is not asked what follows, but the pass has computed it.
+    found = torch.cat(list(seen))[: len(expected)]
+    assert relative_error(found, expected) < TOLERANCE
+    assert found.argmax(-1).tolist() == case.outputs["argmax_decisions"]
+
+
+@pytest.mark.parametrize(("config", "name"), case_ids("think", "edit_think", configs=["dense_fm"]))
+def test_thoughts_are_chosen_from_the_logits_of_the_reference(
+    config: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = load_case(config, name)
+    runner = build_runner(case)
+    seen = watch_logits(runner, monkeypatch)
+    with infer():
+        draw_together(runner, [build_job(case, generation_prompt(case))])
+    assert_chosen_from(seen, case)
+
+
+@pytest.mark.parametrize(("config", "name"), case_ids("edit"))
+def test_each_step_of_an_edit_evaluates_the_branches_of_the_reference(
+    config: str, name: str
+) -> None:
+    case = load_case(config, name)
+    sampling = build_job(case, "").job.sampling
+    schedule = timesteps(sampling.num_steps, sampling.timestep_shift)[:-1].tolist()
+    guidance = Guidance(TASKS[case.kind], sampling)
+    found = [len(guidance.branches_at(t)) for t in schedule]
+    assert found == case.outputs["branch_calls_per_step"]
 
 
 @pytest.mark.parametrize("config", ["dense_fm", "dense_pixel", "moe"])
@@ -109,6 +233,48 @@ def test_interleave_matches_the_reference(config: str, name: str) -> None:
         assert relative_error(torch.from_numpy(drawn.image), expected) < TOLERANCE
     choices = list(kept.images[0][-1].tokens)
     assert case.outputs["argmax_decisions"][: len(choices)] == choices
+
+
+BRANCHES = {"cond": "cond", "img_cond": "text_uncond", "uncond": "img_uncond"}
+"""Names of branches, here and in the reference."""
+
+
+@pytest.mark.parametrize(("config", "name"), case_ids("interleave"))
+def test_what_interleave_jobs_read_and_choose_from_matches_the_reference(
+    config: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = load_case(config, name)
+    runner = build_runner(case)
+    seen = watch_logits(runner, monkeypatch)
+    embedded: list[torch.Tensor] = []
+    places: list[dict[str, int]] = []
+    embed_images = runner.embed_images
+
+    def watched_embed(images: Iterable[Any]) -> list[torch.Tensor]:
+        embeds = embed_images(images)
+        embedded.extend(embeds)
+        return embeds
+
+    def watched_denoise(
+        runner: Runner, drawings: Sequence[Drawing], *args: Any, **options: Any
+    ) -> torch.Tensor:
+        places.append(
+            {BRANCHES[branch]: cache.next_t for branch, cache in drawings[0].caches.items()}
+        )
+        return denoise(runner, drawings, *args, **options)
+
+    monkeypatch.setattr(runner, "embed_images", watched_embed)
+    monkeypatch.setattr(interleave, "denoise", watched_denoise)
+    job = build_job(case, case.params["system_message"])
+    with infer():
+        run_interleave(runner, [job], KeptImages(1), resolutions=[case_resolutions(case)])
+    for number, found in enumerate(embedded[len(job.images) :]):
+        assert relative_error(found, case.tensor(f"reencoded_und_embeds_{number}")) < TOLERANCE
+    assert len(embedded) == len(job.images) + case.outputs["num_images"]
+    for place, expected in zip(places, case.outputs["image_t_index"], strict=True):
+        assert place == {branch: expected[branch] for branch in place}
+    if "step_logits" in case:
+        assert_chosen_from(seen, case)
 
 
 @pytest.mark.parametrize(("config", "name"), case_ids("interleave"))

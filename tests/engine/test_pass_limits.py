@@ -46,6 +46,36 @@ def test_pictures_are_the_same_bytes_however_many_share_a_pass(
     assert len(set(expected)) == num_jobs
 
 
+def test_images_are_the_same_bytes_where_guidance_rests_for_some() -> None:
+    first = make_job("a")
+    intervals = [(0.0, 1.0), (0.3, 1.0), (0.3, 1.0), (0.0, 1.0), (0.0, 1.0), (0.0, 0.3), (0.0, 1.0)]
+    jobs = [
+        make_job(
+            "a" * (1 + index),
+            sampling=replace(first.sampling, cfg_scale=4.0, cfg_interval=interval),
+        )
+        for index, interval in enumerate(intervals)
+    ]
+    expected = pixels(generate(load(make_config(vram_mode="full")), *jobs))
+    assert pixels(generate(load(make_config(vram_mode="low")), *jobs)) == expected
+
+
+@pytest.mark.parametrize(
+    ("images", "parts"),
+    [
+        ([0, 0, 1, 1, 2, 2, 3, 3, 4, 4], [(0, 2), (2, 4), (4, 6), (6, 8), (8, 10)]),
+        ([0, 1, 1, 2, 2, 3], [(0, 2), (2, 3), (3, 5), (5, 6)]),
+        ([0, 0, 0, 1, 2], [(0, 2), (2, 4), (4, 5)]),
+        ([0], [(0, 1)]),
+    ],
+)
+def test_images_that_fill_a_part_keep_their_evaluations_to_themselves(
+    images: list[int], parts: list[tuple[int, int]]
+) -> None:
+    """Two images of `NUM_TOKENS` fill a part."""
+    assert passes.evaluation_parts(images, NUM_TOKENS) == [slice(*part) for part in parts]
+
+
 @pytest.mark.parametrize(
     ("image_tokens", "limit", "pictures"),
     [

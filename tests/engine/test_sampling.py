@@ -97,6 +97,39 @@ def test_the_interval_is_closed_for_t2i_and_open_for_the_others(
     assert (len(guidance.branches_at(t)) == 1) is not active
 
 
+ON_THE_SCHEDULE = [
+    (10, 1.0, (0.0, 0.3), {Task.T2I: [0, 1, 2, 3], Task.EDIT: [*range(10)]}),
+    (10, 1.0, (0.3, 0.7), {Task.T2I: [3, 4, 5, 6, 7], Task.EDIT: [4, 5, 6]}),
+    (8, 3.0, (0.7, 1.0), {Task.T2I: [7], Task.EDIT: []}),
+    (8, 3.0, (0.1, 0.7), {Task.T2I: [2, 3, 4, 5, 6, 7], Task.EDIT: [2, 3, 4, 5, 6]}),
+    (4, 3.0, (0.25, 0.5), {Task.T2I: [2, 3], Task.EDIT: []}),
+]
+"""(steps, shift, interval, guided steps): at least one end of each interval is a timestep."""
+
+
+@pytest.mark.parametrize("task", list(Task))
+@pytest.mark.parametrize(("num_steps", "shift", "interval", "guided"), ON_THE_SCHEDULE)
+def test_interval_ends_on_a_timestep_are_compared_in_float32(
+    task: Task,
+    num_steps: int,
+    shift: float,
+    interval: tuple[float, float],
+    guided: dict[Task, list[int]],
+) -> None:
+    guidance = Guidance(task, replace(SAMPLING, cfg_interval=interval))
+    schedule = timesteps(num_steps, shift)[:-1]
+    found = [step for step, t in enumerate(schedule.tolist()) if guidance.active(t)]
+    assert found == guided[Task.T2I if task is Task.T2I else Task.EDIT]
+    # The reference compares the schedule's own float32 numbers with the ends.
+    low, high = interval
+    inside = (
+        (schedule >= low) & (schedule <= high)
+        if task is Task.T2I
+        else (schedule > low) & (schedule < high) | torch.tensor(low == 0)
+    )
+    assert found == inside.nonzero().flatten().tolist()
+
+
 FACTOR = 2 / (2 * 4.0**2 + 2 * 0.4**2) ** 0.5
 """The length of the conditional velocity below by that of the guided one."""
 

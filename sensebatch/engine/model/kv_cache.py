@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sensebatch.engine.model.attention import Attention, Segment, attend_segments
-from sensebatch.plan.passes import GROWTH_TOKENS, ROOM_SPARE, pictures_per_part
+from sensebatch.plan.passes import GROWTH_TOKENS, ROOM_SPARE
 
 
 class Parcel(Protocol):
@@ -284,20 +284,28 @@ class GenerationContext:
     Args:
         caches: The prefix of each image.
         num_tokens: Of one image.
+        parts: Which images go through half a layer together; see `passes.evaluation_parts`.
         attention: How one image attends.
     """
 
-    def __init__(self, caches: Sequence[KVCache], num_tokens: int, attention: Attention) -> None:
+    def __init__(
+        self,
+        caches: Sequence[KVCache],
+        num_tokens: int,
+        parts: Sequence[slice],
+        attention: Attention,
+    ) -> None:
         self._caches = caches
         self._num_tokens = num_tokens
+        self._parts = parts
         self._attention = attention
         longest = max(cache.length for cache in caches)
         self._keys, self._values = caches[0].new_rows(num_tokens + longest)
 
-    def parts(self, num_tokens: int) -> Sequence[slice]:
-        """Returns whole images, as many at a time as `pictures_per_part` says."""
-        size = pictures_per_part(self._num_tokens) * self._num_tokens
-        return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
+    def parts(self, num_tokens: int) -> Sequence[slice]:  # noqa: ARG002
+        """Returns the tokens of the images of each part."""
+        size = self._num_tokens
+        return [slice(part.start * size, part.stop * size) for part in self._parts]
 
     def room(self, num_tokens: int) -> tuple[Tensor, Tensor] | None:
         """Returns the beginning of the buffer where a part is one image."""

@@ -32,7 +32,7 @@ from sensebatch.engine.model.patchify import (
 )
 from sensebatch.engine.model.rope import Rotary, patch_rotary, token_rotary
 from sensebatch.engine.model.transformer import Expert
-from sensebatch.plan.passes import pictures_per_part
+from sensebatch.plan.passes import evaluation_parts, pictures_per_part
 from sensebatch.resolutions import PATCH_PIXELS, Resolution
 
 
@@ -254,16 +254,18 @@ class Network(nn.Module):
         """
         size = positions.resolution
         seen = range(len(caches)) if pictures is None else pictures
+        parts = evaluation_parts(seen, size.image_tokens)
         x_TD = self.embed_noisy(z_JNx, condition_D, positions, seen)
-        # Gone before the head is asked, which needs no keys.
+        # Not named, so that the key/value buffer is freed before the head runs.
         x_TD = self.generation(
-            x_TD, positions.token_rotary, GenerationContext(caches, size.image_tokens, attention)
+            x_TD,
+            positions.token_rotary,
+            GenerationContext(caches, size.image_tokens, parts, attention),
         )
         x_BND = x_TD.unflatten(0, (len(caches), -1))
         x_BNx = z_JNx.new_empty(len(caches), *z_JNx.shape[1:], dtype=torch.float32)
-        at_a_time = pictures_per_part(size.image_tokens)
-        for part_BND, part_BNx in zip(x_BND.split(at_a_time), x_BNx.split(at_a_time), strict=True):
-            part_BNx.copy_(self.head(part_BND, size.height, size.width))
+        for part in parts:
+            x_BNx[part] = self.head(x_BND[part], size.height, size.width)
         return x_BNx
 
     def embed_noisy(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from sensebatch.checkpoint.architecture import Architecture, Moe
 from sensebatch.engine.model.quantized import Fp8Linear
 from sensebatch.engine.model.rope import Rotary, rotate_token_heads
-from sensebatch.plan.passes import ROWS
+from sensebatch.plan import passes
 
 Linear = nn.Linear | Fp8Linear
 
@@ -283,7 +283,7 @@ class Expert(nn.Module):
                     _finish(layer, x_TD[part], attended_THE)
                     # Gone before the next part or layer attends.
                     del attended_THE
-        for rows_TD in x_TD.split(ROWS):
+        for rows_TD in x_TD.split(passes.ROWS):
             rows_TD.copy_(norm_rows(rows_TD, self.norm, self._eps, fused=self._fused))
         return x_TD
 
@@ -302,11 +302,11 @@ def _project(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`DecoderLayer.project`, `ROWS` tokens at a time."""
     num_tokens = x_TD.shape[0]
-    if num_tokens <= ROWS:
+    if num_tokens <= passes.ROWS:
         return layer.project(x_TD, rotary, room)
     outputs: tuple[Tensor, ...] = ()
-    for start in range(0, num_tokens, ROWS):
-        rows = slice(start, start + ROWS)
+    for start in range(0, num_tokens, passes.ROWS):
+        rows = slice(start, start + passes.ROWS)
         parts = layer.project(x_TD[rows], (rotary[0][rows], rotary[1][rows]))
         if not outputs:
             outputs = tuple(part.new_empty(num_tokens, *part.shape[1:]) for part in parts)
@@ -320,6 +320,6 @@ def _project(
 
 def _finish(layer: DecoderLayer, x_TD: Tensor, attended_THE: Tensor) -> None:
     """`DecoderLayer.finish` in the input's memory, `ROWS` tokens at a time."""
-    for start in range(0, x_TD.shape[0], ROWS):
-        rows = slice(start, start + ROWS)
+    for start in range(0, x_TD.shape[0], passes.ROWS):
+        rows = slice(start, start + passes.ROWS)
         layer.finish(x_TD[rows], attended_THE[rows], in_place=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,15 +32,17 @@ class Guidance:
         self._scale = sampling.cfg_scale
         self._image_scale = sampling.img_cfg_scale
         self._norm = sampling.cfg_norm
-        self._interval = sampling.cfg_interval
+        # Schedules are float32, so an end that is meant to lie on a timestep must be rounded alike.
+        low, high = (float(np.float32(end)) for end in sampling.cfg_interval)
+        self._interval = low, high
         self.branches = guidance_branches(task, sampling.cfg_scale, sampling.img_cfg_scale)
         """Every branch some step may need."""
 
     def active(self, t: float) -> bool:
-        """Whether guidance is applied at timestep t.
+        """Whether guidance is applied at timestep t, a number of float32.
 
         The interval is closed for t2i; for edit and interleave it is open, and a lower end of 0
-        always counts.
+        applies guidance at every timestep.
         """
         low, high = self._interval
         if len(self.branches) == 1:

@@ -69,7 +69,11 @@ def prepare_job(
 
 
 def job_generator(seed: int) -> torch.Generator:
-    """Returns the generator of a job's noise; on the CPU whatever the device."""
+    """Returns the generator of a job's noise; on the CPU whatever the device.
+
+    Torch's generator for the CPU takes the lower 32 bits of its seed, so seeds that differ above
+    them give the same noise.
+    """
     return torch.Generator(device="cpu").manual_seed(seed)
 
 
