@@ -16,6 +16,7 @@ import typer.core
 
 import sensebatch
 from sensebatch.cli import (
+    demo,
     doctor,
     edit,
     exits,
@@ -80,6 +81,7 @@ def _make_app() -> typer.Typer:
     )
     app.callback()(_root)
     for command in (
+        demo.demo,
         run.run,
         plan.plan,
         status.status,

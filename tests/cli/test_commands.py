@@ -52,6 +52,14 @@ def test_status_counts_jobs_by_state(invoke: Invoke, manifest: Path) -> None:
     assert "of 5 jobs done, 1 failed" in invoke("status", "outputs/small").out
 
 
+@pytest.mark.usefixtures("backend")
+def test_demo_draws_the_catalog_wherever_it_is_started(invoke: Invoke) -> None:
+    ended = invoke("demo", "--output-dir", "drawn")
+    assert ended.code == 0
+    counts = invoke("status", "drawn", "--json").json
+    assert counts["done"] == counts["jobs"] == 28
+
+
 @pytest.mark.parametrize("command", ["status", "report"])
 def test_folder_without_a_run_is_a_clear_error(invoke: Invoke, command: str) -> None:
     ended = invoke(command, "nowhere")

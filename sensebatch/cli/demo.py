@@ -1,0 +1,37 @@
+"""`sensebatch demo`: the catalog, drawn with the embedded checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import sensebatch
+from sensebatch.cli.options import BatchOptions, ExecutionOptions, ImageOptions, ModelOptions
+from sensebatch.cli.run import run
+
+
+def catalog() -> Path:
+    """Returns the catalog's manifest: in the installed package, or in the checkout around it."""
+    package = Path(sensebatch.__file__).parent
+    name = Path("manifests") / "catalog.yaml"
+    installed = package / name
+    return installed if installed.exists() else package.parent / name
+
+
+def demo(
+    output_dir: Annotated[Path, typer.Option(help="The run's folder.")] = Path("outputs/catalog"),
+) -> None:
+    """Draw the 28 jobs of the catalog with the tiny checkpoint that comes with the package.
+
+    It is `sensebatch run` of that manifest: the same command again runs what is missing.
+    """
+    run(
+        [catalog()],
+        ModelOptions(),
+        BatchOptions(),
+        ExecutionOptions(),
+        ImageOptions(),
+        output_dir=output_dir,
+    )
