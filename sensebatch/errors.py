@@ -29,7 +29,11 @@ class RunStoppedError(SensebatchError):
     """Something that every job needs failed: what is done stays, and the run can be resumed."""
 
 
-class StorageFullError(RunStoppedError):
+class StorageError(RunStoppedError):
+    """The file system that holds the run's folder failed, or the folder is not where it was."""
+
+
+class StorageFullError(StorageError):
     """The disk that holds the run's folder has no room left."""
 
 

@@ -34,9 +34,6 @@ from sensebatch.store.run_dir import RunDir
 from sensebatch.store.state import Counts
 from sensebatch.store.store import Store, open_store
 
-SUMMARY_NAME = "summary.txt"
-"""The published summary over all sessions of a run, in its folder."""
-
 
 class Backend(Protocol):
     """What computes: the engine, or a stand-in."""
@@ -220,8 +217,9 @@ def _summarised(root: Path) -> Iterator[None]:
 
 
 def _write_summary(root: Path) -> None:
-    log = summarise(read_log(RunDir(root).log))
-    write_atomic(root / SUMMARY_NAME, f"{format_summary(log)}\n".encode())
+    run_dir = RunDir(root)
+    log = summarise(read_log(run_dir.log))
+    write_atomic(run_dir.summary, f"{format_summary(log)}\n".encode())
 
 
 def open_model(config: ModelConfig, backend: Backend, observer: RunObserver) -> Model:

@@ -16,7 +16,6 @@ from sensebatch.errors import RunStoppedError
 from sensebatch.executor.run import Summary
 from sensebatch.report.summary import Summary as Report
 from sensebatch.report.summary import format_summary, read_log, summarise, summary_json
-from sensebatch.session import SUMMARY_NAME
 from sensebatch.store.run_dir import RunDir
 from sensebatch.store.status import read_status
 from sensebatch.units import duration
@@ -92,7 +91,7 @@ def outcome_lines(root: Path, summary: Summary) -> list[str]:
         words.append(f"{counted(summary.images, 'image')} made in {duration(summary.seconds)}")
     elif not counts.remaining:
         words.append("nothing was left to run")
-    places = {"images": root / "images", "log": folder.log, "summary": root / SUMMARY_NAME}
+    places = {"images": root / "images", "log": folder.log, "summary": folder.summary}
     lines = [
         ", ".join(words),
         *(f"  {name:<8} {place}" for name, place in places.items() if place.exists()),
@@ -126,7 +125,7 @@ def outcome_json(root: Path, summary: Summary, report: Report | None) -> dict[st
         },
         "images": str(root / "images"),
         "log": str(RunDir(root).log),
-        "summary": str(root / SUMMARY_NAME),
+        "summary": str(RunDir(root).summary),
     }
     return values if report is None else {**values, "profile": summary_json(report)}
 

@@ -9,10 +9,23 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from sensebatch.errors import RunFolderError, StorageFullError
+from sensebatch.errors import RunFolderError, StorageError, StorageFullError
 from sensebatch.store import migrations
 
 _BUSY_TIMEOUT_S = 30.0
+
+_STORAGE = frozenset(
+    {
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_NOLFS,
+        sqlite3.SQLITE_PERM,
+        sqlite3.SQLITE_PROTOCOL,
+        sqlite3.SQLITE_READONLY,
+    }
+)
 
 
 class Database:
@@ -25,6 +38,7 @@ class Database:
     Raises:
         RunFolderError: The file is not a state database, or a newer version made it.
         StorageFullError: The disk is full.
+        StorageError: The file cannot be read or written.
     """
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
@@ -88,6 +102,11 @@ class Database:
                 raise StorageFullError(
                     f"{self.path}: no room left on the disk; make some and run the same command "
                     "again"
+                ) from error
+            if code in _STORAGE:
+                raise StorageError(
+                    f"{self.path}: the file system failed: {error}; run the same command again "
+                    "once that is fixed"
                 ) from error
             if isinstance(error, sqlite3.ProgrammingError | sqlite3.IntegrityError):
                 raise

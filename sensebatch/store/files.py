@@ -9,31 +9,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from sensebatch.errors import RunFolderError, StorageFullError
+from sensebatch.errors import StorageError, StorageFullError
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-_UNUSABLE = frozenset(
-    {
-        errno.EIO,
-        errno.EROFS,
-        errno.EACCES,
-        errno.EPERM,
-        # A folder that was removed, and file systems that lost their server.
-        errno.ENOENT,
-        errno.ESTALE,
-        errno.ENOTCONN,
-    }
-)
+_BAD_NAME = frozenset({errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ})
+_IN_THE_WAY = {
+    errno.EISDIR: "expected a file, found a folder",
+    errno.ENOTDIR: "expected a folder, found a file",
+    errno.EEXIST: "expected a folder, found a file or a link that leads nowhere",
+}
 
 
 @contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turns failures of the disk, which concern every job, into errors that stop the run.
+def storage_errors(path: Path, *, names_job: bool = False) -> Iterator[None]:
+    """Turns failures of the file system into errors that stop the run.
+
+    Args:
+        path: What is read or written.
+        names_job: Whether a job gave the name. A name that the file system does not take is then
+            that job's mistake; the OSError is let through.
 
     Raises:
         StorageFullError: The disk or the quota is full.
-        RunFolderError: The disk is broken, gone, or may not be written.
-        OSError: Anything else, such as a name that is too long.
+        StorageError: Anything else that the file system raised.
     """
     try:
         yield
@@ -42,26 +40,38 @@ def storage_errors(path: Path) -> Iterator[None]:
             raise StorageFullError(
                 f"{path}: no room left on the disk; make some and run the same command again"
             ) from error
-        if error.errno in _UNUSABLE:
-            raise RunFolderError(
-                f"{path}: expected a place that can be written: {error.strerror}"
-            ) from error
-        raise
+        # Only calls that take a name say which one.
+        if names_job and error.errno in _BAD_NAME and error.filename is not None:
+            raise
+        found = _IN_THE_WAY.get(error.errno or 0, f"the file system failed: {reason(error)}")
+        raise StorageError(
+            f"{path}: {found}; run the same command again once that is fixed"
+        ) from error
+
+
+def reason(error: OSError) -> str:
+    """Returns what the operating system says of an error, without its number and path."""
+    return error.strerror or str(error) or type(error).__name__
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, *, names_job: bool = False) -> Iterator[BinaryIO]:
     """Opens a file that takes its name, and the place of an older one, when the block ends.
 
     The content is on the disk then; `sync_folders` does the same for the name. Makes its folders.
 
+    Args:
+        path: The file.
+        names_job: As for `storage_errors`.
+
     Raises:
         StorageFullError: The disk is full; what was at `path` before is still there.
-        RunFolderError: The folder cannot be written.
+        StorageError: The file system failed; likewise.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    with storage_errors(path):
+    with storage_errors(path.parent, names_job=names_job):
         path.parent.mkdir(parents=True, exist_ok=True)
+    with storage_errors(path, names_job=names_job):
         try:
             with temporary.open("wb") as file:
                 yield file
@@ -73,9 +83,9 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             raise
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes, *, names_job: bool = False) -> None:
     """Writes a file that is never seen half written; see `atomic_file`."""
-    with atomic_file(path) as file:
+    with atomic_file(path, names_job=names_job) as file:
         file.write(data)
 
 
@@ -84,7 +94,7 @@ def sync_folders(paths: Iterable[Path], root: Path) -> None:
 
     Raises:
         StorageFullError: The disk is full.
-        RunFolderError: The folder cannot be written.
+        StorageError: The file system failed.
     """
     folders: set[Path] = set()
     for path in paths:

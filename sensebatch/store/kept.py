@@ -127,7 +127,7 @@ class KeptOfBatch:
 
         Raises:
             StorageFullError: The disk is full, so images of another batch cannot be taken over.
-            RunFolderError: The folder cannot be written.
+            StorageError: The folder cannot be written.
         """
         images: list[list[KeptImage]] = [[] for _ in self._members]
         self._num_rounds = 0
@@ -145,7 +145,7 @@ class KeptOfBatch:
 
         Raises:
             StorageFullError: The disk is full.
-            RunFolderError: The folder cannot be written.
+            StorageError: The folder cannot be written.
         """
         if self._num_rounds is None:
             self.load()

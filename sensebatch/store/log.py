@@ -51,7 +51,7 @@ class Log:
 
         Raises:
             StorageFullError: The disk is full; the log before is still there.
-            RunFolderError: The folder cannot be written.
+            StorageError: The folder cannot be written.
         """
         if time.monotonic() >= self._due:
             self.write()
@@ -61,7 +61,7 @@ class Log:
 
         Raises:
             StorageFullError: The disk is full; the log before is still there.
-            RunFolderError: The folder cannot be written.
+            StorageError: The folder cannot be written.
         """
         start = time.monotonic()
         last = self._state.num_attempts()

@@ -5,6 +5,7 @@ Knows paths only; what is in `state.db` or in a picture is known elsewhere.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -15,9 +16,27 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from sensebatch.errors import JobError, RunFolderError
-from sensebatch.store.files import storage_errors, sync_folders, write_atomic
+from sensebatch.errors import JobError, RunFolderError, StorageError
+from sensebatch.store.files import reason, storage_errors, sync_folders, write_atomic
 from sensebatch.yaml_values import dump_yaml
+
+_NO_FOLDER = frozenset(
+    {
+        errno.EACCES,
+        errno.EEXIST,
+        errno.EINVAL,
+        errno.EILSEQ,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EPERM,
+        errno.EROFS,
+    }
+)
+"""Errors of making a folder that another path would not have."""
+
+_PUT_BACK = "put back what was there and run the same command again"
 
 LOCK_WAIT_S = 2.0
 """How long a run waits for the lock: `status` holds it for a moment to see whether it is free."""
@@ -35,6 +54,10 @@ class RunDir:
         self.settings = root / "run.yaml"
         self.state = root / "state.db"
         self.log = root / "log.parquet"
+        self.summary = root / "summary.txt"
+        self.images = root / "images"
+        self.text = root / "text"
+        self.errors = root / "errors"
         self.log_parts = root / "log"
         self.kept_images = root / "checkpoints"
         self._lock = root / ".lock"
@@ -64,26 +87,23 @@ class RunDir:
         """Makes the folder and holds it for one process; the lock dies with the process.
 
         Raises:
-            RunFolderError: Another process holds it, or what is there is no run's folder.
+            RunFolderError: Another process holds it, what is there is not a run's folder, or none
+                can be made there.
+            StorageError: The file system failed, or a part of the folder has something else in its
+                place.
         """
+        self._make()
         with storage_errors(self.root):
+            self._require_parts()
             self._require_own()
-            try:
-                self.root.mkdir(parents=True, exist_ok=True)
-            except FileExistsError:
-                raise RunFolderError(f"{self.root}: expected a folder, found a file") from None
-            except (FileNotFoundError, NotADirectoryError) as error:
-                raise RunFolderError(
-                    f"{self.root}: expected a folder that can be made: {error.strerror}"
-                ) from None
         lock = FileLock(self._lock)
-        try:
-            with storage_errors(self._lock):
+        with storage_errors(self._lock):
+            try:
                 lock.acquire(timeout=LOCK_WAIT_S)
-        except Timeout:
-            raise RunFolderError(
-                f"{self.root}: in use by another run{self._held_by()}; wait for it or stop it"
-            ) from None
+            except Timeout:  # an OSError as well
+                raise RunFolderError(
+                    f"{self.root}: in use by another run{self._held_by()}; wait for it or stop it"
+                ) from None
         try:
             holder = {"pid": os.getpid(), "host": socket.gethostname()}
             write_atomic(self._holder, json.dumps(holder).encode())
@@ -95,25 +115,50 @@ class RunDir:
             finally:
                 lock.release()
 
+    def _make(self) -> None:
+        """Makes the folder if it is not there."""
+        with storage_errors(self.root):
+            try:
+                self.root.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                if error.errno not in _NO_FOLDER:
+                    raise
+                raise RunFolderError(
+                    f"{self.root}: expected a folder that can be made: {reason(error)}"
+                ) from None
+
+    def _require_parts(self) -> None:
+        """Refuses a folder in which something else has the place of a folder or a file.
+
+        Jobs would fail one by one, or be taken for jobs whose files were deleted.
+        """
+        for path in (self.images, self.text, self.errors, self.kept_images, self.log_parts):
+            if os.path.lexists(path) and not path.is_dir():
+                found = "a link that leads nowhere" if path.is_symlink() else "a file"
+                raise StorageError(f"{path}: expected a folder, found {found}; {_PUT_BACK}")
+        for path in (self.state, self.log, self.settings, self.summary, self._lock, self._holder):
+            if path.is_dir():
+                raise StorageError(f"{path}: expected a file, found a folder; {_PUT_BACK}")
+
     def require_in_place(self) -> None:
-        """Refuses to go on where the folder was moved, removed or unmounted under a run.
+        """Stops a run whose folder was moved, removed or unmounted.
 
         Files would go to a new folder of its name, and the open state database would answer for
         them from where nobody looks.
 
         Raises:
-            RunFolderError: It is no longer where it was.
+            StorageError: It is no longer where it was.
         """
         with storage_errors(self.root):
             if not self.state.exists():
-                raise RunFolderError(
+                raise StorageError(
                     f"{self.root}: expected the run's folder where it was, found it moved, removed "
                     "or unmounted; bring it back and run the same command again"
                 )
 
     def missing_folders(self) -> list[Path]:
         """Returns the folders that `locked` is going to make, the innermost first."""
-        return [folder for folder in (self.root, *self.root.parents) if not folder.exists()]
+        return [folder for folder in (self.root, *self.root.parents) if not _exists(folder)]
 
     def remove_unused(self, folders: Sequence[Path]) -> None:
         """Removes the files of a run that never had a job, then folders as far as they are empty.
@@ -170,6 +215,11 @@ class RunDir:
         """Writes run.yaml."""
         write_atomic(self.settings, dump_yaml(dict(settings)).encode())
         sync_folders([self.settings], self.root)
+
+
+def _exists(folder: Path) -> bool:
+    """Returns whether a folder is there; one whose name cannot be used is not."""
+    return os.path.exists(folder)  # noqa: PTH110, Path.exists raises for such a name
 
 
 def _checked(job_id: str) -> str:

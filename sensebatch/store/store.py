@@ -30,7 +30,7 @@ class Store:
 
         Raises:
             StorageFullError: The disk is full; either all of the batch is committed or nothing.
-            RunFolderError: The folder cannot be written, or is not where it was; likewise.
+            StorageError: The folder cannot be written, or is not where it was; likewise.
         """
         self.run_dir.require_in_place()
         stale = self.state.commit(seq, attempts, max_attempts=max_attempts)
@@ -55,9 +55,10 @@ class Store:
         """Removes files that a job's earlier definition made and its new one replaced."""
         if not names:
             return
-        with storage_errors(self.run_dir.root):
-            for name in names:
-                (self.run_dir.root / PurePosixPath(name)).unlink(missing_ok=True)
+        for name in names:
+            path = self.run_dir.root / PurePosixPath(name)
+            with storage_errors(path):
+                path.unlink(missing_ok=True)
         self.state.forget_stale(names)
 
 
@@ -69,8 +70,9 @@ def open_store(root: Path) -> Iterator[Store]:
     A new folder that an error leaves without a single job is removed again.
 
     Raises:
-        RunFolderError: Another process holds the folder, or it is no run's.
+        RunFolderError: Another process holds the folder, or it is not a run's.
         StorageFullError: The disk is full.
+        StorageError: The file system failed.
     """
     run_dir = RunDir(root)
     made = run_dir.missing_folders()

@@ -18,7 +18,7 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from sensebatch.config import OutputConfig
-from sensebatch.errors import JobError, RunFolderError, StorageFullError
+from sensebatch.errors import JobError, RunFolderError, RunStoppedError
 from sensebatch.jobs import Batch, BatchMetrics, EngineInfo, JobResult, Task
 from sensebatch.process import peak_rss_bytes
 from sensebatch.store.attempts import Attempt, Failure
@@ -97,7 +97,7 @@ class BatchWriter:
     def submit(self, ran: RanBatch) -> Future[tuple[Attempt, ...]]:
         """Starts writing a batch; the future gives its rows once they are committed.
 
-        The future raises StorageFullError or RunFolderError where the disk fails.
+        The future raises StorageError if the file system fails.
         """
         return self._committer.submit(self._write_batch, ran)
 
@@ -116,7 +116,7 @@ class BatchWriter:
 
         Raises:
             StorageFullError: The disk is full.
-            RunFolderError: The folder cannot be written, or is not where it was.
+            StorageError: The folder cannot be written, or is not where it was.
         """
         self._store.run_dir.require_in_place()
         now = datetime.now(UTC)
@@ -159,7 +159,7 @@ class BatchWriter:
         error = future.exception()
         if error is None:
             return future.result()
-        if isinstance(error, StorageFullError | RunFolderError) or not isinstance(error, Exception):
+        if isinstance(error, RunStoppedError | RunFolderError) or not isinstance(error, Exception):
             raise error
         return self._write_failure(stored, _failure(error, result))
 
@@ -219,7 +219,8 @@ class BatchWriter:
 
     def _write(self, name: str, data: bytes) -> str:
         """Writes one file of the run's folder and returns its SHA-256."""
-        write_atomic(self._store.run_dir.root / PurePosixPath(name), data)
+        path = self._store.run_dir.root / PurePosixPath(name)
+        write_atomic(path, data, names_job=True)
         return hashlib.sha256(data).hexdigest()
 
     def _sync(self, attempts: Sequence[Attempt]) -> None:

@@ -70,3 +70,18 @@ def test_what_was_committed_is_in_the_log_and_the_summary(
     total = invoke("report", "outputs/small", "--json").json["total"]
     assert total["jobs"] == done > 0
     assert "calls=1" in Path("outputs/small/summary.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("part", [".lock", "log.parquet", "state.db", "summary.txt", "images"])
+def test_run_on_a_folder_with_a_part_in_the_way_ends_with_75_and_no_traceback(
+    invoke: Invoke, manifest: Path, part: str
+) -> None:
+    root = Path("outputs/small")
+    if part == "images":
+        root.mkdir(parents=True)
+        (root / part).write_text("")
+    else:
+        (root / part).mkdir(parents=True)
+    ended = invoke("run", manifest)
+    assert ended.code == 75
+    assert f"{root / part}: expected a " in ended.err

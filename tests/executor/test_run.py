@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from sensebatch.config import ExecutionConfig, OutputConfig
-from sensebatch.errors import RunFolderError, StorageFullError
+from sensebatch.errors import StorageError, StorageFullError
 from sensebatch.jobs import Job, Task
 from sensebatch.resolutions import Resolution
 from sensebatch.store.images import read_metadata
@@ -204,7 +204,7 @@ def test_folder_that_is_moved_under_a_run_stops_it_and_it_can_be_resumed(tmp_pat
     def move() -> None:
         root.rename(elsewhere)
 
-    with pytest.raises(RunFolderError, match="moved, removed or unmounted"):
+    with pytest.raises(StorageError, match="moved, removed or unmounted"):
         run_folder(root, jobs, engine=FakeEngine(move))
     assert not root.exists()
     elsewhere.rename(root)
@@ -218,7 +218,7 @@ def test_inputs_that_vanish_with_the_folder_fail_no_job(tmp_path: Path) -> None:
     jobs = [make_job(f"e{i}", Task.EDIT, images=(make_input("gone"),)) for i in range(3)]
     with open_store(root) as store:
         root.rename(elsewhere)
-        with pytest.raises(RunFolderError, match="moved, removed or unmounted"):
+        with pytest.raises(StorageError, match="moved, removed or unmounted"):
             run_store(store, jobs)
         assert store.state.counts().failed == 0
     assert not root.exists()

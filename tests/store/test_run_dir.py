@@ -71,7 +71,10 @@ def test_state_that_lost_its_jobs_costs_neither_pictures_nor_log(tmp_path: Path)
 
 def test_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
-    with pytest.raises(RunFolderError, match="expected a folder"), open_store(tmp_path / "run"):
+    with (
+        pytest.raises(RunFolderError, match="that can be made: File exists"),
+        open_store(tmp_path / "run"),
+    ):
         pass
 
 

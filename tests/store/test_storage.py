@@ -1,0 +1,159 @@
+"""A file system that fails stops a run, whatever it says; the same command continues afterwards."""
+
+from __future__ import annotations
+
+import errno
+import io
+import itertools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sensebatch.errors import RunFolderError, StorageError, StorageFullError
+from sensebatch.jobs import Job, Task
+from sensebatch.store.files import write_atomic
+from sensebatch.store.store import open_store
+from tests.executor.fakes import make_job, run_folder
+
+BAD_NAMES = [errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ]
+"""A job's own name may be what is wrong."""
+CODES = sorted(set(errno.errorcode) - {*BAD_NAMES, errno.EINTR})
+FEW = [errno.EACCES, errno.EIO, errno.EMFILE, errno.ENOSPC, errno.ENOTDIR, errno.ETIMEDOUT]
+
+
+def jobs() -> list[Job]:
+    return [make_job("a"), make_job("b"), make_job("story", Task.INTERLEAVE)]
+
+
+def failing(
+    call: Callable[..., Any], code: int, *, in_folder: str = "", skip: int = 0
+) -> Callable[..., Any]:
+    """Returns a call that fails with an errno on paths with `in_folder`, after `skip` of them."""
+    left = skip
+
+    def fail(*args: Any, **options: Any) -> Any:
+        nonlocal left
+        if in_folder in str(args[0]):
+            left -= 1
+            if left < 0:
+                raise OSError(code, os.strerror(code), *args[:1] if in_folder else ())
+        return call(*args, **options)
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("operation", "code"),
+    [
+        *(("fsync", code) for code in CODES[::3]),
+        *itertools.product(["replace", "mkdir", "open"], FEW),
+    ],
+    ids=lambda value: errno.errorcode.get(value, value),
+)
+def test_every_error_of_the_file_system_stops_the_run_and_fails_no_job(
+    tmp_path: Path, operation: str, code: int
+) -> None:
+    with open_store(tmp_path):
+        pass
+    with pytest.MonkeyPatch.context() as patch:
+        if operation == "fsync":
+            patch.setattr(os, "fsync", failing(os.fsync, code, skip=3))
+        elif operation == "replace":
+            patch.setattr(os, "replace", failing(os.replace, code, in_folder="images"))
+        elif operation == "mkdir":
+            patch.setattr(Path, "mkdir", failing(Path.mkdir, code, in_folder="images"))
+        else:
+            patch.setattr(Path, "open", failing(Path.open, code, in_folder="images"))
+        is_full = code in (errno.ENOSPC, errno.EDQUOT)
+        with pytest.raises(StorageFullError if is_full else StorageError, match="the same command"):
+            run_folder(tmp_path, jobs())
+    ran = run_folder(tmp_path, jobs())
+    counts = ran.summary.counts
+    assert (counts.done, counts.failed, counts.remaining) == (3, 0, 0)
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("code", BAD_NAMES, ids=errno.errorcode.get)
+@pytest.mark.parametrize("operation", ["replace", "mkdir", "open"])
+def test_name_that_the_file_system_does_not_take_fails_its_job_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, code: int
+) -> None:
+    owner: Any = os if operation == "replace" else Path
+    call = getattr(owner, operation)
+    monkeypatch.setattr(owner, operation, failing(call, code, in_folder="images/story"))
+    ran = run_folder(tmp_path, jobs())
+    assert (ran.summary.counts.done, ran.summary.counts.failed) == (2, 1)
+    assert [attempt.job_id for attempt in ran.seen.finished if attempt.status == "failed"] == [
+        "story"
+    ]
+
+
+@pytest.mark.parametrize("code", BAD_NAMES, ids=errno.errorcode.get)
+def test_same_errors_of_what_takes_no_name_stop_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    with open_store(tmp_path):
+        pass
+    monkeypatch.setattr(os, "fsync", failing(os.fsync, code, skip=3))
+    with pytest.raises(StorageError):
+        run_folder(tmp_path, jobs())
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG])
+def test_file_that_cannot_be_written_leaves_the_old_one_and_no_temporary_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    class Full(io.BytesIO):
+        def write(self, _: Any) -> int:
+            raise OSError(code, os.strerror(code))
+
+    write_atomic(tmp_path / "a", b"old")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda *_: Full())
+        with pytest.raises(StorageError, match="the same command"):
+            write_atomic(tmp_path / "a", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"old"
+
+
+PARTS = ["images", "text", "errors", "checkpoints", "log"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("instead", ["file", "link"])
+def test_folder_that_something_else_has_the_place_of_stops_the_run(
+    tmp_path: Path, part: str, instead: str
+) -> None:
+    run_folder(tmp_path, jobs())
+    away = tmp_path.with_name(f"{tmp_path.name}-away")
+    (tmp_path / part).mkdir(exist_ok=True)
+    (tmp_path / part).rename(away)
+    if instead == "file":
+        (tmp_path / part).write_text("")
+    else:
+        (tmp_path / part).symlink_to(tmp_path / "unmounted")
+    with pytest.raises(StorageError, match=rf"{part}: expected a folder, found a {instead}"):
+        run_folder(tmp_path, jobs())
+    (tmp_path / part).unlink()
+    away.rename(tmp_path / part)
+    ran = run_folder(tmp_path, jobs())
+    assert (ran.changes.restored, ran.engine.batches) == (0, [])
+
+
+@pytest.mark.parametrize(
+    "part", [".lock", ".lock-holder.json", "log.parquet", "run.yaml", "state.db", "summary.txt"]
+)
+def test_file_that_a_folder_has_the_place_of_is_named(tmp_path: Path, part: str) -> None:
+    run_folder(tmp_path, jobs())
+    (tmp_path / part).unlink(missing_ok=True)
+    (tmp_path / part).mkdir()
+    with pytest.raises(StorageError, match=rf"{part}: expected a file, found a folder"):
+        run_folder(tmp_path, jobs())
+
+
+def test_folder_whose_name_is_too_long_is_a_mistake(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="can be made: File name too long"):
+        run_folder(tmp_path / ("x" * 300), jobs())
