@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from sensebatch.jobs import CfgNorm, Sampling, Task
+from sensebatch.jobs import CfgNorm, Precision, Sampling, Task, VramMode
 from sensebatch.resolutions import (
     BUCKETS_INTERLEAVE,
     BUCKETS_T2I,
@@ -57,7 +57,7 @@ class ModelConfig:
     """`auto`, `cuda` or `cpu`."""
     dtype: str = "auto"
     """`bfloat16`, `float16`, `float32`; auto is bfloat16 on a GPU and float32 on a CPU."""
-    precision: str = "auto"
+    precision: Precision = Precision.AUTO
     """Of the decoder layers' matrices: `auto` is the dtype, `fp8` makes those of the generation
     expert float8, `fp8-all` those of the understanding expert too."""
     attn_backend: str = "auto"
@@ -68,16 +68,16 @@ class ModelConfig:
     """JSON with `generation` and `interleave`; None looks in the checkpoint."""
 
     @property
-    def quantised(self) -> str | None:
-        """`fp8` or `fp8-all`; None where all weights are in the dtype."""
-        return None if self.precision == "auto" else self.precision
+    def quantised(self) -> Precision | None:
+        """The precision; None where all weights are in the dtype."""
+        return None if self.precision is Precision.AUTO else self.precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryConfig:
     """How much memory a run may take, and so how many jobs share a pass."""
 
-    vram_mode: str = "auto"
+    vram_mode: VramMode = VramMode.AUTO
     """`auto` (the fastest that fits), `full`, `fast`, `balanced` or `low`."""
     vram_budget_bytes: int | None = None
     """Most device memory the run may reserve, activations included; None for what is free."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from sensebatch.jobs import Batch, BatchResult, EngineInfo, GroupKey, Job
@@ -15,12 +16,23 @@ Prepared: TypeAlias = Any
 """A job as an engine prepared it; only that engine looks inside."""
 
 
+class Phase(StrEnum):
+    """What a batch spends its time on."""
+
+    PREFILL = "prefill"
+    """Reading prompts and images."""
+    THINK = "think"
+    """Writing text."""
+    DENOISE = "denoise"
+    """Drawing images."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
     """Where a batch is; sent often, so it is cheap."""
 
-    phase: str
-    """`think` or `denoise`."""
+    phase: Phase | None
+    """None before the batch's first step."""
     step: int
     """Steps that are done, those of passes that an interrupted run has drawn counted in."""
     num_steps: int

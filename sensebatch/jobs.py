@@ -48,6 +48,28 @@ class CfgNorm(StrEnum):
     CFG_ZERO_STAR = "cfg_zero_star"
 
 
+class Precision(StrEnum):
+    """How the decoder layers' matrices are stored and multiplied."""
+
+    AUTO = "auto"
+    """In the dtype of the other weights."""
+    FP8 = "fp8"
+    """Those of the generation expert in float8."""
+    FP8_ALL = "fp8-all"
+    """Those of both experts in float8."""
+
+
+class VramMode(StrEnum):
+    """How much of the weights stays on the device."""
+
+    AUTO = "auto"
+    """The most that fits."""
+    FULL = "full"
+    FAST = "fast"
+    BALANCED = "balanced"
+    LOW = "low"
+
+
 def interval_error(first: float, last: float) -> str | None:
     """Returns what is wrong with the ends of `Sampling.cfg_interval`; None if nothing is."""
     if first <= last:
@@ -135,8 +157,8 @@ class ModelIdentity:
     """Fingerprint of the merged LoRA."""
     dtype: str
     """Of weights and activations: `bfloat16`, `float16` or `float32`."""
-    precision: str | None = None
-    """`fp8` or `fp8-all` where matrices are float8; None where all are in the dtype."""
+    precision: Precision | None = None
+    """Of matrices in float8; None where all are in the dtype."""
     generation_prompt: str
     """System prompt of t2i and edit jobs that bring none of their own."""
     interleave_prompt: str
@@ -305,7 +327,7 @@ class EngineInfo:
     attn_backend: str
     compile_s: float | None
     """Seconds of compiling kernels and trying them once, part of `load_s`; None without."""
-    vram_mode: str
+    vram_mode: VramMode
     budget_bytes: int | None
     torch_version: str
     load_s: float

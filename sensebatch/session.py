@@ -23,8 +23,8 @@ from sensebatch.errors import RunFolderError, RunStoppedError, StoppedError
 from sensebatch.executor.run import Stop, Summary, execute
 from sensebatch.jobs import Batch, EngineInfo, Job, ModelIdentity, Task
 from sensebatch.manifest.inputs import InputReader
-from sensebatch.plan.batches import Plan, group_load, make_plan
-from sensebatch.plan.footprint import Load
+from sensebatch.plan.batches import Plan, make_plan
+from sensebatch.plan.load import Load, plan_loads
 from sensebatch.report.summary import format_summary, read_log, summarise
 from sensebatch.settings import RUN_SECTION, dump_settings
 from sensebatch.store.attempts import Attempt
@@ -324,7 +324,7 @@ def _load(config: RunConfig, store: Store, model: Model, backend: Backend) -> En
         identity=model.identity,
         system_prompt_source=model.prompt_source,
         device=model.device,
-        loads=[group_load(group, system_prompt_bytes=prompt_bytes) for group in to_run.groups],
+        loads=plan_loads(to_run, system_prompt_bytes=prompt_bytes),
     )
 
 

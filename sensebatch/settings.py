@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -36,7 +37,16 @@ from sensebatch.config import (
     default_config,
 )
 from sensebatch.errors import ConfigError
-from sensebatch.jobs import MAX_COUNT, MAX_SEED, CfgNorm, Sampling, Task, interval_error
+from sensebatch.jobs import (
+    MAX_COUNT,
+    MAX_SEED,
+    CfgNorm,
+    Precision,
+    Sampling,
+    Task,
+    VramMode,
+    interval_error,
+)
 from sensebatch.resolutions import PixelLimits, Resolution, ResolutionError
 from sensebatch.units import GIB
 from sensebatch.yaml_values import YamlTextError, YamlValue, read_yaml
@@ -89,9 +99,7 @@ def _check_interval(ends: tuple[float, float]) -> tuple[float, float]:
 
 Device = Literal["auto", "cuda", "cpu"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
-Precision = Literal["auto", "fp8", "fp8-all"]
 AttnBackend = Literal["auto", "cudnn", "flash", "sdpa"]
-VramMode = Literal["auto", "full", "fast", "balanced", "low"]
 ImageFormat = Literal["png", "webp", "jpeg"]
 Count = Annotated[int, Field(gt=0, le=MAX_COUNT)]
 Bytes = Annotated[int, Field(gt=0, le=2**63 - 1), BeforeValidator(_parse_bytes)]
@@ -244,13 +252,18 @@ def resolve_settings(
 def dump_settings(config: RunConfig) -> dict[str, Any]:
     """Returns the settings as plain data that YAML and JSON can hold; a valid file again."""
     return {
-        "model": asdict(config.model),
-        "memory": asdict(config.memory),
+        "model": asdict(config.model, dict_factory=_plain),
+        "memory": asdict(config.memory, dict_factory=_plain),
         "output": asdict(config.output),
         "execution": asdict(config.execution),
         "pixel_limits": asdict(config.pixel_limits),
         "tasks": {task.value: _dump_task(defaults) for task, defaults in config.tasks.items()},
     }
+
+
+def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a section whose enums are the words they stand for."""
+    return {name: value.value if isinstance(value, Enum) else value for name, value in items}
 
 
 def _dump_task(defaults: TaskDefaults) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from sensebatch.config import ModelConfig, RunConfig
 from sensebatch.contract import Engine
 from sensebatch.errors import CheckpointError
 from sensebatch.jobs import ModelIdentity, Task
-from sensebatch.plan.footprint import Load
+from sensebatch.plan.load import Load
 from tests.executor.fakes import FakeEngine
 
 

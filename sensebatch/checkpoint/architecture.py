@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from enum import StrEnum
 from typing import Any
 
 from sensebatch.errors import CheckpointError
 
-FM_HEAD_HIDDEN = 4096
-"""Hidden width of the MLP pixel head, whatever the backbone's."""
-PIXEL_HEAD_CHANNELS = 1024
-"""Channels of the convolutional head's first convolution."""
 TIMESTEP_FREQUENCIES = 256
 """Sinusoids of a timestep or noise scale, cosines and sines together."""
 NOISE_SCALE_MODES = ("resolution", "dynamic", "dynamic_sqrt")
@@ -54,6 +51,14 @@ OFFICIAL_8B: Mapping[str, Any] = {
 """The `config.json` of SenseNova-U1-8B-MoT as far as it is read, for made-up weights."""
 
 
+class HeadKind(StrEnum):
+    """What turns hidden states into pixels; `heads.HEADS` has a row of facts for each."""
+
+    MLP = "mlp"
+    PIXEL = "pixel"
+    """Convolutions over the whole image."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moe:
     """The sparse feed-forward blocks of one expert path (Qwen3-MoE rules)."""
@@ -84,8 +89,7 @@ class Architecture:
     vision_rope_theta: float
     patch_size: int
     """Pixels a side of a patch; a token is a square of 2 by 2 patches."""
-    use_pixel_head: bool
-    """Whether the pixel head is convolutional rather than an MLP."""
+    head: HeadKind
     add_noise_scale_embedding: bool
     noise_scale: float
     noise_scale_mode: str
@@ -220,7 +224,7 @@ def parse_architecture(config: Mapping[str, Any]) -> Architecture:
         vision_hidden_size=vision.get("hidden_size", int),
         vision_rope_theta=vision.get("rope_theta_vision", float, 1e4),
         patch_size=_require(top, "patch_size", int, vision.get("patch_size", int, 16), (16,)),
-        use_pixel_head=top.get("use_pixel_head", bool, False),
+        head=HeadKind.PIXEL if top.get("use_pixel_head", bool, False) else HeadKind.MLP,
         add_noise_scale_embedding=top.get("add_noise_scale_embedding", bool, False),
         noise_scale=top.get("noise_scale", float, 1.0),
         noise_scale_mode=_require(
@@ -277,7 +281,7 @@ def _check_shapes(arch: Architecture) -> None:
             "config.json: llm_config.head_dim: expected a multiple of 8 (halves for t, quarters "
             f"for h and w, rotated in pairs), found {arch.head_dim}"
         )
-    if arch.use_pixel_head and arch.hidden_size % 4:
+    if arch.head is HeadKind.PIXEL and arch.hidden_size % 4:
         raise CheckpointError(
             "config.json: llm_config.hidden_size: expected a multiple of 4 for the convolutional "
             f"head, found {arch.hidden_size}"

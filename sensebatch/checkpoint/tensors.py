@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from sensebatch.checkpoint.architecture import (
-    FM_HEAD_HIDDEN,
-    PIXEL_HEAD_CHANNELS,
     TIMESTEP_FREQUENCIES,
     Architecture,
     Moe,
 )
-from sensebatch.resolutions import PATCH_PIXELS, TOKEN_NUMBERS
+from sensebatch.checkpoint.heads import head_of
+from sensebatch.resolutions import PATCH_PIXELS
 
 GENERATION_SUFFIX = "_mot_gen"
 """What marks the generation expert's weights inside the language model."""
@@ -26,7 +25,7 @@ class TensorGroup(StrEnum):
     """Text and input images: decoder layers, final norm, vision embedder."""
     GENERATION = "generation"
     """The image being denoised: decoder layers, final norm, vision embedder, timestep and noise
-    scale embedders, pixel head."""
+    scale embedders, image head."""
     SHARED = "shared"
     """`embed_tokens` and `lm_head`, which the published memory tables list apart."""
 
@@ -61,7 +60,7 @@ def expected_tensors(arch: Architecture) -> dict[str, TensorSpec]:
         specs[name] = TensorSpec(shape=(arch.hidden_size,), group=group)
     specs["language_model.lm_head.weight"] = vocabulary
     specs |= _vision("fm_modules.vision_model_mot_gen", arch, TensorGroup.GENERATION)
-    for name, shape in (_pixel_head(arch) | _embedders(arch)).items():
+    for name, shape in (_image_head(arch) | _embedders(arch)).items():
         specs[f"fm_modules.{name}"] = TensorSpec(shape=shape, group=TensorGroup.GENERATION)
     return specs
 
@@ -141,22 +140,13 @@ def _vision(prefix: str, arch: Architecture, group: TensorGroup) -> dict[str, Te
     }
 
 
-def _pixel_head(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Returns the head's tensors; shapes follow from its pixel shuffles (x2, x2, x8 = 32)."""
-    if arch.use_pixel_head:
-        last = 3 * 8 * 8
-        return {
-            "fm_head.conv1.weight": (PIXEL_HEAD_CHANNELS, arch.hidden_size // 4, 3, 3),
-            "fm_head.conv1.bias": (PIXEL_HEAD_CHANNELS,),
-            "fm_head.conv2.weight": (last, PIXEL_HEAD_CHANNELS // 4, 3, 3),
-            "fm_head.conv2.bias": (last,),
-        }
-    return {
-        "fm_head.0.weight": (FM_HEAD_HIDDEN, arch.hidden_size),
-        "fm_head.0.bias": (FM_HEAD_HIDDEN,),
-        "fm_head.2.weight": (TOKEN_NUMBERS, FM_HEAD_HIDDEN),
-        "fm_head.2.bias": (TOKEN_NUMBERS,),
-    }
+def _image_head(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in head_of(arch).layers:
+        shape = layer.weight_shape(arch)
+        shapes[f"{layer.tensor}.weight"] = shape
+        shapes[f"{layer.tensor}.bias"] = shape[:1]
+    return shapes
 
 
 def _embedders(arch: Architecture) -> dict[str, tuple[int, ...]]:

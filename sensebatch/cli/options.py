@@ -13,14 +13,13 @@ from typing import Annotated, Any, Literal, get_type_hints
 import typer
 
 from sensebatch.errors import ConfigError
+from sensebatch.jobs import Precision, VramMode
 from sensebatch.settings import (
     AMOUNT,
     AttnBackend,
     Device,
     Dtype,
     ImageFormat,
-    Precision,
-    VramMode,
     amount_bytes,
 )
 

@@ -33,10 +33,10 @@ def plan(
     least time that its speeds allow.
     """
     from sensebatch.cli.messages import warn, warn_of
-    from sensebatch.cli.placement import memory_summary
     from sensebatch.cli.speed_cache import read_speeds
     from sensebatch.manifest.read import read_manifests
-    from sensebatch.plan.batches import make_plan, plan_entry, plan_summary
+    from sensebatch.plan.batches import make_plan, plan_entry
+    from sensebatch.plan.summary import memory_summary, plan_summary
     from sensebatch.settings import resolve_settings
 
     config = resolve_settings(config_file=model.config, flags=model.flags() | batch.flags())
@@ -46,7 +46,7 @@ def plan(
     if mistake is not None:
         warn(mistake)
     summary = plan_summary(made) | {
-        "memory": memory_summary(made, config, machine),
+        "memory": memory_summary(made, config, None if machine is None else machine.machine),
         "machine": None if machine is None else machine.model_dump(),
     }
     if as_json:

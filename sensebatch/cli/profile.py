@@ -130,7 +130,7 @@ def _run(suite_name: str, given: dict[str, Any], only: list[str], folder: Path) 
     machine, mistake = read_speeds()
     if mistake is not None:
         warn(mistake)
-    speeds = {} if machine is None else {machine.gpu: machine.speeds}
+    speeds = {} if machine is None else {machine.gpu: machine.machine.speeds}
     return run_suite(suite, cases, scale, folder, launch=launch, say=say, speeds=speeds)
 
 

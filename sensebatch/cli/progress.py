@@ -42,7 +42,7 @@ class Tracker(RunObserver):
         self._share = 1.0
         self.num_jobs = self.num_done = self.num_failed = 0
         self.batch: Batch | None = None
-        self.step = Progress(phase="", step=0, num_steps=0)
+        self.step = Progress(phase=None, step=0, num_steps=0)
         self._root = Path()
 
     def warning(self, text: str) -> None:
@@ -78,7 +78,7 @@ class Tracker(RunObserver):
             self._remaining.measured(self.batch, now - self._batch_start, self._share)
         self._remaining.started(batch)
         self.batch, self._batch_start, self._share = batch, now, 1.0
-        self.step = Progress(phase="", step=0, num_steps=0)
+        self.step = Progress(phase=None, step=0, num_steps=0)
 
     def progress(self, progress: Progress) -> None:
         """The batch in the engine advanced."""
@@ -264,7 +264,7 @@ def failure_line(attempt: Attempt, will_retry: bool) -> str:
 
 def step_words(progress: Progress) -> str:
     """Returns where a batch is: `denoise 7 of 50`, `think 212`."""
-    if not progress.phase:
+    if progress.phase is None:
         return "starting"
     if progress.num_steps:
         return f"{progress.phase} {progress.step} of {progress.num_steps}"

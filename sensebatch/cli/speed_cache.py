@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sensebatch.plan.work import Speeds
+from sensebatch.plan.work import Machine, Speeds
 from sensebatch.store.files import write_atomic
 
 FILE_NAME = "speeds.json"
@@ -36,14 +36,15 @@ class MachineSpeeds(BaseModel):
     memory_bytes_per_s: _Measured
 
     @property
-    def speeds(self) -> Speeds:
-        """What the time arithmetic wants of it."""
-        return Speeds(
+    def machine(self) -> Machine:
+        """What a plan wants to know of it."""
+        speeds = Speeds(
             copy_bytes_per_s=self.copy_bytes_per_s,
             gemm_flop_per_s=self.gemm_flop_per_s,
             attention_flop_per_s=self.attention_flop_per_s,
             memory_bytes_per_s=self.memory_bytes_per_s,
         )
+        return Machine(free_bytes=self.free_bytes, speeds=speeds)
 
 
 def speeds_path() -> Path:

@@ -37,7 +37,7 @@ from sensebatch.engine.sampling.guidance import Guidance
 from sensebatch.engine.tasks.denoise import Drawing, denoise, draw_noise, image_noise_scale
 from sensebatch.engine.tasks.state import job_generator
 from sensebatch.engine.weights.loader import NetworkLoader, open_weights, warm_up
-from sensebatch.jobs import Task
+from sensebatch.jobs import Task, VramMode
 from sensebatch.plan.device import place
 from sensebatch.resolutions import Resolution
 
@@ -73,11 +73,8 @@ def open_runner(model: str) -> Runner:
     backend = resolve_attention("auto", device.type, dtype)
     loader = _loader(checkpoint, device, DTYPES[dtype])
     compile_s = warm_up(loader, BACKENDS[backend])
-    memory = replace(config.memory, vram_mode="full")
-    item_bytes = DTYPES[dtype].itemsize
-    placements = place(
-        checkpoint.architecture, memory, [], item_bytes=item_bytes, device_free=None, host_free=0
-    )
+    memory = replace(config.memory, vram_mode=VramMode.FULL)
+    placements = place(loader.computation, memory=memory, loads=[], device_free=None, host_free=0)
     network, residency = loader.load(placements.leanest)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     seconds = "not compiled" if compile_s is None else f"kernels {compile_s:.1f} s"

@@ -10,7 +10,7 @@ import torch
 
 from sensebatch.checkpoint.files import Checkpoint
 from sensebatch.config import RunConfig
-from sensebatch.contract import Checkpoints, Progress
+from sensebatch.contract import Checkpoints, Phase, Progress
 from sensebatch.engine.device.memory import (
     DevicePeak,
     cap_device_memory,
@@ -57,7 +57,7 @@ from sensebatch.jobs import (
     Task,
 )
 from sensebatch.plan.fallback import keeping, leaner
-from sensebatch.plan.footprint import Load
+from sensebatch.plan.load import Load
 from sensebatch.plan.passes import prefixes_wait
 from sensebatch.plan.placement import Placement, Placements
 from sensebatch.process import peak_rss_bytes
@@ -180,9 +180,9 @@ class SenseNovaEngine:
         first_work, self._idle_since = runner.worked
         return BatchMetrics(
             wait_s=None if idle_since is None else first_work - idle_since,
-            prefill_s=runner.seconds["prefill"],
-            think_s=runner.seconds["think"],
-            denoise_s=runner.seconds["denoise"],
+            prefill_s=runner.seconds[Phase.PREFILL],
+            think_s=runner.seconds[Phase.THINK],
+            denoise_s=runner.seconds[Phase.DENOISE],
             num_denoise_steps=runner.num_denoise_steps,
             num_kept_images=runner.num_kept_images,
             total_s=time.perf_counter() - start,
@@ -223,10 +223,7 @@ class SenseNovaEngine:
         wanted = self._placement.num_buffers
         placements = self._placements
         if wanted is not None and (kept := self._residency.resize(wanted)) != wanted:
-            loader = self._loader
-            less = keeping(
-                loader.arch, self._placement, kept, loader.dtype.itemsize, loader.precision
-            )
+            less = keeping(self._loader.computation, self._placement, kept)
             placements = placements.replacing(group, less)
         self._go_on_with(placements)
 
@@ -241,9 +238,8 @@ class SenseNovaEngine:
 
     def make_room(self) -> str | None:
         """Goes on with less memory; see `contract.Engine.make_room`."""
-        arch, dtype, device = self._loader.arch, self._loader.dtype, self._loader.device
         assert self._group is not None
-        after = leaner(arch, self._placements, self._group, dtype.itemsize, self._loader.precision)
+        after = leaner(self._loader.computation, self._placements, self._group)
         if after is None:
             return None
         self._go_on_with(after)
@@ -251,7 +247,7 @@ class SenseNovaEngine:
             # No block is in host memory, so all are read again.
             del self._network, self._residency
             try:
-                empty_cache(device)
+                empty_cache(self._loader.device)
                 self._network, self._residency = self._loader.load(self._placement)
             except (RuntimeError, SensebatchError) as error:
                 raise RunStoppedError(

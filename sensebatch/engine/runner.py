@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sensebatch.contract import Progress
+from sensebatch.contract import Phase, Progress
 from sensebatch.engine.decoding import new_decoder
 from sensebatch.engine.model.attention import Attention
 from sensebatch.engine.model.kv_cache import KVCache, Parcel, Span
@@ -28,8 +28,7 @@ from sensebatch.engine.preprocess import Patches
 from sensebatch.engine.prompts import Grid, ImageSpan, Prompt, positions, segments
 from sensebatch.engine.sampling.text import Step
 from sensebatch.errors import BatchStoppedError
-from sensebatch.plan.device import CUDA_TOKENS_PER_PASS
-from sensebatch.plan.passes import MAX_PREFILL_TOKENS, pictures_per_pass
+from sensebatch.plan.passes import MAX_PREFILL_TOKENS, TOKENS_PER_PASS, images_per_pass
 from sensebatch.resolutions import Resolution
 
 
@@ -66,7 +65,7 @@ class Weights(Protocol):
 class PassLimits:
     """How much goes through the network at a time."""
 
-    image_tokens: int = CUDA_TOKENS_PER_PASS
+    image_tokens: int = TOKENS_PER_PASS
     """Most image tokens denoised together; one picture always is."""
     park: Callable[[int], Parcel] | None = None
     """Gives host memory in which prefixes wait while other jobs' pictures are drawn; None lets
@@ -74,7 +73,7 @@ class PassLimits:
 
     def together(self, resolution: Resolution) -> int:
         """Returns how many pictures of a size are drawn together at most."""
-        return pictures_per_pass(resolution.image_tokens, self.image_tokens)
+        return images_per_pass(resolution.image_tokens, self.image_tokens)
 
 
 class Runner:
@@ -110,7 +109,7 @@ class Runner:
         self.system_turns = {} if system_turns is None else system_turns
         self._weights = weights
         self._stop = stop
-        self.seconds: dict[str, float] = defaultdict(float)
+        self.seconds: dict[Phase, float] = defaultdict(float)
         """Wall seconds by phase."""
         self.worked: tuple[float, float] | None = None
         """Start of the first phase and end of the last one, of `time.perf_counter`."""
@@ -130,7 +129,7 @@ class Runner:
     @contextmanager
     def prefilling(self, *, decodes: bool) -> Iterator[None]:
         """The phase of prompts: one pass of the understanding expert."""
-        with self._phase("prefill"):
+        with self._phase(Phase.PREFILL):
             if self._weights is not None:
                 self._weights.prefill(decodes=decodes)
             yield
@@ -138,7 +137,7 @@ class Runner:
     @contextmanager
     def decoding(self) -> Iterator[None]:
         """The phase of text: many passes of the understanding expert."""
-        with self._phase("think"):
+        with self._phase(Phase.THINK):
             if self._weights is not None:
                 self._weights.decode()
             yield
@@ -146,20 +145,20 @@ class Runner:
     @contextmanager
     def denoising(self) -> Iterator[None]:
         """The phase of pictures: many passes of the generation expert."""
-        with self._phase("denoise"):
+        with self._phase(Phase.DENOISE):
             if self._weights is not None:
                 self._weights.denoise()
             yield
 
     @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
+    def _phase(self, phase: Phase) -> Iterator[None]:
         """Counts the time of a block; the device has finished it when the block ends."""
         start = time.perf_counter()
         yield
         if self.network.device.type == "cuda":
             torch.cuda.synchronize(self.network.device)
         end = time.perf_counter()
-        self.seconds[name] += end - start
+        self.seconds[phase] += end - start
         self.worked = (start if self.worked is None else self.worked[0], end)
 
     def embed_images(self, images: Iterable[Patches]) -> list[Tensor]:
@@ -264,7 +263,7 @@ class Runner:
         def step(taken: Sequence[tuple[int, int]]) -> list[int]:
             if not self.num_denoise_steps:
                 self.heed_stop()
-            self.progress(Progress(phase="think", step=next(numbers), num_steps=0))
+            self.progress(Progress(phase=Phase.THINK, step=next(numbers), num_steps=0))
             return decoder.step(taken)
 
         return step

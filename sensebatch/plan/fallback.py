@@ -1,36 +1,29 @@
-"""What a run goes on with where a placement turned out not to fit. Integers only, no torch."""
+"""What a run continues with where a placement turned out not to fit. Integers only, no torch."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from sensebatch.checkpoint.architecture import Architecture
-from sensebatch.jobs import GroupKey
-from sensebatch.plan.device import RING, fast_buffers
+from sensebatch.jobs import GroupKey, VramMode
+from sensebatch.plan.computation import Computation
+from sensebatch.plan.device import fast_buffers
+from sensebatch.plan.passes import RING
 from sensebatch.plan.placement import Placement, Placements
 from sensebatch.plan.weight_bytes import WeightBytes, weight_bytes
 
 
-def leaner(
-    arch: Architecture,
-    placements: Placements,
-    group: GroupKey,
-    item_bytes: int,
-    precision: str | None = None,
-) -> Placements | None:
-    """Returns what to go on with where a job alone did not fit; None if nothing is left to give up.
+def leaner(computation: Computation, placements: Placements, group: GroupKey) -> Placements | None:
+    """Returns what to continue with after a job alone did not fit; None if nothing can be given up.
 
-    First fewer weights stay on the device, half of the buffers each time, then jobs of the group
-    are drawn one by one. Other groups keep as many blocks less: that memory is gone for them too.
+    First fewer weights stay on the device, half of the buffers each time; then the group's jobs
+    are drawn one by one. Other groups keep as many blocks less, since they lack that memory too.
 
     Args:
-        arch: The network's shape.
-        placements: Of the run.
-        group: The job's.
-        item_bytes: Of a number.
-        precision: `fp8` or `fp8-all` for linear layers in float8.
+        computation: The network, and how it is computed.
+        placements: Those of the run.
+        group: The job's group.
     """
-    weights = weight_bytes(arch, item_bytes, precision)
+    weights = weight_bytes(computation)
     before = placements.of(group)
     if before.num_buffers is None:
         return Placements(
@@ -52,19 +45,30 @@ def leaner(
         return None
     reason = "memory ran out: one job at a time"
     return placements.replacing(
-        group, replace(before, mode="low", tokens_per_pass=1, reason=reason)
+        group, replace(before, mode=VramMode.LOW, tokens_per_pass=1, reason=reason)
     )
 
 
+def keeping(computation: Computation, placement: Placement, num_buffers: int) -> Placement:
+    """Returns a streamed placement with as many buffers as there was memory for.
+
+    Args:
+        computation: The network, and how it is computed.
+        placement: The group's, which says how many there were to be.
+        num_buffers: How many there are.
+    """
+    return _keeping(weight_bytes(computation), placement, num_buffers)
+
+
 def _streamed(weights: WeightBytes, placement: Placement) -> Placement:
-    """Returns a placement of all weights without those that others can be streamed beside."""
+    """Returns a placement of all weights with only as many as others can be streamed beside."""
     num_buffers = fast_buffers(weights, writes=True)
     held = weights.buffers(RING, num_buffers - RING)
-    room = placement.host_budget_bytes
+    room = placement.host_block_bytes
     blocks = weights.blocks if room is None else min(weights.blocks, room)
     return replace(
         placement,
-        mode="fast",
+        mode=VramMode.FAST,
         num_buffers=num_buffers,
         embed_on_device=False,
         park_caches=True,
@@ -74,35 +78,16 @@ def _streamed(weights: WeightBytes, placement: Placement) -> Placement:
     )
 
 
-def keeping(
-    arch: Architecture,
-    placement: Placement,
-    num_buffers: int,
-    item_bytes: int,
-    precision: str | None = None,
-) -> Placement:
-    """Returns a streamed placement with other buffers than it was to have.
-
-    Args:
-        arch: The network's shape.
-        placement: Of a group.
-        num_buffers: That memory was enough for.
-        item_bytes: Of a number.
-        precision: See `leaner`.
-    """
-    return _keeping(weight_bytes(arch, item_bytes, precision), placement, num_buffers)
-
-
 def _keeping(weights: WeightBytes, placement: Placement, num_buffers: int) -> Placement:
     assert placement.num_buffers is not None
     all_stay = weights.layers_kept(num_buffers, RING) == weights.num_generation
-    mode = "fast" if all_stay else "balanced"
+    mode = VramMode.FAST if all_stay else VramMode.BALANCED
+    freed = (placement.num_buffers - num_buffers) * weights.kept_block
     return replace(
         placement,
-        mode=placement.mode if placement.mode == "low" else mode,
+        mode=placement.mode if placement.mode is VramMode.LOW else mode,
         num_buffers=num_buffers,
-        device_bytes=placement.device_bytes
-        - (placement.num_buffers - num_buffers) * weights.kept_block,
+        device_bytes=placement.device_bytes - freed,
         reason=_reason(num_buffers),
     )
 

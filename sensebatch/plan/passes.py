@@ -1,33 +1,44 @@
-"""How much goes through the network at a time; what computes and what counts memory agree on it."""
+"""How much goes through the network at a time, and how many buffers carry its weights.
+
+What computes and what counts memory agree on it here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 ROWS = 4096
-"""Tokens that go through the halves of a layer at a time, so that what they need for a moment
-does not grow with the batch. Matrix products of this many rows already run at full speed."""
+"""Tokens that go through half a layer at a time, so that its temporaries do not grow with the
+batch. Matrix products of this many rows already run at full speed."""
+TOKENS_PER_PASS = 8192
+"""Image tokens in one denoising pass: enough to hide a layer's copy behind its computation."""
+LOW_TOKENS_PER_PASS = ROWS
+"""The same under `low`: the temporaries of this many tokens are needed however small a pass is."""
 MAX_PREFILL_TOKENS = 9216
-"""Tokens of prompts in one pass; a longer prompt has a pass of its own. Two prompts with a picture
-of 2048x2048 share one, and with it the weights, which may have to be streamed for it."""
+"""Tokens of prompts in one pass; a longer prompt has a pass to itself. Two prompts with an image
+of 2048x2048 share one, and so share weights that may have to be streamed for it."""
 ROOM_TOKENS = 1024
-"""Tokens that decoding makes room for at a time behind what is cached."""
+"""Tokens that decoding makes room for at a time after what is cached."""
 GROWTH_TOKENS = 128
 """A cache that must grow for a single token grows by this many."""
 ATTENTION_SPLITS = 16
 """Programs that share the cached tokens of one key/value head while a token is decoded."""
 ROOM_SPARE = 16
-"""Places behind that room: for what is written behind sequences that have ended, and for the few
-tokens that lead over from text to a picture."""
+"""Places after that room: for what is written after sequences that have ended, and for the few
+tokens that lead over from text to an image."""
+RING = 2
+"""Buffers that blocks pass through: one is computed with while the next is filled."""
+NUM_STAGING = 2
+"""Host buffers that blocks are read ahead into from the checkpoint's files."""
 
 
-def pictures_per_part(image_tokens: int) -> int:
-    """Returns how many pictures go through the halves of a layer together; see `ROWS`."""
+def images_per_part(image_tokens: int) -> int:
+    """Returns how many images go through half a layer together; see `ROWS`."""
     return max(ROWS // image_tokens, 1)
 
 
 def evaluation_parts(images: Sequence[int], image_tokens: int) -> list[slice]:
-    """Returns the evaluations of a denoising step in parts of at most `pictures_per_part`.
+    """Returns the evaluations of a denoising step in parts of at most `images_per_part`.
 
     Images that fill a part keep their evaluations to themselves. So the rows of a matrix product,
     and with them its roundings, do not depend on how many images share the pass, even where
@@ -35,9 +46,9 @@ def evaluation_parts(images: Sequence[int], image_tokens: int) -> list[slice]:
 
     Args:
         images: Which image of the pass each evaluation is of, in order.
-        image_tokens: Of an image.
+        image_tokens: Tokens of an image.
     """
-    size = pictures_per_part(image_tokens)
+    size = images_per_part(image_tokens)
     parts: list[slice] = []
     start = 0
     for end in range(1, len(images) + 1):
@@ -51,25 +62,25 @@ def evaluation_parts(images: Sequence[int], image_tokens: int) -> list[slice]:
     return parts
 
 
-def pictures_per_pass(image_tokens: int, tokens_per_pass: int) -> int:
-    """Returns how many jobs' pictures are drawn together at most.
+def images_per_pass(image_tokens: int, tokens_per_pass: int) -> int:
+    """Returns how many jobs' images are drawn together at most.
 
-    As many as fill parts, if it is more than one: then the products of matrices are of the same
-    rows whatever the limit, and so are their roundings.
+    A pass that holds more than one part is made of whole parts. Matrix products then have the same
+    rows whatever the limit, and so the same rounding errors.
 
     Args:
-        image_tokens: Of a picture.
-        tokens_per_pass: Limit for all of a pass; one picture always is.
+        image_tokens: Tokens of an image.
+        tokens_per_pass: Most tokens of a pass; one image always fits.
     """
     fitting = max(tokens_per_pass // image_tokens, 1)
-    part = pictures_per_part(image_tokens)
+    part = images_per_part(image_tokens)
     return fitting if fitting < part else fitting - fitting % part
 
 
 def prefixes_wait(batch_size: int, jobs: int) -> bool:
     """Returns whether prefixes of a batch leave the device until their pass, where they may.
 
-    Those of a batch that is drawn in one pass are needed there together.
+    The prefixes of a batch that is drawn in one pass are all needed on the device together.
 
     Args:
         batch_size: Jobs of the batch.

@@ -1,53 +1,53 @@
-"""Where weights and caches are while the jobs of a run are computed. Says so; decides nothing."""
+"""Where weights and caches are while the jobs of a run are computed. Decides nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from sensebatch.jobs import GroupKey
-from sensebatch.plan.footprint import Load
+from sensebatch.jobs import GroupKey, VramMode
+from sensebatch.plan.load import Load
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """Where weights and caches are while one group of jobs is run, and how many share what."""
+    """Where weights and caches are while one group of jobs is run, and how many jobs share what."""
 
-    mode: str
+    mode: VramMode
     num_buffers: int | None
-    """Device buffers: a ring for blocks of any kind, the others as large as a generation layer;
+    """Device buffers: a ring for blocks of any kind, the others as large as a generation layer.
     None gives every block its own."""
     embed_on_device: bool
     tokens_per_pass: int
     """Most image tokens in one denoising pass; one job always fits."""
     batch_size: int | None = None
-    """Most jobs that fit in one batch; None where all that were planned for do."""
+    """Most jobs that fit in one batch; None where as many as were planned for do."""
     park_caches: bool
     """Whether prefixes of jobs that wait for their pass are in host memory."""
-    host_budget_bytes: int | None
+    host_block_bytes: int | None
     """Host memory for blocks; None for as much as they need."""
     device_bytes: int
     """Expected peak on the device."""
     host_bytes: int
     """Expected peak of the process's resident memory."""
     reason: str
-    """Why this one, for the person who reads it."""
+    """Why this placement, for people."""
 
     def fitted(self, load: Load) -> Load:
-        """Returns the load of the group with as many jobs a batch as fit."""
-        if self.batch_size is None:
+        """Returns the group's load with as many jobs in a batch as fit."""
+        if self.batch_size is None or self.batch_size >= load.batch_size:
             return load
-        return replace(load, batch_size=min(self.batch_size, load.batch_size))
+        return replace(load, batch_size=self.batch_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placements:
-    """Of a run: either all weights stay on the device for every group, or for none."""
+    """The placements of a run. All weights stay on the device for every group, or for none."""
 
     groups: Mapping[GroupKey, Placement]
     """In the order in which they are run."""
     leanest: Placement
-    """Of the most demanding group; where there are no groups, of the weights alone."""
+    """The placement of the most demanding group; without groups, that of the weights alone."""
 
     @property
     def device_bytes(self) -> int:
@@ -57,8 +57,13 @@ class Placements:
         )
 
     @property
+    def host_bytes(self) -> int:
+        """Expected peak of the process's resident memory."""
+        return max((p.host_bytes for p in self.groups.values()), default=self.leanest.host_bytes)
+
+    @property
     def first(self) -> Placement:
-        """Of the group that is run first."""
+        """The placement of the group that is run first."""
         return next(iter(self.groups.values()), self.leanest)
 
     def of(self, group: GroupKey) -> Placement:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 
-from sensebatch.checkpoint.architecture import Architecture
-from sensebatch.plan.device import RING
-from sensebatch.plan.footprint import Load, jobs_per_pass
-from sensebatch.plan.passes import MAX_PREFILL_TOKENS
+from sensebatch.plan.computation import Computation
+from sensebatch.plan.load import Load
+from sensebatch.plan.passes import MAX_PREFILL_TOKENS, RING
 from sensebatch.plan.placement import Placement
 from sensebatch.plan.weight_bytes import weight_bytes
 from sensebatch.plan.work import (
+    MEASURED_ITEM_BYTES,
     Sizes,
     Speeds,
     Work,
@@ -24,17 +25,22 @@ from sensebatch.plan.work import (
     understanding_work,
 )
 
-UNDERSTANDING, GENERATION = "understanding", "generation"
+
+class Expert(StrEnum):
+    """One of the network's two experts, as the owner of blocks."""
+
+    UNDERSTANDING = "understanding"
+    GENERATION = "generation"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blocks:
-    """What the passes of a phase go through."""
+    """The blocks that the passes of a phase go through."""
 
-    expert: str
+    expert: Expert
     count: int
     num_bytes: int
-    """Of all of them."""
+    """All of them together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,64 +50,71 @@ class Orders:
     prompts: Blocks
     text: Blocks
     """With the vocabulary head."""
-    pictures: Blocks
+    images: Blocks
 
 
-def pass_orders(arch: Architecture, sizes: Sizes, item_bytes: int) -> Orders:
-    """Returns what passes of a network go through."""
-    weights = weight_bytes(arch, item_bytes)
+def pass_orders(computation: Computation, sizes: Sizes) -> Orders:
+    """Returns what the passes of a network go through."""
+    arch, item_bytes = computation.arch, computation.item_bytes
+    weights = weight_bytes(computation)
     return Orders(
         prompts=Blocks(
-            expert=UNDERSTANDING,
+            expert=Expert.UNDERSTANDING,
             count=arch.num_layers,
             num_bytes=sizes.understanding * item_bytes,
         ),
         text=Blocks(
-            expert=UNDERSTANDING,
+            expert=Expert.UNDERSTANDING,
             count=weights.num_understanding,
-            num_bytes=(sizes.understanding + sizes.head) * item_bytes,
+            num_bytes=(sizes.understanding + sizes.vocabulary_head) * item_bytes,
         ),
-        pictures=Blocks(
-            expert=GENERATION,
+        images=Blocks(
+            expert=Expert.GENERATION,
             count=weights.num_generation,
             num_bytes=sizes.generation * item_bytes,
         ),
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass:
+    """Passes of one kind, one after the other."""
+
+    blocks: Blocks
+    """What each goes through."""
+    work: Work
+    """What one of them takes."""
+    count: int = 1
+    keeps: bool
+    """Whether blocks stay as far as there is room for them; the first pass then brings those as
+    well. Otherwise what the other expert keeps stays."""
+
+
 class Passes:
-    """Sums the seconds of passes, following which blocks are on the device when.
+    """Sums the seconds of passes, and follows which blocks are on the device when.
 
     Args:
         orders: What they go through.
-        num_buffers: Of `Placement`: device buffers of one block, None where each has its own.
+        num_buffers: See `Placement`.
         speeds: Of the machine.
     """
 
     def __init__(self, orders: Orders, num_buffers: int | None, speeds: Speeds) -> None:
-        whole = orders.text.count + orders.pictures.count
+        whole = orders.text.count + orders.images.count
         enough = num_buffers is None or num_buffers >= whole
         self._num_buffers = None if enough else num_buffers
         self._speeds = speeds
-        self._kept = {UNDERSTANDING: 0, GENERATION: 0}
+        self._kept = {Expert.UNDERSTANDING: 0, Expert.GENERATION: 0}
         self.seconds = 0.0
         self.copied_bytes = 0.0
 
-    def add(self, blocks: Blocks, work: Work, num_passes: int = 1, *, keep: bool) -> None:
-        """Counts passes of one kind.
-
-        Args:
-            blocks: What each goes through.
-            work: Of one pass.
-            num_passes: How many.
-            keep: Whether blocks stay as far as there is room for them; the first pass then
-                brings those as well. Otherwise what the other expert keeps stays.
-        """
-        computed = work.seconds(self._speeds)
-        for count in (min(num_passes, 1), max(num_passes - 1, 0)):
-            copied = self._missing_bytes(blocks)
-            if count and keep:
-                self._keep(blocks)
+    def add(self, passes: Pass) -> None:
+        """Counts passes of one kind."""
+        computed = passes.work.seconds(self._speeds)
+        for count in (min(passes.count, 1), max(passes.count - 1, 0)):
+            copied = self._missing_bytes(passes.blocks)
+            if count and passes.keeps:
+                self._keep(passes.blocks)
             self.copied_bytes += count * copied
             self.seconds += count * max(computed, copied / self._speeds.copy_bytes_per_s)
 
@@ -119,126 +132,137 @@ class Passes:
         fits = blocks.count <= self._num_buffers
         room = self._num_buffers if fits else self._num_buffers - RING
         kept = min(blocks.count, room)
-        other = GENERATION if blocks.expert == UNDERSTANDING else UNDERSTANDING
-        self._kept = {blocks.expert: kept, other: min(self._kept[other], room - kept)}
+        others = [expert for expert in Expert if expert is not blocks.expert]
+        left = {expert: min(self._kept[expert], room - kept) for expert in others}
+        self._kept = {blocks.expert: kept, **left}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupSeconds:
     """The least time of a group's jobs."""
 
-    pictures: float
-    """Of prompts and pictures, without any text that the model writes."""
+    images: float
+    """Prompts and images, without any text that the model writes."""
     text: float
     """What comes on top if every job writes as much text as it may."""
 
 
 class Clock:
-    """Tells how long jobs take at least with one placement on one machine.
+    """Says how long jobs take at least on one machine.
 
     Args:
-        arch: The network's shape.
-        placement: Where its weights are.
-        item_bytes: Of a number.
+        computation: The network, and how it is computed.
         speeds: Of the machine.
     """
 
-    def __init__(
-        self, arch: Architecture, placement: Placement, item_bytes: int, speeds: Speeds
-    ) -> None:
-        self._arch = arch
-        self._placement = placement
-        self._item_bytes = item_bytes
+    def __init__(self, computation: Computation, speeds: Speeds) -> None:
+        self._computation = computation
         self._speeds = speeds
-        self._sizes = network_sizes(arch)
-        self._orders = pass_orders(arch, self._sizes, item_bytes)
+        self._sizes = network_sizes(computation.arch)
+        self._orders = pass_orders(computation, self._sizes)
 
-    def group_seconds(self, load: Load, num_jobs: int) -> GroupSeconds:
+    def group_seconds(self, load: Load, num_jobs: int, placement: Placement) -> GroupSeconds:
         """Returns the least time of a group; bringing the first weights is not counted.
 
         Args:
             load: The group's most demanding job, which all others count as.
-            num_jobs: Of the group, cut into batches of `load.batch_size`, or of as many as fit.
+            num_jobs: Jobs of the group, cut into batches of `load.batch_size`, or as many as fit.
+            placement: Where weights and caches are.
         """
-        load = self._placement.fitted(load)
-        silent = self._seconds(load, num_jobs, text_tokens=0)
-        talking = self._seconds(load, num_jobs, text_tokens=load.text_tokens)
-        return GroupSeconds(pictures=silent, text=max(talking - silent, 0.0))
+        load = placement.fitted(load)
+        silent = self._seconds(load, num_jobs, placement, text_tokens=0)
+        if not load.text_tokens:
+            return GroupSeconds(images=silent, text=0.0)
+        talking = self._seconds(load, num_jobs, placement, text_tokens=load.text_tokens)
+        return GroupSeconds(images=silent, text=max(talking - silent, 0.0))
 
-    def _seconds(self, load: Load, num_jobs: int, text_tokens: int) -> float:
-        passes = Passes(self._orders, self._placement.num_buffers, self._speeds)
-        # This one finds the device empty; those that count find what one before them left.
-        self._add_batch(passes, load, load.batch_size, text_tokens)
+    def _seconds(
+        self, load: Load, num_jobs: int, placement: Placement, *, text_tokens: int
+    ) -> float:
+        passes = Passes(self._orders, placement.num_buffers, self._speeds)
+        tokens = placement.tokens_per_pass
+        batch = list(self._batch(load, load.batch_size, tokens, text_tokens))
+        # This one finds the device empty; those that count find what the one before them left.
+        for one in batch:
+            passes.add(one)
         seconds = 0.0
         for jobs, num_batches in _parts(num_jobs, load.batch_size):
             passes.seconds = 0.0
-            self._add_batch(passes, load, jobs, text_tokens)
+            is_full = jobs == load.batch_size
+            for one in batch if is_full else self._batch(load, jobs, tokens, text_tokens):
+                passes.add(one)
             seconds += num_batches * passes.seconds
         return seconds
 
-    def _add_batch(self, passes: Passes, load: Load, jobs: int, text_tokens: int) -> None:
-        tokens = load.group.resolution.image_tokens
-        growing = jobs * sum(branch != "uncond" for branch in load.group.branches)
+    def _batch(
+        self, load: Load, jobs: int, tokens_per_pass: int, text_tokens: int
+    ) -> Iterator[Pass]:
+        """Yields the passes of a batch."""
+        tokens, growing = load.image_tokens, jobs * load.num_growing
         writes, reads_back = load.text_tokens > 0, load.drawn_tokens > 0
-        num_pictures = load.drawn_tokens // (tokens + 2) + 1
+        num_images = load.drawn_tokens // (tokens + 2) + 1
         # The system turn is there: only the first batch of a run computes it.
         known = load.system_tokens
         new = load.prompt_tokens - known
-        self._add_prompts(passes, new, known, growing, logits=jobs * writes)
+        yield from self._prompts(new, known, growing, logits=jobs * writes)
         prefix = load.prompt_tokens
-        for picture in range(num_pictures):
-            written = (text_tokens + picture) // num_pictures
-            self._add_text(passes, jobs, prefix, written)
+        for image in range(num_images):
+            written = (text_tokens + image) // num_images
+            yield self._text(jobs, prefix, written)
             prefix += written
             if reads_back:
-                # The token that begins a picture is a pass of its own.
-                self._add_prompts(passes, 1, prefix, growing, logits=0)
+                # The token that begins an image is a pass of its own.
+                yield from self._prompts(1, prefix, growing, logits=0)
                 prefix += 1
-            self._add_pictures(passes, load, jobs, prefix)
-            if picture + 1 < num_pictures:
-                self._add_prompts(passes, tokens + 1, prefix, growing, logits=jobs)
+            yield from self._images(load, jobs, tokens_per_pass, prefix)
+            if image + 1 < num_images:
+                yield from self._prompts(tokens + 1, prefix, growing, logits=jobs)
                 prefix += tokens + 1
 
-    def _add_prompts(
-        self, passes: Passes, new: int, cached: int, sequences: int, *, logits: int
-    ) -> None:
-        """Counts passes over prompts, so many together as one holds.
+    def _prompts(self, new: int, cached: int, sequences: int, *, logits: int) -> Iterator[Pass]:
+        """Yields passes over prompts, each with as many as it holds.
 
         Args:
-            passes: What is added to.
-            new: Tokens of each sequence.
+            new: New tokens of each sequence.
             cached: Tokens before them.
             sequences: How many.
-            logits: Sequences that a token is chosen for, behind the last pass.
+            logits: Sequences that a token is chosen for after the last pass.
         """
         together = max(MAX_PREFILL_TOKENS // max(new, 1), 1)
-        blocks = self._orders.text if logits else self._orders.prompts
         for start in range(0, sequences, together):
-            last = start + together >= sequences
+            is_last = start + together >= sequences
             work = understanding_work(
-                self._arch,
+                self._computation,
                 self._sizes,
                 [(new, cached)] * min(together, sequences - start),
-                self._item_bytes,
-                logits=logits if last else 0,
+                logits=logits if is_last else 0,
             )
-            passes.add(blocks if last else self._orders.prompts, work, keep=False)
+            blocks = self._orders.text if logits and is_last else self._orders.prompts
+            yield Pass(blocks=blocks, work=work, keeps=False)
 
-    def _add_text(self, passes: Passes, jobs: int, cached: int, written: int) -> None:
-        # Sequences grow evenly, so that all passes together take as long as so many middle ones.
+    def _text(self, jobs: int, cached: int, written: int) -> Pass:
+        # Sequences grow evenly, so all passes together take as long as so many middle ones.
         spans = [(1, cached + written // 2)] * jobs
-        work = understanding_work(self._arch, self._sizes, spans, self._item_bytes, logits=jobs)
-        passes.add(self._orders.text, work, written, keep=True)
+        work = understanding_work(self._computation, self._sizes, spans, logits=jobs)
+        return Pass(blocks=self._orders.text, work=work, count=written, keeps=True)
 
-    def _add_pictures(self, passes: Passes, load: Load, jobs: int, prefix: int) -> None:
+    def _images(self, load: Load, jobs: int, tokens_per_pass: int, prefix: int) -> Iterator[Pass]:
         group = load.group
         prefixes = [0 if branch == "uncond" else prefix for branch in group.branches]
-        tokens = group.resolution.image_tokens
-        for count, num_passes in _parts(jobs, jobs_per_pass(load, self._placement.tokens_per_pass)):
+        for count, num_passes in _parts(jobs, load.jobs_per_pass(tokens_per_pass)):
             work = denoising_work(
-                self._arch, self._sizes, tokens, count, prefixes * count, self._item_bytes
+                self._computation, self._sizes, load.image_tokens, count, prefixes * count
             )
-            passes.add(self._orders.pictures, work, num_passes * group.num_steps, keep=True)
+            steps = num_passes * group.num_steps
+            yield Pass(blocks=self._orders.images, work=work, count=steps, keeps=True)
+
+
+def new_clock(computation: Computation, speeds: Speeds) -> Clock | None:
+    """Returns the clock of a machine; None where a network computes with other numbers than the
+    machine's speeds are measured with."""
+    if computation.item_bytes != MEASURED_ITEM_BYTES or computation.precision is not None:
+        return None
+    return Clock(computation, speeds)
 
 
 def _parts(total: int, most: int) -> Iterator[tuple[int, int]]:

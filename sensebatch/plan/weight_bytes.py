@@ -1,32 +1,33 @@
-"""What the weights take, by what they are for and how they are stored. No torch."""
+"""The bytes of a network's weights, by what they are for and how they are stored. No torch."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
 
-from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.checkpoint.tensors import (
     TensorGroup,
     TensorSpec,
     expected_tensors,
     head_part_rows,
 )
+from sensebatch.jobs import Precision
+from sensebatch.plan.computation import Computation
 
 SCALE_BYTES = 4
-"""Of a float32: the scale of a row of float8 numbers."""
+"""A float32: the scale of a row of float8 numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightBytes:
-    """What the weights take, by what they are for."""
+    """The bytes of a network's weights, by what they are for."""
 
     block: int
-    """The largest decoder layer or part of the head: what a buffer of the ring must hold."""
+    """The largest decoder layer or part of the vocabulary head: the size of a ring buffer."""
     kept_block: int
-    """The largest layer of the generation expert: by how much memory for kept blocks grows."""
+    """The largest layer of the generation expert: the size of every other buffer."""
     text_block: int
-    """The largest layer of the understanding expert or part of the head."""
+    """The largest layer of the understanding expert or part of the vocabulary head."""
     num_generation: int
     """Blocks of the generation expert."""
     num_understanding: int
@@ -34,6 +35,7 @@ class WeightBytes:
     blocks: int
     """All blocks together."""
     embeddings: int
+    """The table of token embeddings."""
     rest: int
     """Everything that always stays on the device."""
 
@@ -41,43 +43,42 @@ class WeightBytes:
         """Returns the bytes of device buffers: a ring for any block, others for kept layers."""
         return ring * self.block + kept * self.kept_block
 
-    def buffers_for_pictures(self, ring: int) -> int:
-        """Returns how many buffers keep the generation expert beside the ring."""
+    def buffers_for_images(self, ring: int) -> int:
+        """Returns how many buffers keep the generation expert, the ring included."""
         return ring + self.num_generation
 
+    def buffers_for_text(self, ring: int) -> int:
+        """Returns how many buffers keep the understanding expert and the vocabulary head.
+
+        The ring's memory is used for them as well; there is at least the ring.
+        """
+        missing = self.num_understanding * self.text_block - ring * self.block
+        return ring + max(-(-missing // self.kept_block), 0)
+
     def layers_kept(self, num_buffers: int | None, ring: int) -> int:
-        """Returns how many generation layers stay while pictures are drawn.
+        """Returns how many generation layers stay while images are drawn.
 
         Args:
-            num_buffers: On the device; None for one of each block's own.
-            ring: How many of them blocks go through that do not stay.
+            num_buffers: On the device; None where every block has its own.
+            ring: How many of them are for blocks that do not stay.
         """
         if num_buffers is None or num_buffers >= self.num_generation:
             return self.num_generation
         return num_buffers - ring
 
-    def buffers_for_text(self, ring: int) -> int:
-        """Returns how many buffers keep the understanding expert and the head, the ring's memory
-        taken for them as well; at least the ring."""
-        missing = self.num_understanding * self.text_block - ring * self.block
-        return ring + max(-(-missing // self.kept_block), 0)
 
-
-def weight_bytes(arch: Architecture, item_bytes: int, precision: str | None = None) -> WeightBytes:
+def weight_bytes(computation: Computation) -> WeightBytes:
     """Returns the bytes of a network's weights.
 
-    Args:
-        arch: The network's shape.
-        item_bytes: Of a number.
-        precision: `fp8` or `fp8-all` for linear layers in float8; see `config.ModelConfig`.
+    It goes through every tensor, so it is called once for a run and not once for a group.
     """
+    arch, item_bytes = computation.arch, computation.item_bytes
     vocabulary = arch.vocab_size * arch.hidden_size
     layers: dict[tuple[TensorGroup, int], int] = defaultdict(int)
     rest = 0
     for name, spec in expected_tensors(arch).items():
         if spec.layer is not None:
-            size = _stored_bytes(arch, name, spec, item_bytes, precision)
-            layers[spec.group, spec.layer] += size
+            layers[spec.group, spec.layer] += _stored_bytes(computation, name, spec)
         elif spec.group is not TensorGroup.SHARED:
             rest += spec.num_elements * item_bytes
     parts = head_part_rows(arch)
@@ -96,15 +97,14 @@ def weight_bytes(arch: Architecture, item_bytes: int, precision: str | None = No
     )
 
 
-def _stored_bytes(
-    arch: Architecture, name: str, spec: TensorSpec, item_bytes: int, precision: str | None
-) -> int:
-    """Returns the bytes of a tensor of a decoder layer, with its scales where it is float8."""
+def _stored_bytes(computation: Computation, name: str, spec: TensorSpec) -> int:
+    """Returns the bytes of a decoder layer's tensor, with its scales where it is float8."""
+    arch, precision = computation.arch, computation.precision
     generation = spec.group is TensorGroup.GENERATION
     moe = arch.generation_moe if generation else arch.understanding_moe
     assert spec.layer is not None
     sparse = moe is not None and moe.sparse_layers[spec.layer] and ".mlp" in name
-    chosen = precision == "fp8-all" or (precision == "fp8" and generation)
+    chosen = precision == Precision.FP8_ALL or (precision == Precision.FP8 and generation)
     if not chosen or sparse or len(spec.shape) < 2:
-        return spec.num_elements * item_bytes
+        return spec.num_elements * computation.item_bytes
     return spec.num_elements + spec.shape[0] * SCALE_BYTES

@@ -6,33 +6,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.checkpoint.files import open_checkpoint
 from sensebatch.checkpoint.system_prompts import resolve_system_prompts
 from sensebatch.manifest.read import read_manifest
-from sensebatch.plan.batches import GroupPlan, group_load, make_plan, plan_entry
+from sensebatch.plan.batches import GroupPlan, make_plan, plan_entry
+from sensebatch.plan.computation import Computation, gpu_computation
 from sensebatch.plan.device import place
-from sensebatch.plan.footprint import Load
+from sensebatch.plan.host import ENOUGH_BYTES
+from sensebatch.plan.load import Load, plan_loads
 from sensebatch.plan.placement import Placements
-from sensebatch.plan.seconds import Clock
-from sensebatch.plan.work import MEASURED_ITEM_BYTES, Speeds
+from sensebatch.plan.seconds import new_clock
+from sensebatch.plan.work import Speeds
 from sensebatch.profile.rows import Row
 from sensebatch.profile.suites import Case, Scale
 from sensebatch.settings import resolve_settings
-
-ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-ENOUGH_BYTES = 1 << 50
-"""Host memory where no budget is given: how much of it is used changes nothing on the device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expectation:
     """A case as the arithmetic sees it."""
 
-    arch: Architecture
-    item_bytes: int
-    precision: str | None
-    """Of linear layers, where it is not that of the other weights."""
+    computation: Computation
     groups: Sequence[GroupPlan]
     loads: Sequence[Load]
     """Of each group."""
@@ -49,16 +43,18 @@ class Expectation:
         Returns:
             None where the case computes with other numbers than speeds are measured with.
         """
-        if self.item_bytes != MEASURED_ITEM_BYTES or self.precision is not None:
+        clock = new_clock(self.computation, speeds)
+        if clock is None:
             return None
         total = step = 0.0
         for group, load in zip(self.groups, self.loads, strict=True):
-            clock = Clock(self.arch, self.placements.of(load.group), self.item_bytes, speeds)
-            seconds = clock.group_seconds(load, group.num_jobs)
-            total += seconds.pictures + (seconds.text if with_text else 0.0)
+            placement = self.placements.of(load.group)
+            seconds = clock.group_seconds(load, group.num_jobs, placement)
+            total += seconds.images + (seconds.text if with_text else 0.0)
             # What a run of twice as many steps takes on top is these steps and nothing else.
             longer = replace(load, group=replace(load.group, num_steps=2 * load.group.num_steps))
-            step += clock.group_seconds(longer, group.num_jobs).pictures - seconds.pictures
+            longer_seconds = clock.group_seconds(longer, group.num_jobs, placement)
+            step += longer_seconds.images - seconds.images
         steps = sum(group.max_images * group.group.num_steps for group in self.groups)
         return total, step / steps
 
@@ -79,22 +75,19 @@ def expectation(case: Case, model: str, manifest: Path, dtype: str) -> Expectati
     checkpoint = open_checkpoint(model)
     plan = make_plan((plan_entry(job) for job in read_manifest(manifest, config)), config.memory)
     longest = resolve_system_prompts(checkpoint).longest_bytes
-    loads = [group_load(group, system_prompt_bytes=longest) for group in plan.groups]
+    loads = plan_loads(plan, system_prompt_bytes=longest)
+    # As on a GPU: a CPU's memory is not measured.
+    model_config = replace(config.model, dtype=dtype)
+    computation = gpu_computation(checkpoint.architecture, model_config)
     placements = place(
-        checkpoint.architecture,
-        config.memory,
-        loads,
-        item_bytes=ITEM_BYTES[dtype],
-        precision=config.model.quantised,
-        # A CPU's memory is not measured.
-        fused=config.model.compile,
+        computation,
+        memory=config.memory,
+        loads=loads,
         device_free=None,
         host_free=ENOUGH_BYTES,
     )
     return Expectation(
-        arch=checkpoint.architecture,
-        item_bytes=ITEM_BYTES[dtype],
-        precision=config.model.quantised,
+        computation=computation,
         groups=plan.groups,
         loads=loads,
         placements=placements,

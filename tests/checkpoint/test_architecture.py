@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sensebatch.checkpoint.architecture import parse_architecture
+from sensebatch.checkpoint.architecture import HeadKind, parse_architecture
 from sensebatch.errors import CheckpointError
 from tests.golden_data import golden_architecture, golden_config
 
@@ -24,10 +24,10 @@ def edited(config: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 def test_golden_configurations_are_understood() -> None:
     dense = golden_architecture("dense_fm")
     assert (dense.hidden_size, dense.num_layers, dense.head_dim) == (64, 3, 32)
-    assert not dense.use_pixel_head
+    assert dense.head is HeadKind.MLP
     assert not dense.is_moe
     pixel = golden_architecture("dense_pixel")
-    assert pixel.use_pixel_head
+    assert pixel.head is HeadKind.PIXEL
     assert pixel.noise_scale_max_value == 16.0
 
 

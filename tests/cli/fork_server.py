@@ -16,7 +16,7 @@ import transformers
 
 import sensebatch.engine.engine  # noqa: F401
 from sensebatch.cli.main import main
-from sensebatch.plan import device as vram
+from sensebatch.plan import passes
 
 
 def _serve() -> None:
@@ -36,5 +36,5 @@ def _serve() -> None:
 
 if __name__ == "__main__":
     if "alone" in sys.argv:
-        vram.LOW_TOKENS_PER_PASS = 1
+        passes.LOW_TOKENS_PER_PASS = 1
     _serve()

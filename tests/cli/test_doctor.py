@@ -51,8 +51,8 @@ def test_speeds_are_kept_and_where_is_said(invoke: Invoke, tmp_path: Path) -> No
     assert mistake is None
     assert speeds is not None
     assert (speeds.gpu, speeds.torch, speeds.free_bytes) == (GPU.name, "2.11.0", GPU.free_bytes)
-    assert speeds.speeds.copy_bytes_per_s == GPU.pinned_bytes_per_s
-    assert speeds.speeds.attention_flop_per_s == GPU.attention_flop_per_s
+    assert speeds.machine.speeds.copy_bytes_per_s == GPU.pinned_bytes_per_s
+    assert speeds.machine.speeds.attention_flop_per_s == GPU.attention_flop_per_s
 
 
 @pytest.mark.usefixtures("with_gpu")

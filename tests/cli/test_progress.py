@@ -16,7 +16,7 @@ from sensebatch.cli.eta import RemainingTime
 from sensebatch.cli.messages import say
 from sensebatch.cli.progress import LiveDisplay, PlainLines, step_words, watch
 from sensebatch.cli.signals import STOPPING, StopSignals
-from sensebatch.contract import Progress
+from sensebatch.contract import Phase, Progress
 from sensebatch.jobs import Batch, Job, Task, group_key
 from sensebatch.plan.batches import Plan, make_plan, plan_entry
 from sensebatch.store.attempts import Attempt, Failure
@@ -166,12 +166,12 @@ def test_what_an_interrupted_run_has_drawn_says_nothing_of_the_speed() -> None:
     lines.batch_started(_batch(*T2I[:2]))
     # Three of four passes of two steps are kept.
     for step in (7, 8):
-        lines.progress(Progress(phase="denoise", step=step, num_steps=8))
+        lines.progress(Progress(phase=Phase.DENOISE, step=step, num_steps=8))
     clock.now = 5.0
     lines.batch_started(_batch(*T2I[2:4]))
     assert lines.remaining_s() == pytest.approx(40.0)
-    lines.progress(Progress(phase="think", step=1, num_steps=0))
-    lines.progress(Progress(phase="denoise", step=5, num_steps=8))
+    lines.progress(Progress(phase=Phase.THINK, step=1, num_steps=0))
+    lines.progress(Progress(phase=Phase.DENOISE, step=5, num_steps=8))
     assert lines.remaining_s() == pytest.approx(30.0)
 
 
@@ -188,7 +188,7 @@ def _display(stop: StopSignals | None = None) -> LiveDisplay:
     display = LiveDisplay(Console(file=io.StringIO(), width=110), stop or StopSignals())
     display.run_started(_counts(8, done=1, failed=1, pending=6), _plan(T2I))
     display.batch_started(_batch(*T2I[:2]))
-    display.progress(Progress(phase="denoise", step=1, num_steps=2))
+    display.progress(Progress(phase=Phase.DENOISE, step=1, num_steps=2))
     return display
 
 
@@ -213,8 +213,8 @@ def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_steps_without_a_known_end_have_no_total() -> None:
-    assert step_words(Progress(phase="think", step=12, num_steps=0)) == "think 12"
-    assert step_words(Progress(phase="denoise", step=3, num_steps=8)) == "denoise 3 of 8"
+    assert step_words(Progress(phase=Phase.THINK, step=12, num_steps=0)) == "think 12"
+    assert step_words(Progress(phase=Phase.DENOISE, step=3, num_steps=8)) == "denoise 3 of 8"
 
 
 @pytest.mark.parametrize("writes", [0, 1, 2])

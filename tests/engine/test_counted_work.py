@@ -13,6 +13,7 @@ from sensebatch.engine.model.attention import sdpa
 from sensebatch.engine.model.kv_cache import KVCache
 from sensebatch.engine.prompts import Prompt
 from sensebatch.engine.runner import Extension, Runner
+from sensebatch.plan.computation import Computation
 from sensebatch.plan.work import Work, denoising_work, network_sizes, understanding_work
 from sensebatch.resolutions import Resolution
 from tests.engine.golden_model import build_network
@@ -72,7 +73,8 @@ def test_prompts_behind_a_prefix_are_counted_exactly(config: str) -> None:
     ]
     flop = product_flop(lambda: runner.choose(runner.extend(extensions)))
     arch = golden_architecture(config)
-    work = understanding_work(arch, network_sizes(arch), [(7, 3), (1, 20)], ITEM_BYTES, logits=2)
+    computation = Computation(arch=arch, item_bytes=ITEM_BYTES)
+    work = understanding_work(computation, network_sizes(arch), [(7, 3), (1, 20)], logits=2)
     assert work.gemm_flop == flop
     check_attention(work, attention, config)
 
@@ -96,7 +98,8 @@ def test_a_denoising_step_is_counted_exactly(config: str) -> None:
     )
     arch = golden_architecture(config)
     sizes, tokens = network_sizes(arch), size.image_tokens
-    work = denoising_work(arch, sizes, tokens, 2, [9, 4, 2], ITEM_BYTES)
+    computation = Computation(arch=arch, item_bytes=ITEM_BYTES)
+    work = denoising_work(computation, sizes, tokens, 2, [9, 4, 2])
     assert work.gemm_flop == flop
     check_attention(work, attention, config)
 

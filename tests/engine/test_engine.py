@@ -27,20 +27,23 @@ from sensebatch.jobs import (
     ModelIdentity,
     Source,
     Task,
+    VramMode,
     batch_id,
     group_key,
 )
-from sensebatch.plan.batches import group_load, make_plan, plan_entry
+from sensebatch.plan.batches import make_plan, plan_entry
+from sensebatch.plan.computation import Computation
 from sensebatch.plan.fallback import leaner
-from sensebatch.plan.footprint import Load
+from sensebatch.plan.load import Load, group_load
 from sensebatch.plan.placement import Placement, Placements
 from sensebatch.resolutions import Resolution
 from sensebatch.units import MIB
 from tests.engine.golden_model import KeptImages
 
 
-def make_config(**memory: Any) -> RunConfig:
-    return replace(default_config(), memory=MemoryConfig(**memory))
+def make_config(vram_mode: str = "auto", **memory: Any) -> RunConfig:
+    mode = VramMode(vram_mode)
+    return replace(default_config(), memory=MemoryConfig(vram_mode=mode, **memory))
 
 
 def load(config: RunConfig, model: str = "tiny", loads: Sequence[Load] = ()) -> SenseNovaEngine:
@@ -246,14 +249,14 @@ def test_each_group_has_its_own_placement_and_the_same_pictures() -> None:
 
 
 def test_a_leaner_placement_takes_less_each_time() -> None:
-    arch = open_checkpoint("tiny").architecture
+    computation = Computation(arch=open_checkpoint("tiny").architecture, item_bytes=4)
     placement = Placement(
-        mode="full",
+        mode=VramMode.FULL,
         num_buffers=None,
         embed_on_device=True,
         tokens_per_pass=64,
         park_caches=False,
-        host_budget_bytes=None,
+        host_block_bytes=None,
         device_bytes=10**9,
         host_bytes=0,
         reason="",
@@ -263,7 +266,7 @@ def test_a_leaner_placement_takes_less_each_time() -> None:
     peaks = []
     while placements is not None:
         peaks.append(placements.of(group).device_bytes)
-        placements = leaner(arch, placements, group, 4)
+        placements = leaner(computation, placements, group)
     assert peaks[:-1] == sorted(set(peaks), reverse=True)
 
 

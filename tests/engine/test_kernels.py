@@ -22,7 +22,6 @@ from sensebatch.engine.decoding import (
     PlainDecoder,
     can_decode_fast,
 )
-from sensebatch.engine.device.runtime import is_tileable
 from sensebatch.engine.model.attention import sdpa
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.quantized import quantise_rows
@@ -31,6 +30,8 @@ from sensebatch.engine.model.transformer import rms_norm
 from sensebatch.engine.prompts import Prompt
 from sensebatch.engine.sampling.text import greedy_decode
 from sensebatch.engine.weights.loader import NetworkLoader, warm_up
+from sensebatch.jobs import Precision
+from sensebatch.plan.computation import is_tileable
 from tests.engine.golden_model import build_network, build_runner, golden_step, infer, predict
 from tests.golden_data import TOLERANCE, case_ids, golden_architecture, load_case, relative_error
 
@@ -103,8 +104,8 @@ def test_only_kernels_that_will_run_are_compiled(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "synchronize", Mock())
     for arch, precision, expected in (
         (golden_architecture("dense_fm"), None, [1, 64]),
-        (golden_architecture("dense_fm"), "fp8", [1, 64]),
-        (golden_architecture("dense_fm"), "fp8-all", []),
+        (golden_architecture("dense_fm"), Precision.FP8, [1, 64]),
+        (golden_architecture("dense_fm"), Precision.FP8_ALL, []),
         (replace(golden_architecture("dense_fm"), intermediate_size=100), None, []),
         (golden_architecture("moe"), None, []),
     ):

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from sensebatch.engine.runner import PassLimits
-from sensebatch.plan import device as vram
 from sensebatch.plan import passes
 from sensebatch.resolutions import Resolution
 from tests.engine.test_engine import generate, load, make_config, make_job, pixels
@@ -20,8 +19,8 @@ NUM_TOKENS = make_job("a").resolution.image_tokens
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two pictures in a part, and four in a pass but under `low`."""
     monkeypatch.setattr(passes, "ROWS", 2 * NUM_TOKENS)
-    monkeypatch.setattr(vram, "LOW_TOKENS_PER_PASS", 2 * NUM_TOKENS)
-    monkeypatch.setattr(vram, "CUDA_TOKENS_PER_PASS", 5 * NUM_TOKENS)
+    monkeypatch.setattr(passes, "LOW_TOKENS_PER_PASS", 2 * NUM_TOKENS)
+    monkeypatch.setattr(passes, "TOKENS_PER_PASS", 5 * NUM_TOKENS)
 
 
 @pytest.mark.parametrize(("mode", "passes"), [("full", 1), ("balanced", 1), ("low", 2)])

@@ -21,7 +21,10 @@ from sensebatch.engine.runner import Runner
 from sensebatch.engine.weights.loader import NetworkLoader
 from sensebatch.engine.weights.residency import Residency
 from sensebatch.errors import ConfigError
+from sensebatch.jobs import Precision
+from sensebatch.plan.computation import Computation
 from sensebatch.plan.weight_bytes import weight_bytes
+from sensebatch.units import GIB
 from tests.engine.golden_model import build_runner, golden_step, infer, predict
 from tests.engine.weights.test_residency import RuleWeights, make_placement, run_case
 from tests.golden_data import (
@@ -38,7 +41,7 @@ CPU = torch.device("cpu")
 
 def load_fp8(
     config: str,
-    precision: str,
+    precision: Precision | None,
     num_buffers: int | None = None,
     host_budget_bytes: int | None = None,
     edits: Sequence[dict[str, Any]] = (),
@@ -110,8 +113,10 @@ def mean_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize(
     ("config", "name"), [case for case in case_ids("gen_step") if case[0] != "moe"]
 )
-@pytest.mark.parametrize("precision", ["fp8", "fp8-all"])
-def test_one_velocity_stays_close_to_the_reference(config: str, name: str, precision: str) -> None:
+@pytest.mark.parametrize("precision", [Precision.FP8, Precision.FP8_ALL])
+def test_one_velocity_stays_close_to_the_reference(
+    config: str, name: str, precision: Precision
+) -> None:
     case = load_case(config, name)
     network, residency = load_fp8(config, precision)
     runner = Runner(network, ByteTokenizer(), sdpa, lambda _: None, residency)
@@ -119,7 +124,7 @@ def test_one_velocity_stays_close_to_the_reference(config: str, name: str, preci
         step = golden_step(runner, case)
         v = step.velocity(predict(runner, step))
     # Weights at random: a trained network is off by less.
-    limit = 0.08 if precision == "fp8" else 0.1
+    limit = 0.08 if precision == Precision.FP8 else 0.1
     assert 0 < mean_error(v, case.tensor("v_pred")) < limit
 
 
@@ -127,9 +132,9 @@ def test_one_velocity_stays_close_to_the_reference(config: str, name: str, preci
     ("config", "name"),
     [("dense_fm", "t2i_think_end"), ("dense_fm", "il_img_think"), ("moe", "t2i_think_end")],
 )
-@pytest.mark.parametrize("precision", ["fp8", "fp8-all"])
+@pytest.mark.parametrize("precision", [Precision.FP8, Precision.FP8_ALL])
 def test_float8_pictures_are_bit_identical_wherever_the_weights_are(
-    config: str, name: str, precision: str
+    config: str, name: str, precision: Precision
 ) -> None:
     case = load_case(config, name)
     expected = None
@@ -149,11 +154,13 @@ def test_float8_pictures_are_bit_identical_wherever_the_weights_are(
 
 
 @pytest.mark.parametrize("config", ["dense_fm", "dense_pixel", "moe"])
-@pytest.mark.parametrize("precision", [None, "fp8", "fp8-all"])
-def test_the_arithmetic_counts_the_bytes_that_are_made(config: str, precision: str | None) -> None:
+@pytest.mark.parametrize("precision", [None, Precision.FP8, Precision.FP8_ALL])
+def test_the_arithmetic_counts_the_bytes_that_are_made(
+    config: str, precision: Precision | None
+) -> None:
     arch = golden_architecture(config)
     network, residency = load_fp8(config, precision, num_buffers=2)
-    expected = weight_bytes(arch, 4, precision)
+    expected = weight_bytes(Computation(arch=arch, item_bytes=4, precision=precision))
     parts = len(head_part_rows(arch))
     num_blocks = 2 * arch.num_layers + parts
     assert num_blocks == expected.num_generation + expected.num_understanding
@@ -170,11 +177,12 @@ def _bytes_of_blocks(network: Network) -> int:
 
 def test_float8_halves_the_generation_expert_of_the_8b_model() -> None:
     official = parse_architecture(OFFICIAL_8B)
-    plain, fp8 = weight_bytes(official, 2), weight_bytes(official, 2, "fp8")
-    both = weight_bytes(official, 2, "fp8-all")
-    gib = 1 << 30
-    assert plain.kept_block * 42 / gib == pytest.approx(15.09, abs=0.01)
-    assert fp8.kept_block * 42 / gib == pytest.approx(7.55, abs=0.01)
+    plain, fp8, both = (
+        weight_bytes(Computation(arch=official, item_bytes=2, precision=precision))
+        for precision in (None, Precision.FP8, Precision.FP8_ALL)
+    )
+    assert plain.kept_block * 42 / GIB == pytest.approx(15.09, abs=0.01)
+    assert fp8.kept_block * 42 / GIB == pytest.approx(7.55, abs=0.01)
     assert fp8.block == plain.block
     assert fp8.kept_block == both.kept_block
     assert plain.blocks - fp8.blocks == fp8.blocks - both.blocks
@@ -183,12 +191,12 @@ def test_float8_halves_the_generation_expert_of_the_8b_model() -> None:
 def test_float8_is_refused_where_it_cannot_be_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
     needed = r"precision: fp8 needs a CUDA device of compute capability 8\.9 or newer .*"
     with pytest.raises(ConfigError, match=needed + "found cpu"):
-        resolve_runtime(ModelConfig(precision="fp8", device="cpu"))
+        resolve_runtime(ModelConfig(precision=Precision.FP8, device="cpu"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     with pytest.raises(ConfigError, match=needed + r"found A100 of 8\.0"):
-        check_precision("fp8", "cuda", "bfloat16")
+        check_precision(Precision.FP8, "cuda", "bfloat16")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    check_precision("fp8", "cuda", "bfloat16")
+    check_precision(Precision.FP8, "cuda", "bfloat16")
     with pytest.raises(ConfigError, match="fp8-all needs dtype bfloat16, found float16"):
-        check_precision("fp8-all", "cuda", "float16")
+        check_precision(Precision.FP8_ALL, "cuda", "float16")

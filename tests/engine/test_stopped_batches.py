@@ -16,7 +16,7 @@ from sensebatch.engine.runner import Runner
 from sensebatch.engine.tasks.interleave import run_interleave
 from sensebatch.errors import BatchStoppedError, StorageFullError
 from sensebatch.jobs import BatchResult, Job, Task
-from sensebatch.plan import device as vram
+from sensebatch.plan import passes
 from tests.engine.golden_model import KeptImages, infer
 from tests.engine.test_batches import fresh, jobs_of
 from tests.engine.test_engine import generate, load, make_config, make_job, pixels
@@ -50,7 +50,7 @@ NEVER = Stop("never", 1)
 def engine() -> SenseNovaEngine:
     """Draws one picture a pass; with made-up weights, so that it says what it is to say."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vram, "LOW_TOKENS_PER_PASS", 1)
+        patch.setattr(passes, "LOW_TOKENS_PER_PASS", 1)
         return load(make_config(vram_mode="low"), "synthetic:tiny")
 
 

@@ -9,13 +9,16 @@ import pytest
 import torch
 
 from sensebatch.config import default_config
+from sensebatch.contract import Phase
 from sensebatch.engine.memory.pages import Pages
 from sensebatch.engine.model.attention import sdpa
 from sensebatch.engine.model.kv_cache import KVCache
 from sensebatch.engine.runner import PassLimits, Runner
 from sensebatch.engine.tasks.state import PreparedJob, RunningJob, prepare_job, start_jobs
 from sensebatch.jobs import Job, Source, Task, group_key
-from sensebatch.plan.footprint import Load, prompt_bytes
+from sensebatch.plan.computation import Computation
+from sensebatch.plan.footprint import prompt_bytes
+from sensebatch.plan.load import Load
 from sensebatch.resolutions import Resolution
 from tests.engine.golden_model import build_network, infer
 from tests.engine.memory.test_estimates import MOST, small_network
@@ -84,7 +87,7 @@ def test_the_system_turn_of_a_batch_is_computed_once() -> None:
     states = start(runner, *jobs)
     assert runner.passes == [TURN, sum(map(rest, jobs)) + uncond]
     assert [state.caches["cond"].length for state in states] == [TURN + rest(job) for job in jobs]
-    assert runner.seconds["prefill"] > 0
+    assert runner.seconds[Phase.PREFILL] > 0
 
 
 def test_the_next_batch_finds_the_turn_and_ends_in_the_same_bits() -> None:
@@ -174,7 +177,7 @@ def test_prompts_behind_a_shared_turn_take_no_more_than_expected(jobs: int) -> N
     with infer(), LiveBytes() as live:
         for _ in range(2):
             start_jobs(runner, batch, decodes=True)
-    expected = prompt_bytes(network.arch, load, 4, parked=False)
+    expected = prompt_bytes(Computation(arch=network.arch, item_bytes=4), load, parked=False)
     assert live.peak <= expected
     assert jobs == 1 or expected <= 2 * MOST * live.peak
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from sensebatch.config import ExecutionConfig, MemoryConfig, OutputConfig, RunConfig, default_config
-from sensebatch.contract import Checkpoints, KeptImage, Progress
+from sensebatch.contract import Checkpoints, KeptImage, Phase, Progress
 from sensebatch.errors import BatchStoppedError, JobError, OutOfMemoryError
 from sensebatch.executor.run import Stop, Summary, execute
 from sensebatch.jobs import (
@@ -30,6 +30,7 @@ from sensebatch.jobs import (
     ModelIdentity,
     Source,
     Task,
+    VramMode,
 )
 from sensebatch.plan.batches import Plan
 from sensebatch.resolutions import Resolution
@@ -150,7 +151,7 @@ class FakeEngine:
             dtype="float32",
             attn_backend="sdpa",
             compile_s=None,
-            vram_mode=self.modes[0],
+            vram_mode=VramMode(self.modes[0]),
             budget_bytes=None,
             torch_version="none",
             load_s=1.5,
@@ -196,7 +197,7 @@ class FakeEngine:
 
     def _step(self, progress: Callable[[Progress], None]) -> None:
         self.steps += 1
-        progress(Progress(phase="denoise", step=1, num_steps=2))
+        progress(Progress(phase=Phase.DENOISE, step=1, num_steps=2))
         self.on_step()
 
     def _passes(

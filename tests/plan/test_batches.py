@@ -3,13 +3,12 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sensebatch.config import MemoryConfig
 from sensebatch.jobs import GroupKey, Task, group_key
-from sensebatch.plan.batches import PlanEntry, make_plan, plan_entry, plan_summary, text_tokens
+from sensebatch.plan.batches import PlanEntry, make_plan, plan_entry
 from sensebatch.resolutions import Resolution
 from tests.executor.fakes import make_job
 
@@ -36,24 +35,6 @@ memories = st.builds(
     max_batch_size=st.integers(1, 5),
     max_batch_image_tokens=st.integers(1, 60),
 )
-
-
-@pytest.mark.parametrize(
-    ("text", "tokens"),
-    [
-        ("", 0),
-        ("a red house", 4),
-        ("2026-11-23", 8 + 1),
-        ("\N{LEFT DOUBLE QUOTATION MARK}ah\N{RIGHT DOUBLE QUOTATION MARK}", 2 + 1),
-        ("красный дом", 10 + 1),
-        ("一座红房子", 5),
-        ("\N{HOUSE BUILDING}\N{HOUSE BUILDING}", 8),
-        ("บ้าน", 4 * 3),
-    ],
-)
-def test_tokens_of_a_text_are_estimated_from_above(text: str, tokens: int) -> None:
-    """Of digits and of scripts that most tokenizers split finely too."""
-    assert text_tokens(text) == tokens
 
 
 @given(entries=entries, memory=memories)
@@ -126,16 +107,6 @@ def test_job_larger_than_the_budget_still_gets_a_batch() -> None:
     job = make_job("large", resolution=Resolution(height=2048, width=2048))
     plan = make_plan([plan_entry(job)], MemoryConfig(max_batch_image_tokens=10))
     assert list(plan.groups[0].batches()) == [("large",)]
-
-
-def test_summary_counts_interleave_with_the_most_it_may_draw() -> None:
-    jobs = [make_job("a"), make_job("b"), make_job("story", Task.INTERLEAVE)]
-    summary = plan_summary(make_plan(map(plan_entry, jobs), MemoryConfig()))
-    assert (summary["jobs"], summary["images"], summary["images_exact"]) == (3, 2 + 4, False)
-    first, second = summary["groups"]
-    assert (first["task"], first["width"], first["height"]) == ("t2i", 64, 32)
-    assert (first["jobs"], first["batches"], first["images_exact"]) == (2, 1, True)
-    assert (second["task"], second["images"], second["images_exact"]) == ("interleave", 4, False)
 
 
 def test_group_depends_on_what_shapes_a_batch_and_not_on_the_rest() -> None:

@@ -10,17 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sensebatch.checkpoint.architecture import OFFICIAL_8B, parse_architecture
-from sensebatch.config import MemoryConfig
 from sensebatch.jobs import GroupKey, Task
-from sensebatch.plan.device import place
-from sensebatch.plan.footprint import Load, story_tokens
+from sensebatch.plan.load import Load, interleave_tokens
 from sensebatch.plan.seconds import Clock, GroupSeconds
 from sensebatch.plan.work import Speeds, Work, denoising_work, network_sizes
 from sensebatch.resolutions import Resolution
 from sensebatch.units import GIB
+from tests.plan.loads import ARCH, COMPUTATION, place_all
 
-ARCH = parse_architecture(OFFICIAL_8B)
 SIZES = network_sizes(ARCH)
 H200 = Speeds(
     copy_bytes_per_s=51.6 * GIB,
@@ -36,11 +33,11 @@ PREFIX = 320
 
 
 def make_load(
-    batch_size: int = 1, *, text_tokens: int = 0, num_pictures: int = 0, prompt: int = PREFIX
+    batch_size: int = 1, *, text_tokens: int = 0, num_images: int = 0, prompt: int = PREFIX
 ) -> Load:
     size = Resolution(height=2048, width=2048)
     group = GroupKey(
-        task=Task.INTERLEAVE if num_pictures else Task.T2I,
+        task=Task.INTERLEAVE if num_images else Task.T2I,
         resolution=size,
         num_steps=STEPS,
         timestep_shift=3.0,
@@ -52,29 +49,22 @@ def make_load(
         batch_size=batch_size,
         prompt_tokens=prompt,
         text_tokens=text_tokens,
-        drawn_tokens=story_tokens(size.image_tokens, num_pictures) if num_pictures else 0,
+        drawn_tokens=interleave_tokens(size.image_tokens, num_images) if num_images else 0,
     )
 
 
 def seconds(load: Load, num_jobs: int = 1, *, speeds: Speeds = H200, **memory: Any) -> GroupSeconds:
-    placements = place(
-        ARCH,
-        MemoryConfig(**memory),
-        [load],
-        item_bytes=2,
-        device_free=None,
-        host_free=200 * GIB,
-    )
-    return Clock(ARCH, placements.of(load.group), 2, speeds).group_seconds(load, num_jobs)
+    placement = place_all([load], **memory).of(load.group)
+    return Clock(COMPUTATION, speeds).group_seconds(load, num_jobs, placement)
 
 
 def step(load: Load, num_jobs: int = 1, **memory: Any) -> float:
     """Returns the seconds of a denoising step a job, all else spread over the steps."""
-    return seconds(load, num_jobs, **memory).pictures / STEPS / num_jobs
+    return seconds(load, num_jobs, **memory).images / STEPS / num_jobs
 
 
 def test_a_layer_takes_what_its_parts_were_measured_to_take() -> None:
-    work = denoising_work(ARCH, SIZES, 4096, 1, [PREFIX, PREFIX], 2)
+    work = denoising_work(COMPUTATION, SIZES, 4096, 1, [PREFIX, PREFIX])
     layers = 2 * 8192 * SIZES.generation_matrices
     assert layers / ARCH.num_layers / H200.gemm_flop_per_s == pytest.approx(4.31e-3, rel=0.002)
     attention = work.attention_flop / ARCH.num_layers / H200.attention_flop_per_s
@@ -82,7 +72,7 @@ def test_a_layer_takes_what_its_parts_were_measured_to_take() -> None:
 
 
 def test_a_resident_step_takes_the_limit_found_by_hand() -> None:
-    work = denoising_work(ARCH, SIZES, 4096, 1, [PREFIX, PREFIX], 2)
+    work = denoising_work(COMPUTATION, SIZES, 4096, 1, [PREFIX, PREFIX])
     # The embedders and the head, which the limit leaves out, are half a percent.
     assert work.seconds(H200) == pytest.approx(0.222, rel=0.01)
     assert step(make_load(), vram_mode="full") == pytest.approx(0.222, rel=0.01)
@@ -102,7 +92,7 @@ def test_one_streamed_job_waits_for_copies_and_two_hide_them() -> None:
 
 def test_decoding_takes_as_long_as_reading_the_weights() -> None:
     work = seconds(make_load(text_tokens=1000), vram_mode="full")
-    weights = 2 * (SIZES.understanding_matrices + SIZES.head)
+    weights = 2 * (SIZES.understanding_matrices + SIZES.vocabulary_head)
     # Caches are read as well, and the text is a longer prefix of the picture.
     least = 1000 * weights / H200.memory_bytes_per_s
     assert least < work.text < 1.1 * least
@@ -115,9 +105,7 @@ def test_text_that_is_not_allowed_takes_no_time() -> None:
 
 
 def test_each_picture_of_a_story_takes_longer_than_the_one_before() -> None:
-    times = [
-        seconds(make_load(num_pictures=count), vram_mode="full").pictures for count in range(1, 6)
-    ]
+    times = [seconds(make_load(num_images=count), vram_mode="full").images for count in range(1, 6)]
     growth = [later - earlier for earlier, later in pairwise(times)]
     assert growth == sorted(growth)
     assert growth[0] > times[0]
@@ -127,9 +115,9 @@ def test_each_picture_of_a_story_takes_longer_than_the_one_before() -> None:
 @given(jobs=st.integers(1, 40), batch_size=st.integers(1, 8), budget=st.integers(3, 60))
 def test_less_memory_never_makes_a_run_faster(jobs: int, batch_size: int, budget: int) -> None:
     load = make_load(batch_size)
-    full = seconds(load, jobs, vram_mode="full").pictures
-    roomy = seconds(load, jobs, vram_budget_bytes=(budget + 8) * GIB).pictures
-    tight = seconds(load, jobs, vram_budget_bytes=budget * GIB).pictures
+    full = seconds(load, jobs, vram_mode="full").images
+    roomy = seconds(load, jobs, vram_budget_bytes=(budget + 8) * GIB).images
+    tight = seconds(load, jobs, vram_budget_bytes=budget * GIB).images
     assert full <= roomy * (1 + 1e-9)
     assert roomy <= tight * (1 + 1e-9)
 
@@ -148,11 +136,11 @@ def test_every_speed_matters(name: str, mode: str) -> None:
     slower = replace(H200, **{name: getattr(H200, name) / 10})
     before = seconds(load, vram_mode=mode)
     after = seconds(load, vram_mode=mode, speeds=slower)
-    assert after.pictures + after.text > before.pictures + before.text
+    assert after.images + after.text > before.images + before.text
 
 
 def test_jobs_of_a_last_smaller_batch_are_counted() -> None:
-    times = [seconds(make_load(4), jobs, vram_mode="full").pictures for jobs in (4, 5, 8)]
+    times = [seconds(make_load(4), jobs, vram_mode="full").images for jobs in (4, 5, 8)]
     assert times[0] < times[1] < times[2]
     assert times[2] == pytest.approx(2 * times[0])
 

@@ -14,8 +14,9 @@ from sensebatch.config import RunConfig
 from sensebatch.engine.device.runtime import DTYPES, resolve_fused
 from sensebatch.errors import DeviceError, OutOfMemoryError
 from sensebatch.jobs import ModelIdentity
+from sensebatch.plan.computation import Computation
 from sensebatch.plan.device import place
-from sensebatch.plan.footprint import Load
+from sensebatch.plan.load import Load
 from sensebatch.plan.placement import Placements
 
 _OUT_OF_MEMORY = (
@@ -121,17 +122,20 @@ def plan_placements(
     device: torch.device,
     loads: Sequence[Load],
 ) -> Placements:
-    """Returns where the weights go for each group, given what is free now; see `vram.place`."""
+    """Returns where the weights go for each group, given what is free now."""
     device_free = None
     if device.type == "cuda":
         device_free = torch.cuda.mem_get_info(device)[0]
-    return place(
-        checkpoint.architecture,
-        config.memory,
-        list(loads),
+    computation = Computation(
+        arch=checkpoint.architecture,
         item_bytes=DTYPES[identity.dtype].itemsize,
         precision=identity.precision,
         fused=resolve_fused(config.model.compile, device.type, checkpoint.architecture),
+    )
+    return place(
+        computation,
+        memory=config.memory,
+        loads=loads,
         device_free=device_free,
         host_free=psutil.virtual_memory().available,
     )

@@ -10,6 +10,8 @@ from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.config import ModelConfig
 from sensebatch.engine.model.attention import Attention, cudnn, flash, flash_module, sdpa
 from sensebatch.errors import ConfigError
+from sensebatch.jobs import Precision
+from sensebatch.plan.computation import is_tileable
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -52,20 +54,19 @@ def resolve_runtime(model: ModelConfig) -> tuple[str, str]:
     return device, dtype
 
 
-def check_precision(precision: str | None, device: str, dtype: str) -> None:
+def check_precision(precision: Precision | None, device: str, dtype: str) -> None:
     """Makes sure that float8 matrices can be multiplied, before anything is loaded.
 
     Args:
-        precision: `fp8`, `fp8-all`, or None for weights in the dtype.
+        precision: None for weights in the dtype.
         device: Of `resolve_runtime`.
         dtype: Of activations.
 
     Raises:
-        ConfigError: They cannot, or the word is not known.
+        ConfigError: They cannot.
     """
     if precision is None:
         return
-    _check_word("precision", precision, ("auto", "fp8", "fp8-all"))
     found, capability = device, (0, 0)
     if device == "cuda":
         capability = torch.cuda.get_device_capability()
@@ -123,9 +124,3 @@ def resolve_fused(wanted: bool, device: str, arch: Architecture) -> bool:
     if not wanted or device != "cuda" or importlib.util.find_spec("triton") is None:
         return False
     return is_tileable(arch)
-
-
-def is_tileable(arch: Architecture) -> bool:
-    """Returns whether the kernels' tiles fit the heads of a network."""
-    sides = (arch.num_heads, arch.num_kv_heads, arch.head_dim)
-    return arch.head_dim >= 16 and all(side & (side - 1) == 0 for side in sides)

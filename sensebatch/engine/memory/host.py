@@ -22,7 +22,7 @@ from sensebatch.engine.memory.blocks import Block, new_buffer
 from sensebatch.engine.memory.lanes import Lane
 from sensebatch.engine.memory.readers import Readers
 from sensebatch.errors import OutOfMemoryError
-from sensebatch.plan.device import NUM_STAGING
+from sensebatch.plan.passes import NUM_STAGING
 
 NUM_KEEPERS = 4
 """Kept blocks that are read and pinned at the same time."""
@@ -62,12 +62,12 @@ class HostStore:
         tensors = [*self._kept.values(), *(staging.flat for staging in self._staging)]
         return sum(tensor.nbytes for tensor in tensors)
 
-    def keep(self, blocks: Sequence[Block], budget_bytes: int | None, lane: Lane) -> None:
-        """Reads blocks into host memory, in order, as far as the budget goes.
+    def keep(self, blocks: Sequence[Block], room_bytes: int | None, lane: Lane) -> None:
+        """Reads blocks into host memory, in order, as many as there is room for.
 
         Args:
             blocks: Those that may be needed more than once.
-            budget_bytes: Most bytes taken, staging buffers counted; None for no limit.
+            room_bytes: Most bytes taken, staging buffers counted; None for no limit.
             lane: Of the device; staging buffers need its marks.
 
         Raises:
@@ -77,8 +77,8 @@ class HostStore:
         sizes = [block.layout.num_bytes for block in blocks]
         largest = max(sizes, default=0)
         kept = list(blocks)
-        if budget_bytes is not None and sum(sizes) > budget_bytes:
-            left = budget_bytes - NUM_STAGING * largest
+        if room_bytes is not None and sum(sizes) > room_bytes:
+            left = room_bytes - NUM_STAGING * largest
             kept = []
             for block, size in zip(blocks, sizes, strict=True):
                 if size <= left:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sensebatch.engine.memory.blocks import Block, Layout, bind
 from sensebatch.engine.memory.host import HostStore
 from sensebatch.engine.memory.lanes import Lane
-from sensebatch.plan.device import RING
+from sensebatch.plan.passes import RING
 
 
 @dataclass(slots=True, eq=False, kw_only=True)

@@ -24,15 +24,14 @@ from sensebatch.engine.model.kv_cache import (
     UnderstandingContext,
 )
 from sensebatch.engine.model.patchify import (
+    HEAD_MODULES,
     MERGE,
-    MlpHead,
     PatchEmbedding,
-    PixelHead,
     tokens_to_patches,
 )
 from sensebatch.engine.model.rope import Rotary, patch_rotary, token_rotary
 from sensebatch.engine.model.transformer import Expert
-from sensebatch.plan.passes import evaluation_parts, pictures_per_part
+from sensebatch.plan.passes import evaluation_parts, images_per_part
 from sensebatch.resolutions import PATCH_PIXELS, Resolution
 
 
@@ -137,7 +136,7 @@ class Network(nn.Module):
         self.noise_scale_embedder = (
             ScalarEmbedder(hidden) if arch.add_noise_scale_embedding else None
         )
-        self.head: MlpHead | PixelHead = PixelHead(arch) if arch.use_pixel_head else MlpHead(arch)
+        self.head = HEAD_MODULES[arch.head](arch)
 
     @property
     def device(self) -> torch.device:
@@ -280,7 +279,7 @@ class Network(nn.Module):
         x_BND = condition_D.new_empty(len(pictures), size.image_tokens, self.arch.hidden_size)
         # So many pictures at a time as keep what is needed for a moment as small as in a layer;
         # each is embedded once for all evaluations that look at it.
-        at_a_time = pictures_per_part(size.image_tokens)
+        at_a_time = images_per_part(size.image_tokens)
         for start in range(0, len(z_JNx), at_a_time):
             z_part = z_JNx[start : start + at_a_time]
             embedded_TD = self.generation_vision(

@@ -9,11 +9,14 @@ x numbers of a patch or token.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sensebatch.checkpoint.architecture import FM_HEAD_HIDDEN, PIXEL_HEAD_CHANNELS, Architecture
+from sensebatch.checkpoint.architecture import Architecture, HeadKind
+from sensebatch.checkpoint.heads import MLP_HIDDEN, PIXEL_CHANNELS, PIXEL_OUT
 from sensebatch.engine.model.rope import Rotary, rotate_patches
 from sensebatch.resolutions import PATCH_PIXELS, TOKEN_NUMBERS
 
@@ -86,8 +89,8 @@ class MlpHead(nn.Module):
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
-        self.first = nn.Linear(arch.hidden_size, FM_HEAD_HIDDEN)
-        self.second = nn.Linear(FM_HEAD_HIDDEN, TOKEN_NUMBERS)
+        self.first = nn.Linear(arch.hidden_size, MLP_HIDDEN)
+        self.second = nn.Linear(MLP_HIDDEN, TOKEN_NUMBERS)
 
     def forward(self, x_BND: Tensor, height: int, width: int) -> Tensor:  # noqa: ARG002
         """Returns `[B, N, 3072]`; the image's sides do not matter here."""
@@ -103,8 +106,8 @@ class PixelHead(nn.Module):
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(arch.hidden_size // 4, PIXEL_HEAD_CHANNELS, 3, padding=1)
-        self.conv2 = nn.Conv2d(PIXEL_HEAD_CHANNELS // 4, 3 * 8 * 8, 3, padding=1)
+        self.conv1 = nn.Conv2d(arch.hidden_size // 4, PIXEL_CHANNELS, 3, padding=1)
+        self.conv2 = nn.Conv2d(PIXEL_CHANNELS // 4, PIXEL_OUT, 3, padding=1)
 
     def forward(self, x_BND: Tensor, height: int, width: int) -> Tensor:
         """Returns `[B, N, 3072]` for images of these pixels."""
@@ -112,6 +115,18 @@ class PixelHead(nn.Module):
         x = x_BND.transpose(1, 2).unflatten(2, (rows, columns))
         # cuDNN may otherwise round what it convolves in float32 to the 10 bits of TF32.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            x = F.gelu(self.conv1(F.pixel_shuffle(x, 2)))
-            x = self.conv2(F.pixel_shuffle(x, 2))
-        return image_to_tokens(F.pixel_shuffle(x, 8))
+            # One step a statement, so that no step's input outlives its output.
+            x = F.pixel_shuffle(x, 2)
+            x = self.conv1(x)
+            x = F.gelu(x)
+            x = F.pixel_shuffle(x, 2)
+            x = self.conv2(x)
+        x = F.pixel_shuffle(x, 8)
+        return image_to_tokens(x)
+
+
+HEAD_MODULES: Mapping[HeadKind, Callable[[Architecture], MlpHead | PixelHead]] = {
+    HeadKind.MLP: MlpHead,
+    HeadKind.PIXEL: PixelHead,
+}
+"""The module of every head; `checkpoint.heads.HEADS` has the facts that the rest must know."""

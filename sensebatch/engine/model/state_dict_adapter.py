@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sensebatch.checkpoint.architecture import Architecture, Moe
+from sensebatch.checkpoint.heads import head_of
 from sensebatch.checkpoint.tensors import head_part_rows
 
 Index = tuple[int | slice, ...]
@@ -51,10 +52,7 @@ def checkpoint_slots(arch: Architecture) -> dict[str, tuple[Slot, ...]]:
     if arch.add_noise_scale_embedding:
         names["noise_scale_embedder.mlp.0"] = "noise_scale_embedder.first"
         names["noise_scale_embedder.mlp.2"] = "noise_scale_embedder.second"
-    if arch.use_pixel_head:
-        names |= {"fm_head.conv1": "head.conv1", "fm_head.conv2": "head.conv2"}
-    else:
-        names |= {"fm_head.0": "head.first", "fm_head.2": "head.second"}
+    names |= {layer.tensor: f"head.{layer.module}" for layer in head_of(arch).layers}
     for name, module in names.items():
         for kind in ("weight", "bias"):
             slots[f"fm_modules.{name}.{kind}"] = Slot(f"{module}.{kind}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sensebatch.checkpoint.architecture import Architecture
-from sensebatch.contract import Progress
+from sensebatch.contract import Phase, Progress
 from sensebatch.engine.model.kv_cache import KVCache
 from sensebatch.engine.model.network import ImagePositions
 from sensebatch.engine.model.patchify import image_to_tokens, tokens_to_image
@@ -97,7 +97,7 @@ def denoise(
             v_JNx = velocity(z_JNx, step, t)
             runner.num_denoise_steps += 1
             done, all_steps = number * num_steps + step + 1, count * num_steps
-            runner.progress(Progress(phase="denoise", step=done, num_steps=all_steps))
+            runner.progress(Progress(phase=Phase.DENOISE, step=done, num_steps=all_steps))
             return v_JNx
 
         z_JNx = euler(_noise(runner, drawings, resolution), schedule, told)

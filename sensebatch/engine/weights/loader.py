@@ -20,7 +20,9 @@ from sensebatch.engine.model.network import Network
 from sensebatch.engine.weights.lora import Lora
 from sensebatch.engine.weights.residency import Residency
 from sensebatch.engine.weights.sources import FileWeights, SyntheticWeights, WeightSource
-from sensebatch.plan.footprint import Load
+from sensebatch.jobs import Precision
+from sensebatch.plan.computation import Computation
+from sensebatch.plan.load import Load
 from sensebatch.plan.placement import Placement
 
 
@@ -53,8 +55,18 @@ class NetworkLoader:
     """What weights are rounded to."""
     fused: bool = False
     """Whether chains of small operations are one kernel each."""
-    precision: str | None = None
-    """`fp8` or `fp8-all` for linear layers in float8; see `config.ModelConfig`."""
+    precision: Precision | None = None
+    """Of linear layers in float8."""
+
+    @property
+    def computation(self) -> Computation:
+        """The network as the arithmetic of memory and time knows it."""
+        return Computation(
+            arch=self.arch,
+            item_bytes=self.dtype.itemsize,
+            precision=self.precision,
+            fused=self.fused,
+        )
 
     def load(self, placement: Placement) -> tuple[Network, Residency]:
         """Returns a network in evaluation mode, without gradients, and what moves its weights.
@@ -78,7 +90,7 @@ class NetworkLoader:
         network = network.to(self.dtype).requires_grad_(False).eval()
         if self.precision is not None:
             network.generation.use_fp8()
-        if self.precision == "fp8-all":
+        if self.precision is Precision.FP8_ALL:
             network.understanding.use_fp8()
         return network
 

@@ -27,7 +27,7 @@ from sensebatch.engine.model.quantized import FP8, quantise_rows, scale_of
 from sensebatch.engine.model.state_dict_adapter import Slot, checkpoint_slots
 from sensebatch.engine.weights.sources import WeightSource
 from sensebatch.errors import OutOfMemoryError
-from sensebatch.plan.device import RING
+from sensebatch.plan.passes import RING
 from sensebatch.plan.placement import Placement
 
 BLOCK_PREFIXES = ("understanding.layers.", "generation.layers.", "lm_head.parts.")
@@ -75,7 +75,7 @@ class Residency:
         self._readers = Readers()
         _load_rest(network, pieces, source, self._readers, placement.embed_on_device, device)
         self._host = HostStore(self._readers, pin=device.type == "cuda")
-        self._host.keep(blocks, 0 if self._whole else placement.host_budget_bytes, lane)
+        self._host.keep(blocks, 0 if self._whole else placement.host_block_bytes, lane)
         if self._whole:
             self._pool = Pool(new_buffer(sum(sizes), device), self._host, lane, sizes)
         else:

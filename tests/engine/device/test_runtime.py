@@ -15,13 +15,13 @@ from sensebatch.checkpoint.files import open_checkpoint
 from sensebatch.config import ModelConfig
 from sensebatch.engine.device.memory import cap_device_memory
 from sensebatch.engine.device.runtime import (
-    is_tileable,
     resolve_attention,
     resolve_fused,
     resolve_runtime,
 )
 from sensebatch.engine.model import attention
 from sensebatch.errors import ConfigError
+from sensebatch.plan.computation import is_tileable
 
 Installed = Callable[[list[str]], None]
 

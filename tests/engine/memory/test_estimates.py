@@ -9,13 +9,20 @@ from typing import Any
 import pytest
 import torch
 
-from sensebatch.checkpoint.architecture import OFFICIAL_8B, Architecture, parse_architecture
+from sensebatch.checkpoint.architecture import (
+    OFFICIAL_8B,
+    Architecture,
+    HeadKind,
+    parse_architecture,
+)
+from sensebatch.checkpoint.heads import HEADS
 from sensebatch.config import MemoryConfig, default_config
 from sensebatch.engine.decoding import can_decode_fast
 from sensebatch.engine.model import attention
-from sensebatch.engine.model.attention import sdpa
-from sensebatch.engine.model.kv_cache import SharedRoom
+from sensebatch.engine.model.attention import Attention, sdpa
+from sensebatch.engine.model.kv_cache import KVCache, SharedRoom
 from sensebatch.engine.model.network import Network
+from sensebatch.engine.model.patchify import HEAD_MODULES
 from sensebatch.engine.model.tokenizer import IMG_START
 from sensebatch.engine.preprocess import Patches
 from sensebatch.engine.prompts import Prompt
@@ -25,10 +32,10 @@ from sensebatch.engine.sampling.text import Script
 from sensebatch.engine.tasks import interleave, single_image
 from sensebatch.engine.tasks.denoise import Drawing, denoise
 from sensebatch.engine.tasks.state import PreparedJob, prepare_job
-from sensebatch.jobs import CfgNorm, GroupKey, Job, Source, Task, guidance_branches
-from sensebatch.plan.batches import group_load, make_plan, plan_entry
+from sensebatch.jobs import CfgNorm, GroupKey, Job, Precision, Source, Task, guidance_branches
+from sensebatch.plan.batches import make_plan, plan_entry
+from sensebatch.plan.computation import Computation
 from sensebatch.plan.footprint import (
-    Load,
     cache_bytes,
     decodes_fast,
     denoise_bytes,
@@ -36,6 +43,7 @@ from sensebatch.plan.footprint import (
     text_bytes,
     velocity_bytes,
 )
+from sensebatch.plan.load import Load, group_load
 from sensebatch.plan.passes import ROOM_SPARE
 from sensebatch.resolutions import Resolution
 from tests.engine.golden_model import KeptImages, infer
@@ -61,14 +69,20 @@ def small_architecture(hidden: int) -> Architecture:
     )
 
 
-def small_network(hidden: int = 64, vision: int | None = None) -> Network:
+def small_network(
+    hidden: int = 64, vision: int | None = None, head: HeadKind = HeadKind.MLP
+) -> Network:
     torch.manual_seed(0)
     arch = small_architecture(hidden)
-    arch = replace(arch, vision_hidden_size=vision or arch.vision_hidden_size)
+    arch = replace(arch, vision_hidden_size=vision or arch.vision_hidden_size, head=head)
     network = Network(arch).requires_grad_(False).eval()
     for parameter in network.parameters():
         parameter.normal_(std=0.02)
     return network
+
+
+def computation_of(network: Network) -> Computation:
+    return Computation(arch=network.arch, item_bytes=4)
 
 
 def small_runner() -> Runner:
@@ -89,51 +103,96 @@ def make_load(task: Task, size: Resolution, jobs: int, prompt: int) -> Load:
     return Load(group=group, batch_size=jobs, prompt_tokens=prompt)
 
 
+def attend_without_kernel(
+    q_QHE: torch.Tensor, _k: torch.Tensor, _v: torch.Tensor, _causal: bool
+) -> torch.Tensor:
+    """Returns what attention allocates; on the meta device torch's own would form all scores."""
+    return torch.empty_like(q_QHE)
+
+
+@pytest.mark.parametrize("head", HeadKind)
 @pytest.mark.parametrize(
-    ("task", "hidden", "vision", "jobs", "prompt"),
+    ("task", "hidden", "vision", "side", "jobs", "prompt"),
     [
-        (Task.T2I, 64, None, 1, 64),
-        (Task.T2I, 64, None, 6, 300),
-        (Task.EDIT, 64, None, 3, 600),
-        (Task.T2I, 512, None, 1, 64),
-        (Task.EDIT, 512, None, 2, 600),
-        (Task.T2I, 64, 1024, 1, 64),
-        (Task.T2I, 64, 1024, 5, 64),
+        (Task.T2I, 64, 16, 1024, 1, 64),
+        (Task.T2I, 64, 16, 1024, 6, 300),
+        (Task.EDIT, 64, 16, 1024, 3, 600),
+        (Task.T2I, 512, 128, 1024, 1, 64),
+        (Task.EDIT, 512, 128, 1024, 2, 600),
+        (Task.T2I, 64, 1024, 1024, 1, 64),
+        (Task.T2I, 64, 1024, 1024, 5, 64),
+        (Task.T2I, 4096, 1024, 256, 8, 300),
+        (Task.T2I, 4096, 1024, 2048, 2, 300),
+        (Task.T2I, 4096, 1024, 4096, 1, 300),
+        (Task.EDIT, 4096, 1024, 4096, 2, 5000),
     ],
 )
 def test_denoising_takes_what_is_expected(
-    task: Task, hidden: int, vision: int | None, jobs: int, prompt: int
+    task: Task, hidden: int, vision: int, side: int, jobs: int, prompt: int, head: HeadKind
 ) -> None:
-    side = 1024
-    network = small_network(hidden, vision)
-    runner = Runner(
-        network, ByteTokenizer(), sdpa, lambda _: None, None, PassLimits(image_tokens=1 << 20)
-    )
+    """Shapes alone are computed, so that the sizes may be those of real networks."""
+    arch = replace(small_architecture(hidden), vision_hidden_size=vision, head=head)
+    with torch.device("meta"):
+        network = Network(arch).requires_grad_(False).eval()
+    measured = drawn_bytes(network, attend_without_kernel, task, side, jobs, prompt)
+    expected = denoise_bytes(computation_of(network), square_load(task, side, jobs, prompt), jobs)
+    assert LEAST <= expected / measured <= MOST, (expected, measured)
+
+
+@pytest.mark.parametrize("head", HeadKind)
+def test_denoising_with_kernels_takes_what_is_expected(head: HeadKind) -> None:
+    network = small_network(64, head=head)
+    measured = drawn_bytes(network, sdpa, Task.EDIT, 512, 2, 64)
+    expected = denoise_bytes(computation_of(network), square_load(Task.EDIT, 512, 2, 64), 2)
+    assert LEAST <= expected / measured <= MOST, (expected, measured)
+
+
+def square_load(task: Task, side: int, jobs: int, prompt: int) -> Load:
+    return make_load(task, Resolution(height=side, width=side), jobs, prompt)
+
+
+def drawn_bytes(
+    network: Network, attention: Attention, task: Task, side: int, jobs: int, prompt: int
+) -> int:
+    """Returns the peak of drawing images of jobs together, prefixes included."""
+    limits = PassLimits(image_tokens=1 << 20)
+    runner = Runner(network, ByteTokenizer(), attention, lambda _: None, None, limits)
     size = Resolution(height=side, width=side)
-    load = make_load(task, size, jobs, prompt)
     guidance = Guidance(task, replace(default_config("8b").tasks[task].sampling, num_steps=2))
+
+    def cached(num_tokens: int) -> KVCache:
+        cache = network.new_cache()
+        cache.reserve(num_tokens)
+        cache.advance(num_tokens, num_tokens)
+        return cache
+
     with infer(), LiveBytes() as live:
-        shared = runner.new_extension(Prompt(token_ids=(1,) * 8))
+        shared = cached(8)
         drawings = []
-        extensions = [shared]
         for _ in range(jobs):
-            caches = {}
-            for branch in guidance.branches:
-                extension = shared
-                if branch != "uncond":
-                    extension = runner.new_extension(Prompt(token_ids=(1,) * prompt))
-                    extensions.append(extension)
-                caches[branch] = extension.cache
-            noise = torch.zeros(3, side, side)
+            caches = {
+                branch: shared if branch == "uncond" else cached(prompt)
+                for branch in guidance.branches
+            }
+            noise = torch.zeros(3, side, side, device=network.device)
             drawings.append(Drawing(guidance=guidance, caches=caches, noise=noise))
-        runner.prefill(extensions)
-        noise_bytes = jobs * 3 * side * side * 4
         live.peak = live.now
         denoise(runner, drawings, size, num_steps=2, timestep_shift=3.0)
-    # Noise as it was drawn is in host memory, which is the device here.
-    measured = live.peak - noise_bytes
-    expected = denoise_bytes(network.arch, load, jobs, 4)
-    assert LEAST <= expected / measured <= MOST, (expected, measured)
+        # Noise as it was drawn is in host memory, which is the device here.
+        return live.peak - sum(drawing.noise.nbytes for drawing in drawings)
+
+
+@pytest.mark.parametrize("hidden", [64, 4096, 8192])
+@pytest.mark.parametrize("head", HeadKind)
+def test_a_head_takes_what_its_row_says(head: HeadKind, hidden: int) -> None:
+    arch = replace(small_architecture(hidden), head=head)
+    side, tokens = 4096, 128 * 128
+    with torch.device("meta"):
+        module = HEAD_MODULES[head](arch)
+        hidden_BND = torch.zeros(1, tokens, hidden)
+    with infer(), LiveBytes() as live:
+        module(hidden_BND, side, side)
+    assert live.peak == 4 * tokens * HEADS[head].working_numbers(arch)
 
 
 @pytest.mark.parametrize(("jobs", "prompt"), [(1, 6000), (3, 2500), (4, 500)])
@@ -146,7 +205,7 @@ def test_prompts_take_what_is_expected(jobs: int, prompt: int) -> None:
             [runner.new_extension(Prompt(token_ids=(1,) * prompt)) for _ in range(jobs)]
         )
         runner.choose(hidden)
-    expected = prompt_bytes(network.arch, load, 4, parked=False)
+    expected = prompt_bytes(computation_of(network), load, parked=False)
     assert LEAST <= expected / live.peak <= MOST, (expected, live.peak)
 
 
@@ -168,8 +227,8 @@ def test_prompts_behind_a_system_turn_take_what_is_expected(
         hidden = runner.prefill([Extension(cache=one.cache, prompt=rest) for one in first])
         runner.choose(hidden)
     # The system turn has a cache of its own in a run.
-    expected = prompt_bytes(network.arch, load, 4, parked=False)
-    expected -= cache_bytes(network.arch, system, 4)
+    expected = prompt_bytes(computation_of(network), load, parked=False)
+    expected -= cache_bytes(computation_of(network), system)
     assert LEAST <= expected / live.peak <= MOST, (expected, live.peak)
 
 
@@ -191,7 +250,7 @@ def test_decoding_takes_what_is_expected(jobs: int, prompt: int, text: int) -> N
         for _ in range(text):
             step([(index, 1) for index in range(jobs)])
         runner.append_tokens([(cache, (1, 2, 3)) for cache in caches])
-    expected = text_bytes(network.arch, load, 4, parked=False, fused=False)
+    expected = text_bytes(computation_of(network), load, parked=False)
     assert LEAST <= expected / live.peak <= MOST, (expected, live.peak)
 
 
@@ -210,8 +269,8 @@ def test_room_that_is_made_anew_is_there_twice_for_one_layer_only() -> None:
             cache.advance(room, prompt + room)
         SharedRoom(caches, room)
     places = jobs * (prompt + 2 * room + ROOM_SPARE)
-    taken = cache_bytes(arch, places, 4)
-    assert taken < live.peak <= taken + cache_bytes(arch, places, 4) // arch.num_layers
+    taken = cache_bytes(computation_of(network), places)
+    assert taken < live.peak <= taken + taken // arch.num_layers
 
 
 def test_short_prompts_behind_a_system_turn_take_no_more_than_their_tokens() -> None:
@@ -225,7 +284,7 @@ def test_short_prompts_behind_a_system_turn_take_no_more_than_their_tokens() -> 
         rest = Prompt(token_ids=(1,) * new)
         extensions = [Extension(cache=turn.cache.fork(), prompt=rest) for _ in range(jobs)]
         runner.prefill(extensions)
-        assert live.now - before == cache_bytes(network.arch, jobs * (300 + new), 4)
+        assert live.now - before == cache_bytes(computation_of(network), jobs * (300 + new))
 
 
 def test_thoughts_leave_no_room_behind_them_while_pictures_are_drawn(
@@ -239,7 +298,7 @@ def test_thoughts_leave_no_room_behind_them_while_pictures_are_drawn(
     def measured(_: Runner, drawings: list[Drawing], *_args: Any, **_options: Any) -> object:
         caches = {id(c): c for drawing in drawings for c in drawing.caches.values()}.values()
         lengths = sum(cache.length for cache in [*caches, *runner.system_turns.values()])
-        found.append((live.now, cache_bytes(network.arch, lengths, 4)))
+        found.append((live.now, cache_bytes(computation_of(network), lengths)))
         return torch.zeros(len(drawings), 3, size.height, size.width)
 
     monkeypatch.setattr(single_image, "denoise", measured)
@@ -295,18 +354,19 @@ def _prepared(runner: Runner, task: Task, size: Resolution, *, think: bool) -> P
     return prepare_job(runner.network.arch, runner.tokenizer, job, system_prompt="Draw.")
 
 
-@pytest.mark.parametrize("precision", [None, "fp8", "fp8-all"])
+@pytest.mark.parametrize("precision", [None, Precision.FP8, Precision.FP8_ALL])
 @pytest.mark.parametrize("config", CONFIGS)
-def test_text_is_expected_to_be_decoded_as_it_is(config: str, precision: str | None) -> None:
+def test_text_is_expected_to_be_decoded_as_it_is(config: str, precision: Precision | None) -> None:
     arch = golden_architecture(config)
     with torch.device("meta"):
         network = Network(arch, fused=True)
     if precision is not None:
         network.generation.use_fp8()
-    if precision == "fp8-all":
+    if precision is Precision.FP8_ALL:
         network.understanding.use_fp8()
-    assert decodes_fast(arch, precision, fused=True) == can_decode_fast(network)
-    assert not decodes_fast(arch, precision, fused=False)
+    fused = Computation(arch=arch, item_bytes=4, precision=precision, fused=True)
+    assert decodes_fast(fused) == can_decode_fast(network)
+    assert not decodes_fast(replace(fused, fused=False))
 
 
 def test_what_a_layer_attended_to_is_gone_before_the_next_attends() -> None:
@@ -355,7 +415,7 @@ def test_a_cache_takes_what_is_expected() -> None:
         runner.extend([extension])
     keys, values = extension.cache.read(0)
     taken = network.arch.num_layers * (keys.numel() + values.numel()) * 4
-    assert cache_bytes(network.arch, 1000, 4) == taken
+    assert cache_bytes(computation_of(network), 1000) == taken
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from sensebatch.engine.memory.lanes import CpuLane
 from sensebatch.engine.weights.loader import NetworkLoader
-from sensebatch.plan.device import RING
-from sensebatch.plan.seconds import Blocks, Passes, pass_orders
+from sensebatch.plan.computation import Computation
+from sensebatch.plan.passes import RING
+from sensebatch.plan.seconds import Blocks, Pass, Passes, pass_orders
 from sensebatch.plan.work import Speeds, network_sizes, understanding_work
 from tests.engine.weights.test_residency import make_placement
 from tests.golden_data import golden_architecture
@@ -68,8 +69,9 @@ def counted_blocks(num_buffers: int, text_passes: int, monkeypatch: pytest.Monke
 
 def expected_blocks(num_buffers: int, text_passes: int) -> float:
     """Returns the blocks that the arithmetic expects for the same."""
-    orders = pass_orders(ARCH, network_sizes(ARCH), 4)
-    work = understanding_work(ARCH, network_sizes(ARCH), [(1, 0)], 4)
+    computation = Computation(arch=ARCH, item_bytes=4)
+    orders = pass_orders(computation, network_sizes(ARCH))
+    work = understanding_work(computation, network_sizes(ARCH), [(1, 0)])
 
     def in_blocks(blocks: Blocks) -> Blocks:
         return replace(blocks, num_bytes=blocks.count)
@@ -78,9 +80,9 @@ def expected_blocks(num_buffers: int, text_passes: int) -> float:
     for _ in range(2):
         passes.copied_bytes = 0.0
         prompts = orders.text if text_passes else orders.prompts
-        passes.add(in_blocks(prompts), work, keep=False)
-        passes.add(in_blocks(orders.text), work, text_passes, keep=True)
-        passes.add(in_blocks(orders.pictures), work, 20, keep=True)
+        passes.add(Pass(blocks=in_blocks(prompts), work=work, keeps=False))
+        for blocks, count in ((orders.text, text_passes), (orders.images, 20)):
+            passes.add(Pass(blocks=in_blocks(blocks), work=work, count=count, keeps=True))
     return passes.copied_bytes
 
 

@@ -28,7 +28,7 @@ class LiveBytes(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         given = {
-            leaf.untyped_storage().data_ptr()
+            leaf.untyped_storage()._cdata
             for leaf in tree_leaves((args, kwargs))
             if isinstance(leaf, torch.Tensor)
         }
@@ -39,7 +39,8 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _count(self, storage: torch.UntypedStorage, given: set[int]) -> None:
-        place = storage.data_ptr()
+        # Not the address, which is the same for all tensors on the meta device.
+        place = storage._cdata
         if place in given or place in self._sizes:
             return
         self._sizes[place] = storage.nbytes()

@@ -18,6 +18,7 @@ from sensebatch.engine.weights import residency as residency_module
 from sensebatch.engine.weights.loader import NetworkLoader
 from sensebatch.engine.weights.residency import Residency
 from sensebatch.errors import CheckpointError, OutOfMemoryError
+from sensebatch.jobs import VramMode
 from sensebatch.plan.placement import Placement
 from tests.engine.golden_model import (
     KeptImages,
@@ -68,15 +69,15 @@ class RuleWeights:
 
 
 def make_placement(
-    num_buffers: int | None, embed: bool = False, host_budget_bytes: int | None = None
+    num_buffers: int | None, embed: bool = False, host_block_bytes: int | None = None
 ) -> Placement:
     return Placement(
-        mode="test",
+        mode=VramMode.FULL,
         num_buffers=num_buffers,
         embed_on_device=embed,
         tokens_per_pass=1,
         park_caches=False,
-        host_budget_bytes=host_budget_bytes,
+        host_block_bytes=host_block_bytes,
         device_bytes=0,
         host_bytes=0,
         reason="",
@@ -84,7 +85,7 @@ def make_placement(
 
 
 def moving_runner(
-    case: Case, num_buffers: int | None, host_budget_bytes: int | None, embed: bool = False
+    case: Case, num_buffers: int | None, host_block_bytes: int | None, embed: bool = False
 ) -> tuple[Runner, RuleWeights, Residency]:
     source = RuleWeights(rule_weights(case.config, case.weight_edits))
     loader = NetworkLoader(
@@ -93,7 +94,7 @@ def moving_runner(
         device=torch.device("cpu"),
         dtype=torch.float32,
     )
-    network, residency = loader.load(make_placement(num_buffers, embed, host_budget_bytes))
+    network, residency = loader.load(make_placement(num_buffers, embed, host_block_bytes))
     return Runner(network, ByteTokenizer(), sdpa, lambda _: None, residency), source, residency
 
 
@@ -111,14 +112,14 @@ def run_case(runner: Runner, case: Case) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(("config", "name"), CASES)
 @pytest.mark.parametrize(
-    ("num_buffers", "host_budget_bytes"), [(None, None), (2, None), (3, 0), (5, 300_000), (7, None)]
+    ("num_buffers", "host_block_bytes"), [(None, None), (2, None), (3, 0), (5, 300_000), (7, None)]
 )
 def test_pictures_are_bit_identical_wherever_the_weights_are(
-    config: str, name: str, num_buffers: int | None, host_budget_bytes: int | None
+    config: str, name: str, num_buffers: int | None, host_block_bytes: int | None
 ) -> None:
     case = load_case(config, name)
     expected = run_case(build_runner(case), case)
-    runner, _, _ = moving_runner(case, num_buffers, host_budget_bytes)
+    runner, _, _ = moving_runner(case, num_buffers, host_block_bytes)
     # Twice: the second batch meets what the first has left in the buffers.
     for _ in range(2):
         found = run_case(runner, case)
@@ -171,10 +172,10 @@ def test_a_read_that_fails_among_others_ends_the_load(
     monkeypatch.setattr(residency_module, "PART_BYTES", 4096)
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     with pytest.raises(CheckpointError, match="up_proj"):
-        loader.load(make_placement(num_buffers, host_budget_bytes=budget))
+        loader.load(make_placement(num_buffers, host_block_bytes=budget))
     reads = source.num_reads
     source.failing = ""
-    loader.load(make_placement(num_buffers, host_budget_bytes=budget))
+    loader.load(make_placement(num_buffers, host_block_bytes=budget))
     # The load that failed reads nothing behind its error.
     assert source.num_reads > 2 * reads
 
@@ -250,13 +251,13 @@ def test_moving_weights_allocates_nothing(num_buffers: int) -> None:
     assert len(set(addresses)) <= num_buffers
 
 
-@pytest.mark.parametrize("host_budget_bytes", [None, 0])
+@pytest.mark.parametrize("host_block_bytes", [None, 0])
 def test_a_pool_of_another_size_changes_no_bit(
-    host_budget_bytes: int | None,
+    host_block_bytes: int | None,
 ) -> None:
     case = load_case("dense_fm", "t2i_think_end")
     expected = run_case(build_runner(case), case)
-    runner, _, residency = moving_runner(case, 6, host_budget_bytes)
+    runner, _, residency = moving_runner(case, 6, host_block_bytes)
     for num_buffers in (6, 4, 2, 5):
         residency.resize(num_buffers)
         assert torch.equal(run_case(runner, case)[0], expected[0])

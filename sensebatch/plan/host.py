@@ -1,0 +1,108 @@
+"""What a run takes of host memory, and how weights and jobs share it. Integers only, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sensebatch.plan.computation import Computation
+from sensebatch.plan.footprint import cache_bytes
+from sensebatch.plan.load import Load
+from sensebatch.plan.passes import NUM_STAGING, prefixes_wait
+from sensebatch.plan.weight_bytes import WeightBytes
+from sensebatch.resolutions import TOKEN_NUMBERS
+from sensebatch.units import MIB
+
+ENOUGH_BYTES = 1 << 50
+"""Host memory to plan with where that of this machine does not matter."""
+WEIGHT_SHARE = 0.7
+"""The part of free host memory that weights may take where no budget is given."""
+RUN_SHARE = 0.9
+"""The part of it that a run may take altogether, if smaller batches can help."""
+PROGRAM_BYTES = 1664 * MIB
+"""Resident memory of a process that computes on a GPU, without weights and jobs."""
+LOADING_BYTES = 1024 * MIB
+"""The same while weights are loaded, before most libraries are."""
+
+
+def host_working_bytes(
+    computation: Computation, load: Load, tokens_per_pass: int, *, parked: bool
+) -> int:
+    """Returns what a group takes of host memory besides weights and the program.
+
+    These are prefixes that wait, noise and input images of a batch and of the one that is prepared
+    after it, what the sampler left of two passes, and pixels on their way to the disk.
+    """
+    jobs = load.jobs_per_pass(tokens_per_pass)
+    image = TOKEN_NUMBERS * load.image_tokens
+    inputs = TOKEN_NUMBERS * load.prompt_tokens
+    drawn = image + TOKEN_NUMBERS * load.drawn_tokens
+    images = load.batch_size * (2 * 4 * (image + inputs) + 2 * drawn) + jobs * 2 * 4 * image
+    if not parked or not prefixes_wait(load.batch_size, jobs):
+        return images
+    return images + cache_bytes(computation, load.prefix_tokens * load.batch_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostMemory:
+    """Shares host memory out between weights and jobs."""
+
+    weights: WeightBytes
+    free_bytes: int
+    process_bytes: int | None
+    """The user's budget for the whole process; None where none was given."""
+    is_apart: bool
+    """Whether the device has memory of its own."""
+
+    def holds(self, working: int, *, streams: bool) -> bool:
+        """Returns whether a batch leaves weights the memory they need, or had better have.
+
+        Args:
+            working: `host_working_bytes` of the batch.
+            streams: Whether blocks come from host memory rather than stay on the device.
+        """
+        if not streams:
+            capped = self.process_bytes is not None and self.is_apart
+            return not capped or PROGRAM_BYTES + working <= (self.process_bytes or 0)
+        if self.process_bytes is not None:
+            return PROGRAM_BYTES + working + self._least_weights <= self.process_bytes
+        weights = min(self.weights.blocks + self.weights.embeddings, self._free_for_weights)
+        return weights + working <= int(self.free_bytes * RUN_SHARE)
+
+    def least_bytes(self, working: int, *, streams: bool) -> int:
+        """Returns the smallest budget for the process that would do."""
+        return PROGRAM_BYTES + working + (self._least_weights if streams else 0)
+
+    def block_bytes(self, working: int) -> int:
+        """Returns what is left for blocks beside the run's most demanding batch."""
+        left = self._free_for_weights
+        if self.process_bytes is not None:
+            left = self.process_bytes - PROGRAM_BYTES - working
+        # Embeddings are looked up in host memory, whatever is left for blocks.
+        return max(left - self.weights.embeddings, 0)
+
+    def peak_bytes(self, working: int, blocks: int, *, streams: bool) -> int:
+        """Returns the expected peak of the process.
+
+        Args:
+            working: `host_working_bytes` of a batch.
+            blocks: Of `block_bytes`.
+            streams: See `holds`.
+        """
+        all_fit = self.weights.blocks <= blocks
+        kept = self.weights.blocks if all_fit else max(blocks, self._staging)
+        # With all weights on the device the program is largest while embeddings pass through.
+        held = self.weights.embeddings + kept if streams else 0
+        return max(PROGRAM_BYTES + held + working, LOADING_BYTES + self.weights.embeddings)
+
+    @property
+    def _free_for_weights(self) -> int:
+        return int(self.free_bytes * WEIGHT_SHARE)
+
+    @property
+    def _staging(self) -> int:
+        return NUM_STAGING * self.weights.block
+
+    @property
+    def _least_weights(self) -> int:
+        """Weights that are streamed take at least this much."""
+        return self.weights.embeddings + self._staging

@@ -1,0 +1,94 @@
+"""The most demanding job of a group, as the arithmetic of memory and time wants it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sensebatch.jobs import GroupKey, Task
+from sensebatch.plan.batches import GroupPlan, Plan
+from sensebatch.plan.passes import images_per_pass
+from sensebatch.plan.tokens import SYSTEM_PROMPT_BYTES, system_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """The most demanding job of a group, and how many jobs are in a batch."""
+
+    group: GroupKey
+    batch_size: int
+    prompt_tokens: int
+    """One branch's prompt with its input images; an upper estimate."""
+    text_tokens: int = 0
+    """Most tokens decoded after the prompt."""
+    drawn_tokens: int = 0
+    """Most tokens of the job's own images that are cached when its last one is drawn; see
+    `interleave_tokens`."""
+    wanted_jobs: int | None = None
+    """Jobs of a full batch by the settings, where there are fewer; None for `batch_size`."""
+    system_tokens: int = 0
+    """The system turn's part of `prompt_tokens`. It is cached once more, for all jobs to begin
+    with."""
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of one image."""
+        return self.group.resolution.image_tokens
+
+    @property
+    def longest_tokens(self) -> int:
+        """Cached tokens of a job's longest branch when its last image is drawn."""
+        return self.prompt_tokens + self.text_tokens + self.drawn_tokens
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Cached tokens of a job over all branches when its last image is drawn."""
+        total = 0
+        for branch in self.group.branches:
+            if branch == "cond":
+                total += self.longest_tokens
+            elif branch == "img_cond":
+                total += self.prompt_tokens + self.drawn_tokens
+        return total
+
+    @property
+    def num_growing(self) -> int:
+        """Branches with a prefix of the job's own; all jobs share the unconditional one."""
+        return sum(branch != "uncond" for branch in self.group.branches)
+
+    def jobs_per_pass(self, tokens_per_pass: int) -> int:
+        """Returns how many jobs of a batch are drawn together."""
+        return min(images_per_pass(self.image_tokens, tokens_per_pass), self.batch_size)
+
+
+def interleave_tokens(image_tokens: int, num_images: int) -> int:
+    """Returns the tokens that an interleave job's images take before the last one is drawn.
+
+    Each begins with `<img>`. All but the last are read back, and then end with `</img>`.
+    """
+    return (num_images - 1) * (image_tokens + 2) + 1
+
+
+def group_load(plan: GroupPlan, *, system_prompt_bytes: int = SYSTEM_PROMPT_BYTES) -> Load:
+    """Returns the most demanding job of a group.
+
+    Args:
+        plan: The group's.
+        system_prompt_bytes: Length of the checkpoint's longest system prompt, where it is known.
+    """
+    interleave = plan.group.task is Task.INTERLEAVE
+    tokens = plan.group.resolution.image_tokens
+    of_system = system_tokens(system_prompt_bytes)
+    return Load(
+        group=plan.group,
+        batch_size=max(min(plan.batch_size, len(plan.fresh)), 1),
+        wanted_jobs=plan.batch_size,
+        prompt_tokens=plan.prompt_tokens + of_system,
+        system_tokens=of_system,
+        text_tokens=plan.text_tokens,
+        drawn_tokens=interleave_tokens(tokens, plan.max_images_of_job) if interleave else 0,
+    )
+
+
+def plan_loads(plan: Plan, *, system_prompt_bytes: int) -> list[Load]:
+    """Returns the most demanding job of every group of a plan; see `group_load`."""
+    return [group_load(group, system_prompt_bytes=system_prompt_bytes) for group in plan.groups]

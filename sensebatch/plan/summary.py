@@ -1,0 +1,175 @@
+"""A plan as `sensebatch plan` prints it: what is run, and what it needs of memory and time.
+
+Reads a checkpoint's headers alone, and knows no more of the machine than it is given, so that a
+plan made on a laptop holds for the GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sensebatch.checkpoint.files import open_checkpoint
+from sensebatch.checkpoint.system_prompts import resolve_system_prompts
+from sensebatch.config import SYNTHETIC_PREFIX, TINY_MODEL, MemoryConfig, RunConfig
+from sensebatch.jobs import Task, VramMode
+from sensebatch.plan.batches import GroupPlan, Plan
+from sensebatch.plan.computation import Computation, gpu_computation
+from sensebatch.plan.device import place
+from sensebatch.plan.host import ENOUGH_BYTES
+from sensebatch.plan.load import Load, plan_loads
+from sensebatch.plan.passes import RING
+from sensebatch.plan.placement import Placement
+from sensebatch.plan.seconds import Clock, GroupSeconds, new_clock
+from sensebatch.plan.weight_bytes import WeightBytes, weight_bytes
+from sensebatch.plan.work import Machine
+
+
+def plan_summary(plan: Plan) -> dict[str, Any]:
+    """Returns the batches of a plan as `sensebatch plan --json` prints them.
+
+    `images` counts the images to be made. How many an interleave job draws is known only
+    afterwards; it counts with the most it may draw, and `images_exact` is then false.
+    """
+    return {
+        "jobs": plan.num_jobs,
+        "images": plan.max_images,
+        "images_exact": all(group.group.task is not Task.INTERLEAVE for group in plan.groups),
+        "batches": plan.num_batches,
+        "groups": [_group_summary(group) for group in plan.groups],
+    }
+
+
+def _group_summary(plan: GroupPlan) -> dict[str, Any]:
+    group = plan.group
+    return {
+        "task": group.task.value,
+        "width": group.resolution.width,
+        "height": group.resolution.height,
+        "num_steps": group.num_steps,
+        "timestep_shift": group.timestep_shift,
+        "think": group.think,
+        "branches": list(group.branches),
+        "jobs": plan.num_jobs,
+        "batches": plan.num_batches,
+        "batch_size": plan.batch_size,
+        "images": plan.max_images,
+        "images_exact": group.task is not Task.INTERLEAVE,
+        "image_tokens": plan.max_image_tokens,
+    }
+
+
+def memory_summary(
+    plan: Plan, config: RunConfig, machine: Machine | None
+) -> list[dict[str, Any]] | None:
+    """Returns what each mode needs, or only the one that a mode, a budget or the GPU leaves.
+
+    Args:
+        plan: Its groups decide what passes need.
+        config: Model, dtype, mode and budgets.
+        machine: The GPU to plan for; None where none is known.
+
+    Returns:
+        For each placement the mode, why, and bytes and seconds of the run and of each group; see
+        docs/memory.md. None where the model is a Hub id, whose files may have to be fetched, and
+        for a CPU, where host and device are the same memory.
+
+    Raises:
+        CheckpointError: The model's files cannot be read.
+        ConfigError: The budget or the GPU is too small.
+    """
+    model = config.model.model
+    local = model == TINY_MODEL or model.startswith(SYNTHETIC_PREFIX)
+    if config.model.device == "cpu" or not (local or Path(model).expanduser().is_dir()):
+        return None
+    checkpoint = open_checkpoint(model, config.model.revision)
+    file = config.model.system_prompt_file
+    prompts = resolve_system_prompts(checkpoint, None if file is None else Path(file))
+    computation = gpu_computation(checkpoint.architecture, config.model)
+    summary = _Summary(
+        computation=computation,
+        weights=weight_bytes(computation),
+        loads=plan_loads(plan, system_prompt_bytes=prompts.longest_bytes),
+        num_jobs=[group.num_jobs for group in plan.groups],
+        machine=machine,
+        clock=None if machine is None else new_clock(computation, machine.speeds),
+    )
+    memory = config.memory
+    if memory.vram_mode is not VramMode.AUTO or memory.vram_budget_bytes is not None or machine:
+        return [summary.of(memory)]
+    modes = [mode for mode in VramMode if mode is not VramMode.AUTO]
+    return [summary.of(replace(memory, vram_mode=mode)) for mode in modes]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Summary:
+    """Sums up placements of the same groups."""
+
+    computation: Computation
+    weights: WeightBytes
+    loads: Sequence[Load]
+    num_jobs: Sequence[int]
+    """Jobs of each load's group."""
+    machine: Machine | None
+    clock: Clock | None
+
+    def of(self, memory: MemoryConfig) -> dict[str, Any]:
+        """Returns what a placement needs, for the run and each of its groups.
+
+        Raises:
+            ConfigError: There is none that fits.
+        """
+        named = memory.vram_mode is not VramMode.AUTO
+        placements = place(
+            self.computation,
+            memory=memory,
+            loads=self.loads,
+            # A mode that was asked for by name is shown, whatever this machine has.
+            device_free=None if named or self.machine is None else self.machine.free_bytes,
+            host_free=ENOUGH_BYTES,
+        )
+        leanest, seconds, groups = placements.leanest, [], []
+        for load, num_jobs in zip(self.loads, self.num_jobs, strict=True):
+            placement = placements.of(load.group)
+            if self.clock is not None:
+                seconds.append(self.clock.group_seconds(load, num_jobs, placement))
+            groups.append(self._group(load, placement, seconds[-1] if seconds else None))
+        total = GroupSeconds(
+            images=sum(own.images for own in seconds), text=sum(own.text for own in seconds)
+        )
+        return {
+            "vram_mode": leanest.mode.value,
+            "reason": leanest.reason,
+            "device_bytes": placements.device_bytes,
+            "host_bytes": placements.host_bytes,
+            "file_bytes": self._file_bytes(leanest),
+            "seconds": _seconds(total if seconds else None),
+            "groups": groups,
+        }
+
+    def _group(
+        self, load: Load, placement: Placement, seconds: GroupSeconds | None
+    ) -> dict[str, Any]:
+        load = placement.fitted(load)
+        return {
+            "vram_mode": placement.mode.value,
+            "reason": placement.reason,
+            "batch_size": load.batch_size,
+            "jobs_per_pass": load.jobs_per_pass(placement.tokens_per_pass),
+            "kept_layers": self.weights.layers_kept(placement.num_buffers, RING),
+            "device_bytes": placement.device_bytes,
+            "host_bytes": placement.host_bytes,
+            "seconds": _seconds(seconds),
+        }
+
+    def _file_bytes(self, placement: Placement) -> int:
+        """Returns the bytes of blocks that host memory has no room for."""
+        if placement.num_buffers is None or placement.host_block_bytes is None:
+            return 0
+        return max(self.weights.blocks - placement.host_block_bytes, 0)
+
+
+def _seconds(seconds: GroupSeconds | None) -> dict[str, float] | None:
+    return None if seconds is None else {"pictures": seconds.images, "text": seconds.text}

@@ -1,0 +1,78 @@
+"""How weights and jobs share host memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sensebatch.errors import ConfigError
+from sensebatch.plan.host import PROGRAM_BYTES
+from sensebatch.plan.weight_bytes import weight_bytes
+from sensebatch.units import GIB
+from tests.plan.loads import (
+    COMPUTATION,
+    make_load,
+    make_story,
+    place_all,
+    placed,
+)
+
+
+def test_a_host_budget_makes_batches_smaller_beside_a_full_device_too() -> None:
+    load = make_load(16, prompt=700, text=1024)
+    chosen = place_all([load], device_free=120 * GIB, host_budget_bytes=3 * GIB).leanest
+    assert (chosen.mode, chosen.num_buffers) == ("full", None)
+    assert chosen.batch_size in (4, 8)
+    assert chosen.host_bytes <= 3 * GIB
+
+
+def test_prefixes_that_the_host_cannot_hold_make_batches_smaller() -> None:
+    edits = make_load(8, prompt=5000)
+    edits = replace(edits, group=replace(edits.group, branches=("cond", "img_cond")))
+    rich = place_all([edits], vram_mode="balanced")
+    assert rich.leanest.batch_size is None
+    poor = place_all([edits], vram_mode="balanced", host_free=16 * GIB).leanest
+    assert poor.batch_size is not None
+    assert poor.host_bytes <= 16 * GIB + PROGRAM_BYTES or poor.batch_size == 1
+    capped = place_all([edits], vram_mode="balanced", host_budget_bytes=10 * GIB).leanest
+    assert capped.batch_size is not None
+    assert capped.host_bytes <= 10 * GIB
+
+
+def test_the_host_keeps_what_its_budget_allows() -> None:
+    weights = weight_bytes(COMPUTATION)
+    rich = placed(vram_mode="balanced", host_budget_bytes=60 * GIB)
+    all_weights = weights.blocks + weights.embeddings + PROGRAM_BYTES
+    assert all_weights < rich.host_bytes < all_weights + 2 * GIB
+    poor = placed(vram_mode="balanced", host_budget_bytes=20 * GIB)
+    assert poor.host_bytes <= 20 * GIB
+    assert poor.host_bytes > 20 * GIB - weights.block
+    assert placed(vram_mode="full").host_bytes < PROGRAM_BYTES + 2 * GIB
+
+
+def test_a_host_budget_must_hold_the_program_where_all_weights_are_on_the_device() -> None:
+    with pytest.raises(ConfigError, match=r"max_memory: expected cpu to be at least 1\.\d\d GiB"):
+        place_all(vram_mode="full", device_free=80 * GIB, host_budget_bytes=GIB)
+    # Host and device are one: the program is smaller, and nobody knows by how much.
+    assert placed(vram_mode="full", host_budget_bytes=GIB).num_buffers is None
+
+
+@settings(max_examples=25)
+@given(budget=st.integers(0, 60 * GIB), jobs=st.integers(1, 16), prompt=st.integers(1, 9000))
+def test_a_host_budget_is_never_exceeded(budget: int, jobs: int, prompt: int) -> None:
+    loads = [make_load(jobs, prompt=prompt), make_story(2)]
+    memory: dict[str, Any] = {"vram_mode": "balanced", "host_budget_bytes": budget}
+    try:
+        chosen = place_all(loads, **memory)
+    except ConfigError as error:
+        said = float(str(error).split("at least ")[1].split(" GiB")[0])
+        memory["host_budget_bytes"] = round(said * GIB)
+        assert memory["host_budget_bytes"] > budget
+        chosen = place_all(loads, **memory)
+    for placement in chosen.groups.values():
+        assert placement.host_bytes <= memory["host_budget_bytes"]
+    assert len({placement.host_block_bytes for placement in chosen.groups.values()}) == 1
