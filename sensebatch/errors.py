@@ -21,6 +21,10 @@ class CheckpointError(SensebatchError):
     """A checkpoint, LoRA or tokenizer that cannot be loaded as what it claims to be."""
 
 
+class EngineError(SensebatchError):
+    """An engine that cannot serve a run: it is closed, in use, or holds another model."""
+
+
 class RunFolderError(SensebatchError):
     """A run folder that is in use, damaged, or made by something else."""
 

@@ -7,9 +7,10 @@ is work to do.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ from sensebatch.checkpoint.fingerprint import fingerprint, fingerprint_file
 from sensebatch.checkpoint.system_prompts import resolve_system_prompts
 from sensebatch.config import ModelConfig, RunConfig
 from sensebatch.contract import Engine, Progress
-from sensebatch.errors import RunFolderError, RunStoppedError, StoppedError
+from sensebatch.errors import EngineError, RunFolderError, RunStoppedError, StoppedError
 from sensebatch.executor.run import Stop, Summary, execute
 from sensebatch.jobs import Batch, EngineInfo, Job, ModelIdentity, Task
 from sensebatch.manifest.inputs import InputReader
@@ -36,7 +37,7 @@ from sensebatch.store.store import Store, open_store
 
 
 class Backend(Protocol):
-    """What computes: the engine, or a stand-in."""
+    """What computes: torch, an engine that is loaded already, or a stand-in."""
 
     def resolve_runtime(self, model: ModelConfig) -> tuple[str, str]:
         """Returns device and dtype by name."""
@@ -45,16 +46,13 @@ class Backend(Protocol):
         """Makes sure that a LoRA can be merged into a checkpoint's weights."""
 
     def load_engine(
-        self,
-        config: RunConfig,
-        *,
-        checkpoint: Checkpoint,
-        identity: ModelIdentity,
-        system_prompt_source: Mapping[Task, str],
-        device: str,
-        loads: Sequence[Load],
-    ) -> Engine:
-        """Returns the engine, loaded, with its memory planned for these loads."""
+        self, config: RunConfig, model: Model, *, loads: Sequence[Load], stop: Stop
+    ) -> ReusableEngine:
+        """Returns the engine, loaded, with its memory planned for these loads.
+
+        Raises:
+            StoppedError: The stop was set before the engine was loaded.
+        """
 
 
 class TorchBackend:
@@ -74,26 +72,150 @@ class TorchBackend:
         Lora.open(file, expected_tensors(checkpoint.architecture))
 
     def load_engine(
-        self,
-        config: RunConfig,
-        *,
-        checkpoint: Checkpoint,
-        identity: ModelIdentity,
-        system_prompt_source: Mapping[Task, str],
-        device: str,
-        loads: Sequence[Load],
-    ) -> Engine:
+        self, config: RunConfig, model: Model, *, loads: Sequence[Load], stop: Stop
+    ) -> ReusableEngine:
         """Returns the engine, loaded, with its memory planned for these loads."""
         from sensebatch.engine.engine import load_engine
 
         return load_engine(
             config,
-            checkpoint=checkpoint,
-            identity=identity,
-            system_prompt_source=system_prompt_source,
-            device=device,
+            checkpoint=model.checkpoint,
+            identity=model.identity,
+            system_prompt_source=model.prompt_source,
+            device=model.device,
             loads=loads,
+            stop=stop.is_set,
         )
+
+
+class ReusableEngine(Engine, Protocol):
+    """An engine that can serve run after run."""
+
+    def replan(
+        self,
+        config: RunConfig,
+        checkpoint: Checkpoint,
+        loads: Sequence[Load],
+        stop: Callable[[], bool],
+    ) -> None:
+        """Plans memory again for another run of the same model, and loads again what must be."""
+
+    def close(self) -> None:
+        """Frees the weights; the engine cannot be used any more."""
+
+
+class WarmEngine:
+    """A model that stays loaded from run to run; a `Backend` for one run at a time.
+
+    The weights are loaded by the first run that has something to do, since memory is planned for
+    its jobs. For every later run memory is planned again, and weights are loaded again only where
+    they must lie elsewhere.
+
+    Args:
+        config: Its model settings are those of every run.
+        backend: Loads the engine.
+
+    Raises:
+        CheckpointError: The checkpoint, LoRA or prompt file cannot be used.
+        ConfigError: The device cannot be used.
+    """
+
+    def __init__(self, config: RunConfig, backend: Backend) -> None:
+        self.config = config
+        """The settings it was opened with."""
+        self._backend = backend
+        self._model = open_model(config.model, backend, RunObserver())
+        self._engine: ReusableEngine | None = None
+        self._in_use = threading.Lock()
+        self._is_open, self._is_lent = True, False
+
+    def __enter__(self) -> WarmEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees the weights; a run that is going on must have ended.
+
+        Raises:
+            EngineError: A run uses the engine.
+        """
+        with self.held():
+            self._is_open = False
+            self._discard()
+
+    @contextmanager
+    def held(self, model: ModelConfig | None = None) -> Iterator[WarmEngine]:
+        """Keeps the engine for one run; after a run that failed, the next one loads it again.
+
+        Args:
+            model: What the run asks for; None for no run.
+
+        Raises:
+            EngineError: Another run uses the engine, it is closed, or it holds another model.
+        """
+        if model is not None:
+            self._require(model)
+        if not self._in_use.acquire(blocking=False):
+            raise EngineError("expected an engine that is free, found one that another run uses")
+        try:
+            if not self._is_open:
+                raise EngineError("expected an open engine, found one that was closed")
+            self._is_lent = False
+            yield self
+        except BaseException:
+            # What an error left of it is not known.
+            if self._is_lent:
+                self._discard()
+            raise
+        finally:
+            self._in_use.release()
+
+    def _require(self, model: ModelConfig) -> None:
+        own, asked = asdict(self.config.model), asdict(model)
+        for name, value in own.items():
+            if value != asked[name]:
+                raise EngineError(
+                    f"model.{name}: expected {value!r}, as the engine was opened with, found "
+                    f"{asked[name]!r}; open another engine for it"
+                )
+
+    def resolve_runtime(self, model: ModelConfig) -> tuple[str, str]:  # noqa: ARG002
+        """Returns device and dtype by name, as of the model that is held."""
+        return self._model.device, self._model.identity.dtype
+
+    def check_lora(self, file: Path, checkpoint: Checkpoint) -> None:
+        """Makes sure that a LoRA can be merged into a checkpoint's weights."""
+        self._backend.check_lora(file, checkpoint)
+
+    def load_engine(
+        self, config: RunConfig, model: Model, *, loads: Sequence[Load], stop: Stop
+    ) -> ReusableEngine:
+        """Returns the engine with its memory planned for these loads.
+
+        Raises:
+            EngineError: The checkpoint's files or system prompts are others than before.
+        """
+        if model.identity != self._model.identity:
+            raise EngineError(
+                f"{model.name}: expected the checkpoint that the engine was opened with, found "
+                "that its files have changed; open another engine"
+            )
+        self._is_lent = True
+        if self._engine is not None and model.checkpoint == self._model.checkpoint:
+            self._engine.replan(config, model.checkpoint, loads, stop.is_set)
+            return self._engine
+        # The same weights, but perhaps elsewhere: a copy, or other shards.
+        self._discard()
+        self._model = model
+        self._engine = self._backend.load_engine(config, model, loads=loads, stop=stop)
+        return self._engine
+
+    def _discard(self) -> None:
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
 
 
 class RunObserver:
@@ -283,7 +405,7 @@ def _run_pending(
     if not counts.remaining:
         return _nothing_to_run(counts)
     observer.loading(counts, model)
-    engine = _load(config, store, model, backend)
+    engine = backend.load_engine(config, model, loads=_loads(config, store, model), stop=stop)
     observer.loaded(engine.info)
     reader = InputReader()
     try:
@@ -314,18 +436,11 @@ def _nothing_to_run(counts: Counts) -> Summary:
     )
 
 
-def _load(config: RunConfig, store: Store, model: Model, backend: Backend) -> Engine:
-    """Returns the engine, with its memory planned for all that is to be run."""
+def _loads(config: RunConfig, store: Store, model: Model) -> list[Load]:
+    """Returns the most demanding job of every group that is to be run."""
     to_run = make_plan(store.state.entries(with_started=True), config.memory)
     prompt_bytes = model.identity.system_prompt_bytes
-    return backend.load_engine(
-        config,
-        checkpoint=model.checkpoint,
-        identity=model.identity,
-        system_prompt_source=model.prompt_source,
-        device=model.device,
-        loads=plan_loads(to_run, system_prompt_bytes=prompt_bytes),
-    )
+    return plan_loads(to_run, system_prompt_bytes=prompt_bytes)
 
 
 def _until_stopped(jobs: Iterator[Job], stop: Stop) -> Iterator[Job]:

@@ -211,13 +211,17 @@ class Settings(_Section):
 
 
 def resolve_settings(
-    *, config_file: Path | None = None, flags: Mapping[str, object] | None = None
+    *,
+    config_file: Path | None = None,
+    flags: Mapping[str, object] | None = None,
+    dashed: bool = True,
 ) -> RunConfig:
     """Returns the settings of a run: the model's defaults < the file < the flags.
 
     Args:
         config_file: A YAML file; every key may be left out.
         flags: Values by dotted place (`execution.max_attempts`); None means not given.
+        dashed: Whether mistakes name flags as a command line does (`--max-attempts`), or by place.
 
     Raises:
         ConfigError: Every unknown key and unusable value, each with its place.
@@ -238,11 +242,11 @@ def resolve_settings(
     except ValidationError as error:
 
         def place(path: list[str]) -> str:
-            if list(_existing(from_flags, path)) == path:
-                return f"--{path[-1].replace('_', '-')}"
             name = ".".join(path)
+            if list(_existing(from_flags, path)) == path:
+                return f"--{path[-1].replace('_', '-')}" if dashed else name
             if document is None:
-                return f"{_COMMAND_LINE}: {name}"
+                return f"{_COMMAND_LINE}: {name}" if dashed else name
             return f"{config_file}: line {document.line_of(path)}: {name}"
 
         raise ConfigError(_complaints(error.errors(), values, place)) from None

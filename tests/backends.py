@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sensebatch.checkpoint.files import Checkpoint
 from sensebatch.config import ModelConfig, RunConfig
-from sensebatch.contract import Engine
 from sensebatch.errors import CheckpointError
-from sensebatch.jobs import ModelIdentity, Task
+from sensebatch.executor.run import Stop
+from sensebatch.jobs import Task
 from sensebatch.plan.load import Load
+from sensebatch.session import Model
 from tests.executor.fakes import FakeEngine
 
 
@@ -35,19 +36,13 @@ class FakeBackend:
             raise CheckpointError(f"{file}: expected a LoRA")
 
     def load_engine(
-        self,
-        config: RunConfig,
-        *,
-        checkpoint: Checkpoint,
-        identity: ModelIdentity,
-        system_prompt_source: Mapping[Task, str],
-        device: str,
-        loads: Sequence[Load],
-    ) -> Engine:
-        assert checkpoint.tensors
-        assert identity.dtype == "float32"
-        assert set(system_prompt_source) == set(Task)
-        assert device == "cpu"
+        self, config: RunConfig, model: Model, *, loads: Sequence[Load], stop: Stop
+    ) -> FakeEngine:
+        assert model.checkpoint.tensors
+        assert model.identity.dtype == "float32"
+        assert set(model.prompt_source) == set(Task)
+        assert model.device == "cpu"
+        assert not stop.is_set()
         self.loads = list(loads)
         self.loaded.append(config)
         return self.engine

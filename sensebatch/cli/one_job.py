@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pyarrow.parquet as pq
 from PIL import Image
 
 from sensebatch.cli.compare import compose
@@ -25,11 +24,9 @@ from sensebatch.manifest.one import job_from_fields
 from sensebatch.manifest.read import read_manifests, run_name
 from sensebatch.session import Request
 from sensebatch.settings import resolve_settings
-from sensebatch.store.attempts import DONE
 from sensebatch.store.files import write_atomic
+from sensebatch.store.finished import FinishedJob, finished_jobs
 from sensebatch.store.images import EXTENSIONS
-from sensebatch.store.run_dir import RunDir
-from sensebatch.store.state import State
 
 RUNS_FOLDER = ".sensebatch"
 """Where the runs of single jobs are kept, in the folder they write to."""
@@ -54,15 +51,6 @@ class Command:
     config_file: Path | None
     output: Path | None = None
     """The file to write."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finished:
-    """A job of a run that is done, and its files."""
-
-    job: Job
-    images: tuple[Path, ...]
-    text: Path | None
 
 
 def run_command(command: Command) -> None:
@@ -213,54 +201,29 @@ def _size_flags(command: Command) -> dict[str, object]:
     return {f"tasks.{command.task.value}.resolution": resolution}
 
 
-def finished_jobs(root: Path) -> Iterator[Finished]:
-    """Yields the jobs of a run's folder that are done, in the log's order, each once.
-
-    Args:
-        root: The folder; nothing runs in it.
-    """
-    run_dir = RunDir(root)
-    columns = ["job_id", "status", "key", "image_paths", "text_path"]
-    rows = {row["job_id"]: row for row in pq.read_table(run_dir.log, columns=columns).to_pylist()}
-    state = State(run_dir.state, read_only=True)
-    try:
-        for job_id, row in rows.items():
-            stored = state.jobs([job_id])[0]
-            if row["status"] == DONE and row["key"] == stored.key:
-                text = row["text_path"]
-                yield Finished(
-                    job=stored.job,
-                    images=tuple(root / path for path in row["image_paths"]),
-                    text=None if text is None else root / text,
-                )
-    finally:
-        state.close()
-
-
-def _copy_out(finished: Finished, folder: Path, suffix: str) -> list[Path]:
+def _copy_out(finished: FinishedJob, folder: Path, suffix: str) -> list[Path]:
     """Copies a job's files to where they were asked for, and returns their paths."""
     stem, copies = finished.job.id, []
     if finished.job.task is Task.INTERLEAVE:
-        for index, path in enumerate(finished.images):
+        for index, path in enumerate(finished.image_files):
             copies.append((path, folder / f"{stem}_{index}{path.suffix}"))
-        if finished.text is not None:
-            copies.append((finished.text, folder / f"{stem}.txt"))
+        if finished.text_file is not None:
+            copies.append((finished.text_file, folder / f"{stem}.txt"))
     else:
-        copies = [(path, folder / f"{stem}{suffix}") for path in finished.images]
+        copies = [(path, folder / f"{stem}{suffix}") for path in finished.image_files]
     for source, target in copies:
         write_atomic(target, source.read_bytes())
     return [target for _, target in copies]
 
 
-def _extras(job: JobOptions, finished: Finished, compare: Path) -> list[Path]:
+def _extras(job: JobOptions, finished: FinishedJob, compare: Path) -> list[Path]:
     """Prints the text and writes the comparison of a job, as asked for."""
-    if job.print_think and finished.text is not None:
-        text = finished.text.read_text(encoding="utf-8")
+    if job.print_think and (text := finished.read_text()) is not None:
         (say if job.as_json else print)(text)
-    if not job.compare or not finished.images:
+    if not job.compare or not finished.image_files:
         return []
     inputs = [_decoded(read_input_image(image)) for image in finished.job.images]
-    outputs = [_decoded(path.read_bytes()) for path in finished.images]
+    outputs = finished.open_images()
     buffer = io.BytesIO()
     compose(inputs, outputs, finished.job.prompt).save(buffer, "PNG")
     write_atomic(compare, buffer.getvalue())

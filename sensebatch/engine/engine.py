@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -236,6 +238,69 @@ class SenseNovaEngine:
         """Of the group that is run, or was run last."""
         return self._placements.first if self._group is None else self._placements.of(self._group)
 
+    def replan(
+        self,
+        config: RunConfig,
+        checkpoint: Checkpoint,
+        loads: Sequence[Load],
+        stop: Callable[[], bool],
+    ) -> None:
+        """Plans memory again, for another run of the same model.
+
+        Weights that lie where the new plan has them stay; otherwise they are loaded again.
+
+        Args:
+            config: The run's memory settings and the sizes of its input images.
+            checkpoint: The one that is loaded.
+            loads: One for every group of the run.
+            stop: Whether to stop loading.
+
+        Raises:
+            StoppedError: The load was stopped; the engine cannot be used any more.
+            ConfigError: The jobs do not fit the memory; the engine is as it was.
+            CheckpointError: The weights cannot be read again; the engine cannot be used any more.
+            OutOfMemoryError: The device has less memory than it said; likewise.
+        """
+        start = time.perf_counter()
+        device, identity = self._loader.device, self._info.identity
+        self._system_turns.clear()
+        empty_cache(device)
+        held = self._residency.host_bytes
+        placements = plan_placements(
+            config, checkpoint, identity, device, loads, held_host_bytes=held
+        )
+        fitted = [placements.of(load.group).fitted(load) for load in loads]
+        self._pixel_limits = config.pixel_limits
+        cap_device_memory(device, config.memory.vram_budget_bytes)
+        memory = DevicePeak(device)
+        stays = self._residency.suits(placements.first)
+        if not stays:
+            self._unload()
+        compile_s = warm_up(self._loader, self._attention, fitted)
+        if not stays:
+            self._network, self._residency = self._loader.load(placements.first, stop)
+        self._group, self._idle_since = None, None
+        self._placements = placements
+        self._info = replace(
+            self._info,
+            vram_mode=placements.first.mode,
+            budget_bytes=config.memory.vram_budget_bytes,
+            compile_s=compile_s,
+            **_load_figures(start, memory),
+        )
+
+    def close(self) -> None:
+        """Frees the weights; the engine cannot be used any more."""
+        self._system_turns.clear()
+        # They are not there where the last load failed, and a device that failed frees nothing.
+        with suppress(AttributeError, RuntimeError):
+            self._unload()
+
+    def _unload(self) -> None:
+        """Frees the weights, so that there is room for them elsewhere."""
+        del self._network, self._residency
+        empty_cache(self._loader.device)
+
     def make_room(self) -> str | None:
         """Goes on with less memory; see `contract.Engine.make_room`."""
         assert self._group is not None
@@ -245,9 +310,8 @@ class SenseNovaEngine:
         self._go_on_with(after)
         if self._residency.is_whole:
             # No block is in host memory, so all are read again.
-            del self._network, self._residency
+            self._unload()
             try:
-                empty_cache(self._loader.device)
                 self._network, self._residency = self._loader.load(self._placement)
             except (RuntimeError, SensebatchError) as error:
                 raise RunStoppedError(
@@ -291,6 +355,7 @@ def load_engine(
     system_prompt_source: Mapping[Task, str],
     device: str,
     loads: Sequence[Load] = (),
+    stop: Callable[[], bool] = lambda: False,
 ) -> SenseNovaEngine:
     """Loads a model for a run.
 
@@ -301,8 +366,10 @@ def load_engine(
         system_prompt_source: For the log.
         device: Of `runtime.resolve_runtime`.
         loads: Of every group of the run; memory is planned for them.
+        stop: Whether to stop loading.
 
     Raises:
+        StoppedError: The load was stopped.
         CheckpointError: The checkpoint, its tokenizer or the LoRA does not fit.
         ConfigError: The attention backend or the precision cannot be used, or the jobs do not
             fit the memory.
@@ -319,8 +386,7 @@ def load_engine(
     fitted = [placements.of(load.group).fitted(load) for load in loads]
     compile_s = warm_up(loader, BACKENDS[backend], fitted)
     peak = DevicePeak(where)
-    loaded = loader.load(placements.first)
-    allocated, reserved = peak.read()
+    loaded = loader.load(placements.first, stop)
     info = EngineInfo(
         identity=identity,
         model=config.model.model,
@@ -332,10 +398,7 @@ def load_engine(
         vram_mode=placements.first.mode,
         budget_bytes=config.memory.vram_budget_bytes,
         torch_version=torch.__version__,
-        load_s=time.perf_counter() - start,
-        load_peak_allocated_bytes=allocated,
-        load_peak_reserved_bytes=reserved,
-        load_peak_rss_bytes=peak_rss_bytes(),
+        **_load_figures(start, peak),
     )
     return SenseNovaEngine(
         loader=loader,
@@ -347,6 +410,17 @@ def load_engine(
         info=info,
         script=made_up_text(tokenizer) if checkpoint.synthetic else None,
     )
+
+
+def _load_figures(start: float, peak: DevicePeak) -> dict[str, Any]:
+    """Returns what the log says of a load that began at `start`."""
+    allocated, reserved = peak.read()
+    return {
+        "load_s": time.perf_counter() - start,
+        "load_peak_allocated_bytes": allocated,
+        "load_peak_reserved_bytes": reserved,
+        "load_peak_rss_bytes": peak_rss_bytes(),
+    }
 
 
 def _new_loader(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from sensebatch.manifest.expand import Expanded, expand
 from sensebatch.manifest.fields import JOB_FIELD_NAMES, JobFields
 from sensebatch.manifest.ids import IdRegistry, given_id, id_error
 from sensebatch.manifest.jsonl import jsonl_rows
+from sensebatch.manifest.memory import memory_rows
 from sensebatch.manifest.problems import MAX_KEPT, Location, ProblemList, RowErrors, field_name
 from sensebatch.manifest.resolve import JobResolver, Origin, Warn
 from sensebatch.manifest.rows import ManifestRows, RawRow, Report
@@ -111,6 +113,33 @@ def read_jobs(
     reader.problems.raise_any()
 
 
+def read_rows(
+    rows: Iterable[Mapping[str, Any]],
+    config: RunConfig,
+    *,
+    path: Path,
+    task: Task | None = None,
+    warn: Warn | None = None,
+) -> Iterator[Job]:
+    """Yields the jobs that rows in memory describe, by the rules of a JSONL manifest.
+
+    Args:
+        rows: Names and values; sequences and paths of any type are taken.
+        config: Where every default comes from.
+        path: Stands for the rows in messages and in the log; relative paths of images start from
+            its folder.
+        task: What rows make that do not say so.
+        warn: Receives what is allowed but deserves a look.
+
+    Raises:
+        ManifestError: Something is wrong; raised at the end, with every mistake.
+    """
+    reader = ManifestReader(config, task=task, warn=warn)
+    for read in reader.read_rows(rows, path):
+        yield read.job
+    reader.problems.raise_any()
+
+
 class ManifestReader:
     """Reads manifests that belong together.
 
@@ -131,7 +160,24 @@ class ManifestReader:
 
     def read(self, path: Path) -> Iterator[ReadJob]:
         """Yields the good jobs of a file and adds the mistakes of the others to `problems`."""
-        unit = unit_of(path)
+        yield from self._rows(path, unit_of(path), partial(open_rows, path))
+
+    def read_rows(self, rows: Iterable[Mapping[str, Any]], path: Path) -> Iterator[ReadJob]:
+        """Yields the good jobs of rows in memory; `path` stands for them."""
+        yield from self._rows(
+            path, "row", lambda report: ManifestRows(rows=memory_rows(rows, report))
+        )
+
+    def _rows(
+        self, path: Path, unit: str, opened: Callable[[Report], ManifestRows]
+    ) -> Iterator[ReadJob]:
+        """Yields the good jobs of a manifest.
+
+        Args:
+            path: Names it.
+            unit: What its rows are counted in.
+            opened: Opens it; receives what takes the mistakes outside the rows' fields.
+        """
         self._ids.start_file(str(path), unit)
 
         def report(number: int, location: Location, message: str) -> None:
@@ -140,7 +186,7 @@ class ManifestReader:
         num_rows = 0
         num_problems = self.problems.num_problems
         try:
-            manifest = open_rows(path, report)
+            manifest = opened(report)
             per_task = {task: defaults_for(task, manifest.defaults) for task in Task}
             for row in manifest.rows:
                 num_rows += 1

@@ -198,6 +198,21 @@ class State:
                 found.append(StoredJob(job=job, key=row[1], attempts=row[2], tries=row[3]))
         return found
 
+    def finished(self) -> Iterator[tuple[str, str, str]]:
+        """Yields (definition, key, row of the log) of each job that is done, in manifest order.
+
+        The row is that of its last success, which made the files that are there.
+        """
+        with self._db.reading() as db:
+            yield from db.execute(
+                "WITH last AS (SELECT job_id, max(seq) AS seq FROM attempts"
+                " WHERE json_extract(row, '$.status') = ? GROUP BY job_id)"
+                " SELECT definition, key, row FROM jobs JOIN last ON last.job_id = jobs.id"
+                " JOIN attempts ON attempts.seq = last.seq"
+                " WHERE wanted = 1 AND status = ? AND seen = ? ORDER BY position",
+                (DONE, DONE, tables.latest_reading(db)),
+            )
+
     def started_batches(self) -> list[StartedBatch]:
         """Returns the batches to go on with, in the order they were begun.
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from sensebatch.checkpoint.files import Checkpoint
 from sensebatch.config import ExecutionConfig, MemoryConfig, OutputConfig, RunConfig, default_config
 from sensebatch.contract import Checkpoints, KeptImage, Phase, Progress
 from sensebatch.errors import BatchStoppedError, JobError, OutOfMemoryError
@@ -33,6 +34,7 @@ from sensebatch.jobs import (
     VramMode,
 )
 from sensebatch.plan.batches import Plan
+from sensebatch.plan.load import Load
 from sensebatch.resolutions import Resolution
 from sensebatch.store.attempts import Attempt
 from sensebatch.store.ingest import Changes
@@ -129,6 +131,9 @@ class FakeEngine:
     """Most t2i or edit jobs that are drawn together; None draws all of a batch."""
     drawn: list[tuple[str, ...]] = field(default_factory=list)
     """The jobs of each pass of t2i or edit jobs."""
+    replanned: list[list[Task]] = field(default_factory=list)
+    """The tasks of the groups of each run that memory was planned again for."""
+    closed: int = 0
     num_kept: int = 0
     """Pictures that the last batch took from checkpoints."""
 
@@ -140,6 +145,20 @@ class FakeEngine:
             return None
         self.modes.pop(0)
         return f"memory ran out: {self.modes[0]}"
+
+    def replan(
+        self,
+        _config: RunConfig,
+        checkpoint: Checkpoint,
+        loads: Sequence[Load],
+        stop: Callable[[], bool],
+    ) -> None:
+        assert checkpoint.tensors
+        assert not stop()
+        self.replanned.append([load.group.task for load in loads])
+
+    def close(self) -> None:
+        self.closed += 1
 
     @property
     def info(self) -> EngineInfo:

@@ -106,13 +106,14 @@ def cap_device_memory(device: torch.device, budget_bytes: int | None) -> None:
     """Makes a budget a cap: torch reserves no more than that, it runs out of memory first.
 
     Before it does, its allocator gives back what it holds without use, so the cap costs nothing
-    as long as the budget is enough.
+    as long as the budget is enough. None takes away the cap of an earlier run of the process.
     """
-    if device.type == "cuda" and budget_bytes is not None:
+    if device.type == "cuda":
         # Unlike the rest of torch, this call does not know a device without its number.
         index = torch.cuda.current_device() if device.index is None else device.index
         total = torch.cuda.get_device_properties(index).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(budget_bytes / total, 1.0), index)
+        share = 1.0 if budget_bytes is None else min(budget_bytes / total, 1.0)
+        torch.cuda.set_per_process_memory_fraction(share, index)
 
 
 def plan_placements(
@@ -121,11 +122,22 @@ def plan_placements(
     identity: ModelIdentity,
     device: torch.device,
     loads: Sequence[Load],
+    *,
+    held_host_bytes: int = 0,
 ) -> Placements:
-    """Returns where the weights go for each group, given what is free now."""
+    """Returns where the weights go for each group, given what is free now; see `plan.device.place`.
+
+    Args:
+        config: Memory settings.
+        checkpoint: Says the network's shape.
+        identity: Says the dtype and precision.
+        device: Where the network computes. What torch holds of its memory counts as free.
+        loads: One for every group of the run.
+        held_host_bytes: Host memory of weights that are loaded already; counts as free.
+    """
     device_free = None
     if device.type == "cuda":
-        device_free = torch.cuda.mem_get_info(device)[0]
+        device_free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     computation = Computation(
         arch=checkpoint.architecture,
         item_bytes=DTYPES[identity.dtype].itemsize,
@@ -137,5 +149,5 @@ def plan_placements(
         memory=config.memory,
         loads=loads,
         device_free=device_free,
-        host_free=psutil.virtual_memory().available,
+        host_free=psutil.virtual_memory().available + held_host_bytes,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,12 @@ from sensebatch.engine.model.attention import CUDNN_LEAST_QUERIES, Attention
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.weights.lora import Lora
 from sensebatch.engine.weights.residency import Residency
-from sensebatch.engine.weights.sources import FileWeights, SyntheticWeights, WeightSource
+from sensebatch.engine.weights.sources import (
+    FileWeights,
+    StoppableWeights,
+    SyntheticWeights,
+    WeightSource,
+)
 from sensebatch.jobs import Precision
 from sensebatch.plan.computation import Computation
 from sensebatch.plan.load import Load
@@ -68,19 +73,25 @@ class NetworkLoader:
             fused=self.fused,
         )
 
-    def load(self, placement: Placement) -> tuple[Network, Residency]:
+    def load(
+        self, placement: Placement, stop: Callable[[], bool] = lambda: False
+    ) -> tuple[Network, Residency]:
         """Returns a network in evaluation mode, without gradients, and what moves its weights.
 
         Args:
             placement: How much of each memory they take.
+            stop: Whether to stop loading.
 
         Raises:
+            StoppedError: The load was stopped.
             CheckpointError: A file cannot be read.
             OutOfMemoryError: The device or the host has less memory than was planned with.
         """
         network = self.new_network()
+        source = StoppableWeights(self.source, stop)
         with translated_out_of_memory(f"the weights did not fit {self.device}"):
-            residency = Residency(network, self.source, placement, self.device)
+            residency = Residency(network, source, placement, self.device)
+        source.loaded()
         return network, residency
 
     def new_network(self) -> Network:

@@ -71,6 +71,7 @@ class Residency:
         sizes = [block.layout.num_bytes for block in blocks]
         num_buffers = placement.num_buffers
         self._whole = num_buffers is None
+        self._embed_on_device = placement.embed_on_device
         lane = lane_for(device)
         self._readers = Readers()
         _load_rest(network, pieces, source, self._readers, placement.embed_on_device, device)
@@ -92,6 +93,15 @@ class Residency:
     def is_whole(self) -> bool:
         """Whether every block has a device buffer for good, and none is in host memory."""
         return self._whole
+
+    def suits(self, placement: Placement) -> bool:
+        """Returns whether the weights lie where a placement has them, but for a `resize`."""
+        if self._embed_on_device != placement.embed_on_device:
+            return False
+        if self._whole or placement.num_buffers is None:
+            return self._whole and placement.num_buffers is None
+        room = placement.host_block_bytes
+        return room is None or self.host_bytes <= room
 
     @property
     def keeps_text(self) -> bool:

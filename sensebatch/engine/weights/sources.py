@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Callable
 from threading import Lock
 from typing import Protocol
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from sensebatch.checkpoint.files import Checkpoint, TensorFile
 from sensebatch.engine.weights.lora import Lora
-from sensebatch.errors import CheckpointError
+from sensebatch.errors import CheckpointError, StoppedError
 
 FILE_DTYPES = {
     "F64": torch.float64,
@@ -125,3 +126,31 @@ class SyntheticWeights:
             if scale not in self._tables:
                 self._tables[scale] = (scale * self._normal).to(self._dtype)
             return self._tables[scale]
+
+
+class StoppableWeights:
+    """Weights that are read until a stop is set while they are loaded, and always afterwards.
+
+    Args:
+        source: Gives them.
+        stop: Whether to stop loading.
+    """
+
+    def __init__(self, source: WeightSource, stop: Callable[[], bool]) -> None:
+        self._source = source
+        self._stop = stop
+        self._is_loading = True
+
+    def read_into(self, name: str, rows: tuple[int, int] | None, target: Tensor) -> None:
+        """See `WeightSource.read_into`.
+
+        Raises:
+            StoppedError: The stop is set before the load has ended.
+        """
+        if self._is_loading and self._stop():
+            raise StoppedError("the run was stopped while the weights were loaded")
+        self._source.read_into(name, rows, target)
+
+    def loaded(self) -> None:
+        """Ends the load: what is streamed during a run is read whether it is to stop or not."""
+        self._is_loading = False

@@ -1,0 +1,261 @@
+"""What `import sensebatch` gives to Python programs; docs/python.md shows how it is used.
+
+Jobs come from manifests or from rows in memory, by the same rules; a run is the session that the
+command line runs. Nothing here prints, handles signals or ends the process, and torch is imported
+only where an engine is needed. Everything that can be wrong is a child of `SensebatchError`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sensebatch.config import RunConfig, default_config
+from sensebatch.errors import (
+    CheckpointError,
+    ConfigError,
+    DeviceError,
+    EngineError,
+    ManifestError,
+    Problem,
+    RunFolderError,
+    RunStoppedError,
+    SensebatchError,
+    StoppedError,
+    StorageFullError,
+)
+from sensebatch.executor.run import Stop, Summary
+from sensebatch.jobs import Job, Task
+from sensebatch.manifest.read import read_manifests, read_rows
+from sensebatch.plan.batches import Plan, plan_entry
+from sensebatch.plan.batches import make_plan as _make_plan
+from sensebatch.session import Request, RunObserver, TorchBackend, WarmEngine, run_session
+from sensebatch.settings import resolve_settings
+from sensebatch.store import finished, log, status
+from sensebatch.store.finished import FinishedJob
+from sensebatch.store.run_dir import RunDir
+from sensebatch.store.status import RunStatus
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DeviceError",
+    "EngineError",
+    "FinishedJob",
+    "Job",
+    "ManifestError",
+    "Plan",
+    "Problem",
+    "RunConfig",
+    "RunFolderError",
+    "RunObserver",
+    "RunStatus",
+    "RunStoppedError",
+    "SensebatchError",
+    "Stop",
+    "StoppedError",
+    "StorageFullError",
+    "Summary",
+    "Task",
+    "WarmEngine",
+    "configure",
+    "finished_jobs",
+    "iter_jobs",
+    "make_jobs",
+    "make_plan",
+    "open_engine",
+    "read_jobs",
+    "read_log",
+    "read_status",
+    "run",
+]
+
+AnyPath = str | os.PathLike[str]
+Warn = Callable[[Problem], None]
+
+_ROWS = "rows"
+"""Stands for rows in memory where a manifest's file is named otherwise."""
+
+
+def configure(
+    settings: Mapping[str, object] | None = None, *, file: AnyPath | None = None
+) -> RunConfig:
+    """Returns the settings of a run: the model's defaults < the file < `settings`.
+
+    Args:
+        settings: Values by place, such as `{"model.model": "tiny", "memory.max_batch_size": 4}`.
+        file: A YAML configuration file, or the `run.yaml` of an earlier run.
+
+    Raises:
+        ConfigError: Every unknown name and unusable value.
+    """
+    config_file = None if file is None else Path(file)
+    return resolve_settings(config_file=config_file, flags=settings, dashed=False)
+
+
+def iter_jobs(
+    *manifests: AnyPath,
+    config: RunConfig | None = None,
+    task: Task | None = None,
+    limit: int | None = None,
+    warn: Warn | None = None,
+) -> Iterator[Job]:
+    """Yields the jobs of manifests one by one, for manifests that are too long for a list.
+
+    A job can be trusted only when the iterator has ended: mistakes are raised at the end.
+
+    Args:
+        manifests: YAML, Parquet or JSONL files, whose ids must differ.
+        config: Where every default comes from.
+        task: What rows make that do not say so.
+        limit: Stops after so many jobs.
+        warn: Receives what is allowed but deserves a look.
+
+    Raises:
+        ManifestError: Every mistake there is, at the end.
+    """
+    paths = [Path(path) for path in manifests]
+    return read_manifests(paths, config or default_config(), task=task, limit=limit, warn=warn)
+
+
+def read_jobs(
+    *manifests: AnyPath,
+    config: RunConfig | None = None,
+    task: Task | None = None,
+    limit: int | None = None,
+    warn: Warn | None = None,
+) -> list[Job]:
+    """Returns the jobs of manifests; see `iter_jobs`.
+
+    Raises:
+        ManifestError: Every mistake there is.
+    """
+    return list(iter_jobs(*manifests, config=config, task=task, limit=limit, warn=warn))
+
+
+def make_jobs(
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    config: RunConfig | None = None,
+    task: Task | None = None,
+    base: AnyPath = "",
+    warn: Warn | None = None,
+) -> list[Job]:
+    """Returns the jobs that rows describe, by the rules of a manifest.
+
+    Args:
+        rows: Fields as in a manifest (docs/manifest.md), `n`, `seeds` and `matrix` included.
+        config: Where every default comes from.
+        task: What rows make that do not say so.
+        base: Folder that relative paths of images start from; the current one if empty.
+        warn: Receives what is allowed but deserves a look.
+
+    Raises:
+        ManifestError: Every mistake there is; rows are counted from 0.
+    """
+    path = Path(base) / _ROWS
+    return list(read_rows(rows, config or default_config(), path=path, task=task, warn=warn))
+
+
+def make_plan(jobs: Iterable[Job], *, config: RunConfig | None = None) -> Plan:
+    """Returns which of the jobs would go through the network together, as if none were done."""
+    memory = (config or default_config()).memory
+    return _make_plan((plan_entry(job) for job in jobs), memory)
+
+
+def open_engine(config: RunConfig | None = None) -> WarmEngine:
+    """Returns an engine that keeps its model loaded from run to run; close it after use.
+
+    The first run that has something to do loads the weights.
+
+    Args:
+        config: Its model settings are those of every run that uses the engine.
+
+    Raises:
+        CheckpointError: The checkpoint, LoRA or prompt file cannot be used.
+        ConfigError: The device cannot be used.
+    """
+    return WarmEngine(config or default_config(), TorchBackend())
+
+
+def run(
+    jobs: Iterable[Job],
+    folder: AnyPath,
+    *,
+    config: RunConfig | None = None,
+    engine: WarmEngine | None = None,
+    observer: RunObserver | None = None,
+    stop: Stop | None = None,
+) -> Summary:
+    """Runs those of the jobs that the folder does not have yet, and returns what it came to.
+
+    It may be called from any thread; the observer is called from the same one.
+
+    Args:
+        jobs: All jobs of the folder, in order. Jobs of earlier runs that are not among them keep
+            their files.
+        folder: The run's folder; made where there is none.
+        config: The run's settings; the engine's if None.
+        engine: Computes, and keeps its weights afterwards; None loads them for this run alone.
+        observer: Who watches.
+        stop: Once set, the run ends after the current images and can be resumed;
+            `threading.Event` is one.
+
+    Raises:
+        SensebatchError: Something that can be fixed, before any job was run.
+        EngineError: The engine is closed, in use, or holds another model.
+        RunStoppedError: The disk is full, or the device failed; the same call resumes the run.
+        StoppedError: The stop was set before any job was run.
+    """
+    if config is None:
+        config = default_config() if engine is None else engine.config
+    request = Request(root=Path(folder), config=config, sources=(), jobs=lambda: _some(jobs))
+    with nullcontext() if engine is None else engine.held(config.model) as backend:
+        return run_session(request, backend, observer=observer, stop=stop)
+
+
+def _some(jobs: Iterable[Job]) -> Iterator[Job]:
+    """Yields the jobs; refuses an iterator that was used up, which would empty the folder's list.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    count = 0
+    for job in jobs:
+        count += 1
+        yield job
+    if not count:
+        raise ConfigError("jobs: expected at least one job, found none")
+
+
+def finished_jobs(folder: AnyPath) -> Iterator[FinishedJob]:
+    """Yields the jobs of a run's folder that are done, in order; works while a run goes on.
+
+    Raises:
+        RunFolderError: It is not a run's folder.
+    """
+    return finished.finished_jobs(Path(folder))
+
+
+def read_log(folder: AnyPath) -> pa.Table:
+    """Returns the log of a run's folder, a row for each attempt (docs/log.md).
+
+    Raises:
+        RunFolderError: There is no log, or it cannot be read.
+    """
+    return log.read_log(RunDir(Path(folder)).log)
+
+
+def read_status(folder: AnyPath) -> RunStatus:
+    """Returns how many jobs of a run's folder are in which state; works while a run goes on.
+
+    Raises:
+        RunFolderError: It is not a run's folder.
+    """
+    return status.read_status(Path(folder))

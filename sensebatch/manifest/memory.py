@@ -1,0 +1,45 @@
+"""Reads rows that a Python program holds in memory, by the rules of a JSONL manifest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+from sensebatch.manifest.problems import found
+from sensebatch.manifest.rows import RawRow, Report, given, is_unicode
+
+
+def memory_rows(rows: Iterable[object], report: Report) -> Iterator[RawRow]:
+    """Yields rows counted from 0; those that are not mappings of Unicode text are reported."""
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            report(number, (), f"expected a mapping of names and values, found {found(row)}")
+            continue
+        fields = given(plain(row))
+        if not is_unicode(fields):
+            report(number, (), "expected Unicode text, found half of a surrogate pair")
+            continue
+        if type(fields.get("id")) is int:
+            fields["id"] = str(fields["id"])
+        yield RawRow(fields=fields, number=number)
+
+
+def plain(value: Any) -> Any:
+    """Returns a value in the types that JSON has: paths as text, sequences as lists.
+
+    Bytes and everything unknown stay as they are, for the checks to name.
+    """
+    if isinstance(value, Mapping):
+        return {str(plain(name)): plain(item) for name, item in value.items()}
+    if isinstance(value, Enum):
+        return plain(value.value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):
+        # A NumPy scalar or array.
+        return plain(value.tolist())
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray):
+        return [plain(item) for item in value]
+    return value
