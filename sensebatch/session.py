@@ -60,7 +60,7 @@ class TorchBackend:
 
     def resolve_runtime(self, model: ModelConfig) -> tuple[str, str]:
         """Returns device and dtype by name."""
-        from sensebatch.engine.device.runtime import resolve_runtime
+        from sensebatch.engine.device.choice import resolve_runtime
 
         return resolve_runtime(model)
 

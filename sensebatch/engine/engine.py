@@ -364,7 +364,7 @@ def load_engine(
         checkpoint: Its files.
         identity: What job keys were made with; its dtype and precision are loaded.
         system_prompt_source: For the log.
-        device: Of `runtime.resolve_runtime`.
+        device: Of `choice.resolve_runtime`.
         loads: Of every group of the run; memory is planned for them.
         stop: Whether to stop loading.
 

@@ -24,7 +24,7 @@ from sensebatch.checkpoint.fingerprint import fingerprint
 from sensebatch.checkpoint.system_prompts import resolve_system_prompts
 from sensebatch.config import ModelConfig, RunConfig, default_config
 from sensebatch.contract import Engine, KeptImage
-from sensebatch.engine.device.runtime import resolve_runtime
+from sensebatch.engine.device.choice import resolve_runtime
 from sensebatch.engine.engine import load_engine
 from sensebatch.jobs import (
     Batch,

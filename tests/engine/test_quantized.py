@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from sensebatch.checkpoint.architecture import OFFICIAL_8B, parse_architecture
 from sensebatch.checkpoint.tensors import head_part_rows
 from sensebatch.config import ModelConfig
-from sensebatch.engine.device.runtime import check_precision, resolve_runtime
+from sensebatch.engine.device.choice import resolve_runtime
+from sensebatch.engine.device.runtime import check_precision
 from sensebatch.engine.model.attention import sdpa
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.quantized import FP8, LARGEST, Fp8Linear, quantise_rows

@@ -45,6 +45,11 @@ def _train(trainer: Trainer, steps: int) -> list[float]:
     return [trainer.train_step(next(batches)).image.item() for _ in range(steps)]
 
 
+def test_every_weight_is_trained() -> None:
+    network = Trainer(CONFIG, torch.device("cpu")).network
+    assert [name for name, one in network.named_parameters() if not one.requires_grad] == []
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     whole = Trainer(CONFIG, torch.device("cpu"))
     _train(whole, 4)

@@ -1,4 +1,4 @@
-"""Which device, dtype and attention a run uses: the words of the settings made definite."""
+"""Which attention, kernels and precision a run uses: the words of the settings made definite."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib.util
 import torch
 
 from sensebatch.checkpoint.architecture import Architecture
-from sensebatch.config import ModelConfig
+from sensebatch.engine.device.choice import check_word
 from sensebatch.engine.model.attention import Attention, cudnn, flash, flash_module, sdpa
 from sensebatch.errors import ConfigError
 from sensebatch.jobs import Precision
@@ -26,40 +26,12 @@ CUDNN_LEAST_CAPABILITY = (9, 0)
 torch's FlashAttention 2 at 346 (torch 2.11, CUDA 13.0, 32 heads of 128 channels, bfloat16)."""
 
 
-def _check_word(field: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{field}: expected {', '.join(allowed)}, found {value!r}")
-
-
-def resolve_runtime(model: ModelConfig) -> tuple[str, str]:
-    """Returns device (`cuda` or `cpu`) and dtype by name.
-
-    Raises:
-        ConfigError: A word that is not known, a GPU asked for where there is none, or a
-            precision or an attention that the device or the dtype does not allow.
-    """
-    _check_word("device", model.device, ("auto", "cuda", "cpu"))
-    _check_word("dtype", model.dtype, ("auto", *DTYPES))
-    has_cuda = torch.cuda.is_available()
-    if model.device == "cuda" and not has_cuda:
-        raise ConfigError("device: expected a CUDA device that torch can use, found none")
-    device = model.device
-    if device == "auto":
-        device = "cuda" if has_cuda else "cpu"
-    dtype = model.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if device == "cuda" else "float32"
-    check_precision(model.quantised, device, dtype)
-    resolve_attention(model.attn_backend, device, dtype)
-    return device, dtype
-
-
 def check_precision(precision: Precision | None, device: str, dtype: str) -> None:
     """Makes sure that float8 matrices can be multiplied, before anything is loaded.
 
     Args:
         precision: None for weights in the dtype.
-        device: Of `resolve_runtime`.
+        device: Of `choice.resolve_runtime`.
         dtype: Of activations.
 
     Raises:
@@ -90,7 +62,7 @@ def resolve_attention(backend: str, device: str, dtype: str) -> str:
     Raises:
         ConfigError: A word that is not known, or a backend that cannot be used.
     """
-    _check_word("attn_backend", backend, ("auto", *BACKENDS))
+    check_word("attn_backend", backend, ("auto", *BACKENDS))
     if backend == "auto":
         is_new = device == "cuda" and torch.cuda.get_device_capability() >= CUDNN_LEAST_CAPABILITY
         order = ("cudnn", "flash") if is_new else ("flash",)

@@ -126,7 +126,10 @@ class Network(nn.Module):
         self.arch = arch
         self.fused = fused
         hidden = arch.hidden_size
-        self.embed_tokens = nn.Embedding(arch.vocab_size, hidden)
+        # Not initialised: on the meta device, that would import torch's compiler.
+        self.embed_tokens = nn.Embedding.from_pretrained(
+            torch.empty(arch.vocab_size, hidden), freeze=False
+        )
         self.lm_head = VocabularyHead(arch)
         self.understanding = Expert(arch, arch.understanding_moe, fused=fused)
         self.generation = Expert(arch, arch.generation_moe, fused=fused)

@@ -13,11 +13,11 @@ import torch
 
 from sensebatch.checkpoint.files import open_checkpoint
 from sensebatch.config import ModelConfig
+from sensebatch.engine.device.choice import resolve_runtime
 from sensebatch.engine.device.memory import cap_device_memory
 from sensebatch.engine.device.runtime import (
     resolve_attention,
     resolve_fused,
-    resolve_runtime,
 )
 from sensebatch.engine.model import attention
 from sensebatch.errors import ConfigError
