@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -52,6 +53,15 @@ def storage_errors(path: Path, *, names_job: bool = False) -> Iterator[None]:
 def reason(error: OSError) -> str:
     """Returns what the operating system says of an error, without its number and path."""
     return error.strerror or str(error) or type(error).__name__
+
+
+def sha256_of(path: Path) -> str | None:
+    """Returns the SHA-256 of a file's bytes, or None if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
 
 
 @contextmanager

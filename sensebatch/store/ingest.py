@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sqlite3
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from sensebatch.plan.batches import plan_entry
 from sensebatch.store import tables
 from sensebatch.store.attempts import DONE, PENDING, digests_of, row_from_json
 from sensebatch.store.codec import group_to_json, job_from_json, job_to_json
+from sensebatch.store.files import sha256_of
 
 _MAX_PROBLEMS = 100
 
@@ -240,7 +240,7 @@ class Ingest:
         return {
             keys[job_id][0]
             for job_id, files in made.items()
-            if files and all(_has_digest(root / path, digest) for path, digest in files)
+            if files and all(sha256_of(root / path) == digest for path, digest in files)
         }
 
     def _drop_outdated_batches(self) -> None:
@@ -251,11 +251,3 @@ class Ingest:
                 if self._db.execute(query, (folded_id(job_id), PENDING)).fetchone() != (key,):
                     self._db.execute("DELETE FROM batches WHERE seq = ?", (batch.seq,))
                     break
-
-
-def _has_digest(path: Path, digest: str) -> bool:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == digest
-    except OSError:
-        return False

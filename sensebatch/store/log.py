@@ -1,7 +1,8 @@
-"""log.parquet: one row per attempt, always rebuildable from the state database.
+"""log.parquet: one row per attempt, which can always be written again from the state database.
 
-The file is rewritten whole and replaced, so that it can be read at any moment. What does not
-change any more is kept in parts of a fixed number of rows, so that a rewrite only copies them.
+The file is rewritten as a whole and replaced, so that it can be read at any moment. Rows that no
+longer change are kept in parts of a fixed number, so that a rewrite only copies them. The state
+has the SHA-256 of every file: one that is damaged, swapped or of another folder is written again.
 Knows the columns and the files; what a row says is decided in `rows`.
 """
 
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 from sensebatch.errors import RunFolderError
 from sensebatch.store.attempts import Attempt, row_from_json
 from sensebatch.store.columns import arrow_schema
-from sensebatch.store.files import atomic_file, sync_folders
+from sensebatch.store.files import atomic_file, sha256_of, sync_folders
 from sensebatch.store.run_dir import RunDir
 from sensebatch.store.state import State
 
@@ -43,7 +44,7 @@ class Log:
     def __init__(self, run_dir: RunDir, state: State) -> None:
         self._run_dir = run_dir
         self._state = state
-        self._schema = SCHEMA.with_metadata({"sensebatch.run": state.run_id})
+        self._run_id = state.run_id
         self._due = 0.0
 
     def update(self) -> None:
@@ -65,62 +66,63 @@ class Log:
         """
         start = time.monotonic()
         last = self._state.num_attempts()
-        self._write(self._run_dir.log, self._tables(last))
+        self._write(self._run_dir.log, self._tables(last), 1, last)
         end = time.monotonic()
         self._due = end + max(_MIN_INTERVAL_S, (end - start) / _MAX_SHARE)
 
     def is_current(self) -> bool:
         """Returns whether log.parquet is there, whole, and has every row."""
-        try:
-            with pq.ParquetFile(self._run_dir.log) as file:
-                # Read to the end: what is damaged inside has an end that can be read.
-                rows = sum(batch.num_rows for batch in file.iter_batches(PART_ROWS))
-                return self._is_own(file) and rows == self._state.num_attempts()
-        except (OSError, pa.ArrowException):
-            return False
+        return self._is_as_written(self._run_dir.log, 1, self._state.num_attempts())
 
     def _tables(self, last: int) -> Iterator[pa.Table]:
         """Yields all rows, part by part, and writes the parts that are not there yet."""
         complete = last // PART_ROWS
         for number in range(complete):
-            path = self._part(number)
-            rows = self._read_part(path)
-            if rows is None:
-                rows = self._rows(number * PART_ROWS + 1, (number + 1) * PART_ROWS)
-                self._write(path, iter([rows]))
-            yield rows
+            yield self._part(number * PART_ROWS + 1, (number + 1) * PART_ROWS)
         yield self._rows(complete * PART_ROWS + 1, last)
+
+    def _part(self, first: int, last: int) -> pa.Table:
+        """Returns the rows of a part from its file, which is written if it cannot be used."""
+        path = self._run_dir.log_parts / f"part-{first // PART_ROWS:05d}.parquet"
+        if self._is_as_written(path, first, last):
+            return pq.read_table(path)
+        rows = self._rows(first, last)
+        self._write(path, iter([rows]), first, last)
+        return rows
 
     def _rows(self, first: int, last: int) -> pa.Table:
         rows = [row_from_json(text) for text in self._state.attempt_rows(first, last)]
-        return pa.Table.from_pylist(rows, schema=self._schema)
+        return pa.Table.from_pylist(rows, schema=SCHEMA)
 
-    def _part(self, number: int) -> Path:
-        return self._run_dir.log_parts / f"part-{number:05d}.parquet"
+    def _schema(self, first: int, last: int) -> pa.Schema:
+        """Returns the columns, and whose rows the file has and which."""
+        return SCHEMA.with_metadata(
+            {"sensebatch.run": self._run_id, "sensebatch.rows": f"{first}-{last}"}
+        )
 
-    def _read_part(self, path: Path) -> pa.Table | None:
-        """Returns the rows of a part, or None where it is missing, damaged or another state's."""
-        try:
-            with pq.ParquetFile(path) as file:
-                is_part = self._is_own(file) and file.metadata.num_rows == PART_ROWS
-                return file.read() if is_part else None
-        except (OSError, pa.ArrowException):
-            return None
-
-    def _is_own(self, file: pq.ParquetFile) -> bool:
-        """Whether a file has these columns and belongs to this state, not to one before it."""
+    def _is_as_written(self, path: Path, first: int, last: int) -> bool:
+        """Whether a file is the one that was written with these rows, in today's columns."""
+        # Page checksums leave out headers and the footer, so that they alone are not enough.
+        digest = sha256_of(path)
+        if digest is None or digest != self._state.log_digest(self._name(path)):
+            return False
         # Not equal with metadata checked: a list's items have another name once they were written.
-        found = file.schema_arrow
-        return found.equals(self._schema) and found.metadata == self._schema.metadata
+        found, expected = pq.read_schema(path), self._schema(first, last)
+        return found.equals(expected) and found.metadata == expected.metadata
 
-    def _write(self, path: Path, tables: Iterator[pa.Table]) -> None:
+    def _write(self, path: Path, tables: Iterator[pa.Table], first: int, last: int) -> None:
+        schema = self._schema(first, last)
         with (
             atomic_file(path) as file,
-            pq.ParquetWriter(file, self._schema, compression="zstd") as writer,
+            pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer,
         ):
             for table in tables:
                 writer.write_table(table)
         sync_folders([path], self._run_dir.root)
+        self._state.set_log_digest(self._name(path), sha256_of(path) or "")
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self._run_dir.root).as_posix()
 
 
 def read_log(path: Path, columns: Collection[str] = SCHEMA.names) -> pa.Table:
@@ -139,13 +141,17 @@ def read_log(path: Path, columns: Collection[str] = SCHEMA.names) -> pa.Table:
         there = set(pq.read_schema(path).names)
         later = [field for field in SCHEMA if field.nullable and field.name not in there]
         missing = {field.name for field in later}
-        log = pq.read_table(path, columns=[name for name in columns if name not in missing])
+        log = pq.read_table(
+            path,
+            columns=[name for name in columns if name not in missing],
+            page_checksum_verification=True,
+        )
     except FileNotFoundError:
         raise RunFolderError(f"{path}: expected the log of a run, found no file") from None
     except (OSError, pa.ArrowException) as error:
         raise RunFolderError(
             f"{path}: expected the log of a run: {error}; running the same command again writes "
-            "it anew"
+            "it again from the state"
         ) from error
     for field in later:
         if field.name in columns:

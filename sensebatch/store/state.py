@@ -297,6 +297,17 @@ class State:
             row = db.execute(query, (folded_id(job_id), key, PENDING)).fetchone()
         return row is not None
 
+    def log_digest(self, name: str) -> str | None:
+        """Returns the SHA-256 that a file of the log was written with."""
+        with self._db.reading() as db:
+            row = db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
+        return None if row is None else row[0]
+
+    def set_log_digest(self, name: str, digest: str) -> None:
+        """Records the SHA-256 of a file of the log that was just written."""
+        with self._db.transaction() as db:
+            db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, digest))
+
     def num_attempts(self) -> int:
         """Returns how many rows the log has."""
         with self._db.reading() as db:

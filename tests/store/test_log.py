@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -136,23 +138,72 @@ def test_what_is_written_stays_as_it_is_until_there_are_more_rows(
     assert read_log(tmp_path / "log.parquet").num_rows == 6
 
 
-@pytest.mark.parametrize("name", ["log.parquet", "log/part-00000.parquet"])
-def test_file_that_is_damaged_before_its_end_is_written_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    run_folder(tmp_path, [make_job(f"j{i}") for i in range(4)])
+    path = tmp_path / "log.parquet"
+    whole = path.read_bytes()
+    with open_store(tmp_path) as store:
+        assert store.log.is_current()
+        for place in range(0, len(whole), 97):
+            flipped = bytearray(whole)
+            flipped[place] ^= 1 << place % 8
+            path.write_bytes(flipped)
+            assert not store.log.is_current(), place
+    with open_store(tmp_path):
+        assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("place", [0.0, 0.3, 0.6, 0.97])
+def test_damaged_part_is_written_again_from_the_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: float
 ) -> None:
     monkeypatch.setattr(log, "PART_ROWS", 2)
     run_folder(tmp_path, [make_job(f"j{i}") for i in range(4)])
-    before = read_log(tmp_path / "log.parquet")
-    whole = (tmp_path / name).read_bytes()
-    column = pq.read_metadata(tmp_path / name).row_group(0).column(0)
-    start = column.dictionary_page_offset
-    damage = bytes(byte ^ 255 for byte in whole[start : start + column.total_compressed_size])
-    (tmp_path / name).write_bytes(whole.replace(whole[start : start + len(damage)], damage))
+    before = pq.read_table(tmp_path / "log.parquet")
+    part = tmp_path / "log/part-00000.parquet"
+    whole = part.read_bytes()
+    flipped = bytearray(whole)
+    flipped[int(place * len(whole))] ^= 4
+    part.write_bytes(flipped)
     with open_store(tmp_path) as store:
-        if name != "log.parquet":
-            store.log.write()
-    assert read_log(tmp_path / "log.parquet").equals(before)
-    assert pq.read_table(tmp_path / name).slice(0, 2).equals(before.slice(0, 2))
+        store.log.write()
+    assert pq.read_table(tmp_path / "log.parquet").equals(before)
+    assert part.read_bytes() == whole
+
+
+def test_part_that_was_copied_over_another_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "PART_ROWS", 2)
+    run_folder(tmp_path, [make_job(f"j{i}") for i in range(4)])
+    before = pq.read_table(tmp_path / "log.parquet")
+    first, second = (tmp_path / f"log/part-0000{number}.parquet" for number in (0, 1))
+    shutil.copyfile(first, second)
+    with open_store(tmp_path) as store:
+        store.log.write()
+    assert pq.read_table(tmp_path / "log.parquet").equals(before)
+    assert pq.read_schema(second).metadata[b"sensebatch.rows"] == b"3-4"
+
+
+def test_reader_of_the_log_notices_damage_that_only_page_checksums_show(tmp_path: Path) -> None:
+    run_folder(tmp_path, [make_job(f"j{i}") for i in range(4)])
+    path = tmp_path / "log.parquet"
+    whole, before = path.read_bytes(), read_log(path)
+    group = pq.read_metadata(path).row_group(0)
+    num_silent = 0
+    for column in map(group.column, range(group.num_columns)):
+        flipped = bytearray(whole)
+        start = column.dictionary_page_offset or column.data_page_offset
+        flipped[start + column.total_compressed_size - 1] ^= 1
+        path.write_bytes(flipped)
+        with suppress(OSError, UnicodeDecodeError, pa.ArrowException):
+            if not pq.read_table(path).equals(before):
+                num_silent += 1
+                with pytest.raises(
+                    RunFolderError, match=r"log\.parquet: expected the log of a run"
+                ):
+                    read_log(path)
+    assert num_silent > 5
 
 
 def test_parts_of_another_state_are_not_taken(

@@ -23,6 +23,7 @@ import pytest
 from sensebatch.cli.main import main
 from sensebatch.errors import RunFolderError, StorageFullError
 from sensebatch.store import migrations
+from sensebatch.store.database import Database
 from sensebatch.store.log import SCHEMA, read_log
 from sensebatch.store.state import State
 from sensebatch.store.status import read_status
@@ -129,6 +130,8 @@ def test_older_state_is_read_without_being_changed(folders: Path) -> None:
     root = folders / "interrupted"
     before = (root / "state.db").read_bytes()
     assert read_status(root).counts.done == 4
+    with closing(Database(root / "state.db", read_only=True)) as opened, opened.reading() as db:
+        assert db.execute("SELECT later FROM batches").fetchall() == [(7,)]
     assert (root / "state.db").read_bytes() == before
     assert not (root / "state.db.format-1").exists()
 
