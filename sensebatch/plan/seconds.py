@@ -19,7 +19,6 @@ from sensebatch.plan.work import (
     MEASURED_ITEM_BYTES,
     Sizes,
     Speeds,
-    Work,
     denoising_work,
     network_sizes,
     understanding_work,
@@ -82,8 +81,8 @@ class Pass:
 
     blocks: Blocks
     """What each goes through."""
-    work: Work
-    """What one of them takes."""
+    seconds: float
+    """Least time of computing one of them."""
     count: int = 1
     keeps: bool
     """Whether blocks stay as far as there is room for them; the first pass then brings those as
@@ -96,45 +95,46 @@ class Passes:
     Args:
         orders: What they go through.
         num_buffers: See `Placement`.
-        speeds: Of the machine.
+        copy_bytes_per_s: See `Speeds`.
     """
 
-    def __init__(self, orders: Orders, num_buffers: int | None, speeds: Speeds) -> None:
+    def __init__(self, orders: Orders, num_buffers: int | None, copy_bytes_per_s: float) -> None:
         whole = orders.text.count + orders.images.count
         enough = num_buffers is None or num_buffers >= whole
         self._num_buffers = None if enough else num_buffers
-        self._speeds = speeds
+        self._copy_bytes_per_s = copy_bytes_per_s
         self._kept = {Expert.UNDERSTANDING: 0, Expert.GENERATION: 0}
         self.seconds = 0.0
         self.copied_bytes = 0.0
 
     def add(self, passes: Pass) -> None:
         """Counts passes of one kind."""
-        computed = passes.work.seconds(self._speeds)
-        for count in (min(passes.count, 1), max(passes.count - 1, 0)):
-            copied = self._missing_bytes(passes.blocks)
-            if count and passes.keeps:
-                self._keep(passes.blocks)
-            self.copied_bytes += count * copied
-            self.seconds += count * max(computed, copied / self._speeds.copy_bytes_per_s)
-
-    def _missing_bytes(self, blocks: Blocks) -> float:
-        """Returns what a pass has copied to the device."""
         if self._num_buffers is None:
-            return 0.0
-        kept = min(self._kept[blocks.expert], blocks.count)
-        return (1 - kept / blocks.count) * blocks.num_bytes
-
-    def _keep(self, blocks: Blocks) -> None:
-        """Gives blocks the room there is, and the other expert what is left of it."""
-        if self._num_buffers is None:
+            self.seconds += passes.count * passes.seconds
             return
-        fits = blocks.count <= self._num_buffers
-        room = self._num_buffers if fits else self._num_buffers - RING
+        self._count(passes, min(passes.count, 1))
+        self.follow(passes)
+        self._count(passes, max(passes.count - 1, 0))
+
+    def follow(self, passes: Pass) -> None:
+        """Leaves blocks on the device as passes do, and counts nothing."""
+        if self._num_buffers is not None and passes.keeps and passes.count:
+            self._keep(passes.blocks, self._num_buffers)
+
+    def _count(self, passes: Pass, count: int) -> None:
+        """Counts passes that find the same blocks on the device; the others are copied to it."""
+        blocks = passes.blocks
+        kept = min(self._kept[blocks.expert], blocks.count)
+        copied = (1 - kept / blocks.count) * blocks.num_bytes
+        self.copied_bytes += count * copied
+        self.seconds += count * max(passes.seconds, copied / self._copy_bytes_per_s)
+
+    def _keep(self, blocks: Blocks, num_buffers: int) -> None:
+        """Gives blocks the room there is, and the other expert what is left of it."""
+        room = num_buffers if blocks.count <= num_buffers else num_buffers - RING
         kept = min(blocks.count, room)
-        others = [expert for expert in Expert if expert is not blocks.expert]
-        left = {expert: min(self._kept[expert], room - kept) for expert in others}
-        self._kept = {blocks.expert: kept, **left}
+        for expert, before in self._kept.items():
+            self._kept[expert] = kept if expert is blocks.expert else min(before, room - kept)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,12 +179,12 @@ class Clock:
     def _seconds(
         self, load: Load, num_jobs: int, placement: Placement, *, text_tokens: int
     ) -> float:
-        passes = Passes(self._orders, placement.num_buffers, self._speeds)
+        passes = Passes(self._orders, placement.num_buffers, self._speeds.copy_bytes_per_s)
         tokens = placement.tokens_per_pass
         batch = list(self._batch(load, load.batch_size, tokens, text_tokens))
-        # This one finds the device empty; those that count find what the one before them left.
+        # The first batch finds the device empty; those that count find what one before them left.
         for one in batch:
-            passes.add(one)
+            passes.follow(one)
         seconds = 0.0
         for jobs, num_batches in _parts(num_jobs, load.batch_size):
             passes.seconds = 0.0
@@ -208,8 +208,9 @@ class Clock:
         prefix = load.prompt_tokens
         for image in range(num_images):
             written = (text_tokens + image) // num_images
-            yield self._text(jobs, prefix, written)
-            prefix += written
+            if written:
+                yield self._text(jobs, prefix, written)
+                prefix += written
             if reads_back:
                 # The token that begins an image is a pass of its own.
                 yield from self._prompts(1, prefix, growing, logits=0)
@@ -238,13 +239,14 @@ class Clock:
                 logits=logits if is_last else 0,
             )
             blocks = self._orders.text if logits and is_last else self._orders.prompts
-            yield Pass(blocks=blocks, work=work, keeps=False)
+            yield Pass(blocks=blocks, seconds=work.seconds(self._speeds), keeps=False)
 
     def _text(self, jobs: int, cached: int, written: int) -> Pass:
         # Sequences grow evenly, so all passes together take as long as so many middle ones.
         spans = [(1, cached + written // 2)] * jobs
         work = understanding_work(self._computation, self._sizes, spans, logits=jobs)
-        return Pass(blocks=self._orders.text, work=work, count=written, keeps=True)
+        seconds = work.seconds(self._speeds)
+        return Pass(blocks=self._orders.text, seconds=seconds, count=written, keeps=True)
 
     def _images(self, load: Load, jobs: int, tokens_per_pass: int, prefix: int) -> Iterator[Pass]:
         group = load.group
@@ -253,8 +255,12 @@ class Clock:
             work = denoising_work(
                 self._computation, self._sizes, load.image_tokens, count, prefixes * count
             )
-            steps = num_passes * group.num_steps
-            yield Pass(blocks=self._orders.images, work=work, count=steps, keeps=True)
+            yield Pass(
+                blocks=self._orders.images,
+                seconds=work.seconds(self._speeds),
+                count=num_passes * group.num_steps,
+                keeps=True,
+            )
 
 
 def new_clock(computation: Computation, speeds: Speeds) -> Clock | None:

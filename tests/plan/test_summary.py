@@ -1,10 +1,41 @@
 from __future__ import annotations
 
-from sensebatch.config import MemoryConfig
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from sensebatch.config import MemoryConfig, default_config
 from sensebatch.jobs import Task
-from sensebatch.plan.batches import make_plan, plan_entry
-from sensebatch.plan.summary import plan_summary
+from sensebatch.plan import device, footprint, seconds, weight_bytes, work
+from sensebatch.plan.batches import Plan, make_plan, plan_entry
+from sensebatch.plan.summary import memory_summary, plan_summary
+from sensebatch.plan.work import Machine
+from sensebatch.resolutions import Resolution
+from sensebatch.units import GIB
 from tests.executor.fakes import make_job
+from tests.plan.test_seconds import H200
+
+NIGHT = default_config("synthetic:8b")
+GPU = Machine(free_bytes=30 * GIB, speeds=H200)
+
+
+def plan_of_sizes(count: int, task: Task = Task.INTERLEAVE) -> Plan:
+    """Returns a plan of so many groups."""
+    sampling = NIGHT.tasks[task].sampling
+    jobs = (
+        make_job(
+            f"{number}",
+            task,
+            resolution=Resolution(height=1024, width=1024 + 32 * number),
+            sampling=sampling,
+            think=True,
+        )
+        for number in range(count)
+    )
+    return make_plan(map(plan_entry, jobs), NIGHT.memory)
 
 
 def test_summary_counts_interleave_with_the_most_it_may_draw() -> None:
@@ -15,3 +46,45 @@ def test_summary_counts_interleave_with_the_most_it_may_draw() -> None:
     assert (first["task"], first["width"], first["height"]) == ("t2i", 64, 32)
     assert (first["jobs"], first["batches"], first["images_exact"]) == (2, 1, True)
     assert (second["task"], second["images"], second["images_exact"]) == ("interleave", 4, False)
+
+
+def test_the_seconds_of_a_run_are_those_of_its_groups() -> None:
+    (placement,) = memory_summary(plan_of_sizes(3), NIGHT, GPU) or []
+    for name in ("pictures", "text"):
+        own = [group["seconds"][name] for group in placement["groups"]]
+        assert min(own) > 0
+        assert placement["seconds"][name] == pytest.approx(sum(own))
+
+
+def test_a_network_is_gone_through_once_however_many_groups_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Counts calls: all tensors are gone through once a run, a few options weighed a group."""
+    calls: Counter[str] = Counter()
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            calls[function.__name__] += 1
+            return function(*args, **options)
+
+        return call
+
+    for module, name in (
+        (weight_bytes, "expected_tensors"),
+        (work, "expected_tensors"),
+        (device, "working_bytes"),
+        (footprint, "prompt_bytes"),
+        (seconds, "understanding_work"),
+    ):
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
+
+    def counts(num_groups: int) -> Counter[str]:
+        calls.clear()
+        memory_summary(plan_of_sizes(num_groups), replace(NIGHT, memory=MemoryConfig()), GPU)
+        return Counter(calls)
+
+    few, many = counts(2), counts(12)
+    assert many["expected_tensors"] == few["expected_tensors"] <= 4
+    assert 0 < many["working_bytes"] == many["prompt_bytes"] <= 4 * 12
+    # Silent and with all text, a few passes for each of ten images.
+    assert 0 < many["understanding_work"] <= 60 * 12

@@ -71,18 +71,18 @@ def expected_blocks(num_buffers: int, text_passes: int) -> float:
     """Returns the blocks that the arithmetic expects for the same."""
     computation = Computation(arch=ARCH, item_bytes=4)
     orders = pass_orders(computation, network_sizes(ARCH))
-    work = understanding_work(computation, network_sizes(ARCH), [(1, 0)])
+    seconds = understanding_work(computation, network_sizes(ARCH), [(1, 0)]).seconds(SPEEDS)
 
     def in_blocks(blocks: Blocks) -> Blocks:
         return replace(blocks, num_bytes=blocks.count)
 
-    passes = Passes(orders, num_buffers, SPEEDS)
+    passes = Passes(orders, num_buffers, SPEEDS.copy_bytes_per_s)
     for _ in range(2):
         passes.copied_bytes = 0.0
         prompts = orders.text if text_passes else orders.prompts
-        passes.add(Pass(blocks=in_blocks(prompts), work=work, keeps=False))
+        passes.add(Pass(blocks=in_blocks(prompts), seconds=seconds, keeps=False))
         for blocks, count in ((orders.text, text_passes), (orders.images, 20)):
-            passes.add(Pass(blocks=in_blocks(blocks), work=work, count=count, keeps=True))
+            passes.add(Pass(blocks=in_blocks(blocks), seconds=seconds, count=count, keeps=True))
     return passes.copied_bytes
 
 
