@@ -111,9 +111,16 @@ class InputImage:
     sha256: str
     """Of the encoded bytes."""
     height: int
-    """Pixels, as stored."""
+    """Pixels, after the corrections."""
     width: int
-    """Pixels, as stored."""
+    """Pixels, after the corrections."""
+    corrections: str = ""
+    """What decoding does to the stored pixels; see `image_files.ImageFacts`."""
+
+    @property
+    def key(self) -> str:
+        """What decides the pixels: the hash of the bytes, and what is done to them."""
+        return f"{self.sha256}+{self.corrections}" if self.corrections else self.sha256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,7 +192,7 @@ def job_key(job: Job, identity: ModelIdentity) -> str:
         "version": KEY_VERSION,
         "task": job.task,
         "prompt": job.prompt,
-        "images": [image.sha256 for image in job.images],
+        "images": [image.key for image in job.images],
         "resolution": asdict(job.resolution),
         "seed": job.seed,
         "think": job.think,

@@ -122,8 +122,9 @@ class SenseNovaEngine:
                 num_images=len(inputs),
                 first_max_pixels=job.input_max_pixels,
                 limits=self._pixel_limits,
+                planned=image,
             )
-            for number, data in enumerate(inputs, start=1)
+            for number, (image, data) in enumerate(zip(job.images, inputs, strict=True), start=1)
         ]
         # Not of the network, which another thread may be loading anew.
         arch = self._loader.arch

@@ -1,4 +1,4 @@
-"""Pictures to patches and back. Knows pixels; the patch embedding is the network's.
+"""Images to patches and back. Knows pixels; the patch embedding is the network's.
 
 Shape legend: H, W = height and width in pixels; P = patches of an image, row-major; D = numbers
 of a patch, channel-first (c, y, x); B = images; C = 3 colour channels.
@@ -6,19 +6,18 @@ of a patch, channel-first (c, y, x); B = images; C = 3 colour channels.
 
 from __future__ import annotations
 
-import io
-import struct
-import warnings
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 
+from sensebatch import image_files
 from sensebatch.engine.model.patchify import MERGE, PATCH
 from sensebatch.engine.prompts import Grid
 from sensebatch.errors import JobError
+from sensebatch.image_files import UnusableImageError
+from sensebatch.jobs import InputImage
 from sensebatch.resolutions import (
     PixelLimits,
     ResolutionError,
@@ -28,18 +27,6 @@ from sensebatch.resolutions import (
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
-
-_BROKEN = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    ArithmeticError,
-    LookupError,
-    struct.error,
-    zlib.error,
-)
-"""What Pillow's decoders raise on bytes that are no whole image."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,80 +44,72 @@ class Patches:
         return Grid(self.grid_hw[0] // MERGE, self.grid_hw[1] // MERGE)
 
 
-def decode_image(data: bytes, name: str) -> Image.Image:
-    """Returns an encoded image as RGB, transparency flattened on white.
-
-    The orientation noted by a camera (EXIF) is left alone, as the reference leaves it. An
-    animation gives its first frame.
+def decode_image(data: bytes, name: str, *, corrections: str = "") -> Image.Image:
+    """Returns an encoded image as RGB, or as L where it is opaque grey; transparency becomes white.
 
     Args:
         data: An image file's bytes.
         name: What to call it in an error.
+        corrections: What to do to the stored pixels; see `image_files.ImageFacts`.
 
     Raises:
-        JobError: The bytes are no image, are cut short, or unpack to far more than a picture.
+        JobError: The image cannot be used.
     """
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of large photographs, which are fine (twice as large is its error),
-            # and of broken metadata, which is not read.
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
-                image.load()
-                return flatten(image)
-    except Image.DecompressionBombError as error:
-        raise JobError(f"{name}: expected a picture of ordinary size: {error}") from error
-    except _BROKEN as error:
-        raise JobError(f"{name}: expected an image that can be read: {error}") from error
+        return image_files.decode_image(data, corrections=corrections)
+    except UnusableImageError as error:
+        raise JobError(f"{name}: {error}") from error
 
 
-def flatten(image: Image.Image) -> Image.Image:
-    """Returns an image as RGB; where it has transparency of any kind, on white.
-
-    Grey of 16 bits keeps its high byte: Pillow's own conversion would clip it to white.
-
-    Raises:
-        ValueError: The image has 32 bits a pixel in one channel, whose range is not known.
-    """
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        high = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-        return Image.fromarray(high).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise ValueError(f"expected 8 or 16 bits a channel, found mode {image.mode}")
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    with_alpha = image.convert("RGBA")
-    white = Image.new("RGB", image.size, (255, 255, 255))
-    white.paste(with_alpha, mask=with_alpha.getchannel("A"))
-    return white
-
-
-def resize_input(image: Image.Image, max_pixels: int | None) -> Image.Image:
-    """Returns an edit's input after the first resize (Lanczos); small pictures grow.
+def resize_input(
+    image: Image.Image, max_pixels: int | None, *, size: tuple[int, int] | None = None
+) -> Image.Image:
+    """Returns an edit's input after the first resize (Lanczos); small images grow.
 
     Args:
-        image: RGB.
-        max_pixels: The job's `input_max_pixels`; None leaves the image as it is.
+        image: RGB or L.
+        max_pixels: The job's `input_max_pixels`; None skips the resize.
+        size: Height and width that the rule goes by; the image's own if None.
 
     Raises:
-        ResolutionError: The picture is longer than the resize rule allows.
+        ResolutionError: The image is longer than the resize rule allows.
     """
-    height, width = input_size(image.height, image.width, max_pixels=max_pixels)
+    height, width = size or (image.height, image.width)
+    height, width = input_size(height, width, max_pixels=max_pixels)
     return _resized(image, height, width, Image.Resampling.LANCZOS)
 
 
-def resize_for_model(image: Image.Image, *, min_pixels: int, max_pixels: int) -> Image.Image:
+def resize_for_model(
+    image: Image.Image,
+    *,
+    min_pixels: int,
+    max_pixels: int,
+    size: tuple[int, int] | None = None,
+) -> Image.Image:
     """Returns an input after the model's own resize (bicubic), sides multiples of 32.
 
+    Args:
+        image: RGB or L.
+        min_pixels: Fewest pixels the model looks at.
+        max_pixels: Most pixels the model looks at.
+        size: Height and width that the rule goes by; the image's own if None.
+
     Raises:
-        ResolutionError: The picture is longer than the resize rule allows.
+        ResolutionError: The image is longer than the resize rule allows.
     """
-    size = smart_resize(image.height, image.width, min_pixels=min_pixels, max_pixels=max_pixels)
-    return _resized(image, size.height, size.width, Image.Resampling.BICUBIC)
+    height, width = size or (image.height, image.width)
+    resized = smart_resize(height, width, min_pixels=min_pixels, max_pixels=max_pixels)
+    return _resized(image, resized.height, resized.width, Image.Resampling.BICUBIC)
 
 
 def load_input(
-    data: bytes, name: str, *, num_images: int, first_max_pixels: int | None, limits: PixelLimits
+    data: bytes,
+    name: str,
+    *,
+    num_images: int,
+    first_max_pixels: int | None,
+    limits: PixelLimits,
+    planned: InputImage | None = None,
 ) -> Patches:
     """Returns an input image of a job as patches, after both resizes.
 
@@ -140,15 +119,21 @@ def load_input(
         num_images: How many input images the job has; more images are made smaller.
         first_max_pixels: Pixels of the first resize, which only edit has; None skips it.
         limits: Of the checkpoint.
+        planned: What was found when the manifest was read; None takes the pixels as stored.
 
     Raises:
         JobError: The image cannot be used.
     """
-    image = decode_image(data, name)
+    image = decode_image(data, name, corrections=planned.corrections if planned else "")
+    # An image that was decoded at a part of its size is resized by the rules of the whole.
+    size = (planned.height, planned.width) if planned else (image.height, image.width)
     try:
-        image = resize_input(image, first_max_pixels)
+        if first_max_pixels is not None:
+            image = resize_input(image, first_max_pixels, size=size)
+            size = (image.height, image.width)
         image = resize_for_model(
             image,
+            size=size,
             min_pixels=limits.min_pixels,
             max_pixels=limits.model_max_pixels(num_images),
         )
@@ -158,8 +143,8 @@ def load_input(
 
 
 def image_to_patches(image: Image.Image) -> Patches:
-    """Returns an RGB image, sides multiples of 32, as normalised patches."""
-    pixels = torch.from_numpy(np.array(image, dtype=np.float32)) / 255
+    """Returns an RGB or L image, sides multiples of 32, as normalised patches."""
+    pixels = torch.from_numpy(np.array(image.convert("RGB"), dtype=np.float32)) / 255
     return _normalised_patches(pixels.permute(2, 0, 1))
 
 

@@ -11,20 +11,42 @@ import itertools
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import Any
 
 from sensebatch.errors import JobError
+from sensebatch.image_files import MAX_FILE_BYTES, UnusableImageError
 from sensebatch.jobs import InputImage
 
 ROWS_IN_MEMORY = 32
-"""Rows of a Parquet manifest whose pictures are held at once."""
+"""Rows of a Parquet manifest whose images are held at once."""
 READ_AHEAD_BYTES = 2**20
 """Read at once of a column of a Parquet manifest; without a limit, all of a row group would be,
 and that may be all there is."""
 
 
+def read_image_file(path: Path) -> bytes:
+    """Returns the bytes of an image file.
+
+    Raises:
+        OSError: The file cannot be read.
+        UnusableImageError: It is not a file, or too large for one image.
+    """
+    stat = path.stat()
+    # Opening a pipe would wait for somebody who writes to it.
+    if not S_ISREG(stat.st_mode):
+        found = "a folder" if S_ISDIR(stat.st_mode) else "a device or pipe"
+        raise UnusableImageError(f"expected an image file, found {found}")
+    if stat.st_size > MAX_FILE_BYTES:
+        raise UnusableImageError(
+            f"expected an image file of at most {MAX_FILE_BYTES:,} bytes, found {stat.st_size:,}"
+        )
+    with path.open("rb") as file:
+        return file.read(MAX_FILE_BYTES)
+
+
 class InputReader:
-    """Reads input images; quick where those of a Parquet manifest are asked for in order.
+    """Reads input images; quickly where those of a Parquet manifest are asked for in order.
 
     It keeps one Parquet file open, with a few rows of one column. It may be used from several
     threads.
@@ -38,11 +60,11 @@ class InputReader:
         """Returns the encoded bytes of an input image.
 
         Raises:
-            JobError: They are gone, unreadable, or not those that the job was planned with.
+            JobError: They are missing, unreadable, or not those that the job was planned with.
         """
         try:
             content = self._content(image)
-        except OSError as error:
+        except (OSError, UnusableImageError) as error:
             raise JobError(f"expected the input image {_place(image)}, found: {error}") from error
         digest = hashlib.sha256(content).hexdigest()
         if digest != image.sha256:
@@ -59,13 +81,13 @@ class InputReader:
 
     def _content(self, image: InputImage) -> bytes:
         if image.member is None:
-            return Path(image.path).read_bytes()
+            return read_image_file(Path(image.path))
         row, name, index = image.member
         with self._lock:
             cell = self._open_column(image.path, name).cell(row)
-        pictures = cell if isinstance(cell, list) else [cell]
-        picture = pictures[index] if index < len(pictures) else None
-        content = picture.get("bytes") if isinstance(picture, dict) else None
+        images = cell if isinstance(cell, list) else [cell]
+        found = images[index] if index < len(images) else None
+        content = found.get("bytes") if isinstance(found, dict) else None
         if content is None:
             raise JobError(f"expected the input image {_place(image)}, found no bytes there")
         return bytes(content)
@@ -84,7 +106,7 @@ class InputReader:
 
 
 def _place(image: InputImage) -> str:
-    """Returns where a picture is, for people."""
+    """Returns where an image is, for people."""
     if image.member is None:
         return image.path
     row, name, index = image.member
@@ -95,7 +117,7 @@ def read_input_image(image: InputImage) -> bytes:
     """Returns the encoded bytes of one input image; for many, use one `InputReader`.
 
     Raises:
-        JobError: They are gone, unreadable, or not those that the job was planned with.
+        JobError: They are missing, unreadable, or not those that the job was planned with.
     """
     reader = InputReader()
     try:
@@ -108,11 +130,11 @@ class _ParquetColumn:
     """One column of a Parquet file, read forwards a few rows at a time.
 
     Raises:
-        OSError: The file or its column is gone, or it is no Parquet file.
+        OSError: The file or its column is missing, or it is not a Parquet file.
     """
 
     def __init__(self, path: str, name: str) -> None:
-        # pyarrow is slow to import, and most runs have no pictures in Parquet.
+        # pyarrow is slow to import, and most runs have no images in Parquet.
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -121,7 +143,7 @@ class _ParquetColumn:
         try:
             self._file = pq.ParquetFile(path, pre_buffer=False, buffer_size=READ_AHEAD_BYTES)
         except pa.ArrowException as error:
-            raise OSError(f"{path} is no Parquet file: {error}") from error
+            raise OSError(f"{path} is not a Parquet file: {error}") from error
         metadata = self._file.metadata
         sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         self._group_ends = list(itertools.accumulate(sizes))
@@ -138,7 +160,7 @@ class _ParquetColumn:
         """
         group = bisect.bisect_right(self._group_ends, row)
         if group == len(self._group_ends) or self.name not in self._file.schema_arrow.names:
-            raise OSError(f"{self.path} has no row {row} with a column {self.name!r} any more")
+            raise OSError(f"{self.path} no longer has a row {row} with a column {self.name!r}")
         try:
             if group != self._group or row < self._first:
                 self._seek(group)

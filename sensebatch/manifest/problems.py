@@ -105,10 +105,14 @@ def field_name(location: Location) -> str:
         if isinstance(part, int):
             name += f"[{part}]"
         else:
-            # A name of the manifest's may hold what a terminal obeys.
-            shown = part if part.isprintable() else repr(part)
+            shown = printable(part)
             name += f".{shown}" if name else shown
     return name
+
+
+def printable(text: str) -> str:
+    """Returns a text as it can be shown: a terminal may obey some of its characters."""
+    return text if text.isprintable() else repr(text)
 
 
 def found(value: object) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from sensebatch.config import RunConfig
 from sensebatch.errors import Problem
+from sensebatch.image_files import UnusableImageError
 from sensebatch.jobs import (
     IMAGE_MARK,
     CfgNorm,
@@ -27,7 +28,7 @@ from sensebatch.jobs import (
 )
 from sensebatch.manifest.fields import FOREIGN_FIELDS, PASSED_THROUGH, ImageStruct, JobFields
 from sensebatch.manifest.ids import derived_id, id_error
-from sensebatch.manifest.images import ImageProbe, UnusableImageError
+from sensebatch.manifest.images import ImageProbe
 from sensebatch.manifest.problems import Location, RowErrors
 from sensebatch.manifest.sizes import (
     explicit_size,

@@ -25,10 +25,7 @@ def job_to_json(job: Job) -> str:
             "id": job.id,
             "task": job.task,
             "prompt": job.prompt,
-            "images": [
-                [image.path, image.member, image.sha256, image.height, image.width]
-                for image in job.images
-            ],
+            "images": [_image_values(image) for image in job.images],
             "size": [job.resolution.height, job.resolution.width],
             "seed": job.seed,
             "think": job.think,
@@ -41,14 +38,20 @@ def job_to_json(job: Job) -> str:
     )
 
 
+def _image_values(image: InputImage) -> list[Any]:
+    values = [image.path, image.member, image.sha256, image.height, image.width]
+    return [*values, image.corrections] if image.corrections else values
+
+
 def _image(values: list[Any]) -> InputImage:
-    path, member, sha256, height, width = values
+    path, member, sha256, height, width, *corrections = values
     return InputImage(
         path=path,
         member=None if member is None else (member[0], member[1], member[2]),
         sha256=sha256,
         height=height,
         width=width,
+        corrections=corrections[0] if corrections else "",
     )
 
 

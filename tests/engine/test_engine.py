@@ -23,6 +23,7 @@ from sensebatch.jobs import (
     MAX_SEED,
     Batch,
     BatchResult,
+    InputImage,
     Job,
     ModelIdentity,
     Source,
@@ -92,6 +93,11 @@ def generate(
     return engine.generate(batch, prepared, checkpoints=kept, progress=progress, stop=stop)
 
 
+def planned(width: int, height: int) -> InputImage:
+    """Returns what a manifest's reading finds of `png(width, height)`."""
+    return InputImage(path="in.png", sha256="0", height=height, width=width)
+
+
 def png(width: int, height: int) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (width, height)).save(buffer, "PNG")
@@ -125,7 +131,9 @@ def test_the_waiting_between_two_batches_is_told(monkeypatch: pytest.MonkeyPatch
 
 def test_many_input_images_are_each_made_smaller() -> None:
     engine = load(make_config())
-    prepared = engine.prepare(make_job("b", task=Task.EDIT), [png(512, 512)] * 8)
+    prepared = engine.prepare(
+        make_job("b", task=Task.EDIT, images=(planned(512, 512),) * 8), [png(512, 512)] * 8
+    )
     # 4 x 2 x 256 x 256 pixels for the eight, whose limit alone is 2 x 256 x 256.
     assert [image.token_grid for image in prepared.images] == [(8, 8)] * 8
 
@@ -137,7 +145,7 @@ def test_inputs_of_an_edit_are_brought_to_the_jobs_number_of_pixels(
     max_pixels: int | None, grid: tuple[int, int]
 ) -> None:
     engine = load(make_config())
-    job = make_job("b", task=Task.EDIT, input_max_pixels=max_pixels)
+    job = make_job("b", task=Task.EDIT, images=(planned(256, 192),), input_max_pixels=max_pixels)
     prepared = engine.prepare(job, [png(256, 192)])
     assert [image.token_grid for image in prepared.images] == [grid]
 
@@ -180,7 +188,7 @@ def test_a_job_that_cannot_be_laid_out_is_refused_before_any_batch() -> None:
     with pytest.raises(JobError, match="expected at most 0 <image> marks"):
         engine.prepare(make_job("b", task=Task.EDIT, prompt="<image>"), ())
     with pytest.raises(JobError, match="input image 1: expected an image"):
-        engine.prepare(make_job("b", task=Task.EDIT), [b"no image"])
+        engine.prepare(make_job("b", task=Task.EDIT, images=(planned(8, 8),)), [b"no image"])
 
 
 def test_what_was_prepared_gives_the_same_pictures_every_time() -> None:

@@ -84,10 +84,10 @@ def test_a_file_is_read_again(tmp_path: Path) -> None:
         read_input_image(known)
 
 
-def test_members_that_are_gone_fail_the_job(table: Path, tmp_path: Path) -> None:
+def test_members_that_are_missing_fail_the_job(table: Path, tmp_path: Path) -> None:
     known = image(table, 3)
     for changed, message in [
-        (replace(known, member=(NUM_ROWS, "images", 0)), "no row 100"),
+        (replace(known, member=(NUM_ROWS, "images", 0)), "no longer has a row 100"),
         (replace(known, member=(3, "pictures", 0)), "column 'pictures'"),
         (replace(known, member=(3, "images", 2)), r"row 3: images\[2\], found no bytes"),
         (replace(known, member=(4, "images", 0)), "found other bytes"),
@@ -100,7 +100,7 @@ def test_members_that_are_gone_fail_the_job(table: Path, tmp_path: Path) -> None
 def test_a_manifest_that_is_no_parquet_any_more_fails_the_job(tmp_path: Path) -> None:
     path = tmp_path / "jobs.parquet"
     path.write_bytes(b"text")
-    with pytest.raises(JobError, match="is no Parquet file"):
+    with pytest.raises(JobError, match="is not a Parquet file"):
         read_input_image(image(path, 0))
 
 

@@ -169,10 +169,10 @@ def test_text_that_is_no_unicode_is_a_mistake(read_table: ReadTable) -> None:
     assert found.startswith("row 0: metadata: expected a mapping, found")
 
 
-def test_a_damaged_picture_is_named(read_table: ReadTable) -> None:
+def test_a_damaged_image_is_named(read_table: ReadTable) -> None:
     image = {"bytes": encoded("PNG")[:200], "path": "a.png"}
     (found,) = mistakes(read_table, {"prompt": ["a"], "images": [[image]]})
-    assert found.startswith("row 0: images[0]: expected a complete picture, found a damaged one")
+    assert found.startswith("row 0: images[0]: expected a complete image, found a damaged one")
 
 
 def test_pictures_of_a_row_group_are_not_held_as_a_whole(tmp_path: Path, config: RunConfig) -> None:
