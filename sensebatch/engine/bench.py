@@ -24,7 +24,12 @@ from torch import Tensor, nn
 from sensebatch.checkpoint.files import Checkpoint, open_checkpoint
 from sensebatch.config import SYNTHETIC_PREFIX, default_config
 from sensebatch.engine.decoding import PlainDecoder
-from sensebatch.engine.device.runtime import BACKENDS, DTYPES, resolve_attention, resolve_fused
+from sensebatch.engine.device.runtime import (
+    DTYPES,
+    new_attention,
+    resolve_attention,
+    resolve_fused,
+)
 from sensebatch.engine.model.attention import Attention, sdpa
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.patchify import image_to_tokens
@@ -72,16 +77,15 @@ def open_runner(model: str) -> Runner:
     dtype = "bfloat16" if device.type == "cuda" else "float32"
     backend = resolve_attention("auto", device.type, dtype)
     loader = _loader(checkpoint, device, DTYPES[dtype])
-    compile_s = warm_up(loader, BACKENDS[backend])
+    attention = new_attention(backend, device.type, fused=loader.fused)
+    compile_s = warm_up(loader, attention)
     memory = replace(config.memory, vram_mode=VramMode.FULL)
     placements = place(loader.computation, memory=memory, loads=[], device_free=None, host_free=0)
     network, residency = loader.load(placements.leanest)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     seconds = "not compiled" if compile_s is None else f"kernels {compile_s:.1f} s"
     print(f"{model}, {name}, torch {torch.__version__}, {dtype}, {backend}, {seconds}\n")
-    return Runner(
-        network, HFTokenizer(checkpoint.path), BACKENDS[backend], lambda _: None, residency
-    )
+    return Runner(network, HFTokenizer(checkpoint.path), attention, lambda _: None, residency)
 
 
 def _loader(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> NetworkLoader:

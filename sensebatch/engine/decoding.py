@@ -140,7 +140,7 @@ class FastDecoder:
 
     def _compute(self) -> None:
         """Goes from embedded tokens to the choices that follow; allocates alike each time."""
-        from sensebatch.engine.model import decode_kernels, kernels
+        from sensebatch.engine.model import attention_kernels, decode_kernels, kernels
 
         network, expert = self._network, self._network.understanding
         eps = network.arch.rms_norm_eps
@@ -166,7 +166,7 @@ class FastDecoder:
                     rotary_rows_T=self._angles_S,
                     places_T=places_S,
                 )
-                attended = decode_kernels.attend(q_SHE, keys, values, self._lengths_S)
+                attended = attention_kernels.attend_token(q_SHE, keys, values, self._lengths_S)
                 x_SD = decode_kernels.product(attended, layer.o.weight, residual=x_SD)
                 normed = kernels.rms_norm(x_SD, layer.post_norm, eps)
                 hidden = decode_kernels.product(normed, layer.mlp.gate_up.weight, swiglu=True)

@@ -22,9 +22,9 @@ from sensebatch.engine.device.memory import (
     plan_placements,
 )
 from sensebatch.engine.device.runtime import (
-    BACKENDS,
     DTYPES,
     check_precision,
+    new_attention,
     resolve_attention,
     resolve_fused,
 )
@@ -379,13 +379,13 @@ def load_engine(
     start = time.perf_counter()
     where = torch.device(device)
     backend = resolve_attention(config.model.attn_backend, device, identity.dtype)
-    check_precision(identity.precision, device, identity.dtype)
     placements = plan_placements(config, checkpoint, identity, where, loads)
     tokenizer = HFTokenizer(checkpoint.path)
     loader = _new_loader(config, checkpoint, where, identity)
     cap_device_memory(where, config.memory.vram_budget_bytes)
     fitted = [placements.of(load.group).fitted(load) for load in loads]
-    compile_s = warm_up(loader, BACKENDS[backend], fitted)
+    attention = new_attention(backend, device, fused=loader.fused)
+    compile_s = warm_up(loader, attention, fitted)
     peak = DevicePeak(where)
     loaded = loader.load(placements.first, stop)
     info = EngineInfo(
@@ -406,7 +406,7 @@ def load_engine(
         loaded=loaded,
         placements=placements,
         tokenizer=tokenizer,
-        attention=BACKENDS[backend],
+        attention=attention,
         pixel_limits=config.pixel_limits,
         info=info,
         script=made_up_text(tokenizer) if checkpoint.synthetic else None,
@@ -427,6 +427,7 @@ def _load_figures(start: float, peak: DevicePeak) -> dict[str, Any]:
 def _new_loader(
     config: RunConfig, checkpoint: Checkpoint, device: torch.device, identity: ModelIdentity
 ) -> NetworkLoader:
+    check_precision(identity.precision, device.type, identity.dtype)
     dtype = DTYPES[identity.dtype]
     return NetworkLoader(
         arch=checkpoint.architecture,

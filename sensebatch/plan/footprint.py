@@ -19,6 +19,7 @@ from sensebatch.plan.passes import (
     MAX_PREFILL_TOKENS,
     ROOM_SPARE,
     ROWS,
+    SPLIT_QUERIES,
     images_per_part,
     prefixes_wait,
 )
@@ -28,6 +29,8 @@ from sensebatch.units import MIB
 
 WORKSPACE_BYTES = 224 * MIB
 """What the matrix and attention libraries take, and what the allocator rounds up."""
+SPLIT_BYTES = 4
+"""Of a number in the partial results of attention."""
 
 
 def working_bytes(
@@ -156,9 +159,8 @@ def text_bytes(computation: Computation, load: Load, *, parked: bool) -> int:
     twice = cache_bytes(computation, grown * of_text) // arch.num_layers
     text_pass = _prompt_pass_bytes(computation, load.batch_size, longest)
     if fast:
-        # Partial results of attention, and cosines and sines of every position as they are made.
-        rows = load.batch_size * arch.num_heads * ATTENTION_SPLITS
-        text_pass += 4 * rows * (arch.head_dim + 2) + 16 * longest * arch.head_dim
+        # Cosines and sines of every position as they are made.
+        text_pass += 16 * longest * arch.head_dim
     image = load.image_tokens + 1
     if load.drawn_tokens <= image:
         return caches + max(twice, text_pass)
@@ -205,15 +207,19 @@ def _prompt_pass_bytes(
         computation: The network, and how it is computed.
         tokens: All tokens of the pass.
         longest: Keys of its longest sequence.
-        padded: Whether text may attend to keys before it, with idle queries in front.
+        padded: Whether text may attend to keys before it, which without kernels takes idle
+            queries.
     """
     arch = computation.arch
     query, key = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     project, finish = _half_numbers(computation, min(tokens, ROWS))
     projected, attended = tokens * (query + 2 * key), tokens * query
-    run = 2 * longest if padded else min(tokens, longest)
+    run = 2 * longest if padded and not computation.fused else min(tokens, longest)
     # The values of one part are a view of what was projected before the heads were normed.
     attend = projected + attended + 2 * longest * key + run * query
+    if computation.fused:
+        splits = min(tokens, SPLIT_QUERIES) * arch.num_heads * ATTENTION_SPLITS
+        attend += SPLIT_BYTES * splits * (arch.head_dim + 2) // computation.item_bytes
     held = (arch.hidden_size + 2 * arch.head_dim) * tokens
     project += projected if tokens > ROWS else 0
     return computation.item_bytes * (held + max(project, attend, attended + finish))

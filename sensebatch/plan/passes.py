@@ -22,7 +22,9 @@ ROOM_TOKENS = 1024
 GROWTH_TOKENS = 128
 """A cache that must grow for a single token grows by this many."""
 ATTENTION_SPLITS = 16
-"""Programs that share the cached tokens of one key/value head while a token is decoded."""
+"""Programs that share the keys of one key/value head, so that few queries occupy the GPU."""
+SPLIT_QUERIES = 64
+"""Queries of a run up to which its keys are shared by `ATTENTION_SPLITS` programs as well."""
 ROOM_SPARE = 16
 """Places after that room: for what is written after sequences that have ended, and for the few
 tokens that lead over from text to an image."""

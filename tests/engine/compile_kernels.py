@@ -17,7 +17,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from sensebatch.checkpoint.files import open_checkpoint
-from sensebatch.engine.model import decode_kernels, kernels
+from sensebatch.engine.model import attention_kernels, decode_kernels, kernels
 
 CAPABILITY, SHARED_BYTES = map(int, sys.argv[1:])
 found: dict[str, int] = {}
@@ -52,6 +52,8 @@ JITFunction.__getitem__ = compiled
 vars(decode_kernels)["shared_bytes"] = lambda _: SHARED_BYTES
 arch, nowhere = open_checkpoint("synthetic:8b").architecture, torch.device("meta")
 kernels.warm_up(arch, torch.bfloat16, nowhere, quantised=CAPABILITY >= 89)
+for dtype in (torch.bfloat16, torch.float32):
+    attention_kernels.warm_up_runs(arch, dtype, nowhere)
 for num_sequences in (1, 16, decode_kernels.MAX_SEQUENCES):
     decode_kernels.warm_up(arch, torch.bfloat16, nowhere, num_sequences)
 print(json.dumps(found))

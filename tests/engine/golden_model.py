@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sensebatch.contract import KeptImage
-from sensebatch.engine.model.attention import sdpa
+from sensebatch.engine.model.attention import Attention, sdpa
 from sensebatch.engine.model.kv_cache import KVCache, Span
 from sensebatch.engine.model.network import ImagePositions, Network
 from sensebatch.engine.model.patchify import image_to_tokens
@@ -51,7 +51,15 @@ def _cached_network(config: str, edits: str, fused: bool) -> Network:
 def build_runner(case: Case, *, fused: bool = False) -> Runner:
     """Returns a runner of the case's model."""
     network = build_network(case.config, case.weight_edits, fused=fused)
-    return Runner(network, ByteTokenizer(), sdpa, lambda _: None)
+    return Runner(network, ByteTokenizer(), _attention(fused), lambda _: None)
+
+
+def _attention(fused: bool) -> Attention:
+    if not fused:
+        return sdpa
+    from sensebatch.engine.model.attention_kernels import attend_run
+
+    return attend_run
 
 
 def case_resolutions(case: Case) -> list[Resolution]:

@@ -32,12 +32,13 @@ from sensebatch.engine.sampling.text import greedy_decode
 from sensebatch.engine.weights.loader import NetworkLoader, warm_up
 from sensebatch.jobs import Precision
 from sensebatch.plan.computation import is_tileable
+from sensebatch.plan.passes import SPLIT_QUERIES
 from tests.engine.golden_model import build_network, build_runner, golden_step, infer, predict
 from tests.golden_data import TOLERANCE, case_ids, golden_architecture, load_case, relative_error
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
-from sensebatch.engine.model import decode_kernels, kernels
+from sensebatch.engine.model import attention_kernels, decode_kernels, kernels
 
 ROOT = Path(__file__).parents[2]
 EPS = 1e-6
@@ -239,7 +240,7 @@ def test_kernels_compile_for_gpus_without_one(tmp_path: Path, capability: int) -
     quantised = {"_rms_norm_quantised", "_swiglu_quantised"}
     assert shared.keys() - quantised == {
         *("_rms_norm", "_swiglu", "_norm_rotate", "_vector_product", "_matrix_product"),
-        *("_attend", "_combine"),
+        *("_attend_token", "_attend_run", "_combine"),
     }
     assert (quantised <= shared.keys()) == (capability >= 89)
     assert max(shared.values()) <= SHARED_BYTES[capability]
@@ -254,13 +255,34 @@ def test_a_new_token_attends_to_everything_before_it(room: int) -> None:
     for sequence, length in enumerate(lengths.tolist()):
         cache[:, sequence, : length + 1] = noise(2, length + 1, kv_heads, dim)
     queries = noise(3, heads, dim)
-    out = decode_kernels.attend(queries, cache[0], cache[1], lengths.to(DEVICE))
+    out = attention_kernels.attend_token(queries, cache[0], cache[1], lengths.to(DEVICE))
     for sequence, length in enumerate(lengths.tolist()):
         keys, values = cache[:, sequence, : length + 1].transpose(1, 2).unbind(0)
         expected = F.scaled_dot_product_attention(
             queries[sequence][:, None], keys, values, enable_gqa=True
         )
         assert_equal(out[sequence], expected.flatten())
+
+
+RUNS = [
+    *((1, 1), (1, 65), (1, 1500), (5, 5), (7, 300)),
+    *((SPLIT_QUERIES, 200), (SPLIT_QUERIES + 1, SPLIT_QUERIES + 1), (SPLIT_QUERIES + 5, 200)),
+]
+"""Queries and keys of runs on both sides of where keys are split."""
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("queries", "keys"), RUNS)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 2, 16), (2, 2, 32)])
+def test_a_run_attends_as_torch_does(
+    heads: int, kv_heads: int, dim: int, queries: int, keys: int, causal: bool
+) -> None:
+    q, room = noise(queries, heads, dim), noise(2, keys + 9, kv_heads, dim)
+    # What lies after the keys must not matter.
+    room[:, keys:] = float("nan")
+    k, v = room[:, :keys]
+    out = attention_kernels.attend_run(q, k, v, causal)
+    assert_equal(out, sdpa(q, k, v, causal))
 
 
 @pytest.mark.parametrize("sequences", [1, 3])
@@ -363,7 +385,7 @@ def test_a_step_is_captured_only_where_its_kernels_have_run(
         yield
         seen = eager
 
-    monkeypatch.setattr(decode_kernels, "attend", watched)
+    monkeypatch.setattr(attention_kernels, "attend_token", watched)
     monkeypatch.setattr(decode_kernels, "product", product)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Mock)
     monkeypatch.setattr(torch.cuda, "graph", capture)

@@ -8,7 +8,15 @@ import torch
 
 from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.engine.device.choice import check_word
-from sensebatch.engine.model.attention import Attention, cudnn, flash, flash_module, sdpa
+from sensebatch.engine.model.attention import (
+    Attention,
+    cudnn,
+    flash,
+    flash_module,
+    sdpa,
+    shared,
+    torch_runs,
+)
 from sensebatch.errors import ConfigError
 from sensebatch.jobs import Precision
 from sensebatch.plan.computation import is_tileable
@@ -72,6 +80,23 @@ def resolve_attention(backend: str, device: str, dtype: str) -> str:
     if obstacle:
         raise ConfigError(f"attn_backend: expected {backend} to be usable: {obstacle}")
     return backend
+
+
+def new_attention(backend: str, device: str, *, fused: bool) -> Attention:
+    """Returns how one run or image attends.
+
+    Args:
+        backend: Of `resolve_attention`; attends long runs of image tokens.
+        device: Of `resolve_runtime`.
+        fused: Of `resolve_fused`; whether kernels attend the rest.
+    """
+    if device != "cuda":
+        return BACKENDS[backend]
+    if not fused:
+        return shared(BACKENDS[backend], torch_runs)
+    from sensebatch.engine.model.attention_kernels import attend_run
+
+    return shared(BACKENDS[backend], attend_run)
 
 
 def _obstacle(backend: str, device: str, dtype: str) -> str | None:

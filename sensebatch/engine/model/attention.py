@@ -1,5 +1,10 @@
 """Grouped-query attention of one sequence, and of the runs of a prompt.
 
+On a CUDA device two kernels share the work: long runs of image tokens go to the backend of the
+settings, everything else (text, small images) to one that computes the same bytes from the same
+numbers each time. Torch's own choice does not: for one query after many keys it takes cuDNN's
+kernel that splits the keys, which sums the splits in the order in which they happen to end.
+
 Shape suffixes: Q query tokens, L key tokens, H query heads, K key/value heads, E head_dim.
 """
 
@@ -19,7 +24,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 Attention = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 """(q_QHE, k_LKE, v_LKE, causal) -> `[Q, H, E]`; causal aligns the last query with the last key."""
 
-CUDNN_LEAST_QUERIES = 1024
+LONG_RUN = 1024
+"""Queries of an image from which on the backend attends. So many occupy a GPU without splitting
+the keys, and are worth the 40 ms for which cuDNN plans each new number of keys."""
 FLASH_LEAST_CAPABILITY = (8, 0)
 """The first CUDA devices that torch has its own FlashAttention for."""
 FEW_QUERIES = 8
@@ -35,13 +42,26 @@ Segment = tuple[int, int, bool]
 """(start, end, is_image): a run of new tokens; the tokens of an image see one another."""
 
 
+def shared(images: Attention, runs: Attention) -> Attention:
+    """Returns attention that sends long runs of image tokens to one kernel, the rest to another.
+
+    Args:
+        images: Attends without a mask.
+        runs: Attends with and without.
+    """
+
+    def attend(q_QHE: Tensor, k_LKE: Tensor, v_LKE: Tensor, causal: bool) -> Tensor:
+        kernel = runs if causal or q_QHE.shape[0] < LONG_RUN else images
+        return kernel(q_QHE, k_LKE, v_LKE, causal)
+
+    return attend
+
+
 def sdpa(q_QHE: Tensor, k_LKE: Tensor, v_LKE: Tensor, causal: bool) -> Tensor:
     """Torch's own attention; see `Attention`."""
     num_queries, num_keys = q_QHE.shape[0], k_LKE.shape[0]
     mask = None
     if causal and 1 < num_queries < num_keys:
-        if _forms_scores(q_QHE):
-            return attend_without_mask(q_QHE, k_LKE, v_LKE)
         mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q_QHE.device)
         mask = mask.tril(num_keys - num_queries)
     out = F.scaled_dot_product_attention(
@@ -55,25 +75,31 @@ def sdpa(q_QHE: Tensor, k_LKE: Tensor, v_LKE: Tensor, causal: bool) -> Tensor:
     return out[0].transpose(0, 1)
 
 
-def _forms_scores(q_QHE: Tensor) -> bool:
-    """Returns whether a mask would keep torch from the one kernel that forms no scores.
+def torch_runs(q_QHE: Tensor, k_LKE: Tensor, v_LKE: Tensor, causal: bool) -> Tensor:
+    """Torch's attention for runs of any length on a CUDA device without kernels of ours.
 
-    On CUDA it has two for grouped heads: FlashAttention, which takes no mask, needs half precision
-    and a device of compute capability 8.0, and one that forms all scores.
+    Torch has two kernels for grouped heads that compute the same bytes each time:
+    FlashAttention, which takes no mask, needs half precision and a device of compute capability
+    8.0, and one that forms all scores.
     Source: torch's documentation of `scaled_dot_product_attention`, `enable_gqa`.
     """
-    if not q_QHE.is_cuda or q_QHE.dtype == torch.float32:
-        return False
-    return torch.cuda.get_device_capability(q_QHE.device) >= FLASH_LEAST_CAPABILITY
+    capability = torch.cuda.get_device_capability(q_QHE.device)
+    has_flash = q_QHE.dtype != torch.float32 and capability >= FLASH_LEAST_CAPABILITY
+    attend = attend_without_mask if has_flash else sdpa
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+        return attend(q_QHE, k_LKE, v_LKE, causal)
 
 
-def attend_without_mask(q_QHE: Tensor, k_LKE: Tensor, v_LKE: Tensor) -> Tensor:
-    """Attends causally from queries behind earlier keys; see `Attention`.
+def attend_without_mask(q_QHE: Tensor, k_LKE: Tensor, v_LKE: Tensor, causal: bool) -> Tensor:
+    """Torch's own attention, never with a mask; see `Attention`.
 
-    A few queries go one by one. More get idle ones in front of them, one for each earlier key.
+    A few queries after earlier keys go one by one. More get idle ones before them, one for each
+    earlier key.
     """
     num_queries, num_keys = q_QHE.shape[0], k_LKE.shape[0]
     num_earlier = num_keys - num_queries
+    if not causal or num_queries == 1 or num_earlier == 0:
+        return sdpa(q_QHE, k_LKE, v_LKE, causal)
     if num_queries <= FEW_QUERIES:
         ends = range(num_earlier + 1, num_keys + 1)
         return torch.cat(
@@ -88,12 +114,7 @@ def attend_without_mask(q_QHE: Tensor, k_LKE: Tensor, v_LKE: Tensor) -> Tensor:
 
 
 def cudnn(q_QHE: Tensor, k_LKE: Tensor, v_LKE: Tensor, causal: bool) -> Tensor:
-    """cuDNN's attention for pictures, torch's own choice otherwise; see `Attention`.
-
-    cuDNN plans anew for every number of keys, some 40 ms each, so it is for long runs of queries.
-    """
-    if causal or q_QHE.shape[0] < CUDNN_LEAST_QUERIES:
-        return sdpa(q_QHE, k_LKE, v_LKE, causal)
+    """cuDNN's attention, for long runs of image tokens; see `Attention`."""
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return sdpa(q_QHE, k_LKE, v_LKE, causal)
 
@@ -138,7 +159,7 @@ def attend_segments(
     Args:
         attention: How one run attends.
         q_QHE: Queries of the new tokens.
-        k_LKE: Keys of the cached tokens and, behind them, of the new ones.
+        k_LKE: Keys of the cached tokens and, after them, of the new ones.
         v_LKE: Values, likewise.
         segments: The runs of the new tokens, in order and without gaps.
         out_QHE: Where the result is written.

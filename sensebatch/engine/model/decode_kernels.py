@@ -19,8 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sensebatch.checkpoint.architecture import Architecture
-from sensebatch.engine.model import kernels
-from sensebatch.plan.passes import ATTENTION_SPLITS
+from sensebatch.engine.model import attention_kernels, kernels
 
 MAX_SEQUENCES = 64
 """Most sequences that share a step."""
@@ -30,8 +29,6 @@ WIDE_ROWS = 4096
 """Rows of a weight matrix up to which its tiles are wide, so that there are enough of them."""
 SHARED_REST = 1024
 """Bytes of shared memory that are kept for what is not a tile of a product."""
-SPLIT_TOKENS = 64
-"""Cached tokens that one program attends to at a time."""
 
 
 @triton.jit
@@ -193,122 +190,6 @@ def product(
     return out
 
 
-@triton.jit
-def _attend(
-    q,
-    keys,
-    values,
-    lengths,
-    parts,
-    highest,
-    sums,
-    stride,
-    scale,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    PADDED: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
-    sequence, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    length = tl.load(lengths + sequence) + 1
-    span = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
-    begin, end = split * span, tl.minimum(split * span + span, length)
-    queries, channels = tl.arange(0, PADDED), tl.arange(0, DIM)
-    row = (sequence * KV_HEADS + head) * GROUP + queries
-    there = queries < GROUP
-    q_tile = tl.load(q + row[:, None] * DIM + channels[None, :], mask=there[:, None], other=0.0)
-    base = sequence.to(tl.int64) * stride + head * DIM
-    top = tl.full((PADDED,), float("-inf"), dtype=tl.float32)
-    total = tl.zeros((PADDED,), dtype=tl.float32)
-    out = tl.zeros((PADDED, DIM), dtype=tl.float32)
-    for start in range(begin, end, BLOCK):
-        tokens = start + tl.arange(0, BLOCK)
-        inside = tokens < end
-        place = base + tokens[:, None] * (KV_HEADS * DIM) + channels[None, :]
-        k_tile = tl.load(keys + place, mask=inside[:, None], other=0.0)
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale
-        scores = tl.where(inside[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp(scores - new_top[:, None])
-        rescale = tl.exp(top - new_top)
-        v_tile = tl.load(values + place, mask=inside[:, None], other=0.0)
-        total = total * rescale + tl.sum(weights, 1)
-        out = out * rescale[:, None] + tl.dot(
-            weights.to(v_tile.dtype), v_tile, input_precision="ieee"
-        )
-        top = new_top
-    place = row * SPLITS + split
-    tl.store(highest + place, top, mask=there)
-    tl.store(sums + place, total, mask=there)
-    tl.store(parts + place[:, None] * DIM + channels[None, :], out, mask=there[:, None])
-
-
-@triton.jit
-def _combine(parts, highest, sums, out, DIM: tl.constexpr, SPLITS: tl.constexpr):
-    row = tl.program_id(0)
-    splits = row * SPLITS + tl.arange(0, SPLITS)
-    channels = tl.arange(0, DIM)
-    tops = tl.load(highest + splits)
-    weights = tl.exp(tops - tl.max(tops, 0))
-    total = tl.sum(tl.load(sums + splits) * weights, 0)
-    tiles = tl.load(parts + splits[:, None] * DIM + channels[None, :])
-    result = tl.sum(tiles * weights[:, None], 0) / total
-    tl.store(out + row * DIM + channels, result.to(out.dtype.element_ty))
-
-
-def attend(q_SHE: Tensor, k_SLKE: Tensor, v_SLKE: Tensor, lengths_S: Tensor) -> Tensor:
-    """Returns `[S, H * E]`, the attention of one new token of each sequence.
-
-    Args:
-        q_SHE: Contiguous queries.
-        k_SLKE: Keys, room for L tokens a sequence; contiguous but for the first axis.
-        v_SLKE: Values with the strides of the keys.
-        lengths_S: int64, the cached tokens of each sequence before the new one, which is cached
-            behind them already.
-    """
-    num_sequences, heads, dim = q_SHE.shape
-    kv_heads = k_SLKE.shape[2]
-    parts = q_SHE.new_empty(num_sequences * heads, ATTENTION_SPLITS, dim, dtype=torch.float32)
-    highest = parts.new_empty(num_sequences * heads, ATTENTION_SPLITS)
-    sums = torch.empty_like(highest)
-    group = heads // kv_heads
-    _attend[(num_sequences, kv_heads, ATTENTION_SPLITS)](
-        q_SHE,
-        k_SLKE,
-        v_SLKE,
-        lengths_S,
-        parts,
-        highest,
-        sums,
-        k_SLKE.stride(0),
-        dim**-0.5,
-        KV_HEADS=kv_heads,
-        GROUP=group,
-        PADDED=max(triton.next_power_of_2(group), LEAST_ROWS),
-        DIM=dim,
-        BLOCK=SPLIT_TOKENS,
-        SPLITS=ATTENTION_SPLITS,
-        num_warps=4,
-        enable_fp_fusion=True,
-        # Three of float32 are more than the shared memory of most GPUs.
-        num_stages=3 if q_SHE.itemsize == 2 else 2,
-    )
-    out = q_SHE.new_empty(num_sequences, heads * dim)
-    _combine[(num_sequences * heads,)](
-        parts,
-        highest,
-        sums,
-        out,
-        DIM=dim,
-        SPLITS=ATTENTION_SPLITS,
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
-    return out
-
-
 def warm_up(
     arch: Architecture, dtype: torch.dtype, device: torch.device, num_sequences: int
 ) -> None:
@@ -338,4 +219,4 @@ def warm_up(
         rotary_rows_T=rows_S,
         places_T=rows_S,
     )
-    attend(q_SHE, cache[0], cache[1], rows_S)
+    attention_kernels.attend_token(q_SHE, cache[0], cache[1], rows_S)

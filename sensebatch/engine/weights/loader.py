@@ -15,7 +15,7 @@ from sensebatch.checkpoint.files import Checkpoint, check_tensors
 from sensebatch.checkpoint.tensors import expected_tensors
 from sensebatch.engine.decoding import can_decode_fast
 from sensebatch.engine.device.memory import empty_cache, translated_out_of_memory
-from sensebatch.engine.model.attention import CUDNN_LEAST_QUERIES, Attention
+from sensebatch.engine.model.attention import LONG_RUN, Attention
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.weights.lora import Lora
 from sensebatch.engine.weights.residency import Residency
@@ -123,14 +123,15 @@ def warm_up(
     """
     if not loader.fused:
         return None
-    from sensebatch.engine.model import decode_kernels, kernels
+    from sensebatch.engine.model import attention_kernels, decode_kernels, kernels
 
     start = time.perf_counter()
     arch = loader.arch
     with torch.inference_mode():
         kernels.warm_up(arch, loader.dtype, loader.device, quantised=loader.precision is not None)
+        attention_kernels.warm_up_runs(arch, loader.dtype, loader.device)
         q_THE = torch.zeros(
-            CUDNN_LEAST_QUERIES,
+            LONG_RUN,
             arch.num_heads,
             arch.head_dim,
             dtype=loader.dtype,

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 
 from sensebatch.checkpoint.files import open_checkpoint
 from sensebatch.config import ModelConfig
+from sensebatch.engine.device import runtime
 from sensebatch.engine.device.choice import resolve_runtime
 from sensebatch.engine.device.memory import cap_device_memory
 from sensebatch.engine.device.runtime import (
@@ -120,64 +122,95 @@ def test_flash_attention_is_asked_for_one_sequence(
         assert torch.equal(attention.flash(q, k, v, causal), expected)
 
 
-@pytest.mark.parametrize(("queries", "keys"), [(2, 3), (8, 30), (9, 30), (29, 30), (40, 41)])
-def test_queries_behind_earlier_keys_need_no_mask(
-    monkeypatch: pytest.MonkeyPatch, queries: int, keys: int
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 30), (2, 3), (8, 30), (9, 30), (29, 30), (5, 5)])
+def test_queries_after_earlier_keys_need_no_mask(
+    monkeypatch: pytest.MonkeyPatch, queries: int, keys: int, causal: bool
 ) -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(queries, 4, 8), torch.randn(keys, 2, 8), torch.randn(keys, 2, 8)
-    expected = attention.sdpa(q, k, v, True)
-    masks = []
+    expected = attention.sdpa(q, k, v, causal)
+    masks: list[torch.Tensor | None] = []
     attend: Any = torch.nn.functional.scaled_dot_product_attention
 
-    def watched(*args: Any, attn_mask: Any, **rest: Any) -> torch.Tensor:
+    def watched(*args: Any, attn_mask: torch.Tensor | None, **rest: Any) -> torch.Tensor:
         masks.append(attn_mask)
         return attend(*args, attn_mask=attn_mask, **rest)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
-    monkeypatch.setattr(attention, "_forms_scores", lambda _: True)
-    torch.testing.assert_close(attention.sdpa(q, k, v, True), expected, rtol=0, atol=1e-6)
+    actual = attention.attend_without_mask(q, k, v, causal)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
     assert set(masks) == {None}
 
 
 @pytest.mark.parametrize(
-    ("is_cuda", "dtype", "capability", "expected"),
+    ("dtype", "capability", "masked"),
     [
-        (False, torch.bfloat16, (9, 0), False),
-        (True, torch.bfloat16, (9, 0), True),
-        (True, torch.float16, (8, 0), True),
-        (True, torch.float16, (7, 5), False),
-        (True, torch.float32, (9, 0), False),
+        (torch.bfloat16, (9, 0), False),
+        (torch.float16, (8, 0), False),
+        (torch.float16, (7, 5), True),
+        (torch.float32, (9, 0), True),
     ],
 )
-def test_masks_are_left_out_where_torch_has_flash_attention(
+def test_without_kernels_torch_may_take_only_what_computes_the_same_each_time(
     monkeypatch: pytest.MonkeyPatch,
-    is_cuda: bool,
     dtype: torch.dtype,
     capability: tuple[int, int],
-    expected: bool,
+    masked: bool,
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    queries = SimpleNamespace(is_cuda=is_cuda, dtype=dtype, device=None)
-    assert attention._forms_scores(cast(torch.Tensor, queries)) == expected
+    seen = []
 
-
-def test_cudnn_is_for_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which kernel computes cannot be seen on a CPU, but which ones torch is allowed can."""
-    allowed = []
-
-    def record(q: torch.Tensor, *_: Any) -> torch.Tensor:
-        allowed.append(torch.backends.cuda.flash_sdp_enabled())
+    def watched(
+        q: torch.Tensor, *_: torch.Tensor, attn_mask: torch.Tensor | None, **__: bool
+    ) -> torch.Tensor:
+        cuda = torch.backends.cuda
+        allowed = cuda.flash_sdp_enabled(), cuda.math_sdp_enabled()
+        others = cuda.cudnn_sdp_enabled(), cuda.mem_efficient_sdp_enabled()
+        seen.append((attn_mask is not None, allowed, others))
         return q
 
-    monkeypatch.setattr(attention, "sdpa", record)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    q, k = torch.zeros(9, 2, 8, dtype=dtype), torch.zeros(12, 2, 8, dtype=dtype)
+    attention.torch_runs(q, k, k, True)
+    assert seen == [(masked, (True, True), (False, False))]
+
+
+def test_long_runs_of_an_image_go_to_the_backend_and_all_others_to_another_kernel() -> None:
+    taken = []
+
+    def images(q: torch.Tensor, *_: object) -> torch.Tensor:
+        taken.append("images")
+        return q
+
+    def runs(q: torch.Tensor, *_: object) -> torch.Tensor:
+        taken.append("runs")
+        return q
+
+    attend = attention.shared(images, runs)
     for queries, causal in (
-        (attention.CUDNN_LEAST_QUERIES, False),
-        (attention.CUDNN_LEAST_QUERIES - 1, False),
-        (attention.CUDNN_LEAST_QUERIES, True),
+        (attention.LONG_RUN, False),
+        (attention.LONG_RUN - 1, False),
+        (attention.LONG_RUN, True),
+        (1, False),
     ):
-        attention.cudnn(torch.zeros(queries, 1, 8), torch.zeros(1, 1, 8), torch.zeros(1), causal)
-    assert allowed == [False, True, True]
+        attend(torch.zeros(queries, 1, 8), torch.zeros(queries, 1, 8), torch.zeros(1), causal)
+    assert taken == ["images", "runs", "runs", "runs"]
+
+
+def test_a_run_never_takes_torchs_own_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For one query after many keys that is a kernel whose sums depend on chance."""
+    pytest.importorskip("triton", reason="Triton has no build for this platform")
+    from sensebatch.engine.model import attention_kernels
+
+    monkeypatch.setattr(runtime, "torch_runs", lambda q, *_: q + 1)
+    monkeypatch.setattr(attention_kernels, "attend_run", lambda q, *_: q + 2)
+    q = torch.zeros(1, 2, 8)
+    for backend in runtime.BACKENDS:
+        for fused, expected in ((False, 1), (True, 2)):
+            attend = runtime.new_attention(backend, "cuda", fused=fused)
+            assert torch.equal(attend(q, q, q, True), q + expected)
+    assert runtime.new_attention("sdpa", "cpu", fused=False) is attention.sdpa
 
 
 def test_kernels_are_for_gpus_with_triton_and_heads_of_powers_of_two(
@@ -187,10 +220,9 @@ def test_kernels_are_for_gpus_with_triton_and_heads_of_powers_of_two(
     tiny = open_checkpoint("tiny").architecture
     assert is_tileable(large)
     assert not is_tileable(tiny)
-    runtime = sys.modules["sensebatch.engine.device.runtime"]
     spec = importlib.machinery.ModuleSpec("triton", None)
     for found in (spec, None):
-        monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda _, found=found: found)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda _, found=found: found)
         assert resolve_fused(True, "cuda", large) == (found is spec)
         assert not resolve_fused(True, "cuda", tiny)
         assert not resolve_fused(False, "cuda", large)
