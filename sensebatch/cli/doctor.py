@@ -22,14 +22,15 @@ def doctor(
     """
     from dataclasses import asdict
 
+    from sensebatch.cli.messages import show
     from sensebatch.engine.device.machine import look_at_machine
 
     machine = asdict(look_at_machine())
     machine["speeds_file"] = None if machine["gpu"] is None else _keep(machine)
     if as_json:
-        print(json.dumps(machine))
+        show(json.dumps(machine))
     else:
-        print("\n".join(_lines(machine)))
+        show("\n".join(_lines(machine)))
 
 
 def _keep(machine: Mapping[str, Any]) -> str | None:

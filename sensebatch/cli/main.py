@@ -7,12 +7,13 @@ only by those that compute.
 from __future__ import annotations
 
 import io
+import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-import typer.core
 
 import sensebatch
 from sensebatch.cli import (
@@ -30,10 +31,15 @@ from sensebatch.cli import (
     status,
     t2i,
 )
-from sensebatch.cli.messages import counted, say
+from sensebatch.cli.messages import OutputError, counted, say, show, show_anyway
 from sensebatch.cli.options import with_options
 from sensebatch.errors import ManifestError, RunStoppedError, SensebatchError, StoppedError
 
+_NAME = "sensebatch"
+_USAGE_ERRORS: tuple[type[Exception], ...] = tuple(
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
+)
+"""What is wrong with a command line, in the library's own terms; it has no public name in typer."""
 _SETTINGS = {
     # cfg_scale and cfg-scale are the same option; values are left alone.
     "token_normalize_func": lambda token: token.replace("_", "-"),
@@ -41,21 +47,9 @@ _SETTINGS = {
 }
 
 
-class _Group(typer.core.TyperGroup):
-    """Says what is wrong with an option's value without the words of the library that found it."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Runs the command that was named."""
-        try:
-            return super().invoke(ctx)
-        except typer.BadParameter as error:
-            error.message = error.message.removeprefix("Value error, ")
-            raise
-
-
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"sensebatch {sensebatch.__version__}")
+        show(f"sensebatch {sensebatch.__version__}")
         raise typer.Exit
 
 
@@ -72,8 +66,7 @@ def _root(
 
 def _make_app() -> typer.Typer:
     app = typer.Typer(
-        name="sensebatch",
-        cls=_Group,
+        name=_NAME,
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
@@ -112,20 +105,47 @@ def main(args: Sequence[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Not every terminal can show every character of a prompt or a box.
         sys.stdout.reconfigure(errors="backslashreplace")
+    raise SystemExit(_run(sys.argv[1:] if args is None else list(args)))
+
+
+def _run(args: list[str]) -> int:
+    """Runs a command line, says what is wrong with it, and returns the exit code."""
+    as_json = "--json" in args
     try:
-        app(args=None if args is None else list(args), prog_name="sensebatch")
+        code = app(args=args, prog_name=_NAME, standalone_mode=False)
     except SensebatchError as error:
         say(_message(error))
-        raise SystemExit(exit_code(error)) from None
+        if as_json and not isinstance(error, RunStoppedError):
+            _show_error(_message(error), **_details(error))
+        return exit_code(error)
+    except _USAGE_ERRORS as error:
+        text = _usage_message(error)
+        if text:
+            say(text)
+        if text and as_json:
+            _show_error(text)
+        return exits.USAGE
+    except OutputError as error:
+        if not str(error):
+            # Its reader has enough, as in `sensebatch report DIR | head`.
+            return exits.DONE
+        say(f"{_NAME}: {error}")
+        return exits.UNWRITTEN
     except KeyboardInterrupt:
-        raise SystemExit(exits.INTERRUPTED) from None
+        return exits.INTERRUPTED
+    return code if isinstance(code, int) else exits.DONE
+
+
+def _show_error(text: str, **details: Any) -> None:
+    """Prints the object of `--json` where nothing was started."""
+    show_anyway(json.dumps({"exit_code": exits.USAGE, "error": text, **details}))
 
 
 def exit_code(error: SensebatchError) -> int:
     """Returns the exit code of an error that ended a command.
 
-    A full disk or a failed device leaves a run that can go on; everything else is for the user
-    to put right before anything can be done.
+    A full disk or a failed device leaves a run that can be resumed; everything else is for the
+    user to fix before anything can be done.
     """
     return exits.RESUMABLE if isinstance(error, RunStoppedError) else exits.USAGE
 
@@ -135,5 +155,24 @@ def _message(error: SensebatchError) -> str:
         return "stopped before anything was run; the same command starts it"
     if isinstance(error, ManifestError):
         mistakes = counted(error.num_problems, "mistake")
-        return f"{error}\nsensebatch: {mistakes} in the manifest; nothing was started"
-    return f"sensebatch: {error}"
+        return f"{error}\n{_NAME}: {mistakes} in the manifest; nothing was started"
+    return f"{_NAME}: {error}"
+
+
+def _details(error: SensebatchError) -> dict[str, Any]:
+    """Returns what `--json` says of an error beside its text."""
+    if not isinstance(error, ManifestError):
+        return {}
+    problems = [asdict(problem) for problem in error.problems]
+    return {"num_problems": error.num_problems, "problems": problems}
+
+
+def _usage_message(error: Any) -> str:
+    """Returns what is wrong with a command line; nothing where help was printed instead."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.ctx.get_help()
+        return ""
+    # Pydantic's words, for a value that is not one of a flag's.
+    text = f"{_NAME}: {error.format_message()}".replace(": Value error, ", ": ")
+    context = getattr(error, "ctx", None)
+    return text if context is None else f"{text}\nsee {context.command_path} --help"

@@ -30,7 +30,7 @@ def validate(
     ] = False,
 ) -> None:
     """Check manifests as a run would before it starts; prints every mistake there is."""
-    from sensebatch.cli.messages import counted, warn_of
+    from sensebatch.cli.messages import counted, show, warn_of
     from sensebatch.manifest.read import read_manifests
     from sensebatch.settings import resolve_settings
 
@@ -39,18 +39,19 @@ def validate(
     by_task = Counter(job.task for job in jobs)
     if as_json:
         counts = {task.value: by_task[task] for task in Task}
-        print(json.dumps({"jobs": by_task.total(), "by_task": counts}))
+        show(json.dumps({"jobs": by_task.total(), "by_task": counts}))
         return
     words = ", ".join(f"{count:,} {task.value}" for task, count in by_task.items())
-    print(f"no mistakes in {counted(by_task.total(), 'job')} ({words})")
+    show(f"no mistakes in {counted(by_task.total(), 'job')} ({words})")
 
 
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of a YAML manifest, for editors."""
+    from sensebatch.cli.messages import show
     from sensebatch.manifest.fields import manifest_schema
 
-    print(json.dumps(manifest_schema(), indent=2))
+    show(json.dumps(manifest_schema(), indent=2))
 
 
 @app.command()
@@ -67,10 +68,10 @@ def convert(
     ] = False,
 ) -> None:
     """Write a manifest in another format, one row a job, matrices and defaults worked out."""
-    from sensebatch.cli.messages import counted
+    from sensebatch.cli.messages import counted, show
     from sensebatch.manifest.convert import convert_manifest
     from sensebatch.settings import resolve_settings
 
     config = resolve_settings(config_file=model.config, flags=model.flags())
     num_jobs = convert_manifest(source, destination, config, task=task, embed_images=embed_images)
-    print(f"{counted(num_jobs, 'job')} written to {destination}")
+    show(f"{counted(num_jobs, 'job')} written to {destination}")

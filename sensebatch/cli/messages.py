@@ -1,17 +1,50 @@
-"""What is said to people beside a command's result: always on stderr."""
+"""What a command prints: its result on stdout, and what is said to people on stderr."""
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import suppress
 
 from sensebatch.errors import Problem
 
 
+class OutputError(Exception):
+    """Standard output cannot be written."""
+
+
+def show(text: str) -> None:
+    """Prints a command's result, or a line of it, on stdout.
+
+    Raises:
+        OutputError: It cannot be written; what follows is not shown either.
+    """
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        # Or the interpreter would try to write the rest at its end.
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise OutputError("") from None
+        raise OutputError(f"stdout: {error.strerror}") from None
+
+
+def show_anyway(text: str) -> None:
+    """Prints on stdout; a failure changes no exit code, which says what became of the jobs."""
+    try:
+        show(text)
+    except OutputError as error:
+        if str(error):
+            warn(str(error))
+
+
 def say(text: str) -> None:
-    """Prints a line for people; where they are gone, with their terminal, work goes on."""
-    with suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+    """Prints a line for people; where nobody reads it any more, work goes on."""
+    # Without standard error, print would take standard output.
+    if sys.stderr is not None:
+        with suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
 
 
 def counted(count: int, noun: str) -> str:

@@ -39,10 +39,11 @@ def inspect(
     """
     from sensebatch.checkpoint.files import open_checkpoint
     from sensebatch.checkpoint.summary import summarise
+    from sensebatch.cli.messages import show
 
     summary = summarise(open_checkpoint(model, revision))
     if as_json:
-        print(json.dumps(_plain(summary)))
+        show(json.dumps(_plain(summary)))
     else:
         from sensebatch.cli.tables import print_model
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from sensebatch.cli.compare import compose
 from sensebatch.cli.job_options import JobOptions
-from sensebatch.cli.messages import say, warn_of
+from sensebatch.cli.messages import say, show_anyway, warn_of
 from sensebatch.cli.outcome import finish, telling_stops
 from sensebatch.cli.session import run_session
 from sensebatch.config import ModelConfig, RunConfig
@@ -219,7 +219,7 @@ def _copy_out(finished: FinishedJob, folder: Path, suffix: str) -> list[Path]:
 def _extras(job: JobOptions, finished: FinishedJob, compare: Path) -> list[Path]:
     """Prints the text and writes the comparison of a job, as asked for."""
     if job.print_think and (text := finished.read_text()) is not None:
-        (say if job.as_json else print)(text)
+        (say if job.as_json else show_anyway)(text)
     if not job.compare or not finished.image_files:
         return []
     inputs = [_decoded(read_input_image(image)) for image in finished.job.images]

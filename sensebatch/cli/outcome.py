@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from sensebatch.cli import exits
-from sensebatch.cli.messages import counted, say
+from sensebatch.cli.messages import counted, say, show_anyway
 from sensebatch.errors import RunStoppedError
 from sensebatch.executor.run import Summary
 from sensebatch.report.summary import Summary as Report
@@ -46,9 +46,9 @@ def finish(
         values = outcome_json(root, summary, report)
         if outputs is not None:
             values["outputs"] = [str(path) for path in outputs]
-        print(json.dumps(values))
+        show_anyway(json.dumps(values))
     elif report is not None:
-        print(format_summary(report))
+        show_anyway(format_summary(report))
     for line in outcome_lines(root, summary):
         say(line)
     for path in outputs or ():
@@ -64,7 +64,7 @@ def telling_stops(root: Path, *, as_json: bool) -> Iterator[None]:
     except RunStoppedError as error:
         if as_json:
             values = {"output_dir": str(root), "exit_code": exits.RESUMABLE, "stopped": True}
-            print(json.dumps({**values, "error": str(error)}))
+            show_anyway(json.dumps({**values, "error": str(error)}))
         raise
 
 

@@ -32,7 +32,7 @@ def plan(
     group. Where sensebatch doctor has measured a GPU, also what auto would take on it, and the
     least time that its speeds allow.
     """
-    from sensebatch.cli.messages import warn, warn_of
+    from sensebatch.cli.messages import show, warn, warn_of
     from sensebatch.cli.speed_cache import read_speeds
     from sensebatch.manifest.read import read_manifests
     from sensebatch.plan.batches import make_plan, plan_entry
@@ -50,7 +50,7 @@ def plan(
         "machine": None if machine is None else machine.model_dump(),
     }
     if as_json:
-        print(json.dumps(summary))
+        show(json.dumps(summary))
     else:
         from sensebatch.cli.plan_tables import print_plan
 

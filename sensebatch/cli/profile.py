@@ -172,7 +172,7 @@ def _finish(folder: Path, rows: Sequence[Row]) -> NoReturn:
     Raises:
         typer.Exit: Always, with the exit code.
     """
-    from sensebatch.cli.messages import say
+    from sensebatch.cli.messages import say, show
     from sensebatch.profile.markdown import format_markdown
     from sensebatch.profile.plot import plot
     from sensebatch.profile.rows import DONE, PARQUET_NAME
@@ -180,7 +180,7 @@ def _finish(folder: Path, rows: Sequence[Row]) -> NoReturn:
 
     text = format_markdown(rows)
     write_atomic(folder / MARKDOWN_NAME, text.encode())
-    print(text, end="")
+    show(text.rstrip("\n"))
     say(f"results {folder / PARQUET_NAME}, {folder / MARKDOWN_NAME}")
     say(plot(folder, rows))
     failed = any(row.status != DONE for row in rows)

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from sensebatch.cli.eta import RemainingTime
 from sensebatch.cli.messages import counted, say, warn
-from sensebatch.cli.signals import STOPPING, StopSignals
+from sensebatch.cli.signals import FINISHING, StopSignals
 from sensebatch.contract import Progress
 from sensebatch.jobs import Batch, EngineInfo
 from sensebatch.plan.batches import Plan
@@ -32,10 +32,12 @@ class Tracker(RunObserver):
     """Knows where a run is and says how it begins; what is shown of the rest is a child's.
 
     Args:
+        stop: Lets the run end after the current images, once there are any to come.
         clock: Seconds that only grow.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, stop: StopSignals, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stop = stop
         self._clock = clock
         self._remaining: RemainingTime | None = None
         self._batch_start = 0.0
@@ -63,6 +65,7 @@ class Tracker(RunObserver):
 
     def loaded(self, info: EngineInfo) -> None:
         """The weights are loaded."""
+        self._stop.finish_images()
         say(loaded_line(info))
 
     def run_started(self, counts: Counts, plan: Plan) -> None:
@@ -131,9 +134,8 @@ class LiveDisplay(Tracker):
     """
 
     def __init__(self, console: Console, stop: StopSignals) -> None:
-        super().__init__()
+        super().__init__(stop)
         self._console = console
-        self._stop = stop
         self._live = Live(self, console=console, transient=True)
 
     def run_started(self, counts: Counts, plan: Plan) -> None:
@@ -164,7 +166,7 @@ class LiveDisplay(Tracker):
             return Text()
         lines: list[RenderableType] = [self._grid()]
         if self._stop.is_set():
-            lines.append(Text(STOPPING, style="yellow"))
+            lines.append(Text(FINISHING, style="yellow"))
         return Group(*lines)
 
     def _grid(self) -> Table:
@@ -189,14 +191,18 @@ class PlainLines(Tracker):
     """One line for each batch, for files and pipes.
 
     Args:
+        stop: As of `Tracker`.
         say: Prints a line.
         clock: Seconds that only grow.
     """
 
     def __init__(
-        self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic
+        self,
+        stop: StopSignals,
+        say: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(clock)
+        super().__init__(stop, clock)
         self._say = say
 
     def batch_finished(self, batch: Batch, attempts: Sequence[Attempt]) -> None:
@@ -227,7 +233,7 @@ def watch(stop: StopSignals) -> Iterator[Tracker]:
     """Shows a run on stderr while the block runs, and yields what to tell of it."""
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal or console.is_dumb_terminal:
-        yield PlainLines(say)
+        yield PlainLines(stop, say)
         return
     display = LiveDisplay(console, stop)
     try:

@@ -30,6 +30,7 @@ def report(
     ] = False,
 ) -> None:
     """Print what a run cost: load, seconds an image, throughput, peak memory, calls."""
+    from sensebatch.cli.messages import show
     from sensebatch.cli.tables import print_groups
     from sensebatch.report.summary import format_summary, read_log, summarise, summary_json
     from sensebatch.report.timeline import format_timeline, timeline
@@ -39,13 +40,13 @@ def report(
     if show_timeline:
         batches = timeline(log)
         if as_json:
-            print(json.dumps([asdict(batch) for batch in batches]))
+            show(json.dumps([asdict(batch) for batch in batches]))
         else:
-            print(format_timeline(batches))
+            show(format_timeline(batches))
         return
     summary = summarise(log)
     if as_json:
-        print(json.dumps(summary_json(summary)))
+        show(json.dumps(summary_json(summary)))
         return
-    print(format_summary(summary, max_calls=None if calls else MAX_CALLS))
+    show(format_summary(summary, max_calls=None if calls else MAX_CALLS))
     print_groups(summary)

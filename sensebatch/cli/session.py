@@ -9,6 +9,7 @@ from sensebatch import session
 from sensebatch.cli.messages import say
 from sensebatch.cli.progress import watch
 from sensebatch.cli.signals import StopSignals
+from sensebatch.errors import StoppedError
 from sensebatch.executor.run import Summary
 from sensebatch.session import Request
 
@@ -21,8 +22,12 @@ def run_session(request: Request) -> Summary:
     """
     _settle_allocator()
     say(f"reading {', '.join(request.sources)}")
-    with StopSignals().installed() as stop, watch(stop) as display:
-        return session.run_session(request, observer=display, stop=stop)
+    stop = StopSignals()
+    try:
+        with stop.installed(interrupts=True), watch(stop) as display:
+            return session.run_session(request, observer=display, stop=stop)
+    except KeyboardInterrupt:
+        raise StoppedError("a signal came before any job was run") from None
 
 
 def _settle_allocator() -> None:

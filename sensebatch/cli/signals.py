@@ -1,67 +1,128 @@
-"""What SIGINT and SIGTERM do to a run: the first asks it to stop, the second ends it."""
+"""What SIGINT, SIGTERM and SIGHUP do to a run: the first stops it, the second ends it at once."""
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import NoReturn
 
-STOPPING = "stopping once the work in hand is finished; again to stop at once"
-"""What a person is told after the first signal."""
-RESUMABLE = "stopped at once; the same command goes on from here"
-"""What a person is told after the second."""
+FINISHING = "stopping after the current images; again to stop at once"
+"""What is said after the first signal, once jobs are running."""
+LEAVING = "stopping; again to stop at once"
+"""What is said after the first signal before that."""
+RESUMABLE = "stopped at once; the same command resumes the run"
+"""What is said after the second signal."""
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_NOTICE = f"\n{STOPPING}\n".encode()
 _SHOW_CURSOR = b"\x1b[?25h"
 
 
 class StopSignals:
     """Whether a run was asked to stop; a run's `Stop` for the executor.
 
+    Python runs a signal's handler between two of its own instructions, however many signals came
+    before, so that two of them during one long call would count as one. So the signals are counted
+    where they arrive: each one writes a byte to a socket, which a thread reads.
+
     Args:
-        ended: What a person is told after the second signal.
+        ended: What is said after the second signal.
     """
 
     def __init__(self, ended: str = RESUMABLE) -> None:
-        self._ended = f"\n{ended}\n".encode()
-        self._stop = threading.Event()
         self.notice = True
         """Whether the first signal prints a line; a display shows it otherwise."""
+        self._ended = ended
+        self._stop = threading.Event()
+        self._numbers: tuple[int, ...] = ()
+        self._interrupts = False
+        self._finishes = True
+        self._num_handled = 0
+        self._ending = threading.RLock()
 
     def is_set(self) -> bool:
         """Returns whether a first signal came."""
         return self._stop.is_set()
 
+    def finish_images(self) -> None:
+        """Lets the run end, from now on, where it is resumed best after a first signal."""
+        self._interrupts, self._finishes = False, True
+
     @contextmanager
-    def installed(self) -> Iterator[StopSignals]:
-        """Handles the signals while the block runs."""
-        before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+    def installed(self, *, interrupts: bool = False) -> Iterator[StopSignals]:
+        """Handles the signals while the block runs; in the main thread alone.
+
+        Args:
+            interrupts: Whether the first signal raises KeyboardInterrupt in the main thread, until
+                `finish_images` is called.
+        """
+        self._interrupts, self._finishes = interrupts, not interrupts
+        self._numbers = handled_signals()
+        arrived, arriving = socket.socketpair()
+        arriving.setblocking(False)
+        wakeup = signal.set_wakeup_fd(arriving.fileno(), warn_on_full_buffer=False)
+        before = {number: signal.signal(number, self._handle) for number in self._numbers}
+        counter = threading.Thread(target=self._count, args=(arrived,), daemon=True)
+        counter.start()
         try:
             yield self
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            signal.set_wakeup_fd(wakeup)
+            arriving.close()
+            counter.join()
+            arrived.close()
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        # Plain writes: the signal may have come in the middle of a print.
-        if self._stop.is_set():
+        self._num_handled += 1
+        if self._num_handled > 1:
+            self._end(number)
+        self._stop.set()
+        if self._interrupts:
+            self._interrupts = False
+            raise KeyboardInterrupt
+
+    def _count(self, arrived: socket.socket) -> None:
+        """Takes account of every signal that arrives, until the other end of the socket closes."""
+        num_arrived = 0
+        while numbers := arrived.recv(64):
+            for number in numbers:
+                if number not in self._numbers:
+                    continue
+                num_arrived += 1
+                if num_arrived > 1:
+                    self._end(number)
+                self._stop.set()
+                if self.notice:
+                    _tell(FINISHING if self._finishes else LEAVING)
+
+    def _end(self, number: int) -> NoReturn:
+        with self._ending:
             _tell(self._ended, show_cursor=True)
             # Waiting for threads and buffers would not be at once, and nothing is lost: what
             # counts is on the disk, as after a kill.
             os._exit(128 + number)
-        self._stop.set()
-        if self.notice:
-            _tell(_NOTICE)
 
 
-def _tell(text: bytes, *, show_cursor: bool = False) -> None:
-    """Writes to standard error, if there is one; who read it may be gone, which stops nothing."""
-    # Without standard error its number may be that of another file.
+def handled_signals() -> tuple[int, ...]:
+    """Returns the signals that stop a run: SIGINT, SIGTERM and, unless it is ignored, SIGHUP."""
+    numbers = [int(signal.SIGINT), int(signal.SIGTERM)]
+    # Ignored under nohup, which is what it is for.
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(int(signal.SIGHUP))
+    return tuple(numbers)
+
+
+def _tell(text: str, *, show_cursor: bool = False) -> None:
+    """Writes to standard error, if there is one; if nobody reads it any more, nothing stops."""
+    # A plain write, because the main thread may be in the middle of a print. Without standard
+    # error its number may be that of another file.
     if sys.stderr is not None:
         with suppress(OSError):
-            os.write(2, (_SHOW_CURSOR if show_cursor and sys.stderr.isatty() else b"") + text)
+            cursor = _SHOW_CURSOR if show_cursor and sys.stderr.isatty() else b""
+            os.write(2, cursor + f"\n{text}\n".encode())

@@ -17,13 +17,13 @@ def status(
     ] = False,
 ) -> None:
     """Print how many jobs of a run are done, failed and still to do."""
-    from sensebatch.cli.messages import counted
+    from sensebatch.cli.messages import counted, show
     from sensebatch.store.status import read_status
 
     found = read_status(folder)
     if as_json:
         more = {"kept_images": found.kept_images, "running": found.running}
-        print(json.dumps({**asdict(found.counts), **more}))
+        show(json.dumps({**asdict(found.counts), **more}))
         return
     counts = found.counts
     parts = [f"{counts.done} of {counted(counts.jobs, 'job')} done", f"{counts.failed} failed"]
@@ -36,4 +36,4 @@ def status(
     if counts.unread:
         parts.append(f"{counts.unread} not read because of --limit")
     state = "running now" if found.running else "not running"
-    print(f"{folder}: {', '.join(parts)} ({state})")
+    show(f"{folder}: {', '.join(parts)} ({state})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
 from dataclasses import fields
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sensebatch.cli.messages import counted
+from sensebatch.cli.messages import counted, show
 from sensebatch.units import GIB
 
 if TYPE_CHECKING:
@@ -30,12 +31,18 @@ def new_table(*columns: str, words: int = 1) -> Table:
 
 def print_parts(*parts: object) -> None:
     """Prints tables and lines."""
+    terminal = Console(highlight=False)
     # A table that is piped into a file keeps its width, whatever the terminal's.
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 120
+    printed = io.StringIO()
+    console = Console(
+        file=printed,
+        force_terminal=terminal.is_terminal,
+        width=terminal.width if terminal.is_terminal else 120,
+        highlight=False,
+    )
     for part in parts:
         console.print(part)
+    show(printed.getvalue().removesuffix("\n"))
 
 
 def print_groups(summary: Summary) -> None:

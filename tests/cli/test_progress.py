@@ -15,7 +15,7 @@ from rich.console import Console
 from sensebatch.cli.eta import RemainingTime
 from sensebatch.cli.messages import say
 from sensebatch.cli.progress import LiveDisplay, PlainLines, step_words, watch
-from sensebatch.cli.signals import STOPPING, StopSignals
+from sensebatch.cli.signals import FINISHING, StopSignals
 from sensebatch.contract import Phase, Progress
 from sensebatch.jobs import Batch, Job, Task, group_key
 from sensebatch.plan.batches import Plan, make_plan, plan_entry
@@ -111,7 +111,7 @@ def test_interrupted_batches_are_not_taken_out_of_the_plan() -> None:
 
 def test_parts_of_a_split_batch_are_still_to_come_and_the_attempt_drew_nothing() -> None:
     clock = Clock()
-    lines = PlainLines(lambda _: None, clock)
+    lines = PlainLines(StopSignals(), lambda _: None, clock)
     lines.run_started(_counts(6), _plan(T2I))
     lines.batch_started(_batch(*T2I[:4]))
     clock.now = 2.0
@@ -126,7 +126,7 @@ def test_parts_of_a_split_batch_are_still_to_come_and_the_attempt_drew_nothing()
 
 def test_jobs_that_fail_before_a_batch_are_no_longer_to_come() -> None:
     clock = Clock()
-    lines = PlainLines(lambda _: None, clock)
+    lines = PlainLines(StopSignals(), lambda _: None, clock)
     lines.run_started(_counts(6), _plan(T2I))
     lines.batch_started(_batch(T2I[0]))
     for job in T2I[1:4]:
@@ -146,7 +146,7 @@ def test_jobs_tried_again_are_not_taken_out_of_the_plan_twice() -> None:
 
 def test_remaining_time_counts_down_while_a_batch_runs() -> None:
     clock = Clock()
-    lines = PlainLines(lambda _: None, clock)
+    lines = PlainLines(StopSignals(), lambda _: None, clock)
     lines.run_started(_counts(6), _plan(T2I))
     lines.batch_started(_batch(*T2I[:2]))
     assert lines.remaining_s() is None
@@ -161,7 +161,7 @@ def test_remaining_time_counts_down_while_a_batch_runs() -> None:
 
 def test_what_an_interrupted_run_has_drawn_says_nothing_of_the_speed() -> None:
     clock = Clock()
-    lines = PlainLines(lambda _: None, clock)
+    lines = PlainLines(StopSignals(), lambda _: None, clock)
     lines.run_started(_counts(6), _plan(T2I))
     lines.batch_started(_batch(*T2I[:2]))
     # Three of four passes of two steps are kept.
@@ -202,7 +202,7 @@ def test_live_display_shows_the_whole_and_the_batch() -> None:
 def test_live_display_says_that_it_is_about_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     stop = StopSignals()
     monkeypatch.setattr(stop, "is_set", lambda: True)
-    assert STOPPING in _shown(_display(stop))
+    assert FINISHING in _shown(_display(stop))
 
 
 def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:

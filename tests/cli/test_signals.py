@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from sensebatch.__main__ import main as start
 from sensebatch.cli.signals import StopSignals
 from tests.backends import FakeBackend
 from tests.cli.conftest import Invoke
@@ -46,22 +45,56 @@ def _once(number: signal.Signals) -> Callable[[], None]:
     return send
 
 
-class Interrupted:
-    """Finds the program as slowly as to be interrupted."""
+SIGNALLED_EARLY = """
+import os, sys
+from sensebatch.__main__ import main
 
-    def find_spec(self, name: str, *_: Any) -> None:
+class Signalled:
+    def find_spec(self, name, *_):
         if name == "sensebatch.cli.main":
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), {number})
+
+sys.meta_path.insert(0, Signalled())
+main()
+"""
+
+BUSY = """
+import hashlib, os, signal, threading, time
+from sensebatch.cli.signals import StopSignals
+
+def send_two():
+    for _ in range(2):
+        time.sleep(0.05)
+        os.kill(os.getpid(), {number})
+
+with StopSignals().installed():
+    threading.Thread(target=send_two, daemon=True).start()
+    # One call, in which Python runs no handler.
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 20_000_000)
+    print("over")
+"""
+
+ENDS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 
 
-def test_ctrl_c_before_the_program_is_there_ends_it_quietly(
-    monkeypatch: pytest.MonkeyPatch,
+def _python(script: str, *args: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Runs a script in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", script, *map(str, args)],
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+        text=True,
+        **options,
+    )
+
+
+@pytest.mark.parametrize(("number", "code"), ENDS)
+def test_a_signal_while_the_program_is_imported_ends_it_quietly(
+    number: signal.Signals, code: int
 ) -> None:
-    monkeypatch.delitem(sys.modules, "sensebatch.cli.main", raising=False)
-    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
-    with pytest.raises(SystemExit) as ended:
-        start()
-    assert ended.value.code == 130
+    ended = _python(SIGNALLED_EARLY.format(number=int(number)))
+    assert (ended.returncode, ended.stdout, ended.stderr) == (code, "", "")
 
 
 @pytest.mark.parametrize("closed", [False, True])
@@ -74,7 +107,7 @@ def test_a_signal_stops_a_run_that_can_tell_nobody(
         written.append(text)
         raise BrokenPipeError
 
-    with StopSignals().installed() as stop, monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, StopSignals().installed() as stop:
         patch.setattr(os, "write", to_a_broken_pipe)
         if closed:
             patch.setattr(sys, "stderr", None)
@@ -83,14 +116,14 @@ def test_a_signal_stops_a_run_that_can_tell_nobody(
     assert len(written) == (0 if closed else 1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_first_signal_commits_a_batch_of_one_pass_and_the_same_command_goes_on(
     invoke: Invoke, manifest: Path, backend: FakeBackend, number: signal.Signals
 ) -> None:
     backend.engine.on_step = _once(number)
     ended = invoke("run", manifest)
     assert ended.code == 75
-    assert "stopping once the work in hand is finished; again to stop at once" in ended.err
+    assert "stopping after the current images; again to stop at once" in ended.err
     assert "2 of 5 jobs done, 3 to do" in ended.err
     assert "the same command goes on from here" in ended.err
     resumed = invoke("run", manifest, "--json").json
@@ -122,6 +155,24 @@ def test_first_signal_ends_a_run_between_two_passes_and_the_same_command_goes_on
     assert backend.engine.drawn[:2] == [("a",), ("b",)]
 
 
+@pytest.mark.parametrize(("number", "code"), ENDS)
+def test_two_signals_during_one_long_call_are_two(number: signal.Signals, code: int) -> None:
+    ended = _python(BUSY.format(number=int(number)))
+    assert (ended.returncode, ended.stdout) == (code, "")
+    assert ended.stderr.endswith("\nstopped at once; the same command resumes the run\n")
+
+
+def test_hangup_is_ignored_where_it_was() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals().installed() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.is_set()
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_signal_in_the_last_batch_is_a_finished_run(
     invoke: Invoke, manifest: Path, backend: FakeBackend
 ) -> None:
@@ -130,7 +181,7 @@ def test_signal_in_the_last_batch_is_a_finished_run(
     assert invoke("run", manifest, "--limit", "3").code == 0
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), ENDS)
 @pytest.mark.usefixtures("backend")
 def test_second_signal_ends_at_once_and_the_run_can_go_on(
     invoke: Invoke, manifest: Path, tmp_path: Path, number: signal.Signals, code: int
@@ -144,7 +195,7 @@ def test_second_signal_ends_at_once_and_the_run_can_go_on(
         text=True,
     )
     assert ended.returncode == code
-    assert ended.stderr.endswith("\nstopped at once; the same command goes on from here\n")
+    assert ended.stderr.endswith("\nstopped at once; the same command resumes the run\n")
     assert invoke("status", "out", "--json").json["started"] == 2
     assert invoke("run", manifest, "--output-dir", "out", "--json").json["done"] == 5
 
@@ -163,6 +214,22 @@ def test_signal_while_the_manifest_is_read_leaves_nothing_started(
     assert ended.code == 75
     assert "stopped before anything was run" in ended.err
     assert backend.loaded == []
+
+
+def test_signal_while_weights_are_loaded_leaves_nothing_started(
+    invoke: Invoke, manifest: Path, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("the load went on")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "load_engine", interrupted)
+        ended = invoke("run", manifest)
+    assert ended.code == 75
+    assert "stopped before anything was run; the same command starts it" in ended.err
+    assert invoke("status", "outputs/small", "--json").json["pending"] == 5
+    assert invoke("run", manifest, "--json").json["this_run"]["done"] == 5
 
 
 def test_handlers_are_put_back() -> None:
