@@ -28,7 +28,7 @@ from sensebatch.errors import (
     StorageFullError,
 )
 from sensebatch.executor.run import Stop, Summary
-from sensebatch.jobs import Job, Task
+from sensebatch.jobs import Job
 from sensebatch.manifest.read import read_manifests, read_rows
 from sensebatch.plan.batches import Plan, plan_entry
 from sensebatch.plan.batches import make_plan as _make_plan
@@ -38,6 +38,7 @@ from sensebatch.store import finished, log, status
 from sensebatch.store.finished import FinishedJob
 from sensebatch.store.run_dir import RunDir
 from sensebatch.store.status import RunStatus
+from sensebatch.tasks import Task
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from sensebatch.jobs import CfgNorm, Precision, Sampling, Task, VramMode
+from sensebatch.jobs import CfgNorm, Precision, Sampling, VramMode
 from sensebatch.resolutions import (
-    BUCKETS_INTERLEAVE,
-    BUCKETS_T2I,
     BUCKETS_TINY,
     PixelLimits,
     Resolution,
 )
+from sensebatch.tasks import TASKS, Task, TaskSpec
 
 TINY_MODEL = "tiny"
 """Name of the embedded checkpoint."""
@@ -31,8 +30,9 @@ class TaskDefaults:
     Source: the published defaults of the SenseNova-U1 inference scripts.
     """
 
-    resolution: Resolution
-    """Without input images; edit and interleave jobs follow their first input."""
+    resolution: Resolution | None
+    """Without input images; edit and interleave jobs follow their first input. None for a task
+    that makes no images."""
     buckets: Mapping[str, Resolution]
     """What `resolution: "16:9"` means."""
     seed: int = 42
@@ -143,29 +143,26 @@ def _sampling() -> Sampling:
     )
 
 
-def _official_tasks() -> dict[Task, TaskDefaults]:
-    square = TaskDefaults(resolution=BUCKETS_T2I["1:1"], buckets=BUCKETS_T2I, sampling=_sampling())
-    return {
-        Task.T2I: square,
-        Task.EDIT: square,
-        Task.INTERLEAVE: replace(
-            square, resolution=BUCKETS_INTERLEAVE["16:9"], buckets=BUCKETS_INTERLEAVE, think=True
-        ),
-    }
-
-
-def _tiny_tasks() -> dict[Task, TaskDefaults]:
-    sampling = replace(
-        _sampling(), num_steps=8, cfg_scale=1.0, max_think_tokens=64, max_new_tokens=256
+def _published(spec: TaskSpec) -> TaskDefaults:
+    rule = spec.drawing
+    return TaskDefaults(
+        resolution=None if rule is None else rule.buckets[rule.ratio],
+        buckets={} if rule is None else rule.buckets,
+        think=bool(spec.thinks),
+        sampling=replace(_sampling(), **spec.sampling),
     )
-    square = TaskDefaults(
-        resolution=BUCKETS_TINY["1:1"],
-        buckets=BUCKETS_TINY,
+
+
+def _tiny(spec: TaskSpec) -> TaskDefaults:
+    return TaskDefaults(
+        resolution=None if spec.drawing is None else BUCKETS_TINY["1:1"],
+        buckets={} if spec.drawing is None else BUCKETS_TINY,
         target_pixels=256 * 256,
         input_max_pixels=None,
-        sampling=sampling,
+        sampling=replace(
+            _sampling(), num_steps=8, cfg_scale=1.0, max_think_tokens=64, max_new_tokens=256
+        ),
     )
-    return {Task.T2I: square, Task.EDIT: square, Task.INTERLEAVE: square}
 
 
 def default_config(model: str = TINY_MODEL) -> RunConfig:
@@ -174,6 +171,7 @@ def default_config(model: str = TINY_MODEL) -> RunConfig:
         return RunConfig(
             model=ModelConfig(model=model),
             pixel_limits=PixelLimits(base_pixels=2 * 256 * 256, min_pixels=128 * 128),
-            tasks=_tiny_tasks(),
+            tasks={task: _tiny(spec) for task, spec in TASKS.items()},
         )
-    return RunConfig(model=ModelConfig(model=model), tasks=_official_tasks())
+    tasks = {task: _published(spec) for task, spec in TASKS.items()}
+    return RunConfig(model=ModelConfig(model=model), tasks=tasks)

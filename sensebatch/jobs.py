@@ -15,6 +15,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from sensebatch.resolutions import Resolution
+from sensebatch.tasks import Branch, Output, SystemPromptKind, Task
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,14 +30,6 @@ MAX_COUNT = 2**31 - 1
 """Largest count or side that the log and the state have room for."""
 MAX_SEED = 2**63 - 1
 """Largest seed, likewise."""
-
-
-class Task(StrEnum):
-    """What a job makes."""
-
-    T2I = "t2i"
-    EDIT = "edit"
-    INTERLEAVE = "interleave"
 
 
 class CfgNorm(StrEnum):
@@ -132,6 +125,18 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Drawing:
+    """How a job's images are drawn; what jobs must share of it to be drawn together."""
+
+    resolution: Resolution
+    """Of every image the job makes."""
+    num_steps: int
+    timestep_shift: float
+    branches: tuple[Branch, ...]
+    """Guidance branches that a step may evaluate."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """One unit of work; it succeeds or fails alone."""
 
@@ -140,8 +145,8 @@ class Job:
     task: Task
     prompt: str
     images: tuple[InputImage, ...] = ()
-    resolution: Resolution
-    """Of every picture the job makes."""
+    resolution: Resolution | None
+    """Of every image the job makes; None for a job that makes none."""
     seed: int
     think: bool
     system_prompt: str | None = None
@@ -152,6 +157,34 @@ class Job:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """Passed through to the log; decides nothing."""
     source: Source
+
+    @property
+    def drawing(self) -> Drawing | None:
+        """How the job's images are drawn; None for a job that makes none."""
+        rule, sampling = self.task.spec.drawing, self.sampling
+        if rule is None or self.resolution is None:
+            return None
+        return Drawing(
+            resolution=self.resolution,
+            num_steps=sampling.num_steps,
+            timestep_shift=sampling.timestep_shift,
+            branches=rule.guidance.branches(sampling.cfg_scale, sampling.img_cfg_scale),
+        )
+
+    @property
+    def max_images(self) -> int:
+        """Most images the job makes."""
+        output = self.task.spec.output
+        if output is Output.IMAGES:
+            return self.sampling.max_images
+        return 1 if output is Output.IMAGE else 0
+
+    @property
+    def max_text_tokens(self) -> int:
+        """Most tokens of text the job writes, its thoughts included."""
+        text = self.task.spec.text
+        writes = text.always or self.think
+        return getattr(self.sampling, text.limit) if writes else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,7 +206,13 @@ class ModelIdentity:
 
     def system_prompt(self, task: Task) -> str:
         """Returns the run's system prompt for a task."""
-        return self.interleave_prompt if task is Task.INTERLEAVE else self.generation_prompt
+        match task.spec.prompt.system:
+            case SystemPromptKind.GENERATION:
+                return self.generation_prompt
+            case SystemPromptKind.INTERLEAVE:
+                return self.interleave_prompt
+            case None:
+                return ""
 
     @property
     def system_prompt_bytes(self) -> int:
@@ -193,7 +232,7 @@ def job_key(job: Job, identity: ModelIdentity) -> str:
         "task": job.task,
         "prompt": job.prompt,
         "images": [image.key for image in job.images],
-        "resolution": asdict(job.resolution),
+        "resolution": None if job.resolution is None else asdict(job.resolution),
         "seed": job.seed,
         "think": job.think,
         "system_prompt": identity.system_prompt(job.task) if prompt is None else prompt,
@@ -217,43 +256,33 @@ def folded_id(job_id: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", job_id).casefold())
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GroupKey:
     """What jobs must share to be run in one batch."""
 
     task: Task
-    resolution: Resolution
-    num_steps: int
-    timestep_shift: float
     think: bool
-    branches: tuple[str, ...]
-    """Guidance branches a step may evaluate: of `cond`, `img_cond`, `uncond`."""
+    drawing: Drawing | None
+    """None for jobs that make no images."""
 
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of one image; 0 for jobs that make none."""
+        return 0 if self.drawing is None else self.drawing.resolution.image_tokens
 
-def guidance_branches(task: Task, cfg_scale: float, img_cfg_scale: float) -> tuple[str, ...]:
-    """Returns the branches that the guidance rule of a task evaluates, conditional first."""
-    if task is Task.T2I:
-        return ("cond", "uncond") if cfg_scale > 1 else ("cond",)
-    if cfg_scale == 1 and img_cfg_scale == 1:
-        return ("cond",)
-    if img_cfg_scale == 1:
-        return ("cond", "img_cond")
-    if img_cfg_scale == cfg_scale:
-        return ("cond", "uncond")
-    return ("cond", "img_cond", "uncond")
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """The branches that are read; of jobs that make no images, the conditional one."""
+        return (Branch.COND,) if self.drawing is None else self.drawing.branches
+
+    def __str__(self) -> str:
+        size = "" if self.drawing is None else f" {self.drawing.resolution}"
+        return f"{self.task}{size}{' with thinking' if self.think else ''}"
 
 
 def group_key(job: Job) -> GroupKey:
     """Returns the group a job belongs to."""
-    sampling = job.sampling
-    return GroupKey(
-        task=job.task,
-        resolution=job.resolution,
-        num_steps=sampling.num_steps,
-        timestep_shift=sampling.timestep_shift,
-        think=job.think,
-        branches=guidance_branches(job.task, sampling.cfg_scale, sampling.img_cfg_scale),
-    )
+    return GroupKey(task=job.task, think=job.think, drawing=job.drawing)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ from sensebatch.config import ModelConfig, RunConfig
 from sensebatch.contract import Engine, Progress
 from sensebatch.errors import EngineError, RunFolderError, RunStoppedError, StoppedError
 from sensebatch.executor.run import Stop, Summary, execute
-from sensebatch.jobs import Batch, EngineInfo, Job, ModelIdentity, Task
+from sensebatch.jobs import Batch, EngineInfo, Job, ModelIdentity
 from sensebatch.manifest.inputs import InputReader
 from sensebatch.plan.batches import Plan, make_plan
 from sensebatch.plan.load import Load, plan_loads
@@ -34,6 +34,7 @@ from sensebatch.store.ingest import Changes
 from sensebatch.store.run_dir import RunDir
 from sensebatch.store.state import Counts
 from sensebatch.store.store import Store, open_store
+from sensebatch.tasks import SystemPromptKind, Task
 
 
 class Backend(Protocol):
@@ -366,8 +367,8 @@ def open_model(config: ModelConfig, backend: Backend, observer: RunObserver) -> 
         lora=None if config.lora_path is None else fingerprint_file(Path(config.lora_path)),
         dtype=dtype,
         precision=config.quantised,
-        generation_prompt=prompts.by_task[Task.T2I].text,
-        interleave_prompt=prompts.by_task[Task.INTERLEAVE].text,
+        generation_prompt=prompts.by_kind[SystemPromptKind.GENERATION].text,
+        interleave_prompt=prompts.by_kind[SystemPromptKind.INTERLEAVE].text,
     )
     # Keys depend on it: a mistake found after the manifest was read would have every job that is
     # done run again.
@@ -377,7 +378,7 @@ def open_model(config: ModelConfig, backend: Backend, observer: RunObserver) -> 
         name=config.model,
         checkpoint=checkpoint,
         identity=identity,
-        prompt_source={task: prompt.source for task, prompt in prompts.by_task.items()},
+        prompt_source=prompts.sources,
         device=device,
     )
 

@@ -43,11 +43,11 @@ from sensebatch.jobs import (
     CfgNorm,
     Precision,
     Sampling,
-    Task,
     VramMode,
     interval_error,
 )
 from sensebatch.resolutions import PixelLimits, Resolution, ResolutionError
+from sensebatch.tasks import Task
 from sensebatch.units import GIB
 from sensebatch.yaml_values import YamlTextError, YamlValue, read_yaml
 
@@ -273,7 +273,7 @@ def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
 def _dump_task(defaults: TaskDefaults) -> dict[str, Any]:
     values = asdict(defaults)
     sampling = values.pop("sampling")
-    values["resolution"] = str(defaults.resolution)
+    values["resolution"] = None if defaults.resolution is None else str(defaults.resolution)
     values["buckets"] = {name: str(size) for name, size in defaults.buckets.items()}
     sampling["cfg_norm"] = defaults.sampling.cfg_norm.value
     sampling["cfg_interval"] = list(defaults.sampling.cfg_interval)

@@ -10,9 +10,9 @@ from sensebatch.checkpoint.files import Checkpoint
 from sensebatch.config import ModelConfig, RunConfig
 from sensebatch.errors import CheckpointError
 from sensebatch.executor.run import Stop
-from sensebatch.jobs import Task
 from sensebatch.plan.load import Load
 from sensebatch.session import Model
+from sensebatch.tasks import Task
 from tests.executor.fakes import FakeEngine
 
 

@@ -9,17 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sensebatch.jobs import (
-    CfgNorm,
-    Job,
-    ModelIdentity,
-    Sampling,
-    Source,
-    Task,
-    folded_id,
-    job_key,
-)
+from sensebatch.jobs import CfgNorm, Job, ModelIdentity, Sampling, Source, folded_id, job_key
 from sensebatch.resolutions import Resolution
+from sensebatch.tasks import Task
 from tests.executor.fakes import IDENTITY, make_input, make_job
 
 DECIDING: dict[str, Any] = {

@@ -15,9 +15,10 @@ from pydantic import BaseModel
 from sensebatch import config, settings
 from sensebatch.config import RunConfig, default_config
 from sensebatch.errors import ConfigError
-from sensebatch.jobs import CfgNorm, Sampling, Task, guidance_branches
+from sensebatch.jobs import CfgNorm, Sampling
 from sensebatch.resolutions import PixelLimits, Resolution
 from sensebatch.settings import dump_settings, resolve_settings
+from sensebatch.tasks import Task
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -303,4 +304,6 @@ def test_settings_of_the_distilled_lora_evaluate_once_a_step() -> None:
     for task, defaults in tasks.items():
         sampling = defaults.sampling
         assert (sampling.num_steps, sampling.timestep_shift) == (8, 3.0)
-        assert guidance_branches(task, sampling.cfg_scale, sampling.img_cfg_scale) == ("cond",)
+        rule = task.spec.drawing
+        assert rule is not None
+        assert rule.guidance.branches(sampling.cfg_scale, sampling.img_cfg_scale) == ("cond",)

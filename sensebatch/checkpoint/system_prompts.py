@@ -15,16 +15,18 @@ from pathlib import Path
 from sensebatch.checkpoint.files import Checkpoint
 from sensebatch.config import TINY_MODEL
 from sensebatch.errors import CheckpointError
-from sensebatch.jobs import Task
+from sensebatch.tasks import SystemPromptKind, Task
 
-KINDS = {Task.T2I: "generation", Task.EDIT: "generation", Task.INTERLEAVE: "interleave"}
-"""Which of the two prompts serves a task."""
-
-CONSTANTS = {"generation": "SYSTEM_MESSAGE_FOR_GEN", "interleave": "DEFAULT_SYSTEM_MESSAGE"}
+CONSTANTS = {
+    SystemPromptKind.GENERATION: "SYSTEM_MESSAGE_FOR_GEN",
+    SystemPromptKind.INTERLEAVE: "DEFAULT_SYSTEM_MESSAGE",
+}
 """Their names in the upstream release's Python files."""
 
 BUILT_IN = "built-in"
 """The source of a prompt written for this project."""
+NO_PROMPT = "none"
+"""The source of the system prompt of a task that has none."""
 
 _BUILT_IN_FILE = Path(__file__).with_name("prompts.json")
 _PACKAGE = "sensenova_u1"
@@ -43,14 +45,24 @@ class SystemPrompt:
 class SystemPrompts:
     """The system prompts of a run."""
 
-    by_task: Mapping[Task, SystemPrompt]
+    by_kind: Mapping[SystemPromptKind, SystemPrompt]
     warn_built_in: bool
     """Whether a built-in prompt meets a checkpoint that was trained with another one."""
 
     @property
     def longest_bytes(self) -> int:
         """Bytes of UTF-8 of the longest."""
-        return max(len(prompt.text.encode()) for prompt in self.by_task.values())
+        return max(len(prompt.text.encode()) for prompt in self.by_kind.values())
+
+    def of_task(self, task: Task) -> SystemPrompt:
+        """Returns the system prompt of a task; an empty one where the task has none."""
+        kind = task.spec.prompt.system
+        return SystemPrompt(text="", source=NO_PROMPT) if kind is None else self.by_kind[kind]
+
+    @property
+    def sources(self) -> dict[Task, str]:
+        """Where the system prompt of each task was found, for the log."""
+        return {task: self.of_task(task).source for task in Task}
 
 
 def resolve_system_prompts(checkpoint: Checkpoint, file: Path | None = None) -> SystemPrompts:
@@ -78,7 +90,7 @@ def resolve_system_prompts(checkpoint: Checkpoint, file: Path | None = None) -> 
     for kind in CONSTANTS.keys() - prompts.keys():
         prompts[kind] = SystemPrompt(text=built_in[kind].text, source=BUILT_IN)
     return SystemPrompts(
-        by_task={task: prompts[kind] for task, kind in KINDS.items()},
+        by_kind={kind: prompts[kind] for kind in SystemPromptKind},
         warn_built_in=checkpoint.name != TINY_MODEL
         and not checkpoint.synthetic
         and any(prompt.source == BUILT_IN for prompt in prompts.values()),

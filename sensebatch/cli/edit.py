@@ -12,7 +12,7 @@ from sensebatch.cli.job_options import (
     SizeOptions,
 )
 from sensebatch.cli.options import BatchOptions, ExecutionOptions, ImageOptions, ModelOptions
-from sensebatch.jobs import Task
+from sensebatch.tasks import Task
 
 
 def edit(

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from sensebatch.jobs import Batch, GroupKey, Task
+from sensebatch.jobs import Batch, GroupKey
 from sensebatch.plan.batches import Plan
+from sensebatch.tasks import Task
 
 
 def job_cost(group: GroupKey) -> float:
-    """Returns what a job of a group costs, in tokens through the network for one picture."""
-    return float(group.resolution.image_tokens * group.num_steps * len(group.branches))
+    """Returns what a job of a group costs, in tokens through the network for one image.
+
+    Every job that draws nothing counts alike.
+    """
+    if group.drawing is None:
+        return 1.0
+    return float(group.image_tokens * group.drawing.num_steps * len(group.branches))
 
 
 class RemainingTime:

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from sensebatch.jobs import CfgNorm, Task
+from sensebatch.jobs import CfgNorm
+from sensebatch.tasks import Task
 
 _SAMPLING = "Sampling"
 _OUTPUT = "Output"

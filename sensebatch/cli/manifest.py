@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from sensebatch.cli.options import ModelOptions, with_options
-from sensebatch.jobs import Task
+from sensebatch.tasks import Task
 
 app = typer.Typer(no_args_is_help=True, help="Check, describe and convert manifests.")
 

@@ -18,7 +18,7 @@ from sensebatch.cli.session import run_session
 from sensebatch.config import ModelConfig, RunConfig
 from sensebatch.errors import ConfigError, ManifestError, Problem
 from sensebatch.executor.run import Summary
-from sensebatch.jobs import Job, ModelIdentity, Source, Task, job_key
+from sensebatch.jobs import Job, ModelIdentity, Source, job_key
 from sensebatch.manifest.inputs import read_input_image
 from sensebatch.manifest.one import job_from_fields
 from sensebatch.manifest.read import read_manifests, run_name
@@ -27,6 +27,7 @@ from sensebatch.settings import resolve_settings
 from sensebatch.store.files import write_atomic
 from sensebatch.store.finished import FinishedJob, finished_jobs
 from sensebatch.store.images import EXTENSIONS
+from sensebatch.tasks import Output, SizeRule, Task
 
 RUNS_FOLDER = ".sensebatch"
 """Where the runs of single jobs are kept, in the folder they write to."""
@@ -73,7 +74,8 @@ def _run_prompt(command: Command) -> tuple[Path, Summary, list[Path]]:
         raise ConfigError("expected --prompt or --jsonl, found neither")
     folder, stem, config = _place(command)
     job = _only_job(command, stem, config)
-    suffix = "" if command.task is Task.INTERLEAVE else f".{EXTENSIONS[config.output.image_format]}"
+    one_image = command.task.spec.output is Output.IMAGE
+    suffix = f".{EXTENSIONS[config.output.image_format]}" if one_image else ""
     if command.output is not None:
         suffix = command.output.suffix
     root = folder / RUNS_FOLDER / f"{job.id}{suffix}"
@@ -192,7 +194,8 @@ def _size_flags(command: Command) -> dict[str, object]:
     )
     if (width, height, resolution) == (None, None, None):
         return {}
-    if command.task is Task.EDIT:
+    rule = command.task.spec.drawing
+    if rule is not None and rule.size is SizeRule.TARGET_PIXELS:
         raise ConfigError("--jsonl: expected the sizes of edits in the file's rows")
     if resolution is None and None not in (width, height):
         resolution = f"{width}x{height}"
@@ -204,13 +207,13 @@ def _size_flags(command: Command) -> dict[str, object]:
 def _copy_out(finished: FinishedJob, folder: Path, suffix: str) -> list[Path]:
     """Copies a job's files to where they were asked for, and returns their paths."""
     stem, copies = finished.job.id, []
-    if finished.job.task is Task.INTERLEAVE:
+    if finished.job.task.spec.output is Output.IMAGE:
+        copies = [(path, folder / f"{stem}{suffix}") for path in finished.image_files]
+    else:
         for index, path in enumerate(finished.image_files):
             copies.append((path, folder / f"{stem}_{index}{path.suffix}"))
         if finished.text_file is not None:
             copies.append((finished.text_file, folder / f"{stem}.txt"))
-    else:
-        copies = [(path, folder / f"{stem}{suffix}") for path in finished.image_files]
     for source, target in copies:
         write_atomic(target, source.read_bytes())
     return [target for _, target in copies]

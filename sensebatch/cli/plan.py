@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from sensebatch.cli.options import BatchOptions, ModelOptions
-from sensebatch.jobs import Task
+from sensebatch.tasks import Task
 
 
 def plan(

@@ -23,8 +23,8 @@ def print_plan(summary: Summary) -> None:
         table.add_row(
             str(number),
             f"{group['task']} (think)" if group["think"] else group["task"],
-            f"{group['width']}x{group['height']}",
-            str(group["num_steps"]),
+            _size(group),
+            str(group["num_steps"] or ""),
             str(len(group["branches"])),
             f"{group['jobs']:,}",
             f"{bound}{group['images']:,}",
@@ -38,6 +38,10 @@ def print_plan(summary: Summary) -> None:
         f"{summary['batches']:,} {'batch' if summary['batches'] == 1 else 'batches'}"
     )
     print_parts(table, total, *_memory(summary))
+
+
+def _size(group: Summary) -> str:
+    return "" if group["width"] is None else f"{group['width']}x{group['height']}"
 
 
 def _bound(group: Summary) -> str:

@@ -121,8 +121,7 @@ class Tracker(RunObserver):
         if self.batch is None:
             return ""
         group, num_jobs = self.batch.group, len(self.batch.jobs)
-        think = " with thinking" if group.think else ""
-        return f"{group.task} {group.resolution}{think}, {counted(num_jobs, 'job')}"
+        return f"{group}, {counted(num_jobs, 'job')}"
 
 
 class LiveDisplay(Tracker):
@@ -210,8 +209,7 @@ class PlainLines(Tracker):
         super().batch_finished(batch, attempts)
         words = [
             f"{self.num_done:,} of {self.num_jobs:,} done",
-            f"{batch.group.task} {batch.group.resolution}, {counted(len(batch.jobs), 'job')} "
-            f"in {attempts[0].total_s:.1f} s",
+            f"{batch.group}, {counted(len(batch.jobs), 'job')} in {attempts[0].total_s:.1f} s",
         ]
         remaining = self.remaining_s()
         if remaining is not None and self.num_done + self.num_failed < self.num_jobs:

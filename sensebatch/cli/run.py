@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from sensebatch.cli.options import BatchOptions, ExecutionOptions, ImageOptions, ModelOptions
-from sensebatch.jobs import Job, Task
+from sensebatch.jobs import Job
+from sensebatch.tasks import Task
 
 
 def run(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sensebatch.cli.job_options import JobOptions, SamplingOptions, SingleImageOptions, SizeOptions
 from sensebatch.cli.options import BatchOptions, ExecutionOptions, ImageOptions, ModelOptions
-from sensebatch.jobs import Task
+from sensebatch.tasks import Task
 
 
 def t2i(

@@ -39,12 +39,13 @@ from sensebatch.engine.model.transformer import DecoderLayer, Expert, SwiGLU
 from sensebatch.engine.prompts import Prompt
 from sensebatch.engine.runner import Runner
 from sensebatch.engine.sampling.guidance import Guidance
-from sensebatch.engine.tasks.denoise import Drawing, denoise, draw_noise, image_noise_scale
+from sensebatch.engine.tasks.denoise import Canvas, denoise, draw_noise, image_noise_scale
 from sensebatch.engine.tasks.state import job_generator
 from sensebatch.engine.weights.loader import NetworkLoader, open_weights, warm_up
-from sensebatch.jobs import Task, VramMode
+from sensebatch.jobs import VramMode
 from sensebatch.plan.device import place
 from sensebatch.resolutions import Resolution
+from sensebatch.tasks import Branch, Task
 
 Lend = Callable[[nn.Module], AbstractContextManager[nn.Module]]
 """Turns a layer of the network into the one that a variant computes with."""
@@ -120,7 +121,7 @@ def step_seconds(
 
 def _drawings(
     runner: Runner, jobs: int, size: Resolution, prompts: tuple[int, int]
-) -> list[Drawing]:
+) -> list[Canvas]:
     sampling = default_config(SYNTHETIC_PREFIX + "8b").tasks[Task.T2I].sampling
     guidance = Guidance(Task.T2I, sampling)
     shared = runner.new_extension(_prompt(prompts[1]))
@@ -129,9 +130,9 @@ def _drawings(
     runner.prefill([shared, *own])
     arch = runner.network.arch
     return [
-        Drawing(
+        Canvas(
             guidance=guidance,
-            caches={"cond": extension.cache, "uncond": shared.cache},
+            caches={Branch.COND: extension.cache, Branch.UNCOND: shared.cache},
             noise=draw_noise(arch, size, job_generator(job)),
         )
         for job, extension in enumerate(own)
@@ -302,7 +303,7 @@ def velocity(runner: Runner, network: Network, attention: Attention, side: int) 
     own = Runner(network, runner.tokenizer, attention, lambda _: None)
     size = Resolution(height=side, width=side)
     (drawing,) = _drawings(own, 1, size, (PROMPT_TOKENS, 8))
-    caches = [drawing.caches[branch] for branch in ("cond", "uncond")]
+    caches = [drawing.caches[branch] for branch in (Branch.COND, Branch.UNCOND)]
     z_JNx = image_to_tokens(drawing.noise.to(network.device)[None]) / 2
     t = torch.full((1,), 0.5, device=network.device)
     condition = network.condition(t, image_noise_scale(network.arch, size))[0]

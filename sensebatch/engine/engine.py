@@ -36,8 +36,7 @@ from sensebatch.engine.model.tokenizer import IMG_START, HFTokenizer, Tokenizer
 from sensebatch.engine.preprocess import load_input
 from sensebatch.engine.runner import PassLimits, Runner
 from sensebatch.engine.sampling.text import Script
-from sensebatch.engine.tasks.interleave import run_interleave
-from sensebatch.engine.tasks.single_image import run_single_image
+from sensebatch.engine.tasks.registry import runner_of
 from sensebatch.engine.tasks.state import PreparedJob, prepare_job
 from sensebatch.engine.weights.loader import NetworkLoader, open_weights, warm_up
 from sensebatch.engine.weights.residency import Residency
@@ -56,7 +55,6 @@ from sensebatch.jobs import (
     Job,
     JobResult,
     ModelIdentity,
-    Task,
 )
 from sensebatch.plan.fallback import keeping, leaner
 from sensebatch.plan.load import Load
@@ -64,6 +62,7 @@ from sensebatch.plan.passes import prefixes_wait
 from sensebatch.plan.placement import Placement, Placements
 from sensebatch.process import peak_rss_bytes
 from sensebatch.resolutions import PixelLimits
+from sensebatch.tasks import Task
 
 
 class SenseNovaEngine:
@@ -171,7 +170,7 @@ class SenseNovaEngine:
         self._system_turns.clear()
         empty_cache(device)
         raise OutOfMemoryError(
-            f"a batch of {len(batch.jobs)} at {batch.group.resolution} did not fit: {message}"
+            f"a batch of {len(batch.jobs)} ({batch.group}) did not fit: {message}"
         )
 
     def _metrics(
@@ -205,13 +204,15 @@ class SenseNovaEngine:
             self._residency,
             limits,
             self._system_turns,
-            None if _draws_once(batch, limits) else stop,
+            None if runner_of(batch.group.task).draws_once(batch, limits) else stop,
         )
 
     def _limits(self, batch: Batch) -> PassLimits:
         limits = PassLimits(image_tokens=self._placement.tokens_per_pass)
-        together = limits.together(batch.group.resolution)
-        if self._placement.park_caches and prefixes_wait(len(batch.jobs), together):
+        drawing = batch.group.drawing
+        if drawing is None or not self._placement.park_caches:
+            return limits
+        if prefixes_wait(len(batch.jobs), limits.together(drawing.resolution)):
             return replace(limits, park=self._pages.take)
         return limits
 
@@ -330,16 +331,8 @@ class SenseNovaEngine:
     ) -> tuple[JobResult, ...]:
         # Generators of this call alone, so that it can be made again.
         jobs = [replace(job, generator=job.generator.clone_state()) for job in prepared]
-        if batch.group.task is Task.INTERLEAVE:
-            return tuple(run_interleave(runner, jobs, checkpoints, script=self._script))
-        return tuple(run_single_image(runner, jobs, checkpoints, self._script))
-
-
-def _draws_once(batch: Batch, limits: PassLimits) -> bool:
-    """Returns whether a batch has one pass or round, behind which it is finished anyway."""
-    if batch.group.task is Task.INTERLEAVE:
-        return all(job.sampling.max_images == 1 for job in batch.jobs)
-    return len(batch.jobs) <= limits.together(batch.group.resolution)
+        run = runner_of(batch.group.task).run
+        return tuple(run(runner, jobs, checkpoints, script=self._script))
 
 
 def made_up_text(tokenizer: Tokenizer) -> Script:

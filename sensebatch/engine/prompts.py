@@ -25,7 +25,8 @@ from sensebatch.engine.model.tokenizer import (
     Tokenizer,
 )
 from sensebatch.errors import JobError
-from sensebatch.jobs import IMAGE_MARK, Task
+from sensebatch.jobs import IMAGE_MARK
+from sensebatch.tasks import AssistantStart, Branch, Task
 
 
 class Grid(NamedTuple):
@@ -130,7 +131,8 @@ def img_cond_prompt(tokenizer: Tokenizer, *, task: Task, grids: Sequence[Grid]) 
 
     That of interleave has no `<img>` yet: the one that is decoded is appended to it.
     """
-    ending = [] if task is Task.INTERLEAVE else [_Special(IMG_START)]
+    draws = task.spec.prompt.start is AssistantStart.IMAGE
+    ending = [_Special(IMG_START)] if draws else []
     return _encode(tokenizer, [*_user_turn(grids), *ending])
 
 
@@ -141,25 +143,24 @@ def uncond_prompt(tokenizer: Tokenizer) -> Prompt:
 
 def branch_prompts(
     tokenizer: Tokenizer,
-    branches: Iterable[str],
+    branches: Iterable[Branch],
     *,
     task: Task,
     system: str,
     prompt: str,
     grids: Sequence[Grid],
     think: bool,
-) -> dict[str, Prompt]:
+) -> dict[Branch, Prompt]:
     """Returns a job's prompts by branch: `cond`, `img_cond`, `uncond`; see `cond_prompt`."""
-    prompts: dict[str, Prompt] = {}
+    prompts: dict[Branch, Prompt] = {}
     for branch in branches:
-        if branch == "cond":
+        if branch is Branch.COND:
             prompts[branch] = cond_prompt(
                 tokenizer, task=task, system=system, prompt=prompt, grids=grids, think=think
             )
-        elif branch == "img_cond":
+        elif branch is Branch.IMG_COND:
             prompts[branch] = img_cond_prompt(tokenizer, task=task, grids=grids)
         else:
-            assert branch == "uncond", branch
             prompts[branch] = uncond_prompt(tokenizer)
     return prompts
 
@@ -209,17 +210,16 @@ def _user_turn(content: Iterable[Piece]) -> list[Piece]:
 
 def _assistant_start(task: Task, think: bool) -> list[Piece]:
     """Returns what is put into the network's mouth."""
-    if task is Task.INTERLEAVE and think:
-        return []
+    draws = task.spec.prompt.start is AssistantStart.IMAGE
     if think:
-        return [_Special(THINK_START), "\n"]
+        return [_Special(THINK_START), "\n"] if draws else []
     empty: list[Piece] = [_Special(THINK_START), "\n\n", _Special(THINK_END), "\n\n"]
-    return empty if task is Task.INTERLEAVE else [*empty, _Special(IMG_START)]
+    return [*empty, _Special(IMG_START)] if draws else empty
 
 
 def _place_images(task: Task, prompt: str, grids: Sequence[Grid]) -> list[Piece]:
     """Returns the user's words with the images at their marks; those without a mark come first."""
-    if task is Task.T2I:
+    if not task.spec.takes_images:
         return [prompt]
     num_marks = prompt.count(IMAGE_MARK)
     if num_marks > len(grids):
@@ -227,7 +227,7 @@ def _place_images(task: Task, prompt: str, grids: Sequence[Grid]) -> list[Piece]
             f"prompt: expected at most {len(grids)} {IMAGE_MARK} marks, one for each image, "
             f"found {num_marks}"
         )
-    if task is Task.EDIT and num_marks == 0 and len(grids) > 1:
+    if task.spec.prompt.numbered and num_marks == 0 and len(grids) > 1:
         prefix = "".join(f"Image-{i}:{IMAGE_MARK}\n" for i in range(1, len(grids) + 1))
     else:
         prefix = f"{IMAGE_MARK}\n" * (len(grids) - num_marks)

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from sensebatch.config import RunConfig
 from sensebatch.errors import ManifestError, Problem
-from sensebatch.jobs import InputImage, Task
+from sensebatch.jobs import InputImage
 from sensebatch.manifest.fields import EXPANSION_FIELDS, IMAGE_FIELDS
 from sensebatch.manifest.inputs import InputReader
 from sensebatch.manifest.read import (
@@ -23,6 +23,7 @@ from sensebatch.manifest.read import (
     manifest_name,
     read_jobs,
 )
+from sensebatch.tasks import Task
 from sensebatch.yaml_values import dump_yaml
 
 ROWS_IN_MEMORY = 1024

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from sensebatch.jobs import Task
 from sensebatch.manifest.fields import FOREIGN_FIELDS, SIZE_FIELDS
+from sensebatch.tasks import Task
 
 _OVERRIDDEN = {
     **dict.fromkeys(SIZE_FIELDS, SIZE_FIELDS),

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag
 
-from sensebatch.jobs import MAX_COUNT, MAX_SEED, Task
+from sensebatch.jobs import MAX_COUNT, MAX_SEED
+from sensebatch.tasks import Output, SizeRule, Task, TaskSpec
 
 SKIP_RESIZE = "none"
 """`input_max_pixels` that leaves the inputs as they are; the readers write null as this."""
@@ -197,15 +198,28 @@ JOB_FIELD_NAMES = tuple(JobFields.model_fields)
 DEFAULTS_FIELD_NAMES = tuple(DefaultsFields.model_fields)
 SHARED_FIELD_NAMES = tuple(SharedFields.model_fields)
 
-_EDIT_ONLY = frozenset({"target_pixels", "input_max_pixels"})
-_INTERLEAVE_ONLY = frozenset({"max_images", "max_new_tokens"})
-_WITH_IMAGES = frozenset({"img_cfg_scale"}) | IMAGE_FIELDS
 
-FOREIGN_FIELDS = {
-    Task.T2I: _EDIT_ONLY | _INTERLEAVE_ONLY | _WITH_IMAGES,
-    Task.EDIT: _INTERLEAVE_ONLY,
-    Task.INTERLEAVE: _EDIT_ONLY | {"max_think_tokens"},
-}
+def _foreign_fields(spec: TaskSpec) -> frozenset[str]:
+    rule = spec.drawing
+    has = {
+        **dict.fromkeys(IMAGE_FIELDS, spec.takes_images),
+        **dict.fromkeys(SIZE_FIELDS | _DRAWING_FIELDS, rule is not None),
+        **dict.fromkeys(("think", "think_mode"), spec.thinks is not None),
+        "img_cfg_scale": rule is not None and rule.guidance.by_images,
+        "target_pixels": rule is not None and rule.size is SizeRule.TARGET_PIXELS,
+        "input_max_pixels": spec.resizes_inputs,
+        "max_images": spec.output is Output.IMAGES,
+        "max_think_tokens": spec.text.limit == "max_think_tokens",
+        "max_new_tokens": spec.text.limit == "max_new_tokens",
+    }
+    return frozenset(name for name, had in has.items() if not had)
+
+
+_DRAWING_FIELDS = frozenset(
+    {"num_steps", "timestep_shift", "cfg_scale", "cfg_norm", "cfg_interval"}
+)
+
+FOREIGN_FIELDS = {task: _foreign_fields(task.spec) for task in Task}
 """The fields that a task does not have."""
 
 

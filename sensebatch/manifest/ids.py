@@ -12,7 +12,8 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from sensebatch.jobs import Task, folded_id
+from sensebatch.jobs import folded_id
+from sensebatch.tasks import Task
 
 MAX_ID_BYTES = 150
 MAX_SLUG_BYTES = 40

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from sensebatch.config import RunConfig
 from sensebatch.errors import ManifestError, Problem
-from sensebatch.jobs import Job, Source, Task
+from sensebatch.jobs import Job, Source
 from sensebatch.manifest.defaults import defaults_for, overlaid
 from sensebatch.manifest.expand import Expanded, expand
 from sensebatch.manifest.fields import JOB_FIELD_NAMES, JobFields
@@ -27,6 +27,7 @@ from sensebatch.manifest.resolve import JobResolver, Origin, Warn
 from sensebatch.manifest.rows import ManifestRows, RawRow, Report
 from sensebatch.manifest.upstream import choose_task, named_task
 from sensebatch.manifest.yaml_manifest import read_yaml_manifest
+from sensebatch.tasks import Task
 
 YAML_SUFFIXES = (".yaml", ".yml")
 JSONL_SUFFIXES = (".jsonl", ".ndjson")

@@ -16,16 +16,7 @@ from typing import Any
 from sensebatch.config import RunConfig
 from sensebatch.errors import Problem
 from sensebatch.image_files import UnusableImageError
-from sensebatch.jobs import (
-    IMAGE_MARK,
-    CfgNorm,
-    InputImage,
-    Job,
-    Sampling,
-    Source,
-    Task,
-    interval_error,
-)
+from sensebatch.jobs import IMAGE_MARK, CfgNorm, InputImage, Job, Sampling, Source, interval_error
 from sensebatch.manifest.fields import FOREIGN_FIELDS, PASSED_THROUGH, ImageStruct, JobFields
 from sensebatch.manifest.ids import derived_id, id_error
 from sensebatch.manifest.images import ImageProbe
@@ -38,6 +29,7 @@ from sensebatch.manifest.sizes import (
 )
 from sensebatch.manifest.upstream import metadata_of, prompt_of, system_prompt_of, think_of
 from sensebatch.resolutions import Resolution, ResolutionError, smart_resize
+from sensebatch.tasks import Inputs, Task
 
 Warn = Callable[[Problem], None]
 """Receives what is allowed but deserves a look."""
@@ -97,7 +89,8 @@ class JobResolver:
         defaults = self._config.tasks[task]
         _check_names(fields, task, errors)
         prompt = prompt_of(fields, errors)
-        images = () if task is Task.T2I else self._images(fields, task, origin, errors)
+        takes_images = task.spec.takes_images
+        images = self._images(fields, task, origin, errors) if takes_images else ()
         _check_marks(prompt, None if images is None else len(images), errors)
         input_max_pixels = self._input_max_pixels(fields, task, len(images or ()), errors)
         resolution = self._size(fields, task, images or (), input_max_pixels, errors)
@@ -106,7 +99,7 @@ class JobResolver:
         metadata = metadata_of(fields, errors)
         system_prompt = system_prompt_of(fields, errors)
         job_id = _id(fields, task, own, errors)
-        if len(errors) or resolution is None:
+        if len(errors):
             return None
         job = Job(
             id=job_id,
@@ -137,7 +130,7 @@ class JobResolver:
         name = "image" if fields.images is None else "images"
         given = getattr(fields, name)
         listed = given if isinstance(given, list) else [] if given is None else [given]
-        if not listed and task is Task.EDIT:
+        if not listed and task.spec.inputs is Inputs.REQUIRED:
             errors.add("image", "expected at least one input image, found none")
         images: list[InputImage] = []
         for index, image in enumerate(listed):
@@ -181,7 +174,8 @@ class JobResolver:
         interval = fields.cfg_interval
         if interval is not None and (message := interval_error(*interval)) is not None:
             errors.add("cfg_interval", message)
-        if fields.cfg_norm == "cfg_zero_star" and task is not Task.T2I:
+        rule = task.spec.drawing
+        if fields.cfg_norm == "cfg_zero_star" and rule and rule.guidance.by_images:
             message = f"expected 'none', 'global' or 'channel' for {task}, found 'cfg_zero_star'"
             errors.add("cfg_norm", message)
         return self._sampling(
@@ -195,7 +189,7 @@ class JobResolver:
     def _input_max_pixels(
         self, fields: JobFields, task: Task, num_images: int, errors: RowErrors
     ) -> int | None:
-        if task is not Task.EDIT:
+        if not task.spec.resizes_inputs:
             return None
         default = self._config.tasks[task].input_max_pixels
         limits = self._config.pixel_limits
@@ -209,13 +203,15 @@ class JobResolver:
         input_max_pixels: int | None,
         errors: RowErrors,
     ) -> Resolution | None:
-        """Returns the size of the job's pictures, or None after adding what is wrong with it."""
-        defaults = self._config.tasks[task]
+        """Returns the size of the job's images; None where there are none, or a mistake in it."""
+        defaults, rule = self._config.tasks[task], task.spec.drawing
+        if rule is None:
+            return None
         if has_explicit_size(fields):
             return explicit_size(fields, defaults.buckets, errors)
         try:
             return implied_size(
-                task,
+                rule,
                 fields.target_pixels,
                 defaults=defaults,
                 limits=self._config.pixel_limits,
@@ -228,9 +224,11 @@ class JobResolver:
 
     def _warn_of_size(self, job: Job) -> None:
         """Warns, once a size, of one that the model was not trained on."""
-        size = (job.task, job.resolution)
         known = self._config.tasks[job.task].buckets.values()
-        if self._warn is None or size in self._warned or job.resolution in known:
+        if self._warn is None or job.resolution is None or job.resolution in known:
+            return
+        size = (job.task, job.resolution)
+        if size in self._warned:
             return
         self._warned.add(size)
         message = (

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 
 from sensebatch.config import TaskDefaults
-from sensebatch.jobs import InputImage, Task
+from sensebatch.jobs import InputImage
 from sensebatch.manifest.fields import SIZE_FIELDS, SKIP_RESIZE, JobFields
 from sensebatch.manifest.problems import RowErrors, found, suggestion
 from sensebatch.resolutions import (
@@ -18,6 +18,7 @@ from sensebatch.resolutions import (
     input_size,
     interleave_output_size,
 )
+from sensebatch.tasks import DrawingRule, SizeRule
 
 _SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
 
@@ -91,7 +92,7 @@ def resolved_input_max_pixels(
 
 
 def implied_size(
-    task: Task,
+    rule: DrawingRule,
     target_pixels: int | None,
     *,
     defaults: TaskDefaults,
@@ -104,10 +105,11 @@ def implied_size(
     Raises:
         ResolutionError: The first input is too long.
     """
-    if not images:
+    if not images or rule.size is SizeRule.OWN:
+        assert defaults.resolution is not None
         return defaults.resolution
     height, width = images[0].height, images[0].width
-    if task is Task.INTERLEAVE:
+    if rule.size is SizeRule.MODEL_LIMITS:
         return interleave_output_size(height, width, limits=limits)
     height, width = input_size(height, width, max_pixels=input_max_pixels)
     return edit_output_size(height, width, target_pixels=target_pixels or defaults.target_pixels)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from sensebatch.jobs import Task
 from sensebatch.manifest.fields import IMAGE_FIELDS, JobFields
 from sensebatch.manifest.problems import RowErrors, found
+from sensebatch.tasks import Task, implied_task
 
 _TASKS = {str(task): task for task in Task}
 _ASKING = frozenset({"human", "user"})
@@ -35,7 +35,7 @@ def choose_task(
     if (task := named_task(default)) is not None:
         return task
     has_images = any(row.get(name) or name in matrix for name in IMAGE_FIELDS)
-    return Task.EDIT if has_images else Task.T2I
+    return implied_task(has_images=has_images)
 
 
 def prompt_of(fields: JobFields, errors: RowErrors) -> str:

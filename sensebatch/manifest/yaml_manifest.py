@@ -9,7 +9,6 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from sensebatch.jobs import Task
 from sensebatch.manifest.fields import (
     DEFAULTS_FIELD_NAMES,
     FOREIGN_FIELDS,
@@ -21,6 +20,7 @@ from sensebatch.manifest.fields import (
 from sensebatch.manifest.ids import id_error
 from sensebatch.manifest.problems import RowErrors, found
 from sensebatch.manifest.rows import RawRow, Report, given
+from sensebatch.tasks import Task
 from sensebatch.yaml_values import YamlTextError, YamlValue, read_yaml
 
 _TOP_NAMES = ("version", "name", "defaults", "jobs")

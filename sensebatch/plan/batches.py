@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from sensebatch.config import MemoryConfig
-from sensebatch.jobs import GroupKey, Job, Task, group_key
+from sensebatch.jobs import GroupKey, Job, group_key
 from sensebatch.plan.tokens import prompt_tokens
+from sensebatch.tasks import Output
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,15 +33,12 @@ class PlanEntry:
 
 def plan_entry(job: Job) -> PlanEntry:
     """Returns the entry of a job that was never tried."""
-    interleave = job.task is Task.INTERLEAVE
-    sampling = job.sampling
-    text = sampling.max_new_tokens if interleave else sampling.max_think_tokens
     return PlanEntry(
         id=job.id,
         group=group_key(job),
-        max_images=sampling.max_images if interleave else 1,
+        max_images=job.max_images,
         prompt_tokens=prompt_tokens(job),
-        text_tokens=text if interleave or job.think else 0,
+        text_tokens=job.max_text_tokens,
     )
 
 
@@ -77,7 +75,12 @@ class GroupPlan:
     @property
     def max_image_tokens(self) -> int:
         """Tokens of all images; an upper bound where `max_images` is one."""
-        return self.max_images * self.group.resolution.image_tokens
+        return self.max_images * self.group.image_tokens
+
+    @property
+    def images_exact(self) -> bool:
+        """Whether the jobs make as many images as they may."""
+        return self.group.task.spec.output is not Output.IMAGES
 
     def batches(self) -> Iterator[tuple[str, ...]]:
         """Yields the ids of each batch, in the order they are run."""
@@ -119,11 +122,11 @@ def batch_size(group: GroupKey, memory: MemoryConfig, fitting: int | None = None
         fitting: How many fit the device's memory; None for any number.
     """
     most = memory.max_batch_size if fitting is None else min(memory.max_batch_size, fitting)
-    if group.think and group.task is Task.T2I:
+    if not group.image_tokens or (group.think and not group.task.spec.takes_images):
         # Decoding many thoughts together costs little more than decoding one, and the images of a
         # batch are drawn a few at a time anyway. Prompts with images would take too much memory.
         return max(1, most)
-    return max(1, min(memory.max_batch_image_tokens // group.resolution.image_tokens, most))
+    return max(1, min(memory.max_batch_image_tokens // group.image_tokens, most))
 
 
 def make_plan(

@@ -302,8 +302,7 @@ def _name(load: Load | None) -> str:
     """Returns what people call a group."""
     if load is None:
         return "the weights"
-    thinks = " with thinking" if load.group.think else ""
-    return f"{load.group.task.value} {load.group.resolution}{thinks}"
+    return str(load.group)
 
 
 def _how_much_stays(placement: Placement) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.checkpoint.heads import head_of
-from sensebatch.jobs import Precision, Task
+from sensebatch.jobs import Precision
 from sensebatch.plan.computation import Computation
 from sensebatch.plan.load import Load
 from sensebatch.plan.passes import (
@@ -92,6 +92,8 @@ def denoise_bytes(
         jobs: How many share the pass.
         cached_jobs: How many have their prefixes on the device; only those of the pass if None.
     """
+    if load.group.drawing is None:
+        return 0
     tokens, branches = load.image_tokens, len(load.group.branches)
     caches = cache_bytes(computation, (cached_jobs or jobs) * load.prefix_tokens)
     state = 4 * TOKEN_NUMBERS * tokens * jobs
@@ -127,7 +129,7 @@ def prompt_bytes(computation: Computation, load: Load, *, parked: bool) -> int:
     cached = load.prompt_tokens * prompts
     if parked:
         cached = min(cached, max(MAX_PREFILL_TOKENS, load.prompt_tokens))
-    is_padded = load.system_tokens > 0 or load.group.task is not Task.T2I
+    is_padded = load.system_tokens > 0 or load.group.task.spec.takes_images
     logits = load.batch_size * arch.vocab_size * 2 * item_bytes
     reading = (
         _embedded_bytes(computation, load)
@@ -178,7 +180,7 @@ def decodes_fast(computation: Computation) -> bool:
 
 def _embedded_bytes(computation: Computation, load: Load) -> int:
     """Returns what the embedded input images of a batch take until all prompts are read."""
-    if load.group.task is Task.T2I:
+    if not load.group.task.spec.takes_images:
         return 0
     tokens = load.prompt_tokens - load.system_tokens
     return load.batch_size * tokens * computation.arch.hidden_size * computation.item_bytes

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sensebatch.jobs import GroupKey, Task
+from sensebatch.jobs import GroupKey
 from sensebatch.plan.batches import GroupPlan, Plan
 from sensebatch.plan.passes import images_per_pass
 from sensebatch.plan.tokens import SYSTEM_PROMPT_BYTES, system_tokens
+from sensebatch.tasks import Branch, Output
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +32,8 @@ class Load:
 
     @property
     def image_tokens(self) -> int:
-        """Tokens of one image."""
-        return self.group.resolution.image_tokens
+        """Tokens of one image; 0 for jobs that make none."""
+        return self.group.image_tokens
 
     @property
     def longest_tokens(self) -> int:
@@ -44,19 +45,21 @@ class Load:
         """Cached tokens of a job over all branches when its last image is drawn."""
         total = 0
         for branch in self.group.branches:
-            if branch == "cond":
+            if branch is Branch.COND:
                 total += self.longest_tokens
-            elif branch == "img_cond":
+            elif branch is Branch.IMG_COND:
                 total += self.prompt_tokens + self.drawn_tokens
         return total
 
     @property
     def num_growing(self) -> int:
         """Branches with a prefix of the job's own; all jobs share the unconditional one."""
-        return sum(branch != "uncond" for branch in self.group.branches)
+        return sum(branch is not Branch.UNCOND for branch in self.group.branches)
 
     def jobs_per_pass(self, tokens_per_pass: int) -> int:
-        """Returns how many jobs of a batch are drawn together."""
+        """Returns how many jobs of a batch are drawn together; all of them if they draw nothing."""
+        if not self.image_tokens:
+            return self.batch_size
         return min(images_per_pass(self.image_tokens, tokens_per_pass), self.batch_size)
 
 
@@ -75,8 +78,8 @@ def group_load(plan: GroupPlan, *, system_prompt_bytes: int = SYSTEM_PROMPT_BYTE
         plan: The group's.
         system_prompt_bytes: Length of the checkpoint's longest system prompt, where it is known.
     """
-    interleave = plan.group.task is Task.INTERLEAVE
-    tokens = plan.group.resolution.image_tokens
+    reads_back = plan.group.task.spec.output is Output.IMAGES
+    tokens = plan.group.image_tokens
     of_system = system_tokens(system_prompt_bytes)
     return Load(
         group=plan.group,
@@ -85,7 +88,7 @@ def group_load(plan: GroupPlan, *, system_prompt_bytes: int = SYSTEM_PROMPT_BYTE
         prompt_tokens=plan.prompt_tokens + of_system,
         system_tokens=of_system,
         text_tokens=plan.text_tokens,
-        drawn_tokens=interleave_tokens(tokens, plan.max_images_of_job) if interleave else 0,
+        drawn_tokens=interleave_tokens(tokens, plan.max_images_of_job) if reads_back else 0,
     )
 
 

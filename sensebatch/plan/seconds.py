@@ -23,6 +23,7 @@ from sensebatch.plan.work import (
     network_sizes,
     understanding_work,
 )
+from sensebatch.tasks import Branch
 
 
 class Expert(StrEnum):
@@ -249,8 +250,10 @@ class Clock:
         return Pass(blocks=self._orders.text, seconds=seconds, count=written, keeps=True)
 
     def _images(self, load: Load, jobs: int, tokens_per_pass: int, prefix: int) -> Iterator[Pass]:
-        group = load.group
-        prefixes = [0 if branch == "uncond" else prefix for branch in group.branches]
+        drawing = load.group.drawing
+        if drawing is None:
+            return
+        prefixes = [0 if branch is Branch.UNCOND else prefix for branch in drawing.branches]
         for count, num_passes in _parts(jobs, load.jobs_per_pass(tokens_per_pass)):
             work = denoising_work(
                 self._computation, self._sizes, load.image_tokens, count, prefixes * count
@@ -258,7 +261,7 @@ class Clock:
             yield Pass(
                 blocks=self._orders.images,
                 seconds=work.seconds(self._speeds),
-                count=num_passes * group.num_steps,
+                count=num_passes * drawing.num_steps,
                 keeps=True,
             )
 

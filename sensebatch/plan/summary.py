@@ -14,7 +14,7 @@ from typing import Any
 from sensebatch.checkpoint.files import open_checkpoint
 from sensebatch.checkpoint.system_prompts import resolve_system_prompts
 from sensebatch.config import SYNTHETIC_PREFIX, TINY_MODEL, MemoryConfig, RunConfig
-from sensebatch.jobs import Task, VramMode
+from sensebatch.jobs import VramMode
 from sensebatch.plan.batches import GroupPlan, Plan
 from sensebatch.plan.computation import Computation, gpu_computation
 from sensebatch.plan.device import place
@@ -36,27 +36,27 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
     return {
         "jobs": plan.num_jobs,
         "images": plan.max_images,
-        "images_exact": all(group.group.task is not Task.INTERLEAVE for group in plan.groups),
+        "images_exact": all(group.images_exact for group in plan.groups),
         "batches": plan.num_batches,
         "groups": [_group_summary(group) for group in plan.groups],
     }
 
 
 def _group_summary(plan: GroupPlan) -> dict[str, Any]:
-    group = plan.group
+    group, drawing = plan.group, plan.group.drawing
     return {
         "task": group.task.value,
-        "width": group.resolution.width,
-        "height": group.resolution.height,
-        "num_steps": group.num_steps,
-        "timestep_shift": group.timestep_shift,
+        "width": None if drawing is None else drawing.resolution.width,
+        "height": None if drawing is None else drawing.resolution.height,
+        "num_steps": None if drawing is None else drawing.num_steps,
+        "timestep_shift": None if drawing is None else drawing.timestep_shift,
         "think": group.think,
         "branches": list(group.branches),
         "jobs": plan.num_jobs,
         "batches": plan.num_batches,
         "batch_size": plan.batch_size,
         "images": plan.max_images,
-        "images_exact": group.task is not Task.INTERLEAVE,
+        "images_exact": plan.images_exact,
         "image_tokens": plan.max_image_tokens,
     }
 

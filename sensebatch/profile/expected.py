@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sensebatch.checkpoint.files import open_checkpoint
 from sensebatch.checkpoint.system_prompts import resolve_system_prompts
+from sensebatch.jobs import Drawing, GroupKey
 from sensebatch.manifest.read import read_manifest
 from sensebatch.plan.batches import GroupPlan, make_plan, plan_entry
 from sensebatch.plan.computation import Computation, gpu_computation
@@ -52,11 +53,21 @@ class Expectation:
             seconds = clock.group_seconds(load, group.num_jobs, placement)
             total += seconds.images + (seconds.text if with_text else 0.0)
             # What a run of twice as many steps takes on top is these steps and nothing else.
-            longer = replace(load, group=replace(load.group, num_steps=2 * load.group.num_steps))
+            longer = replace(load, group=_twice_the_steps(load.group))
             longer_seconds = clock.group_seconds(longer, group.num_jobs, placement)
             step += longer_seconds.images - seconds.images
-        steps = sum(group.max_images * group.group.num_steps for group in self.groups)
+        steps = sum(group.max_images * _drawing(group.group).num_steps for group in self.groups)
         return total, step / steps
+
+
+def _drawing(group: GroupKey) -> Drawing:
+    assert group.drawing is not None, "every suite draws"
+    return group.drawing
+
+
+def _twice_the_steps(group: GroupKey) -> GroupKey:
+    drawing = _drawing(group)
+    return replace(group, drawing=replace(drawing, num_steps=2 * drawing.num_steps))
 
 
 def expectation(case: Case, model: str, manifest: Path, dtype: str) -> Expectation:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sensebatch.jobs import Task
 from sensebatch.resolutions import PATCH_PIXELS, Resolution
+from sensebatch.tasks import Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

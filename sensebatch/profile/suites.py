@@ -13,10 +13,10 @@ from typing import Any
 
 from sensebatch.config import SYNTHETIC_PREFIX
 from sensebatch.errors import ConfigError
-from sensebatch.jobs import Task
 from sensebatch.profile.night import night_parts
 from sensebatch.resolutions import Resolution
 from sensebatch.store.files import write_atomic
+from sensebatch.tasks import Inputs, Output, Task
 from sensebatch.units import GIB
 from sensebatch.yaml_values import dump_yaml
 
@@ -110,7 +110,12 @@ class Case:
         """Most pictures of all jobs."""
         if self.parts:
             return sum(part.max_images for part in self.parts)
-        return self.num_jobs * (STORY_IMAGES if self.task is Task.INTERLEAVE else 1)
+        return self.num_jobs * (STORY_IMAGES if self.tells_stories else 1)
+
+    @property
+    def tells_stories(self) -> bool:
+        """Whether the jobs make several images each."""
+        return self.task.spec.output is Output.IMAGES
 
     @property
     def what(self) -> str:
@@ -278,11 +283,11 @@ def _job(
     size = {"width": case.resolution.width, "height": case.resolution.height}
     for own in (size, {"think": case.think}):
         job |= own if any(defaults[name] != value for name, value in own.items()) else {}
-    if case.task is Task.EDIT:
+    if case.task.spec.inputs is Inputs.REQUIRED:
         job |= {"prompt": EDIT_PROMPT, "image": _draw_input(case.resolution, folder).name}
-    elif case.task is Task.INTERLEAVE:
+    elif case.tells_stories:
         job |= {"prompt": STORY_PROMPT, "max_images": STORY_IMAGES}
-    if scale.scripted and case.task is Task.INTERLEAVE:
+    if scale.scripted and case.tells_stories:
         job["max_new_tokens"] = STORY_IMAGES * scale.text_tokens
     elif scale.scripted and case.think:
         job["max_think_tokens"] = scale.text_tokens

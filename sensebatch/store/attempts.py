@@ -53,10 +53,10 @@ class Attempt:
     """The job's prompt."""
     seed: int
     """Seed of the job's noise."""
-    width: Int32
-    """Pixels, of every image the job makes."""
-    height: Int32
-    """Pixels."""
+    width: Int32 | None
+    """Pixels, of every image the job makes; null if it makes none."""
+    height: Int32 | None
+    """Pixels; likewise."""
     num_steps: Int32
     """Euler steps for one image."""
     cfg_scale: float

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from sensebatch.jobs import CfgNorm, GroupKey, InputImage, Job, Sampling, Source, Task
+from sensebatch.jobs import CfgNorm, Drawing, GroupKey, InputImage, Job, Sampling, Source
 from sensebatch.resolutions import Resolution
+from sensebatch.tasks import Branch, Task
 
 
 def _dumps(value: Any) -> str:
@@ -26,7 +27,7 @@ def job_to_json(job: Job) -> str:
             "task": job.task,
             "prompt": job.prompt,
             "images": [_image_values(image) for image in job.images],
-            "size": [job.resolution.height, job.resolution.width],
+            "size": _size(job.resolution),
             "seed": job.seed,
             "think": job.think,
             "system_prompt": job.system_prompt,
@@ -41,6 +42,14 @@ def job_to_json(job: Job) -> str:
 def _image_values(image: InputImage) -> list[Any]:
     values = [image.path, image.member, image.sha256, image.height, image.width]
     return [*values, image.corrections] if image.corrections else values
+
+
+def _size(resolution: Resolution | None) -> list[int] | None:
+    return None if resolution is None else [resolution.height, resolution.width]
+
+
+def _resolution(size: list[int] | None) -> Resolution | None:
+    return None if size is None else Resolution(height=size[0], width=size[1])
 
 
 def _image(values: list[Any]) -> InputImage:
@@ -66,7 +75,7 @@ def job_from_json(text: str) -> Job:
         task=Task(values["task"]),
         prompt=values["prompt"],
         images=tuple(_image(image) for image in values["images"]),
-        resolution=Resolution(height=values["size"][0], width=values["size"][1]),
+        resolution=_resolution(values["size"]),
         seed=values["seed"],
         think=values["think"],
         system_prompt=values["system_prompt"],
@@ -79,16 +88,28 @@ def job_from_json(text: str) -> Job:
 
 def group_to_json(group: GroupKey) -> str:
     """Returns a group as canonical JSON: equal groups give equal text."""
-    values = {name: getattr(group, name) for name in GroupKey.__slots__}
-    values["resolution"] = [group.resolution.height, group.resolution.width]
+    values: dict[str, Any] = {"task": group.task}
+    if group.drawing is None:
+        values["think"] = group.think
+        return _dumps(values)
+    values["resolution"] = _size(group.drawing.resolution)
+    values["num_steps"] = group.drawing.num_steps
+    values["timestep_shift"] = group.drawing.timestep_shift
+    # The order in which every version has written them.
+    values["think"] = group.think
+    values["branches"] = group.drawing.branches
     return _dumps(values)
 
 
 def group_from_json(text: str) -> GroupKey:
     """Returns the group that `group_to_json` wrote."""
     values = json.loads(text)
-    height, width = values["resolution"]
-    values["task"] = Task(values["task"])
-    values["resolution"] = Resolution(height=height, width=width)
-    values["branches"] = tuple(values["branches"])
-    return GroupKey(**values)
+    drawing = None
+    if (resolution := _resolution(values.get("resolution"))) is not None:
+        drawing = Drawing(
+            resolution=resolution,
+            num_steps=values["num_steps"],
+            timestep_shift=values["timestep_shift"],
+            branches=tuple(map(Branch, values["branches"])),
+        )
+    return GroupKey(task=Task(values["task"]), think=values["think"], drawing=drawing)

@@ -37,14 +37,15 @@ def picture_metadata(job: Job, key: str, identity: ModelIdentity, index: int) ->
         identity: The model that drew it.
         index: Which of the job's pictures it is, from 0.
     """
-    sampling = job.sampling
+    size, sampling = job.resolution, job.sampling
+    assert size is not None
     return {
         "id": job.id,
         "task": job.task,
         "prompt": job.prompt,
         "seed": job.seed,
-        "width": job.resolution.width,
-        "height": job.resolution.height,
+        "width": size.width,
+        "height": size.height,
         "think": job.think,
         "system_prompt": job.system_prompt,
         "input_max_pixels": job.input_max_pixels,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sensebatch.jobs import BatchMetrics, EngineInfo
+from sensebatch.jobs import BatchMetrics, EngineInfo, group_key
 from sensebatch.store.attempts import DONE, FAILED, Attempt, Failure
 from sensebatch.store.state import StoredJob
 
@@ -51,8 +51,8 @@ def job_columns(context: RowContext, stored: StoredJob) -> dict[str, Any]:
         "attempt": stored.attempts + 1,
         "prompt": job.prompt,
         "seed": job.seed,
-        "width": job.resolution.width,
-        "height": job.resolution.height,
+        "width": None if job.resolution is None else job.resolution.width,
+        "height": None if job.resolution is None else job.resolution.height,
         "num_steps": sampling.num_steps,
         "cfg_scale": sampling.cfg_scale,
         "img_cfg_scale": sampling.img_cfg_scale,
@@ -93,7 +93,7 @@ def job_figures(stored: StoredJob, written: WrittenJob) -> dict[str, Any]:
         "error_message": None if failure is None else failure.message,
         "error_file": written.error_file,
         "num_images": num_images,
-        "image_tokens": num_images * stored.job.resolution.image_tokens,
+        "image_tokens": num_images * group_key(stored.job).image_tokens,
         "think_tokens": written.think_tokens,
         "text_tokens": written.text_tokens,
         "encode_s": written.encode_s,
@@ -111,8 +111,8 @@ def batch_figures(
 
     Source: tok/s as the published summary counts it, image tokens by the generation's wall time.
     """
-    done = zip(jobs, written, strict=True)
-    image_tokens = sum(len(w.image_paths) * job.job.resolution.image_tokens for job, w in done)
+    num_images = sum(len(job.image_paths) for job in written)
+    image_tokens = num_images * group_key(jobs[0].job).image_tokens
     text_tokens = sum(w.think_tokens + w.text_tokens for w in written)
     return {
         "batch_size": len(jobs),

@@ -19,7 +19,7 @@ import numpy as np
 
 from sensebatch.config import OutputConfig
 from sensebatch.errors import JobError, RunFolderError, RunStoppedError
-from sensebatch.jobs import Batch, BatchMetrics, EngineInfo, JobResult, Task
+from sensebatch.jobs import Batch, BatchMetrics, EngineInfo, JobResult
 from sensebatch.process import peak_rss_bytes
 from sensebatch.store.attempts import Attempt, Failure
 from sensebatch.store.files import storage_errors, sync_folders, write_atomic
@@ -34,6 +34,7 @@ from sensebatch.store.rows import (
 )
 from sensebatch.store.state import StoredJob
 from sensebatch.store.store import Store
+from sensebatch.tasks import Output
 
 MIN_WRITERS, MAX_WRITERS = 2, 8
 """Threads that encode where nobody said how many."""
@@ -203,16 +204,20 @@ class BatchWriter:
     def _image_names(self, stored: StoredJob, num_images: int) -> list[str]:
         job, run_dir = stored.job, self._store.run_dir
         extension = EXTENSIONS[self._output.image_format]
-        if job.task is Task.INTERLEAVE:
+        output = job.task.spec.output
+        if output is Output.IMAGES:
             return [run_dir.image_name(job.id, extension, index) for index in range(num_images)]
-        if num_images != 1:
-            raise ValueError(f"expected one picture of a {job.task} job, found {num_images}")
-        return [run_dir.image_name(job.id, extension)]
+        expected = int(output is Output.IMAGE)
+        if num_images != expected:
+            raise ValueError(
+                f"expected {expected} images from a {job.task} job, found {num_images}"
+            )
+        return [run_dir.image_name(job.id, extension)] * num_images
 
     def _encode(self, stored: StoredJob, pixels: np.ndarray, index: int) -> bytes:
         size = stored.job.resolution
-        if pixels.shape[:2] != (size.height, size.width):
-            raise ValueError(f"expected a picture of {size}, found an array {list(pixels.shape)}")
+        if size is None or pixels.shape[:2] != (size.height, size.width):
+            raise ValueError(f"expected an image of {size}, found an array {list(pixels.shape)}")
         identity = self._context.info.identity
         metadata = picture_metadata(stored.job, stored.key, identity, index)
         return encode_image(pixels, self._output, metadata)

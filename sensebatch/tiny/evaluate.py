@@ -35,11 +35,11 @@ from sensebatch.jobs import (
     ModelIdentity,
     Sampling,
     Source,
-    Task,
     batch_id,
     group_key,
 )
 from sensebatch.resolutions import BUCKETS_TINY
+from sensebatch.tasks import SystemPromptKind
 from sensebatch.tiny.manifests import encode_png, read_answers, write_manifest
 from sensebatch.tiny.scores import Answer, Scores, score
 from sensebatch.tiny.sheet import Tile, contact_sheet
@@ -170,14 +170,14 @@ def open_engine(model: str, config: RunConfig) -> Engine:
         lora=None,
         dtype=dtype,
         precision=config.model.quantised,
-        generation_prompt=prompts.by_task[Task.T2I].text,
-        interleave_prompt=prompts.by_task[Task.INTERLEAVE].text,
+        generation_prompt=prompts.by_kind[SystemPromptKind.GENERATION].text,
+        interleave_prompt=prompts.by_kind[SystemPromptKind.INTERLEAVE].text,
     )
     return load_engine(
         config,
         checkpoint=checkpoint,
         identity=identity,
-        system_prompt_source={task: prompt.source for task, prompt in prompts.by_task.items()},
+        system_prompt_source=prompts.sources,
         device=device,
     )
 

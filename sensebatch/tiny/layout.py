@@ -28,8 +28,8 @@ from sensebatch.engine.prompts import (
     positions,
     uncond_prompt,
 )
-from sensebatch.jobs import Task
 from sensebatch.resolutions import PATCH_PIXELS, Resolution
+from sensebatch.tasks import Output, SystemPromptKind, Task
 from sensebatch.tiny.vocabulary import GENERATION_PROMPT, INTERLEAVE_PROMPT
 from sensebatch.tiny.world.examples import Example
 from sensebatch.tiny.world.scene import Scene, pick
@@ -60,7 +60,8 @@ class Sequence:
 
 def system_prompt(task: Task) -> str:
     """Returns the system prompt that the embedded checkpoint is trained with."""
-    return INTERLEAVE_PROMPT if task is Task.INTERLEAVE else GENERATION_PROMPT
+    interleave = task.spec.prompt.system is SystemPromptKind.INTERLEAVE
+    return INTERLEAVE_PROMPT if interleave else GENERATION_PROMPT
 
 
 def token_grid(resolution: Resolution) -> Grid:
@@ -123,7 +124,7 @@ def _grids(example: Example) -> list[Grid]:
 
 def cond_sequence(tokenizer: Tokenizer, example: Example) -> Sequence:
     """Returns an example as the conditional branch sees it, with everything it has to say."""
-    interleave = example.task is Task.INTERLEAVE
+    interleave = example.task.spec.output is Output.IMAGES
     prompt = cond_prompt(
         tokenizer,
         task=example.task,
@@ -160,7 +161,7 @@ def img_cond_sequence(tokenizer: Tokenizer, example: Example) -> Sequence:
     """Returns an edit or interleave example as the image-conditional branch sees it."""
     prompt = img_cond_prompt(tokenizer, task=example.task, grids=_grids(example))
     writer = _Writer.behind(tokenizer, prompt, example.inputs)
-    if example.task is not Task.INTERLEAVE:
+    if example.task.spec.output is Output.IMAGE:
         writer.draw(example.pictures[0])
         return writer.finish()
     for number, scene in enumerate(example.pictures, start=1):

@@ -16,7 +16,6 @@ import torch
 from torch.utils.data import Dataset
 
 from sensebatch.engine.model.tokenizer import Tokenizer
-from sensebatch.jobs import Task
 from sensebatch.resolutions import Resolution
 from sensebatch.tiny.layout import (
     Sequence,
@@ -116,7 +115,7 @@ def sample_sequence(
     draw = rng.random()
     if draw < config.uncond:
         return uncond_sequence(tokenizer, example, rng)
-    if draw < config.uncond + config.img_cond and example.task is not Task.T2I:
+    if draw < config.uncond + config.img_cond and example.task.spec.takes_images:
         return img_cond_sequence(tokenizer, example)
     return cond_sequence(tokenizer, example)
 

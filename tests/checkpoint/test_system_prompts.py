@@ -11,7 +11,7 @@ import pytest
 from sensebatch.checkpoint.files import Checkpoint, open_checkpoint, read_folder
 from sensebatch.checkpoint.system_prompts import BUILT_IN, resolve_system_prompts
 from sensebatch.errors import CheckpointError
-from sensebatch.jobs import Task
+from sensebatch.tasks import Task
 from tests.checkpoint.folders import write_folder
 
 MODULE = """
@@ -40,10 +40,10 @@ def install_package(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 def test_built_in_prompts_serve_where_nothing_else_is_found(checkpoint: Checkpoint) -> None:
     prompts = resolve_system_prompts(checkpoint)
     assert prompts.warn_built_in
-    assert {prompt.source for prompt in prompts.by_task.values()} == {BUILT_IN}
-    assert prompts.by_task[Task.T2I].text.startswith("You draw and edit pictures.")
-    assert prompts.by_task[Task.EDIT] == prompts.by_task[Task.T2I]
-    assert prompts.by_task[Task.INTERLEAVE].text.startswith("You answer with words and pictures.")
+    assert {prompt.source for prompt in prompts.by_kind.values()} == {BUILT_IN}
+    assert prompts.of_task(Task.T2I).text.startswith("You draw and edit pictures.")
+    assert prompts.of_task(Task.EDIT) == prompts.of_task(Task.T2I)
+    assert prompts.of_task(Task.INTERLEAVE).text.startswith("You answer with words and pictures.")
 
 
 def test_package_is_read_and_not_executed(
@@ -51,9 +51,9 @@ def test_package_is_read_and_not_executed(
 ) -> None:
     install_package(monkeypatch, tmp_path)
     prompts = resolve_system_prompts(checkpoint)
-    assert prompts.by_task[Task.EDIT].text == "\nfrom package gen"
-    assert prompts.by_task[Task.INTERLEAVE].text == "from package default"
-    assert prompts.by_task[Task.INTERLEAVE].source.endswith("constants.py: DEFAULT_SYSTEM_MESSAGE")
+    assert prompts.of_task(Task.EDIT).text == "\nfrom package gen"
+    assert prompts.of_task(Task.INTERLEAVE).text == "from package default"
+    assert prompts.of_task(Task.INTERLEAVE).source.endswith("constants.py: DEFAULT_SYSTEM_MESSAGE")
     assert not prompts.warn_built_in
 
 
@@ -65,9 +65,9 @@ def test_checkpoint_folder_goes_before_the_package_and_the_named_file_before_bot
     file = tmp_path / "prompts.json"
     file.write_text(json.dumps({"interleave": "named"}))
     prompts = resolve_system_prompts(checkpoint, file)
-    assert prompts.by_task[Task.T2I].text == "\nfrom folder gen"
-    assert prompts.by_task[Task.INTERLEAVE].text == "named"
-    assert prompts.by_task[Task.INTERLEAVE].source == str(file)
+    assert prompts.of_task(Task.T2I).text == "\nfrom folder gen"
+    assert prompts.of_task(Task.INTERLEAVE).text == "named"
+    assert prompts.of_task(Task.INTERLEAVE).source == str(file)
 
 
 def test_broken_or_computed_python_is_passed_over(checkpoint: Checkpoint) -> None:
@@ -75,8 +75,8 @@ def test_broken_or_computed_python_is_passed_over(checkpoint: Checkpoint) -> Non
     (checkpoint.path / "b.py").write_text("SYSTEM_MESSAGE_FOR_GEN = open('x').read()")
     (checkpoint.path / "c.py").write_text("SYSTEM_MESSAGE_FOR_GEN = ''")
     prompts = resolve_system_prompts(checkpoint)
-    assert prompts.by_task[Task.T2I].text == ""
-    assert "c.py" in prompts.by_task[Task.T2I].source
+    assert prompts.of_task(Task.T2I).text == ""
+    assert "c.py" in prompts.of_task(Task.T2I).source
     assert prompts.warn_built_in
 
 

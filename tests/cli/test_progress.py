@@ -17,11 +17,12 @@ from sensebatch.cli.messages import say
 from sensebatch.cli.progress import LiveDisplay, PlainLines, step_words, watch
 from sensebatch.cli.signals import FINISHING, StopSignals
 from sensebatch.contract import Phase, Progress
-from sensebatch.jobs import Batch, Job, Task, group_key
+from sensebatch.jobs import Batch, Job, group_key
 from sensebatch.plan.batches import Plan, make_plan, plan_entry
 from sensebatch.store.attempts import Attempt, Failure
 from sensebatch.store.rows import RowContext, WrittenJob, early_failure
 from sensebatch.store.state import Counts, StoredJob
+from sensebatch.tasks import Task
 from tests.executor.fakes import FakeEngine, make_config, make_job
 
 

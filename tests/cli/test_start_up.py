@@ -27,7 +27,8 @@ import torch
 from sensebatch.checkpoint.files import open_checkpoint
 from sensebatch.config import default_config
 from sensebatch.engine.engine import load_engine
-from sensebatch.jobs import ModelIdentity, Task
+from sensebatch.jobs import ModelIdentity
+from sensebatch.tasks import Task
 
 load_engine(
     default_config(),

@@ -20,8 +20,9 @@ from sensebatch.engine.runner import Runner
 from sensebatch.engine.sampling.flow_matching import velocity_from_image
 from sensebatch.engine.tasks.single_image import begin, draw
 from sensebatch.engine.tasks.state import PreparedJob, prepare_job
-from sensebatch.jobs import CfgNorm, Job, Sampling, Source, Task
+from sensebatch.jobs import CfgNorm, Job, Sampling, Source
 from sensebatch.resolutions import Resolution
+from sensebatch.tasks import Task
 from tests.golden_data import ByteTokenizer, Case, golden_architecture, load_case, rule_weights
 
 TASKS = {

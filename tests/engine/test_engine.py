@@ -16,6 +16,7 @@ from sensebatch.config import MemoryConfig, RunConfig, default_config
 from sensebatch.contract import Progress
 from sensebatch.engine import engine as engine_module
 from sensebatch.engine.engine import SenseNovaEngine, load_engine
+from sensebatch.engine.tasks import single_image
 from sensebatch.engine.tasks.denoise import draw_noise
 from sensebatch.engine.tasks.state import job_generator
 from sensebatch.errors import ConfigError, JobError, OutOfMemoryError
@@ -27,7 +28,6 @@ from sensebatch.jobs import (
     Job,
     ModelIdentity,
     Source,
-    Task,
     VramMode,
     batch_id,
     group_key,
@@ -38,6 +38,7 @@ from sensebatch.plan.fallback import leaner
 from sensebatch.plan.load import Load, group_load
 from sensebatch.plan.placement import Placement, Placements
 from sensebatch.resolutions import Resolution
+from sensebatch.tasks import Branch, Task
 from sensebatch.units import MIB
 from tests.engine.golden_model import KeptImages
 
@@ -123,7 +124,7 @@ def test_the_waiting_between_two_batches_is_told(monkeypatch: pytest.MonkeyPatch
     now += 3.0
     assert generate(engine, make_job("a")).metrics.wait_s == 3.0
     with monkeypatch.context() as patch:
-        patch.setattr(engine_module, "run_single_image", raising(ValueError("broken")))
+        single_images_run(patch, raising(ValueError("broken")))
         with pytest.raises(ValueError, match="broken"):
             generate(engine, make_job("a"))
     assert generate(engine, make_job("a")).metrics.wait_s is None
@@ -154,7 +155,7 @@ def test_inputs_of_an_edit_are_brought_to_the_jobs_number_of_pixels(
 def test_a_job_reads_its_own_system_prompt_before_the_runs(task: Task) -> None:
     engine = load(make_config())
     own, runs = (
-        engine.prepare(make_job("b", task=task, system_prompt=prompt), ()).prompts["cond"]
+        engine.prepare(make_job("b", task=task, system_prompt=prompt), ()).prompts[Branch.COND]
         for prompt in ("Speak in rhymes.", None)
     )
     decode = engine._tokenizer.decode
@@ -344,8 +345,8 @@ def test_memory_errors_of_torch_become_ours(
     monkeypatch: pytest.MonkeyPatch, error: RuntimeError
 ) -> None:
     engine = load(make_config())
-    monkeypatch.setattr(engine_module, "run_single_image", raising(error))
-    with pytest.raises(OutOfMemoryError, match=r"a batch of 1 at 96x64 did not fit: .*emory"):
+    single_images_run(monkeypatch, raising(error))
+    with pytest.raises(OutOfMemoryError, match=r"a batch of 1 \(t2i 96x64\) did not fit: .*emory"):
         generate(engine, make_job("a"))
 
 
@@ -354,16 +355,21 @@ def test_memory_that_the_host_does_not_give_becomes_our_error(
 ) -> None:
     engine = load(make_config())
 
-    def take_far_too_much(*_: Any) -> None:
+    def take_far_too_much(*_: Any, **__: Any) -> None:
         torch.empty(1 << 60, dtype=torch.uint8)
 
-    monkeypatch.setattr(engine_module, "run_single_image", take_far_too_much)
+    single_images_run(monkeypatch, take_far_too_much)
     with pytest.raises(OutOfMemoryError, match=r"did not fit: .*you tried to allocate"):
         generate(engine, make_job("a"))
 
 
+def single_images_run(patch: pytest.MonkeyPatch, run: Callable[..., Any]) -> None:
+    """Has another function run t2i and edit jobs."""
+    patch.setattr(single_image, "RUNNER", replace(single_image.RUNNER, run=run))
+
+
 def raising(error: Exception) -> Callable[..., None]:
-    def raise_it(*_: Any) -> None:
+    def raise_it(*_: Any, **__: Any) -> None:
         raise error
 
     return raise_it

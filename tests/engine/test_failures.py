@@ -7,11 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from sensebatch.engine import engine as engine_module
 from sensebatch.engine.engine import SenseNovaEngine
 from sensebatch.engine.weights.loader import NetworkLoader
 from sensebatch.errors import CheckpointError, DeviceError, OutOfMemoryError, RunStoppedError
-from tests.engine.test_engine import generate, load, make_config, make_job, raising
+from tests.engine.test_engine import (
+    generate,
+    load,
+    make_config,
+    make_job,
+    raising,
+    single_images_run,
+)
 
 ILLEGAL = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
@@ -32,7 +38,7 @@ def engine() -> SenseNovaEngine:
 def test_device_that_computes_no_more_is_told_apart_from_a_bad_batch(
     monkeypatch: pytest.MonkeyPatch, engine: SenseNovaEngine
 ) -> None:
-    monkeypatch.setattr(engine_module, "run_single_image", raising(ILLEGAL))
+    single_images_run(monkeypatch, raising(ILLEGAL))
     with pytest.raises(torch.AcceleratorError):
         generate(engine, make_job("a"))
     monkeypatch.setattr(torch, "ones", _full)
@@ -66,7 +72,7 @@ def test_a_device_that_failed_between_batches_is_noticed_while_weights_are_place
 def test_memory_errors_of_the_driver_are_memory_errors(
     monkeypatch: pytest.MonkeyPatch, engine: SenseNovaEngine, words: str
 ) -> None:
-    monkeypatch.setattr(engine_module, "run_single_image", raising(RuntimeError(words)))
+    single_images_run(monkeypatch, raising(RuntimeError(words)))
     with pytest.raises(OutOfMemoryError):
         generate(engine, make_job("a"))
 
@@ -74,7 +80,7 @@ def test_memory_errors_of_the_driver_are_memory_errors(
 def test_weights_that_can_no_longer_be_read_stop_the_run(
     monkeypatch: pytest.MonkeyPatch, engine: SenseNovaEngine
 ) -> None:
-    monkeypatch.setattr(engine_module, "run_single_image", raising(CheckpointError("w: gone")))
+    single_images_run(monkeypatch, raising(CheckpointError("w: gone")))
     with pytest.raises(RunStoppedError, match="can no longer be read: w: gone"):
         generate(engine, make_job("a"))
 

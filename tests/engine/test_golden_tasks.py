@@ -15,9 +15,10 @@ from sensebatch.engine.sampling.flow_matching import euler, timesteps
 from sensebatch.engine.sampling.guidance import Guidance
 from sensebatch.engine.tasks import denoise as denoise_module
 from sensebatch.engine.tasks import interleave
-from sensebatch.engine.tasks.denoise import Drawing, denoise, draw_noise, image_noise_scale
+from sensebatch.engine.tasks.denoise import Canvas, denoise, draw_noise, image_noise_scale
 from sensebatch.engine.tasks.interleave import run_interleave
 from sensebatch.engine.tasks.state import start_jobs
+from sensebatch.tasks import Branch
 from tests.engine import golden_model
 from tests.engine.golden_model import (
     TASKS,
@@ -134,7 +135,7 @@ def test_every_step_of_an_image_matches_the_reference(monkeypatch: pytest.Monkey
         return euler(z, schedule, watched)
 
     def watched_combine(
-        self: Guidance, found: Mapping[str, torch.Tensor], step: int, t: float
+        self: Guidance, found: Mapping[Branch, torch.Tensor], step: int, t: float
     ) -> torch.Tensor:
         velocities.append({branch: v.clone() for branch, v in found.items()})
         return combine(self, found, step, t)
@@ -208,7 +209,7 @@ def test_a_batch_of_two_matches_the_reference(config: str) -> None:
         images = denoise(
             runner,
             [
-                Drawing(guidance=state.guidance, caches=state.caches, noise=noise)
+                Canvas(guidance=state.guidance, caches=state.caches, noise=noise)
                 for state, noise in zip(running, case.tensor("initial_noise"), strict=True)
             ],
             case_resolutions(case)[0],
@@ -237,7 +238,7 @@ def test_interleave_matches_the_reference(config: str, name: str) -> None:
     assert case.outputs["argmax_decisions"][: len(choices)] == choices
 
 
-BRANCHES = {"cond": "cond", "img_cond": "text_uncond", "uncond": "img_uncond"}
+BRANCHES = {Branch.COND: "cond", Branch.IMG_COND: "text_uncond", Branch.UNCOND: "img_uncond"}
 """Names of branches, here and in the reference."""
 
 
@@ -258,12 +259,12 @@ def test_what_interleave_jobs_read_and_choose_from_matches_the_reference(
         return embeds
 
     def watched_denoise(
-        runner: Runner, drawings: Sequence[Drawing], *args: Any, **options: Any
+        runner: Runner, canvases: Sequence[Canvas], *args: Any, **options: Any
     ) -> torch.Tensor:
         places.append(
-            {BRANCHES[branch]: cache.next_t for branch, cache in drawings[0].caches.items()}
+            {BRANCHES[branch]: cache.next_t for branch, cache in canvases[0].caches.items()}
         )
-        return denoise(runner, drawings, *args, **options)
+        return denoise(runner, canvases, *args, **options)
 
     monkeypatch.setattr(runner, "embed_images", watched_embed)
     monkeypatch.setattr(interleave, "denoise", watched_denoise)

@@ -16,9 +16,10 @@ from sensebatch.engine.model.kv_cache import KVCache, SharedRoom, part_caches
 from sensebatch.engine.runner import Runner
 from sensebatch.engine.sampling.text import Script, Step
 from sensebatch.engine.tasks import interleave
-from sensebatch.engine.tasks.denoise import Drawing, denoise
+from sensebatch.engine.tasks.denoise import Canvas, denoise
 from sensebatch.engine.tasks.interleave import run_interleave
 from sensebatch.engine.tasks.state import PreparedJob
+from sensebatch.tasks import Branch
 from tests.engine.golden_model import infer
 from tests.engine.memory.tracker import LiveBytes
 from tests.engine.test_batches import jobs_of
@@ -98,14 +99,14 @@ def test_ended_stories_and_earlier_pictures_take_no_memory(
     pictures: list[weakref.ref[torch.UntypedStorage]] = []
     caches: list[list[weakref.ref[object]]] = []
 
-    def watched(_: object, drawings: Sequence[Drawing], *args: Any, **options: Any) -> object:
+    def watched(_: object, canvases: Sequence[Canvas], *args: Any, **options: Any) -> object:
         gc.collect()
         assert all(picture() is None for picture in pictures)
         if caches:
             ended, going_on = caches[0]
             assert (ended() is None, going_on() is None) == (True, False)
-        caches.append([weakref.ref(drawing.caches["cond"]) for drawing in drawings])
-        images = denoise(runner, drawings, *args, **options)
+        caches.append([weakref.ref(canvas.caches[Branch.COND]) for canvas in canvases])
+        images = denoise(runner, canvases, *args, **options)
         pictures.append(weakref.ref(images.untyped_storage()))
         return images
 

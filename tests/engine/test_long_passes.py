@@ -10,6 +10,7 @@ from sensebatch.engine import runner as runner_module
 from sensebatch.engine.tasks.interleave import run_interleave
 from sensebatch.engine.tasks.state import PreparedJob, prepare_job
 from sensebatch.plan import passes
+from sensebatch.tasks import Branch
 from tests.engine.golden_model import (
     KeptImages,
     build_job,
@@ -98,7 +99,7 @@ def test_each_thought_is_its_own_where_prompts_take_several_passes(
         alone = [draw_together(runner, [job])[1][0] for job in fresh(jobs)]
         assert len({thought[0] for thought in alone if thought}) > 1
         # The first two prompts share a pass, and the third has one of its own.
-        longest = max(len(job.prompts["cond"].token_ids) for job in jobs)
+        longest = max(len(job.prompts[Branch.COND].token_ids) for job in jobs)
         monkeypatch.setattr(runner_module, "MAX_PREFILL_TOKENS", longest)
         assert draw_together(runner, fresh(jobs))[1] == alone
         assert draw_together(runner, fresh(jobs[::-1]))[1] == alone[::-1]

@@ -21,10 +21,10 @@ from sensebatch.engine.model.transformer import SparseMlp, rms_norm
 from sensebatch.engine.prompts import Prompt
 from sensebatch.engine.runner import Runner
 from sensebatch.engine.sampling.guidance import Guidance
-from sensebatch.engine.tasks.denoise import Drawing, denoise, draw_noise
+from sensebatch.engine.tasks.denoise import Canvas, denoise, draw_noise
 from sensebatch.engine.tasks.state import job_generator
-from sensebatch.jobs import Task
 from sensebatch.resolutions import Resolution
+from sensebatch.tasks import Branch, Task
 from tests.engine.golden_model import infer
 from tests.engine.test_sampling import SAMPLING
 from tests.golden_data import ByteTokenizer, golden_architecture, rule_weights
@@ -126,13 +126,13 @@ def test_a_picture_is_kept_in_float32_between_the_steps() -> None:
     with infer():
         extension = runner.new_extension(Prompt(token_ids=(1, 2, 3)))
         runner.prefill([extension])
-        drawing = Drawing(
+        canvas = Canvas(
             guidance=Guidance(Task.EDIT, SAMPLING),
-            caches={"cond": extension.cache, "img_cond": extension.cache},
+            caches={Branch.COND: extension.cache, Branch.IMG_COND: extension.cache},
             noise=draw_noise(arch, SIZE, job_generator(1)),
         )
-        drawn = denoise(runner, [drawing], SIZE, num_steps=5, timestep_shift=3.0)
-    assert drawing.noise.dtype == torch.float32
+        drawn = denoise(runner, [canvas], SIZE, num_steps=5, timestep_shift=3.0)
+    assert canvas.noise.dtype == torch.float32
     torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-5)
 
 

@@ -21,7 +21,8 @@ from sensebatch.engine.prompts import (
     segments,
 )
 from sensebatch.errors import JobError
-from sensebatch.jobs import IMAGE_MARK, Task
+from sensebatch.jobs import IMAGE_MARK
+from sensebatch.tasks import Branch, Task
 from tests.golden_data import GOLDEN, ByteTokenizer, Case, case_ids, load_case
 
 TOKENIZER = ByteTokenizer()
@@ -32,21 +33,21 @@ TASKS = {
     "edit_think": Task.EDIT,
     "interleave": Task.INTERLEAVE,
 }
-GOLDEN_BRANCHES = {"img_cond": "text_uncond", "uncond": "img_uncond"}
+GOLDEN_BRANCHES = {Branch.IMG_COND: "text_uncond", Branch.UNCOND: "img_uncond"}
 GENERATION = json.loads((GOLDEN.parents[1] / "sensebatch/checkpoint/prompts.json").read_text())[
     "generation"
 ]
 
 
-def golden_name(case: Case, branch: str) -> str:
+def golden_name(case: Case, branch: Branch) -> str:
     return GOLDEN_BRANCHES.get(branch, branch) if case.kind == "interleave" else branch
 
 
-def golden_prompts(case: Case) -> dict[str, Prompt]:
+def golden_prompts(case: Case) -> dict[Branch, Prompt]:
     """Builds every branch that the case records."""
     branches = [
         branch
-        for branch in ("cond", "img_cond", "uncond")
+        for branch in (Branch.COND, Branch.IMG_COND, Branch.UNCOND)
         if f"query_{golden_name(case, branch)}" in case.strings
     ]
     grids = case.tensor("grid_hw").tolist() if "grid_hw" in case else []

@@ -19,7 +19,8 @@ from sensebatch.engine.sampling.flow_matching import (
 )
 from sensebatch.engine.sampling.guidance import Guidance
 from sensebatch.engine.tasks.interleave import run_interleave
-from sensebatch.jobs import CfgNorm, Task
+from sensebatch.jobs import CfgNorm
+from sensebatch.tasks import Branch, Task
 from tests.engine.golden_model import KeptImages, build_job, build_runner, infer
 from tests.golden_data import GOLDEN, golden_config, load_case
 
@@ -145,18 +146,18 @@ def test_a_guided_velocity_is_made_shorter_and_never_longer(
     cond = torch.ones(2, 2)
     uncond = torch.tensor([[0.0, 0.0], [1.2, 1.2]])
     guidance = Guidance(Task.T2I, replace(SAMPLING, cfg_scale=4.0, cfg_norm=norm))
-    found = guidance.combine({"cond": cond, "uncond": uncond}, 1, 0.5)
+    found = guidance.combine({Branch.COND: cond, Branch.UNCOND: uncond}, 1, 0.5)
     torch.testing.assert_close(found, torch.tensor(expected)[:, None].expand(2, 2))
-    alone = guidance.combine({"cond": cond[1:], "uncond": uncond[1:]}, 1, 0.5)
+    alone = guidance.combine({Branch.COND: cond[1:], Branch.UNCOND: uncond[1:]}, 1, 0.5)
     torch.testing.assert_close(alone, torch.full((1, 2), 0.4))
 
 
 def test_cfg_zero_star_stands_still_at_step_0_only_where_guidance_is_active() -> None:
-    velocities = {"cond": torch.ones(4, 3), "uncond": torch.full((4, 3), 0.5)}
+    velocities = {Branch.COND: torch.ones(4, 3), Branch.UNCOND: torch.full((4, 3), 0.5)}
     sampling = replace(SAMPLING, cfg_norm=CfgNorm.CFG_ZERO_STAR, cfg_interval=(0.5, 1.0))
     guidance = Guidance(Task.T2I, sampling)
     assert torch.equal(guidance.combine(velocities, 0, 0.6), torch.zeros(4, 3))
-    assert torch.equal(guidance.combine(velocities, 0, 0.1), velocities["cond"])
+    assert torch.equal(guidance.combine(velocities, 0, 0.1), velocities[Branch.COND])
     assert guidance.combine(velocities, 1, 0.6).abs().sum() > 0
 
 

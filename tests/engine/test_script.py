@@ -15,7 +15,7 @@ from sensebatch.engine.sampling.text import greedy_decode
 from sensebatch.engine.tasks.interleave import run_interleave
 from sensebatch.engine.tasks.single_image import run_single_image
 from sensebatch.engine.tasks.state import PreparedJob
-from sensebatch.jobs import Task
+from sensebatch.tasks import Task
 from tests.engine.golden_model import KeptImages, build_job, build_runner, infer
 from tests.engine.test_batches import fresh
 from tests.engine.test_engine import generate, load, make_config, make_job

@@ -15,8 +15,9 @@ from sensebatch.engine.engine import SenseNovaEngine
 from sensebatch.engine.runner import Runner
 from sensebatch.engine.tasks.interleave import run_interleave
 from sensebatch.errors import BatchStoppedError, StorageFullError
-from sensebatch.jobs import BatchResult, Job, Task
+from sensebatch.jobs import BatchResult, Job
 from sensebatch.plan import passes
+from sensebatch.tasks import Task
 from tests.engine.golden_model import KeptImages, infer
 from tests.engine.test_batches import fresh, jobs_of
 from tests.engine.test_engine import generate, load, make_config, make_job, pixels

@@ -15,11 +15,12 @@ from sensebatch.engine.model.attention import sdpa
 from sensebatch.engine.model.kv_cache import KVCache
 from sensebatch.engine.runner import PassLimits, Runner
 from sensebatch.engine.tasks.state import PreparedJob, RunningJob, prepare_job, start_jobs
-from sensebatch.jobs import Job, Source, Task, group_key
+from sensebatch.jobs import Job, Source, group_key
 from sensebatch.plan.computation import Computation
 from sensebatch.plan.footprint import prompt_bytes
 from sensebatch.plan.load import Load
 from sensebatch.resolutions import Resolution
+from sensebatch.tasks import Branch, Task
 from tests.engine.golden_model import build_network, infer
 from tests.engine.memory.test_estimates import MOST, small_network
 from tests.engine.memory.tracker import LiveBytes
@@ -62,7 +63,7 @@ def prepared(
 
 def rest(job: PreparedJob) -> int:
     """Returns the tokens of a job's conditional prompt behind its system turn."""
-    return len(job.prompts["cond"].token_ids) - TURN
+    return len(job.prompts[Branch.COND].token_ids) - TURN
 
 
 def bits(state: RunningJob) -> list[bytes]:
@@ -83,10 +84,11 @@ def start(runner: Runner, *jobs: PreparedJob) -> list[RunningJob]:
 def test_the_system_turn_of_a_batch_is_computed_once() -> None:
     runner = CountingRunner()
     jobs = [prepared(runner, prompt) for prompt in ("one", "another", "a third")]
-    uncond = len(jobs[0].prompts["uncond"].token_ids)
+    uncond = len(jobs[0].prompts[Branch.UNCOND].token_ids)
     states = start(runner, *jobs)
     assert runner.passes == [TURN, sum(map(rest, jobs)) + uncond]
-    assert [state.caches["cond"].length for state in states] == [TURN + rest(job) for job in jobs]
+    lengths = [state.caches[Branch.COND].length for state in states]
+    assert lengths == [TURN + rest(job) for job in jobs]
     assert runner.seconds[Phase.PREFILL] > 0
 
 
@@ -97,7 +99,7 @@ def test_the_next_batch_finds_the_turn_and_ends_in_the_same_bits() -> None:
     start(later, prepared(later, "before"), prepared(later, "it"))
     later.passes.clear()
     (found,) = start(later, job)
-    assert later.passes == [rest(job) + len(job.prompts["uncond"].token_ids)]
+    assert later.passes == [rest(job) + len(job.prompts[Branch.UNCOND].token_ids)]
     assert bits(found) == bits(expected)
 
 
@@ -112,22 +114,22 @@ def test_turns_are_kept_between_runners_and_not_mixed_up() -> None:
     (found,) = start(runner, other)
     assert len(runner.passes) == 2
     assert bits(found) == bits(expected)
-    assert list(kept) == [other.prompts["cond"].system_ids]
+    assert list(kept) == [other.prompts[Branch.COND].system_ids]
 
 
 def test_a_batch_of_several_system_prompts_computes_each_once_and_keeps_none() -> None:
     runner = CountingRunner()
     jobs = [prepared(runner, "a"), prepared(runner, "b", system="rule"), prepared(runner, "c")]
     states = start(runner, *jobs)
-    turns = TURN + jobs[1].prompts["cond"].num_system
-    uncond = len(jobs[0].prompts["uncond"].token_ids)
-    behind = sum(len(job.prompts["cond"].behind_system().token_ids) for job in jobs)
+    turns = TURN + jobs[1].prompts[Branch.COND].num_system
+    uncond = len(jobs[0].prompts[Branch.UNCOND].token_ids)
+    behind = sum(len(job.prompts[Branch.COND].behind_system().token_ids) for job in jobs)
     assert runner.passes == [turns, behind + uncond]
     assert runner.system_turns == {}
     for state, job in zip(states, jobs, strict=True):
         (alone,) = start(CountingRunner(), job)
         for together, single in zip(
-            state.caches["cond"].read(1), alone.caches["cond"].read(1), strict=True
+            state.caches[Branch.COND].read(1), alone.caches[Branch.COND].read(1), strict=True
         ):
             torch.testing.assert_close(together, single)
 
@@ -146,8 +148,8 @@ def test_the_kept_turn_is_not_written_to() -> None:
     before = [part.clone() for part in cache.brought().read(0)]
     states = start(runner, prepared(runner, "b"), prepared(runner, "c"))
     with infer():
-        runner.bring(state.caches["cond"] for state in states)
-        runner.append_tokens([(state.caches["cond"], [1, 2, 3]) for state in states])
+        runner.bring(state.caches[Branch.COND] for state in states)
+        runner.append_tokens([(state.caches[Branch.COND], [1, 2, 3]) for state in states])
     assert cache.length == TURN
     assert all(map(torch.equal, before, cache.brought().read(0)))
 
@@ -167,12 +169,12 @@ def test_prompts_behind_a_shared_turn_take_no_more_than_expected(jobs: int) -> N
     runner = Runner(network, ByteTokenizer(), sdpa, lambda _: None)
     system = "x" * 600
     batch = [prepared(runner, "y" * 400, system=system) for _ in range(jobs)]
-    prompt = len(batch[0].prompts["cond"].token_ids)
+    prompt = len(batch[0].prompts[Branch.COND].token_ids)
     load = Load(
         group=group_key(batch[0].job),
         batch_size=jobs,
         prompt_tokens=prompt,
-        system_tokens=batch[0].prompts["cond"].num_system,
+        system_tokens=batch[0].prompts[Branch.COND].num_system,
     )
     with infer(), LiveBytes() as live:
         for _ in range(2):

@@ -17,9 +17,10 @@ from sensebatch.engine.engine import SenseNovaEngine, load_engine
 from sensebatch.engine.weights.loader import open_weights
 from sensebatch.engine.weights.sources import FileWeights, StoppableWeights, WeightSource
 from sensebatch.errors import ConfigError, StoppedError
-from sensebatch.jobs import ModelIdentity, Task
+from sensebatch.jobs import ModelIdentity
 from sensebatch.plan.batches import make_plan, plan_entry
 from sensebatch.plan.load import Load, group_load
+from sensebatch.tasks import Task
 from sensebatch.units import GIB, MIB
 from tests.engine.test_engine import generate, load, make_config, make_job, pixels
 

@@ -30,7 +30,6 @@ from sensebatch.jobs import (
     JobResult,
     ModelIdentity,
     Source,
-    Task,
     VramMode,
 )
 from sensebatch.plan.batches import Plan
@@ -40,6 +39,7 @@ from sensebatch.store.attempts import Attempt
 from sensebatch.store.ingest import Changes
 from sensebatch.store.state import Counts
 from sensebatch.store.store import Store, open_store
+from sensebatch.tasks import Task
 
 SMALL = Resolution(height=32, width=64)
 
@@ -138,7 +138,7 @@ class FakeEngine:
     """Pictures that the last batch took from checkpoints."""
 
     def largest_batch(self, group: GroupKey) -> int | None:
-        return self.fitting.get(group.resolution.image_tokens)
+        return self.fitting.get(group.image_tokens)
 
     def make_room(self) -> str | None:
         if len(self.modes) == 1:

@@ -20,8 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sensebatch.config import ExecutionConfig
-from sensebatch.jobs import Job, Task
+from sensebatch.jobs import Job
 from sensebatch.store.database import Database
+from sensebatch.tasks import Task
 from tests.executor.fakes import (
     FakeEngine,
     make_config,

@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from sensebatch.errors import JobError, RunStoppedError
-from sensebatch.jobs import BatchResult, Job, Task
+from sensebatch.jobs import BatchResult, Job
 from sensebatch.store.database import Database
+from sensebatch.tasks import Task
 from tests.executor.fakes import (
     FakeEngine,
     Flag,

@@ -12,11 +12,12 @@ from PIL import Image
 
 from sensebatch.config import ExecutionConfig, OutputConfig
 from sensebatch.errors import StorageError, StorageFullError
-from sensebatch.jobs import Job, Task
+from sensebatch.jobs import Job
 from sensebatch.resolutions import Resolution
 from sensebatch.store.images import read_metadata
 from sensebatch.store.kept import KeptImages
 from sensebatch.store.store import open_store
+from sensebatch.tasks import Task
 from tests.executor.fakes import (
     FakeEngine,
     Flag,
@@ -233,7 +234,7 @@ def test_picture_of_the_wrong_size_fails_its_job(tmp_path: Path) -> None:
 
     ran = run_folder(tmp_path, [make_job("a"), make_job("b")], engine=Wrong())
     assert (ran.summary.done, ran.summary.failed) == (1, 1)
-    assert "expected a picture of 64x32" in rows(tmp_path)[0]["error_message"]
+    assert "expected an image of 64x32" in rows(tmp_path)[0]["error_message"]
 
 
 def test_missing_result_fails_the_jobs_and_not_the_run(tmp_path: Path) -> None:

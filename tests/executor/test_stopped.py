@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from sensebatch.errors import DeviceError
-from sensebatch.jobs import BatchResult, Task
+from sensebatch.jobs import BatchResult
+from sensebatch.tasks import Task
 from tests.executor.fakes import FakeEngine, make_job, outcome, run_folder
 
 

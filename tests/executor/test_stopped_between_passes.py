@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from sensebatch.config import ExecutionConfig
-from sensebatch.jobs import Task
 from sensebatch.store.status import read_status
+from sensebatch.tasks import Task
 from tests.executor.fakes import FakeEngine, make_config, make_job, mixed_jobs, outcome, run_folder
 
 PATIENCE_S = 10.0

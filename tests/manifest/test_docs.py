@@ -9,9 +9,10 @@ import pytest
 
 from sensebatch.config import RunConfig, default_config
 from sensebatch.errors import Problem
-from sensebatch.jobs import Job, Task
+from sensebatch.jobs import Job
 from sensebatch.manifest.fields import FOREIGN_FIELDS, JobFields
 from sensebatch.manifest.read import read_manifest
+from sensebatch.tasks import Task
 
 ROOT = Path(__file__).parents[2]
 DOCS = (ROOT / "docs/manifest.md").read_text(encoding="utf-8")

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sensebatch.config import default_config
-from sensebatch.jobs import Source, Task
+from sensebatch.jobs import Source
 from sensebatch.manifest.expand import expand
 from sensebatch.manifest.problems import RowErrors
 from sensebatch.manifest.read import job_of
 from sensebatch.manifest.resolve import JobResolver, Origin
+from sensebatch.tasks import Task
 from tests.manifest.conftest import Mistakes, ReadRows
 
 

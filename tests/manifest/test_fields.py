@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from sensebatch.jobs import Task
 from sensebatch.manifest.fields import FOREIGN_FIELDS, JobFields, manifest_schema
+from sensebatch.tasks import Task
 from tests.manifest.conftest import Mistakes, ReadRows
 
 RATIOS = "1:1, 16:9, 9:16, 3:2, 2:3, 4:3, 3:4, 2:1, 1:2, 3:1, 1:3"

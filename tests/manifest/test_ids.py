@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sensebatch.jobs import Task
 from sensebatch.manifest.ids import (
     MAX_ID_BYTES,
     IdRegistry,
@@ -17,6 +16,7 @@ from sensebatch.manifest.ids import (
     slug,
     with_suffixes,
 )
+from sensebatch.tasks import Task
 from tests.manifest.conftest import Mistakes, ReadRows
 
 

@@ -11,8 +11,9 @@ from PIL import Image
 
 from sensebatch.config import default_config
 from sensebatch.errors import ManifestError
-from sensebatch.jobs import Job, Task
+from sensebatch.jobs import Job
 from sensebatch.manifest.read import read_manifest, read_rows
+from sensebatch.tasks import Task
 
 
 def _jobs(rows: list[Any], path: Path = Path("rows"), **options: Any) -> list[Job]:

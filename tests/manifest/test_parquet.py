@@ -17,9 +17,10 @@ import pytest
 
 from sensebatch.config import RunConfig
 from sensebatch.errors import ManifestError
-from sensebatch.jobs import Job, Task
+from sensebatch.jobs import Job
 from sensebatch.manifest.inputs import read_input_image
 from sensebatch.manifest.read import read_manifest
+from sensebatch.tasks import Task
 from tests.manifest.test_images import encoded
 
 ReadTable = Callable[..., list[Job]]

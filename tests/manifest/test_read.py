@@ -9,9 +9,10 @@ import pytest
 
 from sensebatch.config import RunConfig
 from sensebatch.errors import ManifestError
-from sensebatch.jobs import Source, Task
+from sensebatch.jobs import Source
 from sensebatch.manifest.one import job_from_fields
 from sensebatch.manifest.read import manifest_name, read_manifest, read_manifests
+from sensebatch.tasks import Task
 from tests.manifest.conftest import Mistakes, ReadRows, WriteJsonl
 
 

@@ -11,9 +11,10 @@ import pytest
 
 from sensebatch.config import RunConfig, default_config
 from sensebatch.errors import Problem
-from sensebatch.jobs import CfgNorm, Job, Task
+from sensebatch.jobs import CfgNorm, Job
 from sensebatch.manifest.read import read_manifest
 from sensebatch.resolutions import BUCKETS_T2I, Resolution
+from sensebatch.tasks import Task
 from tests.manifest.conftest import ReadRows, WriteJsonl
 
 Official = Callable[..., Job]

@@ -7,12 +7,13 @@ from typing import Any
 
 from sensebatch.checkpoint.architecture import OFFICIAL_8B, parse_architecture
 from sensebatch.config import MemoryConfig
-from sensebatch.jobs import GroupKey, Precision, Task, VramMode
+from sensebatch.jobs import Drawing, GroupKey, Precision, VramMode
 from sensebatch.plan.computation import Computation
 from sensebatch.plan.device import place
 from sensebatch.plan.load import Load
 from sensebatch.plan.placement import Placement, Placements
 from sensebatch.resolutions import Resolution
+from sensebatch.tasks import Branch, Task
 from sensebatch.units import GIB
 
 ARCH = parse_architecture(OFFICIAL_8B)
@@ -21,14 +22,13 @@ FP8 = replace(COMPUTATION, precision=Precision.FP8)
 
 
 def make_load(jobs: int = 4, *, branches: int = 2, prompt: int = 500, text: int = 0) -> Load:
-    group = GroupKey(
-        task=Task.T2I,
+    drawing = Drawing(
         resolution=Resolution(height=2048, width=2048),
         num_steps=50,
         timestep_shift=3.0,
-        think=text > 0,
-        branches=("cond", "uncond")[:branches],
+        branches=(Branch.COND, Branch.UNCOND)[:branches],
     )
+    group = GroupKey(task=Task.T2I, think=text > 0, drawing=drawing)
     return Load(group=group, batch_size=jobs, prompt_tokens=prompt, text_tokens=text)
 
 
@@ -39,8 +39,15 @@ def make_story(jobs: int = 4) -> Load:
 
 
 def make_edits(jobs: int) -> Load:
-    load = make_load(jobs, prompt=5000)
-    return replace(load, group=replace(load.group, task=Task.EDIT, branches=("cond", "img_cond")))
+    load = with_drawing(make_load(jobs, prompt=5000), branches=(Branch.COND, Branch.IMG_COND))
+    return replace(load, group=replace(load.group, task=Task.EDIT))
+
+
+def with_drawing(load: Load, **changes: Any) -> Load:
+    """Returns a load whose group draws in another way."""
+    assert load.group.drawing is not None
+    drawing = replace(load.group.drawing, **changes)
+    return replace(load, group=replace(load.group, drawing=drawing))
 
 
 def place_all(

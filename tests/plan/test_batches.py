@@ -7,22 +7,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sensebatch.config import MemoryConfig
-from sensebatch.jobs import GroupKey, Task, group_key
+from sensebatch.jobs import Drawing, GroupKey, group_key
 from sensebatch.plan.batches import PlanEntry, make_plan, plan_entry
 from sensebatch.resolutions import Resolution
+from sensebatch.tasks import Branch, Task
 from tests.executor.fakes import make_job
 
 sizes = st.builds(
     Resolution, height=st.sampled_from([32, 64, 256]), width=st.sampled_from([32, 96])
 )
-groups = st.builds(
-    GroupKey,
-    task=st.sampled_from(Task),
+drawings = st.builds(
+    Drawing,
     resolution=sizes,
     num_steps=st.sampled_from([2, 50]),
     timestep_shift=st.just(3.0),
+    branches=st.sampled_from([(Branch.COND,), (Branch.COND, Branch.UNCOND)]),
+)
+groups = st.builds(
+    GroupKey,
+    task=st.sampled_from(Task),
     think=st.booleans(),
-    branches=st.sampled_from([("cond",), ("cond", "uncond")]),
+    drawing=st.none() | drawings,
 )
 entries = st.lists(st.tuples(groups, st.integers(1, 10), st.booleans()), max_size=60).map(
     lambda rows: [
@@ -53,9 +58,19 @@ def test_batches_are_of_one_group_and_fit(entries: list[PlanEntry], memory: Memo
         for ids in group.batches():
             assert {group_of[job] for job in ids} == {group.group}
             assert len(ids) <= memory.max_batch_size
-            tokens = len(ids) * group.group.resolution.image_tokens
+            tokens = len(ids) * group.group.image_tokens
             thinks = group.group.think and group.group.task is Task.T2I
             assert len(ids) == 1 or thinks or tokens <= memory.max_batch_image_tokens
+
+
+@given(entries=entries, memory=memories)
+def test_jobs_that_draw_nothing_are_limited_by_their_number_alone(
+    entries: list[PlanEntry], memory: MemoryConfig
+) -> None:
+    for group in make_plan(entries, memory).groups:
+        if group.group.drawing is None:
+            assert group.batch_size == memory.max_batch_size
+            assert group.max_image_tokens == 0
 
 
 @given(entries=entries, memory=memories)

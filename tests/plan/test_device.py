@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sensebatch.errors import ConfigError
-from sensebatch.jobs import Precision, Task
+from sensebatch.jobs import Precision
 from sensebatch.plan.footprint import quantising_bytes
 from sensebatch.plan.passes import RING
 from sensebatch.plan.weight_bytes import weight_bytes
@@ -24,6 +24,7 @@ from tests.plan.loads import (
     make_story,
     place_all,
     placed,
+    with_drawing,
 )
 
 
@@ -74,7 +75,7 @@ def test_every_group_keeps_as_many_layers_as_its_own_jobs_leave_room_for() -> No
 
 def test_a_group_that_was_not_planned_for_is_given_the_leanest_placement() -> None:
     placed = place_all([make_load(), make_story(2)], vram_budget_bytes=24 * GIB)
-    other = replace(make_load().group, num_steps=7)
+    other = with_drawing(make_load(), num_steps=7).group
     assert placed.of(other) == placed.leanest
 
 
@@ -149,8 +150,7 @@ def test_texts_are_decoded_at_least_half_together_before_all_weights_stay() -> N
 
 
 def test_smaller_batches_come_before_streaming_as_long_as_passes_are_full() -> None:
-    dots = make_load(16, prompt=5000)
-    dots = replace(dots, group=replace(dots.group, branches=("cond", "img_cond"), task=Task.EDIT))
+    dots = make_edits(16)
     peak = place_all([dots], vram_mode="full").leanest.device_bytes
     chosen = place_all([dots], device_free=peak - GIB).leanest
     assert (chosen.mode, chosen.batch_size) == ("full", 8)

@@ -7,8 +7,8 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sensebatch.jobs import Task
 from sensebatch.plan.footprint import cache_bytes, denoise_bytes, prompt_bytes
+from sensebatch.tasks import Task
 from tests.plan.loads import (
     ARCH,
     COMPUTATION,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 from sensebatch.errors import ConfigError
 from sensebatch.plan.host import PROGRAM_BYTES
 from sensebatch.plan.weight_bytes import weight_bytes
+from sensebatch.tasks import Branch
 from sensebatch.units import GIB
 from tests.plan.loads import (
     COMPUTATION,
@@ -19,6 +19,7 @@ from tests.plan.loads import (
     make_story,
     place_all,
     placed,
+    with_drawing,
 )
 
 
@@ -31,8 +32,7 @@ def test_a_host_budget_makes_batches_smaller_beside_a_full_device_too() -> None:
 
 
 def test_prefixes_that_the_host_cannot_hold_make_batches_smaller() -> None:
-    edits = make_load(8, prompt=5000)
-    edits = replace(edits, group=replace(edits.group, branches=("cond", "img_cond")))
+    edits = with_drawing(make_load(8, prompt=5000), branches=(Branch.COND, Branch.IMG_COND))
     rich = place_all([edits], vram_mode="balanced")
     assert rich.leanest.batch_size is None
     poor = place_all([edits], vram_mode="balanced", host_free=16 * GIB).leanest

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sensebatch.jobs import GroupKey, Task
+from sensebatch.jobs import Drawing, GroupKey
 from sensebatch.plan.load import Load, interleave_tokens
 from sensebatch.plan.seconds import Clock, GroupSeconds
 from sensebatch.plan.work import Speeds, Work, denoising_work, network_sizes
 from sensebatch.resolutions import Resolution
+from sensebatch.tasks import Branch, Task
 from sensebatch.units import GIB
 from tests.plan.loads import ARCH, COMPUTATION, place_all
 
@@ -38,11 +39,13 @@ def make_load(
     size = Resolution(height=2048, width=2048)
     group = GroupKey(
         task=Task.INTERLEAVE if num_images else Task.T2I,
-        resolution=size,
-        num_steps=STEPS,
-        timestep_shift=3.0,
         think=text_tokens > 0,
-        branches=("cond", "uncond"),
+        drawing=Drawing(
+            resolution=size,
+            num_steps=STEPS,
+            timestep_shift=3.0,
+            branches=(Branch.COND, Branch.UNCOND),
+        ),
     )
     return Load(
         group=group,

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from sensebatch.config import MemoryConfig, default_config
-from sensebatch.jobs import Task
 from sensebatch.plan import device, footprint, seconds, weight_bytes, work
 from sensebatch.plan.batches import Plan, make_plan, plan_entry
 from sensebatch.plan.summary import memory_summary, plan_summary
 from sensebatch.plan.work import Machine
 from sensebatch.resolutions import Resolution
+from sensebatch.tasks import Task
 from sensebatch.units import GIB
 from tests.executor.fakes import make_job
 from tests.plan.test_seconds import H200

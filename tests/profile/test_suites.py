@@ -10,7 +10,7 @@ import pytest
 
 from sensebatch.config import MemoryConfig
 from sensebatch.errors import ConfigError
-from sensebatch.jobs import Job, Task
+from sensebatch.jobs import Job
 from sensebatch.manifest.read import read_manifest
 from sensebatch.profile.expected import expectation
 from sensebatch.profile.published import SOURCES, published
@@ -26,6 +26,7 @@ from sensebatch.profile.suites import (
 )
 from sensebatch.resolutions import Resolution
 from sensebatch.settings import resolve_settings
+from sensebatch.tasks import Task
 from sensebatch.units import GIB
 
 NUM_JOBS = {

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from sensebatch.errors import RunFolderError
-from sensebatch.jobs import Job, Task
+from sensebatch.jobs import Job
 from sensebatch.store.finished import finished_jobs
+from sensebatch.tasks import Task
 from tests.executor.fakes import FakeEngine, make_job, run_folder
 
 

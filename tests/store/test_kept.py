@@ -11,8 +11,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from sensebatch.contract import KeptImage
-from sensebatch.jobs import Batch, Task, group_key
+from sensebatch.jobs import Batch, group_key
 from sensebatch.store.kept import KeptImages
+from sensebatch.tasks import Task
 from tests.executor.fakes import SMALL as SIZE
 from tests.executor.fakes import drawn_image, make_job
 

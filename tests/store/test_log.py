@@ -13,11 +13,12 @@ import pytest
 
 from sensebatch.config import ExecutionConfig
 from sensebatch.errors import RunFolderError
-from sensebatch.jobs import BatchResult, Task
+from sensebatch.jobs import BatchResult
 from sensebatch.store import log
 from sensebatch.store.attempts import Attempt
 from sensebatch.store.log import SCHEMA, read_log
 from sensebatch.store.store import open_store
+from sensebatch.tasks import Task
 from tests.executor.fakes import IDENTITY, FakeEngine, make_config, make_job, mixed_jobs, run_folder
 from tests.store import documented
 

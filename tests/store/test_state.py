@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sensebatch.errors import ManifestError, RunFolderError
-from sensebatch.jobs import InputImage, Job, Source, Task, group_key
+from sensebatch.jobs import InputImage, Job, Source, group_key
 from sensebatch.store.codec import group_from_json, group_to_json, job_from_json, job_to_json
 from sensebatch.store.state import State
+from sensebatch.tasks import Task
 from tests.executor.fakes import IDENTITY, Flag, make_input, make_job, outcome, run_folder
 
 

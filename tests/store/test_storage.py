@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from sensebatch.errors import RunFolderError, StorageError, StorageFullError
-from sensebatch.jobs import Job, Task
+from sensebatch.jobs import Job
 from sensebatch.store.files import write_atomic
 from sensebatch.store.store import open_store
+from sensebatch.tasks import Task
 from tests.executor.fakes import make_job, run_folder
 
 BAD_NAMES = [errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ]

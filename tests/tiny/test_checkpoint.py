@@ -8,7 +8,7 @@ from pathlib import Path
 from sensebatch.checkpoint.files import TINY_FOLDER, check_tensors, open_checkpoint
 from sensebatch.checkpoint.system_prompts import resolve_system_prompts
 from sensebatch.engine.model.tokenizer import HFTokenizer
-from sensebatch.jobs import Task
+from sensebatch.tasks import Task
 from sensebatch.tiny.export import network_config
 from sensebatch.tiny.vocabulary import (
     END_OF_TEXT,
@@ -42,6 +42,6 @@ def test_training_would_write_the_committed_configuration_and_tokenizer(tmp_path
 
 
 def test_system_prompts_are_those_of_the_training() -> None:
-    prompts = resolve_system_prompts(open_checkpoint("tiny")).by_task
-    assert prompts[Task.T2I].text == prompts[Task.EDIT].text == GENERATION_PROMPT
-    assert prompts[Task.INTERLEAVE].text == INTERLEAVE_PROMPT
+    prompts = resolve_system_prompts(open_checkpoint("tiny"))
+    assert prompts.of_task(Task.T2I).text == prompts.of_task(Task.EDIT).text == GENERATION_PROMPT
+    assert prompts.of_task(Task.INTERLEAVE).text == INTERLEAVE_PROMPT

@@ -12,7 +12,7 @@ import torch
 from sensebatch.checkpoint.files import check_tensors, open_checkpoint
 from sensebatch.checkpoint.system_prompts import resolve_system_prompts
 from sensebatch.engine.model.tokenizer import HFTokenizer
-from sensebatch.jobs import Task
+from sensebatch.tasks import Task
 from sensebatch.tiny import train
 from sensebatch.tiny.export import network_config
 from sensebatch.tiny.objective import ObjectiveConfig
@@ -79,9 +79,9 @@ def test_the_exported_checkpoint_loads_with_its_own_system_prompts(tmp_path: Pat
     Trainer(CONFIG, torch.device("cpu")).export(tmp_path)
     checkpoint = open_checkpoint(str(tmp_path))
     check_tensors(checkpoint)
-    prompts = resolve_system_prompts(checkpoint).by_task
-    assert prompts[Task.T2I].text == prompts[Task.EDIT].text == GENERATION_PROMPT
-    assert prompts[Task.INTERLEAVE].text == INTERLEAVE_PROMPT
+    prompts = resolve_system_prompts(checkpoint)
+    assert prompts.of_task(Task.T2I).text == prompts.of_task(Task.EDIT).text == GENERATION_PROMPT
+    assert prompts.of_task(Task.INTERLEAVE).text == INTERLEAVE_PROMPT
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sensebatch.jobs import CfgNorm, Sampling, Task, guidance_branches
+from sensebatch.jobs import CfgNorm, Sampling
+from sensebatch.tasks import Branch, Task
 
-COND = "cond"
-IMG_COND = "img_cond"
-UNCOND = "uncond"
+COND, IMG_COND, UNCOND = Branch.COND, Branch.IMG_COND, Branch.UNCOND
 NORM_EPS = 1e-8
 
 
@@ -28,34 +27,32 @@ class Guidance:
     """
 
     def __init__(self, task: Task, sampling: Sampling) -> None:
-        self._is_t2i = task is Task.T2I
+        drawing = task.spec.drawing
+        assert drawing is not None, task
+        self._rule = drawing.guidance
         self._scale = sampling.cfg_scale
         self._image_scale = sampling.img_cfg_scale
         self._norm = sampling.cfg_norm
         # Schedules are float32, so an end that is meant to lie on a timestep must be rounded alike.
         low, high = (float(np.float32(end)) for end in sampling.cfg_interval)
         self._interval = low, high
-        self.branches = guidance_branches(task, sampling.cfg_scale, sampling.img_cfg_scale)
+        self.branches = self._rule.branches(sampling.cfg_scale, sampling.img_cfg_scale)
         """Every branch some step may need."""
 
     def active(self, t: float) -> bool:
-        """Whether guidance is applied at timestep t, a number of float32.
-
-        The interval is closed for t2i; for edit and interleave it is open, and a lower end of 0
-        applies guidance at every timestep.
-        """
+        """Whether guidance is applied at timestep t, a number of float32."""
         low, high = self._interval
         if len(self.branches) == 1:
             return False
-        if self._is_t2i:
+        if self._rule.closed:
             return low <= t <= high
         return low < t < high or low == 0
 
-    def branches_at(self, t: float) -> tuple[str, ...]:
+    def branches_at(self, t: float) -> tuple[Branch, ...]:
         """Returns the branches to evaluate at timestep t."""
         return self.branches if self.active(t) else (COND,)
 
-    def combine(self, velocities: Mapping[str, Tensor], step: int, t: float) -> Tensor:
+    def combine(self, velocities: Mapping[Branch, Tensor], step: int, t: float) -> Tensor:
         """Returns the velocity `[N, 3072]` from those of `branches_at(t)`, all float32.
 
         Args:
@@ -78,7 +75,7 @@ class Guidance:
         guided_norm = torch.linalg.vector_norm(guided, dim=dim, keepdim=True)
         return guided * (cond_norm / (guided_norm + NORM_EPS)).clamp(0, 1)
 
-    def _mix(self, velocities: Mapping[str, Tensor]) -> Tensor:
+    def _mix(self, velocities: Mapping[Branch, Tensor]) -> Tensor:
         cond = velocities[COND]
         if self.branches == (COND, UNCOND):
             uncond = velocities[UNCOND]

@@ -28,14 +28,15 @@ from sensebatch.engine.sampling.flow_matching import (
 )
 from sensebatch.engine.sampling.guidance import Guidance
 from sensebatch.resolutions import TOKEN_NUMBERS, Resolution
+from sensebatch.tasks import Branch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Drawing:
-    """One picture to be drawn."""
+class Canvas:
+    """One image to be drawn: what guides it, and the noise it starts from."""
 
     guidance: Guidance
-    caches: Mapping[str, KVCache]
+    caches: Mapping[Branch, KVCache]
     """The cached prefix of each of the guidance's branches."""
     noise: Tensor
     """float32 `[3, height, width]`, already scaled."""
@@ -68,7 +69,7 @@ def passes(runner: Runner, num_jobs: int, resolution: Resolution) -> list[slice]
 
 def denoise(
     runner: Runner,
-    drawings: Sequence[Drawing],
+    canvases: Sequence[Canvas],
     resolution: Resolution,
     *,
     num_steps: int,
@@ -82,7 +83,7 @@ def denoise(
 
     Args:
         runner: The network.
-        drawings: One for each job of the pass.
+        canvases: One for each job of the pass.
         resolution: Of every picture.
         num_steps: Euler steps.
         timestep_shift: Of the schedule.
@@ -90,7 +91,7 @@ def denoise(
     """
     schedule = timesteps(num_steps, timestep_shift)
     with runner.denoising():
-        velocity = _guided_velocity(runner, drawings, resolution, schedule)
+        velocity = _guided_velocity(runner, canvases, resolution, schedule)
         number, count = place
 
         def told(z_JNx: Tensor, step: int, t: float) -> Tensor:
@@ -100,39 +101,39 @@ def denoise(
             runner.progress(Progress(phase=Phase.DENOISE, step=done, num_steps=all_steps))
             return v_JNx
 
-        z_JNx = euler(_noise(runner, drawings, resolution), schedule, told)
+        z_JNx = euler(_noise(runner, canvases, resolution), schedule, told)
         return tokens_to_image(z_JNx, resolution.height, resolution.width)
 
 
-def _noise(runner: Runner, drawings: Sequence[Drawing], resolution: Resolution) -> Tensor:
+def _noise(runner: Runner, canvases: Sequence[Canvas], resolution: Resolution) -> Tensor:
     """Returns the starting noise of all jobs as tokens."""
     device = runner.network.device
-    shape = (len(drawings), resolution.image_tokens, TOKEN_NUMBERS)
+    shape = (len(canvases), resolution.image_tokens, TOKEN_NUMBERS)
     z_JNx = torch.empty(shape, dtype=torch.float32, device=device)
-    for z_Nx, drawing in zip(z_JNx, drawings, strict=True):
+    for z_Nx, canvas in zip(z_JNx, canvases, strict=True):
         # Laid out on the device, which takes a CPU a tenth of a second for each large picture.
-        z_Nx.copy_(image_to_tokens(drawing.noise.to(device)[None])[0])
+        z_Nx.copy_(image_to_tokens(canvas.noise.to(device)[None])[0])
     return z_JNx
 
 
 def _guided_velocity(
-    runner: Runner, drawings: Sequence[Drawing], resolution: Resolution, schedule: Tensor
+    runner: Runner, canvases: Sequence[Canvas], resolution: Resolution, schedule: Tensor
 ) -> Velocity:
     """Returns the velocity of all jobs of a pass at a step."""
     network = runner.network
     conditions = network.condition(
         schedule[:-1].to(network.device), image_noise_scale(network.arch, resolution)
     )
-    of_all = {id(cache): cache for drawing in drawings for cache in drawing.caches.values()}
+    of_all = {id(cache): cache for canvas in canvases for cache in canvas.caches.values()}
     fetched = {key: cache.brought() for key, cache in of_all.items()}
-    shared: dict[tuple[tuple[str, ...], ...], ImagePositions] = {}
+    shared: dict[tuple[tuple[Branch, ...], ...], ImagePositions] = {}
 
     def velocity(z_JNx: Tensor, step: int, t: float) -> Tensor:
-        branches = tuple(drawing.guidance.branches_at(t) for drawing in drawings)
+        branches = tuple(canvas.guidance.branches_at(t) for canvas in canvases)
         rows = [job for job, names in enumerate(branches) for _ in names]
         caches = [
-            fetched[id(drawing.caches[name])]
-            for drawing, names in zip(drawings, branches, strict=True)
+            fetched[id(canvas.caches[name])]
+            for canvas, names in zip(canvases, branches, strict=True)
             for name in names
         ]
         if branches not in shared:
@@ -143,12 +144,12 @@ def _guided_velocity(
             )
         )
         v_JNx = torch.empty_like(z_JNx)
-        for drawing, names, z_Nx, v_Nx in zip(drawings, branches, z_JNx, v_JNx, strict=True):
+        for canvas, names, z_Nx, v_Nx in zip(canvases, branches, z_JNx, v_JNx, strict=True):
             velocities = {}
             for name in names:
                 x_Nx = next(predicted)
                 velocities[name] = velocity_from_image(x_Nx, z_Nx, t, out=x_Nx)
-            v_Nx.copy_(drawing.guidance.combine(velocities, step, t))
+            v_Nx.copy_(canvas.guidance.combine(velocities, step, t))
         return v_JNx
 
     return velocity

@@ -20,13 +20,14 @@ from sensebatch.engine.model.kv_cache import KVCache, part_caches
 from sensebatch.engine.model.tokenizer import IMG_START
 from sensebatch.engine.preprocess import drawn_to_patches, to_uint8
 from sensebatch.engine.prompts import Grid
-from sensebatch.engine.runner import Extension, Runner
+from sensebatch.engine.runner import Extension, PassLimits, Runner
 from sensebatch.engine.sampling.guidance import COND, IMG_COND
 from sensebatch.engine.sampling.text import Script, greedy_decode
-from sensebatch.engine.tasks.denoise import Drawing, denoise, draw_noise, passes
+from sensebatch.engine.tasks.denoise import Canvas, denoise, draw_noise, passes
+from sensebatch.engine.tasks.registry import TaskRunner
 from sensebatch.engine.tasks.state import PreparedJob, RunningJob, check_finite, start_jobs
 from sensebatch.errors import JobError
-from sensebatch.jobs import IMAGE_MARK, JobResult
+from sensebatch.jobs import IMAGE_MARK, Batch, Job, JobResult
 from sensebatch.resolutions import PATCH_PIXELS, Resolution
 
 
@@ -63,8 +64,9 @@ def run_interleave(
     runner: Runner,
     jobs: Sequence[PreparedJob],
     checkpoints: Checkpoints,
-    resolutions: Sequence[Sequence[Resolution]] | None = None,
     script: Script | None = None,
+    *,
+    resolutions: Sequence[Sequence[Resolution]] | None = None,
 ) -> list[JobResult]:
     """Runs interleave jobs of one group.
 
@@ -72,8 +74,8 @@ def run_interleave(
         runner: The network.
         jobs: Of a batch.
         checkpoints: Where finished pictures of unfinished jobs are kept.
-        resolutions: Of each picture of each job; None draws all at the job's size.
-        script: What they write, where the weights are made up.
+        script: What they write, for synthetic weights.
+        resolutions: The size of each image of each job; None draws all at the job's size.
 
     Returns:
         A result for each job; one with a picture that is not finite carries its error.
@@ -88,7 +90,7 @@ def run_interleave(
         Story(
             state=state,
             index=index,
-            resolutions=[state.job.resolution] if resolutions is None else resolutions[index],
+            resolutions=_sizes(state.job) if resolutions is None else resolutions[index],
             kept=kept[index] if index < len(kept) else (),
         )
         for index, state in enumerate(running)
@@ -111,6 +113,11 @@ def run_interleave(
             _read_back(runner, writing)
     runner.num_kept_images = sum(story.num_kept for story in stories if story.error is None)
     return [_result(story) for story in stories]
+
+
+def _sizes(job: Job) -> list[Resolution]:
+    assert job.resolution is not None
+    return [job.resolution]
 
 
 def _let_go(stories: Sequence[Story], going_on: Sequence[Story]) -> None:
@@ -222,7 +229,7 @@ def _denoise_pass(
     images = denoise(
         runner,
         [
-            Drawing(guidance=story.state.guidance, caches=story.state.caches, noise=noise)
+            Canvas(guidance=story.state.guidance, caches=story.state.caches, noise=noise)
             for story, noise in group
         ],
         resolution,
@@ -272,3 +279,11 @@ def _result(story: Story) -> JobResult:
         text_tokens=story.num_text_tokens,
         error=story.error,
     )
+
+
+def _draws_once(batch: Batch, _: PassLimits) -> bool:
+    """Returns whether the jobs of a batch draw at most one image each."""
+    return all(job.sampling.max_images == 1 for job in batch.jobs)
+
+
+RUNNER = TaskRunner(run=run_interleave, draws_once=_draws_once)

@@ -20,14 +20,15 @@ from sensebatch.engine.model.kv_cache import part_caches
 from sensebatch.engine.model.tokenizer import THINK_END
 from sensebatch.engine.preprocess import to_uint8
 from sensebatch.engine.prompts import after_think
-from sensebatch.engine.runner import Runner
+from sensebatch.engine.runner import PassLimits, Runner
 from sensebatch.engine.sampling.guidance import COND
 from sensebatch.engine.sampling.text import Script, greedy_decode
-from sensebatch.engine.tasks.denoise import Drawing, denoise, passes
+from sensebatch.engine.tasks.denoise import Canvas, denoise, passes
 from sensebatch.engine.tasks.keeping import Keeper
+from sensebatch.engine.tasks.registry import TaskRunner
 from sensebatch.engine.tasks.state import PreparedJob, RunningJob, check_finite, start_jobs
 from sensebatch.errors import JobError
-from sensebatch.jobs import JobResult
+from sensebatch.jobs import Batch, JobResult
 
 Thought = Sequence[int] | None
 """Tokens of a think text; None of a job that does not think."""
@@ -61,7 +62,9 @@ def run_single_image(
         for index, thought in enumerate(thoughts)
     ]
     finished: list[np.ndarray | JobError] = []
-    together = passes(runner, len(running), jobs[0].job.resolution)
+    drawing = jobs[0].job.drawing
+    assert drawing is not None
+    together = passes(runner, len(running), drawing.resolution)
     with Keeper(checkpoints) as keeper:
         for number, members in enumerate(together):
             images = [image for image in kept[members] if image is not None]
@@ -89,19 +92,20 @@ def begin(
 
 def draw(runner: Runner, running: Sequence[RunningJob], place: tuple[int, int] = (0, 1)) -> Tensor:
     """Returns the pictures of a pass, float32 `[J, 3, height, width]`; see `denoise`."""
-    drawings = []
+    canvases = []
     for state in running:
         assert state.prepared.noise is not None
-        drawings.append(
-            Drawing(guidance=state.guidance, caches=state.caches, noise=state.prepared.noise)
+        canvases.append(
+            Canvas(guidance=state.guidance, caches=state.caches, noise=state.prepared.noise)
         )
-    first = running[0].job
+    drawing = running[0].job.drawing
+    assert drawing is not None
     return denoise(
         runner,
-        drawings,
-        first.resolution,
-        num_steps=first.sampling.num_steps,
-        timestep_shift=first.sampling.timestep_shift,
+        canvases,
+        drawing.resolution,
+        num_steps=drawing.num_steps,
+        timestep_shift=drawing.timestep_shift,
         place=place,
     )
 
@@ -188,3 +192,13 @@ def think(
         part_caches(caches)
         runner.park(caches)
     return [decoded[index].tokens for index in range(len(running))]
+
+
+def _draws_once(batch: Batch, limits: PassLimits) -> bool:
+    """Returns whether the images of a batch are drawn in one pass."""
+    drawing = batch.group.drawing
+    assert drawing is not None
+    return len(batch.jobs) <= limits.together(drawing.resolution)
+
+
+RUNNER = TaskRunner(run=run_single_image, draws_once=_draws_once)

@@ -17,7 +17,8 @@ from sensebatch.engine.runner import Extension, Runner
 from sensebatch.engine.sampling.guidance import COND, UNCOND, Guidance
 from sensebatch.engine.tasks.denoise import draw_noise
 from sensebatch.errors import JobError
-from sensebatch.jobs import Job, Task
+from sensebatch.jobs import Job
+from sensebatch.tasks import Branch, Output
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +26,7 @@ class PreparedJob:
     """A job as far as the host can bring it: decoded, resized, tokenised, its noise drawn."""
 
     job: Job
-    prompts: Mapping[str, Prompt]
+    prompts: Mapping[Branch, Prompt]
     """Of each guidance branch."""
     images: Sequence[Patches] = ()
     """The input images."""
@@ -50,12 +51,15 @@ def prepare_job(
         JobError: The prompt cannot be laid out.
     """
     generator = job_generator(job.seed)
-    is_story = job.task is Task.INTERLEAVE
+    drawing = job.drawing
+    noise = None
+    if drawing is not None and job.task.spec.output is Output.IMAGE:
+        noise = draw_noise(arch, drawing.resolution, generator)
     return PreparedJob(
         job=job,
         prompts=branch_prompts(
             tokenizer,
-            Guidance(job.task, job.sampling).branches,
+            (COND,) if drawing is None else drawing.branches,
             task=job.task,
             system=system_prompt,
             prompt=job.prompt,
@@ -63,7 +67,7 @@ def prepare_job(
             think=job.think,
         ),
         images=images,
-        noise=None if is_story else draw_noise(arch, job.resolution, generator),
+        noise=noise,
         generator=generator,
     )
 
@@ -82,8 +86,7 @@ class RunningJob:
     """A job with its prompts cached."""
 
     prepared: PreparedJob
-    guidance: Guidance
-    caches: dict[str, KVCache]
+    caches: dict[Branch, KVCache]
     choice: int | None = None
     """The greedy choice behind the conditional prompt, where the job decodes text."""
 
@@ -91,6 +94,11 @@ class RunningJob:
     def job(self) -> Job:
         """The job itself."""
         return self.prepared.job
+
+    @property
+    def guidance(self) -> Guidance:
+        """The guidance of the job's images."""
+        return Guidance(self.job.task, self.job.sampling)
 
 
 def start_jobs(runner: Runner, jobs: Sequence[PreparedJob], *, decodes: bool) -> list[RunningJob]:
@@ -123,8 +131,7 @@ def start_jobs(runner: Runner, jobs: Sequence[PreparedJob], *, decodes: bool) ->
                 caches[branch] = extension.cache
                 shared = extension.cache if branch == UNCOND else shared
                 extensions.append(extension)
-            guidance = Guidance(prepared.job.task, prepared.job.sampling)
-            running.append(RunningJob(prepared=prepared, guidance=guidance, caches=caches))
+            running.append(RunningJob(prepared=prepared, caches=caches))
         # A turn that is not kept is gone as soon as its jobs have taken it over.
         del system_turns, system
         hidden = runner.prefill(extensions)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sensebatch.jobs import Task
 from sensebatch.resolutions import Resolution
+from sensebatch.tasks import Task
 from sensebatch.tiny.world.captions import (
     article,
     describe_fill,

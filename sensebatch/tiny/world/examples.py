@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sensebatch.jobs import Task
 from sensebatch.resolutions import Resolution
+from sensebatch.tasks import Task
 from sensebatch.tiny.world.captions import describe_scene, fixed_scene
 from sensebatch.tiny.world.scene import Scene, Split, Thing, sample_scene
 

@@ -29,9 +29,9 @@ from sensebatch.engine.runner import Extension, PassLimits, Runner
 from sensebatch.engine.sampling.guidance import Guidance
 from sensebatch.engine.sampling.text import Script
 from sensebatch.engine.tasks import interleave, single_image
-from sensebatch.engine.tasks.denoise import Drawing, denoise
+from sensebatch.engine.tasks.denoise import Canvas, denoise
 from sensebatch.engine.tasks.state import PreparedJob, prepare_job
-from sensebatch.jobs import CfgNorm, GroupKey, Job, Precision, Source, Task, guidance_branches
+from sensebatch.jobs import CfgNorm, Drawing, GroupKey, Job, Precision, Source
 from sensebatch.plan.batches import make_plan, plan_entry
 from sensebatch.plan.computation import Computation
 from sensebatch.plan.footprint import (
@@ -45,6 +45,7 @@ from sensebatch.plan.footprint import (
 from sensebatch.plan.load import Load, group_load
 from sensebatch.plan.passes import ROOM_SPARE
 from sensebatch.resolutions import Resolution
+from sensebatch.tasks import Branch, Task
 from tests.engine.golden_model import KeptImages, infer
 from tests.engine.memory.tracker import LiveBytes
 from tests.golden_data import CONFIGS, ByteTokenizer, golden_architecture
@@ -90,15 +91,11 @@ def small_runner() -> Runner:
 
 def make_load(task: Task, size: Resolution, jobs: int, prompt: int) -> Load:
     sampling = default_config("8b").tasks[task].sampling
-    branches = guidance_branches(task, sampling.cfg_scale, sampling.img_cfg_scale)
-    group = GroupKey(
-        task=task,
-        resolution=size,
-        num_steps=2,
-        timestep_shift=3.0,
-        think=False,
-        branches=branches,
-    )
+    rule = task.spec.drawing
+    assert rule is not None
+    branches = rule.guidance.branches(sampling.cfg_scale, sampling.img_cfg_scale)
+    drawing = Drawing(resolution=size, num_steps=2, timestep_shift=3.0, branches=branches)
+    group = GroupKey(task=task, think=False, drawing=drawing)
     return Load(group=group, batch_size=jobs, prompt_tokens=prompt)
 
 
@@ -167,18 +164,18 @@ def drawn_bytes(
 
     with infer(), LiveBytes() as live:
         shared = cached(8)
-        drawings = []
+        canvases = []
         for _ in range(jobs):
             caches = {
-                branch: shared if branch == "uncond" else cached(prompt)
+                branch: shared if branch == Branch.UNCOND else cached(prompt)
                 for branch in guidance.branches
             }
             noise = torch.zeros(3, side, side, device=network.device)
-            drawings.append(Drawing(guidance=guidance, caches=caches, noise=noise))
+            canvases.append(Canvas(guidance=guidance, caches=caches, noise=noise))
         live.peak = live.now
-        denoise(runner, drawings, size, num_steps=2, timestep_shift=3.0)
+        denoise(runner, canvases, size, num_steps=2, timestep_shift=3.0)
         # Noise as it was drawn is in host memory, which is the device here.
-        return live.peak - sum(drawing.noise.nbytes for drawing in drawings)
+        return live.peak - sum(canvas.noise.nbytes for canvas in canvases)
 
 
 @pytest.mark.parametrize("hidden", [64, 4096, 8192])
@@ -294,11 +291,11 @@ def test_thoughts_leave_no_room_behind_them_while_pictures_are_drawn(
     network = runner.network
     found = []
 
-    def measured(_: Runner, drawings: list[Drawing], *_args: Any, **_options: Any) -> object:
-        caches = {id(c): c for drawing in drawings for c in drawing.caches.values()}.values()
+    def measured(_: Runner, canvases: list[Canvas], *_args: Any, **_options: Any) -> object:
+        caches = {id(c): c for canvas in canvases for c in canvas.caches.values()}.values()
         lengths = sum(cache.length for cache in [*caches, *runner.system_turns.values()])
         found.append((live.now, cache_bytes(computation_of(network), lengths)))
-        return torch.zeros(len(drawings), 3, size.height, size.width)
+        return torch.zeros(len(canvases), 3, size.height, size.width)
 
     monkeypatch.setattr(single_image, "denoise", measured)
     prepared = _prepared(runner, Task.T2I, size, think=True)
@@ -315,9 +312,10 @@ def test_a_story_caches_no_more_than_is_expected(monkeypatch: pytest.MonkeyPatch
     prepared = _prepared(runner, Task.INTERLEAVE, size, think=False)
     lengths = []
 
-    def drawn(_: Runner, drawings: list[Drawing], *_args: Any, **_options: Any) -> object:
-        lengths.append(sum(drawings[0].caches[name].length for name in ("cond", "img_cond")))
-        return torch.zeros(len(drawings), 3, size.height, size.width)
+    def drawn(_: Runner, canvases: list[Canvas], *_args: Any, **_options: Any) -> object:
+        caches = canvases[0].caches
+        lengths.append(caches[Branch.COND].length + caches[Branch.IMG_COND].length)
+        return torch.zeros(len(canvases), 3, size.height, size.width)
 
     monkeypatch.setattr(interleave, "denoise", drawn)
     script = Script(word=5, image_start=runner.tokenizer.token_id(IMG_START))
@@ -325,7 +323,7 @@ def test_a_story_caches_no_more_than_is_expected(monkeypatch: pytest.MonkeyPatch
         interleave.run_interleave(runner, [prepared], KeptImages(1), script=script)
     entry = plan_entry(prepared.job)
     load = group_load(make_plan([entry], MemoryConfig()).groups[0])
-    prompts = [prepared.prompts[name] for name in ("cond", "img_cond")]
+    prompts = [prepared.prompts[name] for name in (Branch.COND, Branch.IMG_COND)]
     expected = load.prefix_tokens - 2 * load.prompt_tokens
     assert len(lengths) == prepared.job.sampling.max_images
     assert lengths[-1] - sum(len(prompt.token_ids) for prompt in prompts) == expected
@@ -443,9 +441,9 @@ def test_guidance_takes_what_is_expected(
     monkeypatch.setattr(network, "predict_image", predict)
     caches = {branch: network.new_cache() for branch in guidance.branches}
     noise = torch.zeros(3, 512, 512)
-    drawing = Drawing(guidance=guidance, caches=caches, noise=noise)
+    canvas = Canvas(guidance=guidance, caches=caches, noise=noise)
     with infer(), LiveBytes() as live:
-        denoise(runner, [drawing] * jobs, size, num_steps=2, timestep_shift=3.0)
+        denoise(runner, [canvas] * jobs, size, num_steps=2, timestep_shift=3.0)
     branches = len(guidance.branches)
     assert branches == (3 if task is Task.EDIT else 2)
     state = jobs * noise.nbytes

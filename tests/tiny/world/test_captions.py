@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sensebatch.jobs import Task
 from sensebatch.resolutions import BUCKETS_TINY
+from sensebatch.tasks import Task
 from sensebatch.tiny.world.captions import (
     PLACES,
     SIZE_WORDS,

@@ -1,0 +1,55 @@
+"""The runners of the tasks: each is a module of this package, named by its task's row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Protocol
+
+from sensebatch.contract import Checkpoints
+from sensebatch.engine.runner import PassLimits, Runner
+from sensebatch.engine.sampling.text import Script
+from sensebatch.engine.tasks.state import PreparedJob
+from sensebatch.jobs import Batch, JobResult
+from sensebatch.tasks import Task
+
+
+class RunBatch(Protocol):
+    """Runs jobs of one group."""
+
+    def __call__(
+        self,
+        runner: Runner,
+        jobs: Sequence[PreparedJob],
+        checkpoints: Checkpoints,
+        script: Script | None = None,
+    ) -> Sequence[JobResult]:
+        """Returns a result for each job.
+
+        Args:
+            runner: The network.
+            jobs: The jobs of a batch.
+            checkpoints: Where finished images are kept while others are drawn.
+            script: What the jobs write, for synthetic weights.
+
+        Raises:
+            BatchStoppedError: A stop was heeded.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskRunner:
+    """How the batches of a task are run; the `RUNNER` of a module of this package."""
+
+    run: RunBatch
+    draws_once: Callable[[Batch, PassLimits], bool]
+    """Whether a batch is finished after its only pass or round, so that no stop is heeded."""
+
+
+def runner_of(task: Task) -> TaskRunner:
+    """Returns the runner of a task."""
+    module = import_module(f"sensebatch.engine.tasks.{task.spec.runner}")
+    runner = module.RUNNER
+    assert isinstance(runner, TaskRunner)
+    return runner
