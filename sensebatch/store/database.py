@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
+import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from sensebatch.errors import RunFolderError, StorageError, StorageFullError
 from sensebatch.store import migrations
+from sensebatch.store.files import reason
 
 _BUSY_TIMEOUT_S = 30.0
+
+_COPIES = 5
+"""Copies that are tried of a file that is written meanwhile."""
 
 _STORAGE = frozenset(
     {
@@ -33,7 +39,8 @@ class Database:
 
     Args:
         path: The file.
-        read_only: Opens an existing file beside the process that writes it.
+        read_only: Reads an existing file, also beside the process that writes it. Nothing is left
+            beside the file afterwards, and nobody has to be allowed to write there.
 
     Raises:
         RunFolderError: The file is not a state database, or a newer version made it.
@@ -44,52 +51,78 @@ class Database:
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self.path = path
         self._lock = threading.RLock()
+        self._copy: tempfile.TemporaryDirectory[str] | None = None
         with self.errors():
-            connection = self._connect(read_only)
-            try:
-                self._connection = (
-                    self._as_of_today(connection) if read_only else self._prepared(connection)
-                )
-            except BaseException:
-                connection.close()
-                raise
+            self._connection = self._opened_to_read() if read_only else self._opened_to_write()
 
-    def _connect(self, read_only: bool) -> sqlite3.Connection:
-        uri = self.path.absolute().as_uri()
-        if read_only:
-            uri += "?mode=ro"
-            if not os.access(self.path.parent, os.W_OK):
-                uri += "&immutable=1"
-        return sqlite3.connect(
-            uri,
-            uri=True,
-            timeout=_BUSY_TIMEOUT_S,
-            isolation_level=None,
-            check_same_thread=False,
-        )
-
-    def _prepared(self, connection: sqlite3.Connection) -> sqlite3.Connection:
-        """Returns a connection whose file has today's tables, and is written as it has to be."""
-        migrations.missing_steps(
-            self.path, connection
-        )  # refuse a file of others before it is changed
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
-        migrations.migrate(self.path, connection)
+    def _opened_to_write(self) -> sqlite3.Connection:
+        """Returns a connection to a file with today's tables."""
+        connection = _connect(self.path)
+        try:
+            # Refuse a file of others before it is changed.
+            migrations.missing_steps(self.path, connection)
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            migrations.migrate(self.path, connection)
+        except BaseException:
+            connection.close()
+            raise
         return connection
 
-    def _as_of_today(self, connection: sqlite3.Connection) -> sqlite3.Connection:
+    def _opened_to_read(self) -> sqlite3.Connection:
         """Returns a connection with today's tables: of an older file, a copy in memory."""
-        missing = migrations.missing_steps(self.path, connection)
-        if missing == len(migrations.STEPS):
-            raise RunFolderError(f"{self.path}: expected a state database, found an empty file")
-        if not missing:
-            return connection
-        with closing(connection):
+        connection = self._connected_to_read()
+        try:
+            missing = migrations.missing_steps(self.path, connection)
+            if missing == len(migrations.STEPS):
+                raise RunFolderError(f"{self.path}: expected a state database, found an empty file")
+            if not missing:
+                return connection
             memory = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
             connection.backup(memory)
-        migrations.apply_steps(memory, missing)
+            migrations.apply_steps(memory, missing)
+        except BaseException:
+            connection.close()
+            self._remove_copy()
+            raise
+        connection.close()
+        self._remove_copy()
         return memory
+
+    def _connected_to_read(self) -> sqlite3.Connection:
+        """Returns a connection that sees every commit, those in the WAL included.
+
+        SQLite needs an index of the WAL beside the file. Who may write there has it made, and
+        removed at the end; who may not reads a copy.
+        """
+        if not _is_writable(self.path):
+            return _connect(self._copied())
+        connection = _connect(self.path, "?mode=rw")
+        connection.execute("PRAGMA query_only = 1")
+        return connection
+
+    def _copied(self) -> Path:
+        """Returns a copy of the file and of its WAL, as they are between two writes."""
+        self._copy = tempfile.TemporaryDirectory(prefix="sensebatch-")
+        sources = [path for path in (self.path, _beside(self.path, "-wal")) if path.exists()]
+        try:
+            for _ in range(_COPIES):
+                before = [_written(path) for path in sources]
+                for path in sources:
+                    shutil.copyfile(path, Path(self._copy.name) / path.name)
+                if before == [_written(path) for path in sources]:
+                    return Path(self._copy.name) / self.path.name
+        except OSError as error:
+            self._remove_copy()
+            raise RunFolderError(
+                f"{error.filename or self.path}: cannot be read: {reason(error)}"
+            ) from error
+        self._remove_copy()
+        raise RunFolderError(f"{self.path}: was written while it was read; try again")
+
+    def _remove_copy(self) -> None:
+        if self._copy is not None:
+            self._copy.cleanup()
 
     @contextmanager
     def errors(self) -> Iterator[None]:
@@ -135,3 +168,31 @@ class Database:
         """Closes the file; nothing uncommitted is kept."""
         with self._lock, self.errors():
             self._connection.close()
+        self._remove_copy()
+
+
+def _connect(path: Path, how: str = "") -> sqlite3.Connection:
+    return sqlite3.connect(
+        path.absolute().as_uri() + how,
+        uri=True,
+        timeout=_BUSY_TIMEOUT_S,
+        isolation_level=None,
+        check_same_thread=False,
+    )
+
+
+def _beside(path: Path, ending: str) -> Path:
+    """Returns the path of a file that SQLite keeps beside a database."""
+    return path.with_name(f"{path.name}{ending}")
+
+
+def _is_writable(path: Path) -> bool:
+    """Whether this user may write a database, what is beside it, and new files there."""
+    beside = [_beside(path, ending) for ending in ("-wal", "-shm")]
+    places = [path.parent, path, *(one for one in beside if one.exists())]
+    return all(os.access(place, os.W_OK) for place in places)
+
+
+def _written(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns

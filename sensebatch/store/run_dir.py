@@ -16,6 +16,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 from sensebatch.errors import JobError, RunFolderError, StorageError
 from sensebatch.store.files import reason, storage_errors, sync_folders, write_atomic
 from sensebatch.yaml_values import dump_yaml
@@ -174,14 +179,11 @@ class RunDir:
                 folder.rmdir()
 
     def in_use(self) -> bool:
-        """Returns whether a process works in the folder now."""
-        if not self._lock.exists() or not os.access(self.root, os.W_OK):
-            return False
+        """Returns whether a process works in the folder now; needs no right to write there."""
         try:
-            with FileLock(self._lock).acquire(timeout=0):
-                return False
-        except Timeout:
-            return True
+            return _is_locked(self._lock)
+        except OSError:  # no lock, or one that cannot be read
+            return False
 
     def _held_by(self) -> str:
         try:
@@ -215,6 +217,28 @@ class RunDir:
         """Writes run.yaml."""
         write_atomic(self.settings, dump_yaml(dict(settings)).encode())
         sync_folders([self.settings], self.root)
+
+
+def _is_locked(path: Path) -> bool:
+    """Returns whether a process holds a lock.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    if fcntl is None:
+        try:
+            with FileLock(path).acquire(timeout=0):
+                return False
+        except Timeout:
+            return True
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _exists(folder: Path) -> bool:
