@@ -32,6 +32,7 @@ from sensebatch.engine.device.runtime import (
 )
 from sensebatch.engine.model.attention import Attention, sdpa
 from sensebatch.engine.model.network import Network
+from sensebatch.engine.model.operations import Operations
 from sensebatch.engine.model.patchify import image_to_tokens
 from sensebatch.engine.model.quantized import Fp8Linear, quantise_rows
 from sensebatch.engine.model.tokenizer import HFTokenizer
@@ -198,7 +199,7 @@ def limit_seconds(runner: Runner, *, fp8: bool, steps: int) -> float:
     for rows, columns in shapes:
         x, weight = noise(LIMIT_ROWS, columns), noise(rows, columns) / columns**0.5
         if fp8:
-            linear = _quantised(weight, fused=network.fused)
+            linear = _quantised(weight, network.operations)
             quantised, scales = quantise_rows(x)
             products.append(partial(linear.multiply, quantised, scales, network.dtype))
         else:
@@ -221,8 +222,8 @@ def variant(
     understanding: Lend = nullcontext,
     generation: Lend = nullcontext,
     *,
-    fused: bool,
-    dtype: torch.dtype,
+    operations: Operations | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Network:
     """Returns a network of the same weights whose layers are lent in another form.
 
@@ -230,11 +231,12 @@ def variant(
         network: Loaded, all weights on the device.
         understanding: Makes a layer of that expert what it is to be, each time it is lent.
         generation: Likewise.
-        fused: Of the network that is returned.
-        dtype: Of what is not in layers.
+        operations: Of the network that is returned; those of `network` if None.
+        dtype: Of what is not in layers; that of `network` if None.
     """
+    operations, dtype = operations or network.operations, dtype or network.dtype
     with torch.device("meta"):
-        twin = Network(network.arch, fused=fused).requires_grad_(False).to(dtype)
+        twin = Network(network.arch, operations).requires_grad_(False).to(dtype)
     for name, parameter in network.named_parameters():
         if parameter.device.type != "meta":
             owner, _, attribute = name.rpartition(".")
@@ -262,9 +264,9 @@ def naive(layer: nn.Module) -> Iterator[nn.Module]:
     twin = copy.copy(layer)
     twin._modules = dict(layer._modules)
     twin.mlp = copy.copy(layer.mlp)
-    twin._fused = False
+    twin.operations = Operations()
     if isinstance(twin.mlp, SwiGLU):
-        twin.mlp._fused = False
+        twin.mlp.operations = twin.operations
     yield twin
 
 
@@ -280,18 +282,17 @@ def in_fp8(layer: nn.Module) -> Iterator[nn.Module]:
     """Gives a layer whose products are in float8."""
     assert isinstance(layer, DecoderLayer)
     twin = copy.deepcopy(layer)
-    fused = layer._fused
-    twin.qkv = _quantised(twin.qkv.weight, fused=fused)
-    twin.o = _quantised(twin.o.weight, fused=fused)
+    twin.qkv = _quantised(twin.qkv.weight, layer.operations)
+    twin.o = _quantised(twin.o.weight, layer.operations)
     if isinstance(twin.mlp, SwiGLU):
-        twin.mlp.gate_up = _quantised(twin.mlp.gate_up.weight, fused=fused)
-        twin.mlp.down = _quantised(twin.mlp.down.weight, fused=fused)
+        twin.mlp.gate_up = _quantised(twin.mlp.gate_up.weight, layer.operations)
+        twin.mlp.down = _quantised(twin.mlp.down.weight, layer.operations)
     yield twin
 
 
-def _quantised(weight: Tensor, *, fused: bool) -> Fp8Linear:
+def _quantised(weight: Tensor, operations: Operations) -> Fp8Linear:
     rows, columns = weight.shape
-    linear = Fp8Linear(columns, rows, weight.device, fused=fused)
+    linear = Fp8Linear(columns, rows, weight.device, operations.quantise)
     quantised, scale = quantise_rows(weight)
     linear.weight = nn.Parameter(quantised, requires_grad=False)
     linear.scale = nn.Parameter(scale[:, 0].contiguous(), requires_grad=False)
@@ -314,16 +315,15 @@ def velocity(runner: Runner, network: Network, attention: Attention, side: int) 
 
 def errors(runner: Runner, side: int) -> dict[str, float]:
     """Returns how far velocities are off, root mean square, by path; float32 is the measure."""
-    network, dtype = runner.network, runner.network.dtype
-    exact = variant(network, in_float32, in_float32, fused=False, dtype=torch.float32)
+    network = runner.network
+    exact = variant(network, in_float32, in_float32, operations=Operations(), dtype=torch.float32)
     expected = velocity(runner, exact, sdpa, side)
-    plain = variant(network, naive, naive, fused=False, dtype=dtype)
-    fused = network.fused
+    plain = variant(network, naive, naive, operations=Operations())
     paths = {
         "torch's operations": (plain, sdpa),
         "as it is run": (network, runner.attention),
-        "fp8": (variant(network, generation=in_fp8, fused=fused, dtype=dtype), runner.attention),
-        "fp8-all": (variant(network, in_fp8, in_fp8, fused=fused, dtype=dtype), runner.attention),
+        "fp8": (variant(network, generation=in_fp8), runner.attention),
+        "fp8-all": (variant(network, in_fp8, in_fp8), runner.attention),
     }
     return {
         name: float((velocity(runner, path, attention, side) - expected).norm() / expected.norm())
@@ -335,7 +335,7 @@ def rows(runner: Runner, sizes: Sizes) -> Iterator[tuple[str, str]]:
     """Yields what was measured, and what came out."""
     side, steps = sizes.side, sizes.steps
     prompts = (PROMPT_TOKENS, 8)
-    plain = variant(runner.network, naive, naive, fused=False, dtype=runner.network.dtype)
+    plain = variant(runner.network, naive, naive, operations=Operations())
     slow = Runner(plain, runner.tokenizer, sdpa, lambda _: None)
     for precision in (False, True):
         limit = limit_seconds(runner, fp8=precision, steps=steps)

@@ -8,7 +8,7 @@ CUDA graph where the weights that it needs stay on the device. Shape suffixes: S
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from sensebatch.engine.model.kv_cache import KVCache, SharedRoom
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.transformer import DecoderLayer, SwiGLU
 from sensebatch.plan.passes import ROOM_SPARE, ROOM_TOKENS
+
+if TYPE_CHECKING:
+    from sensebatch.engine.model.triton_operations import DecodingOperations
 
 TILE_SIDE = 16
 """Rows and columns of matrices are a multiple of this, or their tiles would be too small."""
@@ -62,8 +65,9 @@ class FastDecoder:
     takes the time. What it writes behind an ended sequence counts for nothing.
 
     Args:
-        network: Fused, with dense layers of unquantised weights in the understanding expert.
-        caches: Of each sequence, on the device or waiting; at most `decode_kernels.MAX_SEQUENCES`.
+        network: With dense layers of unquantised weights in the understanding expert.
+        operations: Of `decoding_operations` for this network.
+        caches: Of each sequence, on the device or waiting; at most `operations.max_sequences`.
             Until the decoder is gone they share one buffer.
         most_tokens: No sequence is given more.
         as_graph: Whether a step is captured, because its weights, once used, stay where they are;
@@ -71,9 +75,16 @@ class FastDecoder:
     """
 
     def __init__(
-        self, network: Network, caches: Sequence[KVCache], most_tokens: int, *, as_graph: bool
+        self,
+        network: Network,
+        operations: DecodingOperations,
+        caches: Sequence[KVCache],
+        most_tokens: int,
+        *,
+        as_graph: bool,
     ) -> None:
         self._network = network
+        self._operations = operations
         self._caches = caches
         self._left = most_tokens
         self._as_graph = as_graph
@@ -140,10 +151,8 @@ class FastDecoder:
 
     def _compute(self) -> None:
         """Goes from embedded tokens to the choices that follow; allocates alike each time."""
-        from sensebatch.engine.model import attention_kernels, decode_kernels, kernels
-
-        network, expert = self._network, self._network.understanding
-        eps = network.arch.rms_norm_eps
+        network, expert, decoding = self._network, self._network.understanding, self._operations
+        rms_norm, eps = network.operations.rms_norm, network.arch.rms_norm_eps
         x_SD = self._x_SD
         room = self._room
         assert room is not None
@@ -152,40 +161,39 @@ class FastDecoder:
             with expert.lend(index) as layer:
                 assert isinstance(layer, DecoderLayer)
                 assert isinstance(layer.mlp, SwiGLU)
-                keys, values = room.layer(index)
-                normed = kernels.rms_norm(x_SD, layer.input_norm, eps)
-                qkv = decode_kernels.product(normed, layer.qkv.weight)
-                q_SHE = kernels.norm_rotate(
-                    qkv,
-                    layer.q_norm,
-                    layer.k_norm,
+                cache = room.layer(index)
+                normed = rms_norm(x_SD, layer.input_norm, eps)
+                q_SHE = decoding.heads(
+                    decoding.product(normed, layer.qkv.weight),
+                    (layer.q_norm, layer.k_norm),
                     self._rotary,
                     eps=eps,
-                    k_TKE=keys,
-                    v_TKE=values,
-                    rotary_rows_T=self._angles_S,
-                    places_T=places_S,
+                    cache=cache,
+                    rotary_rows_S=self._angles_S,
+                    places_S=places_S,
                 )
-                attended = attention_kernels.attend_token(q_SHE, keys, values, self._lengths_S)
-                x_SD = decode_kernels.product(attended, layer.o.weight, residual=x_SD)
-                normed = kernels.rms_norm(x_SD, layer.post_norm, eps)
-                hidden = decode_kernels.product(normed, layer.mlp.gate_up.weight, swiglu=True)
-                x_SD = decode_kernels.product(hidden, layer.mlp.down.weight, residual=x_SD)
-        logits = network.logits(kernels.rms_norm(x_SD, expert.norm, eps))
+                attended = decoding.attend(q_SHE, cache, self._lengths_S)
+                x_SD = decoding.product(attended, layer.o.weight, residual=x_SD)
+                normed = rms_norm(x_SD, layer.post_norm, eps)
+                hidden = decoding.product(normed, layer.mlp.gate_up.weight, swiglu=True)
+                x_SD = decoding.product(hidden, layer.mlp.down.weight, residual=x_SD)
+        logits = network.logits(rms_norm(x_SD, expert.norm, eps))
         self._choices_S.copy_(logits.argmax(-1))
         # Sequences that have ended stop at the last place of their room.
         self._lengths_S.add_(1).clamp_(max=room.num_tokens - 1)
         self._angles_S.add_(1).clamp_(max=self._rotary[0].shape[0] - 1)
 
 
-def can_decode_fast(network: Network) -> bool:
-    """Returns whether `FastDecoder` knows the layers of a network, and its kernels their sizes."""
+def decoding_operations(network: Network) -> DecodingOperations | None:
+    """Returns what `FastDecoder` computes with; None where it does not know a network's layers.
+
+    Nor may its kernels know the sizes of the layers' matrices.
+    """
     layers, arch = network.understanding.layers, network.arch
-    return (
-        network.fused
-        and arch.hidden_size % TILE_SIDE == arch.intermediate_size % TILE_SIDE == 0
-        and all(isinstance(layer.mlp, SwiGLU) and type(layer.qkv) is nn.Linear for layer in layers)
+    known = arch.hidden_size % TILE_SIDE == arch.intermediate_size % TILE_SIDE == 0 and all(
+        isinstance(layer.mlp, SwiGLU) and type(layer.qkv) is nn.Linear for layer in layers
     )
+    return network.operations.decoding if known else None
 
 
 def new_decoder(
@@ -207,12 +215,10 @@ def new_decoder(
         choose: See `PlainDecoder`.
         as_graph: See `FastDecoder`.
     """
-    if can_decode_fast(network):
-        from sensebatch.engine.model import decode_kernels
-
+    operations = decoding_operations(network)
+    if operations is not None and len(caches) <= operations.max_sequences:
         on_gpu = network.device.type == "cuda"
-        if len(caches) <= decode_kernels.MAX_SEQUENCES:
-            return FastDecoder(network, caches, most_tokens, as_graph=as_graph and on_gpu)
+        return FastDecoder(network, operations, caches, most_tokens, as_graph=as_graph and on_gpu)
     for cache in caches:
         cache.bring()
     return PlainDecoder(caches, extend, choose)

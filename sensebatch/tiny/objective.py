@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sensebatch.engine.model.network import Network
+from sensebatch.engine.model.operations import rms_norm
 from sensebatch.engine.model.patchify import (
     PATCH,
     PatchEmbedding,
@@ -26,11 +27,7 @@ from sensebatch.engine.model.patchify import (
     tokens_to_patches,
 )
 from sensebatch.engine.model.rope import Rotary
-from sensebatch.engine.model.transformer import (
-    DecoderLayer,
-    Expert,
-    rms_norm,
-)
+from sensebatch.engine.model.transformer import DecoderLayer, Expert
 from sensebatch.engine.preprocess import IMAGE_MEAN, IMAGE_STD
 from sensebatch.engine.tasks.denoise import image_noise_scale
 from sensebatch.resolutions import PATCH_PIXELS, Resolution

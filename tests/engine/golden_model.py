@@ -13,6 +13,7 @@ from sensebatch.contract import KeptImage
 from sensebatch.engine.model.attention import Attention, sdpa
 from sensebatch.engine.model.kv_cache import KVCache, Span
 from sensebatch.engine.model.network import ImagePositions, Network
+from sensebatch.engine.model.operations import choose_operations
 from sensebatch.engine.model.patchify import image_to_tokens
 from sensebatch.engine.model.state_dict_adapter import load_state_dict
 from sensebatch.engine.preprocess import Patches
@@ -44,7 +45,7 @@ def build_network(
 @functools.lru_cache(maxsize=32)
 def _cached_network(config: str, edits: str, fused: bool) -> Network:
     arch = golden_architecture(config)
-    network = Network(arch, fused=fused).requires_grad_(False).eval()
+    network = Network(arch, choose_operations(fused=fused)).requires_grad_(False).eval()
     load_state_dict(network, arch, rule_weights(config, json.loads(edits)))
     return network
 

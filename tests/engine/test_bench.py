@@ -38,9 +38,9 @@ def test_a_variant_shares_weights_and_leaves_the_network_as_it_is(runner: Runner
     network = runner.network
     before = {name: parameter.clone() for name, parameter in network.named_parameters()}
     with infer():
-        float8 = bench.variant(network, generation=bench.in_fp8, fused=False, dtype=torch.float32)
+        float8 = bench.variant(network, generation=bench.in_fp8)
         bench.velocity(runner, float8, sdpa, 64)
-        plain = bench.variant(network, bench.naive, fused=False, dtype=torch.float32)
+        plain = bench.variant(network, bench.naive)
         with plain.understanding.lend(0) as layer:
             shared = network.understanding.get_parameter("layers.0.qkv.weight")
             assert layer.get_parameter("qkv.weight").data_ptr() == shared.data_ptr()

@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from sensebatch.engine.decoding import (
     FastDecoder,
     PlainDecoder,
-    can_decode_fast,
+    decoding_operations,
 )
 from sensebatch.engine.model.attention import sdpa
 from sensebatch.engine.model.network import Network
+from sensebatch.engine.model.operations import choose_operations, rms_norm
 from sensebatch.engine.model.quantized import quantise_rows
 from sensebatch.engine.model.rope import rotate_token_heads, token_rotary
-from sensebatch.engine.model.transformer import rms_norm
 from sensebatch.engine.prompts import Prompt
 from sensebatch.engine.sampling.text import greedy_decode
 from sensebatch.engine.weights.loader import NetworkLoader, warm_up
@@ -354,7 +354,7 @@ def test_only_fused_dense_networks_decode_fast() -> None:
             decoder = runner.text_step([extension.cache], 3).__closure__
         assert decoder is not None
         assert any(isinstance(cell.cell_contents, expected) for cell in decoder)
-        assert build_network(config, fused=fused).fused == fused
+        assert (build_network(config, fused=fused).operations.decoding is not None) == fused
 
 
 @interpreted
@@ -392,7 +392,9 @@ def test_a_step_is_captured_only_where_its_kernels_have_run(
     monkeypatch.setattr("sensebatch.engine.decoding.ROOM_TOKENS", 2)
     with infer():
         runner.extend([extension])
-        decoder = FastDecoder(runner.network, [extension.cache], 4, as_graph=True)
+        operations = decoding_operations(runner.network)
+        assert operations is not None
+        decoder = FastDecoder(runner.network, operations, [extension.cache], 4, as_graph=True)
         for _ in range(4):
             decoder.step([(0, 1)])
     assert len(set(captured)) == 2
@@ -403,5 +405,6 @@ def test_a_step_is_captured_only_where_its_kernels_have_run(
 def test_matrices_that_no_tile_fits_are_decoded_plainly(sizes: dict[str, Any]) -> None:
     arch = golden_architecture("dense_fm")
     with torch.device("meta"):
-        assert can_decode_fast(Network(arch, fused=True))
-        assert not can_decode_fast(Network(replace(arch, **sizes), fused=True))
+        operations = choose_operations(fused=True)
+        assert decoding_operations(Network(arch, operations)) is not None
+        assert decoding_operations(Network(replace(arch, **sizes), operations)) is None

@@ -14,10 +14,11 @@ from torch import Tensor
 from sensebatch.checkpoint.architecture import Moe
 from sensebatch.engine.model.attention import sdpa
 from sensebatch.engine.model.network import Network, ScalarEmbedder
+from sensebatch.engine.model.operations import rms_norm
 from sensebatch.engine.model.patchify import PixelHead, image_to_tokens
 from sensebatch.engine.model.rope import patch_rotary, rotate_patches, token_rotary
 from sensebatch.engine.model.state_dict_adapter import load_state_dict
-from sensebatch.engine.model.transformer import SparseMlp, rms_norm
+from sensebatch.engine.model.transformer import SparseMlp
 from sensebatch.engine.prompts import Prompt
 from sensebatch.engine.runner import Runner
 from sensebatch.engine.sampling.guidance import Guidance

@@ -23,6 +23,7 @@ from sensebatch.engine.model.kv_cache import (
     Span,
     UnderstandingContext,
 )
+from sensebatch.engine.model.operations import Operations
 from sensebatch.engine.model.patchify import (
     HEAD_MODULES,
     MERGE,
@@ -118,21 +119,21 @@ class Network(nn.Module):
 
     Args:
         arch: The network's shape.
-        fused: Whether chains of small operations are one kernel each; see `kernels`.
+        operations: What layers compute between matrix products; torch's if None.
     """
 
-    def __init__(self, arch: Architecture, *, fused: bool = False) -> None:
+    def __init__(self, arch: Architecture, operations: Operations | None = None) -> None:
         super().__init__()
         self.arch = arch
-        self.fused = fused
+        self.operations = Operations() if operations is None else operations
         hidden = arch.hidden_size
         # Not initialised: on the meta device, that would import torch's compiler.
         self.embed_tokens = nn.Embedding.from_pretrained(
             torch.empty(arch.vocab_size, hidden), freeze=False
         )
         self.lm_head = VocabularyHead(arch)
-        self.understanding = Expert(arch, arch.understanding_moe, fused=fused)
-        self.generation = Expert(arch, arch.generation_moe, fused=fused)
+        self.understanding = Expert(arch, arch.understanding_moe, self.operations)
+        self.generation = Expert(arch, arch.generation_moe, self.operations)
         self.understanding_vision = PatchEmbedding(arch)
         self.generation_vision = PatchEmbedding(arch)
         self.timestep_embedder = ScalarEmbedder(hidden)

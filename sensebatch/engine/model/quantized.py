@@ -7,6 +7,8 @@ Shape suffixes: T tokens, I inputs, O outputs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -39,14 +41,18 @@ class Fp8Linear(nn.Module):
         in_features: I.
         out_features: O.
         device: Of the parameters, which are not initialised.
-        fused: Whether quantising tokens is one kernel.
+        quantise: Returns tokens in float8; see `quantise_rows`.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, device: torch.device, *, fused: bool = False
+        self,
+        in_features: int,
+        out_features: int,
+        device: torch.device,
+        quantise: Callable[[Tensor], tuple[Tensor, Tensor]] = quantise_rows,
     ) -> None:
         super().__init__()
-        self._fused = fused
+        self._quantise = quantise
         weight_OI = torch.empty(out_features, in_features, dtype=FP8, device=device)
         scale_O = torch.empty(out_features, dtype=torch.float32, device=device)
         self.weight = nn.Parameter(weight_OI, requires_grad=False)
@@ -54,11 +60,7 @@ class Fp8Linear(nn.Module):
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """Returns `[T, O]` in the dtype of `x_TI`."""
-        if not self._fused:
-            return self.multiply(*quantise_rows(x_TI), x_TI.dtype)
-        from sensebatch.engine.model import kernels
-
-        return self.multiply(*kernels.quantise_rows(x_TI.contiguous()), x_TI.dtype)
+        return self.multiply(*self._quantise(x_TI), x_TI.dtype)
 
     def multiply(self, x8_TI: Tensor, scale_T1: Tensor, dtype: torch.dtype) -> Tensor:
         """Returns `[T, O]` from tokens that are quantised already."""

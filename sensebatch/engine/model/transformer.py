@@ -1,11 +1,8 @@
 """The backbone: two experts of pre-norm Qwen3 layers over one key/value cache.
 
-Both experts have the same layers with their own weights; which tokens see which is the business
-of the attention context they are given. Tokens of all sequences of a pass are packed along one
-axis, so every matrix product runs over all of them.
-
-The chains of small operations between the matrix products are written twice: here in torch, which
-runs everywhere and can be differentiated, and in `kernels`, one kernel each, for GPUs.
+Both experts have the same layers with their own weights; which tokens see which is decided by the
+attention context they are given. Tokens of all sequences of a pass are packed along one axis, so
+every matrix product runs over all of them. What lies between the products is in `operations`.
 
 Shape suffixes: T tokens of a pass, D hidden, H query heads, K key/value heads, E head_dim,
 I intermediate, X feed-forward experts.
@@ -22,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sensebatch.checkpoint.architecture import Architecture, Moe
+from sensebatch.engine.model.operations import Operations, Room
 from sensebatch.engine.model.quantized import Fp8Linear
-from sensebatch.engine.model.rope import Rotary, rotate_token_heads
+from sensebatch.engine.model.rope import Rotary
 from sensebatch.plan import passes
 
 Linear = nn.Linear | Fp8Linear
@@ -35,7 +33,7 @@ class AttentionContext(Protocol):
     def parts(self, num_tokens: int) -> Sequence[slice]:
         """Returns the tokens in parts that need nothing of one another inside a layer."""
 
-    def room(self, num_tokens: int) -> tuple[Tensor, Tensor] | None:
+    def room(self, num_tokens: int) -> Room | None:
         """Returns where a part's keys and values may be put at once, if there is such a place."""
 
     def attend(
@@ -44,43 +42,28 @@ class AttentionContext(Protocol):
         """Returns `[T, H, E]` of a part."""
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalises the last axis in float32, casts back, then scales by `weight`.
-
-    Source: Qwen3 (the weight multiplies after the cast, unlike `torch.nn.functional.rms_norm`).
-    """
-    x_float = x.float()
-    scale = torch.rsqrt(x_float.square().mean(-1, keepdim=True) + eps)
-    return weight * (x_float * scale).to(x.dtype)
-
-
 class SwiGLU(nn.Module):
     """Dense feed-forward block; gate and up are one matrix."""
 
-    def __init__(self, hidden: int, intermediate: int, *, fused: bool) -> None:
+    def __init__(self, hidden: int, intermediate: int, operations: Operations) -> None:
         super().__init__()
         self.gate_up: Linear = nn.Linear(hidden, 2 * intermediate, bias=False)
         self.down: Linear = nn.Linear(intermediate, hidden, bias=False)
-        self._fused = fused
+        self.operations = operations
 
-    def add_activated(self, residual_TD: Tensor, gate_up: Tensor, *, in_place: bool) -> Tensor:
-        """Returns the residual and what follows the first product, `[T, 2 * I]`.
+    def add_activated(self, residual_TD: Tensor, gate_up_Tx: Tensor, *, in_place: bool) -> Tensor:
+        """Returns the residual plus what the block makes of the product with `gate_up`.
 
         Args:
             residual_TD: The block's own input, not normed.
-            gate_up: Of the layer's `gate_up`.
+            gate_up_Tx: `[T, 2 * I]`.
             in_place: See `DecoderLayer.finish`.
         """
-        if self._fused:
-            from sensebatch.engine.model import kernels
-
-            if isinstance(self.down, Fp8Linear):
-                hidden = kernels.swiglu_quantised(gate_up)
-                return residual_TD.add_(self.down.multiply(*hidden, gate_up.dtype))
-            return _add_linear(residual_TD, self.down, kernels.swiglu(gate_up), in_place)
-        gate_TI, up_TI = gate_up.chunk(2, dim=-1)
-        hidden_TI = F.silu(gate_TI)
-        hidden_TI = hidden_TI.mul_(up_TI) if in_place else hidden_TI * up_TI
+        if isinstance(self.down, Fp8Linear):
+            quantised = self.operations.quantised_swiglu(gate_up_Tx)
+            product_TD = self.down.multiply(*quantised, gate_up_Tx.dtype)
+            return residual_TD.add_(product_TD) if in_place else residual_TD + product_TD
+        hidden_TI = self.operations.swiglu(gate_up_Tx, in_place=in_place)
         return _add_linear(residual_TD, self.down, hidden_TI, in_place)
 
 
@@ -130,86 +113,58 @@ class DecoderLayer(nn.Module):
     Args:
         arch: The network's shape.
         moe: Its sparse feed-forward block; None for a dense one.
-        fused: Whether chains of small operations are one kernel each; needs Triton.
+        operations: What it computes between matrix products.
     """
 
-    def __init__(self, arch: Architecture, moe: Moe | None, *, fused: bool = False) -> None:
+    def __init__(self, arch: Architecture, moe: Moe | None, operations: Operations) -> None:
         super().__init__()
-        self._fused = fused
-        self._num_heads = arch.num_heads
+        self.operations = operations
         self._num_kv_heads = arch.num_kv_heads
-        self._head_dim = arch.head_dim
         self._eps = arch.rms_norm_eps
         hidden, head_dim = arch.hidden_size, arch.head_dim
         self.input_norm = nn.Parameter(torch.empty(hidden))
         self.qkv: Linear = nn.Linear(
             hidden, (arch.num_heads + 2 * arch.num_kv_heads) * head_dim, bias=False
         )
-        # Row 0 normalises the half of a head that follows t, row 1 the half that follows h and w.
+        # Row 0 norms the half of a head that follows t, row 1 the half that follows h and w.
         self.q_norm = nn.Parameter(torch.empty(2, head_dim // 2))
         self.k_norm = nn.Parameter(torch.empty(2, head_dim // 2))
         self.o: Linear = nn.Linear(arch.num_heads * head_dim, hidden, bias=False)
         self.post_norm = nn.Parameter(torch.empty(hidden))
         self.mlp: SwiGLU | SparseMlp = (
-            SwiGLU(hidden, arch.intermediate_size, fused=fused)
+            SwiGLU(hidden, arch.intermediate_size, operations)
             if moe is None
             else SparseMlp(hidden, moe)
         )
 
     def project(
-        self, x_TD: Tensor, rotary: Rotary, room: tuple[Tensor, Tensor] | None = None
+        self, x_TD: Tensor, rotary: Rotary, room: Room | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns rotated queries, rotated keys and values.
 
         Args:
             x_TD: The layer's input.
             rotary: Of the tokens.
-            room: Contiguous `[T, K, E]` for keys and values; used by the fused chain only.
+            room: See `Operations.heads`.
         """
-        qkv = self._normed_product(self.qkv, x_TD, self.input_norm)
-        if self._fused:
-            return self._fused_heads(qkv, rotary, room)
-        q_THE, k_TKE, v_TKE = qkv.unflatten(-1, (-1, self._head_dim)).split(
-            [self._num_heads, self._num_kv_heads, self._num_kv_heads], dim=1
-        )
-        return (
-            rotate_token_heads(self._norm_halves(q_THE, self.q_norm), rotary),
-            rotate_token_heads(self._norm_halves(k_TKE, self.k_norm), rotary),
-            v_TKE,
-        )
-
-    def _fused_heads(
-        self, qkv: Tensor, rotary: Rotary, room: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        from sensebatch.engine.model import kernels
-
-        if room is None:
-            shape = (qkv.shape[0], self._num_kv_heads, self._head_dim)
-            room = qkv.new_empty(shape), qkv.new_empty(shape)
-        q_THE = kernels.norm_rotate(
-            qkv,
-            self.q_norm,
-            self.k_norm,
+        return self.operations.heads(
+            self._normed_product(self.qkv, x_TD, self.input_norm),
+            (self.q_norm, self.k_norm),
             rotary,
+            num_kv_heads=self._num_kv_heads,
             eps=self._eps,
-            k_TKE=room[0],
-            v_TKE=room[1],
+            room=room,
         )
-        return q_THE, *room
 
     def _normed_product(self, linear: Linear, x_TD: Tensor, norm: Tensor) -> Tensor:
-        if self._fused and isinstance(linear, Fp8Linear):
-            from sensebatch.engine.model import kernels
-
-            return linear.multiply(*kernels.quantise_rows(x_TD, norm, self._eps), x_TD.dtype)
+        if isinstance(linear, Fp8Linear):
+            quantised = self.operations.quantise(x_TD, norm, self._eps)
+            return linear.multiply(*quantised, x_TD.dtype)
         product: Tensor = linear(self._norm(x_TD, norm))
         return product
 
     def _norm(self, x_TD: Tensor, weight: Tensor) -> Tensor:
-        return norm_rows(x_TD, weight, self._eps, fused=self._fused)
-
-    def _norm_halves(self, x: Tensor, weight: Tensor) -> Tensor:
-        return rms_norm(x.unflatten(-1, (2, -1)), weight, self._eps).flatten(-2)
+        return self.operations.rms_norm(x_TD, weight, self._eps)
 
     def finish(self, x_TD: Tensor, attended_THE: Tensor, *, in_place: bool = False) -> Tensor:
         """Returns the layer's output from its input and what attention gave.
@@ -232,16 +187,16 @@ class Expert(nn.Module):
     Args:
         arch: The network's shape.
         moe: The sparse blocks of this path; None where all are dense.
-        fused: Whether chains of small operations are one kernel each; needs Triton.
+        operations: What layers compute between matrix products.
     """
 
-    def __init__(self, arch: Architecture, moe: Moe | None, *, fused: bool = False) -> None:
+    def __init__(self, arch: Architecture, moe: Moe | None, operations: Operations) -> None:
         super().__init__()
         self._eps = arch.rms_norm_eps
-        self._fused = fused
+        self._operations = operations
         self.layers = nn.ModuleList(
             DecoderLayer(
-                arch, moe if moe is not None and moe.sparse_layers[i] else None, fused=fused
+                arch, moe if moe is not None and moe.sparse_layers[i] else None, operations
             )
             for i in range(arch.num_layers)
         )
@@ -262,7 +217,7 @@ class Expert(nn.Module):
     def _in_fp8(self, linear: Linear) -> Fp8Linear:
         assert isinstance(linear, nn.Linear)
         device = torch.device("meta")
-        return Fp8Linear(linear.in_features, linear.out_features, device, fused=self._fused)
+        return Fp8Linear(linear.in_features, linear.out_features, device, self._operations.quantise)
 
     def _own(self, index: int) -> AbstractContextManager[nn.Module]:
         return nullcontext(self.layers[index])
@@ -284,21 +239,12 @@ class Expert(nn.Module):
                     # Gone before the next part or layer attends.
                     del attended_THE
         for rows_TD in x_TD.split(passes.ROWS):
-            rows_TD.copy_(norm_rows(rows_TD, self.norm, self._eps, fused=self._fused))
+            rows_TD.copy_(self._operations.rms_norm(rows_TD, self.norm, self._eps))
         return x_TD
 
 
-def norm_rows(x_TD: Tensor, weight: Tensor, eps: float, *, fused: bool) -> Tensor:
-    """`rms_norm` of rows, as one kernel if `fused`."""
-    if not fused:
-        return rms_norm(x_TD, weight, eps)
-    from sensebatch.engine.model import kernels
-
-    return kernels.rms_norm(x_TD, weight, eps)
-
-
 def _project(
-    layer: DecoderLayer, x_TD: Tensor, rotary: Rotary, room: tuple[Tensor, Tensor] | None
+    layer: DecoderLayer, x_TD: Tensor, rotary: Rotary, room: Room | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`DecoderLayer.project`, `ROWS` tokens at a time."""
     num_tokens = x_TD.shape[0]

@@ -13,10 +13,11 @@ from accelerate import init_empty_weights
 from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.checkpoint.files import Checkpoint, check_tensors
 from sensebatch.checkpoint.tensors import expected_tensors
-from sensebatch.engine.decoding import can_decode_fast
+from sensebatch.engine.decoding import decoding_operations
 from sensebatch.engine.device.memory import empty_cache, translated_out_of_memory
 from sensebatch.engine.model.attention import LONG_RUN, Attention
 from sensebatch.engine.model.network import Network
+from sensebatch.engine.model.operations import choose_operations
 from sensebatch.engine.weights.lora import Lora
 from sensebatch.engine.weights.residency import Residency
 from sensebatch.engine.weights.sources import (
@@ -97,7 +98,7 @@ class NetworkLoader:
     def new_network(self) -> Network:
         """Returns the network without weights."""
         with init_empty_weights():
-            network = Network(self.arch, fused=self.fused)
+            network = Network(self.arch, choose_operations(fused=self.fused))
         network = network.to(self.dtype).requires_grad_(False).eval()
         if self.precision is not None:
             network.generation.use_fp8()
@@ -123,13 +124,12 @@ def warm_up(
     """
     if not loader.fused:
         return None
-    from sensebatch.engine.model import attention_kernels, decode_kernels, kernels
-
     start = time.perf_counter()
-    arch = loader.arch
+    arch, network = loader.arch, loader.new_network()
     with torch.inference_mode():
-        kernels.warm_up(arch, loader.dtype, loader.device, quantised=loader.precision is not None)
-        attention_kernels.warm_up_runs(arch, loader.dtype, loader.device)
+        network.operations.warm_up(
+            arch, loader.dtype, loader.device, quantised=loader.precision is not None
+        )
         q_THE = torch.zeros(
             LONG_RUN,
             arch.num_heads,
@@ -139,12 +139,13 @@ def warm_up(
         )
         k_TKE = q_THE[:, : arch.num_kv_heads].contiguous()
         attention(q_THE, k_TKE, k_TKE, False)
-        if can_decode_fast(loader.new_network()):
+        decoding = decoding_operations(network)
+        if decoding is not None:
             writers = [load.batch_size for load in loads if load.text_tokens]
             # A job may come to be alone, split off or tried again.
             counts = {1, *writers} if writers else set()
-            for count in sorted(n for n in counts if n <= decode_kernels.MAX_SEQUENCES):
-                decode_kernels.warm_up(arch, loader.dtype, loader.device, count)
+            for count in sorted(n for n in counts if n <= decoding.max_sequences):
+                decoding.warm_up(arch, loader.dtype, loader.device, count)
     del q_THE, k_TKE
     empty_cache(loader.device)
     torch.cuda.synchronize(loader.device)

@@ -1,0 +1,119 @@
+"""The small operations between a layer's matrix products, in torch.
+
+They run everywhere and can be differentiated. `triton_operations` has the same as kernels for
+GPUs, which give the same numbers up to rounding. A network is made with one of the two.
+
+Shape suffixes: T tokens of a pass, D hidden, H query heads, K key/value heads, E head_dim,
+I intermediate, x numbers of a row.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sensebatch.checkpoint.architecture import Architecture
+from sensebatch.engine.model.quantized import quantise_rows
+from sensebatch.engine.model.rope import Rotary, rotate_token_heads
+
+if TYPE_CHECKING:
+    from sensebatch.engine.model.triton_operations import DecodingOperations
+
+Room = tuple[Tensor, Tensor]
+"""Contiguous `[T, K, E]` for keys and for values."""
+Quantised = tuple[Tensor, Tensor]
+"""Rows in float8 and their scales; see `quantized.quantise_rows`."""
+
+
+class Operations:
+    """What a layer computes between its matrix products."""
+
+    decoding: DecodingOperations | None = None
+    """What a step of decoding text is made of; None where there are no kernels for it."""
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """Returns the rows of `[T, D]` normed; see the function `rms_norm`."""
+        return rms_norm(x_TD, weight_D, eps)
+
+    def heads(
+        self,
+        qkv_Tx: Tensor,
+        norms: tuple[Tensor, Tensor],
+        rotary: Rotary,
+        *,
+        num_kv_heads: int,
+        eps: float,
+        room: Room | None,  # noqa: ARG002
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns normed and rotated queries, normed and rotated keys, and values.
+
+        Args:
+            qkv_Tx: Rows of query, key and value heads.
+            norms: `[2, head_dim / 2]` of queries and of keys; see `transformer.DecoderLayer`.
+            rotary: Of the tokens.
+            num_kv_heads: Key heads, and value heads.
+            eps: Of the norms.
+            room: Where kernels put keys and values; torch puts them elsewhere.
+        """
+        heads_TxE = qkv_Tx.unflatten(-1, (-1, 2 * norms[0].shape[1]))
+        num_heads = heads_TxE.shape[1] - 2 * num_kv_heads
+        q_THE, k_TKE, v_TKE = heads_TxE.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+        return (
+            rotate_token_heads(_norm_halves(q_THE, norms[0], eps), rotary),
+            rotate_token_heads(_norm_halves(k_TKE, norms[1], eps), rotary),
+            v_TKE,
+        )
+
+    def swiglu(self, gate_up_Tx: Tensor, *, in_place: bool) -> Tensor:
+        """Returns `silu(gate) * up`, `[T, I]`.
+
+        Args:
+            gate_up_Tx: `[T, 2 * I]`, gates first.
+            in_place: Whether to save memory in a way that no gradient survives.
+        """
+        gate_TI, up_TI = gate_up_Tx.chunk(2, dim=-1)
+        activated_TI = F.silu(gate_TI)
+        return activated_TI.mul_(up_TI) if in_place else activated_TI * up_TI
+
+    def quantise(self, x_TI: Tensor, norm_I: Tensor | None = None, eps: float = 0.0) -> Quantised:
+        """Returns rows in float8, normed first if there is a norm."""
+        return quantise_rows(x_TI if norm_I is None else rms_norm(x_TI, norm_I, eps))
+
+    def quantised_swiglu(self, gate_up_Tx: Tensor) -> Quantised:
+        """Returns `swiglu` in float8."""
+        return quantise_rows(self.swiglu(gate_up_Tx, in_place=True))
+
+    def warm_up(
+        self, arch: Architecture, dtype: torch.dtype, device: torch.device, *, quantised: bool
+    ) -> None:
+        """Compiles what a network will use, or fetches it from a cache on disk: nothing here."""
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Normalises the last axis in float32, casts back, then scales by `weight`.
+
+    Source: Qwen3 (the weight multiplies after the cast, unlike `torch.nn.functional.rms_norm`).
+    """
+    x_float = x.float()
+    scale = torch.rsqrt(x_float.square().mean(-1, keepdim=True) + eps)
+    return weight * (x_float * scale).to(x.dtype)
+
+
+def _norm_halves(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return rms_norm(x.unflatten(-1, (2, -1)), weight, eps).flatten(-2)
+
+
+def choose_operations(*, fused: bool) -> Operations:
+    """Returns the operations that a network is made with.
+
+    Args:
+        fused: Whether chains of small operations are one kernel each, which needs Triton.
+    """
+    if not fused:
+        return Operations()
+    from sensebatch.engine.model.triton_operations import TritonOperations
+
+    return TritonOperations()
