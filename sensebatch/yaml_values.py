@@ -15,6 +15,8 @@ from typing import Any
 import yaml
 from yaml.reader import ReaderError
 
+from sensebatch.bounded import MAX_DEPTH, MAX_DIGITS, is_unicode, read_file
+
 try:
     from yaml import CSafeLoader as _Loader
 except ImportError:
@@ -22,7 +24,11 @@ except ImportError:
 
 MAX_VALUES = 20_000_000
 """Of a document, aliases counted in full; so many jobs are better kept in another format."""
+MAX_BYTES = 2**30
+"""Of a file, likewise."""
 
+_OPENINGS = re.compile(r"^[ ?:-]*", re.MULTILINE)
+"""What nests a line in the blocks around it, a character or more a level."""
 _STRING = "tag:yaml.org,2002:str"
 _MERGE = "tag:yaml.org,2002:merge"
 _NULL = "tag:yaml.org,2002:null"
@@ -41,8 +47,12 @@ _PLAIN_WORDS = (
 )
 
 
+_WORDS = {tag: re.compile(pattern) for tag, pattern, _ in _PLAIN_WORDS}
+_COLLECTIONS = frozenset(["tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"])
+
+
 class YamlTextError(Exception):
-    """Text that is no YAML, or a value that no file of ours can hold.
+    """Text that is not YAML, or a value that no file of ours can hold.
 
     Args:
         message: What is wrong.
@@ -150,23 +160,14 @@ def dump_yaml(value: Any) -> str:
     return text
 
 
-def is_unicode(text: str) -> bool:
-    """Whether a text can be written as UTF-8 (lone surrogates cannot)."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def read_yaml(path: Path) -> YamlValue:
     """Returns the one document of a file in UTF-8, as `load_yaml` does.
 
     Raises:
         OSError: The file cannot be read.
-        YamlTextError: As `load_yaml` raises it, or for bytes that are no UTF-8.
+        YamlTextError: As `load_yaml` raises it, or for bytes that are not UTF-8.
     """
-    content = path.read_bytes()
+    content = read_file(path, MAX_BYTES)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -179,10 +180,11 @@ def load_yaml(text: str) -> YamlValue:
     """Returns the one document of a text; the value of an empty one is None.
 
     Raises:
-        YamlTextError: The text is no YAML, repeats a key, has a key that is no text,
-            contains itself, or stands for more than `MAX_VALUES`.
+        YamlTextError: The text is not YAML, repeats a key, has a key that is not text, contains
+            itself, is nested too deeply, or stands for more than `MAX_VALUES`.
     """
     try:
+        _check_depth(text)
         loader = _ValueLoader(text)
         try:
             node = loader.get_single_node()
@@ -202,10 +204,27 @@ def load_yaml(text: str) -> YamlValue:
         line = _line_at(text.encode(errors="surrogatepass"), error.position)
         message = f"expected YAML, found character #x{error.character:04x}: {error.reason}"
         raise YamlTextError(message, line) from error
-    except RecursionError as error:
-        raise YamlTextError("expected values that are nested less deeply", 1) from error
     except (yaml.YAMLError, ValueError) as error:
         raise YamlTextError(f"expected YAML, found an error: {error}", 1) from error
+
+
+def _check_depth(text: str) -> None:
+    """Makes sure that a document is not nested too deeply for the library, which would crash.
+
+    Raises:
+        YamlTextError: It is.
+    """
+    brackets = text.count("[") + text.count("{")
+    if brackets + max(map(len, _OPENINGS.findall(text)), default=0) <= MAX_DEPTH:
+        return
+    depth = 0
+    for event in yaml.parse(text, _Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            line = 1 if event.start_mark is None else event.start_mark.line + 1
+            message = f"expected values nested at most {MAX_DEPTH} deep, found more"
+            raise YamlTextError(message, line)
 
 
 def _line_at(content: bytes, position: int) -> int:
@@ -237,10 +256,11 @@ def _check_node(node: yaml.Node, above: set[int], checked: dict[int, int]) -> in
     if id(node) in checked:
         return checked[id(node)]
     if isinstance(node, yaml.ScalarNode):
-        if not is_unicode(node.value):
-            raise YamlTextError("expected Unicode text, found half of a surrogate pair", line)
+        _check_scalar(node, line)
         checked[id(node)] = 1
         return 1
+    if node.tag not in _COLLECTIONS:
+        raise YamlTextError(f"expected a plain value, found the tag {_tag(node)!r}", line)
     above.add(id(node))
     children = node.value
     if isinstance(node, yaml.MappingNode):
@@ -253,6 +273,28 @@ def _check_node(node: yaml.Node, above: set[int], checked: dict[int, int]) -> in
     above.remove(id(node))
     checked[id(node)] = count
     return count
+
+
+def _tag(node: yaml.Node) -> str:
+    """Returns a node's tag as it is written."""
+    return str(node.tag).replace("tag:yaml.org,2002:", "!!")
+
+
+def _check_scalar(node: yaml.ScalarNode, line: int) -> None:
+    if not is_unicode(node.value):
+        raise YamlTextError("expected Unicode text, found half of a surrogate pair", line)
+    if node.tag == _STRING:
+        return
+    words = _WORDS.get(node.tag)
+    if words is None:
+        raise YamlTextError(f"expected a plain value, found the tag {_tag(node)!r}", line)
+    # A tag that is written out may stand before any word.
+    if not words.fullmatch(node.value):
+        kind = _tag(node).removeprefix("!!")
+        raise YamlTextError(f"expected a value of type {kind}, found {node.value[:60]!r}", line)
+    if len(node.value) > MAX_DIGITS and node.tag in (_INTEGER, _FLOAT):
+        found = f"a number of {len(node.value):,} characters"
+        raise YamlTextError(f"expected at most {MAX_DIGITS} digits, found {found}", line)
 
 
 def _check_keys(node: yaml.MappingNode) -> None:

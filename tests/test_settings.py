@@ -219,8 +219,7 @@ def test_file_offers_exactly_the_settings_there_are(section: type[BaseModel], no
         ),
         (
             "output: {image_format: !!timestamp 2026-01-01}",
-            "FILE: line 1: output.image_format: expected 'png', 'webp' or 'jpeg', "
-            "found '2026-01-01'",
+            "FILE: line 1: expected a plain value, found the tag '!!timestamp'",
         ),
         ("zzz: 1", "FILE: line 1: zzz: unknown setting"),
         ("model: {model: ''}", "FILE: line 1: model.model: expected text, found ''"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ MATRIX_FIELDS = frozenset(JOB_FIELD_NAMES) - EXPANSION_FIELDS.union(
     ["id", "task", "tags", "metadata", "type", "think_mode", "conversations"]
 )
 """The fields that a matrix can set."""
+
+MAX_JOBS = 1_000_000
+"""Most jobs of one row; more would take hours to check, and memory for their ids."""
 
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _TOKEN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
@@ -63,7 +67,7 @@ def expand(
     if len(errors) > num_errors:
         return
     names = frozenset(name for name, _ in axes)
-    base = {name: value for name, value in fields.items() if name not in EXPANSION_FIELDS}
+    base = without_expansion(fields)
     in_matrix = "matrix" in fields
     for values in itertools.product(*(values for _, values in axes)):
         combination = dict(zip((name for name, _ in axes), values, strict=True))
@@ -71,6 +75,11 @@ def expand(
             fields=_combined(base, combination, in_matrix=in_matrix),
             own=(own | (names & MATRIX_FIELDS)) - EXPANSION_FIELDS,
         )
+
+
+def without_expansion(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields that do not multiply a row."""
+    return {name: value for name, value in fields.items() if name not in EXPANSION_FIELDS}
 
 
 def placeholders(template: object) -> set[str]:
@@ -104,6 +113,10 @@ def _axes(fields: Mapping[str, Any], default_seed: int, errors: RowErrors) -> li
         if first + checked.n - 1 > MAX_SEED:
             errors.add("n", f"expected seeds up to {MAX_SEED}, found {checked.n} from {first} on")
         axes.append(("seed", range(first, first + checked.n)))
+    num_jobs = math.prod(len(values) for _, values in axes)
+    if num_jobs > MAX_JOBS:
+        place = "n" if checked.n is not None else "seeds" if checked.seeds else "matrix"
+        errors.add(place, f"expected at most {MAX_JOBS:,} jobs of a row, found {num_jobs:,}")
     return axes
 
 

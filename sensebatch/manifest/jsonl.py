@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
+from sensebatch.bounded import MAX_TEXT_BYTES, check_file, load_json
 from sensebatch.manifest.problems import found
-from sensebatch.manifest.rows import RawRow, Report, given, is_unicode
-
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+from sensebatch.manifest.rows import RawRow, Report, given
 
 
 def jsonl_rows(path: Path, report: Report) -> Iterator[RawRow]:
@@ -19,53 +18,31 @@ def jsonl_rows(path: Path, report: Report) -> Iterator[RawRow]:
     Raises:
         OSError: The file cannot be read.
     """
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if number == 1:
-                line = line.removeprefix(_BYTE_ORDER_MARK)
+    check_file(path)
+    with path.open("rb") as file:
+        for number, line in enumerate(_lines(file), start=1):
             if not line.strip():
                 continue
+            if len(line) > MAX_TEXT_BYTES:
+                report(number, (), f"expected a line of at most {MAX_TEXT_BYTES:,} bytes")
+                return
             try:
-                row = _parsed(line)
+                row = load_json(line)
             except json.JSONDecodeError as error:
                 # The end of the line counts as a line of its own.
                 column = min(error.pos, len(error.doc.rstrip("\r\n"))) + 1
                 report(number, (), f"expected a JSON object, found: {error.msg}: column {column}")
                 continue
-            except (ValueError, RecursionError) as error:
+            except ValueError as error:
                 report(number, (), f"expected a JSON object, found: {error}")
                 continue
             if not isinstance(row, dict):
                 report(number, (), f"expected a JSON object, found {found(row)}")
                 continue
-            fields = given(row)
-            if type(fields.get("id")) is int:
-                fields["id"] = str(fields["id"])
-            yield RawRow(fields=fields, number=number)
+            yield RawRow(fields=given(row), number=number)
 
 
-def _parsed(line: bytes) -> object:
-    """Returns the value of a line.
-
-    Raises:
-        ValueError: It is not strict JSON, repeats a key, or is not Unicode.
-    """
-    value = json.loads(
-        line.decode(), object_pairs_hook=_without_repeats, parse_constant=_refuse_constant
-    )
-    if b"\\u" in line and not is_unicode(value):
-        raise ValueError("half of a surrogate pair, which is no character")
-    return value
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    mapping = dict(pairs)
-    if len(mapping) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{repeated!r} is given twice")
-    return mapping
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """Yields lines; of one that is too long, its beginning and then the rest."""
+    while line := file.readline(MAX_TEXT_BYTES + 1):
+        yield line

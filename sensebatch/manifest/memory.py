@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
+from sensebatch.bounded import is_unicode
 from sensebatch.manifest.problems import found
-from sensebatch.manifest.rows import RawRow, Report, given, is_unicode
+from sensebatch.manifest.rows import RawRow, Report, given
 
 
 def memory_rows(rows: Iterable[object], report: Report) -> Iterator[RawRow]:
@@ -21,8 +22,6 @@ def memory_rows(rows: Iterable[object], report: Report) -> Iterator[RawRow]:
         if not is_unicode(fields):
             report(number, (), "expected Unicode text, found half of a surrogate pair")
             continue
-        if type(fields.get("id")) is int:
-            fields["id"] = str(fields["id"])
         yield RawRow(fields=fields, number=number)
 
 

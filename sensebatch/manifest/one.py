@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sensebatch.bounded import is_unicode
 from sensebatch.config import RunConfig
 from sensebatch.errors import ManifestError, Problem
 from sensebatch.jobs import Job, Source
@@ -14,7 +15,6 @@ from sensebatch.manifest.fields import EXPANSION_FIELDS
 from sensebatch.manifest.problems import RowErrors, field_name
 from sensebatch.manifest.read import job_of
 from sensebatch.manifest.resolve import JobResolver, Origin, Warn
-from sensebatch.manifest.rows import is_unicode
 from sensebatch.manifest.upstream import choose_task
 
 

@@ -4,39 +4,31 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
+from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sensebatch.bounded import check_file
 from sensebatch.manifest.fields import IMAGE_FIELDS, JOB_FIELD_NAMES
 from sensebatch.manifest.inputs import READ_AHEAD_BYTES
-from sensebatch.manifest.problems import unknown_field
-from sensebatch.manifest.rows import RawRow, Report, is_unicode
+from sensebatch.manifest.problems import Unreadable, unknown_field
+from sensebatch.manifest.rows import RawRow, Report, given
 
 ROWS_IN_MEMORY = 2048
 """Rows held at once."""
-PICTURE_ROWS_IN_MEMORY = 32
-"""Rows held at once where a column holds the bytes of pictures."""
+IMAGE_ROWS_IN_MEMORY = 32
+"""Rows held at once where a column holds the bytes of images."""
 
-_WHOLE_NUMBERS = frozenset(
-    [
-        "width",
-        "height",
-        "seed",
-        "n",
-        "num_steps",
-        "target_pixels",
-        "input_max_pixels",
-        "max_think_tokens",
-        "max_images",
-        "max_new_tokens",
-    ]
-)
-_NUMBERS = _WHOLE_NUMBERS.union(["cfg_scale", "img_cfg_scale", "cfg_interval", "timestep_shift"])
+_BAD_CELL = (pa.ArrowException, ValueError, OverflowError)
+"""What a cell raises that Python has no value for: text that is not UTF-8, a time out of range."""
+_PANDAS_INDEX = re.compile(r"__index_level_\d+__")
 
 
 def parquet_rows(path: Path, report: Report) -> Iterator[RawRow]:
@@ -47,21 +39,26 @@ def parquet_rows(path: Path, report: Report) -> Iterator[RawRow]:
     """
     first = 0
     try:
+        check_file(path)
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=READ_AHEAD_BYTES) as file:
-            names = _known_columns(file.schema_arrow, report)
-            pictures = any(has_bytes(file.schema_arrow.field(name).type) for name in names)
-            size = PICTURE_ROWS_IN_MEMORY if pictures else ROWS_IN_MEMORY
+            schema = file.schema_arrow
+            names = _known_columns(schema, report)
+            images = any(has_bytes(schema.field(name).type) for name in names)
+            size = IMAGE_ROWS_IN_MEMORY if images else ROWS_IN_MEMORY
             for batch in file.iter_batches(batch_size=size, columns=names):
                 yield from _batch_rows(batch, first)
                 first += batch.num_rows
-    except (pa.ArrowException, UnicodeDecodeError) as error:
+    except pa.ArrowException as error:
         report(first, (), f"expected a Parquet file, found an error: {error}")
 
 
 def _known_columns(schema: pa.Schema, report: Report) -> list[str]:
     """Returns the columns that are fields; the others are reported once, not in every row."""
     names = []
+    indices = _pandas_indices(schema)
     for name in dict.fromkeys(schema.names):
+        if name in indices:
+            continue
         if name not in JOB_FIELD_NAMES:
             report(0, (name,), f"column: {unknown_field(name, JOB_FIELD_NAMES)}")
         elif schema.names.count(name) > 1:
@@ -69,6 +66,15 @@ def _known_columns(schema: pa.Schema, report: Report) -> list[str]:
         else:
             names.append(name)
     return names
+
+
+def _pandas_indices(schema: pa.Schema) -> set[str]:
+    """Returns the columns that pandas added because a table was filtered or sorted."""
+    try:
+        said = json.loads((schema.metadata or {}).get(b"pandas", b"{}"))["index_columns"]
+        return {name for name in said if isinstance(name, str) and _PANDAS_INDEX.fullmatch(name)}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return set()
 
 
 def has_bytes(kind: pa.DataType) -> bool:
@@ -84,57 +90,79 @@ def _batch_rows(batch: pa.RecordBatch, first: int) -> Iterator[RawRow]:
         for name, column in zip(batch.schema.names, batch.columns, strict=True)
     ]
     for index in range(batch.num_rows):
-        fields = {name: values[index] for name, values in columns if values[index] is not None}
-        yield RawRow(fields=fields, number=first + index)
+        fields = {
+            name: values[index]
+            for name, values in columns
+            if values[index] is not None or name in IMAGE_FIELDS
+        }
+        yield RawRow(fields=given(fields), number=first + index)
 
 
 def _values(name: str, column: pa.Array) -> list[Any]:
-    """Returns a column's values as Python ones, in the types of the other two formats."""
-    kind = column.type
-    if name == "id" and pa.types.is_integer(kind):
-        return column.cast(pa.string()).to_pylist()
-    values = column.to_pylist()
-    if name in _NUMBERS and not pa.types.is_integer(kind):
-        return [_number(value, whole=name in _WHOLE_NUMBERS) for value in values]
-    if name in ("metadata", "matrix"):
-        return [_mapping(value) for value in values]
-    if name in IMAGE_FIELDS and pa.types.is_struct(kind):
-        return [_image(value) for value in values]
-    return values
-
-
-def _number(value: Any, *, whole: bool) -> Any:
-    """Returns a number of a column as the other two formats would give it.
-
-    Databases write decimals. Tables with gaps hold whole numbers as floating-point ones, and NaN
-    where there is a gap.
-    """
-    if isinstance(value, list):
-        return [_number(item, whole=whole) for item in value]
-    if isinstance(value, Decimal):
-        value = int(value) if value == value.to_integral_value() else float(value)
-    if whole and isinstance(value, float):
-        if math.isnan(value):
-            return None
-        return int(value) if value.is_integer() else value
-    return value
-
-
-def _mapping(value: Any) -> Any:
-    """Returns a mapping from a struct, an Arrow map or JSON text; anything else as it is."""
-    if isinstance(value, str):
+    """Returns a column's values as Python ones, in the types that JSON has."""
+    if _is_plain(column.type) or name in IMAGE_FIELDS:
         try:
-            loaded = json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-        return loaded if is_unicode(loaded) else value
-    if isinstance(value, list) and all(isinstance(item, tuple) for item in value):
-        return dict(value)
-    return value
+            return [None if _is_gap(value) else value for value in column.to_pylist()]
+        except _BAD_CELL:
+            # One of them cannot be read; it is named below.
+            pass
+    return [_json_value(cell) for cell in column]
 
 
-def _image(value: Any) -> Any:
-    """Returns an image struct, or None where all of its parts are."""
-    if value is not None and all(part is None for part in value.values()):
+def _is_plain(kind: pa.DataType) -> bool:
+    """Whether a type's values are those of JSON as they are."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _is_plain(kind.value_type)
+    return (
+        pa.types.is_integer(kind)
+        or pa.types.is_floating(kind)
+        or pa.types.is_boolean(kind)
+        or pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+    )
+
+
+def _is_gap(value: object) -> bool:
+    """Whether a value is the NaN that tables have where there is nothing."""
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _json_value(cell: pa.Scalar) -> Any:
+    """Returns a cell as the value that JSON would have, at any depth."""
+    if not cell.is_valid:
         return None
-    return value
+    if isinstance(cell, pa.StructScalar):
+        return {name: _json_value(part) for name, part in cell.items()}
+    if isinstance(cell, pa.MapScalar):
+        pairs = [(_json_value(entry["key"]), _json_value(entry["value"])) for entry in cell.values]
+        return {key if isinstance(key, str) else json.dumps(key): value for key, value in pairs}
+    if isinstance(cell, pa.ListScalar):
+        return [_json_value(item) for item in cell.values]
+    if isinstance(cell, pa.DictionaryScalar):
+        return _json_value(cell.value)
+    try:
+        return _json_leaf(cell.as_py())
+    except _BAD_CELL as error:
+        return _as_text(cell, error)
+
+
+def _as_text(cell: pa.Scalar, error: Exception) -> Any:
+    """Returns the text of a time that Python's types are too small for."""
+    if pa.types.is_temporal(cell.type):
+        try:
+            return cell.cast(pa.string()).as_py().replace(" ", "T", 1)
+        except _BAD_CELL:
+            pass
+    return Unreadable(f"a cell that cannot be read ({error})")
+
+
+def _json_leaf(value: Any) -> Any:
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    if isinstance(value, datetime | date | time):
+        return value.isoformat()
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    if isinstance(value, UUID):
+        return str(value)
+    return None if _is_gap(value) else value

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
@@ -19,8 +20,29 @@ MAX_KEPT = 100
 MAX_FOUND_CHARS = 60
 """Longest piece of a wrong text that a message repeats."""
 
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Stands for a value that could not be read; no field takes it."""
+
+    message: str
+
+
 Location = tuple[str | int, ...]
 """A field and the way into it: `("images", 1)`."""
+
+_ALIKE = 0.75
+"""How alike two names are, from 0 to 1, where one is taken for the other mistyped."""
+
+_INSTEAD = {
+    **dict.fromkeys(("guidance_scale", "guidance", "cfg", "cfg_weight"), "cfg_scale"),
+    **dict.fromkeys(("steps", "num_inference_steps"), "num_steps"),
+    **dict.fromkeys(("num_images", "num_images_per_prompt", "count", "batch_size"), "n"),
+    **dict.fromkeys(("size", "aspect_ratio", "ratio"), "resolution"),
+    **dict.fromkeys(("text", "caption", "instruction"), "prompt"),
+    **dict.fromkeys(("image_path", "input_image", "source_image"), "image"),
+}
+"""What other tools call a field."""
 
 _EXPECTED = {
     "bool_type": "true or false",
@@ -87,15 +109,22 @@ class RowErrors:
             location = (location,) if location else ()
         self._errors[(location, message)] = None
 
-    def add_validation(self, error: ValidationError, known: Iterable[str]) -> None:
+    def add_validation(self, error: ValidationError, known: Iterable[str]) -> frozenset[str]:
         """Adds everything that pydantic found, worded for people.
 
         Args:
             error: What the validation raised.
             known: Names to suggest for an unknown field.
+
+        Returns:
+            The fields that are wrong, or missing because their names are misspelled.
         """
+        concerned: set[str] = set()
         for record in error.errors(include_url=False):
             self.add(*_worded(record, known))
+            name = str(record["loc"][0])
+            concerned |= {name, *_meant(name, known)}
+        return frozenset(concerned)
 
 
 def field_name(location: Location) -> str:
@@ -117,10 +146,10 @@ def printable(text: str) -> str:
 
 def found(value: object) -> str:
     """Returns a wrong value as a message names it: short, and with its type where that helps."""
-    if value is None:
-        return "nothing"
-    if isinstance(value, bool):
-        return "true" if value else "false"
+    if value is None or isinstance(value, bool):
+        return {None: "nothing", True: "true", False: "false"}[value]
+    if isinstance(value, Unreadable):
+        return value.message
     if isinstance(value, str):
         return repr(value if len(value) <= MAX_FOUND_CHARS else value[:MAX_FOUND_CHARS] + "...")
     if isinstance(value, int | float):
@@ -133,23 +162,41 @@ def found(value: object) -> str:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """Returns `; did you mean 'x'?`, or nothing where no known name is close."""
-    close = difflib.get_close_matches(name, list(known), n=1)
+    """Returns `; did you mean 'x'?`, or nothing where no known name is that close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=_ALIKE)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def unknown_field(name: str, known: Iterable[str]) -> str:
     """Returns the message about a field that does not exist."""
-    return f"expected a known field, found {found(name)}{suggestion(name, known)}"
+    known = list(known)
+    meant = _INSTEAD.get(name.lower())
+    if meant is not None and meant in known:
+        advice = f"; it is called {meant!r} here"
+    elif name.lower() == "negative_prompt":
+        advice = "; there are no negative prompts: describe what to show, not what to leave out"
+    else:
+        advice = suggestion(name, known)
+    return f"expected a known field, found {found(name)}{advice}"
+
+
+def _meant(name: str, known: Iterable[str]) -> list[str]:
+    """Returns the field that an unknown name was probably meant for, if there is one."""
+    if name.lower() in _INSTEAD:
+        return [_INSTEAD[name.lower()]]
+    return difflib.get_close_matches(name, list(known), n=1, cutoff=_ALIKE)
 
 
 def _worded(record: Any, known: Iterable[str]) -> tuple[Location, str]:
     """Returns the location and the message of one of pydantic's error records."""
     location: Location = tuple(part for part in record["loc"] if not _is_tag(part))
     if record["type"] == "extra_forbidden":
-        return location, unknown_field(str(location[-1]), known)
+        # What is known at the top is not what an image's struct may hold.
+        inner = ("bytes", "path") if len(location) > 1 else known
+        return location, unknown_field(str(location[-1]), inner)
     if location[0] == "metadata":
-        location = ("metadata",)
+        # Between its keys stand the branches of the union that is any JSON value.
+        location = ("metadata", *record["loc"][1::2])
     kind = record["type"]
     expected = record["msg"] if kind == "wrong_type" else _EXPECTED.get(kind)
     if expected is None:

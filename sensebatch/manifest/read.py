@@ -17,15 +17,20 @@ from sensebatch.config import RunConfig
 from sensebatch.errors import ManifestError, Problem
 from sensebatch.jobs import Job, Source
 from sensebatch.manifest.defaults import defaults_for, overlaid
-from sensebatch.manifest.expand import Expanded, expand
-from sensebatch.manifest.fields import JOB_FIELD_NAMES, JobFields
+from sensebatch.manifest.expand import Expanded, expand, without_expansion
+from sensebatch.manifest.fields import (
+    FOREIGN_FIELDS,
+    IMAGE_FIELDS,
+    JOB_FIELD_NAMES,
+    JobFields,
+)
 from sensebatch.manifest.ids import IdRegistry, given_id, id_error
 from sensebatch.manifest.jsonl import jsonl_rows
 from sensebatch.manifest.memory import memory_rows
 from sensebatch.manifest.problems import MAX_KEPT, Location, ProblemList, RowErrors, field_name
 from sensebatch.manifest.resolve import JobResolver, Origin, Warn
 from sensebatch.manifest.rows import ManifestRows, RawRow, Report
-from sensebatch.manifest.upstream import choose_task, named_task
+from sensebatch.manifest.upstream import choose_task, named_task, said_task
 from sensebatch.manifest.yaml_manifest import read_yaml_manifest
 from sensebatch.tasks import Task
 
@@ -210,13 +215,17 @@ class ManifestReader:
     ) -> Iterator[ReadJob]:
         """Yields the good jobs of a row."""
         errors = RowErrors()
-        in_matrix = row.fields.get("matrix")
+        row_fields = {name: value for name, value in row.fields.items() if value is not None}
+        in_matrix = row_fields.get("matrix")
         matrix = in_matrix.keys() if isinstance(in_matrix, dict) else ()
-        task = choose_task(row.fields, self._task, manifest.defaults.get("task"), matrix)
-        said = named_task(row.fields.get("task"))
+        default_task = manifest.defaults.get("task")
+        task = choose_task(row_fields, self._task, default_task, matrix)
+        if said_task(row_fields, self._task, default_task) is None:
+            _check_null_images(row.fields, errors)
+        said = named_task(row_fields.get("task"))
         if said is not None and said is not task:
             errors.add("task", f"expected {task}, as asked for, found {said}")
-        fields = overlaid(per_task[task], row.fields, matrix) if manifest.defaults else row.fields
+        fields = overlaid(per_task[task], row_fields, matrix) if manifest.defaults else row_fields
         source = Source(file=str(path), row=place)
         origin = Origin(
             base=path.parent,
@@ -224,9 +233,10 @@ class ManifestReader:
             parquet_row=(path, row.number) if manifest.stores_images else None,
         )
         default_seed = self._config.tasks[task].seed
-        own = frozenset(row.fields)
-        num_bad = 0
+        own = frozenset(row_fields)
+        num_jobs = num_bad = 0
         for expanded in expand(fields, own, default_seed=default_seed, errors=errors):
+            num_jobs += 1
             read = self._job(expanded, task, origin, row.number, errors)
             if read is not None:
                 yield read
@@ -234,6 +244,11 @@ class ManifestReader:
             num_bad += 1
             if num_bad == MAX_KEPT:
                 break
+        if not num_jobs:
+            # The row makes no jobs, but what else is wrong with it is said now and not next time.
+            unexpanded = Expanded(fields=without_expansion(fields), own=own)
+            unknown = frozenset(matrix) | {"id"}
+            job_of(unexpanded, task, origin, self._resolver, errors, unknown=unknown)
         for location, message in errors:
             if row.line_of is not None:
                 place = f"line {row.line_of(location)}"
@@ -263,17 +278,47 @@ class ManifestReader:
 
 
 def job_of(
-    expanded: Expanded, task: Task, origin: Origin, resolver: JobResolver, errors: RowErrors
+    expanded: Expanded,
+    task: Task,
+    origin: Origin,
+    resolver: JobResolver,
+    errors: RowErrors,
+    *,
+    unknown: frozenset[str] = frozenset(),
 ) -> ReadJob | None:
-    """Returns the job of one combination of fields, or None after adding what is wrong."""
+    """Returns the job of one combination of fields, or None after adding all that is wrong.
+
+    Args:
+        expanded: The fields.
+        task: The job's task.
+        origin: Where the row is.
+        resolver: Joins the fields.
+        errors: Receives the mistakes.
+        unknown: Fields that are given, but whose values are wrong or not known here.
+    """
+    values = {name: value for name, value in expanded.fields.items() if name not in unknown}
     try:
-        fields = JobFields.model_validate(expanded.fields)
+        fields = JobFields.model_validate(values)
     except ValidationError as error:
-        errors.add_validation(error, JOB_FIELD_NAMES)
-        return None
-    own = {name: expanded.fields[name] for name in expanded.own if name in expanded.fields}
-    job = resolver.resolve(fields, task, origin, own, errors)
+        known = [name for name in JOB_FIELD_NAMES if name not in FOREIGN_FIELDS[task]]
+        # The good fields are checked all the same, so that nobody learns of them in the next try.
+        bad = errors.add_validation(error, known)
+        values = {name: value for name, value in values.items() if name not in bad}
+        fields, unknown = JobFields.model_validate(values), unknown | bad
+    own = {name: values[name] for name in expanded.own if name in values}
+    job = resolver.resolve(fields, task, origin, own, errors, unknown=unknown)
     return None if job is None else ReadJob(job=job, fields=fields)
+
+
+def _check_null_images(fields: Mapping[str, Any], errors: RowErrors) -> None:
+    """Refuses a row whose image is null and that does not say its task.
+
+    It may be an edit whose image could not be fetched, and would be drawn from its instruction.
+    """
+    nulls = sorted(name for name in IMAGE_FIELDS & fields.keys() if fields[name] is None)
+    if nulls and all(fields.get(name) is None for name in IMAGE_FIELDS):
+        message = "expected an image, or the task t2i for a row that needs none, found nothing"
+        errors.add(nulls[0], message)
 
 
 def _collision(given: str | None, where: str) -> tuple[str, str]:

@@ -17,7 +17,14 @@ from sensebatch.config import RunConfig
 from sensebatch.errors import Problem
 from sensebatch.image_files import UnusableImageError
 from sensebatch.jobs import IMAGE_MARK, CfgNorm, InputImage, Job, Sampling, Source, interval_error
-from sensebatch.manifest.fields import FOREIGN_FIELDS, PASSED_THROUGH, ImageStruct, JobFields
+from sensebatch.manifest.fields import (
+    FOREIGN_FIELDS,
+    IMAGE_FIELDS,
+    PASSED_THROUGH,
+    SIZE_FIELDS,
+    ImageStruct,
+    JobFields,
+)
 from sensebatch.manifest.ids import derived_id, id_error
 from sensebatch.manifest.images import ImageProbe
 from sensebatch.manifest.problems import Location, RowErrors
@@ -38,6 +45,7 @@ _WHOLE_SETTINGS = ("num_steps", "max_think_tokens", "max_images", "max_new_token
 _REAL_SETTINGS = ("timestep_shift", "cfg_scale", "img_cfg_scale")
 _whole_values = attrgetter(*_WHOLE_SETTINGS)
 _real_values = attrgetter(*_REAL_SETTINGS)
+_PROMPT_FIELDS = frozenset({"prompt", "conversations"})
 _UNNAMED = PASSED_THROUGH | {"id", "task", "type"}
 """Fields that a derived id does not depend on."""
 
@@ -76,6 +84,8 @@ class JobResolver:
         origin: Origin,
         own: Mapping[str, Any],
         errors: RowErrors,
+        *,
+        unknown: frozenset[str] = frozenset(),
     ) -> Job | None:
         """Returns the job, or None after adding everything that is wrong with it.
 
@@ -84,16 +94,19 @@ class JobResolver:
             task: The job's task.
             origin: Where the row is.
             own: What the row itself says; a derived id depends on it.
-            errors: Empty; receives the mistakes.
+            errors: Receives the mistakes.
+            unknown: Fields that are given, but left out of `fields` because they are wrong; what
+                follows from them is not checked.
         """
         defaults = self._config.tasks[task]
         _check_names(fields, task, errors)
-        prompt = prompt_of(fields, errors)
-        takes_images = task.spec.takes_images
-        images = self._images(fields, task, origin, errors) if takes_images else ()
+        prompt = prompt_of(fields, errors) if unknown.isdisjoint(_PROMPT_FIELDS) else ""
+        images = None if unknown & IMAGE_FIELDS else self._images(fields, task, origin, errors)
         _check_marks(prompt, None if images is None else len(images), errors)
         input_max_pixels = self._input_max_pixels(fields, task, len(images or ()), errors)
-        resolution = self._size(fields, task, images or (), input_max_pixels, errors)
+        resolution = None
+        if unknown.isdisjoint(SIZE_FIELDS):
+            resolution = self._size(fields, task, images or (), input_max_pixels, errors)
         think = think_of(fields, errors)
         sampling = self._sampling_of(fields, task, errors)
         metadata = metadata_of(fields, errors)
@@ -123,6 +136,8 @@ class JobResolver:
         self, fields: JobFields, task: Task, origin: Origin, errors: RowErrors
     ) -> tuple[InputImage, ...] | None:
         """Returns the job's input images, or None where some cannot be used."""
+        if not task.spec.takes_images:
+            return ()
         num_errors = len(errors)
         if fields.image is not None and fields.images is not None:
             errors.add("images", "expected either image or images, found both")

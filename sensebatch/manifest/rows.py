@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
-from sensebatch import yaml_values
-from sensebatch.manifest.fields import SKIP_RESIZE
+from sensebatch.bounded import load_json
+from sensebatch.manifest.fields import IMAGE_FIELDS, SKIP_RESIZE, JobFields
 from sensebatch.manifest.problems import Location
 
 Report = Callable[[int, Location, str], None]
@@ -30,27 +31,81 @@ class ManifestRows:
     """A manifest that was opened."""
 
     rows: Iterator[RawRow]
-    """Reads on as it is consumed."""
+    """Read as it is consumed."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Checked."""
     stores_images: bool = False
-    """Whether a row may hold the bytes of its pictures."""
-
-
-def is_unicode(value: object) -> bool:
-    """Whether every text inside a value can be written as UTF-8."""
-    if isinstance(value, str):
-        return yaml_values.is_unicode(value)
-    if isinstance(value, Mapping):
-        return all(is_unicode(key) and is_unicode(item) for key, item in value.items())
-    if isinstance(value, list):
-        return all(is_unicode(item) for item in value)
-    return True
+    """Whether a row may hold the bytes of its images."""
 
 
 def given(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a mapping without its nulls, but for the one that means something."""
-    fields = {name: value for name, value in mapping.items() if value is not None}
-    if mapping.get("input_max_pixels", "") is None:
-        fields["input_max_pixels"] = SKIP_RESIZE
+    """Returns the fields of a row without its nulls, alike whichever format they were read from.
+
+    Tables hold whole numbers as 7.0, mappings as JSON text, and images that are missing as structs
+    of nulls. Two nulls are kept: that of `input_max_pixels` as a word, and that of an image, which
+    may be one that should be there.
+    """
+    fields: dict[str, Any] = {}
+    for name, value in mapping.items():
+        value = _alike(name, value)
+        if value is not None or name in IMAGE_FIELDS:
+            fields[name] = value
+        elif name == "input_max_pixels":
+            fields[name] = SKIP_RESIZE
     return fields
+
+
+def _alike(name: str, value: Any) -> Any:
+    """Returns a field's value in the types that our own manifests have."""
+    if name in IMAGE_FIELDS:
+        return _image(value)
+    if name == "id":
+        value = _whole(value)
+        return str(value) if type(value) is int else value
+    if name in ("metadata", "matrix"):
+        value = _mapping(value)
+        if name == "matrix" and isinstance(value, dict):
+            return {axis: _alike(axis, item) for axis, item in value.items()}
+        return value
+    return _whole(value) if name in whole_number_fields() else value
+
+
+@lru_cache(maxsize=1)
+def whole_number_fields() -> frozenset[str]:
+    """Returns the fields that hold whole numbers, or lists of them."""
+    properties = JobFields.model_json_schema()["properties"]
+    return frozenset(name for name, schema in properties.items() if _has_integer(schema))
+
+
+def _has_integer(schema: Mapping[str, Any]) -> bool:
+    parts = [*schema.get("anyOf", ()), *schema.get("oneOf", ())]
+    if "items" in schema:
+        parts.append(schema["items"])
+    return schema.get("type") == "integer" or any(_has_integer(part) for part in parts)
+
+
+def _whole(value: Any) -> Any:
+    """Returns an integer for a number that is whole, as tables with gaps have them."""
+    if isinstance(value, list):
+        return [_whole(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _mapping(value: Any) -> Any:
+    """Returns the mapping that JSON text holds; anything else as it is, for the checks to name."""
+    if not isinstance(value, str):
+        return value
+    try:
+        loaded = load_json(value)
+    except ValueError:
+        return value
+    return loaded if isinstance(loaded, dict) else value
+
+
+def _image(value: Any) -> Any:
+    """Returns an image, or None for a struct of nulls; those of a list one by one."""
+    if isinstance(value, list):
+        return [_image(item) for item in value]
+    if isinstance(value, dict) and value and all(part is None for part in value.values()):
+        return None
+    return value

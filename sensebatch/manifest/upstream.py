@@ -18,6 +18,12 @@ def named_task(value: object) -> Task | None:
     return _TASKS.get(value) if isinstance(value, str) else None
 
 
+def said_task(row: Mapping[str, Any], given: Task | None, default: object) -> Task | None:
+    """Returns the task that is said for a row, or None where only its images can tell."""
+    names = (row.get("task"), row.get("type"), default)
+    return next((task for task in (given, *map(named_task, names)) if task is not None), None)
+
+
 def choose_task(
     row: Mapping[str, Any], given: Task | None, default: object, matrix: Collection[str]
 ) -> Task:
@@ -29,10 +35,8 @@ def choose_task(
         default: The `task` of the manifest's defaults.
         matrix: Names that the row's matrix sets.
     """
-    for task in (given, named_task(row.get("task")), named_task(row.get("type"))):
-        if task is not None:
-            return task
-    if (task := named_task(default)) is not None:
+    task = said_task(row, given, default)
+    if task is not None:
         return task
     has_images = any(row.get(name) or name in matrix for name in IMAGE_FIELDS)
     return implied_task(has_images=has_images)

@@ -121,6 +121,7 @@ def test_all_mistakes_of_all_rows_are_reported(mistakes: Mistakes) -> None:
     assert [message.split(": exp")[0] for message in found] == [
         "line 1: num_steps",
         "line 1: sed",
+        "line 1: prompt",
         "line 3: prompt",
         "line 3: height",
     ]

@@ -90,11 +90,29 @@ def test_pictures_may_be_inside_or_beside_the_manifest(
     assert read_input_image(first.images[0]) == read_input_image(second.images[0]) == content
 
 
-def test_rows_may_mix_jobs_with_and_without_pictures(read_table: ReadTable) -> None:
-    empty = {"bytes": None, "path": None}
+EMPTY = {"bytes": None, "path": None}
+
+
+def test_rows_may_mix_jobs_with_and_without_images_if_they_say_so(read_table: ReadTable) -> None:
     image = {"bytes": encoded("PNG"), "path": None}
-    jobs = read_table({"prompt": ["a", "b", "c"], "image": [image, None, empty]})
+    tasks = [None, "t2i", "t2i"]
+    jobs = read_table({"prompt": ["a", "b", "c"], "image": [image, None, EMPTY], "task": tasks})
     assert [job.task for job in jobs] == [Task.EDIT, Task.T2I, Task.T2I]
+    jobs = read_table({"prompt": ["a", "b"], "images": [[image], []]})
+    assert [job.task for job in jobs] == [Task.EDIT, Task.T2I]
+
+
+@pytest.mark.parametrize("column", ["image", "images"])
+def test_an_image_that_is_missing_makes_no_other_task_of_its_row(
+    read_table: ReadTable, column: str
+) -> None:
+    image = {"bytes": encoded("PNG"), "path": None}
+    columns = {"prompt": ["a", "b", "c"], column: [image, None, EMPTY]}
+    expected = "expected an image, or the task t2i for a row that needs none, found nothing"
+    assert mistakes(read_table, columns) == [
+        f"row 1: {column}: {expected}",
+        f"row 2: {column}: {expected}",
+    ]
 
 
 def mistakes(read_table: ReadTable, columns: dict[str, Any]) -> list[str]:
@@ -165,7 +183,9 @@ def test_a_picture_struct_of_other_names_is_a_mistake_and_no_t2i_job(
 def test_text_that_is_no_unicode_is_a_mistake(read_table: ReadTable) -> None:
     broken = pa.array([b"a\xff"]).view(pa.string())
     (found,) = mistakes(read_table, {"prompt": broken})
-    assert found.startswith("row 0: : expected a Parquet file, found an error: ")
+    assert found.startswith(
+        "row 0: prompt: expected text, found a cell that cannot be read ('utf-8'"
+    )
     (found,) = mistakes(read_table, {"prompt": ["a"], "metadata": ['{"a": "\\ud800"}']})
     assert found.startswith("row 0: metadata: expected a mapping, found")
 

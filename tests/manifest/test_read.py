@@ -123,7 +123,7 @@ def test_a_mistake_before_the_limit_is_raised(mistakes: Mistakes) -> None:
         (b'{"prompt": "a", "cfg_scale": NaN}', "expected a JSON object, found: NaN is not JSON"),
         (b'{"prompt": "\\ud800"}', "expected a JSON object, found: half of a surrogate pair"),
         (b'{"prompt": "\xff"}', "expected a JSON object, found: 'utf-8' codec can't decode"),
-        (b"[" * 100_000, "expected a JSON object, found: maximum recursion"),
+        (b"[" * 100_000, "expected a JSON object, found: values nested more than 100 deep"),
     ],
 )
 def test_a_broken_line_is_a_mistake_and_the_rest_is_read(

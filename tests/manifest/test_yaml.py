@@ -118,12 +118,20 @@ def test_what_is_written_is_read_again(value: object) -> None:
         ("x:\n  - {b: 1, b: 2}", 2, "expected every key once, found 'b' again"),
         ("a: 1\n2: x", 2, "expected text as a key, found '2'"),
         ("a: &a\n  - *a", 1, "contains itself"),
-        ("a: !!python/name:os.system x", 1, "could not determine a constructor"),
+        ("a: !!python/name:os.system x", 1, "found the tag '!!python/name:os.system'"),
+        ("a: 1\nb: !!timestamp foo", 2, "found the tag '!!timestamp'"),
+        ("a: 1\nb: !!bool maybe", 2, "expected a value of type bool, found 'maybe'"),
+        ("a: 1\nb: !!int x", 2, "expected a value of type int, found 'x'"),
+        ("a: !!set {b, c}", 1, "found the tag '!!set'"),
+        ("a: 0x" + "f" * 5000, 1, "at most 100 digits, found a number of 5,002 characters"),
+        ("a: -" + "9" * 5000, 1, "at most 100 digits, found a number of 5,001 characters"),
+        ("- " * 100_000 + "a", 1, "expected values nested at most 100 deep, found more"),
+        ("\n".join(" " * i + "a:" for i in range(5000)), 101, "nested at most 100 deep"),
         ("a: 1\n---\nb: 2", 2, "expected a single document"),
         (ALIASES, 9, "expected at most 20,000,000 values, found 111,111,111 with aliases"),
         ("a: é\nb: x\x07", 2, "found character #x0007: control characters are not allowed"),
         ("a: 1\n[b, c]: 2", 2, "expected text as a key, found a sequence"),
-        ("a: " + "[" * 2000 + "]" * 2000, 1, "expected values that are nested less deeply"),
+        ("a: " + "[" * 2000 + "]" * 2000, 1, "expected values nested at most 100 deep"),
     ],
 )
 def test_text_that_is_no_manifest_is_refused_with_its_line(
@@ -168,6 +176,7 @@ def test_a_mistake_has_the_line_of_its_field(
         "line 12: cfg_interval[1]: expected at most 1.0, found 2",
         "line 13: : expected a mapping, found 3",
         "line 14: think: expected true or false, found 'yes'",
+        "line 14: prompt: expected text, found nothing",
     ]
 
 

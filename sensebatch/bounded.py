@@ -1,0 +1,147 @@
+"""Files and JSON read within bounds: no input makes a run wait, crash or fill the memory.
+
+What others wrote is read here: manifests, configurations, headers of weights, prompts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from stat import S_ISDIR, S_ISREG
+from typing import Any
+
+MAX_DEPTH = 100
+"""Deepest nesting of lists and mappings."""
+MAX_DIGITS = 100
+"""Longest number, in characters."""
+MAX_TEXT_BYTES = 2**26
+"""Largest text that is read as a whole where nothing else is said."""
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|([\[{])|([\]}])', re.DOTALL)
+
+
+class UnreadableFileError(OSError):
+    """A path that is not a file, or a file of more bytes than anything of its kind has."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+
+
+def read_file(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
+    """Returns the bytes of a file.
+
+    Raises:
+        OSError: It cannot be read.
+        UnreadableFileError: It is a folder, a pipe or a device, or larger than `max_bytes`.
+    """
+    check_file(path, max_bytes)
+    with path.open("rb") as file:
+        return file.read(max_bytes)
+
+
+def check_file(path: Path, max_bytes: int | None = None) -> None:
+    """Makes sure that a path can be opened and read without waiting for somebody.
+
+    Raises:
+        OSError: There is no such file.
+        UnreadableFileError: It is a folder, a pipe or a device, or larger than `max_bytes`.
+    """
+    stat = path.stat()
+    if S_ISDIR(stat.st_mode):
+        raise UnreadableFileError("expected a file, found a folder")
+    # A pipe may never end, and has nothing left when it is read again.
+    if not S_ISREG(stat.st_mode):
+        raise UnreadableFileError("expected a file, found a device or pipe")
+    if max_bytes is not None and stat.st_size > max_bytes:
+        raise UnreadableFileError(
+            f"expected a file of at most {max_bytes:,} bytes, found {stat.st_size:,}"
+        )
+
+
+def load_json(content: bytes | str) -> Any:
+    """Returns the value of a JSON text, in UTF-8 with or without a byte order mark.
+
+    Raises:
+        json.JSONDecodeError: It is not JSON; the error says where.
+        ValueError: It is not UTF-8, repeats a key, is nested too deeply, or holds a number that is
+            too long or not finite, or half of a surrogate pair.
+    """
+    if isinstance(content, bytes):
+        content = content.removeprefix(_BYTE_ORDER_MARK).decode()
+    check_depth(content)
+    value = json.loads(
+        content,
+        object_pairs_hook=_without_repeats,
+        parse_constant=_refuse_constant,
+        parse_float=_finite,
+        parse_int=_whole,
+    )
+    if "\\u" in content and not is_unicode(value):
+        raise ValueError("half of a surrogate pair, which is not a character")
+    return value
+
+
+def check_depth(text: str) -> None:
+    """Makes sure that a JSON text is not nested more deeply than `MAX_DEPTH`.
+
+    Raises:
+        ValueError: It is.
+    """
+    if text.count("[") + text.count("{") <= MAX_DEPTH:
+        return
+    depth = 0
+    for match in _BRACKET.finditer(text):
+        if match[1]:
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise ValueError(f"values nested more than {MAX_DEPTH} deep")
+        elif match[2]:
+            depth -= 1
+
+
+def _whole(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(text):,} characters")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(text):,} characters")
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text} is too large for a number")
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        repeated = next(name for name, count in counts.items() if count > 1)
+        raise ValueError(f"{repeated[:60]!r} is given twice")
+    return mapping
+
+
+def is_unicode(value: object) -> bool:
+    """Whether every text inside a value can be written as UTF-8; lone surrogates cannot."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return False
+        return True
+    if isinstance(value, Mapping):
+        return all(is_unicode(key) and is_unicode(item) for key, item in value.items())
+    if isinstance(value, list):
+        return all(is_unicode(item) for item in value)
+    return True
