@@ -87,7 +87,12 @@ def open_runner(model: str) -> Runner:
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     seconds = "not compiled" if compile_s is None else f"kernels {compile_s:.1f} s"
     print(f"{model}, {name}, torch {torch.__version__}, {dtype}, {backend}, {seconds}\n")
-    return Runner(network, HFTokenizer(checkpoint.path), attention, lambda _: None, residency)
+    return Runner(
+        network=network,
+        tokenizer=HFTokenizer(checkpoint.path),
+        attention=attention,
+        weights=residency,
+    )
 
 
 def _loader(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> NetworkLoader:
@@ -301,7 +306,7 @@ def _quantised(weight: Tensor, operations: Operations) -> Fp8Linear:
 
 def velocity(runner: Runner, network: Network, attention: Attention, side: int) -> Tensor:
     """Returns both branches' velocities of one step in the middle of the way, in float64."""
-    own = Runner(network, runner.tokenizer, attention, lambda _: None)
+    own = Runner(network=network, tokenizer=runner.tokenizer, attention=attention)
     size = Resolution(height=side, width=side)
     (drawing,) = _drawings(own, 1, size, (PROMPT_TOKENS, 8))
     caches = [drawing.caches[branch] for branch in (Branch.COND, Branch.UNCOND)]
@@ -336,7 +341,7 @@ def rows(runner: Runner, sizes: Sizes) -> Iterator[tuple[str, str]]:
     side, steps = sizes.side, sizes.steps
     prompts = (PROMPT_TOKENS, 8)
     plain = variant(runner.network, naive, naive, operations=Operations())
-    slow = Runner(plain, runner.tokenizer, sdpa, lambda _: None)
+    slow = Runner(network=plain, tokenizer=runner.tokenizer, attention=sdpa)
     for precision in (False, True):
         limit = limit_seconds(runner, fp8=precision, steps=steps)
         yield f"limit of a step{' in float8' if precision else ''}", f"{limit:.4f} s"

@@ -197,14 +197,14 @@ class SenseNovaEngine:
     ) -> Runner:
         limits = self._limits(batch)
         return Runner(
-            self._network,
-            self._tokenizer,
-            self._attention,
-            progress,
-            self._residency,
-            limits,
-            self._system_turns,
-            None if runner_of(batch.group.task).draws_once(batch, limits) else stop,
+            network=self._network,
+            tokenizer=self._tokenizer,
+            attention=self._attention,
+            progress=progress,
+            weights=self._residency,
+            limits=limits,
+            system_turns=self._system_turns,
+            stop=None if runner_of(batch.group.task).draws_once(batch, limits) else stop,
         )
 
     def _limits(self, batch: Batch) -> PassLimits:

@@ -92,10 +92,11 @@ class Runner:
 
     def __init__(
         self,
+        *,
         network: Network,
         tokenizer: Tokenizer,
         attention: Attention,
-        progress: Callable[[Progress], None],
+        progress: Callable[[Progress], None] = lambda _: None,
         weights: Weights | None = None,
         limits: PassLimits | None = None,
         system_turns: dict[tuple[int, ...], KVCache] | None = None,

@@ -53,7 +53,7 @@ def _cached_network(config: str, edits: str, fused: bool) -> Network:
 def build_runner(case: Case, *, fused: bool = False) -> Runner:
     """Returns a runner of the case's model."""
     network = build_network(case.config, case.weight_edits, fused=fused)
-    return Runner(network, ByteTokenizer(), _attention(fused), lambda _: None)
+    return Runner(network=network, tokenizer=ByteTokenizer(), attention=_attention(fused))
 
 
 def _attention(fused: bool) -> Attention:

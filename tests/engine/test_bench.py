@@ -16,7 +16,7 @@ from tests.golden_data import ByteTokenizer
 def runner(monkeypatch: pytest.MonkeyPatch) -> Runner:
     monkeypatch.setattr(bench, "LIMIT_ROWS", 8)
     monkeypatch.setattr(bench, "PROMPT_TOKENS", 9)
-    return Runner(build_network("dense_fm"), ByteTokenizer(), sdpa, lambda _: None)
+    return Runner(network=build_network("dense_fm"), tokenizer=ByteTokenizer(), attention=sdpa)
 
 
 def test_every_part_is_measured(runner: Runner) -> None:

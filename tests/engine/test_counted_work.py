@@ -64,7 +64,7 @@ def grown(runner: Runner, lengths: list[int]) -> list[KVCache]:
 @pytest.mark.parametrize("config", CONFIGS)
 def test_prompts_behind_a_prefix_are_counted_exactly(config: str) -> None:
     attention = CountingAttention()
-    runner = Runner(build_network(config), ByteTokenizer(), attention, lambda _: None)
+    runner = Runner(network=build_network(config), tokenizer=ByteTokenizer(), attention=attention)
     caches = grown(runner, [3, 20])
     attention.pairs = attention.key_bytes = 0
     extensions = [
@@ -82,7 +82,7 @@ def test_prompts_behind_a_prefix_are_counted_exactly(config: str) -> None:
 @pytest.mark.parametrize("config", CONFIGS)
 def test_a_denoising_step_is_counted_exactly(config: str) -> None:
     network, attention = build_network(config), CountingAttention()
-    runner = Runner(network, ByteTokenizer(), attention, lambda _: None)
+    runner = Runner(network=network, tokenizer=ByteTokenizer(), attention=attention)
     caches = grown(runner, [9, 4, 2])
     attention.pairs = attention.key_bytes = 0
     size = Resolution(height=64, width=96)

@@ -115,7 +115,7 @@ def test_a_picture_is_kept_in_float32_between_the_steps() -> None:
     arch = golden_architecture("dense_fm")
     network = Network(arch).requires_grad_(False).eval()
     load_state_dict(network, arch, rule_weights("dense_fm"))
-    runner = Runner(network.bfloat16(), ByteTokenizer(), sdpa, lambda _: None)
+    runner = Runner(network=network.bfloat16(), tokenizer=ByteTokenizer(), attention=sdpa)
     expected = torch.randn(1, 3, SIZE.height, SIZE.width)
     predict = network.predict_image
 

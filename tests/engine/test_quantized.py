@@ -120,7 +120,7 @@ def test_one_velocity_stays_close_to_the_reference(
 ) -> None:
     case = load_case(config, name)
     network, residency = load_fp8(config, precision)
-    runner = Runner(network, ByteTokenizer(), sdpa, lambda _: None, residency)
+    runner = Runner(network=network, tokenizer=ByteTokenizer(), attention=sdpa, weights=residency)
     with infer():
         step = golden_step(runner, case)
         v = step.velocity(predict(runner, step))
@@ -141,7 +141,9 @@ def test_float8_pictures_are_bit_identical_wherever_the_weights_are(
     expected = None
     for num_buffers, budget in ((None, None), (2, None), (3, 0), (4, 300_000), (6, None)):
         network, residency = load_fp8(config, precision, num_buffers, budget, case.weight_edits)
-        runner = Runner(network, ByteTokenizer(), sdpa, lambda _: None, residency)
+        runner = Runner(
+            network=network, tokenizer=ByteTokenizer(), attention=sdpa, weights=residency
+        )
         # Twice: the second batch meets what the first has left in the buffers.
         for _ in range(2):
             found = run_case(runner, case)

@@ -197,7 +197,13 @@ def test_a_stop_in_the_text_behind_the_last_picture_is_not_heeded() -> None:
     """Stories that end by themselves, in the third round at the latest."""
     runner, jobs = jobs_of("dense_fm", "il_text_think")
     stop = Stop("think", 2 + 4 + 1)
-    watched = Runner(runner.network, runner.tokenizer, runner.attention, stop.told, stop=stop)
+    watched = Runner(
+        network=runner.network,
+        tokenizer=runner.tokenizer,
+        attention=runner.attention,
+        progress=stop.told,
+        stop=stop,
+    )
     with infer():
         expected = run_interleave(runner, fresh(jobs), KeptImages(3))
         found = run_interleave(watched, fresh(jobs), KeptImages(3))

@@ -35,7 +35,7 @@ class CountingRunner(Runner):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(
-            build_network("dense_fm"), ByteTokenizer(), sdpa, lambda _: None, **options
+            network=build_network("dense_fm"), tokenizer=ByteTokenizer(), attention=sdpa, **options
         )
         self.passes: list[int] = []
 
@@ -166,7 +166,7 @@ def test_shared_tokens_count_where_prompts_are_cut_into_passes(
 @pytest.mark.parametrize("jobs", [1, 4])
 def test_prompts_behind_a_shared_turn_take_no_more_than_expected(jobs: int) -> None:
     network = small_network()
-    runner = Runner(network, ByteTokenizer(), sdpa, lambda _: None)
+    runner = Runner(network=network, tokenizer=ByteTokenizer(), attention=sdpa)
     system = "x" * 600
     batch = [prepared(runner, "y" * 400, system=system) for _ in range(jobs)]
     prompt = len(batch[0].prompts[Branch.COND].token_ids)

@@ -69,7 +69,7 @@ def _by_engine(
     network: Network, tokenizer: WorldTokenizer, sequence: Sequence, noisy: list[torch.Tensor]
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Returns the predicted pictures and the last token's output, the way jobs are run."""
-    runner = Runner(network, tokenizer, sdpa, lambda _: None)
+    runner = Runner(network=network, tokenizer=tokenizer, attention=sdpa)
 
     def embeds(prefix: int) -> tuple[list[Any], list[torch.Tensor]]:
         kept = [(span, scene) for span, scene in sequence.images if span.end <= prefix]

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from itertools import accumulate, chain
 
 from torch import Tensor, nn
@@ -20,6 +21,19 @@ from sensebatch.engine.memory.blocks import Block, Layout, bind
 from sensebatch.engine.memory.host import HostStore
 from sensebatch.engine.memory.lanes import Lane
 from sensebatch.plan.passes import RING
+
+
+class _State(Enum):
+    """What is in a buffer."""
+
+    EMPTY = auto()
+    """Nothing that is known."""
+    AHEAD = auto()
+    """A block that was copied ahead and is used next; not to be overwritten."""
+    LEFT = auto()
+    """A block that was copied ahead for an earlier order and not used; it may be overwritten."""
+    READY = auto()
+    """A block whose copy the computation has waited for."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -33,11 +47,9 @@ class _Buffer:
     """Mark: the copy into it is done."""
     used: object
     """Mark: the computation with it is done."""
+    state: _State = _State.EMPTY
     block: Block | None = None
-    waiting: bool = False
-    """Whether its block was copied ahead and has not been used yet."""
-    ready: bool = False
-    """Whether the computation has waited for the copy of its block."""
+    """None where it is empty."""
     copying: Future[None] | None = None
     """The host side of a copy that is not issued yet."""
     shells: dict[Layout, nn.Module] = field(default_factory=dict)
@@ -129,7 +141,8 @@ class Pool:
         self._place = {block: place for place, block in enumerate(order)}
         self._settled = False
         for buffer in self._active:
-            buffer.waiting = False
+            if buffer.state is _State.AHEAD:
+                buffer.state = _State.LEFT
             # Blocks that stay are lent without a mark of their own.
             self._lane.computed(buffer.used)
         whole = keep and len(order) <= len(buffers)
@@ -206,7 +219,7 @@ class Pool:
             CheckpointError: The weights could not be read again.
         """
         buffer = self._where.get(block) or self._load(block)
-        if self._settled and buffer.ready:
+        if self._settled and buffer.state is _State.READY:
             yield buffer.shell(block)
             return
         self._in_use = buffer
@@ -220,8 +233,7 @@ class Pool:
                     raise
                 buffer.copying = None
             self._lane.wait(buffer.loaded)
-            buffer.ready = True
-            buffer.waiting = False
+            buffer.state = _State.READY
             yield buffer.shell(block)
         finally:
             self._lane.computed(buffer.used)
@@ -246,7 +258,7 @@ class Pool:
 
     def _free_ring_buffer(self) -> _Buffer | None:
         for buffer in self._ring:
-            if buffer is not self._in_use and not buffer.waiting:
+            if buffer is not self._in_use and buffer.state is not _State.AHEAD:
                 return buffer
         return None
 
@@ -261,9 +273,7 @@ class Pool:
 
     def _fill(self, buffer: _Buffer, block: Block) -> None:
         self._forget(buffer)
-        buffer.block = block
-        buffer.waiting = True
-        buffer.ready = False
+        buffer.block, buffer.state = block, _State.AHEAD
         self._where[block] = buffer
         target = buffer.flat[: block.layout.num_bytes]
         buffer.copying = self._host.copy(block, target, self._lane, buffer.used, buffer.loaded)
@@ -281,7 +291,5 @@ class Pool:
             buffer.copying = None
         if buffer.block is not None:
             self._where.pop(buffer.block, None)
-        buffer.block = None
-        buffer.ready = False
-        buffer.waiting = False
+        buffer.block, buffer.state = None, _State.EMPTY
         self._settled = False

@@ -87,7 +87,7 @@ def computation_of(network: Network) -> Computation:
 
 
 def small_runner() -> Runner:
-    return Runner(small_network(), ByteTokenizer(), sdpa, lambda _: None)
+    return Runner(network=small_network(), tokenizer=ByteTokenizer(), attention=sdpa)
 
 
 def make_load(task: Task, size: Resolution, jobs: int, prompt: int) -> Load:
@@ -153,7 +153,7 @@ def drawn_bytes(
 ) -> int:
     """Returns the peak of drawing images of jobs together, prefixes included."""
     limits = PassLimits(image_tokens=1 << 20)
-    runner = Runner(network, ByteTokenizer(), attention, lambda _: None, None, limits)
+    runner = Runner(network=network, tokenizer=ByteTokenizer(), attention=attention, limits=limits)
     size = Resolution(height=side, width=side)
     guidance = Guidance(task, replace(default_config("8b").tasks[task].sampling, num_steps=2))
 
@@ -431,7 +431,7 @@ def test_guidance_takes_what_is_expected(
 ) -> None:
     """With a network that needs nothing but what it returns."""
     network, size = small_network(), Resolution(height=512, width=512)
-    runner = Runner(network, ByteTokenizer(), sdpa, lambda _: None)
+    runner = Runner(network=network, tokenizer=ByteTokenizer(), attention=sdpa)
     sampling = replace(
         default_config("8b").tasks[task].sampling, cfg_scale=4, img_cfg_scale=2, cfg_norm=norm
     )
@@ -456,7 +456,7 @@ def test_guidance_takes_what_is_expected(
 def test_pictures_of_finished_passes_take_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     network, size = small_network(), Resolution(height=512, width=512)
     limits = PassLimits(image_tokens=size.image_tokens)
-    runner = Runner(network, ByteTokenizer(), sdpa, lambda _: None, None, limits)
+    runner = Runner(network=network, tokenizer=ByteTokenizer(), attention=sdpa, limits=limits)
     alive = []
 
     def watched(*args: Any, **options: Any) -> torch.Tensor:

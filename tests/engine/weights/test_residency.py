@@ -95,7 +95,11 @@ def moving_runner(
         dtype=torch.float32,
     )
     network, residency = loader.load(make_placement(num_buffers, embed, host_block_bytes))
-    return Runner(network, ByteTokenizer(), sdpa, lambda _: None, residency), source, residency
+    return (
+        Runner(network=network, tokenizer=ByteTokenizer(), attention=sdpa, weights=residency),
+        source,
+        residency,
+    )
 
 
 def run_case(runner: Runner, case: Case) -> list[torch.Tensor]:
