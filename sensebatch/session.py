@@ -20,10 +20,11 @@ from sensebatch.checkpoint.fingerprint import fingerprint, fingerprint_file
 from sensebatch.checkpoint.system_prompts import resolve_system_prompts
 from sensebatch.config import ModelConfig, RunConfig
 from sensebatch.contract import Engine, Progress
-from sensebatch.errors import EngineError, RunFolderError, RunStoppedError, StoppedError
+from sensebatch.errors import EngineError, Problem, RunFolderError, RunStoppedError, StoppedError
 from sensebatch.executor.run import Stop, Summary, execute
 from sensebatch.jobs import Batch, EngineInfo, Job, ModelIdentity
 from sensebatch.manifest.inputs import InputReader
+from sensebatch.manifest.problems import ProblemList
 from sensebatch.plan.batches import Plan, make_plan
 from sensebatch.plan.load import Load, plan_loads
 from sensebatch.report.summary import format_summary, read_log, summarise
@@ -320,7 +321,7 @@ def run_session(
     with _summarised(request.root):
         model = open_model(request.config.model, backend, observer)
         with open_store(request.root) as store:
-            jobs = _until_stopped(request.jobs(), stop)
+            jobs = _with_inputs_apart(_until_stopped(request.jobs(), stop), store.run_dir.images)
             changes = store.state.ingest(jobs, model.identity, request.root, limit=request.limit)
             store.run_dir.write_settings(_settings_document(request))
             observer.jobs_read(request.root, changes)
@@ -449,3 +450,29 @@ def _until_stopped(jobs: Iterator[Job], stop: Stop) -> Iterator[Job]:
         if stop.is_set():
             raise StoppedError("the run was stopped before any of its jobs was run")
         yield job
+
+
+def _with_inputs_apart(jobs: Iterator[Job], images: Path) -> Iterator[Job]:
+    """Yields jobs; refuses those whose images would take the place of the images they start from.
+
+    Args:
+        jobs: The jobs of a run.
+        images: The folder of the run's images.
+
+    Raises:
+        ManifestError: There are some; raised at the end.
+    """
+    problems = ProblemList()
+    images = images.resolve()
+    for job in jobs:
+        for image in job.images:
+            path = Path(image.path).resolve()
+            names = {path.with_suffix(""), path.parent} if image.member is None else set()
+            if images / job.id in names:
+                message = f"expected an image that the job does not replace, found {image.path}"
+                source = job.source
+                problems.add(
+                    Problem(file=source.file, row=source.row, field="image", message=message)
+                )
+        yield job
+    problems.raise_any()

@@ -8,7 +8,14 @@ from typing import Annotated
 import typer
 
 import sensebatch
-from sensebatch.cli.options import BatchOptions, ExecutionOptions, ImageOptions, ModelOptions
+from sensebatch.cli.options import (
+    BatchOptions,
+    ExecutionOptions,
+    ImageOptions,
+    ModelOptions,
+    ScreenOptions,
+)
+from sensebatch.cli.paths import path
 from sensebatch.cli.run import run
 
 
@@ -21,7 +28,9 @@ def catalog() -> Path:
 
 
 def demo(
-    output_dir: Annotated[Path, typer.Option(help="The run's folder.")] = Path("outputs/catalog"),
+    output_dir: Annotated[Path, typer.Option(parser=path, help="The run's folder.")] = Path(
+        "outputs/catalog"
+    ),
 ) -> None:
     """Draw the 28 jobs of the catalog with the tiny checkpoint that comes with the package.
 
@@ -33,5 +42,6 @@ def demo(
         BatchOptions(),
         ExecutionOptions(),
         ImageOptions(),
+        ScreenOptions(),
         output_dir=output_dir,
     )

@@ -11,7 +11,13 @@ from sensebatch.cli.job_options import (
     SingleImageOptions,
     SizeOptions,
 )
-from sensebatch.cli.options import BatchOptions, ExecutionOptions, ImageOptions, ModelOptions
+from sensebatch.cli.options import (
+    BatchOptions,
+    ExecutionOptions,
+    ImageOptions,
+    ModelOptions,
+    ScreenOptions,
+)
 from sensebatch.tasks import Task
 
 
@@ -26,6 +32,7 @@ def edit(
     batch: BatchOptions,
     execution: ExecutionOptions,
     images: ImageOptions,
+    screen: ScreenOptions,
     image: InputImages = None,
 ) -> None:
     """Change one or several pictures by a prompt.
@@ -45,6 +52,7 @@ def edit(
             fields={**size.fields(), "image": image or None},
             flags=flags,
             config_file=model.config,
+            screen=screen,
             output=single.output,
         )
     )

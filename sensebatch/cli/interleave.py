@@ -10,7 +10,13 @@ from sensebatch.cli.job_options import (
     SamplingOptions,
     SizeOptions,
 )
-from sensebatch.cli.options import BatchOptions, ExecutionOptions, ImageOptions, ModelOptions
+from sensebatch.cli.options import (
+    BatchOptions,
+    ExecutionOptions,
+    ImageOptions,
+    ModelOptions,
+    ScreenOptions,
+)
 from sensebatch.tasks import Task
 
 
@@ -24,6 +30,7 @@ def interleave(
     batch: BatchOptions,
     execution: ExecutionOptions,
     images: ImageOptions,
+    screen: ScreenOptions,
     image: InputImages = None,
 ) -> None:
     """Write text with pictures in it: STEM.txt marks each with <image>; STEM_0.png is the first.
@@ -43,5 +50,6 @@ def interleave(
             fields={**size.fields(), "image": image or None},
             flags=flags,
             config_file=model.config,
+            screen=screen,
         )
     )

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from sensebatch.cli.paths import path
 from sensebatch.jobs import CfgNorm
 from sensebatch.tasks import Task
 
@@ -79,7 +80,8 @@ class JobOptions:
 
     prompt: Annotated[str | None, typer.Option(help="What to make.")] = None
     jsonl: Annotated[
-        Path | None, typer.Option(help="JSONL file with a job a line, in place of a prompt.")
+        Path | None,
+        typer.Option(parser=path, help="JSONL file with a job a line, in place of a prompt."),
     ] = None
     system_prompt: Annotated[
         str | None,
@@ -88,7 +90,9 @@ class JobOptions:
     output_dir: Annotated[
         Path | None,
         typer.Option(
-            help="Folder to write to; outputs/TASK if not given.", rich_help_panel=_OUTPUT
+            parser=path,
+            help="Folder to write to; outputs/TASK if not given.",
+            rich_help_panel=_OUTPUT,
         ),
     ] = None
     stem: Annotated[
@@ -130,6 +134,7 @@ class SingleImageOptions:
     output: Annotated[
         Path | None,
         typer.Option(
+            parser=path,
             help="File to write; its suffix says the format (png, webp, jpg).",
             rich_help_panel=_OUTPUT,
         ),

@@ -9,22 +9,19 @@ from typing import Annotated
 
 import typer
 
-from sensebatch.cli.options import ModelOptions, with_options
+from sensebatch.cli.options import Manifests, ModelOptions, RowTask, with_options
+from sensebatch.cli.paths import path
 from sensebatch.tasks import Task
 
 app = typer.Typer(no_args_is_help=True, help="Check, describe and convert manifests.")
-
-TaskOption = Annotated[Task | None, typer.Option(help="What rows make that do not say so (JSONL).")]
 
 
 @app.command()
 @with_options
 def validate(
-    manifests: Annotated[
-        list[Path], typer.Argument(help="YAML, Parquet or JSONL files.", metavar="MANIFEST...")
-    ],
+    manifests: Manifests,
     model: ModelOptions,
-    task: TaskOption = None,
+    task: RowTask = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object: jobs by task.")
     ] = False,
@@ -57,12 +54,17 @@ def schema() -> None:
 @app.command()
 @with_options
 def convert(
-    source: Annotated[Path, typer.Argument(help="YAML, Parquet or JSONL file.", metavar="SOURCE")],
+    source: Annotated[
+        Path, typer.Argument(parser=path, help="YAML, Parquet or JSONL file.", metavar="SOURCE")
+    ],
     destination: Annotated[
-        Path, typer.Argument(help="File to write; its suffix says the format.", metavar="DEST")
+        Path,
+        typer.Argument(
+            parser=path, help="File to write; its suffix says the format.", metavar="DEST"
+        ),
     ],
     model: ModelOptions,
-    task: TaskOption = None,
+    task: RowTask = None,
     embed_images: Annotated[
         bool, typer.Option("--embed-images", help="Store the pictures inside DEST (Parquet).")
     ] = False,

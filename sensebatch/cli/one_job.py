@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Mapping
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,9 +14,11 @@ from PIL import Image
 
 from sensebatch.cli.compare import compose
 from sensebatch.cli.job_options import JobOptions
-from sensebatch.cli.messages import say, show_anyway, warn_of
+from sensebatch.cli.messages import show_anyway
+from sensebatch.cli.options import ScreenOptions
 from sensebatch.cli.outcome import finish, telling_stops
 from sensebatch.cli.session import run_session
+from sensebatch.cli.voice import Voice
 from sensebatch.config import ModelConfig, RunConfig
 from sensebatch.errors import ConfigError, ManifestError, Problem
 from sensebatch.executor.run import Summary
@@ -33,7 +37,10 @@ RUNS_FOLDER = ".sensebatch"
 """Where the runs of single jobs are kept, in the folder they write to."""
 
 STEM_DIGITS = 16
-"""Hex digits in the name of files that were given none."""
+"""Hex digits in the names that earlier versions gave to files without a name."""
+HASH_DIGITS = 12
+MAX_STEM_BYTES = 40
+"""Most bytes of a prompt's words in such a name."""
 
 _FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
 _OPTION_OF = {"id": "stem", "images": "image"}
@@ -50,8 +57,20 @@ class Command:
     flags: Mapping[str, object]
     """Settings by place; None is not given."""
     config_file: Path | None
+    screen: ScreenOptions
     output: Path | None = None
     """The file to write."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Made:
+    """What a command came to."""
+
+    root: Path
+    """The run's folder."""
+    summary: Summary
+    files: Sequence[Path]
+    """What was written where it was asked for."""
 
 
 def run_command(command: Command) -> None:
@@ -62,36 +81,47 @@ def run_command(command: Command) -> None:
         typer.Exit: Otherwise, with the exit code.
     """
     job = command.job
-    if job.jsonl is None:
-        root, summary, written = _run_prompt(command)
-    else:
-        root, summary, written = _run_jsonl(command, job.jsonl)
-    finish(root, summary, profile=job.profile, as_json=job.as_json, outputs=written)
+    with closing(command.screen.voice(one_job=job.jsonl is None)) as voice:
+        if job.jsonl is None:
+            made = _run_prompt(command, voice)
+        else:
+            made = _run_jsonl(command, job.jsonl, voice)
+        finish(
+            made.root,
+            made.summary,
+            voice=voice,
+            profile=job.profile,
+            as_json=job.as_json,
+            outputs=made.files,
+        )
 
 
-def _run_prompt(command: Command) -> tuple[Path, Summary, list[Path]]:
+def _run_prompt(command: Command, voice: Voice) -> _Made:
     if command.job.prompt is None:
         raise ConfigError("expected --prompt or --jsonl, found neither")
     folder, stem, config = _place(command)
-    job = _only_job(command, stem, config)
+    job = _only_job(command, stem, config, voice)
     one_image = command.task.spec.output is Output.IMAGE
     suffix = f".{EXTENSIONS[config.output.image_format]}" if one_image else ""
     if command.output is not None:
         suffix = command.output.suffix
+    if stem is None:
+        job = replace(job, id=_unused_stem(job, config.model, folder / RUNS_FOLDER, suffix))
+    _refuse_to_replace_inputs(job, folder, suffix)
     root = folder / RUNS_FOLDER / f"{job.id}{suffix}"
     request = Request(
         root=root, config=config, sources=(job.source.file,), jobs=lambda: iter([job])
     )
-    with telling_stops(root, as_json=command.job.as_json):
-        summary = run_session(request)
+    with telling_stops(root, voice, as_json=command.job.as_json):
+        summary = run_session(request, voice)
     written = []
     for finished in finished_jobs(root):
         written += _copy_out(finished, folder, suffix)
-        written += _extras(command.job, finished, folder / f"{job.id}_compare.png")
-    return root, summary, written
+        written += _extras(command.job, finished, folder / f"{job.id}_compare.png", voice)
+    return _Made(root=root, summary=summary, files=written)
 
 
-def _run_jsonl(command: Command, path: Path) -> tuple[Path, Summary, list[Path]]:
+def _run_jsonl(command: Command, path: Path, voice: Voice) -> _Made:
     job, task = command.job, command.task
     for name, value in (
         ("prompt", job.prompt),
@@ -106,7 +136,7 @@ def _run_jsonl(command: Command, path: Path) -> tuple[Path, Summary, list[Path]]
     config = resolve_settings(config_file=command.config_file, flags=flags)
 
     def jobs() -> Iterator[Job]:
-        return read_manifests([path], config, task=task, warn=warn_of)
+        return read_manifests([path], config, task=task, warn=voice.warn_of)
 
     root = Path("outputs") / run_name([path], jobs) if job.output_dir is None else job.output_dir
     request = Request(
@@ -115,13 +145,13 @@ def _run_jsonl(command: Command, path: Path) -> tuple[Path, Summary, list[Path]]
         sources=(str(path),),
         jobs=jobs,
     )
-    with telling_stops(root, as_json=command.job.as_json):
-        summary = run_session(request)
+    with telling_stops(root, voice, as_json=command.job.as_json):
+        summary = run_session(request, voice)
     written = []
     if job.compare or job.print_think:
         for finished in finished_jobs(root):
-            written += _extras(job, finished, root / "compare" / f"{finished.job.id}.png")
-    return root, summary, written
+            written += _extras(job, finished, root / "compare" / f"{finished.job.id}.png", voice)
+    return _Made(root=root, summary=summary, files=written)
 
 
 def _place(command: Command) -> tuple[Path, str | None, RunConfig]:
@@ -145,7 +175,7 @@ def _place(command: Command) -> tuple[Path, str | None, RunConfig]:
     return folder, stem, resolve_settings(config_file=command.config_file, flags=flags)
 
 
-def _only_job(command: Command, stem: str | None, config: RunConfig) -> Job:
+def _only_job(command: Command, stem: str | None, config: RunConfig, voice: Voice) -> Job:
     own = {
         "task": command.task.value,
         "prompt": command.job.prompt,
@@ -154,14 +184,53 @@ def _only_job(command: Command, stem: str | None, config: RunConfig) -> Job:
     }
     source = Source(file="command line", row=f"sensebatch {command.task.value}")
     try:
-        job = job_from_fields({**command.fields, **own}, config, source=source, warn=warn_of)
+        fields = {**command.fields, **own}
+        return job_from_fields(
+            fields, config, source=source, warn=lambda problem: voice.warn(_complaint(problem))
+        )
     except ManifestError as error:
         raise ConfigError("\n".join(_complaint(problem) for problem in error.problems)) from None
-    return job if stem is not None else replace(job, id=_derived_stem(job, config.model))
 
 
-def _derived_stem(job: Job, model: ModelConfig) -> str:
-    """Returns a name that differs for every job and model, so that no file is written over."""
+def _refuse_to_replace_inputs(job: Job, folder: Path, suffix: str) -> None:
+    """Makes sure that no file of a job takes the place of an image it starts from.
+
+    Raises:
+        ConfigError: One would.
+    """
+    stem = re.escape(job.id.casefold())
+    own = rf"{stem}{re.escape(suffix.casefold())}|{stem}_(\d+\.\w+|compare\.png)"
+    for image in job.images:
+        path = Path(image.path)
+        is_there = path.absolute().parent.resolve() == folder.absolute().resolve()
+        if is_there and re.fullmatch(own, path.name.casefold()):
+            raise ConfigError(
+                f"--output: expected a file other than the input image, found {path}, which would "
+                "be replaced"
+            )
+
+
+def _unused_stem(job: Job, model: ModelConfig, runs: Path, suffix: str) -> str:
+    """Returns a name for files that were given none: words of the prompt, and a hash.
+
+    It differs for every job and model, so that no file is written over. Names of earlier versions
+    are used again where their runs are.
+    """
+    digest = _digest(job, model)
+    before = f"{job.task.value}-{digest[:STEM_DIGITS]}"
+    if (runs / f"{before}{suffix}").is_dir():
+        return before
+    name = ""
+    for word in re.findall(r"[^\W_]+", unicodedata.normalize("NFC", job.prompt).lower()):
+        longer = f"{name}-{word}" if name else word
+        if len(longer.encode()) > MAX_STEM_BYTES:
+            break
+        name = longer
+    return f"{name or job.task.value}-{digest[:HASH_DIGITS]}"
+
+
+def _digest(job: Job, model: ModelConfig) -> str:
+    """Returns a hash of a job and of what the command line says of the model."""
     told = ModelIdentity(
         checkpoint=f"{model.model}@{model.revision}",
         lora=model.lora_path,
@@ -170,7 +239,7 @@ def _derived_stem(job: Job, model: ModelConfig) -> str:
         generation_prompt=str(model.system_prompt_file),
         interleave_prompt=str(model.system_prompt_file),
     )
-    return f"{job.task.value}-{job_key(job, told)[:STEM_DIGITS]}"
+    return job_key(job, told)
 
 
 def _complaint(problem: Problem) -> str:
@@ -219,10 +288,10 @@ def _copy_out(finished: FinishedJob, folder: Path, suffix: str) -> list[Path]:
     return [target for _, target in copies]
 
 
-def _extras(job: JobOptions, finished: FinishedJob, compare: Path) -> list[Path]:
+def _extras(job: JobOptions, finished: FinishedJob, compare: Path, voice: Voice) -> list[Path]:
     """Prints the text and writes the comparison of a job, as asked for."""
     if job.print_think and (text := finished.read_text()) is not None:
-        (say if job.as_json else show_anyway)(text)
+        (voice.alert if job.as_json else show_anyway)(text)
     if not job.compare or not finished.image_files:
         return []
     inputs = [_decoded(read_input_image(image)) for image in finished.job.images]

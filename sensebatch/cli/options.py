@@ -8,10 +8,11 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
+from sensebatch.cli.paths import path
 from sensebatch.errors import ConfigError
 from sensebatch.jobs import Precision, VramMode
 from sensebatch.settings import (
@@ -22,10 +23,22 @@ from sensebatch.settings import (
     ImageFormat,
     amount_bytes,
 )
+from sensebatch.tasks import Task
+
+if TYPE_CHECKING:
+    from sensebatch.cli.voice import Voice
 
 _MODEL = "Model"
 _OUTPUT = "Output"
 _EXECUTION = "Execution"
+
+Manifests = Annotated[
+    list[Path],
+    typer.Argument(parser=path, help="YAML, Parquet or JSONL files.", metavar="MANIFEST..."),
+]
+RowTask = Annotated[Task | None, typer.Option(help="What rows make that do not say so (JSONL).")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N jobs.")]
+
 _NOT_OF_MODEL = ("config", "vram_mode", "device_map", "max_memory", "vram_budget")
 
 
@@ -35,7 +48,9 @@ class ModelOptions:
 
     config: Annotated[
         Path | None,
-        typer.Option(help="YAML file with settings; flags win over it.", rich_help_panel=_MODEL),
+        typer.Option(
+            parser=path, help="YAML file with settings; flags win over it.", rich_help_panel=_MODEL
+        ),
     ] = None
     model: Annotated[
         str | None,
@@ -248,6 +263,39 @@ class ImageOptions:
     def flags(self) -> dict[str, object]:
         """Returns what was given, by place in the settings."""
         return {f"output.{field.name}": getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScreenOptions:
+    """How much is said of a run."""
+
+    quiet: Annotated[
+        bool,
+        typer.Option("--quiet", "-q", help="Print only warnings, failures and errors."),
+    ] = False
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", "-v", help="Print the files of every job as well."),
+    ] = False
+
+    def voice(self, *, one_job: bool = False) -> Voice:
+        """Returns what says it.
+
+        Args:
+            one_job: Whether the command makes one job, of which little is said.
+
+        Raises:
+            ConfigError: Both were given.
+        """
+        from sensebatch.cli.voice import Level, Voice
+
+        if self.quiet and self.verbose:
+            raise ConfigError("--quiet: expected no --verbose beside it")
+        if self.quiet:
+            return Voice(Level.ALERT)
+        if self.verbose:
+            return Voice(Level.DETAIL)
+        return Voice(Level.BRIEF if one_job else Level.INFO)
 
 
 def with_options(function: Callable[..., None]) -> Callable[..., None]:

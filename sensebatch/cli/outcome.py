@@ -11,7 +11,8 @@ from typing import Any
 import typer
 
 from sensebatch.cli import exits
-from sensebatch.cli.messages import counted, say, show_anyway
+from sensebatch.cli.messages import counted, show_anyway
+from sensebatch.cli.voice import Level, Voice
 from sensebatch.errors import RunStoppedError
 from sensebatch.executor.run import Summary
 from sensebatch.report.summary import Summary as Report
@@ -25,6 +26,7 @@ def finish(
     root: Path,
     summary: Summary,
     *,
+    voice: Voice,
     profile: bool,
     as_json: bool,
     outputs: Sequence[Path] | None = None,
@@ -34,6 +36,7 @@ def finish(
     Args:
         root: The run's folder.
         summary: What the run came to.
+        voice: Says it.
         profile: Whether to print what it cost.
         as_json: Whether to print one object on stdout and nothing else there.
         outputs: What a one-job command wrote where it was asked to.
@@ -49,19 +52,24 @@ def finish(
         show_anyway(json.dumps(values))
     elif report is not None:
         show_anyway(format_summary(report))
-    for line in outcome_lines(root, summary):
-        say(line)
+    code = exit_code(summary)
+    first, *others = outcome_lines(root, summary)
+    # Also those who want to know little want to know this.
+    voice.tell(Level.INFO if code == exits.DONE else Level.ALERT, first)
+    for line in others:
+        voice.tell(Level.INFO if code == exits.DONE else Level.BRIEF, line)
     for path in outputs or ():
-        say(f"  wrote    {path}")
-    raise typer.Exit(exit_code(summary))
+        voice.tell(Level.BRIEF, f"wrote {path}")
+    raise typer.Exit(code)
 
 
 @contextmanager
-def telling_stops(root: Path, *, as_json: bool) -> Iterator[None]:
+def telling_stops(root: Path, voice: Voice, *, as_json: bool) -> Iterator[None]:
     """Prints the object of `--json` also where an error stops the run of the block."""
     try:
         yield
     except RunStoppedError as error:
+        voice.record(f"stopped: {error}")
         if as_json:
             values = {"output_dir": str(root), "exit_code": exits.RESUMABLE, "stopped": True}
             show_anyway(json.dumps({**values, "error": str(error)}))
@@ -97,9 +105,9 @@ def outcome_lines(root: Path, summary: Summary) -> list[str]:
         *(f"  {name:<8} {place}" for name, place in places.items() if place.exists()),
     ]
     if summary.stopped:
-        lines.append("stopped; the same command goes on from here")
+        lines.append("stopped; the same command resumes the run")
     elif summary.too_many_failures:
-        lines.append("stopped after too many failures; the same command goes on from here")
+        lines.append("stopped after too many failures; the same command resumes the run")
     if counts.failed:
         lines.append(f"tracebacks are in {root / 'errors'}; --retry-failed tries those jobs again")
     return lines

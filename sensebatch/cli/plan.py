@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sensebatch.cli.options import BatchOptions, ModelOptions
-from sensebatch.tasks import Task
+from sensebatch.cli.options import BatchOptions, Limit, Manifests, ModelOptions, RowTask
 
 
 def plan(
-    manifests: Annotated[
-        list[Path], typer.Argument(help="YAML, Parquet or JSONL files.", metavar="MANIFEST...")
-    ],
+    manifests: Manifests,
     model: ModelOptions,
     batch: BatchOptions,
-    task: Annotated[
-        Task | None, typer.Option(help="What rows make that do not say so (JSONL).")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N jobs.")] = None,
+    task: RowTask = None,
+    limit: Limit = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of a table.")
     ] = False,

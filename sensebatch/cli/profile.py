@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from sensebatch.cli import exits
+from sensebatch.cli.paths import path
 from sensebatch.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ TextTokens = Annotated[
         "not given.",
     ),
 ]
+Only = Annotated[
+    list[str] | None, typer.Option(help="Run only this case; may be repeated.", metavar="CASE")
+]
 
 
 def profile(
@@ -55,17 +59,17 @@ def profile(
     jobs: Jobs = None,
     size: Size = None,
     text_tokens: TextTokens = None,
-    only: Annotated[
-        list[str] | None,
-        typer.Option(help="Run only this case; may be repeated.", metavar="CASE"),
-    ] = None,
+    only: Only = None,
     output_dir: Annotated[
         Path | None,
-        typer.Option(help="Where runs and results go; outputs/profile-SUITE if not given."),
+        typer.Option(
+            parser=path, help="Where runs and results go; outputs/profile-SUITE if not given."
+        ),
     ] = None,
     report: Annotated[
         Path | None,
         typer.Option(
+            parser=path,
             help="Run nothing: write the Markdown and the plot of these results anew.",
             metavar="DIR",
         ),

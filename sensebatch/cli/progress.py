@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live display on a terminal, plain lines elsewhere; on stderr."""
+"""What a person sees of a run: a live display on a terminal, lines with times elsewhere."""
 
 from __future__ import annotations
 
@@ -14,30 +14,39 @@ from rich.table import Table
 from rich.text import Text
 
 from sensebatch.cli.eta import RemainingTime
-from sensebatch.cli.messages import counted, say, warn
+from sensebatch.cli.messages import counted
 from sensebatch.cli.signals import FINISHING, StopSignals
+from sensebatch.cli.voice import Level, Voice
 from sensebatch.contract import Progress
 from sensebatch.jobs import Batch, EngineInfo
 from sensebatch.plan.batches import Plan
 from sensebatch.session import Model, RunObserver
 from sensebatch.store.attempts import DONE, Attempt
 from sensebatch.store.ingest import Changes
+from sensebatch.store.run_dir import RunDir
 from sensebatch.store.state import Counts
 from sensebatch.units import duration
 
-BAR_WIDTH = 32
+MAX_BAR_WIDTH, MIN_BAR_WIDTH = 32, 10
+FIGURES_WIDTH = 56
+"""Columns for the words beside a bar, where a terminal has as many."""
+STYLES = {Level.ALERT: "red", Level.INFO: "dim"}
 
 
 class Tracker(RunObserver):
-    """Knows where a run is and says how it begins; what is shown of the rest is a child's.
+    """Knows where a run is, and says so line by line.
 
     Args:
         stop: Lets the run end after the current images, once there are any to come.
+        voice: Says the lines.
         clock: Seconds that only grow.
     """
 
-    def __init__(self, stop: StopSignals, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, stop: StopSignals, voice: Voice, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._stop = stop
+        self._voice = voice
         self._clock = clock
         self._remaining: RemainingTime | None = None
         self._batch_start = 0.0
@@ -49,24 +58,26 @@ class Tracker(RunObserver):
 
     def warning(self, text: str) -> None:
         """Something is allowed but deserves a look."""
-        warn(text)
+        self._voice.warn(text)
 
     def jobs_read(self, root: Path, changes: Changes) -> None:
         """The run's folder is open and has the jobs of this run."""
         self._root = root
+        self._voice.keep(RunDir(root).messages)
         for line in change_lines(changes):
-            say(line)
+            self._voice.info(line)
 
     def loading(self, counts: Counts, model: Model) -> None:
         """There are jobs to run, and the weights are loaded for them."""
-        say(f"{counts.remaining:,} of {counted(counts.jobs, 'job')} to run in {self._root}")
+        jobs = counted(counts.jobs, "job")
+        self._voice.info(f"{counts.remaining:,} of {jobs} to run in {self._root}")
         how = ", ".join(filter(None, (model.identity.dtype, model.identity.precision)))
-        say(f"loading {model.name} on {model.device} ({how})")
+        self._voice.tell(Level.BRIEF, f"loading {model.name} on {model.device} ({how})")
 
     def loaded(self, info: EngineInfo) -> None:
         """The weights are loaded."""
         self._stop.finish_images()
-        say(loaded_line(info))
+        self._voice.info(loaded_line(info))
 
     def run_started(self, counts: Counts, plan: Plan) -> None:
         """The first batch is next."""
@@ -96,15 +107,34 @@ class Tracker(RunObserver):
         self._remaining.put_back(batch)
         self._share = 0.0
 
-    def batch_finished(self, batch: Batch, attempts: Sequence[Attempt]) -> None:  # noqa: ARG002
+    def batch_finished(self, batch: Batch, attempts: Sequence[Attempt]) -> None:
         """A batch is committed."""
-        self.num_done += sum(attempt.status == DONE for attempt in attempts)
+        done = [attempt for attempt in attempts if attempt.status == DONE]
+        self.num_done += len(done)
+        for attempt in done:
+            self._voice.detail(f"done: {attempt.job_id}: {', '.join(attempt.outputs)}")
+        words = [
+            f"{self.num_done:,} of {self.num_jobs:,} done",
+            f"{batch.group}, {counted(len(batch.jobs), 'job')} in {attempts[0].total_s:.1f} s",
+        ]
+        remaining = self.remaining_s()
+        if remaining is not None and self.num_done + self.num_failed < self.num_jobs:
+            words.append(f"about {duration(remaining)} left")
+        self._say_batch("; ".join(words))
+
+    def _say_batch(self, line: str) -> None:
+        self._voice.info(line)
 
     def job_failed(self, attempt: Attempt, will_retry: bool) -> None:
         """A job failed."""
         self.num_failed += not will_retry
         if attempt.batch_id is None and self._remaining is not None:
             self._remaining.gone(attempt.job_id)
+        self._voice.alert(failure_line(attempt, will_retry))
+
+    def note(self, text: str) -> None:
+        """Something a person may want to know."""
+        self._voice.info(text)
 
     def remaining_s(self) -> float | None:
         """Returns the seconds the run still needs, or None before a batch was measured."""
@@ -128,20 +158,23 @@ class LiveDisplay(Tracker):
     """Two lines at the foot of a terminal, with failures and notes scrolling above them.
 
     Args:
-        console: Of stderr.
-        stop: Says whether the run is about to stop.
+        console: Writes to the terminal.
+        stop: See `Tracker`; also says whether the run is about to stop.
+        voice: See `Tracker`; its lines are printed above while the display is shown.
     """
 
-    def __init__(self, console: Console, stop: StopSignals) -> None:
-        super().__init__(stop)
+    def __init__(self, console: Console, stop: StopSignals, voice: Voice) -> None:
+        super().__init__(stop, voice)
         self._console = console
         self._live = Live(self, console=console, transient=True)
+        self._before = voice.printer
 
     def run_started(self, counts: Counts, plan: Plan) -> None:
         """The first batch is next."""
         super().run_started(counts, plan)
         # A terminal may close while the run continues; then there is nothing to show or tidy up.
         self._stop.notice = False
+        self._voice.printer = self._print
         with suppress(OSError):
             self._live.start()
 
@@ -149,16 +182,15 @@ class LiveDisplay(Tracker):
         """Ends the display."""
         with suppress(OSError):
             self._live.stop()
+        self._voice.printer = self._before
         self._stop.notice = True
 
-    def job_failed(self, attempt: Attempt, will_retry: bool) -> None:
-        """A job failed."""
-        super().job_failed(attempt, will_retry)
-        self._console.print(Text(failure_line(attempt, will_retry), style="red"))
+    def _print(self, text: str, level: Level) -> None:
+        self._console.print(Text(text, style=STYLES.get(level, "")))
 
-    def note(self, text: str) -> None:
-        """Something a person may want to know."""
-        self._console.print(Text(text, style="dim"))
+    def _say_batch(self, line: str) -> None:
+        # The display shows it already.
+        self._voice.record(line)
 
     def __rich__(self) -> RenderableType:
         if self.batch is None:
@@ -177,7 +209,11 @@ class LiveDisplay(Tracker):
         figures = Text(", ".join(words))
         if self.num_failed:
             figures.append(f", {self.num_failed:,} failed", style="red")
+        width = self._console.width - FIGURES_WIDTH
+        width = min(max(width, MIN_BAR_WIDTH), MAX_BAR_WIDTH)
         grid = Table.grid(padding=(0, 2))
+        grid.add_column(width=width)
+        grid.add_column(no_wrap=True, overflow="ellipsis")
         grid.add_row(_bar(settled, self.num_jobs), figures)
         grid.add_row(
             _bar(self.step.step, self.step.num_steps),
@@ -186,54 +222,21 @@ class LiveDisplay(Tracker):
         return grid
 
 
-class PlainLines(Tracker):
-    """One line for each batch, for files and pipes.
-
-    Args:
-        stop: As of `Tracker`.
-        say: Prints a line.
-        clock: Seconds that only grow.
-    """
-
-    def __init__(
-        self,
-        stop: StopSignals,
-        say: Callable[[str], None],
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        super().__init__(stop, clock)
-        self._say = say
-
-    def batch_finished(self, batch: Batch, attempts: Sequence[Attempt]) -> None:
-        """A batch is committed."""
-        super().batch_finished(batch, attempts)
-        words = [
-            f"{self.num_done:,} of {self.num_jobs:,} done",
-            f"{batch.group}, {counted(len(batch.jobs), 'job')} in {attempts[0].total_s:.1f} s",
-        ]
-        remaining = self.remaining_s()
-        if remaining is not None and self.num_done + self.num_failed < self.num_jobs:
-            words.append(f"about {duration(remaining)} left")
-        self._say("; ".join(words))
-
-    def job_failed(self, attempt: Attempt, will_retry: bool) -> None:
-        """A job failed."""
-        super().job_failed(attempt, will_retry)
-        self._say(failure_line(attempt, will_retry))
-
-    def note(self, text: str) -> None:
-        """Something a person may want to know."""
-        self._say(text)
-
-
 @contextmanager
-def watch(stop: StopSignals) -> Iterator[Tracker]:
-    """Shows a run on stderr while the block runs, and yields what to tell of it."""
+def watch(stop: StopSignals, voice: Voice) -> Iterator[Tracker]:
+    """Shows a run on stderr while the block runs, and yields the observer that does."""
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal or console.is_dumb_terminal:
-        yield PlainLines(stop, say)
+        voice.timed = True
+        try:
+            yield Tracker(stop, voice)
+        finally:
+            voice.timed = False
         return
-    display = LiveDisplay(console, stop)
+    if voice.least is Level.ALERT:
+        yield Tracker(stop, voice)
+        return
+    display = LiveDisplay(console, stop, voice)
     try:
         yield display
     finally:
@@ -280,7 +283,6 @@ def _bar(completed: int, total: int) -> ProgressBar:
     return ProgressBar(
         total=max(total, 1),
         completed=completed,
-        width=BAR_WIDTH,
         complete_style=style,
         finished_style=style,
     )

@@ -9,11 +9,13 @@ from typing import Annotated
 
 import typer
 
+from sensebatch.cli.paths import path
+
 MAX_CALLS = 20
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="A run's folder.", metavar="DIR")],
+    folder: Annotated[Path, typer.Argument(parser=path, help="A run's folder.", metavar="DIR")],
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object: seconds, bytes, tokens.")
     ] = False,

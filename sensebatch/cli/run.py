@@ -1,34 +1,43 @@
-"""`sensebatch run`: manifests to images and a log; typed again, it goes on where it was."""
+"""`sensebatch run`: manifests to images and a log; typed again, it resumes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sensebatch.cli.options import BatchOptions, ExecutionOptions, ImageOptions, ModelOptions
+from sensebatch.cli.options import (
+    BatchOptions,
+    ExecutionOptions,
+    ImageOptions,
+    Limit,
+    Manifests,
+    ModelOptions,
+    RowTask,
+    ScreenOptions,
+)
+from sensebatch.cli.paths import path
 from sensebatch.jobs import Job
-from sensebatch.tasks import Task
 
 
 def run(
-    manifests: Annotated[
-        list[Path], typer.Argument(help="YAML, Parquet or JSONL files.", metavar="MANIFEST...")
-    ],
+    manifests: Manifests,
     model: ModelOptions,
     batch: BatchOptions,
     execution: ExecutionOptions,
     images: ImageOptions,
+    screen: ScreenOptions,
     output_dir: Annotated[
         Path | None,
-        typer.Option(help="The run's folder; outputs/NAME of the manifest if not given."),
+        typer.Option(
+            parser=path, help="The run's folder; outputs/NAME of the manifest if not given."
+        ),
     ] = None,
-    task: Annotated[
-        Task | None, typer.Option(help="What rows make that do not say so (JSONL).")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N jobs.")] = None,
+    task: RowTask = None,
+    limit: Limit = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="Print what this run cost, call by call.")
     ] = False,
@@ -41,7 +50,6 @@ def run(
     Exit codes: 0 all jobs done, 1 some failed, 2 nothing started because of a mistake, 75 stopped
     and resumable by the same command, 130 or 143 after a second signal.
     """
-    from sensebatch.cli.messages import warn_of
     from sensebatch.cli.outcome import finish, telling_stops
     from sensebatch.cli.session import run_session
     from sensebatch.manifest.read import read_manifests, run_name
@@ -51,8 +59,10 @@ def run(
     flags = model.flags() | batch.flags() | execution.flags() | images.flags()
     config = resolve_settings(config_file=model.config, flags=flags)
 
+    voice = screen.voice()
+
     def jobs() -> Iterator[Job]:
-        return read_manifests(manifests, config, task=task, limit=limit, warn=warn_of)
+        return read_manifests(manifests, config, task=task, limit=limit, warn=voice.warn_of)
 
     root = Path("outputs") / run_name(manifests, jobs) if output_dir is None else output_dir
     request = Request(
@@ -62,6 +72,6 @@ def run(
         jobs=jobs,
         limit=limit,
     )
-    with telling_stops(root, as_json=as_json):
-        summary = run_session(request)
-    finish(root, summary, profile=profile, as_json=as_json)
+    with closing(voice), telling_stops(root, voice, as_json=as_json):
+        summary = run_session(request, voice)
+        finish(root, summary, voice=voice, profile=profile, as_json=as_json)

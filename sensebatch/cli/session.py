@@ -6,25 +6,29 @@ import os
 import sys
 
 from sensebatch import session
-from sensebatch.cli.messages import say
 from sensebatch.cli.progress import watch
 from sensebatch.cli.signals import StopSignals
+from sensebatch.cli.voice import Voice
 from sensebatch.errors import StoppedError
 from sensebatch.executor.run import Summary
 from sensebatch.session import Request
 
 
-def run_session(request: Request) -> Summary:
+def run_session(request: Request, voice: Voice) -> Summary:
     """Runs what is missing in a run's folder, shows how far it is, and returns what it came to.
+
+    Args:
+        request: What to run.
+        voice: Says how it goes.
 
     Raises:
         SensebatchError: As `session.run_session` raises it.
     """
     _settle_allocator()
-    say(f"reading {', '.join(request.sources)}")
     stop = StopSignals()
     try:
-        with stop.installed(interrupts=True), watch(stop) as display:
+        with stop.installed(interrupts=True), voice.logging(), watch(stop, voice) as display:
+            voice.info(f"reading {', '.join(request.sources)}")
             return session.run_session(request, observer=display, stop=stop)
     except KeyboardInterrupt:
         raise StoppedError("a signal came before any job was run") from None

@@ -9,9 +9,11 @@ from typing import Annotated
 
 import typer
 
+from sensebatch.cli.paths import path
+
 
 def status(
-    folder: Annotated[Path, typer.Argument(help="A run's folder.", metavar="DIR")],
+    folder: Annotated[Path, typer.Argument(parser=path, help="A run's folder.", metavar="DIR")],
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of a line.")
     ] = False,

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from sensebatch.cli.job_options import JobOptions, SamplingOptions, SingleImageOptions, SizeOptions
-from sensebatch.cli.options import BatchOptions, ExecutionOptions, ImageOptions, ModelOptions
+from sensebatch.cli.options import (
+    BatchOptions,
+    ExecutionOptions,
+    ImageOptions,
+    ModelOptions,
+    ScreenOptions,
+)
 from sensebatch.tasks import Task
 
 
@@ -16,6 +22,7 @@ def t2i(
     batch: BatchOptions,
     execution: ExecutionOptions,
     images: ImageOptions,
+    screen: ScreenOptions,
 ) -> None:
     """Draw a picture from a prompt.
 
@@ -34,6 +41,7 @@ def t2i(
             fields=size.fields(),
             flags=flags,
             config_file=model.config,
+            screen=screen,
             output=single.output,
         )
     )

@@ -60,6 +60,7 @@ class RunDir:
         self.state = root / "state.db"
         self.log = root / "log.parquet"
         self.summary = root / "summary.txt"
+        self.messages = root / "run.log"
         self.images = root / "images"
         self.text = root / "text"
         self.errors = root / "errors"

@@ -67,6 +67,30 @@ def test_wrong_word_is_told_without_the_words_of_a_library(invoke: Invoke, args:
     assert "'--vram-mode': 'quick' is not one of" in ended.err
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["run", "a.yaml", "--output-dir", ""],
+        ["run", "a.yaml", "--output-dir="],
+        ["run", "a.yaml", "--output-dir", " "],
+        ["run", ""],
+        ["run", "a.yaml", "--config", ""],
+        ["t2i", "--prompt", "a", "--output", ""],
+        ["t2i", "--jsonl", ""],
+        ["status", ""],
+        ["report", ""],
+        ["plan", ""],
+        ["profile", "--report", ""],
+        ["manifest", "convert", "", "b.yaml"],
+        ["manifest", "validate", ""],
+    ],
+)
+def test_empty_path_is_not_the_current_folder(invoke: Invoke, args: list[str]) -> None:
+    ended = invoke(*args)
+    assert ended.code == 2
+    assert ": expected a path, found an empty text\n" in ended.err
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_and_option_has_help(name: str) -> None:
     command = COMMANDS[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from sensebatch.checkpoint.files import TINY_FOLDER
+from sensebatch.cli import one_job
 from sensebatch.settings import resolve_settings
 from sensebatch.store.images import read_metadata
 from tests.backends import FakeBackend
@@ -36,7 +38,7 @@ def test_output_is_where_the_user_asked(invoke: Invoke) -> None:
     ended = invoke("t2i", "--prompt", "a dot", "--output", "deep/dot.png", *SMALL)
     assert ended.code == 0
     assert _opened("deep/dot.png").size == (64, 32)
-    assert "wrote    deep/dot.png" in ended.err
+    assert "wrote deep/dot.png\n" in ended.err
 
 
 def test_published_t2i_command_line(invoke: Invoke) -> None:
@@ -106,6 +108,74 @@ def test_without_a_name_different_jobs_and_models_get_different_files(invoke: In
         "t2i", "--prompt", "a line", "--seed", "2", "--model", "./copy", *SMALL, "--json"
     )
     assert len({*first, *second, *third, *fourth.json["outputs"]}) == 4
+
+
+@pytest.mark.parametrize(
+    ("task", "prompt", "name"),
+    [
+        ("interleave", "Show a STAR, growing; in three!", "show-a-star-growing-in-three"),
+        ("t2i", "a " * 30, "-".join("a" * 20)),
+        ("t2i", "x" * 50, "t2i"),
+        ("t2i", "Ein Häuschen, 3 Türme", "ein-häuschen-3-türme"),
+        ("t2i", "...", "t2i"),
+    ],
+)  # fmt: skip
+def test_without_a_name_files_are_named_after_the_prompt(
+    invoke: Invoke, task: str, prompt: str, name: str
+) -> None:
+    (path, *_) = invoke(task, "--prompt", prompt, *SMALL, "--json").json["outputs"]
+    assert re.fullmatch(rf"outputs/{task}/{name}-[0-9a-f]{{12}}(_0)?.png", path)
+
+
+def test_run_of_an_earlier_version_keeps_its_name(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["t2i", "--prompt", "a dot", *SMALL, "--json"]
+    with monkeypatch.context() as patch:
+        patch.setattr(one_job, "HASH_DIGITS", one_job.STEM_DIGITS)
+        (path,) = invoke(*command).json["outputs"]
+    before = f"t2i-{Path(path).stem.rpartition('-')[2]}"
+    invoke(*command, "--stem", before)
+    again = invoke(*command).json
+    assert again["outputs"] == [f"outputs/t2i/{before}.png"]
+    assert again["this_run"]["done"] == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "output"),
+    [
+        (["edit", "--image", "in.png", "--output", "in.png"], "in.png"),
+        (["edit", "--image", "./in.png", "--output-dir", ".", "--stem", "IN"], "in.png"),
+        (["edit", "--image", "a_compare.png", "--output", "a.png", "--compare"], "a_compare.png"),
+        (["interleave", "--image", "a_0.png", "--output-dir", ".", "--stem", "a"], "a_0.png"),
+    ],
+)
+def test_input_image_is_not_replaced_by_what_is_made_of_it(
+    invoke: Invoke, picture: Path, backend: FakeBackend, command: list[str], output: str
+) -> None:
+    target = picture.with_name(output)
+    target.write_bytes(picture.read_bytes())
+    before = target.read_bytes()
+    ended = invoke(*command, "--prompt", "blue")
+    assert ended.code == 2
+    assert "--output: expected a file other than the input image, found " in ended.err
+    assert target.read_bytes() == before
+    assert backend.loaded == []
+
+
+def test_little_is_said_of_one_job(invoke: Invoke) -> None:
+    ended = invoke("t2i", "--prompt", "a dot", "--output", "dot.png", "--resolution", "1:1")
+    lines = [re.sub(r"^\d\d:\d\d:\d\d ", "", line) for line in ended.err.splitlines()]
+    assert lines == ["loading tiny on cpu (float32)", "wrote dot.png"]
+    again = invoke("t2i", "--prompt", "a dot", "--output", "dot.png", "--resolution", "1:1")
+    assert again.err == "wrote dot.png\n"
+
+
+def test_a_failed_job_is_explained(invoke: Invoke) -> None:
+    ended = invoke("t2i", "--prompt", "this fails", "--output", "dot.png", *SMALL)
+    assert "failed: dot: ValueError: NaN in the output" in ended.err
+    assert "0 of 1 job done, 1 failed" in ended.err
+    assert "--retry-failed" in ended.err
 
 
 @pytest.mark.parametrize(

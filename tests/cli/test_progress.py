@@ -14,8 +14,9 @@ from rich.console import Console
 
 from sensebatch.cli.eta import RemainingTime
 from sensebatch.cli.messages import say
-from sensebatch.cli.progress import LiveDisplay, PlainLines, step_words, watch
+from sensebatch.cli.progress import LiveDisplay, Tracker, step_words, watch
 from sensebatch.cli.signals import FINISHING, StopSignals
+from sensebatch.cli.voice import Level, Voice
 from sensebatch.contract import Phase, Progress
 from sensebatch.jobs import Batch, Job, group_key
 from sensebatch.plan.batches import Plan, make_plan, plan_entry
@@ -74,6 +75,10 @@ class Terminal(io.StringIO):
         return super().write(text)
 
 
+def _tracker(clock: Clock) -> Tracker:
+    return Tracker(StopSignals(), Voice(Level.ALERT), clock)
+
+
 T2I = [make_job(f"t{i}") for i in range(6)]
 EDITS = [make_job(f"e{i}", Task.EDIT) for i in range(2)]
 
@@ -112,7 +117,7 @@ def test_interrupted_batches_are_not_taken_out_of_the_plan() -> None:
 
 def test_parts_of_a_split_batch_are_still_to_come_and_the_attempt_drew_nothing() -> None:
     clock = Clock()
-    lines = PlainLines(StopSignals(), lambda _: None, clock)
+    lines = _tracker(clock)
     lines.run_started(_counts(6), _plan(T2I))
     lines.batch_started(_batch(*T2I[:4]))
     clock.now = 2.0
@@ -127,7 +132,7 @@ def test_parts_of_a_split_batch_are_still_to_come_and_the_attempt_drew_nothing()
 
 def test_jobs_that_fail_before_a_batch_are_no_longer_to_come() -> None:
     clock = Clock()
-    lines = PlainLines(StopSignals(), lambda _: None, clock)
+    lines = _tracker(clock)
     lines.run_started(_counts(6), _plan(T2I))
     lines.batch_started(_batch(T2I[0]))
     for job in T2I[1:4]:
@@ -147,7 +152,7 @@ def test_jobs_tried_again_are_not_taken_out_of_the_plan_twice() -> None:
 
 def test_remaining_time_counts_down_while_a_batch_runs() -> None:
     clock = Clock()
-    lines = PlainLines(StopSignals(), lambda _: None, clock)
+    lines = _tracker(clock)
     lines.run_started(_counts(6), _plan(T2I))
     lines.batch_started(_batch(*T2I[:2]))
     assert lines.remaining_s() is None
@@ -162,7 +167,7 @@ def test_remaining_time_counts_down_while_a_batch_runs() -> None:
 
 def test_what_an_interrupted_run_has_drawn_says_nothing_of_the_speed() -> None:
     clock = Clock()
-    lines = PlainLines(StopSignals(), lambda _: None, clock)
+    lines = _tracker(clock)
     lines.run_started(_counts(6), _plan(T2I))
     lines.batch_started(_batch(*T2I[:2]))
     # Three of four passes of two steps are kept.
@@ -186,7 +191,7 @@ def _shown(display: LiveDisplay, *, color: bool = False) -> str:
 
 
 def _display(stop: StopSignals | None = None) -> LiveDisplay:
-    display = LiveDisplay(Console(file=io.StringIO(), width=110), stop or StopSignals())
+    display = LiveDisplay(Console(file=io.StringIO(), width=110), stop or StopSignals(), Voice())
     display.run_started(_counts(8, done=1, failed=1, pending=6), _plan(T2I))
     display.batch_started(_batch(*T2I[:2]))
     display.progress(Progress(phase=Phase.DENOISE, step=1, num_steps=2))
@@ -223,7 +228,7 @@ def test_a_terminal_that_goes_ends_no_run(monkeypatch: pytest.MonkeyPatch, write
     monkeypatch.setenv("TERM", "xterm")
     terminal = Terminal(writes)
     monkeypatch.setattr(sys, "stderr", terminal)
-    with watch(StopSignals()) as tracker:
+    with watch(StopSignals(), Voice()) as tracker:
         assert isinstance(tracker, LiveDisplay)
         tracker.run_started(_counts(6), _plan(T2I))
     say("the end")

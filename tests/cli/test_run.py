@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -369,6 +371,94 @@ def test_two_budgets_of_the_gpu_that_differ_are_one_mistake(
     assert "--vram-budget and --max-memory: expected one amount for the GPU" in ended.err
     assert "found '13GiB' and '0=9GiB,cpu=20GiB'" in ended.err
     assert backend.loaded == []
+
+
+CLOCK = r"\d\d:\d\d:\d\d"
+
+
+def test_lines_of_a_run_have_the_time_of_day(invoke: Invoke, manifest: Path) -> None:
+    lines = invoke("run", manifest).err.splitlines()
+    timed = [line for line in lines if re.match(rf"{CLOCK} ", line)]
+    assert re.fullmatch(rf"{CLOCK} reading .*small.yaml", timed[0])
+    assert any(re.fullmatch(rf"{CLOCK} 2 of 5 done; t2i 64x32, 2 jobs in .* s.*", x) for x in timed)
+    # Not what the run came to.
+    assert lines[len(timed)].startswith("5 of 5 jobs done")
+
+
+def test_quiet_keeps_failures_and_what_a_run_came_to_if_it_failed(
+    invoke: Invoke, manifest: Path
+) -> None:
+    # A size of the model, so that there is nothing to warn of.
+    text = manifest.read_text().replace("width: 64, height: 32", 'resolution: "1:1"')
+    manifest.write_text(text)
+    assert invoke("run", manifest, "--quiet", "--limit", "1").err == ""
+    _failing(manifest)
+    first, second = invoke("run", manifest, "-q").err.splitlines()
+    assert "failed: b: ValueError: NaN in the output" in first
+    assert second.startswith("4 of 5 jobs done, 1 failed")
+
+
+def test_verbose_names_the_files_of_every_job(invoke: Invoke, manifest: Path) -> None:
+    assert "done: c: " not in invoke("run", manifest, "--limit", "1").err
+    assert "done: c: images/c.png, text/c.txt" in invoke("run", manifest, "--verbose").err
+
+
+def test_quiet_and_verbose_exclude_each_other(invoke: Invoke, manifest: Path) -> None:
+    ended = invoke("run", manifest, "-q", "-v")
+    assert (ended.code, "--quiet: expected no --verbose" in ended.err) == (2, True)
+
+
+@pytest.mark.parametrize("flags", [[], ["--quiet"]])
+def test_folder_keeps_a_log_of_what_was_said_with_times(
+    invoke: Invoke, manifest: Path, flags: list[str]
+) -> None:
+    _failing(manifest)
+    invoke("run", manifest, "--limit", "1", *flags)
+    invoke("run", manifest, *flags)
+    log = Path("outputs/small/run.log").read_text(encoding="utf-8")
+    stamp = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d"
+    assert all(re.match(rf"{stamp} ", line) for line in log.splitlines())
+    assert log.count("reading ") == 2
+    assert "1 of 5 done" not in log.splitlines()[0]
+    for said in ("loading tiny", "failed: b: ValueError", "4 of 5 jobs done, 1 failed"):
+        assert said in log
+
+
+def test_log_cannot_be_kept_and_the_run_goes_on(invoke: Invoke, manifest: Path) -> None:
+    invoke("run", manifest, "--limit", "1")
+    log = Path("outputs/small/run.log")
+    log.unlink()
+    log.mkdir()
+    assert invoke("run", manifest).code == 0
+
+
+def test_warnings_of_libraries_are_said_once_and_kept(
+    invoke: Invoke, manifest: Path, backend: FakeBackend
+) -> None:
+    logger, before = logging.getLogger("some.library"), list(logging.getLogger().handlers)
+    backend.engine.on_step = lambda: logger.warning("hot")
+    ended = invoke("run", manifest, "--limit", "1")
+    assert ended.err.count("warning: hot") == 1
+    assert "warning: hot" in Path("outputs/small/run.log").read_text(encoding="utf-8")
+    assert logging.getLogger().handlers == before
+
+
+def test_input_in_the_place_of_a_jobs_own_image_is_a_mistake(
+    invoke: Invoke, manifest: Path
+) -> None:
+    assert invoke("run", manifest, "--output-dir", "o").code == 0
+    before = Path("o/images/d.png").read_bytes()
+    text = manifest.read_text()
+    for found in ("o/images/d.png", "o/images/../images/d.png"):
+        manifest.write_text(text.replace("in.png", found))
+        ended = invoke("run", manifest, "--output-dir", "o")
+        assert ended.code == 2
+        assert f"image: expected an image that the job does not replace, found {found}" in (
+            ended.err.replace(f"{manifest.parent}/", "")
+        )
+    manifest.write_text(text.replace("in.png", "o/images/a.png"))
+    assert invoke("run", manifest, "--output-dir", "o").code == 0
+    assert Path("o/images/d.png").read_bytes() != before
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def test_first_signal_commits_a_batch_of_one_pass_and_the_same_command_goes_on(
     assert ended.code == 75
     assert "stopping after the current images; again to stop at once" in ended.err
     assert "2 of 5 jobs done, 3 to do" in ended.err
-    assert "the same command goes on from here" in ended.err
+    assert "the same command resumes the run" in ended.err
     resumed = invoke("run", manifest, "--json").json
     assert (resumed["exit_code"], resumed["this_run"]["done"]) == (0, 3)
 
@@ -143,7 +143,7 @@ def test_first_signal_ends_a_run_between_two_passes_and_the_same_command_goes_on
     # None was written yet.
     assert "  images " not in ended.err
     assert "  log      outputs/small/log.parquet\n" in ended.err
-    assert "the same command goes on from here" in ended.err
+    assert "the same command resumes the run" in ended.err
     assert backend.engine.drawn == [("a",)]
     counts = invoke("status", "outputs/small", "--json").json
     assert (counts["started"], counts["pending"], counts["failed"]) == (2, 3, 0)

@@ -1,0 +1,139 @@
+"""What a run says to people: on stderr as much as they ask for, and with times in its log file."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from enum import IntEnum
+from pathlib import Path
+from typing import TextIO
+
+from sensebatch.cli.messages import say
+from sensebatch.errors import Problem
+
+_PACKAGE = "sensebatch"
+
+
+class Level(IntEnum):
+    """How much a line matters."""
+
+    DETAIL = 0
+    """For `--verbose`."""
+    INFO = 1
+    """The course of a run."""
+    BRIEF = 2
+    """What a command that makes one job says of it."""
+    ALERT = 3
+    """Warnings and failures; `--quiet` keeps them."""
+
+
+Printer = Callable[[str, Level], None]
+
+
+class Voice:
+    """Says lines, from a level on; keeps those of a run's course in the run's log file.
+
+    Args:
+        least: The lowest level that is printed.
+        now: The time, with its zone.
+    """
+
+    def __init__(
+        self,
+        least: Level = Level.INFO,
+        now: Callable[[], datetime] = lambda: datetime.now().astimezone(),
+    ) -> None:
+        self.least = least
+        self.printer: Printer = lambda text, _: say(text)
+        """Prints a line; a display takes its place while it is shown."""
+        self.timed = False
+        """Whether lines are printed with the time of day."""
+        self._now = now
+        self._early: list[str] | None = []
+        """Lines from before there is a log file; None once there is one, or there can be none."""
+        self._file: TextIO | None = None
+
+    def tell(self, level: Level, text: str) -> None:
+        """Prints a line if its level asks for it, and writes it to the log file."""
+        if level >= self.least:
+            clock = f"{self._now():%H:%M:%S} " if self.timed else ""
+            self.printer(f"{clock}{text}", level)
+        if level >= min(self.least, Level.INFO):
+            self.record(text)
+
+    def record(self, text: str) -> None:
+        """Writes a line to the log file alone."""
+        line = f"{self._now().isoformat(' ', 'seconds')} {text}\n"
+        if self._file is not None:
+            # A run does not end because its messages cannot be kept.
+            with suppress(OSError):
+                self._file.write(line)
+        elif self._early is not None:
+            self._early.append(line)
+
+    def detail(self, text: str) -> None:
+        """Says what only those want to know who ask for it."""
+        self.tell(Level.DETAIL, text)
+
+    def info(self, text: str) -> None:
+        """Says how a run goes."""
+        self.tell(Level.INFO, text)
+
+    def alert(self, text: str) -> None:
+        """Says what went wrong."""
+        self.tell(Level.ALERT, text)
+
+    def warn(self, text: str) -> None:
+        """Says what is allowed but deserves a look."""
+        self.alert(f"warning: {text}")
+
+    def warn_of(self, problem: Problem) -> None:
+        """Says what is allowed in a manifest but deserves a look."""
+        self.warn(str(problem))
+
+    def keep(self, path: Path) -> None:
+        """Appends what was said so far, and everything from now on, to a log file."""
+        early, self._early = self._early, None
+        with suppress(OSError):
+            self._file = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
+            self._file.writelines(early or ())
+
+    def close(self) -> None:
+        """Closes the log file."""
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):
+                file.close()
+
+    @contextmanager
+    def logging(self) -> Iterator[None]:
+        """Says what libraries and the package log, from warnings on, while the block runs.
+
+        `--verbose` has the package say more.
+        """
+        handler, package = _Handler(self), logging.getLogger(_PACKAGE)
+        before, root = package.level, logging.getLogger()
+        package.setLevel(logging.DEBUG if self.least is Level.DETAIL else logging.WARNING)
+        root.addHandler(handler)
+        try:
+            yield
+        finally:
+            root.removeHandler(handler)
+            package.setLevel(before)
+
+
+class _Handler(logging.Handler):
+    """Passes log records on to a voice."""
+
+    def __init__(self, voice: Voice) -> None:
+        super().__init__()
+        self._voice = voice
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if record.levelno >= logging.WARNING:
+            self._voice.warn(text)
+        else:
+            self._voice.detail(text)
