@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from sensebatch.engine.model.kv_cache import KVCache, SharedRoom
+from sensebatch.engine.model.kv_cache import KVCache, SharedRoom, part_caches
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.transformer import DecoderLayer, SwiGLU
 from sensebatch.plan.passes import ROOM_SPARE, ROOM_TOKENS
@@ -196,6 +196,30 @@ def decoding_operations(network: Network) -> DecodingOperations | None:
     return network.operations.decoding if known else None
 
 
+def _operations_for(network: Network, num_sequences: int) -> DecodingOperations | None:
+    """Returns what decodes so many sequences in one room; None where nothing does."""
+    operations = decoding_operations(network)
+    if operations is None or num_sequences > operations.max_sequences:
+        return None
+    return operations
+
+
+def end_text(network: Network, caches: Sequence[KVCache], more_tokens: int = 0) -> None:
+    """Frees the room of text that was not written.
+
+    Args:
+        network: The one that the caches are of.
+        caches: Those that text was added to together.
+        more_tokens: Tokens that will be added to each of them before text is decoded again. Caches
+            that then go to one room share one until then as well: growing one by one, they would
+            leave holes on the device that no later cache fits.
+    """
+    if more_tokens and _operations_for(network, len(caches)) is not None:
+        SharedRoom(caches, more_tokens)
+    else:
+        part_caches(caches)
+
+
 def new_decoder(
     network: Network,
     caches: Sequence[KVCache],
@@ -215,8 +239,8 @@ def new_decoder(
         choose: See `PlainDecoder`.
         as_graph: See `FastDecoder`.
     """
-    operations = decoding_operations(network)
-    if operations is not None and len(caches) <= operations.max_sequences:
+    operations = _operations_for(network, len(caches))
+    if operations is not None:
         on_gpu = network.device.type == "cuda"
         return FastDecoder(network, operations, caches, most_tokens, as_graph=as_graph and on_gpu)
     for cache in caches:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from sensebatch.contract import Checkpoints, KeptImage
-from sensebatch.engine.model.kv_cache import KVCache, part_caches
+from sensebatch.engine.decoding import end_text
+from sensebatch.engine.model.kv_cache import KVCache
 from sensebatch.engine.model.tokenizer import IMG_START
 from sensebatch.engine.preprocess import drawn_to_patches, to_uint8
 from sensebatch.engine.prompts import Grid
@@ -169,7 +170,8 @@ def _draw(runner: Runner, stories: Sequence[Story], checkpoints: Checkpoints) ->
         caches = [cache for story in stories for cache in _growing(story)]
         runner.bring(caches)
         runner.append_tokens([(cache, [image_start]) for cache in caches])
-        part_caches([story.state.caches[COND] for story in stories])
+        conds = [story.state.caches[COND] for story in stories]
+        end_text(runner.network, conds, _tokens_read_back(runner, stories))
         runner.park(caches)
     by_size: dict[Resolution, list[tuple[Story, Tensor]]] = {}
     for story in stories:
@@ -184,6 +186,18 @@ def _draw(runner: Runner, stories: Sequence[Story], checkpoints: Checkpoints) ->
             _finish_image(story, image.to(runner.network.device))
     for resolution, group in by_size.items():
         _denoise_stories(runner, group, resolution, checkpoints)
+
+
+def _tokens_read_back(runner: Runner, stories: Sequence[Story]) -> int:
+    """Returns the most tokens of an image that will be read back into a cache on the device."""
+    if runner.limits.park is not None:
+        return 0
+    followed = [
+        story.resolution.image_tokens + 1
+        for story in stories
+        if len(story.images) + 1 < story.state.job.sampling.max_images
+    ]
+    return max(followed, default=0)
 
 
 def _growing(story: Story) -> list[KVCache]:
