@@ -77,9 +77,9 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     """Returns a checkpoint from a folder, from the Hub, or the embedded one.
 
     Args:
-        model: `tiny`, `synthetic:8b` or `synthetic:tiny` (made-up weights, for profiling), a
-            folder, or a Hub id `owner/name`. A folder wins over a Hub id; write
-            `./tiny` for a folder of that name.
+        model: `tiny`; synthetic weights for profiling, `synthetic:8b`, `synthetic:u1.5` (of the
+            same sizes, with the convolutional head) or `synthetic:tiny`; a folder; or a Hub id
+            `owner/name`. A folder wins over a Hub id; write `./tiny` for a folder of that name.
         revision: Branch, tag or commit of a Hub id.
 
     Raises:
@@ -110,7 +110,11 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
 def _synthetic(model: str) -> Checkpoint:
     """Returns a checkpoint without files: the shape of a model, the embedded tokenizer."""
     size = model.removeprefix(SYNTHETIC_PREFIX)
-    configs = {"8b": OFFICIAL_8B, "tiny": _read_json(TINY_FOLDER / "config.json")}
+    configs = {
+        "8b": OFFICIAL_8B,
+        "u1.5": {**OFFICIAL_8B, "use_pixel_head": True},
+        "tiny": _read_json(TINY_FOLDER / "config.json"),
+    }
     if size not in configs:
         raise CheckpointError(
             f"{model}: expected {' or '.join(SYNTHETIC_PREFIX + name for name in configs)}"

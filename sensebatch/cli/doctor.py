@@ -1,17 +1,73 @@
-"""`sensebatch doctor`: what this machine is and how fast it copies and multiplies."""
+"""`sensebatch doctor`: what this machine is, how fast it is, and whether it keeps the promises."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sensebatch.cli.paths import path
+from sensebatch.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sensebatch.verify.check import Machine
+
+_VERIFY = "With --verify"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyOptions:
+    """What is checked; None where the machine decides."""
+
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="As for run; synthetic:8b with a GPU, tiny without, if not given.",
+            rich_help_panel=_VERIFY,
+        ),
+    ] = None
+    side: Annotated[
+        int | None,
+        typer.Option(
+            min=128,
+            help="Pixels of the largest images, a multiple of 128; 2048 with a GPU, 128 without, "
+            "if not given.",
+            rich_help_panel=_VERIFY,
+        ),
+    ] = None
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Make this run and its reference only; may be repeated.",
+            metavar="RUN",
+            rich_help_panel=_VERIFY,
+        ),
+    ] = None
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(
+            parser=path,
+            help="A new folder for the runs; outputs/verify if not given.",
+            rich_help_panel=_VERIFY,
+        ),
+    ] = None
+
 
 def doctor(
+    options: VerifyOptions,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object: bytes and bytes a second.")
+    ] = False,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Check that runs give the bytes that are promised, on this machine.",
+        ),
     ] = False,
 ) -> None:
     """Print what this machine computes with, what memory is free, and how fast a GPU is.
@@ -19,18 +75,39 @@ def doctor(
     Speeds are measured in about a second: copies from host memory to the device, pinned and
     pageable, a matrix product and attention in bfloat16, and reads of the device's memory. They
     are kept for sensebatch plan. A machine without a GPU has none of them.
+
+    With --verify the same jobs of every task are then run again and again, in every memory mode
+    and precision, with memory in disorder, killed and resumed, and their files compared. Exit
+    codes: 0 all promises hold, 1 one does not or could not be checked, 75 stopped.
     """
     from dataclasses import asdict
 
     from sensebatch.cli.messages import show
+    from sensebatch.cli.verification import check_options, run_verification
     from sensebatch.engine.device.machine import look_at_machine
 
-    machine = asdict(look_at_machine())
-    machine["speeds_file"] = None if machine["gpu"] is None else _keep(machine)
-    if as_json:
-        show(json.dumps(machine))
-    else:
-        show("\n".join(_lines(machine)))
+    if verify:
+        check_options(options)
+    elif options != VerifyOptions():
+        raise ConfigError("--model, --side, --only, --output-dir: expected --verify beside them")
+    facts = asdict(look_at_machine())
+    if verify:
+        run_verification(options, _able(facts), as_json=as_json)
+    facts["speeds_file"] = None if facts["gpu"] is None else _keep(facts)
+    show(json.dumps(facts) if as_json else "\n".join(_lines(facts)))
+
+
+def _able(facts: Mapping[str, Any]) -> Machine:
+    """Returns what decides which promises can be checked."""
+    from sensebatch.verify.check import Machine
+
+    gpu = facts["gpu"]
+    return Machine(
+        has_gpu=gpu is not None,
+        kernels_obstacle=facts["kernels_obstacle"],
+        fp8_obstacle=facts["fp8_obstacle"],
+        free_bytes=None if gpu is None else gpu["free_bytes"],
+    )
 
 
 def _keep(machine: Mapping[str, Any]) -> str | None:
@@ -69,6 +146,8 @@ def _lines(machine: Mapping[str, Any]) -> list[str]:
         f"python          {machine['python']}",
         f"torch           {machine['torch']}, CUDA {machine['cuda'] or 'none'}",
         f"flash-attn      {machine['flash_obstacle'] or 'usable'}",
+        f"kernels         {machine['kernels_obstacle'] or 'usable'}",
+        f"float8          {machine['fp8_obstacle'] or 'usable'}",
         f"host memory     {free:.1f} GiB free of {total:.1f}",
     ]
     gpu = machine["gpu"]

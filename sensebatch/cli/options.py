@@ -57,8 +57,8 @@ class ModelOptions:
         typer.Option(
             "--model",
             "--model-path",
-            help="Checkpoint folder, Hub id (owner/name), tiny (embedded), or made-up weights for "
-            "profiling: synthetic:8b, synthetic:tiny.",
+            help="Checkpoint folder, Hub id (owner/name), tiny (embedded), or synthetic weights "
+            "for profiling: synthetic:8b, synthetic:u1.5 (convolutional head), synthetic:tiny.",
             rich_help_panel=_MODEL,
         ),
     ] = None

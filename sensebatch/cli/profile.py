@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
 from sensebatch.cli import exits
+from sensebatch.cli.launch import launch
 from sensebatch.cli.paths import path
 from sensebatch.errors import ConfigError
 
@@ -21,8 +20,7 @@ if TYPE_CHECKING:
     from sensebatch.resolutions import Resolution
 
 MARKDOWN_NAME = "profile.md"
-_PROGRAM = ("-m", "sensebatch")
-_POLL_S = 0.5
+PROGRAM = "sensebatch"
 
 
 Steps = Annotated[int | None, typer.Option(min=1, help="Of denoising; 50 if not given.")]
@@ -30,16 +28,20 @@ Jobs = Annotated[int | None, typer.Option(min=1, help="Of most cases; 8 if not g
 Size = Annotated[
     str | None,
     typer.Option(
-        help="Of all pictures; each case's published size if not given.", metavar="WIDTHxHEIGHT"
+        help="Of all images; each case's published size if not given.", metavar="WIDTHxHEIGHT"
     ),
 ]
 TextTokens = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Of a thought, or before each picture of a story, where weights are made up; 300 if "
+        help="Of a thought, or before each image of a story, where weights are synthetic; 300 if "
         "not given.",
     ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(help="As for run; synthetic:8b (synthetic weights of full size) if not given."),
 ]
 Only = Annotated[
     list[str] | None, typer.Option(help="Run only this case; may be repeated.", metavar="CASE")
@@ -51,10 +53,7 @@ def profile(
         Literal["tasks", "budgets", "modes", "speed", "night"] | None,
         typer.Option(help="What the cases differ in."),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="As for run; synthetic:8b (full-size made-up weights) if not given."),
-    ] = None,
+    model: Model = None,
     steps: Steps = None,
     jobs: Jobs = None,
     size: Size = None,
@@ -70,7 +69,7 @@ def profile(
         Path | None,
         typer.Option(
             parser=path,
-            help="Run nothing: write the Markdown and the plot of these results anew.",
+            help="Run nothing: write the Markdown and the plot of these results again.",
             metavar="DIR",
         ),
     ] = None,
@@ -78,8 +77,9 @@ def profile(
     """Measure speed and memory, case by case, beside the published tables.
 
     Every case is a manifest run by `sensebatch run` in a process of its own. Results are
-    profile.parquet, profile.md and, where matplotlib is installed, profile.png. Exit codes: 0 all
-    cases done, 1 some failed, 2 nothing started because of a mistake.
+    profile.parquet, profile.md and, where matplotlib is installed, profile.png. A signal ends the
+    suite after the current images; what was measured is printed. Exit codes: 0 all cases done, 1
+    some failed, 2 nothing started because of a mistake, 75 stopped with cases missing.
     """
     from sensebatch.profile.rows import read_rows, with_ratios
 
@@ -97,8 +97,9 @@ def profile(
         "text_tokens": text_tokens,
     }
     folder = Path("outputs") / f"profile-{suite}" if output_dir is None else output_dir
-    rows = _run(suite, {k: v for k, v in given.items() if v is not None}, only or [], folder)
-    _finish(folder, rows)
+    chosen = {name: value for name, value in given.items() if value is not None}
+    rows, missing = _run(suite, chosen, only or [], folder)
+    _finish(folder, rows, missing)
 
 
 def _parsed(size: str | None) -> Resolution | None:
@@ -120,58 +121,55 @@ def _parsed(size: str | None) -> Resolution | None:
         raise ConfigError(f"--size: {error}") from None
 
 
-def _run(suite_name: str, given: dict[str, Any], only: list[str], folder: Path) -> list[Row]:
+def _run(
+    suite_name: str, given: dict[str, Any], only: list[str], folder: Path
+) -> tuple[list[Row], list[str]]:
+    """Runs a suite; returns all rows of the folder, and the cases that a stop left out."""
     from sensebatch.checkpoint.files import open_checkpoint
     from sensebatch.cli.messages import say, warn
+    from sensebatch.cli.signals import StopSignals
     from sensebatch.cli.speed_cache import read_speeds
-    from sensebatch.profile.measure import run_suite
+    from sensebatch.profile.forecast import Forecast
+    from sensebatch.profile.measure import Hooks, run_suite
     from sensebatch.profile.suites import Scale, Suite, chosen_cases, suite_cases
 
     suite, scale = Suite(suite_name), Scale(**given)
     cases = chosen_cases(suite_cases(suite, scale), only)
-    # A model that is not there should be told once and now; this loads no weights.
+    # A missing model is reported once and now; this loads no weights.
     open_checkpoint(scale.model)
     machine, mistake = read_speeds()
     if mistake is not None:
         warn(mistake)
     speeds = {} if machine is None else {machine.gpu: machine.machine.speeds}
-    return run_suite(suite, cases, scale, folder, launch=launch, say=say, speeds=speeds)
+    forecast = Forecast(cases, scale, folder, speeds)
+    say(forecast.before())
+    with StopSignals("stopped at once").installed() as stop:
+        rows = run_suite(
+            suite,
+            cases,
+            scale,
+            folder,
+            hooks=Hooks(
+                launch=partial(launch, PROGRAM, stop=stop, echo=_pass_on),
+                say=say,
+                stopped=stop.is_set,
+                finished=lambda case: say(forecast.after(case)),
+            ),
+            speeds=speeds,
+        )
+    return rows, forecast.left
 
 
-def launch(arguments: Sequence[str], messages: Path) -> int:
-    """Runs `sensebatch` in a process of its own and returns its exit code.
+def _pass_on(line: str) -> None:
+    """Shows what a case says of its progress; its warnings are the same for all cases."""
+    from sensebatch.cli.messages import say
 
-    Args:
-        arguments: What is typed behind `sensebatch`.
-        messages: Takes what the process says.
-
-    Raises:
-        KeyboardInterrupt: A signal came; the process was told and has ended.
-    """
-    from sensebatch.cli.signals import StopSignals
-
-    command = [sys.executable, *_PROGRAM, *arguments]
-    quiet = subprocess.DEVNULL
-    with (
-        StopSignals("stopped at once").installed() as stop,
-        messages.open("wb") as file,
-        # A session of its own, or a signal of the terminal would reach the run twice.
-        subprocess.Popen(command, stdout=quiet, stderr=file, start_new_session=True) as process,
-    ):
-        told = False
-        while process.poll() is None:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(_POLL_S)
-            if stop.is_set() and not told:
-                process.terminate()
-                told = True
-        if stop.is_set():
-            raise KeyboardInterrupt
-        return process.returncode
+    if not line.startswith("warning"):
+        say(f"  {line}")
 
 
-def _finish(folder: Path, rows: Sequence[Row]) -> NoReturn:
-    """Writes and prints the results and ends the command.
+def _finish(folder: Path, rows: Sequence[Row], missing: Sequence[str] = ()) -> NoReturn:
+    """Writes and prints the results, says which cases are missing, and ends the command.
 
     Raises:
         typer.Exit: Always, with the exit code.
@@ -182,10 +180,17 @@ def _finish(folder: Path, rows: Sequence[Row]) -> NoReturn:
     from sensebatch.profile.rows import DONE, PARQUET_NAME
     from sensebatch.store.files import write_atomic
 
-    text = format_markdown(rows)
+    if not rows:
+        say("stopped before any case was measured; the same command starts again")
+        raise typer.Exit(exits.RESUMABLE)
+    text = format_markdown(rows, missing)
     write_atomic(folder / MARKDOWN_NAME, text.encode())
     show(text.rstrip("\n"))
     say(f"results {folder / PARQUET_NAME}, {folder / MARKDOWN_NAME}")
     say(plot(folder, rows))
+    if missing:
+        only = " ".join(f"--only {name}" for name in missing)
+        say(f"stopped; to measure what is missing, add {only} to the same command")
+        raise typer.Exit(exits.RESUMABLE)
     failed = any(row.status != DONE for row in rows)
     raise typer.Exit(exits.FAILED if failed else exits.DONE)

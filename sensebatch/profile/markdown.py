@@ -18,11 +18,12 @@ PUBLISHED_HEAD = (
 """The columns of the published tables, in their order."""
 
 
-def format_markdown(rows: Sequence[Row]) -> str:
+def format_markdown(rows: Sequence[Row], missing: Sequence[str] = ()) -> str:
     """Returns the results of one suite as a document.
 
     Args:
         rows: Of `rows.with_ratios`, at least one; all of one suite.
+        missing: Cases that were to be run and were not, or not to their end.
     """
     suite = Suite(rows[0].suite)
     parts = [
@@ -43,7 +44,9 @@ def format_markdown(rows: Sequence[Row]) -> str:
     failed = [row for row in rows if row.status != DONE]
     if failed:
         lines = [f"- {row.case}: {row.error}" for row in failed]
-        parts += ["## Failed", "\n".join(lines)]
+        parts += ["## Not done", "\n".join(lines)]
+    if missing:
+        parts += ["## Missing", f"The suite was stopped before these were done: {_all(missing)}."]
     commands = "\n".join(row.command for row in rows)
     parts += ["## Commands", f"```\n{commands}\n```"]
     return "\n\n".join(parts) + "\n"
@@ -83,7 +86,7 @@ def _speed_table(rows: Sequence[Row]) -> str:
     ]  # fmt: skip
     lines = [
         [
-            row.case if row.status == DONE else f"{row.case} (failed)",
+            row.case if row.status == DONE else f"{row.case} ({row.status})",
             f"`{row.setting}`" if row.setting else NOTHING,
             row.vram_mode or NOTHING,
             _figure(row.images, 0),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from sensebatch.profile.rows import (
     DONE,
     FAILED,
     PARQUET_NAME,
+    STOPPED,
     Row,
     read_rows,
     with_ratios,
@@ -33,7 +34,21 @@ from sensebatch.store.log import read_log
 from sensebatch.store.run_dir import RunDir
 
 Launch = Callable[[Sequence[str], Path], int]
-"""(arguments behind `sensebatch`, file for what it says) -> exit code."""
+"""(arguments after `sensebatch`, file for what it says) -> exit code."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hooks:
+    """What a suite asks of its caller."""
+
+    launch: Launch
+    """Runs a command line in a process of its own."""
+    say: Callable[[str], None]
+    """Receives a line for people before and after each case."""
+    stopped: Callable[[], bool] = lambda: False
+    """Whether to start no more cases; the one that was running has been stopped too."""
+    finished: Callable[[Case], None] = lambda _: None
+    """Receives each case that was run to its end."""
 
 
 def run_suite(
@@ -42,22 +57,21 @@ def run_suite(
     scale: Scale,
     folder: Path,
     *,
-    launch: Launch,
-    say: Callable[[str], None],
+    hooks: Hooks,
     speeds: Mapping[str, Speeds] | None = None,
 ) -> list[Row]:
-    """Runs cases, writes the results behind each, and returns all rows of the folder.
+    """Runs cases, writes the results after each, and returns all rows of the folder.
 
     Rows of cases that are not run again stay. A case's run gets a folder that was not there
-    before, so that no figure is of an earlier run.
+    before, so that no figure is of an earlier run. A case that is stopped has a row if it made
+    images.
 
     Args:
         suite: Whose cases they are.
         cases: To run, in order.
         scale: How large they are.
         folder: Where runs and results go.
-        launch: Runs a command line in a process of its own.
-        say: Receives a line for people before and after each case.
+        hooks: What starts a case, and hears of it.
         speeds: What GPUs reach at most, by their names.
 
     Raises:
@@ -67,9 +81,17 @@ def run_suite(
     if (folder / PARQUET_NAME).exists():
         rows = read_rows(folder, suite=suite)
     for case in cases:
-        say(f"{case.name}: {case.setting or 'no memory options'}")
-        row = _run_case(suite, case, scale, folder, launch, speeds or {})
-        say(_ending(row))
+        if hooks.stopped():
+            break
+        hooks.say(f"{case.name}: {case.setting or 'no memory options'}")
+        row = _run_case(suite, case, scale, folder, hooks.launch, speeds or {})
+        if hooks.stopped() and row.status != DONE:
+            if not row.images:
+                break
+            row = replace(row, status=STOPPED, error="stopped before all its jobs were done")
+        else:
+            hooks.finished(case)
+        hooks.say(_ending(row))
         by_name = {old.case: old for old in rows} | {row.case: row}
         rows = with_ratios(by_name.values())
         write_rows(folder, rows)
@@ -77,8 +99,8 @@ def run_suite(
 
 
 def _ending(row: Row) -> str:
-    if row.status == FAILED:
-        return f"{row.case}: failed: {row.error}"
+    if row.status != DONE:
+        return f"{row.case}: {row.status}: {row.error}"
     speed = "-" if row.image_tok_per_s is None else f"{row.image_tok_per_s:,.2f}"
     return f"{row.case}: {row.images} images, {speed} image tok/s"
 

@@ -18,6 +18,7 @@ from sensebatch.store.files import write_atomic
 PARQUET_NAME = "profile.parquet"
 DONE = "done"
 FAILED = "failed"
+STOPPED = "stopped"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +28,7 @@ class Row:
     suite: str
     case: str
     status: str
-    """`done`, or `failed` where any of its jobs is not done."""
+    """`done`; `failed` where any of its jobs is not done; `stopped` where a signal ended it."""
     error: str | None = None
     task: str
     think: bool

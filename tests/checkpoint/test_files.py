@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from sensebatch.checkpoint.architecture import HeadKind
 from sensebatch.checkpoint.files import (
     check_tensors,
     compare_tensors,
@@ -213,3 +215,10 @@ def test_hub_id_is_read_from_the_cache_without_a_network(tmp_path: Path) -> None
     path, error = done.stdout.splitlines()
     assert path == str(cache / "snapshots" / commit)
     assert error.startswith("owner/absent: no such folder, not in the Hub cache")
+
+
+def test_synthetic_checkpoints_have_both_heads() -> None:
+    mlp, pixel = (open_checkpoint(f"synthetic:{size}") for size in ("8b", "u1.5"))
+    assert (mlp.architecture.head, pixel.architecture.head) == (HeadKind.MLP, HeadKind.PIXEL)
+    assert replace(pixel.architecture, head=HeadKind.MLP) == mlp.architecture
+    assert "fm_modules.fm_head.conv2.weight" in set(pixel.tensors) - set(mlp.tensors)

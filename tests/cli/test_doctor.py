@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from sensebatch.cli import verification
 from sensebatch.cli.speed_cache import read_speeds, speeds_path
 from sensebatch.engine.device import machine
 from sensebatch.engine.device.machine import Gpu, Machine
@@ -33,6 +35,8 @@ def with_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         torch="2.11.0",
         cuda="13.0",
         flash_obstacle=None,
+        kernels_obstacle=None,
+        fp8_obstacle="fp8 needs another GPU",
         host_free_bytes=1 << 34,
         host_total_bytes=1 << 35,
         gpu=GPU,
@@ -112,3 +116,64 @@ def test_a_speed_of_nothing_is_no_speed(invoke: Invoke) -> None:
     assert speeds is None
     assert mistake is not None
     assert mistake.startswith(f"{path}: attention_flop_per_s: ")
+
+
+@pytest.mark.slow
+def test_promises_hold_on_this_machine(invoke: Invoke) -> None:
+    """A CPU or a GPU: every task, killed and resumed, and with a LoRA, with the tiny model."""
+    chosen = ("--only", "killed", "--only", "lora-balanced")
+    ended = invoke("doctor", "--verify", "--model", "tiny", "--side", "128", *chosen)
+    assert ended.code == 0, ended.err
+    table = Path("outputs/verify/promises.md").read_text()
+    assert ended.out == table
+    assert table.count("| equal | equal | equal | equal | equal | - |") == 2
+    assert [path.name for path in sorted(Path("outputs/verify").iterdir()) if path.is_dir()] == [
+        *("full", "killed", "lora", "lora-balanced"),
+    ]
+
+
+@pytest.fixture
+def children(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
+    """What was to be run; every run ends with a mistake."""
+    calls: list[Sequence[str]] = []
+
+    def launch(_module: str, arguments: Sequence[str], *_: object, **__: object) -> int:
+        calls.append(arguments)
+        return 2
+
+    monkeypatch.setattr(verification, "launch", launch)
+    return calls
+
+
+def test_a_promise_that_cannot_be_checked_is_no_success(
+    invoke: Invoke, children: list[Sequence[str]]
+) -> None:
+    ended = invoke("doctor", "--verify", "--json", "--only", "low", "--model", "tiny")
+    assert ended.code == 1
+    assert [call[2] for call in children] == ["run"]
+    full, low = ended.json
+    assert (full["run"], full["holds"], full["error"]) == ("full", False, FAILED)
+    assert (low["run"], low["skipped"]) == ("low", "full failed")
+
+
+FAILED = "exit code 2: it said nothing"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--only", "low"], "expected --verify beside them"),
+        (["--verify", "--only", "fats"], "--only: expected one of full, again"),
+        (["--verify", "--side", "130"], "--side: expected"),
+        (["--verify", "--model", "./none"], "./none: expected"),
+        (["--verify", "--output-dir", "there"], "--output-dir: expected a new folder"),
+    ],
+)
+def test_mistakes_are_reported_before_anything_is_run(
+    invoke: Invoke, children: list[Sequence[str]], args: list[str], message: str
+) -> None:
+    Path("there").mkdir()
+    ended = invoke("doctor", *args)
+    assert ended.code == 2
+    assert message in ended.err
+    assert children == []

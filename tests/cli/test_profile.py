@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -26,7 +27,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
     """The command lines of cases; none is run, each fails."""
     lines: list[Sequence[str]] = []
 
-    def launch(arguments: Sequence[str], _messages: Path) -> int:
+    def launch(_program: str, arguments: Sequence[str], *_: object, **__: object) -> int:
         lines.append(arguments)
         return 2
 
@@ -54,7 +55,7 @@ def test_made_up_weights_have_every_case(invoke: Invoke, launched: list[Sequence
 def test_a_case_with_a_failed_job_is_failed_and_keeps_its_figures(
     invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def launch(arguments: Sequence[str], _messages: Path) -> int:
+    def launch(_program: str, arguments: Sequence[str], *_: object, **__: object) -> int:
         return invoke(*arguments).code
 
     monkeypatch.setattr(profile, "launch", launch)
@@ -96,15 +97,7 @@ def test_mistakes_are_told_before_anything_is_run(
     assert launched == []
 
 
-def test_a_signal_ends_the_running_case_and_the_suite(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    child = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(200)"
-    monkeypatch.setattr(profile, "_PROGRAM", ("-c", child))
-    with pytest.raises(KeyboardInterrupt):
-        profile.launch([], tmp_path / "said.txt")
-
-
+CHILD = "import os, signal, time\nos.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(200)\n"
 STUBBORN = (
     "import os, signal, time\n"
     "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
@@ -112,22 +105,47 @@ STUBBORN = (
     "    os.kill(os.getppid(), signal.SIGTERM)\n"
     "    time.sleep(1)\n"
 )
-LAUNCH = (
-    "import pathlib, sys\n"
-    "from sensebatch.cli import profile\n"
-    'profile._PROGRAM = ("-c", sys.argv[1])\n'
-    "profile.launch([], pathlib.Path(sys.argv[2]))\n"
-)
+"""Programs that stand in for a case, and stop the suite they belong to."""
+
+
+def stopped_suite(folder: Path, program: str) -> subprocess.CompletedProcess[str]:
+    """Runs two cases of a suite, each of which is a program, and returns how it ended."""
+    (folder / "case.py").write_text(program)
+    code = (
+        "import sys\n"
+        "from sensebatch.cli import profile\n"
+        "from sensebatch.cli.main import main\n"
+        'profile.PROGRAM = "case"\n'
+        f"main(['profile', '--suite', 'modes', '--only', 'full', '--only', 'low', *{SMALL}])\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)])},
+        capture_output=True,
+        check=False,
+        text=True,
+    )
+
+
+def test_a_signal_ends_the_suite_and_what_is_missing_is_reported(tmp_path: Path) -> None:
+    write_rows(tmp_path / "outputs" / "profile-modes", [result("fast")])
+    ended = stopped_suite(tmp_path, CHILD)
+    assert ended.returncode == 75
+    assert "| fast |" in ended.stdout
+    assert "stopped before these were done: full, low." in ended.stdout
+    assert "add --only full --only low to the same command" in ended.stderr
+    assert [row.case for row in read_rows(tmp_path / "outputs" / "profile-modes")] == ["fast"]
+
+
+def test_a_signal_before_the_first_case_is_measured_leaves_nothing_to_print(tmp_path: Path) -> None:
+    ended = stopped_suite(tmp_path, CHILD)
+    assert (ended.returncode, ended.stdout) == (75, "")
+    assert "stopped before any case was measured" in ended.stderr
 
 
 def test_a_second_signal_promises_nothing_of_a_suite(tmp_path: Path) -> None:
-    ended = subprocess.run(
-        [sys.executable, "-c", LAUNCH, STUBBORN, tmp_path / "said.txt"],
-        cwd=ROOT,
-        check=False,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    ended = stopped_suite(tmp_path, STUBBORN)
     assert ended.returncode == 128 + signal.SIGTERM
     assert ended.stderr.endswith("\nstopped at once\n")
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from sensebatch.cli.profile import launch
+from sensebatch.cli.launch import launch
+from sensebatch.cli.signals import StopSignals
 from sensebatch.errors import RunFolderError
-from sensebatch.profile.measure import run_suite
+from sensebatch.profile.measure import Hooks, run_suite
 from sensebatch.profile.rows import DONE, FAILED, PARQUET_NAME, SCHEMA, Row, read_rows, with_ratios
 from sensebatch.profile.suites import Case, Scale, Suite, suite_cases
 from sensebatch.resolutions import Resolution
@@ -33,13 +34,19 @@ def _fails(arguments: Sequence[str], messages: Path) -> int:
     return 2
 
 
+def _launch(arguments: Sequence[str], messages: Path) -> int:
+    return launch("sensebatch", arguments, messages, stop=StopSignals(), echo=_silent)
+
+
 def _run(cases: Sequence[Case], folder: Path, suite: Suite = Suite.MODES) -> list[Row]:
-    return run_suite(suite, cases, SCALE, folder, launch=_fails, say=_silent)
+    return run_suite(suite, cases, SCALE, folder, hooks=Hooks(launch=_fails, say=_silent))
 
 
 def test_real_runs_give_figures_and_a_refused_one_a_failed_row(tmp_path: Path) -> None:
     refused = replace(CASES[0], name="none", vram_mode="auto", device_gib=0)
-    rows = run_suite(Suite.MODES, [refused, CASES[3]], SCALE, tmp_path, launch=launch, say=_silent)
+    rows = run_suite(
+        Suite.MODES, [refused, CASES[3]], SCALE, tmp_path, hooks=Hooks(launch=_launch, say=_silent)
+    )
     failed, low = rows
     assert (failed.status, failed.images, failed.image_tok_per_s) == (FAILED, None, None)
     assert failed.error is not None

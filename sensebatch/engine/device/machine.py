@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 import time
 import warnings
@@ -16,8 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sensebatch
 from sensebatch.engine.device.memory import translated_out_of_memory
-from sensebatch.engine.device.runtime import resolve_attention
+from sensebatch.engine.device.runtime import check_precision, resolve_attention
 from sensebatch.errors import ConfigError
+from sensebatch.jobs import Precision
 
 MEASURED_S = 0.2
 """Seconds that each speed is measured for."""
@@ -66,6 +68,10 @@ class Machine:
     """That torch was built for; None for a build without."""
     flash_obstacle: str | None
     """Why flash-attn cannot be used; None where it can."""
+    kernels_obstacle: str | None
+    """Why chains of small operations cannot be compiled to kernels; None where they can."""
+    fp8_obstacle: str | None
+    """Why float8 matrices cannot be multiplied; None where they can."""
     host_free_bytes: int
     host_total_bytes: int
     gpu: Gpu | None
@@ -85,6 +91,8 @@ def look_at_machine() -> Machine:
         torch=torch.__version__,
         cuda=torch.version.cuda,
         flash_obstacle=_flash_obstacle("cuda" if has_gpu else "cpu"),
+        kernels_obstacle=_kernels_obstacle(has_gpu),
+        fp8_obstacle=_fp8_obstacle("cuda" if has_gpu else "cpu"),
         host_free_bytes=host.available,
         host_total_bytes=host.total,
         gpu=_look_at_gpu(torch.device("cuda", torch.cuda.current_device())) if has_gpu else None,
@@ -96,6 +104,20 @@ def _flash_obstacle(device: str) -> str | None:
         resolve_attention("flash", device, "bfloat16")
     except ConfigError as error:
         return str(error).rpartition("usable: ")[2]
+    return None
+
+
+def _kernels_obstacle(has_gpu: bool) -> str | None:
+    if not has_gpu:
+        return "it needs a CUDA device"
+    return None if importlib.util.find_spec("triton") else "Triton is not installed"
+
+
+def _fp8_obstacle(device: str) -> str | None:
+    try:
+        check_precision(Precision.FP8, device, "bfloat16")
+    except ConfigError as error:
+        return str(error).partition(": ")[2].partition(";")[0]
     return None
 
 

@@ -42,7 +42,7 @@ def open_weights(checkpoint: Checkpoint, lora_path: str | None, dtype: torch.dty
     if lora_path is not None:
         lora = Lora.open(Path(lora_path), expected_tensors(checkpoint.architecture))
     if checkpoint.synthetic:
-        return SyntheticWeights(dtype)
+        return SyntheticWeights(dtype, lora)
     check_tensors(checkpoint)
     return FileWeights(checkpoint, lora)
 

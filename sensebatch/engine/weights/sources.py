@@ -85,16 +85,18 @@ def _read_bytes(tensor: TensorFile, start: int, target: Tensor) -> None:
 
 
 class SyntheticWeights:
-    """Made-up weights of any architecture, from a fixed rule: for profiling, not for pictures.
+    """Synthetic weights of any architecture, from a fixed rule: for profiling, not for images.
 
     Normal numbers from one table, at a place given by the tensor's name, scaled so that every
     matrix keeps the size of what goes through it; norms are ones.
 
     Args:
         dtype: Of the weights.
+        lora: Merged into them.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, lora: Lora | None = None) -> None:
+        self._lora = lora
         generator = torch.Generator().manual_seed(0)
         self._normal = torch.randn(SYNTHETIC_PERIOD, generator=generator)
         self._dtype = dtype
@@ -108,7 +110,8 @@ class SyntheticWeights:
             return
         fan_in = math.prod(target.shape[1:])
         table = self._table(0.02 if target.ndim == 1 or "embed_tokens" in name else fan_in**-0.5)
-        first = 0 if rows is None else rows[0] * fan_in
+        first_row = 0 if rows is None else rows[0]
+        first = first_row * fan_in
         place = (zlib.crc32(name.encode()) + first) % SYNTHETIC_PERIOD
         # As bytes, since numpy copies those at the speed of the memory and has no bfloat16.
         size = self._dtype.itemsize
@@ -119,6 +122,8 @@ class SyntheticWeights:
             count = min(source.size - place, flat.size - done)
             flat[done : done + count] = source[place : place + count]
             done, place = done + count, 0
+        if self._lora is not None and name in self._lora:
+            target.copy_(self._lora.apply(name, target, first_row=first_row))
 
     def _table(self, scale: float) -> Tensor:
         """Returns the numbers of one scale, made once."""

@@ -45,11 +45,13 @@ def test_a_gpu_that_is_full_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) ->
     full = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA Test")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA Test")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 6))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1, 2))
     monkeypatch.setattr(machine, "copy_speed", full)
     with pytest.raises(OutOfMemoryError, match="NVIDIA Test has too little memory free"):
         look_at_machine()
+    assert str(machine._fp8_obstacle("cuda")).endswith("found NVIDIA Test of 8.6")
 
 
 @pytest.mark.gpu

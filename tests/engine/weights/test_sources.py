@@ -70,3 +70,17 @@ def test_rows_of_made_up_weights_are_those_of_the_whole(dtype: torch.dtype) -> N
     assert torch.equal(rows, whole[1000:2500])
     assert whole.float().std() == pytest.approx(700**-0.5, rel=0.01)
     assert not torch.equal(whole[0], whole[1])
+
+
+def test_a_lora_is_merged_into_synthetic_weights_too(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    lora = make_lora(checkpoint, tmp_path)
+    plain, merged = (torch.empty(tuple(checkpoint.tensors[GATE].shape)) for _ in range(2))
+    SyntheticWeights(torch.float32).read_into(GATE, None, plain)
+    SyntheticWeights(torch.float32, lora).read_into(GATE, None, merged)
+    assert torch.equal(merged, lora.apply(GATE, plain))
+    assert not torch.equal(merged, plain)
+    source = SyntheticWeights(torch.float32, lora)
+    found = by_rows(source, GATE, tuple(plain.shape), 7)
+    torch.testing.assert_close(found, merged, rtol=0, atol=1e-5)

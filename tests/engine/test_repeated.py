@@ -1,0 +1,122 @@
+"""The same bytes each time on a GPU, with memory in disorder; whole runs: `doctor --verify`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from sensebatch.checkpoint.architecture import OFFICIAL_8B, HeadKind, parse_architecture
+from sensebatch.engine.device.fragments import fragment
+from sensebatch.engine.device.runtime import new_attention, resolve_attention
+from sensebatch.engine.model.attention import Attention
+from sensebatch.engine.model.network import Network
+from sensebatch.engine.model.operations import choose_operations
+from sensebatch.engine.model.patchify import HEAD_MODULES
+from sensebatch.engine.prompts import Grid, ImageSpan, Prompt
+from sensebatch.engine.runner import Runner
+from tests.golden_data import ByteTokenizer
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+ROUNDS = 14
+CUDA = torch.device("cuda")
+LARGE = parse_architecture(OFFICIAL_8B)
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Iterator[None]:
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        yield
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(shape, device=CUDA).bfloat16()
+
+
+def attention(fused: bool) -> Attention:
+    return new_attention(resolve_attention("auto", "cuda", "bfloat16"), "cuda", fused=fused)
+
+
+def results(compute: Callable[[], Tensor]) -> set[bytes]:
+    """Returns the different results of a computation, repeated among other fragments of memory."""
+    found = set()
+    for seed in range(ROUNDS):
+        held = fragment(seed)
+        found.add(compute().float().cpu().numpy().tobytes())
+        del held
+        if seed % 3 == 0:
+            torch.cuda.empty_cache()
+    return found
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    ("queries", "keys", "causal"),
+    [
+        *((1, 261, True), (1, 4101, True), (7, 4107, True), (70, 4140, True), (300, 300, True)),
+        *((256, 556, False), (1024, 1344, False), (4096, 4416, False)),
+    ],
+)
+def test_attention_gives_one_result(fused: bool, queries: int, keys: int, causal: bool) -> None:
+    attend = attention(fused)
+    q = noise(queries, LARGE.num_heads, LARGE.head_dim)
+    k, v = (noise(keys, LARGE.num_kv_heads, LARGE.head_dim) for _ in range(2))
+    # A number that lies close to two roundings shows what others hide; so, many more of them.
+    for turn in range(5):
+        turned = q.roll(turn, -1)
+
+        def attended(q: Tensor = turned) -> Tensor:
+            return attend(q.clone(), k.clone(), v.clone(), causal)
+
+        assert len(results(attended)) == 1
+
+
+def small(fused: bool) -> Network:
+    """Returns a network with the heads of the 8B model and few channels."""
+    arch = replace(LARGE, hidden_size=512, intermediate_size=1024, num_layers=8, vocab_size=512)
+    network = Network(arch, choose_operations(fused=fused)).requires_grad_(False).eval()
+    network = network.to(CUDA, torch.bfloat16)
+    for parameter in network.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(0, parameter.shape[-1] ** -0.5)
+        else:
+            parameter.fill_(1)
+    return network
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(("rows", "after"), [(64, 7), (64, 1), (16, 1), (16, 40)])
+def test_a_prompt_with_text_after_an_image_gives_one_result(
+    fused: bool, rows: int, after: int
+) -> None:
+    """What edits and stories read; it gave up to 9 results in 12 times."""
+    network = small(fused)
+    runner = Runner(network=network, tokenizer=ByteTokenizer(), attention=attention(fused))
+    tokens = rows * rows
+    prompt = Prompt(
+        token_ids=(5, 6, 7, 8, *[9] * tokens, *range(10, 10 + after)),
+        images=(ImageSpan(4, Grid(rows, rows)),),
+    )
+    embeds = noise(tokens, network.arch.hidden_size)
+
+    def read() -> Tensor:
+        return runner.extend([runner.new_extension(prompt, (embeds,))])
+
+    assert len(results(read)) == 1
+
+
+@pytest.mark.parametrize("kind", list(HeadKind))
+@pytest.mark.parametrize(("side", "images"), [(512, 4), (1024, 3), (2048, 1)])
+def test_image_heads_give_one_result(kind: HeadKind, side: int, images: int) -> None:
+    arch = replace(LARGE, head=kind)
+    head = HEAD_MODULES[kind](arch).to(CUDA, torch.bfloat16).requires_grad_(False)
+    x_BND = noise(images, (side // 32) ** 2, arch.hidden_size)
+    assert len(results(lambda: head(x_BND.clone(), side, side))) == 1
