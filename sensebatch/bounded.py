@@ -39,13 +39,14 @@ def read_file(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
         OSError: It cannot be read.
         UnreadableFileError: It is a folder, a pipe or a device, or larger than `max_bytes`.
     """
-    check_file(path, max_bytes)
+    size = check_file(path, max_bytes)
     with path.open("rb") as file:
-        return file.read(max_bytes)
+        # A buffer of that size is made at once, so it is not `max_bytes`.
+        return file.read(size)
 
 
-def check_file(path: Path, max_bytes: int | None = None) -> None:
-    """Makes sure that a path can be opened and read without waiting for somebody.
+def check_file(path: Path, max_bytes: int | None = None) -> int:
+    """Returns a file's size after making sure that reading it waits for nobody.
 
     Raises:
         OSError: There is no such file.
@@ -61,6 +62,7 @@ def check_file(path: Path, max_bytes: int | None = None) -> None:
         raise UnreadableFileError(
             f"expected a file of at most {max_bytes:,} bytes, found {stat.st_size:,}"
         )
+    return stat.st_size
 
 
 def load_json(content: bytes | str) -> Any:

@@ -28,8 +28,8 @@ from sensebatch.yaml_values import dump_yaml
 
 ROWS_IN_MEMORY = 1024
 """Rows that a Parquet writer collects."""
-PICTURE_ROWS_IN_MEMORY = 32
-"""Rows that a Parquet writer collects where they hold the bytes of pictures."""
+IMAGE_ROWS_IN_MEMORY = 32
+"""Rows that a Parquet writer collects where they hold the bytes of images."""
 
 Row = dict[str, Any]
 """A job as a manifest says it: plain values under the names of its fields."""
@@ -48,8 +48,8 @@ def convert_manifest(
     """Writes the jobs of one manifest as another and returns how many there are.
 
     Every job gets its id and its task; seeds, repetitions, matrices and the manifest's defaults
-    are worked out, while defaults of the model stay open. Paths of pictures are made relative to
-    the new manifest. Pictures stored inside `src` go to files in the folder `<dst's stem>-images`
+    are worked out, while defaults of the model stay open. Paths of images are made relative to
+    the new manifest. Images stored inside `src` go to files in the folder `<dst's stem>-images`
     unless they are embedded again.
 
     Args:
@@ -57,11 +57,11 @@ def convert_manifest(
         dst: The file to write; replaced only when all of it is there.
         config: Checks the jobs.
         task: What rows make that do not say so.
-        embed_images: Stores the pictures inside `dst`, which is Parquet then.
+        embed_images: Stores the images inside `dst`, which is Parquet then.
 
     Raises:
         ManifestError: Something is wrong in `src`, or `dst` cannot be written in this way.
-        JobError: A picture changed while it was being copied.
+        JobError: An image changed while it was being copied.
     """
     suffix = dst.suffix.lower()
     _check_destination(src, dst, suffix, embed_images)
@@ -101,7 +101,7 @@ def _check_destination(src: Path, dst: Path, suffix: str, embed_images: bool) ->
     if suffix not in SUFFIXES:
         message = f"expected a name that ends in one of {', '.join(SUFFIXES)}, found {dst.name!r}"
     elif embed_images and suffix not in PARQUET_SUFFIXES:
-        message = f"expected a Parquet manifest to store pictures in, found {dst.name!r}"
+        message = f"expected a Parquet manifest to store images in, found {dst.name!r}"
     elif src.exists() and dst.exists() and dst.samefile(src):
         message = "expected another file than the one to be read, found the same"
     if message:
@@ -118,7 +118,7 @@ def _row(read: ReadJob, dst: Path, reader: InputReader, embed_images: bool) -> R
     given = read.fields.model_dump(exclude_none=True, exclude=set(_REPLACED))
     row: Row = {"id": job.id, "task": str(job.task), "prompt": job.prompt}
     if job.images:
-        row["images"] = [_picture(image, dst, reader, embed_images) for image in job.images]
+        row["images"] = [_image(image, dst, reader, embed_images) for image in job.images]
     row |= {name: value for name, value in given.items() if name not in row}
     if job.system_prompt is not None:
         row["system_prompt"] = job.system_prompt
@@ -129,15 +129,13 @@ def _row(read: ReadJob, dst: Path, reader: InputReader, embed_images: bool) -> R
     return row
 
 
-def _picture(image: InputImage, dst: Path, reader: InputReader, embed_images: bool) -> Any:
-    """Returns a picture as the new manifest names it, copying its bytes where that is needed."""
+def _image(image: InputImage, dst: Path, reader: InputReader, embed_images: bool) -> Any:
+    """Returns an image as the new manifest names it, copying its bytes where that is needed."""
     if embed_images:
         name = Path(image.path).name if image.member is None else None
         return {"bytes": reader.read(image), "path": name}
     if image.member is None:
-        if Path(image.path).is_absolute():
-            return image.path
-        return Path(os.path.relpath(image.path, dst.parent)).as_posix()
+        return _path_from(Path(image.path), dst.parent)
     folder = dst.with_name(f"{dst.stem}-images")
     folder.mkdir(exist_ok=True)
     copy = folder / image.sha256
@@ -146,6 +144,19 @@ def _picture(image: InputImage, dst: Path, reader: InputReader, embed_images: bo
         temporary.write_bytes(reader.read(image))
         temporary.replace(copy)
     return f"{folder.name}/{copy.name}"
+
+
+def _path_from(path: Path, folder: Path) -> str:
+    """Returns a path that leads from a folder to the same file, through links too."""
+    if not path.is_absolute():
+        try:
+            relative = os.path.relpath(path.parent.resolve() / path.name, folder.resolve())
+            if (folder / relative).samefile(path):
+                return Path(relative).as_posix()
+        except (OSError, ValueError):
+            # On another drive, or somebody moved it.
+            pass
+    return str(path.absolute())
 
 
 def _write_text(rows: Iterable[Row], file: BinaryIO, name: str | None) -> None:
@@ -166,7 +177,7 @@ def _write_parquet(rows: Iterator[Row], file: BinaryIO, embed_images: bool) -> N
     import pyarrow.parquet as pq
 
     schema = _parquet_schema(embed_images)
-    size = PICTURE_ROWS_IN_MEMORY if embed_images else ROWS_IN_MEMORY
+    size = IMAGE_ROWS_IN_MEMORY if embed_images else ROWS_IN_MEMORY
     with pq.ParquetWriter(file, schema) as writer:
         while some := [_parquet_row(row) for row in islice(rows, size)]:
             writer.write_table(pa.Table.from_pylist(some, schema=schema))
@@ -186,10 +197,10 @@ def _parquet_schema(embed_images: bool) -> Any:
     import pyarrow as pa
 
     text, whole, real = pa.string(), pa.int64(), pa.float64()
-    picture = pa.struct([("bytes", pa.binary()), ("path", text)]) if embed_images else text
+    image = pa.struct([("bytes", pa.binary()), ("path", text)]) if embed_images else text
     columns: Sequence[tuple[str, Any]] = [
         *((name, text) for name in ("id", "task", "prompt")),
-        ("images", pa.list_(picture)),
+        ("images", pa.list_(image)),
         ("resolution", text),
         *((name, whole) for name in ("width", "height", "seed")),
         ("think", pa.bool_()),

@@ -11,7 +11,9 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
 
+from sensebatch.bounded import UnreadableFileError, read_file
 from sensebatch.image_files import (
+    MAX_FILE_BYTES,
     MAX_PIXELS,
     ImageFacts,
     UnusableImageError,
@@ -19,7 +21,6 @@ from sensebatch.image_files import (
 )
 from sensebatch.jobs import InputImage
 from sensebatch.manifest.fields import ImageStruct
-from sensebatch.manifest.inputs import read_image_file
 from sensebatch.manifest.problems import printable
 
 MAX_CACHED = 4096
@@ -59,14 +60,15 @@ class ImageProbe:
             key = (str(path), stat.st_mtime_ns, stat.st_size, as_stored)
             probed = self._remembered(key)
             if probed is None:
-                probed = self._remember(key, read_image_file(path), as_stored=as_stored)
-        except UnusableImageError as error:
+                probed = self._remember(key, read_file(path, MAX_FILE_BYTES), as_stored=as_stored)
+        except (UnreadableFileError, UnusableImageError) as error:
             raise UnusableImageError(f"{error}: {place}") from error
         except FileNotFoundError as error:
             raise UnusableImageError(f"expected an image file, found nothing at {place}") from error
         except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
             raise UnusableImageError(
-                f"expected a readable image file at {place}, found: {error}"
+                f"expected a readable image file at {place}, found: {reason}"
             ) from error
         return _input_image(path, None, probed)
 

@@ -11,11 +11,11 @@ import itertools
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from stat import S_ISDIR, S_ISREG
 from typing import Any
 
+from sensebatch.bounded import read_file
 from sensebatch.errors import JobError
-from sensebatch.image_files import MAX_FILE_BYTES, UnusableImageError
+from sensebatch.image_files import MAX_FILE_BYTES
 from sensebatch.jobs import InputImage
 
 ROWS_IN_MEMORY = 32
@@ -23,26 +23,6 @@ ROWS_IN_MEMORY = 32
 READ_AHEAD_BYTES = 2**20
 """Read at once of a column of a Parquet manifest; without a limit, all of a row group would be,
 and that may be all there is."""
-
-
-def read_image_file(path: Path) -> bytes:
-    """Returns the bytes of an image file.
-
-    Raises:
-        OSError: The file cannot be read.
-        UnusableImageError: It is not a file, or too large for one image.
-    """
-    stat = path.stat()
-    # Opening a pipe would wait for somebody who writes to it.
-    if not S_ISREG(stat.st_mode):
-        found = "a folder" if S_ISDIR(stat.st_mode) else "a device or pipe"
-        raise UnusableImageError(f"expected an image file, found {found}")
-    if stat.st_size > MAX_FILE_BYTES:
-        raise UnusableImageError(
-            f"expected an image file of at most {MAX_FILE_BYTES:,} bytes, found {stat.st_size:,}"
-        )
-    with path.open("rb") as file:
-        return file.read(MAX_FILE_BYTES)
 
 
 class InputReader:
@@ -64,7 +44,7 @@ class InputReader:
         """
         try:
             content = self._content(image)
-        except (OSError, UnusableImageError) as error:
+        except OSError as error:
             raise JobError(f"expected the input image {_place(image)}, found: {error}") from error
         digest = hashlib.sha256(content).hexdigest()
         if digest != image.sha256:
@@ -81,7 +61,7 @@ class InputReader:
 
     def _content(self, image: InputImage) -> bytes:
         if image.member is None:
-            return read_image_file(Path(image.path))
+            return read_file(Path(image.path), MAX_FILE_BYTES)
         row, name, index = image.member
         with self._lock:
             cell = self._open_column(image.path, name).cell(row)

@@ -48,7 +48,7 @@ def parquet_rows(path: Path, report: Report) -> Iterator[RawRow]:
             for batch in file.iter_batches(batch_size=size, columns=names):
                 yield from _batch_rows(batch, first)
                 first += batch.num_rows
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         report(first, (), f"expected a Parquet file, found an error: {error}")
 
 

@@ -28,6 +28,12 @@ class Unreadable:
     message: str
 
 
+MAX_MESSAGE_CHARS = 1000
+"""Longest message; paths and errors of libraries may be longer."""
+
+_BRANCHES = frozenset(["<path>", "<struct>", "<list>", "<number>", "<word>"])
+"""Parts of a location that name no field but a branch of a union."""
+
 Location = tuple[str | int, ...]
 """A field and the way into it: `("images", 1)`."""
 
@@ -141,7 +147,7 @@ def field_name(location: Location) -> str:
 
 def printable(text: str) -> str:
     """Returns a text as it can be shown: a terminal may obey some of its characters."""
-    return text if text.isprintable() else repr(text)
+    return text if text.isprintable() else ascii(text)
 
 
 def found(value: object) -> str:
@@ -189,7 +195,7 @@ def _meant(name: str, known: Iterable[str]) -> list[str]:
 
 def _worded(record: Any, known: Iterable[str]) -> tuple[Location, str]:
     """Returns the location and the message of one of pydantic's error records."""
-    location: Location = tuple(part for part in record["loc"] if not _is_tag(part))
+    location: Location = tuple(part for part in record["loc"] if part not in _BRANCHES)
     if record["type"] == "extra_forbidden":
         # What is known at the top is not what an image's struct may hold.
         inner = ("bytes", "path") if len(location) > 1 else known
@@ -203,8 +209,3 @@ def _worded(record: Any, known: Iterable[str]) -> tuple[Location, str]:
         return location, f"{record['msg']}, found {found(record['input'])}"
     value = None if kind == "missing" else record["input"]
     return location, f"expected {expected.format(**record.get('ctx', {}))}, found {found(value)}"
-
-
-def _is_tag(part: str | int) -> bool:
-    """Whether a part of a location names the branch of a union and no field."""
-    return isinstance(part, str) and part.startswith("<")

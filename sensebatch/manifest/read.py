@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from sensebatch.bounded import is_unicode
 from sensebatch.config import RunConfig
 from sensebatch.errors import ManifestError, Problem
 from sensebatch.jobs import Job, Source
@@ -27,7 +28,15 @@ from sensebatch.manifest.fields import (
 from sensebatch.manifest.ids import IdRegistry, given_id, id_error
 from sensebatch.manifest.jsonl import jsonl_rows
 from sensebatch.manifest.memory import memory_rows
-from sensebatch.manifest.problems import MAX_KEPT, Location, ProblemList, RowErrors, field_name
+from sensebatch.manifest.problems import (
+    MAX_KEPT,
+    MAX_MESSAGE_CHARS,
+    Location,
+    ProblemList,
+    RowErrors,
+    field_name,
+    printable,
+)
 from sensebatch.manifest.resolve import JobResolver, Origin, Warn
 from sensebatch.manifest.rows import ManifestRows, RawRow, Report
 from sensebatch.manifest.upstream import choose_task, named_task, said_task
@@ -184,6 +193,9 @@ class ManifestReader:
             unit: What its rows are counted in.
             opened: Opens it; receives what takes the mistakes outside the rows' fields.
         """
+        if not is_unicode(str(path)):
+            self._add(path, "manifest", (), "expected a path in UTF-8, found bytes that are not")
+            return
         self._ids.start_file(str(path), unit)
 
         def report(number: int, location: Location, message: str) -> None:
@@ -273,7 +285,12 @@ class ManifestReader:
 
     def _add(self, path: Path, row: str, location: Location, message: str) -> None:
         self.problems.add(
-            Problem(file=str(path), row=row, field=field_name(location), message=message)
+            Problem(
+                file=printable(str(path)),
+                row=row,
+                field=field_name(location)[:MAX_MESSAGE_CHARS],
+                message=message[:MAX_MESSAGE_CHARS],
+            )
         )
 
 

@@ -5,6 +5,8 @@ Knows the rules that join several fields: which belong to a task, sizes, images 
 
 from __future__ import annotations
 
+import os
+import re
 import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -27,7 +29,7 @@ from sensebatch.manifest.fields import (
 )
 from sensebatch.manifest.ids import derived_id, id_error
 from sensebatch.manifest.images import ImageProbe
-from sensebatch.manifest.problems import Location, RowErrors
+from sensebatch.manifest.problems import Location, RowErrors, found
 from sensebatch.manifest.sizes import (
     explicit_size,
     has_explicit_size,
@@ -45,6 +47,7 @@ _WHOLE_SETTINGS = ("num_steps", "max_think_tokens", "max_images", "max_new_token
 _REAL_SETTINGS = ("timestep_shift", "cfg_scale", "img_cfg_scale")
 _whole_values = attrgetter(*_WHOLE_SETTINGS)
 _real_values = attrgetter(*_REAL_SETTINGS)
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _PROMPT_FIELDS = frozenset({"prompt", "conversations"})
 _UNNAMED = PASSED_THROUGH | {"id", "task", "type"}
 """Fields that a derived id does not depend on."""
@@ -72,6 +75,7 @@ class JobResolver:
     def __init__(self, config: RunConfig, warn: Warn | None = None) -> None:
         self._config = config
         self._warn = warn
+        self._warned_files: set[str] = set()
         self._warned: set[tuple[Task, Resolution]] = set()
         self._probe = ImageProbe()
         # Most rows say the same few things; equal settings become one object.
@@ -171,9 +175,37 @@ class JobResolver:
                     "expected a path, or bytes in a Parquet manifest, found neither"
                 )
             image = image.path
-        if not image:
-            raise UnusableImageError("expected a path, found ''")
-        return self._probe.file(origin.base / image)
+        return self._probe.file(self._path(image, origin, column))
+
+    def _path(self, image: str, origin: Origin, column: str) -> Path:
+        """Returns where an image is: beside the manifest, or where upstream would look.
+
+        Raises:
+            UnusableImageError: It is nowhere, or is not a path.
+        """
+        if not image or _URL.match(image):
+            hint = "; download the image first" if image else ""
+            raise UnusableImageError(f"expected a path, found {found(image)}{hint}")
+        beside, here = origin.base / image, Path(image)
+        if os.path.exists(beside):  # noqa: PTH110 - a name that is too long is nothing, too.
+            return beside
+        if os.path.exists(here):  # noqa: PTH110
+            self._warn_of_place(origin.source, column, here)
+            return here
+        if "\\" in image and os.sep == "/":
+            raise UnusableImageError(
+                f"expected an image file, found nothing at {found(image)}; folders are separated "
+                "by / here"
+            )
+        return beside
+
+    def _warn_of_place(self, source: Source, column: str, here: Path) -> None:
+        """Says once for a manifest that its images are not where its own folder has them."""
+        if self._warn is None or source.file in self._warned_files:
+            return
+        self._warned_files.add(source.file)
+        message = f"found nothing beside the manifest, so {here} is taken from the current folder"
+        self._warn(Problem(file=source.file, row=source.row, field=column, message=message))
 
     def _check_ratio(self, image: InputImage, num_images: int) -> None:
         """Raises ResolutionError for a picture that the model's own resize refuses."""

@@ -21,6 +21,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+from sensebatch.bounded import is_unicode
 from sensebatch.errors import JobError, RunFolderError, StorageError
 from sensebatch.store.files import reason, storage_errors, sync_folders, write_atomic
 from sensebatch.yaml_values import dump_yaml
@@ -123,6 +124,9 @@ class RunDir:
 
     def _make(self) -> None:
         """Makes the folder if it is not there."""
+        if not is_unicode(str(self.root)):
+            # The log and the state hold it as text.
+            raise RunFolderError(f"{str(self.root)!a}: expected a folder whose name is UTF-8")
         with storage_errors(self.root):
             try:
                 self.root.mkdir(parents=True, exist_ok=True)

@@ -116,6 +116,23 @@ def test_pictures_inside_a_manifest_come_out_and_go_in(
     assert [read_input_image(image) for image in job.images] == [c["bytes"] for c in cell]
 
 
+def test_paths_lead_to_the_same_file_through_links(
+    tmp_path: Path, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`..` leaves a linked folder for where it really is, and not for where the link is."""
+    (tmp_path / "store" / "deep" / "conv").mkdir(parents=True)
+    (tmp_path / "conv").symlink_to("store/deep/conv")
+    (tmp_path / "in.png").write_bytes(encoded("PNG"))
+    (tmp_path / "store" / "deep" / "in.png").write_bytes(encoded("PNG", (30, 20)))
+    (tmp_path / "m.jsonl").write_text('{"prompt": "x", "image": "in.png"}')
+    monkeypatch.chdir(tmp_path)
+    convert_manifest(Path("m.jsonl"), Path("conv/m.yaml"), config)
+    (expected,) = read_manifest(Path("m.jsonl"), config)
+    (found,) = read_manifest(Path("conv/m.yaml"), config)
+    assert found.images[0].sha256 == expected.images[0].sha256
+    assert not Path(found.images[0].path).is_absolute()
+
+
 def test_the_name_is_kept(tmp_path: Path, config: RunConfig) -> None:
     source = tmp_path / "source.yaml"
     source.write_text("version: 1\nname: night\njobs: [{prompt: x}]")
@@ -138,7 +155,7 @@ def test_a_bad_manifest_leaves_the_target_as_it_was(
     ("name", "embed", "message"),
     [
         ("a.csv", False, "expected a name that ends in one of .yaml"),
-        ("a.yaml", True, "expected a Parquet manifest to store pictures in, found 'a.yaml'"),
+        ("a.yaml", True, "expected a Parquet manifest to store images in, found 'a.yaml'"),
         ("jobs.jsonl", False, "expected another file than the one to be read"),
         ("jobs.jsonl/a.yaml", False, "expected a place that can be written, found: File exists"),
     ],

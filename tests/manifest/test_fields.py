@@ -88,7 +88,7 @@ EDIT_MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"image": ""}, "image: expected a path, found ''"),
     ({"images": ["in.png"]}, "images: expected either image or images, found both"),
     ({"image": ["in.png", "no.png"]}, "image[1]: expected an image file, found nothing at "),
-    ({"image": "."}, "image: expected an image file, found a folder: "),
+    ({"image": "."}, "image: expected a file, found a folder: "),
     ({"image": "jobs.jsonl"}, "image: expected an image, found something else: "),
     ({"prompt": "<image><image>"}, "prompt: expected at most one <image> mark an image, found 2"),
     ({"cfg_norm": "cfg_zero_star"}, "cfg_norm: expected 'none', 'global' or 'channel' for edit, f"),

@@ -91,5 +91,5 @@ def test_what_a_terminal_obeys_is_shown_harmlessly(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.name == "nt", reason="has no such pipes")
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(UnusableImageError, match="found a device or pipe: "):
+    with pytest.raises(UnusableImageError, match="expected a file, found a device or pipe: "):
         ImageProbe().file(tmp_path / "pipe.png")

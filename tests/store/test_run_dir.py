@@ -121,3 +121,13 @@ def test_full_disk_leaves_the_old_file_and_no_temporary_one(
         write_atomic(tmp_path / "a", b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a").read_bytes() == b"old"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_folder_whose_name_is_not_unicode_is_refused_before_work(tmp_path: Path) -> None:
+    root = tmp_path / os.fsdecode(b"caf\xe9")
+    with pytest.raises(
+        RunFolderError, match=r"caf\\udce9'?: expected a folder whose name is UTF-8"
+    ):
+        run_folder(root, [make_job("a")])
+    assert not root.exists()
