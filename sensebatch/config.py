@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Annotated
 
-from sensebatch.jobs import CfgNorm, Precision, Sampling, VramMode
+from annotated_types import Interval
+
+from sensebatch.declarations import Setting
+from sensebatch.jobs import COUNT, MAX_SEED, CfgNorm, Precision, Sampling, VramMode
 from sensebatch.resolutions import (
     BUCKETS_TINY,
     PixelLimits,
     Resolution,
 )
-from sensebatch.tasks import TASKS, Task, TaskSpec
+from sensebatch.tasks import TASKS, SizeRule, Task, TaskSpec
 
 TINY_MODEL = "tiny"
 """Name of the embedded checkpoint."""
@@ -23,9 +27,15 @@ SYNTHETIC_PREFIX = "synthetic:"
 """Begins the names of models with made-up weights."""
 
 
+def _follows_target_pixels(spec: TaskSpec) -> bool:
+    return spec.drawing is not None and spec.drawing.size is SizeRule.TARGET_PIXELS
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskDefaults:
-    """What a job of one task gets where its manifest is silent.
+    """What a job of one task gets unless its manifest says otherwise.
+
+    Fields that are settings of a job are declared here alone, like those of `Sampling`.
 
     Source: the published defaults of the SenseNova-U1 inference scripts.
     """
@@ -35,11 +45,31 @@ class TaskDefaults:
     that makes no images."""
     buckets: Mapping[str, Resolution]
     """What `resolution: "16:9"` means."""
-    seed: int = 42
-    think: bool = False
-    target_pixels: int = 2048 * 2048
-    """Pixels of an edit's output, in the first input's aspect ratio."""
-    input_max_pixels: int | str | None = "auto"
+    seed: Annotated[
+        int, Interval(ge=0, le=MAX_SEED), Setting(help="Seed of the job's own random generator.")
+    ] = 42
+    think: Annotated[
+        bool,
+        Setting(
+            help="Let the model think before it draws.", of=lambda spec: spec.thinks is not None
+        ),
+    ] = False
+    target_pixels: Annotated[
+        int,
+        COUNT,
+        Setting(
+            help="Pixels of the image, in the aspect ratio of the first input.",
+            of=_follows_target_pixels,
+        ),
+    ] = 2048 * 2048
+    input_max_pixels: Annotated[
+        int | str | None,
+        Setting(
+            help="Pixels that inputs are brought to first: a number, auto to go by how many there "
+            "are, or none to leave them as they are.",
+            of=lambda spec: spec.resizes_inputs,
+        ),
+    ] = "auto"
     sampling: Sampling
 
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from annotated_types import Ge, Gt, Interval, Le
+
+from sensebatch.declarations import Setting, stated
 from sensebatch.resolutions import Resolution
-from sensebatch.tasks import Branch, Output, SystemPromptKind, Task
+from sensebatch.tasks import Branch, Output, SystemPromptKind, Task, TaskSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +31,8 @@ KEY_VERSION = 1
 
 MAX_COUNT = 2**31 - 1
 """Largest count or side that the log and the state have room for."""
+COUNT = Interval(ge=1, le=MAX_COUNT)
+"""The range of a number of things."""
 MAX_SEED = 2**63 - 1
 """Largest seed, likewise."""
 
@@ -63,34 +68,77 @@ class VramMode(StrEnum):
     LOW = "low"
 
 
-def interval_error(first: float, last: float) -> str | None:
-    """Returns what is wrong with the ends of `Sampling.cfg_interval`; None if nothing is."""
+def _interval_error(ends: Sequence[float]) -> str | None:
+    first, last = ends
     if first <= last:
         return None
     return f"expected the lower end first, found {first} before {last}"
 
 
+def _draws(spec: TaskSpec) -> bool:
+    return spec.drawing is not None
+
+
+def _is_guided_by_images(spec: TaskSpec) -> bool:
+    return spec.drawing is not None and spec.drawing.guidance.by_images
+
+
+def _makes_several_images(spec: TaskSpec) -> bool:
+    return spec.output is Output.IMAGES
+
+
+def _limits_text(name: str) -> Callable[[TaskSpec], bool]:
+    return lambda spec: spec.text.limit == name
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How pictures and text are sampled; the defaults live in `config.TaskDefaults`."""
+    """How images and text are sampled; the defaults are in `config`.
 
-    num_steps: int
-    """Euler steps from noise to image."""
-    timestep_shift: float
-    """Shift of the timestep schedule towards noise."""
-    cfg_scale: float
-    """Guidance scale of the text (1 turns it off)."""
-    img_cfg_scale: float
-    """Guidance scale of the input images; not used by t2i."""
-    cfg_norm: CfgNorm
-    cfg_interval: tuple[float, float]
-    """Timesteps between which guidance is applied."""
-    max_think_tokens: int
-    """Longest think text of t2i and edit."""
-    max_images: int
-    """Most pictures of one interleave job."""
-    max_new_tokens: int
-    """Most text tokens of one interleave job."""
+    A new field is declared here alone. It has a default, the value with which jobs are what they
+    were before there was the field, so that no key changes until somebody uses it.
+    """
+
+    num_steps: Annotated[int, COUNT, Setting(help="Steps from noise to image.", of=_draws)]
+    timestep_shift: Annotated[
+        float, Gt(0), Setting(help="Shift of the timesteps towards noise.", of=_draws)
+    ]
+    cfg_scale: Annotated[
+        float, Ge(0), Setting(help="Guidance towards the prompt; 1 turns it off.", of=_draws)
+    ]
+    img_cfg_scale: Annotated[
+        float,
+        Ge(0),
+        Setting(help="Guidance towards the input images; 1 turns it off.", of=_is_guided_by_images),
+    ]
+    cfg_norm: Annotated[
+        CfgNorm,
+        Setting(
+            help="How the guided velocity is rescaled; cfg_zero_star is for t2i only.", of=_draws
+        ),
+    ]
+    cfg_interval: Annotated[
+        tuple[Annotated[float, Ge(0), Le(1)], Annotated[float, Ge(0), Le(1)]],
+        Setting(
+            help="First and last timestep at which guidance is applied: two numbers from 0 to 1.",
+            of=_draws,
+            error=_interval_error,
+            metavar="FROM TO",
+        ),
+    ]
+    max_think_tokens: Annotated[
+        int,
+        COUNT,
+        Setting(help="Most tokens of the think text.", of=_limits_text("max_think_tokens")),
+    ]
+    max_images: Annotated[
+        int, COUNT, Setting(help="Most images of the job.", of=_makes_several_images)
+    ]
+    max_new_tokens: Annotated[
+        int,
+        COUNT,
+        Setting(help="Most text tokens of the job.", of=_limits_text("max_new_tokens")),
+    ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,13 +285,13 @@ def job_key(job: Job, identity: ModelIdentity) -> str:
         "think": job.think,
         "system_prompt": identity.system_prompt(job.task) if prompt is None else prompt,
         "input_max_pixels": job.input_max_pixels,
-        "sampling": asdict(job.sampling),
+        "sampling": stated(job.sampling),
         "checkpoint": identity.checkpoint,
         "lora": identity.lora,
         "dtype": identity.dtype,
     }
+    # Later fields are in the key only where they are used, so that an upgrade keeps all others.
     if identity.precision is not None:
-        # Not there without, so that such a run goes on after an update.
         content["precision"] = identity.precision
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()

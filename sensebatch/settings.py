@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from pydantic import (
     AfterValidator,
@@ -23,6 +23,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     ValidationError,
+    create_model,
 )
 from pydantic_core import ErrorDetails
 
@@ -36,18 +37,16 @@ from sensebatch.config import (
     TaskDefaults,
     default_config,
 )
+from sensebatch.declarations import Declared, declared, plain
 from sensebatch.errors import ConfigError
 from sensebatch.jobs import (
-    MAX_COUNT,
-    MAX_SEED,
-    CfgNorm,
+    COUNT,
     Precision,
     Sampling,
     VramMode,
-    interval_error,
 )
 from sensebatch.resolutions import PixelLimits, Resolution, ResolutionError
-from sensebatch.tasks import Task
+from sensebatch.tasks import TASKS, Task, TaskSpec
 from sensebatch.units import GIB
 from sensebatch.yaml_values import YamlTextError, YamlValue, read_yaml
 
@@ -91,23 +90,15 @@ def _parse_bytes(value: object) -> object:
     return amount_bytes(value)
 
 
-def _check_interval(ends: tuple[float, float]) -> tuple[float, float]:
-    if (message := interval_error(*ends)) is not None:
-        raise ValueError(message)
-    return ends
-
-
 Device = Literal["auto", "cuda", "cpu"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 AttnBackend = Literal["auto", "cudnn", "flash", "sdpa"]
 ImageFormat = Literal["png", "webp", "jpeg"]
-Count = Annotated[int, Field(gt=0, le=MAX_COUNT)]
+Count = Annotated[int, COUNT]
 Bytes = Annotated[int, Field(gt=0, le=2**63 - 1), BeforeValidator(_parse_bytes)]
 """A number of bytes, or text such as `20GiB`."""
-Positive = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Interval = Annotated[tuple[Fraction, Fraction], AfterValidator(_check_interval)]
 Size = Annotated[Any, BeforeValidator(_parse_size), PlainSerializer(str)]
+InputMaxPixels = Annotated[Literal["auto"] | Count | None, BeforeValidator(_parse_pixels)]
 
 
 class _Section(BaseModel):
@@ -165,38 +156,43 @@ class PixelLimitsSection(_Section):
     min_pixels: Count
 
 
-class SamplingSection(_Section):
-    """The file's form of `jobs.Sampling`."""
+def _checked(setting: Declared) -> Any:
+    """Returns the type of a declared setting with all that its values must fulfil."""
+    error_of = setting.setting.error
+    if error_of is None:
+        return setting.type
 
-    num_steps: Count
-    timestep_shift: Positive
-    cfg_scale: Annotated[float, Field(ge=0)]
-    img_cfg_scale: Annotated[float, Field(ge=0)]
-    cfg_norm: CfgNorm
-    cfg_interval: Interval
-    max_think_tokens: Count
-    max_images: Count
-    max_new_tokens: Count
+    def check(value: Any) -> Any:
+        if (message := error_of(value)) is not None:
+            raise ValueError(message)
+        return value
 
-
-class TaskSection(SamplingSection):
-    """The file's form of `config.TaskDefaults`, its sampling settings beside the others."""
-
-    resolution: Size
-    """`WIDTHxHEIGHT`, or the name of one of the buckets."""
-    buckets: dict[str, Size]
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)]
-    think: bool
-    target_pixels: Count
-    input_max_pixels: Annotated[Literal["auto"] | Count | None, BeforeValidator(_parse_pixels)]
+    return Annotated[setting.type, AfterValidator(check)]
 
 
-class TasksSection(_Section):
-    """The defaults of each task."""
+def _task_section(spec: TaskSpec) -> type[_Section]:
+    """Returns the file's form of a task's `config.TaskDefaults`, sampling beside the others."""
+    types = {
+        **{name: _checked(setting) for name, setting in declared(Sampling).items()},
+        **{name: _checked(setting) for name, setting in declared(TaskDefaults).items()},
+        "input_max_pixels": InputMaxPixels,
+        # `WIDTHxHEIGHT`, or the name of one of the buckets.
+        "resolution": None if spec.drawing is None else Size,
+        "buckets": dict[str, Size],
+    }
+    fields: Any = {name: (kind, ...) for name, kind in types.items()}
+    return create_model(f"{spec.task.name}_Section", __base__=_Section, **fields)
 
-    t2i: TaskSection
-    edit: TaskSection
-    interleave: TaskSection
+
+if TYPE_CHECKING:
+    TasksSection = _Section
+else:
+    TasksSection = create_model(
+        "TasksSection",
+        __base__=_Section,
+        __doc__="The defaults of each task.",
+        **{task.value: (_task_section(spec), ...) for task, spec in TASKS.items()},
+    )
 
 
 class Settings(_Section):
@@ -275,14 +271,12 @@ def _dump_task(defaults: TaskDefaults) -> dict[str, Any]:
     sampling = values.pop("sampling")
     values["resolution"] = None if defaults.resolution is None else str(defaults.resolution)
     values["buckets"] = {name: str(size) for name, size in defaults.buckets.items()}
-    sampling["cfg_norm"] = defaults.sampling.cfg_norm.value
-    sampling["cfg_interval"] = list(defaults.sampling.cfg_interval)
-    return {**values, **sampling}
+    return {**values, **{name: plain(value) for name, value in sampling.items()}}
 
 
-def _task_defaults(section: TaskSection) -> TaskDefaults:
-    values = {name: getattr(section, name) for name in TaskSection.model_fields}
-    sampling = Sampling(**{name: values.pop(name) for name in SamplingSection.model_fields})
+def _task_defaults(section: _Section) -> TaskDefaults:
+    values = {name: getattr(section, name) for name in type(section).model_fields}
+    sampling = Sampling(**{name: values.pop(name) for name in declared(Sampling)})
     return TaskDefaults(sampling=sampling, **values)
 
 
@@ -368,7 +362,10 @@ def _complaints(
         if error["type"] == "extra_forbidden":
             message = f"unknown setting{_suggestion(path)}"
         elif not message.startswith("expected "):
-            message = re.sub("^(greater|less)", r"a number \1", message.removeprefix("a valid "))
+            message = message.removeprefix("a valid ")
+            message = re.sub("^greater than or equal to", "a number of at least", message)
+            message = re.sub("^less than or equal to", "a number of at most", message)
+            message = re.sub("^(greater|less)", r"a number \1", message)
             message = message.replace("an object", "a section")
             if error["type"] == "string_too_short":
                 message = "text"

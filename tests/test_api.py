@@ -68,7 +68,7 @@ def test_settings_are_taken_by_place_or_by_section_and_on_top_of_a_file(tmp_path
 def test_mistake_in_a_setting_is_named_by_its_place() -> None:
     with pytest.raises(sensebatch.ConfigError) as raised:
         sensebatch.configure({"execution.max_attempts": 0})
-    assert str(raised.value) == "execution.max_attempts: expected a number greater than 0, found 0"
+    assert str(raised.value) == "execution.max_attempts: expected a number of at least 1, found 0"
 
 
 @pytest.mark.usefixtures("backend")

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "sensebatch"
 DOCUMENT = PACKAGE.parent / "docs" / "architecture.md"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-NOUNS = {"bounded", "errors", "resolutions", "tasks", "jobs", "units"}
+NOUNS = {"bounded", "errors", "resolutions", "tasks", "declarations", "jobs", "units"}
 
 
 def _may_import() -> dict[str, set[str]]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from sensebatch import config, settings
-from sensebatch.config import RunConfig, default_config
+from sensebatch.config import RunConfig, TaskDefaults, default_config
 from sensebatch.errors import ConfigError
 from sensebatch.jobs import CfgNorm, Sampling
 from sensebatch.resolutions import PixelLimits, Resolution
@@ -158,12 +158,20 @@ def test_any_settings_survive_dump_and_read(
         (settings.OutputSection, config.OutputConfig),
         (settings.ExecutionSection, config.ExecutionConfig),
         (settings.PixelLimitsSection, PixelLimits),
-        (settings.SamplingSection, Sampling),
         (settings.Settings, RunConfig),
     ],
 )
 def test_file_offers_exactly_the_settings_there_are(section: type[BaseModel], noun: type) -> None:
     assert list(section.model_fields) == [field.name for field in dataclasses.fields(noun)]
+
+
+@pytest.mark.parametrize("task", Task)
+def test_file_offers_exactly_the_settings_of_every_task(task: Task) -> None:
+    section = settings.TasksSection.model_fields[task].annotation
+    assert isinstance(section, type)
+    assert issubclass(section, BaseModel)
+    nouns = {field.name for noun in (TaskDefaults, Sampling) for field in dataclasses.fields(noun)}
+    assert section.model_fields.keys() == nouns - {"sampling"}
 
 
 @pytest.mark.parametrize(
@@ -190,8 +198,8 @@ def test_file_offers_exactly_the_settings_there_are(section: type[BaseModel], no
         ("memory: 3", "FILE: line 1: memory: expected a section, found 3"),
         (
             "tasks: {edit: {input_max_pixels: 0}}",
-            "FILE: line 1: tasks.edit.input_max_pixels: expected 'auto' or a number greater than "
-            "0, found 0",
+            "FILE: line 1: tasks.edit.input_max_pixels: expected 'auto' or a number of at least "
+            "1, found 0",
         ),
         (
             "tasks:\n  t2i:\n    resolution: 17:9",
@@ -225,12 +233,12 @@ def test_file_offers_exactly_the_settings_there_are(section: type[BaseModel], no
         ("model: {model: ''}", "FILE: line 1: model.model: expected text, found ''"),
         (
             "tasks: {t2i: {num_steps: 2147483648}}",
-            "FILE: line 1: tasks.t2i.num_steps: expected a number less than or equal to "
+            "FILE: line 1: tasks.t2i.num_steps: expected a number of at most "
             "2147483647, found 2147483648",
         ),
         (
             "tasks: {t2i: {seed: 9223372036854775808}}",
-            "FILE: line 1: tasks.t2i.seed: expected a number less than or equal to "
+            "FILE: line 1: tasks.t2i.seed: expected a number of at most "
             "9223372036854775807, found 9223372036854775808",
         ),
         (
@@ -258,8 +266,8 @@ def test_all_mistakes_are_told_at_once_and_flags_by_their_name(tmp_path: Path) -
     assert _complaints(tmp_path, text, memory__max_batch_size=-1, execution__max_attempts=0) == [
         "FILE: line 1: model.dtype: expected 'auto', 'bfloat16', 'float16' or 'float32', "
         "found 'int8'",
-        "--max-batch-size: expected a number greater than 0, found -1",
-        "--max-attempts: expected a number greater than 0, found 0",
+        "--max-batch-size: expected a number of at least 1, found -1",
+        "--max-attempts: expected a number of at least 1, found 0",
     ]
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from sensebatch import tasks
+from sensebatch.cli.job_options import command_of
 from sensebatch.config import SYNTHETIC_PREFIX, TINY_MODEL, default_config
 from sensebatch.engine.tasks.registry import runner_of
 from sensebatch.jobs import Sampling
@@ -40,7 +40,7 @@ def test_a_row_contradicts_itself_nowhere(task: Task) -> None:
 @pytest.mark.parametrize("task", Task)
 def test_every_task_has_a_runner_and_a_command(task: Task) -> None:
     assert callable(runner_of(task).run)
-    assert callable(getattr(import_module(f"sensebatch.cli.{task}"), task))
+    assert callable(command_of(task))
 
 
 @pytest.mark.parametrize("model", [TINY_MODEL, SYNTHETIC_PREFIX + "8b"])

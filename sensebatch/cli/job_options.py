@@ -1,77 +1,40 @@
-"""The options of the one-job commands; `options` holds those that `run` has as well."""
+"""The options of the one-job commands, and the commands themselves.
+
+A task's row says which options its command has; the settings among them come from their
+declarations. `options` holds what `run` has as well.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field, make_dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from sensebatch.cli.options import (
+    BatchOptions,
+    ExecutionOptions,
+    ImageOptions,
+    ModelOptions,
+    ScreenOptions,
+)
 from sensebatch.cli.paths import path
-from sensebatch.jobs import CfgNorm
-from sensebatch.tasks import Task
+from sensebatch.config import TaskDefaults
+from sensebatch.declarations import Declared, declared
+from sensebatch.jobs import Sampling
+from sensebatch.tasks import Output, Task
 
 _SAMPLING = "Sampling"
 _OUTPUT = "Output"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingOptions:
-    """How one task samples; what a manifest's row says wins over these."""
-
-    num_steps: Annotated[
-        int | None, typer.Option(help="Steps from noise to image.", rich_help_panel=_SAMPLING)
-    ] = None
-    timestep_shift: Annotated[
-        float | None,
-        typer.Option(help="Shift of the timesteps towards noise.", rich_help_panel=_SAMPLING),
-    ] = None
-    cfg_scale: Annotated[
-        float | None,
-        typer.Option(help="Guidance of the text; 1 is none.", rich_help_panel=_SAMPLING),
-    ] = None
-    cfg_norm: Annotated[
-        CfgNorm | None,
-        typer.Option(help="How the guided velocity is rescaled.", rich_help_panel=_SAMPLING),
-    ] = None
-    cfg_interval: Annotated[
-        tuple[float, float] | None,
-        typer.Option(
-            help="First and last timestep with guidance: two numbers from 0 to 1.",
-            metavar="FROM TO",
-            rich_help_panel=_SAMPLING,
-        ),
-    ] = None
-    seed: Annotated[
-        int | None, typer.Option(help="Of the job's noise.", rich_help_panel=_SAMPLING)
-    ] = None
-    think: Annotated[
-        bool | None,
-        typer.Option(
-            "--think/--no-think", help="Let the model think first.", rich_help_panel=_SAMPLING
-        ),
-    ] = None
-
-    def flags(self, task: Task) -> dict[str, object]:
-        """Returns what was given, by place in the settings."""
-        return {
-            f"tasks.{task.value}.{field.name}": getattr(self, field.name) for field in fields(self)
-        }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImageGuidanceOptions:
-    """Guidance by input images, of edit and interleave."""
-
-    img_cfg_scale: Annotated[
-        float | None,
-        typer.Option(help="Guidance of the input images; 1 is none.", rich_help_panel=_SAMPLING),
-    ] = None
-
-    def flags(self, task: Task) -> dict[str, object]:
-        """Returns what was given, by place in the settings."""
-        return {f"tasks.{task.value}.img_cfg_scale": self.img_cfg_scale}
+_SETTINGS = {**declared(Sampling), **declared(TaskDefaults)}
+_ABOUT_THE_RUN = """\
+The job is a run of its own, with its folder in OUTPUT_DIR/.sensebatch, so the same command draws
+nothing twice. With --jsonl, the folder is OUTPUT_DIR itself, as with `sensebatch run`.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,11 +44,15 @@ class JobOptions:
     prompt: Annotated[str | None, typer.Option(help="What to make.")] = None
     jsonl: Annotated[
         Path | None,
-        typer.Option(parser=path, help="JSONL file with a job a line, in place of a prompt."),
+        typer.Option(parser=path, help="JSONL file with one job per line, in place of a prompt."),
     ] = None
     system_prompt: Annotated[
         str | None,
-        typer.Option("--system-prompt", "--system-message", help="In place of the model's own."),
+        typer.Option(
+            "--system-prompt",
+            "--system-message",
+            help="System prompt in place of the model's own.",
+        ),
     ] = None
     output_dir: Annotated[
         Path | None,
@@ -103,7 +70,7 @@ class JobOptions:
         bool,
         typer.Option(
             "--compare",
-            help="Also write a picture of inputs and outputs with the prompt under them.",
+            help="Also write an image of inputs and outputs with the prompt below them.",
             rich_help_panel=_OUTPUT,
         ),
     ] = False
@@ -128,35 +95,16 @@ class JobOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SingleImageOptions:
-    """What only tasks with one output have."""
-
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            parser=path,
-            help="File to write; its suffix says the format (png, webp, jpg).",
-            rich_help_panel=_OUTPUT,
-        ),
-    ] = None
-    max_think_tokens: Annotated[
-        int | None, typer.Option(help="Longest think text.", rich_help_panel=_SAMPLING)
-    ] = None
-
-    def flags(self, task: Task) -> dict[str, object]:
-        """Returns what was given, by place in the settings."""
-        return {f"tasks.{task.value}.max_think_tokens": self.max_think_tokens}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class SizeOptions:
-    """The size of the pictures; without it, that of the model's task or the first input."""
+    """The size of the images; without it, that of the first input or the model's default."""
 
     width: Annotated[
-        int | None, typer.Option(help="Pixels, a multiple of 32.", rich_help_panel=_SAMPLING)
+        int | None,
+        typer.Option(help="Width in pixels, a multiple of 32.", rich_help_panel=_SAMPLING),
     ] = None
     height: Annotated[
-        int | None, typer.Option(help="Pixels, a multiple of 32.", rich_help_panel=_SAMPLING)
+        int | None,
+        typer.Option(help="Height in pixels, a multiple of 32.", rich_help_panel=_SAMPLING),
     ] = None
     resolution: Annotated[
         str | None,
@@ -171,48 +119,119 @@ class SizeOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EditOptions:
-    """What only edit has."""
+class InputOptions:
+    """The input images."""
 
-    target_pixels: Annotated[
-        int | None,
-        typer.Option(
-            help="Pixels of the output, in the first input's aspect ratio.",
-            rich_help_panel=_SAMPLING,
-        ),
-    ] = None
-    input_max_pixels: Annotated[
-        str | None,
-        typer.Option(
-            help="Pixels that inputs are brought to first: a number, auto, or none to leave them.",
-            rich_help_panel=_SAMPLING,
-        ),
+    image: Annotated[
+        list[str] | None,
+        typer.Option("--image", help="An input image; repeat the option for more."),
     ] = None
 
-    def flags(self) -> dict[str, object]:
-        """Returns what was given, by place in the settings."""
-        return {f"tasks.edit.{field.name}": getattr(self, field.name) for field in fields(self)}
+    def fields(self) -> dict[str, object]:
+        """Returns what was given, as a manifest's row says it."""
+        return {"image": self.image or None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class InterleaveOptions:
-    """What only interleave has."""
+class FileOptions:
+    """The file of a task that makes one image."""
 
-    max_images: Annotated[
-        int | None, typer.Option(help="Most pictures.", rich_help_panel=_SAMPLING)
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            parser=path,
+            help="File to write; its suffix says the format (png, webp, jpg).",
+            rich_help_panel=_OUTPUT,
+        ),
     ] = None
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Most text tokens.", rich_help_panel=_SAMPLING)
-    ] = None
-
-    def flags(self) -> dict[str, object]:
-        """Returns what was given, by place in the settings."""
-        return {
-            f"tasks.interleave.{field.name}": getattr(self, field.name) for field in fields(self)
-        }
 
 
-InputImages = Annotated[
-    list[str] | None,
-    typer.Option("--image", help="An input picture; give it again for another one."),
-]
+def setting_options(task: Task) -> type[Any]:
+    """Returns a dataclass of options: one for each declared setting that a task has."""
+    return make_dataclass(
+        f"{task.name}_Settings",
+        [
+            (name, _annotation(setting), field(default=None))
+            for name, setting in _SETTINGS.items()
+            if setting.setting.of(task.spec)
+        ],
+        frozen=True,
+        slots=True,
+        kw_only=True,
+    )
+
+
+def _annotation(setting: Declared) -> Any:
+    kind, words = setting.plain_type, setting.setting
+    flag = f"--{setting.name.replace('_', '-')}"
+    option: Any = typer.Option(
+        f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
+        help=words.help,
+        metavar=words.metavar,
+        rich_help_panel=_SAMPLING,
+    )
+    # What is a number or a word in a file is text on the command line.
+    is_simple = isinstance(kind, type) or words.metavar is not None
+    return Annotated[(kind if is_simple else str) | None, option]
+
+
+def one_job_command(task: Task, about: str) -> Callable[..., None]:
+    """Returns a command for `with_options` that runs one job of a task, or a JSONL file's.
+
+    Args:
+        task: Its row says which options there are.
+        about: Help: what the command makes.
+    """
+    spec = task.spec
+    groups: dict[str, type[Any]] = {"job": JobOptions}
+    if spec.takes_images:
+        groups["inputs"] = InputOptions
+    if spec.drawing is not None:
+        groups["size"] = SizeOptions
+    groups["settings"] = setting_options(task)
+    if spec.output is Output.IMAGE:
+        groups["file"] = FileOptions
+    groups |= {
+        "model": ModelOptions,
+        "batch": BatchOptions,
+        "execution": ExecutionOptions,
+        "images": ImageOptions,
+        "screen": ScreenOptions,
+    }
+
+    def run(**given: Any) -> None:
+        from sensebatch.cli.one_job import Command, run_command
+
+        fields: dict[str, object] = {}
+        flags: dict[str, object] = {}
+        for name in ("inputs", "size"):
+            fields |= given[name].fields() if name in given else {}
+        for name in ("model", "batch", "execution", "images"):
+            flags |= given[name].flags()
+        for name in groups["settings"].__dataclass_fields__:
+            flags[f"tasks.{task}.{name}"] = getattr(given["settings"], name)
+        run_command(
+            Command(
+                task=task,
+                job=given["job"],
+                fields=fields,
+                flags=flags,
+                config_file=given["model"].config,
+                screen=given["screen"],
+                output=given["file"].output if "file" in given else None,
+            )
+        )
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    run.__doc__ = f"{about}\n\n{_ABOUT_THE_RUN}"
+    run.__annotations__ = groups
+    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(name, keyword, annotation=group) for name, group in groups.items()]
+    )
+    return run
+
+
+def command_of(task: Task) -> Callable[..., None]:
+    """Returns the command of a task: the `COMMAND` of the module of `cli` with the task's name."""
+    command: Callable[..., None] = import_module(f"sensebatch.cli.{task}").COMMAND
+    return command

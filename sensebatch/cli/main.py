@@ -19,9 +19,7 @@ import sensebatch
 from sensebatch.cli import (
     demo,
     doctor,
-    edit,
     exits,
-    interleave,
     manifest,
     model,
     plan,
@@ -29,11 +27,12 @@ from sensebatch.cli import (
     report,
     run,
     status,
-    t2i,
 )
+from sensebatch.cli.job_options import command_of
 from sensebatch.cli.messages import OutputError, counted, say, show, show_anyway
 from sensebatch.cli.options import with_options
 from sensebatch.errors import ManifestError, RunStoppedError, SensebatchError, StoppedError
+from sensebatch.tasks import Task
 
 _NAME = "sensebatch"
 _USAGE_ERRORS: tuple[type[Exception], ...] = tuple(
@@ -85,8 +84,8 @@ def _make_app() -> typer.Typer:
         app.command()(with_options(command))
     app.add_typer(manifest.app, name="manifest")
     app.add_typer(model.app, name="model")
-    for one_job in (t2i.t2i, edit.edit, interleave.interleave):
-        app.command(rich_help_panel="One job")(with_options(one_job))
+    for task in Task:
+        app.command(task.value, rich_help_panel="One job")(with_options(command_of(task)))
     return app
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, get_origin
 
 from sensebatch.config import RunConfig
 from sensebatch.errors import ManifestError, Problem
 from sensebatch.jobs import InputImage
-from sensebatch.manifest.fields import EXPANSION_FIELDS, IMAGE_FIELDS
+from sensebatch.manifest.fields import EXPANSION_FIELDS, IMAGE_FIELDS, SETTINGS
 from sensebatch.manifest.inputs import InputReader
 from sensebatch.manifest.read import (
     JSONL_SUFFIXES,
@@ -197,23 +197,22 @@ def _parquet_schema(embed_images: bool) -> Any:
     import pyarrow as pa
 
     text, whole, real = pa.string(), pa.int64(), pa.float64()
+    types = {int: whole, float: real, bool: pa.bool_()}
     image = pa.struct([("bytes", pa.binary()), ("path", text)]) if embed_images else text
-    columns: Sequence[tuple[str, Any]] = [
-        *((name, text) for name in ("id", "task", "prompt")),
-        ("images", pa.list_(image)),
-        ("resolution", text),
-        *((name, whole) for name in ("width", "height", "seed")),
-        ("think", pa.bool_()),
-        ("system_prompt", text),
-        ("num_steps", whole),
-        *((name, real) for name in ("cfg_scale", "img_cfg_scale")),
-        ("cfg_norm", text),
-        ("cfg_interval", pa.list_(real)),
-        ("timestep_shift", real),
-        ("target_pixels", whole),
-        ("input_max_pixels", text),
-        *((name, whole) for name in ("max_think_tokens", "max_images", "max_new_tokens")),
-        ("tags", pa.list_(text)),
-        ("metadata", text),
-    ]
-    return pa.schema(columns)
+
+    def column(kind: Any) -> Any:
+        return pa.list_(real) if get_origin(kind) is tuple else types.get(kind, text)
+
+    return pa.schema(
+        [
+            *((name, text) for name in ("id", "task", "prompt")),
+            ("images", pa.list_(image)),
+            ("resolution", text),
+            ("width", whole),
+            ("height", whole),
+            ("system_prompt", text),
+            *((name, column(setting.plain_type)) for name, setting in SETTINGS.items()),
+            ("tags", pa.list_(text)),
+            ("metadata", text),
+        ]
+    )

@@ -109,7 +109,8 @@ def _axes(fields: Mapping[str, Any], default_seed: int, errors: RowErrors) -> li
         _check_distinct("seeds", checked.seeds, errors)
         axes.append(("seed", checked.seeds))
     elif checked.n is not None:
-        first = default_seed if checked.seed is None else checked.seed
+        seed = checked.given("seed")
+        first = default_seed if seed is None else seed
         if first + checked.n - 1 > MAX_SEED:
             errors.add("n", f"expected seeds up to {MAX_SEED}, found {checked.n} from {first} on")
         axes.append(("seed", range(first, first + checked.n)))

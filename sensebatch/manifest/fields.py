@@ -7,28 +7,33 @@ that is None was not given. Defaults are not stated here but in `config.py`.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag
+from annotated_types import Len
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag, create_model
 
-from sensebatch.jobs import MAX_COUNT, MAX_SEED
-from sensebatch.tasks import Output, SizeRule, Task, TaskSpec
+from sensebatch.config import TaskDefaults
+from sensebatch.declarations import declared
+from sensebatch.jobs import COUNT, MAX_COUNT, MAX_SEED, Sampling
+from sensebatch.tasks import Task, TaskSpec
 
 SKIP_RESIZE = "none"
 """`input_max_pixels` that leaves the inputs as they are; the readers write null as this."""
 
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Side = Annotated[int, Field(gt=0, le=MAX_COUNT)]
-Scale = Annotated[float, Field(ge=0)]
-Timestep = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
-TaskName = Literal["t2i", "edit", "interleave"]
+Count = Annotated[int, COUNT]
 
 
 class StrictModel(BaseModel):
     """Takes a value only if it already has the right type; refuses unknown names."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    def given(self, name: str) -> Any:
+        """Returns the value of a setting, which no type checker knows; None if it is not given."""
+        return getattr(self, name)
 
 
 class ImageStruct(StrictModel):
@@ -99,47 +104,69 @@ class Turn(BaseModel):
     value: str = Field(description="What is said.")
 
 
-class SharedFields(StrictModel):
-    """What a job and a manifest's `defaults` can both say."""
+class _RunFields(StrictModel):
+    """What is no setting of a task, but decides jobs."""
 
-    task: TaskName | None = Field(
-        None, description="What the job makes; without it, edit where images are given, else t2i."
-    )
     resolution: str | None = Field(
         None, description="An aspect ratio of the model's table (`16:9`), or `WIDTHxHEIGHT`."
     )
-    width: Side | None = Field(None, description="Of the picture in pixels, a multiple of 32.")
-    height: Side | None = Field(None, description="Of the picture in pixels, a multiple of 32.")
-    seed: Seed | None = Field(None, description="Of the job's own random generator.")
+    width: Side | None = Field(None, description="Width of the image in pixels, a multiple of 32.")
+    height: Side | None = Field(
+        None, description="Height of the image in pixels, a multiple of 32."
+    )
     seeds: Annotated[list[Seed], Field(min_length=1)] | None = Field(
         None, description="One job for each of these seeds."
     )
-    n: Count | None = Field(None, description="So many jobs, with seed, seed + 1 and so on.")
-    think: bool | None = Field(None, description="Whether the model writes a plan first.")
-    system_prompt: str | None = Field(None, description="In place of the model's own.")
-    num_steps: Count | None = Field(None, description="Steps from noise to picture.")
-    cfg_scale: Scale | None = Field(None, description="Guidance towards the prompt.")
-    img_cfg_scale: Scale | None = Field(None, description="Guidance towards the input images.")
-    cfg_norm: Literal["none", "global", "channel", "cfg_zero_star"] | None = Field(
-        None, description="How the guided velocity is rescaled; `cfg_zero_star` is for t2i only."
+    n: Count | None = Field(None, description="The number of jobs, with seed, seed + 1 and so on.")
+    system_prompt: str | None = Field(
+        None, description="The system prompt in place of the model's own."
     )
-    cfg_interval: Annotated[list[Timestep], Field(min_length=2, max_length=2)] | None = Field(
-        None, description="First and last timestep at which guidance is applied."
+
+
+SETTINGS = {**declared(TaskDefaults), **declared(Sampling)}
+"""The settings of a job by name."""
+
+
+def _plain_type(kind: Any) -> Any:
+    """Returns a declared type as files hold it: the words of an enum, a list for a tuple."""
+    if get_origin(kind) is Annotated:
+        kind, *limits = get_args(kind)
+        return Annotated[(_plain_type(kind), *limits)]
+    if get_origin(kind) is tuple:
+        item, *rest = get_args(kind)
+        return Annotated[list.__class_getitem__(item), Len(1 + len(rest), 1 + len(rest))]
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return Literal.__getitem__(tuple(member.value for member in kind))
+    return kind
+
+
+def _setting_fields() -> dict[str, Any]:
+    types = {name: _plain_type(setting.type) for name, setting in SETTINGS.items()}
+    types["input_max_pixels"] = InputMaxPixels
+    return {
+        name: (kind | None, Field(None, description=SETTINGS[name].setting.help))
+        for name, kind in types.items()
+    }
+
+
+_TASK_FIELD: Any = (
+    Literal[tuple(task.value for task in Task)] | None,
+    Field(
+        None, description="What the job makes; without it, edit where images are given, else t2i."
+    ),
+)
+
+if TYPE_CHECKING:
+    _SettingFields = _RunFields
+else:
+    _SettingFields = create_model(
+        "_SettingFields", __base__=_RunFields, task=_TASK_FIELD, **_setting_fields()
     )
-    timestep_shift: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="Shift of the timesteps towards noise."
-    )
-    target_pixels: Count | None = Field(
-        None, description="Pixels of the picture, in the aspect ratio of the first input."
-    )
-    input_max_pixels: InputMaxPixels | None = Field(
-        None,
-        description="Pixels that inputs are brought to first; `auto` goes by their number, "
-        "`none` or null leaves them as they are.",
-    )
-    max_think_tokens: Count | None = Field(None, description="Longest plan.")
-    max_images: Count | None = Field(None, description="Most pictures of the job.")
-    max_new_tokens: Count | None = Field(None, description="Most text tokens of the job.")
+
+
+class SharedFields(_SettingFields):
+    """What a job and a manifest's `defaults` can both say."""
+
     tags: list[str] | None = Field(None, description="Words passed through to the log.")
     metadata: dict[str, JsonValue] | None = Field(
         None, description="Anything JSON can hold, passed through to the log."
@@ -167,12 +194,18 @@ class JobFields(SharedFields):
     )
 
 
-class DefaultsFields(SharedFields):
-    """What jobs get that do not say otherwise: all of them, or those of one task."""
-
-    t2i: SharedFields | None = Field(None, description="For t2i jobs only.")
-    edit: SharedFields | None = Field(None, description="For edit jobs only.")
-    interleave: SharedFields | None = Field(None, description="For interleave jobs only.")
+if TYPE_CHECKING:
+    DefaultsFields = SharedFields
+else:
+    DefaultsFields = create_model(
+        "DefaultsFields",
+        __base__=SharedFields,
+        __doc__="What jobs get unless they say otherwise: all of them, or those of one task.",
+        **{
+            task.value: (SharedFields | None, Field(None, description=f"For {task} jobs only."))
+            for task in Task
+        },
+    )
 
 
 class ManifestHeader(StrictModel):
@@ -200,24 +233,15 @@ SHARED_FIELD_NAMES = tuple(SharedFields.model_fields)
 
 
 def _foreign_fields(spec: TaskSpec) -> frozenset[str]:
-    rule = spec.drawing
-    has = {
-        **dict.fromkeys(IMAGE_FIELDS, spec.takes_images),
-        **dict.fromkeys(SIZE_FIELDS | _DRAWING_FIELDS, rule is not None),
-        **dict.fromkeys(("think", "think_mode"), spec.thinks is not None),
-        "img_cfg_scale": rule is not None and rule.guidance.by_images,
-        "target_pixels": rule is not None and rule.size is SizeRule.TARGET_PIXELS,
-        "input_max_pixels": spec.resizes_inputs,
-        "max_images": spec.output is Output.IMAGES,
-        "max_think_tokens": spec.text.limit == "max_think_tokens",
-        "max_new_tokens": spec.text.limit == "max_new_tokens",
-    }
-    return frozenset(name for name, had in has.items() if not had)
+    foreign = {name for name, setting in SETTINGS.items() if not setting.setting.of(spec)}
+    if "think" in foreign:
+        foreign.add("think_mode")
+    if not spec.takes_images:
+        foreign |= IMAGE_FIELDS
+    if spec.drawing is None:
+        foreign |= SIZE_FIELDS
+    return frozenset(foreign)
 
-
-_DRAWING_FIELDS = frozenset(
-    {"num_steps", "timestep_shift", "cfg_scale", "cfg_norm", "cfg_interval"}
-)
 
 FOREIGN_FIELDS = {task: _foreign_fields(task.spec) for task in Task}
 """The fields that a task does not have."""

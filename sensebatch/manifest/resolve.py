@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from sensebatch.config import RunConfig
+from sensebatch.declarations import converted, declared
 from sensebatch.errors import Problem
 from sensebatch.image_files import UnusableImageError
-from sensebatch.jobs import IMAGE_MARK, CfgNorm, InputImage, Job, Sampling, Source, interval_error
+from sensebatch.jobs import IMAGE_MARK, CfgNorm, InputImage, Job, Sampling, Source
 from sensebatch.manifest.fields import (
     FOREIGN_FIELDS,
     IMAGE_FIELDS,
@@ -43,10 +44,9 @@ from sensebatch.tasks import Inputs, Task
 Warn = Callable[[Problem], None]
 """Receives what is allowed but deserves a look."""
 
-_WHOLE_SETTINGS = ("num_steps", "max_think_tokens", "max_images", "max_new_tokens")
-_REAL_SETTINGS = ("timestep_shift", "cfg_scale", "img_cfg_scale")
-_whole_values = attrgetter(*_WHOLE_SETTINGS)
-_real_values = attrgetter(*_REAL_SETTINGS)
+_SAMPLING = declared(Sampling)
+_KINDS = {name: setting.plain_type for name, setting in _SAMPLING.items()}
+_sampling_values = attrgetter(*_SAMPLING)
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _PROMPT_FIELDS = frozenset({"prompt", "conversations"})
 _UNNAMED = PASSED_THROUGH | {"id", "task", "type"}
@@ -102,7 +102,7 @@ class JobResolver:
             unknown: Fields that are given, but left out of `fields` because they are wrong; what
                 follows from them is not checked.
         """
-        defaults = self._config.tasks[task]
+        defaults, seed = self._config.tasks[task], fields.given("seed")
         _check_names(fields, task, errors)
         prompt = prompt_of(fields, errors) if unknown.isdisjoint(_PROMPT_FIELDS) else ""
         images = None if unknown & IMAGE_FIELDS else self._images(fields, task, origin, errors)
@@ -124,7 +124,7 @@ class JobResolver:
             prompt=prompt,
             images=images or (),
             resolution=resolution,
-            seed=defaults.seed if fields.seed is None else fields.seed,
+            seed=defaults.seed if seed is None else seed,
             think=defaults.think if think is None else think,
             system_prompt=system_prompt,
             input_max_pixels=input_max_pixels,
@@ -218,20 +218,20 @@ class JobResolver:
         )
 
     def _sampling_of(self, fields: JobFields, task: Task, errors: RowErrors) -> Sampling:
-        interval = fields.cfg_interval
-        if interval is not None and (message := interval_error(*interval)) is not None:
-            errors.add("cfg_interval", message)
-        rule = task.spec.drawing
-        if fields.cfg_norm == "cfg_zero_star" and rule and rule.guidance.by_images:
-            message = f"expected 'none', 'global' or 'channel' for {task}, found 'cfg_zero_star'"
-            errors.add("cfg_norm", message)
-        return self._sampling(
-            self._config.tasks[task].sampling,
-            fields.cfg_norm,
-            None if interval is None else (interval[0], interval[1]),
-            _whole_values(fields),
-            _real_values(fields),
+        given = tuple(
+            tuple(value) if isinstance(value, list) else value for value in _sampling_values(fields)
         )
+        for (name, setting), value in zip(_SAMPLING.items(), given, strict=True):
+            error_of = setting.setting.error
+            if error_of and value is not None and (message := error_of(value)) is not None:
+                errors.add(name, message)
+        rule = task.spec.drawing
+        cfg_norm = fields.given("cfg_norm")
+        if cfg_norm == CfgNorm.CFG_ZERO_STAR and rule and rule.guidance.by_images:
+            *first, last = (repr(norm.value) for norm in CfgNorm if norm != cfg_norm)
+            known = f"{', '.join(first)} or {last}"
+            errors.add("cfg_norm", f"expected {known} for {task}, found {cfg_norm!r}")
+        return self._sampling(self._config.tasks[task].sampling, given)
 
     def _input_max_pixels(
         self, fields: JobFields, task: Task, num_images: int, errors: RowErrors
@@ -259,7 +259,7 @@ class JobResolver:
         try:
             return implied_size(
                 rule,
-                fields.target_pixels,
+                fields.given("target_pixels"),
                 defaults=defaults,
                 limits=self._config.pixel_limits,
                 images=images,
@@ -314,25 +314,16 @@ def _id(fields: JobFields, task: Task, own: Mapping[str, Any], errors: RowErrors
     return job_id
 
 
-def _sampling(
-    defaults: Sampling,
-    cfg_norm: str | None,
-    cfg_interval: tuple[float, float] | None,
-    whole: tuple[int | None, ...],
-    real: tuple[float | None, ...],
-) -> Sampling:
-    """Returns the defaults with everything replaced that is not None."""
-    changes: dict[str, Any] = {
-        name: value for name, value in zip(_WHOLE_SETTINGS, whole, strict=True) if value is not None
-    }
-    # A whole number must not make another job key than the same number with a point.
-    changes |= {
-        name: float(value)
-        for name, value in zip(_REAL_SETTINGS, real, strict=True)
+def _sampling(defaults: Sampling, given: tuple[Any, ...]) -> Sampling:
+    """Returns the defaults with everything replaced that is not None.
+
+    Args:
+        defaults: The task's.
+        given: A value for each setting, in the order of `_KINDS`.
+    """
+    changes = {
+        name: converted(kind, value)
+        for (name, kind), value in zip(_KINDS.items(), given, strict=True)
         if value is not None
     }
-    if cfg_norm is not None:
-        changes["cfg_norm"] = CfgNorm(cfg_norm)
-    if cfg_interval is not None:
-        changes["cfg_interval"] = (float(cfg_interval[0]), float(cfg_interval[1]))
     return replace(defaults, **changes)

@@ -77,7 +77,7 @@ def resolved_input_max_pixels(
     errors: RowErrors,
 ) -> int | None:
     """Returns the pixels that an edit's inputs are brought to first; None leaves them alone."""
-    value = fields.input_max_pixels
+    value = fields.given("input_max_pixels")
     if value == SKIP_RESIZE:
         return None
     if value is None:

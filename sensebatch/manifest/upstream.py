@@ -73,11 +73,12 @@ def system_prompt_of(fields: JobFields, errors: RowErrors) -> str | None:
 
 def think_of(fields: JobFields, errors: RowErrors) -> bool | None:
     """Returns whether the job thinks, under either name of the field."""
-    if fields.think is None:
+    think: bool | None = fields.given("think")
+    if think is None:
         return fields.think_mode
-    if fields.think_mode is not None and fields.think_mode != fields.think:
+    if fields.think_mode is not None and fields.think_mode != think:
         errors.add("think_mode", "expected the same as think, found the opposite")
-    return fields.think
+    return think
 
 
 def metadata_of(fields: JobFields, errors: RowErrors) -> dict[str, Any]:

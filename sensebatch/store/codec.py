@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from sensebatch.jobs import CfgNorm, Drawing, GroupKey, InputImage, Job, Sampling, Source
+from sensebatch.declarations import restored, stated
+from sensebatch.jobs import Drawing, GroupKey, InputImage, Job, Sampling, Source
 from sensebatch.resolutions import Resolution
 from sensebatch.tasks import Branch, Task
 
@@ -20,7 +21,6 @@ def job_to_json(job: Job) -> str:
     Raises:
         TypeError: The metadata holds something that JSON has no word for.
     """
-    sampling = job.sampling
     return _dumps(
         {
             "id": job.id,
@@ -32,7 +32,7 @@ def job_to_json(job: Job) -> str:
             "think": job.think,
             "system_prompt": job.system_prompt,
             "input_max_pixels": job.input_max_pixels,
-            "sampling": {name: getattr(sampling, name) for name in Sampling.__slots__},
+            "sampling": stated(job.sampling),
             "metadata": dict(job.metadata),
             "source": [job.source.file, job.source.row],
         }
@@ -67,9 +67,6 @@ def _image(values: list[Any]) -> InputImage:
 def job_from_json(text: str) -> Job:
     """Returns the job that `job_to_json` wrote; sequences in its metadata come back as lists."""
     values = json.loads(text)
-    sampling = values["sampling"]
-    sampling["cfg_norm"] = CfgNorm(sampling["cfg_norm"])
-    sampling["cfg_interval"] = tuple(sampling["cfg_interval"])
     return Job(
         id=values["id"],
         task=Task(values["task"]),
@@ -80,7 +77,7 @@ def job_from_json(text: str) -> Job:
         think=values["think"],
         system_prompt=values["system_prompt"],
         input_max_pixels=values["input_max_pixels"],
-        sampling=Sampling(**sampling),
+        sampling=restored(Sampling, values["sampling"]),
         metadata=values["metadata"],
         source=Source(file=values["source"][0], row=values["source"][1]),
     )

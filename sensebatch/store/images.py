@@ -12,6 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sensebatch.config import OutputConfig
+from sensebatch.declarations import stated
 from sensebatch.jobs import Job, ModelIdentity
 
 EXTENSIONS = {"png": "png", "webp": "webp", "jpeg": "jpg"}
@@ -37,7 +38,7 @@ def picture_metadata(job: Job, key: str, identity: ModelIdentity, index: int) ->
         identity: The model that drew it.
         index: Which of the job's pictures it is, from 0.
     """
-    size, sampling = job.resolution, job.sampling
+    size = job.resolution
     assert size is not None
     return {
         "id": job.id,
@@ -51,7 +52,7 @@ def picture_metadata(job: Job, key: str, identity: ModelIdentity, index: int) ->
         "input_max_pixels": job.input_max_pixels,
         "input_sha256": [image.sha256 for image in job.images],
         "image_index": index,
-        "sampling": {name: getattr(sampling, name) for name in type(sampling).__slots__},
+        "sampling": stated(job.sampling),
         "checkpoint": identity.checkpoint,
         "lora": identity.lora,
         "dtype": identity.dtype,

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
 
-from sensebatch.jobs import BatchMetrics, EngineInfo, group_key
+from sensebatch.declarations import declared, plain
+from sensebatch.jobs import BatchMetrics, EngineInfo, Sampling, group_key
 from sensebatch.store.attempts import DONE, FAILED, Attempt, Failure
 from sensebatch.store.state import StoredJob
+
+_SAMPLING_COLUMNS = declared(Sampling).keys() & {column.name for column in fields(Attempt)}
+"""The sampling settings that are columns of the log."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +44,6 @@ class RowContext:
 def job_columns(context: RowContext, stored: StoredJob) -> dict[str, Any]:
     """Returns the columns that say what was to be done and by what."""
     job, info = stored.job, context.info
-    sampling = job.sampling
     own_prompt = job.system_prompt is not None
     return {
         "run": context.run,
@@ -53,12 +56,7 @@ def job_columns(context: RowContext, stored: StoredJob) -> dict[str, Any]:
         "seed": job.seed,
         "width": None if job.resolution is None else job.resolution.width,
         "height": None if job.resolution is None else job.resolution.height,
-        "num_steps": sampling.num_steps,
-        "cfg_scale": sampling.cfg_scale,
-        "img_cfg_scale": sampling.img_cfg_scale,
-        "cfg_norm": sampling.cfg_norm.value,
-        "cfg_interval": sampling.cfg_interval,
-        "timestep_shift": sampling.timestep_shift,
+        **{name: plain(getattr(job.sampling, name)) for name in _SAMPLING_COLUMNS},
         "think": job.think,
         "num_input_images": len(job.images),
         "load_s": info.load_s,

@@ -216,7 +216,10 @@ def test_jsonl_is_a_run_whose_rows_win_over_flags(invoke: Invoke, tmp_path: Path
         (["t2i"], "expected --prompt or --jsonl, found neither"),
         (["t2i", "--prompt", "a", "--jsonl", "b"], "--prompt: expected no such option"),
         (["t2i", "--prompt", "a", "--width", "33", "--height", "32"], "--width: "),
-        (["t2i", "--prompt", "a", "--num-steps", "0"], "--num-steps: expected a number greater"),
+        (
+            ["t2i", "--prompt", "a", "--num-steps", "0"],
+            "--num-steps: expected a number of at least 1",
+        ),
         (["t2i", "--prompt", "a", "--output", "a.gif"], "--output: expected a file that ends in"),
         (["t2i", "--prompt", "a", "--output", "a.png", "--stem", "b"], "--stem: expected no such"),
         (["t2i", "--prompt", "a", "--stem", "../b"], "--stem: "),

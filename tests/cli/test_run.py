@@ -227,7 +227,7 @@ def test_mistakes_are_told_at_once_before_anything_is_loaded(
     [
         (["--model", "nowhere/at/all"], "nowhere/at/all: expected"),
         (["--config", "none.yaml"], "none.yaml: cannot be read"),
-        (["--max-attempts", "0"], "--max-attempts: expected a number greater than 0, found 0"),
+        (["--max-attempts", "0"], "--max-attempts: expected a number of at least 1, found 0"),
         (["--lora-path", "none.safetensors"], "none.safetensors: expected a readable file"),
     ],
 )
