@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sensebatch.config import RunConfig, default_config
+from sensebatch.contract import Stop
 from sensebatch.errors import (
     CheckpointError,
     ConfigError,
@@ -27,7 +28,7 @@ from sensebatch.errors import (
     StoppedError,
     StorageFullError,
 )
-from sensebatch.executor.run import Stop, Summary
+from sensebatch.executor.observer import Summary
 from sensebatch.jobs import Job
 from sensebatch.manifest.read import read_manifests, read_rows
 from sensebatch.plan.batches import Plan, plan_entry

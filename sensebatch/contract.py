@@ -1,19 +1,34 @@
-"""What the executor and an engine say to each other. Knows the nouns; does nothing."""
+"""What the executor and an engine say to each other. Knows the nouns; does nothing.
+
+The executor speaks to a `Worker`, which hosts an `Engine`, in this process or in another one.
+Everything that passes between executor and worker is plain data that pickles: jobs and the bytes
+of their input images, batches and kept images go in; results, kept images, progress and notes
+come out, and exceptions come out as `Raised`. What passes while a batch runs goes through its
+`Channel`. A worker is called in this order:
+
+1. `largest_batch`, for each group, while the run is planned.
+2. `prepare`, for each job of an assignment, from a thread of its own: at most one assignment
+   ahead, while `generate` or `make_room` works on the one before. A job that cannot be prepared
+   fails here, before the composition of its batch is on record.
+3. `generate`, for the jobs that could be prepared, once their batch is on record. If a single job
+   does not fit, `make_room` and `generate` again, until it fits or there is no more room to make.
+4. `release`, when the executor is through with the assignment, however it ended.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from sensebatch.jobs import Batch, BatchResult, EngineInfo, GroupKey, Job
+from sensebatch.jobs import Batch, BatchResult, EngineInfo, Failure, GroupKey, Job
 
 if TYPE_CHECKING:
     import numpy as np
 
 Prepared: TypeAlias = Any
-"""A job as an engine prepared it; only that engine looks inside."""
+"""A job as an engine prepared it. It never leaves the engine's process."""
 
 
 class Phase(StrEnum):
@@ -34,41 +49,83 @@ class Progress:
     phase: Phase | None
     """None before the batch's first step."""
     step: int
-    """Steps that are done, those of passes that an interrupted run has drawn counted in."""
+    """Steps that are done, including those of passes that an interrupted run has drawn."""
     num_steps: int
-    """Of all passes of the phase; 0 where the end is not known, as in decoding text."""
+    """Steps of all passes of the phase; 0 if the end is not known, as in decoding text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptImage:
-    """One finished picture of a job of an unfinished batch, exactly as the sampler left it."""
+    """A finished image of a job of an unfinished batch, exactly as the sampler left it."""
 
     image: np.ndarray
     """float32 `[3, height, width]`, neither clamped nor quantised."""
     tokens: tuple[int, ...]
-    """Every greedy choice of the job in front of this picture: of an interleave job up to and
-    including its `<img>`, of another job its think text."""
+    """Every greedy choice of the job before this image: of an interleave job up to and including
+    its `<img>`, of another job its think text."""
 
 
-class Checkpoints(Protocol):
-    """The finished pictures of a batch's jobs; kept until the batch is committed.
+Kept: TypeAlias = Sequence[Sequence[KeptImage]]
+"""The images kept for each job of a batch, in the batch's order.
 
-    Used by one thread at a time, but not always by the same one.
+A job that has fewer than it makes may have the same one more than once, the latest last. If
+nothing is kept, jobs may be missing.
+"""
+
+Drawn: TypeAlias = Sequence[tuple[int, KeptImage]]
+"""Images that were drawn together, as (job's index in its batch, image)."""
+
+
+class Stop(Protocol):
+    """Whether a run is to stop; `threading.Event` is one."""
+
+    def is_set(self) -> bool:
+        """Returns whether the run is to stop where the current batch can; stays true once it is."""
+
+
+class Channel:
+    """What an engine at work on a batch says to the executor, and asks it.
+
+    Each method does nothing until it is overridden. A channel between processes sends what it is
+    given; the one within a process hands it over as it is.
     """
 
-    def load(self) -> Sequence[Sequence[KeptImage]]:
-        """Returns the pictures kept for each job of the batch, in the batch's order.
+    def progress(self, progress: Progress) -> None:
+        """Takes where the batch is; called between steps."""
 
-        A job that has not as many as it makes may have the same one more than once, the latest
-        last. Where nothing is kept, jobs may be missing.
+    def keep(self, drawn: Drawn) -> None:
+        """Keeps images that were drawn together, all of them or none, until the batch is committed.
+
+        Called by one thread at a time, but not always by the same one, and never while the images
+        still change.
         """
 
-    def save(self, drawn: Sequence[tuple[int, KeptImage]]) -> None:
-        """Keeps the pictures that were denoised together, as (job's index, picture); atomic."""
+    def is_stopped(self) -> bool:
+        """Returns whether the batch is to end where it can; stays true once it is."""
+        return False
+
+
+class Concerns(StrEnum):
+    """What an exception concerns."""
+
+    JOBS = "jobs"
+    """The jobs it was raised for; others may fare better."""
+    MEMORY = "memory"
+    """The size of the batch: it did not fit the device, and a smaller one may."""
+    RUN = "run"
+    """The worker or the run: no other job would fare better."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Raised:
+    """An exception as data: its frames would keep tensors alive, and do not pickle."""
+
+    failure: Failure
+    concerns: Concerns
 
 
 class Engine(Protocol):
-    """What the executor needs of an engine."""
+    """A loaded model. It raises what goes wrong; its worker makes data of it."""
 
     @property
     def info(self) -> EngineInfo:
@@ -89,43 +146,85 @@ class Engine(Protocol):
         """
 
     def generate(
-        self,
-        batch: Batch,
-        prepared: Sequence[Prepared],
-        *,
-        checkpoints: Checkpoints,
-        progress: Callable[[Progress], None],
-        stop: Callable[[], bool],
+        self, batch: Batch, prepared: Sequence[Prepared], *, kept: Kept, channel: Channel
     ) -> BatchResult:
         """Runs a batch.
 
-        A stop is heeded where no picture is half drawn and others are still to be begun: before
-        a pass of t2i or edit pictures, between the rounds of interleave jobs, and in text that
-        nothing was drawn behind yet. A batch that draws in one pass or one round is finished.
+        A stop is heeded where no image is half drawn and others are still to be begun: before a
+        pass of t2i or edit images, between the rounds of interleave jobs, and in text that precedes
+        the first image. A batch that draws in one pass or one round is finished.
 
         Args:
             batch: Jobs of one group.
-            prepared: Of `prepare`, one for each job.
-            checkpoints: Where finished pictures are kept while others are drawn.
-            progress: Called between steps.
-            stop: Whether the run is to stop; true ever after it was once.
+            prepared: What `prepare` returned, one for each job.
+            kept: Images that an interrupted or split batch has drawn; they are not drawn again.
+            channel: Takes the progress and finished images, and says whether to stop.
 
         Raises:
             OutOfMemoryError: The batch does not fit; nothing of it is kept on the device.
-            BatchStoppedError: A stop was heeded; `checkpoints` has what was finished, and the same
-                batch goes on from there.
+            BatchStoppedError: A stop was heeded. The channel has what was finished, and the same
+                batch continues from there.
             RunStoppedError: The device or the weights failed; no other batch would fare better.
         """
 
     def largest_batch(self, group: GroupKey) -> int | None:
-        """Returns how many jobs of a group fit the memory together; None where all planned do."""
+        """Returns how many jobs of a group fit the memory together; None if all planned do."""
 
     def make_room(self) -> str | None:
-        """Goes on with less of the device's memory, after a job alone did not fit.
+        """Continues with less of the device's memory, after a job alone did not fit.
 
         Returns:
-            What was changed, for people; None where no less is possible.
+            What was changed, for people; None if no less is possible.
 
         Raises:
-            RunStoppedError: The change failed half way; the engine cannot be used any more.
+            RunStoppedError: The change failed half way; the engine can no longer be used.
         """
+
+
+class Worker(Protocol):
+    """An engine as the executor sees it: plain data in and out, and nothing is raised."""
+
+    @property
+    def number(self) -> int:
+        """The worker's number in the run, from 0."""
+
+    @property
+    def node(self) -> str:
+        """Name of the host that it works on."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the log says of the engine, as it was for the batch that was generated last."""
+
+    def largest_batch(self, group: GroupKey) -> int | None:
+        """Returns how many jobs of a group fit the memory together; None if all planned do."""
+
+    def prepare(self, number: int, job: Job, inputs: Sequence[bytes]) -> Raised | None:
+        """Prepares one more job of an assignment, and keeps it until `release`.
+
+        Args:
+            number: The assignment's.
+            job: The next one of it.
+            inputs: The job's encoded input images.
+
+        Returns:
+            Why the job cannot be run; None if it can.
+        """
+
+    def generate(
+        self, number: int, batch: Batch, *, kept: Kept, channel: Channel
+    ) -> BatchResult | Raised:
+        """Runs a batch; see `Engine.generate`.
+
+        Args:
+            number: Of the assignment.
+            batch: Those of its jobs that could be prepared, in their order.
+            kept: Images that are not drawn again.
+            channel: In the process of the executor.
+        """
+
+    def make_room(self) -> str | Raised | None:
+        """Continues with less memory; see `Engine.make_room`."""
+
+    def release(self, number: int) -> None:
+        """Forgets what was prepared of an assignment."""

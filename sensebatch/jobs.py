@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import traceback
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -352,7 +353,7 @@ def batch_id(keys: tuple[str, ...]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobResult:
-    """What the engine made of one job: pictures and text, or an error."""
+    """What the engine made of one job: images and text."""
 
     images: tuple[np.ndarray, ...] = ()
     """uint8 `[height, width, 3]`, in the order drawn."""
@@ -361,8 +362,35 @@ class JobResult:
     think_tokens: int = 0
     text_tokens: int = 0
     """Decoded tokens that are not think tokens."""
-    error: Exception | None = None
-    """Set where this job failed and the rest of the batch did not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why a job failed: an exception as text, since its frames would keep tensors alive."""
+
+    type: str
+    message: str
+    traceback: str
+    think_tokens: int = 0
+    """Tokens that the job had decoded before; they took their time all the same."""
+    text_tokens: int = 0
+    """Likewise."""
+
+    @classmethod
+    def of(cls, error: BaseException, *, think_tokens: int = 0, text_tokens: int = 0) -> Failure:
+        """Returns what is worth keeping of an exception."""
+        return cls(
+            type=type(error).__name__,
+            message=_writable(str(error)),
+            traceback=_writable("".join(traceback.format_exception(error))),
+            think_tokens=think_tokens,
+            text_tokens=text_tokens,
+        )
+
+
+def _writable(text: str) -> str:
+    """Returns text without the lone surrogates that stand for undecodable bytes in paths."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -380,7 +408,7 @@ class BatchMetrics:
     num_denoise_steps: int = 0
     """Euler steps run, each over the jobs that share a pass."""
     num_kept_images: int = 0
-    """Pictures of the results that checkpoints had, so that they took none of this time."""
+    """Images of the results that were kept before, so that they took none of this time."""
     total_s: float = 0.0
     """Wall time of the generation, what tok/s is measured by."""
     peak_allocated_bytes: int = 0
@@ -393,7 +421,8 @@ class BatchMetrics:
 class BatchResult:
     """What became of a batch: one result for each job, in the batch's order."""
 
-    results: tuple[JobResult, ...]
+    results: tuple[JobResult | Failure, ...]
+    """A failure where one job failed and the rest of the batch did not."""
     metrics: BatchMetrics
 
 

@@ -19,9 +19,11 @@ from sensebatch.checkpoint.files import Checkpoint, check_tensors, open_checkpoi
 from sensebatch.checkpoint.fingerprint import fingerprint, fingerprint_file
 from sensebatch.checkpoint.system_prompts import resolve_system_prompts
 from sensebatch.config import ModelConfig, RunConfig
-from sensebatch.contract import Engine, Progress
+from sensebatch.contract import Engine, Progress, Stop
 from sensebatch.errors import EngineError, Problem, RunFolderError, RunStoppedError, StoppedError
-from sensebatch.executor.run import Stop, Summary, execute
+from sensebatch.executor.observer import Summary
+from sensebatch.executor.run import execute
+from sensebatch.executor.worker import EngineWorker
 from sensebatch.jobs import Batch, EngineInfo, Job, ModelIdentity
 from sensebatch.manifest.inputs import InputReader
 from sensebatch.manifest.problems import ProblemList
@@ -413,7 +415,7 @@ def _run_pending(
     try:
         return execute(
             store=store,
-            engine=engine,
+            worker=EngineWorker(engine),
             config=config,
             read_image=reader.read,
             observer=observer,

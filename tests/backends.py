@@ -8,8 +8,8 @@ from pathlib import Path
 
 from sensebatch.checkpoint.files import Checkpoint
 from sensebatch.config import ModelConfig, RunConfig
+from sensebatch.contract import Stop
 from sensebatch.errors import CheckpointError
-from sensebatch.executor.run import Stop
 from sensebatch.plan.load import Load
 from sensebatch.session import Model
 from sensebatch.tasks import Task

@@ -21,7 +21,7 @@ from sensebatch.cli.session import run_session
 from sensebatch.cli.voice import Voice
 from sensebatch.config import ModelConfig, RunConfig
 from sensebatch.errors import ConfigError, ManifestError, Problem
-from sensebatch.executor.run import Summary
+from sensebatch.executor.observer import Summary
 from sensebatch.jobs import Job, ModelIdentity, Source, job_key
 from sensebatch.manifest.inputs import read_input_image
 from sensebatch.manifest.one import job_from_fields

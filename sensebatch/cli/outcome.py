@@ -14,7 +14,7 @@ from sensebatch.cli import exits
 from sensebatch.cli.messages import counted, show_anyway
 from sensebatch.cli.voice import Level, Voice
 from sensebatch.errors import RunStoppedError
-from sensebatch.executor.run import Summary
+from sensebatch.executor.observer import Summary
 from sensebatch.report.summary import Summary as Report
 from sensebatch.report.summary import format_summary, read_log, summarise, summary_json
 from sensebatch.store.run_dir import RunDir

@@ -10,7 +10,7 @@ from sensebatch.cli.progress import watch
 from sensebatch.cli.signals import StopSignals
 from sensebatch.cli.voice import Voice
 from sensebatch.errors import StoppedError
-from sensebatch.executor.run import Summary
+from sensebatch.executor.observer import Summary
 from sensebatch.session import Request
 
 

@@ -12,7 +12,7 @@ import torch
 
 from sensebatch.checkpoint.files import Checkpoint
 from sensebatch.config import RunConfig
-from sensebatch.contract import Checkpoints, Phase, Progress
+from sensebatch.contract import Channel, Kept, Phase
 from sensebatch.engine.device.memory import (
     DevicePeak,
     cap_device_memory,
@@ -51,6 +51,7 @@ from sensebatch.jobs import (
     BatchMetrics,
     BatchResult,
     EngineInfo,
+    Failure,
     GroupKey,
     Job,
     JobResult,
@@ -130,13 +131,7 @@ class SenseNovaEngine:
         return prepare_job(arch, self._tokenizer, job, system_prompt=system, images=images)
 
     def generate(
-        self,
-        batch: Batch,
-        prepared: Sequence[PreparedJob],
-        *,
-        checkpoints: Checkpoints,
-        progress: Callable[[Progress], None],
-        stop: Callable[[], bool],
+        self, batch: Batch, prepared: Sequence[PreparedJob], *, kept: Kept, channel: Channel
     ) -> BatchResult:
         """Runs a batch; see `contract.Engine.generate`."""
         device = self._network.device
@@ -147,13 +142,13 @@ class SenseNovaEngine:
             check_device(device, error)
             raise
         memory = DevicePeak(device)
-        runner = self._new_runner(batch, progress, stop)
+        runner = self._new_runner(batch, channel)
         start = time.perf_counter()
         # Not known behind a batch that raises: how far the device came is not known either.
         idle_since, self._idle_since = self._idle_since, None
         try:
             with torch.inference_mode():
-                results = self._run(runner, batch, prepared, checkpoints)
+                results = self._run(runner, batch, prepared, kept, channel)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 check_device(device, error)
@@ -192,19 +187,18 @@ class SenseNovaEngine:
             peak_reserved_bytes=reserved,
         )
 
-    def _new_runner(
-        self, batch: Batch, progress: Callable[[Progress], None], stop: Callable[[], bool]
-    ) -> Runner:
+    def _new_runner(self, batch: Batch, channel: Channel) -> Runner:
         limits = self._limits(batch)
+        draws_once = runner_of(batch.group.task).draws_once(batch, limits)
         return Runner(
             network=self._network,
             tokenizer=self._tokenizer,
             attention=self._attention,
-            progress=progress,
+            progress=channel.progress,
             weights=self._residency,
             limits=limits,
             system_turns=self._system_turns,
-            stop=None if runner_of(batch.group.task).draws_once(batch, limits) else stop,
+            stop=None if draws_once else channel.is_stopped,
         )
 
     def _limits(self, batch: Batch) -> PassLimits:
@@ -327,12 +321,13 @@ class SenseNovaEngine:
         runner: Runner,
         batch: Batch,
         prepared: Sequence[PreparedJob],
-        checkpoints: Checkpoints,
-    ) -> tuple[JobResult, ...]:
+        kept: Kept,
+        channel: Channel,
+    ) -> tuple[JobResult | Failure, ...]:
         # Generators of this call alone, so that it can be made again.
         jobs = [replace(job, generator=job.generator.clone_state()) for job in prepared]
         run = runner_of(batch.group.task).run
-        return tuple(run(runner, jobs, checkpoints, script=self._script))
+        return tuple(run(runner, jobs, kept, channel, script=self._script))
 
 
 def made_up_text(tokenizer: Tokenizer) -> Script:

@@ -1,38 +1,38 @@
-"""The one place that catches everything: what a call gave, or what it raised, as text.
-
-What concerns the whole run is let through.
-"""
+"""The one place that catches everything: what a call returned, or what it raised, as data."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
+from sensebatch import errors
+from sensebatch.contract import Concerns, Raised
 from sensebatch.errors import OutOfMemoryError, RunFolderError, RunStoppedError
-from sensebatch.store.attempts import Failure
+from sensebatch.jobs import Failure
 
 T = TypeVar("T")
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Raised:
-    """An exception that concerns jobs, as text."""
-
-    failure: Failure
-    out_of_memory: bool
+_OF_THE_RUN = {
+    name: kind
+    for name, kind in vars(errors).items()
+    if isinstance(kind, type) and issubclass(kind, RunStoppedError | RunFolderError)
+}
 
 
 def guarded(call: Callable[[], T]) -> T | Raised:
-    """Returns what `call` returns, or what it raised.
-
-    Raises:
-        RunStoppedError: As `call` did: no other job would fare better.
-        RunFolderError: Likewise.
-    """
+    """Returns what `call` returns, or what it raised."""
     try:
         return call()
-    except (RunStoppedError, RunFolderError):
-        raise
     except Exception as error:
-        return Raised(failure=Failure.of(error), out_of_memory=isinstance(error, OutOfMemoryError))
+        return Raised(failure=Failure.of(error), concerns=_concerns(error))
+
+
+def _concerns(error: Exception) -> Concerns:
+    if isinstance(error, RunStoppedError | RunFolderError):
+        return Concerns.RUN
+    return Concerns.MEMORY if isinstance(error, OutOfMemoryError) else Concerns.JOBS
+
+
+def raise_again(raised: Raised) -> NoReturn:
+    """Raises what concerns the run, as it was raised where it happened."""
+    raise _OF_THE_RUN.get(raised.failure.type, RunStoppedError)(raised.failure.message)

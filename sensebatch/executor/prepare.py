@@ -1,5 +1,5 @@
-"""Prepares jobs beside the engine's work: reads their input images and has the engine decode,
-resize and tokenise them, in one thread, at most one batch ahead. Never sees the state database.
+"""Prepares jobs while the worker runs others: reads their input images, and has the worker decode,
+resize and tokenise them, in one thread, at most one assignment ahead. Never sees the state.
 """
 
 from __future__ import annotations
@@ -7,71 +7,60 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 
-from sensebatch.contract import Engine, Prepared
-from sensebatch.executor.guard import Raised, guarded
-from sensebatch.jobs import InputImage
-from sensebatch.store.state import StoredJob
+from sensebatch.contract import Raised, Worker
+from sensebatch.executor.guard import guarded
+from sensebatch.executor.schedule import Assignment
+from sensebatch.jobs import InputImage, Job
 
-Preparations = list[Prepared | Raised]
-"""What became of each job, in the order asked for."""
+Preparations = list[Raised | None]
+"""Why each job cannot be run, in the order asked for; None for one that can."""
 
 
 class Preparer:
     """Prepares jobs in the background; used as a context manager.
 
     Args:
-        engine: Prepares what was read.
+        worker: Prepares what was read, and will run it.
         read_image: Returns an input image's encoded bytes; raises JobError where it cannot.
     """
 
-    def __init__(self, engine: Engine, read_image: Callable[[InputImage], bytes]) -> None:
-        self._engine = engine
+    def __init__(self, worker: Worker, read_image: Callable[[InputImage], bytes]) -> None:
+        self._worker = worker
         self._read_image = read_image
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prepare")
-        self._ahead: tuple[list[str], Future[Preparations]] | None = None
+        self._ahead: tuple[int, Future[Preparations]] | None = None
         self._closing = threading.Event()
 
     def __enter__(self) -> Preparer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Ends the thread behind the job it is at."""
+        """Ends the thread after the job it is at."""
         self._closing.set()
         self._thread.shutdown(cancel_futures=True)
 
-    def start(self, jobs: Sequence[StoredJob]) -> None:
-        """Begins to prepare the jobs that are expected next; nothing while others are waiting."""
+    def start(self, assignment: Assignment, jobs: Sequence[Job]) -> None:
+        """Begins to prepare what is expected next; nothing while something else is waiting."""
         if self._ahead is None:
-            self._ahead = (_ids(jobs), self._thread.submit(self._prepare_all, jobs))
+            future = self._thread.submit(self._prepare_all, assignment.number, jobs)
+            self._ahead = (assignment.number, future)
 
-    def take(self, jobs: Sequence[StoredJob]) -> Preparations:
-        """Returns jobs prepared: those begun ahead if it is them, else prepared now.
-
-        Raises:
-            RunStoppedError: As the engine did: no other job would fare better.
-            RunFolderError: Likewise.
-        """
-        if self._ahead is not None and self._ahead[0] == _ids(jobs):
+    def take(self, assignment: Assignment, jobs: Sequence[Job]) -> Preparations:
+        """Returns what became of an assignment's jobs, begun ahead or prepared now."""
+        if self._ahead is not None and self._ahead[0] == assignment.number:
             future = self._ahead[1]
             self._ahead = None
         else:
-            future = self._thread.submit(self._prepare_all, jobs)
+            future = self._thread.submit(self._prepare_all, assignment.number, jobs)
         return future.result()
 
-    def _prepare_all(self, jobs: Sequence[StoredJob]) -> Preparations:
-        prepared: Preparations = []
-        for stored in jobs:
-            if self._closing.is_set():
-                break
-            prepared.append(guarded(partial(self._prepare, stored)))
-        return prepared
+    def _prepare_all(self, number: int, jobs: Sequence[Job]) -> Preparations:
+        # One job at a time, so that the encoded images of one alone are in memory.
+        return [self._prepare(number, job) for job in jobs if not self._closing.is_set()]
 
-    def _prepare(self, stored: StoredJob) -> Prepared:
-        inputs = [self._read_image(image) for image in stored.job.images]
-        return self._engine.prepare(stored.job, inputs)
-
-
-def _ids(jobs: Sequence[StoredJob]) -> list[str]:
-    return [stored.job.id for stored in jobs]
+    def _prepare(self, number: int, job: Job) -> Raised | None:
+        inputs = guarded(lambda: [self._read_image(image) for image in job.images])
+        if isinstance(inputs, Raised):
+            return inputs
+        return self._worker.prepare(number, job, inputs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import datetime
@@ -215,32 +214,3 @@ def digests_of(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Returns (path in the run's folder, SHA-256) of every file that an attempt made."""
     files = list(zip(row["image_paths"], row["image_sha256"], strict=True))
     return files if row["text_path"] is None else [*files, (row["text_path"], row["text_sha256"])]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Failure:
-    """An exception as text: keeping the exception would keep its frames and their tensors."""
-
-    type: str
-    message: str
-    traceback: str
-    think_tokens: int = 0
-    """That the job had decoded before; they took their time all the same."""
-    text_tokens: int = 0
-    """Likewise."""
-
-    @classmethod
-    def of(cls, error: BaseException, *, think_tokens: int = 0, text_tokens: int = 0) -> Failure:
-        """Returns what is worth keeping of an exception."""
-        return cls(
-            type=type(error).__name__,
-            message=_writable(str(error)),
-            traceback=_writable("".join(traceback.format_exception(error))),
-            think_tokens=think_tokens,
-            text_tokens=text_tokens,
-        )
-
-
-def _writable(text: str) -> str:
-    """Returns text without the lone surrogates that stand for undecodable bytes in paths."""
-    return text.encode("utf-8", "backslashreplace").decode()

@@ -21,7 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from sensebatch.contract import KeptImage
+from sensebatch.contract import Drawn, KeptImage
 from sensebatch.jobs import Batch
 from sensebatch.store.files import storage_errors, sync_folders, write_atomic
 
@@ -31,9 +31,6 @@ _DAMAGED = (OSError, SafetensorError, ValueError, KeyError, TypeError)
 
 _COMPOSITION, _CHECKSUM = "composition", "crc32"
 """Keys of a file's metadata: whose images it has, and the CRC-32 of that and of all tensors."""
-
-Drawn = Sequence[tuple[int, KeptImage]]
-"""Images of one round, as (job's index in its batch, image)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +111,7 @@ class KeptImages:
 
 
 class KeptOfBatch:
-    """The kept images of one started batch; what the engine is given as `Checkpoints`."""
+    """The kept images of one started batch; kept by its number."""
 
     def __init__(self, store: KeptImages, folder: Path, batch: Batch) -> None:
         self._store = store

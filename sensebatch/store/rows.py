@@ -9,8 +9,8 @@ from datetime import datetime
 from typing import Any
 
 from sensebatch.declarations import declared, plain
-from sensebatch.jobs import BatchMetrics, EngineInfo, Sampling, group_key
-from sensebatch.store.attempts import DONE, FAILED, Attempt, Failure
+from sensebatch.jobs import BatchMetrics, EngineInfo, Failure, Sampling, group_key
+from sensebatch.store.attempts import DONE, FAILED, Attempt
 from sensebatch.store.state import StoredJob
 
 _SAMPLING_COLUMNS = declared(Sampling).keys() & {column.name for column in fields(Attempt)}

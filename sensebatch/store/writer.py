@@ -19,9 +19,9 @@ import numpy as np
 
 from sensebatch.config import OutputConfig
 from sensebatch.errors import JobError, RunFolderError, RunStoppedError
-from sensebatch.jobs import Batch, BatchMetrics, EngineInfo, JobResult
+from sensebatch.jobs import Batch, BatchMetrics, EngineInfo, Failure, JobResult
 from sensebatch.process import peak_rss_bytes
-from sensebatch.store.attempts import Attempt, Failure
+from sensebatch.store.attempts import Attempt
 from sensebatch.store.files import storage_errors, sync_folders, write_atomic
 from sensebatch.store.images import EXTENSIONS, encode_image, picture_metadata
 from sensebatch.store.rows import (
@@ -49,7 +49,7 @@ class RanBatch:
     batch: Batch
     jobs: tuple[StoredJob, ...]
     results: tuple[JobResult | Failure, ...]
-    """What became of each job; exceptions are already text."""
+    """What became of each job."""
     metrics: BatchMetrics
     info: EngineInfo
     """Of the engine as it was for this batch."""
@@ -255,13 +255,6 @@ class BatchWriter:
 def _default_writers() -> int:
     """Returns how many threads encode where nobody said: the others compute and prepare."""
     return min(max((os.cpu_count() or 1) // 2, MIN_WRITERS), MAX_WRITERS)
-
-
-def without_exceptions(results: Sequence[JobResult]) -> tuple[JobResult | Failure, ...]:
-    """Returns results with every exception as text, so that no frame keeps device memory."""
-    return tuple(
-        result if result.error is None else _failure(result.error, result) for result in results
-    )
 
 
 def _failure(error: BaseException, result: JobResult | Failure) -> Failure:

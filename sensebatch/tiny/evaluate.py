@@ -23,11 +23,13 @@ from sensebatch.checkpoint.files import open_checkpoint
 from sensebatch.checkpoint.fingerprint import fingerprint
 from sensebatch.checkpoint.system_prompts import resolve_system_prompts
 from sensebatch.config import ModelConfig, RunConfig, default_config
-from sensebatch.contract import Engine, KeptImage
+from sensebatch.contract import Channel, Engine
 from sensebatch.engine.device.choice import resolve_runtime
 from sensebatch.engine.engine import load_engine
+from sensebatch.errors import JobError
 from sensebatch.jobs import (
     Batch,
+    Failure,
     GroupKey,
     InputImage,
     Job,
@@ -103,22 +105,11 @@ def example_job(example: Example, number: int, sampling: Sampling) -> Job:
     )
 
 
-class _KeepNothing:
-    """Pictures of unfinished jobs are not kept."""
-
-    def load(self) -> Sequence[Sequence[KeptImage]]:
-        """See `contract.Checkpoints`."""
-        return ()
-
-    def save(self, drawn: Sequence[tuple[int, KeptImage]]) -> None:
-        """See `contract.Checkpoints`."""
-
-
 def answer_examples(engine: Engine, examples: Sequence[Example], config: RunConfig) -> list[Answer]:
     """Returns the engine's answers in the examples' order.
 
     Raises:
-        Exception: Of the first job that failed.
+        JobError: A job failed.
     """
     groups: dict[GroupKey, list[int]] = defaultdict(list)
     jobs = [
@@ -142,21 +133,15 @@ def answer_examples(engine: Engine, examples: Sequence[Example], config: RunConf
                 engine.prepare(jobs[n], [encode_png(scene) for scene in examples[n].inputs])
                 for n in chosen
             ]
-            result = engine.generate(
-                batch,
-                prepared,
-                checkpoints=_KeepNothing(),
-                progress=lambda _: None,
-                stop=lambda: False,
-            )
+            result = engine.generate(batch, prepared, kept=(), channel=Channel())
             made = zip(chosen, result.results, strict=True)
             answers |= {number: _answer(job_result) for number, job_result in made}
     return [answers[number] for number in range(len(examples))]
 
 
-def _answer(result: JobResult) -> Answer:
-    if result.error is not None:
-        raise result.error
+def _answer(result: JobResult | Failure) -> Answer:
+    if isinstance(result, Failure):
+        raise JobError(result.message)
     return Answer(pictures=result.images, text=result.text)
 
 

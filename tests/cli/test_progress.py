@@ -18,9 +18,9 @@ from sensebatch.cli.progress import LiveDisplay, Tracker, step_words, watch
 from sensebatch.cli.signals import FINISHING, StopSignals
 from sensebatch.cli.voice import Level, Voice
 from sensebatch.contract import Phase, Progress
-from sensebatch.jobs import Batch, Job, group_key
+from sensebatch.jobs import Batch, Failure, Job, group_key
 from sensebatch.plan.batches import Plan, make_plan, plan_entry
-from sensebatch.store.attempts import Attempt, Failure
+from sensebatch.store.attempts import Attempt
 from sensebatch.store.rows import RowContext, WrittenJob, early_failure
 from sensebatch.store.state import Counts, StoredJob
 from sensebatch.tasks import Task

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sensebatch.contract import KeptImage
+from sensebatch.contract import Channel, Drawn, KeptImage
 from sensebatch.engine.model.attention import Attention, sdpa
 from sensebatch.engine.model.kv_cache import KVCache, Span
 from sensebatch.engine.model.network import ImagePositions, Network
@@ -21,7 +21,7 @@ from sensebatch.engine.runner import Runner
 from sensebatch.engine.sampling.flow_matching import velocity_from_image
 from sensebatch.engine.tasks.single_image import begin, draw
 from sensebatch.engine.tasks.state import PreparedJob, prepare_job
-from sensebatch.jobs import CfgNorm, Job, Sampling, Source
+from sensebatch.jobs import CfgNorm, Failure, Job, JobResult, Sampling, Source
 from sensebatch.resolutions import Resolution
 from sensebatch.tasks import Task
 from tests.golden_data import ByteTokenizer, Case, golden_architecture, load_case, rule_weights
@@ -119,8 +119,8 @@ def draw_together(
     return draw(runner, running), thoughts
 
 
-class KeptImages:
-    """Checkpoints of one batch in memory."""
+class KeptImages(Channel):
+    """The kept images of one batch, in memory."""
 
     def __init__(self, num_jobs: int) -> None:
         self.images: list[list[KeptImage]] = [[] for _ in range(num_jobs)]
@@ -128,9 +128,16 @@ class KeptImages:
     def load(self) -> list[list[KeptImage]]:
         return [list(kept) for kept in self.images]
 
-    def save(self, drawn: Sequence[tuple[int, KeptImage]]) -> None:
+    def keep(self, drawn: Drawn) -> None:
         for index, image in drawn:
             self.images[index].append(image)
+
+
+def succeeded(results: Sequence[JobResult | Failure]) -> list[JobResult]:
+    """Returns results of which none is a failure."""
+    found = [result for result in results if isinstance(result, JobResult)]
+    assert len(found) == len(results), results
+    return found
 
 
 def prefill_text(runner: Runner, case: Case) -> tuple[KVCache, torch.Tensor]:

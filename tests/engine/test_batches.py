@@ -9,11 +9,19 @@ from typing import Any
 import pytest
 import torch
 
+from sensebatch.contract import Channel
 from sensebatch.engine.runner import Runner
 from sensebatch.engine.tasks.interleave import run_interleave
 from sensebatch.engine.tasks.state import PreparedJob, job_generator, prepare_job
-from sensebatch.jobs import CfgNorm
-from tests.engine.golden_model import KeptImages, build_job, build_runner, draw_together, infer
+from sensebatch.jobs import CfgNorm, Failure
+from tests.engine.golden_model import (
+    KeptImages,
+    build_job,
+    build_runner,
+    draw_together,
+    infer,
+    succeeded,
+)
 from tests.golden_data import load_case, relative_error
 
 BATCH_TOLERANCE = 1e-5
@@ -98,10 +106,10 @@ def test_a_batch_of_interleave_jobs_equals_its_jobs_alone(config: str, name: str
     runner, jobs = jobs_of(config, name)
     kept = KeptImages(len(jobs))
     with infer():
-        results = run_interleave(runner, fresh(jobs), kept)
+        results = succeeded(run_interleave(runner, fresh(jobs), (), kept))
         for index, job in enumerate(fresh(jobs)):
             alone = KeptImages(1)
-            (result,) = run_interleave(runner, [job], alone)
+            (result,) = succeeded(run_interleave(runner, [job], (), alone))
             assert results[index].text == result.text
             assert len(kept.images[index]) == len(alone.images[0])
             for together, single in zip(kept.images[index], alone.images[0], strict=True):
@@ -127,9 +135,9 @@ def test_a_picture_that_is_not_finite_fails_its_job_alone() -> None:
     runner.network.predict_image = poisoned
     try:
         with infer():
-            results = run_single_image(runner, fresh(jobs), KeptImages(len(jobs)))
+            results = run_single_image(runner, fresh(jobs), (), Channel())
     finally:
         del runner.network.predict_image
-    assert [result.error is None for result in results] == [True, False, True]
-    assert "expected finite pixels" in str(results[1].error)
-    assert results[1].images == ()
+    assert [isinstance(result, Failure) for result in results] == [False, True, False]
+    assert isinstance(results[1], Failure)
+    assert "expected finite pixels" in results[1].message

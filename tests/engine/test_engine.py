@@ -13,7 +13,7 @@ from PIL import Image
 
 from sensebatch.checkpoint.files import open_checkpoint
 from sensebatch.config import MemoryConfig, RunConfig, default_config
-from sensebatch.contract import Progress
+from sensebatch.contract import Channel, Drawn, Progress
 from sensebatch.engine import engine as engine_module
 from sensebatch.engine.engine import SenseNovaEngine, load_engine
 from sensebatch.engine.tasks import single_image
@@ -40,7 +40,7 @@ from sensebatch.plan.placement import Placement, Placements
 from sensebatch.resolutions import Resolution
 from sensebatch.tasks import Branch, Task
 from sensebatch.units import MIB
-from tests.engine.golden_model import KeptImages
+from tests.engine.golden_model import KeptImages, succeeded
 
 
 def make_config(vram_mode: str = "auto", **memory: Any) -> RunConfig:
@@ -91,7 +91,29 @@ def generate(
     batch = Batch(id=batch_id(keys), group=group_key(jobs[0]), jobs=jobs, keys=keys)
     prepared = [engine.prepare(job, ()) for job in jobs]
     kept = KeptImages(len(jobs)) if kept is None else kept
-    return engine.generate(batch, prepared, checkpoints=kept, progress=progress, stop=stop)
+    channel = Line(kept, progress, stop)
+    return engine.generate(batch, prepared, kept=kept.load(), channel=channel)
+
+
+class Line(Channel):
+    """A channel made of functions."""
+
+    def __init__(
+        self,
+        kept: KeptImages,
+        progress: Callable[[Progress], None],
+        stop: Callable[[], bool],
+    ) -> None:
+        self._kept, self._progress, self._stop = kept, progress, stop
+
+    def progress(self, progress: Progress) -> None:
+        self._progress(progress)
+
+    def keep(self, drawn: Drawn) -> None:
+        self._kept.keep(drawn)
+
+    def is_stopped(self) -> bool:
+        return self._stop()
 
 
 def planned(width: int, height: int) -> InputImage:
@@ -106,7 +128,7 @@ def png(width: int, height: int) -> bytes:
 
 
 def pixels(result: BatchResult) -> list[bytes]:
-    return [image.tobytes() for job in result.results for image in job.images]
+    return [image.tobytes() for job in succeeded(result.results) for image in job.images]
 
 
 def test_figures_of_a_batch_add_up() -> None:
@@ -199,16 +221,7 @@ def test_what_was_prepared_gives_the_same_pictures_every_time() -> None:
     job = make_job("a", task=Task.INTERLEAVE, sampling=sampling)
     batch = Batch(id="b", group=group_key(job), jobs=(job,), keys=("k",))
     prepared = [engine.prepare(job, ())]
-    first, again = (
-        engine.generate(
-            batch,
-            prepared,
-            checkpoints=KeptImages(1),
-            progress=lambda _: None,
-            stop=lambda: False,
-        )
-        for _ in range(2)
-    )
+    first, again = (engine.generate(batch, prepared, kept=(), channel=Channel()) for _ in range(2))
     assert len(pixels(first)) == 2
     assert pixels(first) == pixels(again)
 

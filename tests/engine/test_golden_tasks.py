@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from sensebatch.contract import Channel
 from sensebatch.engine.model import attention
 from sensebatch.engine.model.patchify import tokens_to_image
 from sensebatch.engine.runner import Runner
@@ -28,6 +29,7 @@ from tests.engine.golden_model import (
     case_resolutions,
     draw_together,
     infer,
+    succeeded,
 )
 from tests.golden_data import (
     TOLERANCE,
@@ -226,8 +228,10 @@ def test_interleave_matches_the_reference(config: str, name: str) -> None:
     kept = KeptImages(1)
     job = build_job(case, case.params["system_message"])
     with infer():
-        (result,) = run_interleave(runner, [job], kept, resolutions=[case_resolutions(case)])
-    assert result.error is None
+        results = run_interleave(
+            runner, [job], kept.load(), kept, resolutions=[case_resolutions(case)]
+        )
+    (result,) = succeeded(results)
     assert result.text == case.outputs["generated_text"]
     assert len(result.images) == case.outputs["num_images"]
     assert result.text_tokens == sum(map(len, case.outputs["text_segments_token_ids"]))
@@ -270,7 +274,7 @@ def test_what_interleave_jobs_read_and_choose_from_matches_the_reference(
     monkeypatch.setattr(interleave, "denoise", watched_denoise)
     job = build_job(case, case.params["system_message"])
     with infer():
-        run_interleave(runner, [job], KeptImages(1), resolutions=[case_resolutions(case)])
+        run_interleave(runner, [job], (), Channel(), resolutions=[case_resolutions(case)])
     for number, found in enumerate(embedded[len(job.images) :]):
         assert relative_error(found, case.tensor(f"reencoded_und_embeds_{number}")) < TOLERANCE
     assert len(embedded) == len(job.images) + case.outputs["num_images"]
@@ -281,20 +285,20 @@ def test_what_interleave_jobs_read_and_choose_from_matches_the_reference(
 
 
 @pytest.mark.parametrize(("config", "name"), case_ids("interleave"))
-def test_interleave_from_checkpoints_ends_in_the_same_bytes(config: str, name: str) -> None:
+def test_interleave_from_kept_images_ends_in_the_same_bytes(config: str, name: str) -> None:
     case = load_case(config, name)
     runner = build_runner(case)
     sizes = [case_resolutions(case)]
     whole = KeptImages(1)
     with infer():
         job = build_job(case, case.params["system_message"])
-        (expected,) = run_interleave(runner, [job], whole, resolutions=sizes)
+        (expected,) = succeeded(run_interleave(runner, [job], (), whole, resolutions=sizes))
         steps = runner.num_denoise_steps
         for count in range(1, len(whole.images[0]) + 1):
-            some = KeptImages(1)
-            some.images[0] = whole.images[0][:count]
             job = build_job(case, case.params["system_message"])
-            (resumed,) = run_interleave(runner, [job], some, resolutions=sizes)
+            kept = [whole.images[0][:count]]
+            resumed_jobs = run_interleave(runner, [job], kept, Channel(), resolutions=sizes)
+            (resumed,) = succeeded(resumed_jobs)
             assert resumed.text == expected.text
             assert [image.tobytes() for image in resumed.images] == [
                 image.tobytes() for image in expected.images

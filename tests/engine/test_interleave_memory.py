@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from sensebatch.contract import KeptImage
+from sensebatch.contract import Channel
 from sensebatch.engine.model.kv_cache import KVCache, SharedRoom, part_caches
 from sensebatch.engine.runner import Runner
 from sensebatch.engine.sampling.text import Script, Step
@@ -20,22 +20,12 @@ from sensebatch.engine.tasks.denoise import Canvas, denoise
 from sensebatch.engine.tasks.interleave import run_interleave
 from sensebatch.engine.tasks.state import PreparedJob
 from sensebatch.tasks import Branch
-from tests.engine.golden_model import infer
+from tests.engine.golden_model import infer, succeeded
 from tests.engine.memory.tracker import LiveBytes
 from tests.engine.test_batches import jobs_of
 
 CPU = torch.device("cpu")
 SCRIPT = Script(word=65, image_start=260)
-
-
-class Forgetful:
-    """Checkpoints that keep nothing, so that what is alive is the task's."""
-
-    def load(self) -> list[list[KeptImage]]:
-        return []
-
-    def save(self, drawn: Sequence[tuple[int, KeptImage]]) -> None:
-        pass
 
 
 def with_pictures(job: PreparedJob, max_images: int) -> PreparedJob:
@@ -87,7 +77,7 @@ def test_no_room_for_text_is_left_while_a_picture_is_drawn(
     monkeypatch.setattr(interleave, "denoise", watched)
     jobs = [with_pictures(job, 2) for job in jobs]
     with infer():
-        run_interleave(runner, jobs, Forgetful(), script=script)
+        run_interleave(runner, jobs, (), Channel(), script=script)
     assert len(rooms) == 2
 
 
@@ -113,6 +103,6 @@ def test_ended_stories_and_earlier_pictures_take_no_memory(
     monkeypatch.setattr(interleave, "denoise", watched)
     jobs = [with_pictures(first, 1), with_pictures(second, 3)]
     with infer():
-        results = run_interleave(runner, jobs, Forgetful(), script=script)
+        results = succeeded(run_interleave(runner, jobs, (), Channel(), script=script))
     assert [len(result.images) for result in results] == [1, 3]
     assert [len(drawn) for drawn in caches] == [2, 1, 1]

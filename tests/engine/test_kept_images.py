@@ -8,13 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sensebatch.contract import KeptImage
+from sensebatch.contract import Channel, KeptImage
 from sensebatch.engine.runner import Runner
 from sensebatch.engine.tasks.interleave import run_interleave
 from sensebatch.engine.tasks.state import PreparedJob
 from sensebatch.jobs import JobResult
 from sensebatch.resolutions import Resolution
-from tests.engine.golden_model import KeptImages, infer
+from tests.engine.golden_model import KeptImages, infer, succeeded
 from tests.engine.test_batches import fresh, jobs_of
 
 Tokens = tuple[int, ...]
@@ -31,7 +31,7 @@ def run(story: tuple[Runner, PreparedJob], kept: KeptImages) -> JobResult:
     runner, job = story
     runner.num_denoise_steps = 0
     with infer():
-        (result,) = run_interleave(runner, fresh([job]), kept)
+        (result,) = succeeded(run_interleave(runner, fresh([job]), kept.load(), kept))
     return result
 
 
@@ -93,5 +93,6 @@ def test_each_image_of_a_job_has_its_own_size_and_later_ones_the_last(
     job = replace(job, job=replace(job.job, sampling=replace(job.job.sampling, max_images=3)))
     sizes = [Resolution(height=64, width=96), Resolution(height=32, width=64)]
     with infer():
-        (result,) = run_interleave(runner, fresh([job]), KeptImages(1), resolutions=[sizes])
+        results = run_interleave(runner, fresh([job]), (), Channel(), resolutions=[sizes])
+    (result,) = succeeded(results)
     assert [image.shape[:2] for image in result.images] == [(64, 96), (32, 64), (32, 64)]

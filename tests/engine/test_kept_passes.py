@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from sensebatch.contract import KeptImage, Progress
+from sensebatch.contract import Drawn, KeptImage, Progress
 from sensebatch.engine.runner import PassLimits, Runner
 from sensebatch.engine.tasks import single_image
 from sensebatch.engine.tasks.denoise import denoise
 from sensebatch.engine.tasks.single_image import run_single_image
 from sensebatch.engine.tasks.state import PreparedJob
 from sensebatch.errors import StorageFullError
-from sensebatch.jobs import JobResult
-from tests.engine.golden_model import KeptImages, infer
+from sensebatch.jobs import Failure, JobResult
+from tests.engine.golden_model import KeptImages, infer, succeeded
 from tests.engine.test_batches import fresh, jobs_of
 
 
@@ -32,12 +32,12 @@ class Batch:
     drawn: list[tuple[int, int]] = field(default_factory=list)
     """(index, number of jobs) of every pass that went through the network."""
 
-    def run(self, kept: KeptImages) -> list[JobResult]:
+    def run(self, kept: KeptImages) -> list[JobResult | Failure]:
         self.drawn.clear()
         self.runner.num_denoise_steps = 0
         self.runner.num_kept_images = 0
         with infer():
-            return run_single_image(self.runner, fresh(self.jobs), kept)
+            return run_single_image(self.runner, fresh(self.jobs), kept.load(), kept)
 
     @property
     def num_steps(self) -> int:
@@ -60,8 +60,8 @@ def make_batch(
     return batch
 
 
-def made(results: Sequence[JobResult]) -> list[tuple[bytes, str | None, int]]:
-    return [(r.images[0].tobytes(), r.text, r.think_tokens) for r in results]
+def outputs(results: Sequence[JobResult | Failure]) -> list[tuple[bytes, str | None, int]]:
+    return [(r.images[0].tobytes(), r.text, r.think_tokens) for r in succeeded(results)]
 
 
 @pytest.mark.parametrize("name", ["t2i_cfg4_none", "t2i_think_max", "edit_2img_cfg4_img2"])
@@ -87,7 +87,7 @@ def test_a_resumed_batch_draws_only_what_is_missing_and_ends_in_the_same_bytes(
         assert batch.drawn == list(enumerate(sizes))[num_passes:]
         assert batch.runner.num_denoise_steps == batch.num_steps * (len(sizes) - num_passes)
         assert batch.runner.num_kept_images == sum(sizes[:num_passes])
-        assert made(resumed) == made(expected)
+        assert outputs(resumed) == outputs(expected)
 
 
 def test_a_batch_of_one_pass_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +103,7 @@ def test_a_batch_whose_pictures_are_all_kept_draws_nothing(monkeypatch: pytest.M
     half = Batch(batch.runner, batch.jobs[:2], batch.drawn)
     taken = KeptImages(2)
     taken.images = kept.images[:2]
-    assert made(half.run(taken)) == made(expected[:2])
+    assert outputs(half.run(taken)) == outputs(expected[:2])
     assert batch.drawn == []
 
 
@@ -116,11 +116,11 @@ def test_a_picture_behind_another_thought_is_not_used(
     (right,) = kept.images[0]
     assert len(right.tokens) == expected[0].think_tokens > 0
     kept.images[0] = [KeptImage(image=right.image * 0, tokens=tokens)]
-    assert made(batch.run(kept)) == made(expected)
+    assert outputs(batch.run(kept)) == outputs(expected)
     assert batch.drawn == [(0, 1), (2, 1)]
     # Kept again behind the right one, and then used.
     assert [one.tokens for one in kept.images[0]] == [tokens, right.tokens]
-    assert made(batch.run(kept)) == made(expected)
+    assert outputs(batch.run(kept)) == outputs(expected)
     assert batch.drawn == [(2, 1)]
 
 
@@ -133,17 +133,17 @@ def test_a_pass_of_which_one_picture_is_missing_is_drawn_whole(
     (other,) = kept.images[1]
     # Of another composition, say; what was drawn here is what counts from then on.
     kept.images[1] = [replace(other, image=-other.image)]
-    assert made(batch.run(kept)) == made(expected)
+    assert outputs(batch.run(kept)) == outputs(expected)
     assert batch.drawn == [(0, 2), (1, 1)]
     assert batch.runner.num_kept_images == 0
-    assert made(batch.run(kept)) == made(expected)
+    assert outputs(batch.run(kept)) == outputs(expected)
     assert batch.drawn == [(1, 1)]
 
 
 class FullDisk(KeptImages):
     """Has no room for a picture."""
 
-    def save(self, drawn: Sequence[tuple[int, KeptImage]]) -> None:  # noqa: ARG002
+    def keep(self, drawn: Drawn) -> None:  # noqa: ARG002
         raise StorageFullError("no room left on the disk")
 
 
@@ -167,11 +167,11 @@ class Waiting(KeptImages):
         self.drawn = threading.Semaphore(0)
         self.saving = 0
 
-    def save(self, drawn: Sequence[tuple[int, KeptImage]]) -> None:
+    def keep(self, drawn: Drawn) -> None:
         self.saving += 1
         assert self.saving == 1, "one save at a time"
         assert self.drawn.acquire(timeout=60), "the next pass waits for the save"
-        super().save(drawn)
+        super().keep(drawn)
         self.saving -= 1
 
 
@@ -220,7 +220,7 @@ def test_a_pass_with_a_picture_that_is_not_finite_is_not_kept(
         results = batch.run(kept)
     finally:
         del batch.runner.network.predict_image
-    assert [result.error is None for result in results] == [False, True, False]
+    assert [isinstance(result, Failure) for result in results] == [True, False, True]
     assert kept.images == [[], [], []]
 
 

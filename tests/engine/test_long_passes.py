@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 
+from sensebatch.contract import Channel
 from sensebatch.engine import runner as runner_module
 from sensebatch.engine.tasks.interleave import run_interleave
 from sensebatch.engine.tasks.state import PreparedJob, prepare_job
 from sensebatch.plan import passes
 from sensebatch.tasks import Branch
 from tests.engine.golden_model import (
-    KeptImages,
     build_job,
     build_runner,
     draw_together,
@@ -20,6 +20,7 @@ from tests.engine.golden_model import (
     infer,
     predict,
     prefill_text,
+    succeeded,
 )
 from tests.engine.test_batches import BATCH_TOLERANCE, fresh, jobs_of
 from tests.golden_data import CONFIGS, TOLERANCE, load_case, relative_error
@@ -122,8 +123,8 @@ def test_each_interleave_job_says_its_own_text_where_prompts_take_several_passes
 
     def texts(jobs: list[PreparedJob]) -> list[str | None]:
         with infer():
-            results = run_interleave(runner, fresh(jobs), KeptImages(len(jobs)))
-        return [result.text for result in results]
+            results = run_interleave(runner, fresh(jobs), (), Channel())
+        return [result.text for result in succeeded(results)]
 
     alone = [texts([job])[0] for job in jobs]
     assert len(set(alone)) == len(jobs)

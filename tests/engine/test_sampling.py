@@ -11,6 +11,7 @@ import torch
 
 from sensebatch.checkpoint.architecture import parse_architecture
 from sensebatch.config import default_config
+from sensebatch.contract import Channel
 from sensebatch.engine.sampling.flow_matching import (
     initial_noise,
     noise_scale,
@@ -21,7 +22,7 @@ from sensebatch.engine.sampling.guidance import Guidance
 from sensebatch.engine.tasks.interleave import run_interleave
 from sensebatch.jobs import CfgNorm
 from sensebatch.tasks import Branch, Task
-from tests.engine.golden_model import KeptImages, build_job, build_runner, infer
+from tests.engine.golden_model import build_job, build_runner, infer, succeeded
 from tests.golden_data import GOLDEN, golden_config, load_case
 
 SCHEDULE = json.loads((GOLDEN / "common" / "schedule.json").read_text())
@@ -167,7 +168,8 @@ def test_an_interleave_job_stops_at_its_last_picture() -> None:
     prepared = build_job(case, case.params["system_message"])
     job = replace(prepared.job, sampling=replace(prepared.job.sampling, max_images=1))
     with infer():
-        (result,) = run_interleave(runner, [replace(prepared, job=job)], KeptImages(1))
+        results = run_interleave(runner, [replace(prepared, job=job)], (), Channel())
+    (result,) = succeeded(results)
     assert case.outputs["num_images"] > 1
     assert len(result.images) == 1
     assert result.text is not None

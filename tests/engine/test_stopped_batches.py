@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from sensebatch.contract import KeptImage, Progress
+from sensebatch.contract import Channel, Drawn, Progress
 from sensebatch.engine.engine import SenseNovaEngine
 from sensebatch.engine.runner import Runner
 from sensebatch.engine.tasks.interleave import run_interleave
 from sensebatch.errors import BatchStoppedError, StorageFullError
-from sensebatch.jobs import BatchResult, Job
+from sensebatch.jobs import BatchResult, Failure, Job
 from sensebatch.plan import passes
 from sensebatch.tasks import Task
-from tests.engine.golden_model import KeptImages, infer
+from tests.engine.golden_model import KeptImages, infer, succeeded
 from tests.engine.test_batches import fresh, jobs_of
 from tests.engine.test_engine import generate, load, make_config, make_job, pixels
 
@@ -73,8 +73,8 @@ def run(
     return generate(engine, *jobs, kept=kept, progress=stop.told, stop=stop)
 
 
-def made(result: BatchResult) -> tuple[list[bytes], list[str | None]]:
-    return pixels(result), [job.text for job in result.results]
+def outputs(result: BatchResult) -> tuple[list[bytes], list[str | None]]:
+    return pixels(result), [job.text for job in succeeded(result.results)]
 
 
 def num_kept(kept: KeptImages) -> list[int]:
@@ -96,7 +96,7 @@ def test_a_batch_stops_behind_the_pass_that_is_drawn_and_goes_on_from_there(
     resumed = run(engine, jobs, kept)
     assert resumed.metrics.num_denoise_steps == (3 - num_passes) * NUM_STEPS
     assert resumed.metrics.num_kept_images == num_passes
-    assert made(resumed) == made(expected)
+    assert outputs(resumed) == outputs(expected)
 
 
 @pytest.mark.parametrize(
@@ -113,13 +113,13 @@ def test_a_batch_that_has_drawn_nothing_stops_at_once(
         run(engine, jobs, kept, stop)
     assert stop.seen == ["think"] * num_tokens
     assert not any(num_kept(kept))
-    assert made(run(engine, jobs, kept)) == made(run(engine, jobs))
+    assert outputs(run(engine, jobs, kept)) == outputs(run(engine, jobs))
 
 
 def test_a_stop_in_the_last_pass_is_not_heeded(engine: SenseNovaEngine) -> None:
     jobs = make_jobs()
     result = run(engine, jobs, stop=Stop("denoise", 2 * NUM_STEPS + 1))
-    assert made(result) == made(run(engine, jobs))
+    assert outputs(result) == outputs(run(engine, jobs))
 
 
 def test_a_stop_before_passes_that_are_all_kept_is_not_heeded(engine: SenseNovaEngine) -> None:
@@ -133,7 +133,7 @@ def test_a_stop_before_passes_that_are_all_kept_is_not_heeded(engine: SenseNovaE
 @pytest.mark.parametrize("think", [False, True])
 def test_a_batch_of_one_pass_is_finished(engine: SenseNovaEngine, think: bool) -> None:
     (job, *_) = make_jobs(think=think)
-    assert made(run(engine, [job], stop=Stop())) == made(run(engine, [job]))
+    assert outputs(run(engine, [job], stop=Stop())) == outputs(run(engine, [job]))
 
 
 @pytest.mark.parametrize("step", [1, 4, 5])
@@ -156,7 +156,7 @@ def test_stories_stop_behind_the_round_that_is_drawn_and_go_on_from_there(
         2 * num_rounds,
         0,
     )
-    assert made(resumed) == made(expected)
+    assert outputs(resumed) == outputs(expected)
 
 
 def test_kept_pictures_of_a_story_that_fails_are_none_of_its_batch(
@@ -174,7 +174,9 @@ def test_kept_pictures_of_a_story_that_fails_are_none_of_its_batch(
 
     monkeypatch.setattr(engine._network, "predict_image", fails_at_first)
     resumed = run(engine, jobs, kept)
-    assert [len(result.images) for result in resumed.results] == [0, NUM_ROUNDS]
+    failed, told = resumed.results
+    assert isinstance(failed, Failure)
+    assert len(succeeded([told])[0].images) == NUM_ROUNDS
     assert resumed.metrics.num_kept_images == 1
 
 
@@ -184,13 +186,13 @@ def test_stories_stop_before_the_next_round_is_drawn(engine: SenseNovaEngine) ->
         run(engine, jobs, kept, stop)
     assert stop.seen.count("think") == 2 * NUM_TOKENS
     assert num_kept(kept) == [1, 1]
-    assert made(run(engine, jobs, kept)) == made(run(engine, jobs))
+    assert outputs(run(engine, jobs, kept)) == outputs(run(engine, jobs))
 
 
 def test_a_stop_in_the_last_round_is_not_heeded(engine: SenseNovaEngine) -> None:
     jobs = make_jobs(Task.INTERLEAVE)
     stop = Stop("denoise", 2 * (NUM_ROUNDS - 1) * NUM_STEPS + 1)
-    assert made(run(engine, jobs, stop=stop)) == made(run(engine, jobs))
+    assert outputs(run(engine, jobs, stop=stop)) == outputs(run(engine, jobs))
 
 
 def test_a_stop_in_the_text_behind_the_last_picture_is_not_heeded() -> None:
@@ -205,8 +207,8 @@ def test_a_stop_in_the_text_behind_the_last_picture_is_not_heeded() -> None:
         stop=stop,
     )
     with infer():
-        expected = run_interleave(runner, fresh(jobs), KeptImages(3))
-        found = run_interleave(watched, fresh(jobs), KeptImages(3))
+        expected = succeeded(run_interleave(runner, fresh(jobs), (), Channel()))
+        found = succeeded(run_interleave(watched, fresh(jobs), (), Channel()))
     phases = [(phase, len(list(told))) for phase, told in itertools.groupby(stop.seen)]
     assert phases == [("think", 2), ("denoise", 3), ("think", 4), ("denoise", 3), ("think", 3)]
     assert [story.text for story in found] == [story.text for story in expected]
@@ -214,13 +216,13 @@ def test_a_stop_in_the_text_behind_the_last_picture_is_not_heeded() -> None:
 
 def test_stories_of_one_picture_are_finished(engine: SenseNovaEngine) -> None:
     jobs = make_jobs(Task.INTERLEAVE, rounds=1)
-    assert made(run(engine, jobs, stop=Stop())) == made(run(engine, jobs))
+    assert outputs(run(engine, jobs, stop=Stop())) == outputs(run(engine, jobs))
 
 
 class FullDisk(KeptImages):
     """Has no room for a picture."""
 
-    def save(self, drawn: Sequence[tuple[int, KeptImage]]) -> None:  # noqa: ARG002
+    def keep(self, drawn: Drawn) -> None:  # noqa: ARG002
         raise StorageFullError("no room left on the disk")
 
 

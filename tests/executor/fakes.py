@@ -16,14 +16,17 @@ import numpy as np
 
 from sensebatch.checkpoint.files import Checkpoint
 from sensebatch.config import ExecutionConfig, MemoryConfig, OutputConfig, RunConfig, default_config
-from sensebatch.contract import Checkpoints, KeptImage, Phase, Progress
+from sensebatch.contract import Channel, Kept, KeptImage, Phase, Progress, Stop, Worker
 from sensebatch.errors import BatchStoppedError, JobError, OutOfMemoryError
-from sensebatch.executor.run import Stop, Summary, execute
+from sensebatch.executor.observer import Summary
+from sensebatch.executor.run import execute
+from sensebatch.executor.worker import EngineWorker
 from sensebatch.jobs import (
     Batch,
     BatchMetrics,
     BatchResult,
     EngineInfo,
+    Failure,
     GroupKey,
     InputImage,
     Job,
@@ -135,7 +138,7 @@ class FakeEngine:
     """The tasks of the groups of each run that memory was planned again for."""
     closed: int = 0
     num_kept: int = 0
-    """Pictures that the last batch took from checkpoints."""
+    """Kept images that the last batch took."""
 
     def largest_batch(self, group: GroupKey) -> int | None:
         return self.fitting.get(group.image_tokens)
@@ -189,9 +192,8 @@ class FakeEngine:
         batch: Batch,
         prepared: Sequence[tuple[bytes, ...]],
         *,
-        checkpoints: Checkpoints,
-        progress: Callable[[Progress], None],
-        stop: Callable[[], bool],
+        kept: Kept,
+        channel: Channel,
     ) -> BatchResult:
         self.batches.append(tuple(job.id for job in batch.jobs))
         if any("heavy" in job.prompt for job in batch.jobs) and len(batch.jobs) > 1:
@@ -201,9 +203,9 @@ class FakeEngine:
         if any("poison" in job.prompt for job in batch.jobs):
             raise RuntimeError("poisoned")
         if batch.group.task is Task.INTERLEAVE:
-            results = self._interleave(batch, checkpoints, progress, stop)
+            results = self._interleave(batch, kept, channel)
         else:
-            results = self._passes(batch, prepared, checkpoints, progress, stop)
+            results = self._passes(batch, prepared, kept, channel)
         metrics = BatchMetrics(
             prefill_s=0.5,
             think_s=2.0,
@@ -214,23 +216,22 @@ class FakeEngine:
         )
         return BatchResult(results=tuple(results), metrics=metrics)
 
-    def _step(self, progress: Callable[[Progress], None]) -> None:
+    def _step(self, channel: Channel) -> None:
         self.steps += 1
-        progress(Progress(phase=Phase.DENOISE, step=1, num_steps=2))
+        channel.progress(Progress(phase=Phase.DENOISE, step=1, num_steps=2))
         self.on_step()
 
     def _passes(
         self,
         batch: Batch,
         prepared: Sequence[tuple[bytes, ...]],
-        checkpoints: Checkpoints,
-        progress: Callable[[Progress], None],
-        stop: Callable[[], bool],
-    ) -> list[JobResult]:
+        kept: Kept,
+        channel: Channel,
+    ) -> list[JobResult | Failure]:
         """Draws single pictures; a pass that has another one behind it is kept."""
         count = len(batch.jobs)
         size = self.a_pass or count
-        kept = checkpoints.load() if size < count else [()] * count
+        kept = [kept[i] if i < len(kept) else () for i in range(count)]
         self.num_kept = 0
         images: list[np.ndarray | None] = []
         for start in range(0, count, size):
@@ -239,15 +240,15 @@ class FakeEngine:
                 images += [kept[i][-1].image for i in members]
                 self.num_kept += len(members)
                 continue
-            if size < count and stop():
+            if size < count and channel.is_stopped():
                 raise BatchStoppedError("stopped")
             self.drawn.append(tuple(batch.jobs[i].id for i in members))
             drawn = [self._drawn(batch, i, prepared[i]) for i in members]
             images += drawn
-            self._step(progress)
+            self._step(channel)
             whole = [KeptImage(image=image, tokens=()) for image in drawn if image is not None]
             if members.stop < count and len(whole) == len(members):
-                checkpoints.save(list(zip(members, whole, strict=True)))
+                channel.keep(list(zip(members, whole, strict=True)))
         return [self._picture(batch, index, image) for index, image in enumerate(images)]
 
     def _drawn(self, batch: Batch, index: int, inputs: Sequence[bytes]) -> np.ndarray | None:
@@ -256,37 +257,30 @@ class FakeEngine:
             return None
         return drawn_image(job.resolution, batch.id, key, *inputs)
 
-    def _picture(self, batch: Batch, index: int, image: np.ndarray | None) -> JobResult:
+    def _picture(self, batch: Batch, index: int, image: np.ndarray | None) -> JobResult | Failure:
         job = batch.jobs[index]
         text = f"thinking in {batch.id}\n" if job.think else None
         tokens = 10 if job.think else 0
         if image is None:
-            error = ValueError("NaN in the output")
-            return JobResult(text=text, think_tokens=tokens, error=error)
+            return Failure.of(ValueError("NaN in the output"), think_tokens=tokens)
         return JobResult(images=(to_pixels(image),), text=text, think_tokens=tokens)
 
-    def _interleave(
-        self,
-        batch: Batch,
-        checkpoints: Checkpoints,
-        progress: Callable[[Progress], None],
-        stop: Callable[[], bool],
-    ) -> list[JobResult]:
-        drawn = [list(pictures) for pictures in checkpoints.load()]
+    def _interleave(self, batch: Batch, kept: Kept, channel: Channel) -> list[JobResult | Failure]:
+        drawn = [list(kept[i]) if i < len(kept) else [] for i in range(len(batch.jobs))]
         self.num_kept = sum(map(len, drawn))
         wanted = [_num_images(job, key) for job, key in zip(batch.jobs, batch.keys, strict=True)]
         while True:
-            self._step(progress)
+            self._step(channel)
             grows = len(batch.jobs) > 1 and "grows" in batch.jobs[0].prompt
             if grows and max(map(len, drawn)) == 2:
                 raise OutOfMemoryError("the batch no longer fits")
             unfinished = [i for i, pictures in enumerate(drawn) if len(pictures) < wanted[i]]
             if not unfinished:
                 break
-            if stop():
+            if channel.is_stopped():
                 raise BatchStoppedError("stopped")
             pictures = [(i, self._next(batch, i, drawn[i])) for i in unfinished]
-            checkpoints.save(pictures)
+            channel.keep(pictures)
             for i, picture in pictures:
                 drawn[i].append(picture)
         return [
@@ -379,13 +373,35 @@ def run_store(
     changes = store.state.ingest(jobs, IDENTITY, store.run_dir.root)
     summary = execute(
         store=store,
-        engine=engine,
+        worker=EngineWorker(engine),
         config=config or make_config(),
         read_image=read_input,
         observer=seen,
         stop=stop or Flag(),
     )
     return Ran(summary=summary, engine=engine, seen=seen, changes=changes)
+
+
+def run_worker(
+    root: Path,
+    jobs: Sequence[Job],
+    config: RunConfig,
+    *,
+    worker: Worker,
+    seen: Recorder | None = None,
+    stop: Stop | None = None,
+) -> Summary:
+    """Opens a run's folder, ingests jobs and has a worker run them."""
+    with open_store(root) as store:
+        store.state.ingest(jobs, IDENTITY, root)
+        return execute(
+            store=store,
+            worker=worker,
+            config=config,
+            read_image=read_input,
+            observer=seen or Recorder(),
+            stop=stop or Flag(),
+        )
 
 
 def run_folder(

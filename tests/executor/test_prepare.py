@@ -201,6 +201,7 @@ def test_the_state_is_never_touched_from_the_preparing_thread(
 
 def test_inputs_are_read_by_the_preparing_thread(tmp_path: Path) -> None:
     from sensebatch.executor.run import execute
+    from sensebatch.executor.worker import EngineWorker
     from sensebatch.store.store import open_store
     from tests.executor.fakes import IDENTITY, Recorder
 
@@ -214,7 +215,7 @@ def test_inputs_are_read_by_the_preparing_thread(tmp_path: Path) -> None:
         store.state.ingest(edits("a", "b", "c"), IDENTITY, tmp_path)
         summary = execute(
             store=store,
-            engine=FakeEngine(),
+            worker=EngineWorker(FakeEngine()),
             config=make_config(),
             read_image=read,
             observer=Recorder(),

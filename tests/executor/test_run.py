@@ -12,7 +12,7 @@ from PIL import Image
 
 from sensebatch.config import ExecutionConfig, OutputConfig
 from sensebatch.errors import StorageError, StorageFullError
-from sensebatch.jobs import Job
+from sensebatch.jobs import Job, JobResult
 from sensebatch.resolutions import Resolution
 from sensebatch.store.images import read_metadata
 from sensebatch.store.kept import KeptImages
@@ -229,7 +229,9 @@ def test_picture_of_the_wrong_size_fails_its_job(tmp_path: Path) -> None:
     class Wrong(FakeEngine):
         def generate(self, batch: Any, prepared: Any, **rest: Any) -> Any:
             result = super().generate(batch, prepared, **rest)
-            small = replace(result.results[0], images=(np.zeros((8, 8, 3), np.uint8),))
+            first = result.results[0]
+            assert isinstance(first, JobResult)
+            small = replace(first, images=(np.zeros((8, 8, 3), np.uint8),))
             return replace(result, results=(small, *result.results[1:]))
 
     ran = run_folder(tmp_path, [make_job("a"), make_job("b")], engine=Wrong())
@@ -248,6 +250,7 @@ def test_missing_result_fails_the_jobs_and_not_the_run(tmp_path: Path) -> None:
 
 def test_display_that_fails_does_not_fail_a_job(tmp_path: Path) -> None:
     from sensebatch.executor.run import execute
+    from sensebatch.executor.worker import EngineWorker
     from sensebatch.store.store import open_store
     from tests.executor.fakes import IDENTITY, Recorder, read_input
 
@@ -259,7 +262,7 @@ def test_display_that_fails_does_not_fail_a_job(tmp_path: Path) -> None:
         store.state.ingest([make_job("a")], IDENTITY, tmp_path)
         summary = execute(
             store=store,
-            engine=FakeEngine(),
+            worker=EngineWorker(FakeEngine()),
             config=make_config(),
             read_image=read_input,
             observer=Broken(),
@@ -283,7 +286,7 @@ def interrupted_batch_of_four(folder: Path) -> list[Job]:
 def test_interrupted_batch_larger_than_the_new_size_is_planned_anew(tmp_path: Path) -> None:
     jobs = interrupted_batch_of_four(tmp_path)
     assert run_folder(tmp_path, jobs, stop=Flag(after=0)).seen.notes == [
-        "batch of 4 jobs is planned anew"
+        "batch of 4 jobs is planned again"
     ]
     ran = run_folder(tmp_path, jobs, make_config(max_batch_size=2))
     assert ran.engine.batches == [("j0", "j1"), ("j2", "j3")]
@@ -305,7 +308,7 @@ def test_interrupted_batch_that_no_longer_fits_is_planned_anew(tmp_path: Path) -
     jobs = interrupted_batch_of_four(tmp_path)
     engine = FakeEngine(fitting={jobs[0].resolution.image_tokens: 3})
     ran = run_folder(tmp_path, jobs, make_config(max_batch_size=4), engine=engine)
-    assert ran.seen.notes == ["batch of 4 jobs is planned anew"]
+    assert ran.seen.notes == ["batch of 4 jobs is planned again"]
     assert ran.engine.batches == [("j0", "j1", "j2"), ("j3",)]
 
 
@@ -313,14 +316,14 @@ def test_pictures_of_a_split_batch_are_not_drawn_again(tmp_path: Path) -> None:
     calls = 0
 
     class Grows(FakeEngine):
-        def _step(self, progress) -> None:  # type: ignore[no-untyped-def]
+        def _step(self, channel) -> None:  # type: ignore[no-untyped-def]
             from sensebatch.errors import OutOfMemoryError
 
             nonlocal calls
             calls += 1
             if calls == 2:
                 raise OutOfMemoryError("grew")
-            super()._step(progress)
+            super()._step(channel)
 
     jobs = [make_job(f"s{i}", Task.INTERLEAVE) for i in range(2)]
     run_folder(tmp_path / "a", jobs, engine=Grows())

@@ -13,7 +13,7 @@ import pytest
 
 from sensebatch.config import ExecutionConfig
 from sensebatch.errors import RunFolderError
-from sensebatch.jobs import BatchResult
+from sensebatch.jobs import BatchResult, JobResult
 from sensebatch.store import log
 from sensebatch.store.attempts import Attempt
 from sensebatch.store.log import SCHEMA, read_log
@@ -84,6 +84,8 @@ class WrongSize(FakeEngine):
         done = super().generate(*args, **options)
         results = (
             replace(result, images=tuple(image[::2] for image in result.images))
+            if isinstance(result, JobResult)
+            else result
             for result in done.results
         )
         return replace(done, results=tuple(results))

@@ -1,9 +1,9 @@
 """Interleaved text and pictures: jobs advance together in rounds of writing and drawing.
 
 A round decodes every job to its next `<img>` (or its end), draws the pictures of all jobs that
-want one together, keeps them as checkpoints, and re-encodes them into the prefixes. A run that
-goes on from checkpoints goes through the same operations with the kept pictures in place of the
-denoising, so that it ends in the same bytes. A stop is heeded on either side of the drawing.
+want one together, keeps them, and re-encodes them into the prefixes. A run that continues from kept
+images goes through the same operations with these in place of the denoising, so that it ends in the
+same bytes. A stop is heeded on either side of the drawing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sensebatch.contract import Checkpoints, KeptImage
+from sensebatch.contract import Channel, Kept, KeptImage
 from sensebatch.engine.decoding import end_text
 from sensebatch.engine.model.kv_cache import KVCache
 from sensebatch.engine.model.tokenizer import IMG_START
@@ -28,7 +28,7 @@ from sensebatch.engine.tasks.denoise import Canvas, denoise, draw_noise, passes
 from sensebatch.engine.tasks.registry import TaskRunner
 from sensebatch.engine.tasks.state import PreparedJob, RunningJob, check_finite, start_jobs
 from sensebatch.errors import JobError
-from sensebatch.jobs import IMAGE_MARK, Batch, Job, JobResult
+from sensebatch.jobs import IMAGE_MARK, Batch, Failure, Job, JobResult
 from sensebatch.resolutions import PATCH_PIXELS, Resolution
 
 
@@ -38,7 +38,7 @@ class Story:
 
     state: RunningJob
     index: int
-    """Of the job in its batch; names its checkpoints."""
+    """Of the job in its batch; names its kept images."""
     resolutions: Sequence[Resolution]
     """Of each picture; the last serves all that follow."""
     kept: Sequence[KeptImage] = ()
@@ -64,28 +64,29 @@ class Story:
 def run_interleave(
     runner: Runner,
     jobs: Sequence[PreparedJob],
-    checkpoints: Checkpoints,
+    kept: Kept,
+    channel: Channel,
     script: Script | None = None,
     *,
     resolutions: Sequence[Sequence[Resolution]] | None = None,
-) -> list[JobResult]:
+) -> list[JobResult | Failure]:
     """Runs interleave jobs of one group.
 
     Args:
         runner: The network.
         jobs: Of a batch.
-        checkpoints: Where finished pictures of unfinished jobs are kept.
+        kept: Images that were drawn before.
+        channel: Keeps finished images while others are drawn.
         script: What they write, for synthetic weights.
         resolutions: The size of each image of each job; None draws all at the job's size.
 
     Returns:
-        A result for each job; one with a picture that is not finite carries its error.
+        A result for each job; a failure for one with an image that is not finite.
 
     Raises:
         BatchStoppedError: A stop was heeded, before pictures were drawn or behind drawn ones
             that others follow, or in text before the first.
     """
-    kept = checkpoints.load()
     running = start_jobs(runner, jobs, decodes=True)
     stories = [
         Story(
@@ -102,7 +103,7 @@ def run_interleave(
         _let_go(writing, drawing)
         if drawing:
             runner.heed_stop()
-        _draw(runner, drawing, checkpoints)
+        _draw(runner, drawing, channel)
         writing = [
             story
             for story in drawing
@@ -161,7 +162,7 @@ def _write(runner: Runner, stories: Sequence[Story], script: Script | None) -> l
     return drawing
 
 
-def _draw(runner: Runner, stories: Sequence[Story], checkpoints: Checkpoints) -> None:
+def _draw(runner: Runner, stories: Sequence[Story], channel: Channel) -> None:
     """Draws the next picture of every story, those of one size together, or takes a kept one."""
     if not stories:
         return
@@ -185,7 +186,7 @@ def _draw(runner: Runner, stories: Sequence[Story], checkpoints: Checkpoints) ->
             story.num_kept += 1
             _finish_image(story, image.to(runner.network.device))
     for resolution, group in by_size.items():
-        _denoise_stories(runner, group, resolution, checkpoints)
+        _denoise_stories(runner, group, resolution, channel)
 
 
 def _tokens_read_back(runner: Runner, stories: Sequence[Story]) -> int:
@@ -207,7 +208,7 @@ def _growing(story: Story) -> list[KVCache]:
 
 
 def _kept_image(story: Story) -> Tensor | None:
-    """Returns the checkpoint of the next picture, if it was drawn behind the same text."""
+    """Returns the kept image that comes next, if it was drawn after the same text."""
     number = len(story.images)
     if number >= len(story.kept) or list(story.kept[number].tokens) != story.choices:
         return None
@@ -218,7 +219,7 @@ def _denoise_stories(
     runner: Runner,
     group: Sequence[tuple[Story, Tensor]],
     resolution: Resolution,
-    checkpoints: Checkpoints,
+    channel: Channel,
 ) -> None:
     together = passes(runner, len(group), resolution)
     for number, members in enumerate(together):
@@ -229,7 +230,7 @@ def _denoise_stories(
             kept = KeptImage(image=story.last.numpy(), tokens=tuple(story.choices))
             drawn.append((story.index, kept))
     if drawn:
-        checkpoints.save(drawn)
+        channel.keep(drawn)
 
 
 def _denoise_pass(
@@ -286,13 +287,10 @@ def _read_back(runner: Runner, stories: Sequence[Story]) -> None:
         story.state.choice = choice
 
 
-def _result(story: Story) -> JobResult:
-    return JobResult(
-        images=() if story.error else tuple(story.images),
-        text=story.text,
-        text_tokens=story.num_text_tokens,
-        error=story.error,
-    )
+def _result(story: Story) -> JobResult | Failure:
+    if story.error is not None:
+        return Failure.of(story.error, text_tokens=story.num_text_tokens)
+    return JobResult(images=tuple(story.images), text=story.text, text_tokens=story.num_text_tokens)
 
 
 def _draws_once(batch: Batch, _: PassLimits) -> bool:

@@ -1,28 +1,27 @@
-"""Keeps finished pictures as checkpoints while the next ones are computed."""
+"""Keeps finished images while the next ones are computed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
-from sensebatch.contract import Checkpoints, KeptImage
+from sensebatch.contract import Channel, Drawn
 from sensebatch.errors import BatchStoppedError
 
 
 class Keeper:
-    """Saves checkpoints in a thread of its own, one at a time.
+    """Has images kept by a thread of its own, one call at a time.
 
-    A context, whose end waits for the last save. Nobody else may use the checkpoints inside it.
+    A context, whose end waits for the last call. Nothing else may be kept inside it.
 
     Args:
-        checkpoints: Where pictures are kept; already loaded.
+        channel: What keeps them.
     """
 
-    def __init__(self, checkpoints: Checkpoints) -> None:
-        self._checkpoints = checkpoints
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="keeper")
-        self._saving: Future[None] | None = None
+        self._keeping: Future[None] | None = None
 
     def __enter__(self) -> Keeper:
         return self
@@ -36,26 +35,26 @@ class Keeper:
         """Ends the thread.
 
         Raises:
-            Exception: What the last save raised, unless the block failed. To be stopped is no
+            Exception: What the last call raised, unless the block failed. Being stopped is not a
                 failure, and must not hide that something could not be kept.
         """
         self._threads.shutdown(wait=True)
         if error is None or isinstance(error, BatchStoppedError):
             self._wait()
 
-    def keep(self, drawn: Sequence[tuple[int, KeptImage]]) -> None:
-        """Starts to save pictures once those before are saved.
+    def keep(self, drawn: Drawn) -> None:
+        """Begins to keep images once those before are kept.
 
         Args:
-            drawn: Of `Checkpoints.save`; must not change any more.
+            drawn: They must no longer change.
 
         Raises:
-            Exception: What the save before raised.
+            Exception: What the call before raised.
         """
         self._wait()
-        self._saving = self._threads.submit(self._checkpoints.save, drawn)
+        self._keeping = self._threads.submit(self._channel.keep, drawn)
 
     def _wait(self) -> None:
-        saving, self._saving = self._saving, None
-        if saving is not None:
-            saving.result()
+        keeping, self._keeping = self._keeping, None
+        if keeping is not None:
+            keeping.result()

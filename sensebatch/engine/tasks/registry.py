@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Protocol
 
-from sensebatch.contract import Checkpoints
+from sensebatch.contract import Channel, Kept
 from sensebatch.engine.runner import PassLimits, Runner
 from sensebatch.engine.sampling.text import Script
 from sensebatch.engine.tasks.state import PreparedJob
-from sensebatch.jobs import Batch, JobResult
+from sensebatch.jobs import Batch, Failure, JobResult
 from sensebatch.tasks import Task
 
 
@@ -22,15 +22,17 @@ class RunBatch(Protocol):
         self,
         runner: Runner,
         jobs: Sequence[PreparedJob],
-        checkpoints: Checkpoints,
+        kept: Kept,
+        channel: Channel,
         script: Script | None = None,
-    ) -> Sequence[JobResult]:
+    ) -> Sequence[JobResult | Failure]:
         """Returns a result for each job.
 
         Args:
             runner: The network.
             jobs: The jobs of a batch.
-            checkpoints: Where finished images are kept while others are drawn.
+            kept: Images that were drawn before.
+            channel: Keeps finished images while others are drawn.
             script: What the jobs write, for synthetic weights.
 
         Raises:

@@ -2,9 +2,9 @@
 
 The two tasks differ in their prompts and guidance only, which know the task themselves. Prompts
 and thoughts of a batch go through the network together, then its pictures are drawn in passes of
-a few jobs. The pictures of a pass that has another one behind it are kept as checkpoints. A run
-that goes on from them reads and thinks again, and then draws only the passes that are not kept
-whole: a pass among other neighbours might end in other bytes. So a stop is heeded before a pass.
+a few jobs. The images of a pass that has another one after it are kept. A run that continues from
+them reads and thinks again, and then draws only the passes that are not kept whole: a pass among
+other neighbours might end in other bytes. So a stop is heeded before a pass.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sensebatch.contract import Checkpoints, KeptImage
+from sensebatch.contract import Channel, Kept, KeptImage
 from sensebatch.engine.model.kv_cache import part_caches
 from sensebatch.engine.model.tokenizer import THINK_END
 from sensebatch.engine.preprocess import to_uint8
@@ -28,7 +28,7 @@ from sensebatch.engine.tasks.keeping import Keeper
 from sensebatch.engine.tasks.registry import TaskRunner
 from sensebatch.engine.tasks.state import PreparedJob, RunningJob, check_finite, start_jobs
 from sensebatch.errors import JobError
-from sensebatch.jobs import Batch, JobResult
+from sensebatch.jobs import Batch, Failure, JobResult
 
 Thought = Sequence[int] | None
 """Tokens of a think text; None of a job that does not think."""
@@ -37,38 +37,39 @@ Thought = Sequence[int] | None
 def run_single_image(
     runner: Runner,
     jobs: Sequence[PreparedJob],
-    checkpoints: Checkpoints,
+    kept: Kept,
+    channel: Channel,
     script: Script | None = None,
-) -> list[JobResult]:
+) -> list[JobResult | Failure]:
     """Runs t2i or edit jobs of one group.
 
     Args:
         runner: The network.
         jobs: Of a batch, all with or all without think, of one size and number of steps.
-        checkpoints: Where finished pictures are kept while others are drawn.
+        kept: Images that were drawn before.
+        channel: Keeps finished images while others are drawn.
         script: What they think, where the weights are made up.
 
     Returns:
-        A result for each job; one whose picture is not finite carries its error.
+        A result for each job; a failure for one whose image is not finite.
 
     Raises:
         BatchStoppedError: A stop was heeded, before a pass or in a thought.
-        Exception: What saving a checkpoint raised.
+        Exception: What keeping an image raised.
     """
-    loaded = checkpoints.load()
     running, thoughts = begin(runner, jobs, script)
-    kept = [
-        _kept_image(loaded[index] if index < len(loaded) else (), thought)
+    drawn_before = [
+        _kept_image(kept[index] if index < len(kept) else (), thought)
         for index, thought in enumerate(thoughts)
     ]
     finished: list[np.ndarray | JobError] = []
     drawing = jobs[0].job.drawing
     assert drawing is not None
     together = passes(runner, len(running), drawing.resolution)
-    with Keeper(checkpoints) as keeper:
+    with Keeper(channel) as keeper:
         for number, members in enumerate(together):
-            images = [image for image in kept[members] if image is not None]
-            if len(images) == len(kept[members]):
+            images = [image for image in drawn_before[members] if image is not None]
+            if len(images) == len(drawn_before[members]):
                 runner.num_kept_images += len(images)
                 finished += [_pixels(torch.from_numpy(i).to(runner.network.device)) for i in images]
                 continue
@@ -149,11 +150,13 @@ def _pixels(image: Tensor) -> np.ndarray | JobError:
     return to_uint8(image[None])[0].cpu().numpy()
 
 
-def _result(runner: Runner, picture: np.ndarray | JobError, thought: Thought) -> JobResult:
+def _result(
+    runner: Runner, picture: np.ndarray | JobError, thought: Thought
+) -> JobResult | Failure:
     text = None if thought is None else runner.tokenizer.decode(thought)
     num_tokens = len(thought or ())
     if isinstance(picture, JobError):
-        return JobResult(text=text, think_tokens=num_tokens, error=picture)
+        return Failure.of(picture, think_tokens=num_tokens)
     return JobResult(images=(picture,), text=text, think_tokens=num_tokens)
 
 

@@ -17,6 +17,7 @@ from sensebatch.checkpoint.architecture import (
 )
 from sensebatch.checkpoint.heads import HEADS
 from sensebatch.config import MemoryConfig, default_config
+from sensebatch.contract import Channel
 from sensebatch.engine.decoding import decoding_operations
 from sensebatch.engine.model.attention import Attention, attend_without_mask, sdpa
 from sensebatch.engine.model.kv_cache import KVCache, SharedRoom
@@ -47,7 +48,7 @@ from sensebatch.plan.load import Load, group_load
 from sensebatch.plan.passes import ROOM_SPARE
 from sensebatch.resolutions import Resolution
 from sensebatch.tasks import Branch, Task
-from tests.engine.golden_model import KeptImages, infer
+from tests.engine.golden_model import infer
 from tests.engine.memory.tracker import LiveBytes
 from tests.golden_data import CONFIGS, ByteTokenizer, golden_architecture
 
@@ -301,7 +302,7 @@ def test_thoughts_leave_no_room_behind_them_while_pictures_are_drawn(
     monkeypatch.setattr(single_image, "denoise", measured)
     prepared = _prepared(runner, Task.T2I, size, think=True)
     with infer(), LiveBytes() as live:
-        single_image.run_single_image(runner, [prepared] * 3, KeptImages(3))
+        single_image.run_single_image(runner, [prepared] * 3, (), Channel())
     ((held, expected),) = found
     assert held == expected
 
@@ -321,7 +322,7 @@ def test_a_story_caches_no_more_than_is_expected(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(interleave, "denoise", drawn)
     script = Script(word=5, image_start=runner.tokenizer.token_id(IMG_START))
     with infer():
-        interleave.run_interleave(runner, [prepared], KeptImages(1), script=script)
+        interleave.run_interleave(runner, [prepared], (), Channel(), script=script)
     entry = plan_entry(prepared.job)
     load = group_load(make_plan([entry], MemoryConfig()).groups[0])
     prompts = [prepared.prompts[name] for name in (Branch.COND, Branch.IMG_COND)]
@@ -464,7 +465,6 @@ def test_pictures_of_finished_passes_take_no_memory(monkeypatch: pytest.MonkeyPa
         return denoise(*args, **options)
 
     monkeypatch.setattr(single_image, "denoise", watched)
-    monkeypatch.setattr(KeptImages, "save", lambda *_: None)
     sampling = replace(default_config("8b").tasks[Task.T2I].sampling, num_steps=1)
     job = Job(
         id="a",
@@ -478,7 +478,7 @@ def test_pictures_of_finished_passes_take_no_memory(monkeypatch: pytest.MonkeyPa
     )
     prepared = prepare_job(network.arch, runner.tokenizer, job, system_prompt="")
     with infer(), LiveBytes() as live:
-        single_image.run_single_image(runner, [prepared] * 4, KeptImages(4))
+        single_image.run_single_image(runner, [prepared] * 4, (), Channel())
     assert len(alive) == 4
     floats, pixels = 4 * prepared.noise.numel(), prepared.noise.numel()
     # What is being kept is in host memory, as finished pixels are, which is the device here.

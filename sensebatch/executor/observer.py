@@ -1,0 +1,101 @@
+"""What a run reports while it works, and what it came to."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+from sensebatch.config import ExecutionConfig
+from sensebatch.contract import Progress, Raised
+from sensebatch.executor.guard import guarded
+from sensebatch.jobs import Batch
+from sensebatch.plan.batches import Plan
+from sensebatch.store.attempts import DONE, Attempt
+from sensebatch.store.state import Counts, StoredJob
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class Observer(Protocol):
+    """Who watches a run; every method is called from the thread that called `execute`."""
+
+    def run_started(self, counts: Counts, plan: Plan) -> None:
+        """The first batch is next; interrupted batches, counted as started, precede the plan."""
+
+    def batch_started(self, batch: Batch) -> None:
+        """A batch goes into the engine."""
+
+    def progress(self, progress: Progress) -> None:
+        """The batch in the engine advanced."""
+
+    def batch_split(self, batch: Batch) -> None:
+        """The batch in the engine failed as a whole; its jobs are run in smaller ones."""
+
+    def batch_finished(self, batch: Batch, attempts: Sequence[Attempt]) -> None:
+        """A batch is committed; its jobs are done or failed."""
+
+    def job_failed(self, attempt: Attempt, will_retry: bool) -> None:
+        """A job failed, in a batch or before one could begin."""
+
+    def note(self, text: str) -> None:
+        """Something a person may want to know, such as a batch that was split."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """What a run came to."""
+
+    counts: Counts
+    """Jobs of the folder, at the end."""
+    done: int
+    """Jobs done by this process."""
+    failed: int
+    """Jobs that this process tried and gave up."""
+    images: int
+    """Images made by this process."""
+    stopped: bool
+    """Whether a signal ended the run with jobs remaining."""
+    too_many_failures: bool
+    """Whether `max_failures` ended it."""
+    seconds: float
+
+
+class Tally:
+    """Counts what becomes of jobs and reports it to an observer.
+
+    Args:
+        observer: Who watches.
+        execution: How often a job is tried, and how many may fail.
+    """
+
+    def __init__(self, observer: Observer, execution: ExecutionConfig) -> None:
+        self._observer = observer
+        self._execution = execution
+        self.done = self.failed = self.images = 0
+
+    @property
+    def too_many_failures(self) -> bool:
+        """Whether the run is to stop because of failed jobs."""
+        limit = self._execution.max_failures
+        return limit is not None and self.failed >= limit
+
+    def attempted(self, stored: StoredJob, attempt: Attempt) -> bool:
+        """Counts an attempt that is on record; returns whether its job is to be tried again."""
+        self.images += attempt.num_images
+        if attempt.status == DONE:
+            self.done += 1
+            return False
+        will_retry = stored.tries + 1 < self._execution.max_attempts
+        self.failed += not will_retry
+        report(self._observer.job_failed, attempt, will_retry)
+        return will_retry
+
+
+def report(call: Callable[..., None], *values: object) -> None:
+    """Calls a method of an observer; a display that fails is no reason to lose a night."""
+    reported = guarded(partial(call, *values))
+    if isinstance(reported, Raised):
+        _LOGGER.warning("the run's display failed: %s", reported.failure.message)

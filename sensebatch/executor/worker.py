@@ -1,0 +1,68 @@
+"""An engine as a worker: speaks plain data, and runs in whichever process the engine is in."""
+
+from __future__ import annotations
+
+import socket
+from collections import defaultdict
+from collections.abc import Sequence
+
+from sensebatch.contract import Channel, Engine, Kept, Prepared, Raised
+from sensebatch.executor.guard import guarded
+from sensebatch.jobs import Batch, BatchResult, EngineInfo, GroupKey, Job
+
+
+class EngineWorker:
+    """Implements `Worker` with an engine of its own process.
+
+    Args:
+        engine: Loaded.
+        number: The worker's number in the run.
+    """
+
+    def __init__(self, engine: Engine, number: int = 0) -> None:
+        self.number = number
+        self.node = socket.gethostname()
+        self._engine = engine
+        self._prepared: dict[int, list[Prepared]] = defaultdict(list)
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the log says of the engine."""
+        return self._engine.info
+
+    def largest_batch(self, group: GroupKey) -> int | None:
+        """Returns how many jobs of a group fit the memory together; None if all planned do."""
+        return self._engine.largest_batch(group)
+
+    def prepare(self, number: int, job: Job, inputs: Sequence[bytes]) -> Raised | None:
+        """Prepares one more job of an assignment; see `contract.Worker.prepare`."""
+        prepared = guarded(lambda: self._engine.prepare(job, inputs))
+        if isinstance(prepared, Raised):
+            return prepared
+        self._prepared[number].append(prepared)
+        return None
+
+    def generate(
+        self, number: int, batch: Batch, *, kept: Kept, channel: Channel
+    ) -> BatchResult | Raised:
+        """Runs a batch; see `contract.Worker.generate`."""
+        prepared = self._prepared[number]
+        return guarded(
+            lambda: _checked(
+                batch, self._engine.generate(batch, prepared, kept=kept, channel=channel)
+            )
+        )
+
+    def make_room(self) -> str | Raised | None:
+        """Continues with less memory; see `contract.Worker.make_room`."""
+        return guarded(self._engine.make_room)
+
+    def release(self, number: int) -> None:
+        """Forgets what was prepared of an assignment."""
+        self._prepared.pop(number, None)
+
+
+def _checked(batch: Batch, result: BatchResult) -> BatchResult:
+    if len(result.results) != len(batch.jobs):
+        raise ValueError(f"expected {len(batch.jobs)} results, found {len(result.results)}")
+    return result
