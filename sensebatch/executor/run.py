@@ -70,7 +70,7 @@ def execute(
     max_attempts = config.execution.max_attempts
     with (
         store.complete_log(),
-        BatchWriter(store, worker.info, config.output, max_attempts=max_attempts) as writer,
+        BatchWriter(store, worker, config.output, max_attempts=max_attempts) as writer,
         Preparer(worker, read_image) as preparer,
     ):
         run = _Run(store, worker, config, preparer, observer, writer, stop)
@@ -234,6 +234,8 @@ class _Run:
             jobs=begun.jobs,
             results=outcome.results,
             metrics=outcome.metrics,
+            worker=self._worker.number,
+            node=self._worker.node,
             info=self._worker.info,
             queue_s=begun.queue_s,
             started_at=begun.started_at,

@@ -20,8 +20,8 @@ from sensebatch.resolutions import PATCH_PIXELS
 from sensebatch.store import log as run_log
 from sensebatch.units import GIB
 
-_CALL = ["session", "batch_id", "started_at", "task", "width", "height"]
-"""Identical jobs make batches of the same id; no two of a session start at the same time."""
+_CALL = ["session", "worker", "batch_id", "started_at", "task", "width", "height"]
+"""Identical jobs make batches of the same id; no two of a worker start at the same time."""
 _MOST = [
     "total_s",
     "num_kept_images",

@@ -1,4 +1,4 @@
-"""What the device did when, batch by batch, from the log: its phases, and its waiting between.
+"""What each worker's device did when, from the log: its batches, their phases, the waiting between.
 
 Pure: a table in, figures and text out.
 """
@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 _SHARED = [
     "session",
+    "worker",
     "batch_id",
     "started_at",
     "task",
@@ -29,33 +30,39 @@ _SHARED = [
 COLUMNS = [*_SHARED, "job_id", "num_images"]
 """What a log must have."""
 
+_SECONDS = ("start", "waited", "prefill", "think", "denoise", "other")
+"""Columns of the printed table."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """One batch through the engine. Seconds."""
 
     session: int
+    worker: int
+    """Number of the worker; 0 in logs that do not say."""
     batch_id: str
     task: str
-    width: int
-    height: int
+    width: int | None
+    """Pixels; None for jobs that make no images."""
+    height: int | None
     jobs: int
     images: int
     start_s: float
     """From the start of the session's run to the start of the batch."""
     wait_s: float | None
-    """The device waited for it; None for the first of a session, and in older logs."""
+    """The worker's device waited for it; None for its first of a session, and in older logs."""
     prefill_s: float
     think_s: float
     denoise_s: float
     other_s: float
-    """Of the generation, in none of the phases: pictures copied back, and the like."""
+    """Of the generation, in none of the phases: images copied back, and the like."""
     total_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waiting:
-    """How long the device waited between batches."""
+    """How long devices waited between batches."""
 
     seconds: float
     batches: int
@@ -65,12 +72,13 @@ class Waiting:
 
 
 def timeline(log: pa.Table) -> tuple[Batch, ...]:
-    """Returns every batch that went through the engine, in the order they were begun."""
+    """Returns every batch that went through an engine, worker by worker, in their order."""
     log = log.filter(pc.is_valid(log["batch_id"]))
     table = log.group_by(_SHARED).aggregate([("job_id", "count"), ("num_images", "sum")])
     batches = [
         Batch(
             session=row["session"],
+            worker=row["worker"] or 0,
             batch_id=row["batch_id"],
             task=row["task"],
             width=row["width"],
@@ -87,7 +95,8 @@ def timeline(log: pa.Table) -> tuple[Batch, ...]:
         )
         for row in table.to_pylist()
     ]
-    return tuple(sorted(batches, key=lambda batch: (batch.session, batch.start_s)))
+    order = sorted(batches, key=lambda batch: (batch.session, batch.worker, batch.start_s))
+    return tuple(order)
 
 
 def waiting(batches: Sequence[Batch]) -> Waiting | None:
@@ -109,19 +118,37 @@ def format_waiting(found: Waiting) -> str:
 
 
 def format_timeline(batches: Sequence[Batch]) -> str:
-    """Returns a Markdown table, one line a batch, and the share of the waiting below it."""
-    lines = [
-        "| start s | waited s | prefill s | think s | denoise s | other s | jobs | images | what |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+    """Returns a Markdown table, one line a batch, and the share of the waiting below it.
+
+    Where there are several workers, the batches of each follow one another, and so do the shares.
+    """
+    workers = sorted({batch.worker for batch in batches})
+    names = [f"{name} s" for name in _SECONDS] + ["jobs", "images"]
+    rows = [_row(batch) for batch in batches]
+    if len(workers) > 1:
+        names = ["worker", *names]
+        rows = [[str(batch.worker), *row] for batch, row in zip(batches, rows, strict=True)]
+    lines = [_line([*names, "what"]), _line([*("---:" for _ in names), "---"]), *map(_line, rows)]
+    totals = {"waiting": waiting(batches)}
+    if len(workers) > 1:
+        for worker in workers:
+            own = [batch for batch in batches if batch.worker == worker]
+            totals[f"waiting of worker {worker}"] = waiting(own)
+    said = [f"{name}: {format_waiting(found)}" for name, found in totals.items() if found]
+    return "\n".join([*lines, *([""] if said else []), *said])
+
+
+def _row(batch: Batch) -> list[str]:
+    seconds = (batch.prefill_s, batch.think_s, batch.denoise_s, batch.other_s)
+    return [
+        f"{batch.start_s:.3f}",
+        "-" if batch.wait_s is None else f"{batch.wait_s:.3f}",
+        *(f"{value:.3f}" for value in seconds),
+        str(batch.jobs),
+        str(batch.images),
+        batch.task if batch.width is None else f"{batch.task} {batch.width}x{batch.height}",
     ]
-    for batch in batches:
-        waited = "-" if batch.wait_s is None else f"{batch.wait_s:.3f}"
-        lines.append(
-            f"| {batch.start_s:.3f} | {waited} | {batch.prefill_s:.3f} | {batch.think_s:.3f} "
-            f"| {batch.denoise_s:.3f} | {batch.other_s:.3f} | {batch.jobs} | {batch.images} "
-            f"| {batch.task} {batch.width}x{batch.height} |"
-        )
-    found = waiting(batches)
-    if found is not None:
-        lines += ["", f"waiting: {format_waiting(found)}"]
-    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

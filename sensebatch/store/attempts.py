@@ -32,6 +32,11 @@ class Attempt:
     """The run folder's id: 12 hex digits, drawn when the folder was made."""
     session: Int32
     """Number of the process that made the row, in this folder, from 1."""
+    worker: Int32 | None
+    """Number of the worker that the job was given to, from 0; 0 for a run with one engine. Null in
+    rows of versions that had no workers."""
+    node: str | None
+    """Name of the host that the worker ran on; likewise."""
     job_id: str
     """The job's id in the manifest."""
     key: str
@@ -94,12 +99,12 @@ class Attempt:
     load_s: float
     """Seconds the session took to load the model; the same in all its rows."""
     wait_s: float | None = None
-    """Seconds the device waited for the batch: from the end of its last phase in the previous batch
-    to the start of its first phase in this one. That includes what follows a batch's last step
-    (images copied back) and what precedes the next one's first (inputs that are not ready, a writer
-    that is not done, recording the start of the batch). Null for a session's first batch, for a
-    batch that raised an error and the one after it, and in rows of versions that did not measure
-    it. *Batch.*"""
+    """Seconds the worker's device waited for the batch: from the end of its last phase in the
+    worker's previous batch to the start of its first phase in this one. That includes what follows
+    a batch's last step (images copied back) and what precedes the next one's first (inputs that are
+    not ready, a writer that is not done, recording the start of the batch). Null for a worker's
+    first batch in a session, for a batch that raised an error and the one after it, and in rows of
+    versions that did not measure it. *Batch.*"""
     prefill_s: float = 0.0
     """Seconds of input images, prompts and re-encoded images. *Batch.*"""
     think_s: float = 0.0

@@ -34,10 +34,12 @@ class WrittenJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowContext:
-    """What all rows of a process have in common."""
+    """What all rows of a process have in common, as far as one worker ran their jobs."""
 
     run: str
     session: int
+    worker: int
+    node: str
     info: EngineInfo
 
 
@@ -48,6 +50,8 @@ def job_columns(context: RowContext, stored: StoredJob) -> dict[str, Any]:
     return {
         "run": context.run,
         "session": context.session,
+        "worker": context.worker,
+        "node": context.node,
         "job_id": job.id,
         "key": stored.key,
         "task": job.task.value,

@@ -18,6 +18,7 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from sensebatch.config import OutputConfig
+from sensebatch.contract import Worker
 from sensebatch.errors import JobError, RunFolderError, RunStoppedError
 from sensebatch.jobs import Batch, BatchMetrics, EngineInfo, Failure, JobResult
 from sensebatch.process import peak_rss_bytes
@@ -51,6 +52,10 @@ class RanBatch:
     results: tuple[JobResult | Failure, ...]
     """What became of each job."""
     metrics: BatchMetrics
+    worker: int
+    """Number of the worker that ran it."""
+    node: str
+    """Host of that worker."""
     info: EngineInfo
     """Of the engine as it was for this batch."""
     queue_s: float
@@ -68,19 +73,23 @@ class BatchWriter:
 
     Args:
         store: The run's folder.
-        info: What the log says of the engine.
-        output: How pictures are written.
+        worker: What runs the batches; the log says which it was.
+        output: How images are written.
         max_attempts: Tries after which a job counts as failed.
     """
 
     def __init__(
-        self, store: Store, info: EngineInfo, output: OutputConfig, *, max_attempts: int
+        self, store: Store, worker: Worker, output: OutputConfig, *, max_attempts: int
     ) -> None:
         self._store = store
         self._output = output
         self._max_attempts = max_attempts
         self._context = RowContext(
-            run=store.state.run_id, session=store.state.next_session(), info=info
+            run=store.state.run_id,
+            session=store.state.next_session(),
+            worker=worker.number,
+            node=worker.node,
+            info=worker.info,
         )
         self._encoders = ThreadPoolExecutor(
             output.num_writers or _default_writers(), thread_name_prefix="encode"
@@ -245,7 +254,7 @@ class BatchWriter:
             "started_at": ran.started_at,
             "finished_at": datetime.now(UTC),
         }
-        context = replace(self._context, info=ran.info)
+        context = replace(self._context, worker=ran.worker, node=ran.node, info=ran.info)
         return tuple(
             Attempt(**job_columns(context, stored), **job_figures(stored, own), **shared)
             for stored, own in zip(ran.jobs, written, strict=True)

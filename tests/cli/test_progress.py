@@ -42,7 +42,7 @@ def _counts(jobs: int, **counts: int) -> Counts:
 
 
 def _early_failure(job: Job) -> Attempt:
-    context = RowContext(run="r", session=1, info=FakeEngine().info)
+    context = RowContext(run="r", session=1, worker=0, node="host", info=FakeEngine().info)
     stored = StoredJob(job=job, key=job.id, attempts=0, tries=0)
     failure = Failure(type="JobError", message="no image", traceback="")
     at = datetime(2026, 1, 1, tzinfo=UTC)

@@ -49,6 +49,41 @@ def test_the_table_and_the_summary_say_the_share() -> None:
     assert f"waiting         {said}" in format_summary(summarise(NIGHT)).splitlines()
 
 
+def test_batches_of_one_worker_follow_one_another_and_each_has_its_share() -> None:
+    log = log_table(
+        log_row("a", "x", worker=0, queue_s=0.0, wait_s=None, **PHASES),
+        log_row("b", "x", worker=1, queue_s=0.0, wait_s=None, **PHASES),
+        log_row("c", "y", worker=1, queue_s=9.0, wait_s=1.0, **PHASES),
+        log_row("d", "z", worker=0, queue_s=9.5, wait_s=2.0, **PHASES),
+    )
+    batches = timeline(log)
+    assert [(batch.worker, batch.batch_id) for batch in batches] == [
+        (0, "x"),
+        (0, "z"),
+        (1, "x"),
+        (1, "y"),
+    ]
+    assert len(summarise(log).calls) == 4, "the same jobs on two workers are two calls"
+    lines = format_timeline(batches).splitlines()
+    assert lines[0].startswith("| worker | start s |")
+    assert lines[5].startswith("| 1 | 9.000 | 1.000 |")
+    said = [line.partition(" s between ")[0] for line in lines[7:]]
+    assert said == [
+        "waiting: 3.000",
+        "waiting of worker 0: 2.000",
+        "waiting of worker 1: 1.000",
+    ]
+    assert [line.rpartition(" (")[2] for line in lines[7:]] == [
+        f"{share:.2%} of their time)" for share in (3 / 21, 2 / 11, 1 / 10)
+    ]
+
+
+def test_logs_of_versions_without_workers_are_those_of_one(tmp_path: Path) -> None:
+    path = tmp_path / "log.parquet"
+    pq.write_table(NIGHT.drop_columns(["worker", "node"]), path)
+    assert timeline(read_log(path)) == timeline(NIGHT)
+
+
 def test_logs_without_the_column_are_read_and_say_nothing_of_waiting(tmp_path: Path) -> None:
     path = tmp_path / "log.parquet"
     pq.write_table(NIGHT.drop_columns(["wait_s", "precision"]), path)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -71,6 +72,7 @@ def test_rows_say_what_was_made_and_what_it_cost(tmp_path: Path) -> None:
     assert json.loads(a["metadata"]) == {"tag": "x"}
     assert a["started_at"].tzinfo is not None
     assert a["peak_rss_bytes"] > 0
+    assert (a["worker"], a["node"]) == (0, socket.gethostname())
     assert (story["batch_size"], story["shared_figures"]) == (1, False)
     assert story["text_tok_per_s"] == pytest.approx(5 / 2.0)
     assert story["text_path"] == "text/s.txt"
