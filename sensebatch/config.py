@@ -13,6 +13,7 @@ from typing import Annotated
 from annotated_types import Interval
 
 from sensebatch.declarations import Setting
+from sensebatch.image_files import MAX_PIXELS
 from sensebatch.jobs import COUNT, MAX_SEED, CfgNorm, Precision, Sampling, VramMode
 from sensebatch.resolutions import (
     BUCKETS_TINY,
@@ -70,6 +71,14 @@ class TaskDefaults:
             of=lambda spec: spec.resizes_inputs,
         ),
     ] = "auto"
+    raw_inputs: Annotated[
+        bool,
+        Setting(
+            help="Take input images as stored, without the orientation in EXIF and the colour "
+            "profile, as the reference does.",
+            of=lambda spec: spec.takes_images,
+        ),
+    ] = False
     sampling: Sampling
 
 
@@ -121,6 +130,14 @@ class MemoryConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class InputConfig:
+    """How input images are decoded."""
+
+    max_pixels: int = MAX_PIXELS
+    """Most pixels of one image; larger ones are refused before they are decoded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OutputConfig:
     """How pictures are written."""
 
@@ -153,6 +170,7 @@ class RunConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    inputs: InputConfig = field(default_factory=InputConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     pixel_limits: PixelLimits = field(default_factory=PixelLimits)

@@ -30,6 +30,7 @@ from pydantic_core import ErrorDetails
 from sensebatch.config import (
     TINY_MODEL,
     ExecutionConfig,
+    InputConfig,
     MemoryConfig,
     ModelConfig,
     OutputConfig,
@@ -39,6 +40,7 @@ from sensebatch.config import (
 )
 from sensebatch.declarations import Declared, declared, plain
 from sensebatch.errors import ConfigError
+from sensebatch.image_files import MAX_PIXELS
 from sensebatch.jobs import (
     COUNT,
     Precision,
@@ -132,6 +134,12 @@ class MemorySection(_Section):
     max_batch_image_tokens: Count
 
 
+class InputSection(_Section):
+    """The file's form of `config.InputConfig`."""
+
+    max_pixels: Annotated[int, Field(gt=0, le=MAX_PIXELS)]
+
+
 class OutputSection(_Section):
     """The file's form of `config.OutputConfig`."""
 
@@ -200,6 +208,7 @@ class Settings(_Section):
 
     model: ModelSection
     memory: MemorySection
+    inputs: InputSection
     output: OutputSection
     execution: ExecutionSection
     pixel_limits: PixelLimitsSection
@@ -254,6 +263,7 @@ def dump_settings(config: RunConfig) -> dict[str, Any]:
     return {
         "model": asdict(config.model, dict_factory=_plain),
         "memory": asdict(config.memory, dict_factory=_plain),
+        "inputs": asdict(config.inputs),
         "output": asdict(config.output),
         "execution": asdict(config.execution),
         "pixel_limits": asdict(config.pixel_limits),
@@ -284,6 +294,7 @@ def _run_config(settings: Settings) -> RunConfig:
     return RunConfig(
         model=ModelConfig(**settings.model.model_dump()),
         memory=MemoryConfig(**settings.memory.model_dump()),
+        inputs=InputConfig(**settings.inputs.model_dump()),
         output=OutputConfig(**settings.output.model_dump()),
         execution=ExecutionConfig(**settings.execution.model_dump()),
         pixel_limits=PixelLimits(**settings.pixel_limits.model_dump()),

@@ -37,10 +37,10 @@ class StrictModel(BaseModel):
 
 
 class ImageStruct(StrictModel):
-    """A picture as the Hugging Face `datasets` library stores it: its bytes, its path, or both."""
+    """An image as the Hugging Face `datasets` library stores it: its bytes, its path, or both."""
 
     content: bytes | None = Field(
-        None, alias="bytes", description="The encoded picture; Parquet only."
+        None, alias="bytes", description="The encoded image; Parquet only."
     )
     path: str | None = Field(None, description="Used where there are no bytes.")
 
@@ -70,7 +70,7 @@ Image = Annotated[
         custom_error_message="a path, or a mapping of bytes and path",
     ),
 ]
-"""One picture."""
+"""One image."""
 
 Images = Annotated[
     Annotated[str, Tag("<path>")]
@@ -82,7 +82,7 @@ Images = Annotated[
         custom_error_message="a path, a mapping of bytes and path, or a list of these",
     ),
 ]
-"""One picture or several."""
+"""One image or several."""
 
 InputMaxPixels = Annotated[
     Annotated[Count, Tag("<number>")] | Annotated[str, Tag("<word>"), Field(pattern=_PIXELS_WORD)],
@@ -180,7 +180,7 @@ class JobFields(SharedFields):
         None, description="Names the job's files; without it, a hash of what the job says."
     )
     prompt: str | None = Field(None, description="What to draw or to change; required.")
-    image: Images | None = Field(None, description="The input picture, or a list of them.")
+    image: Images | None = Field(None, description="The input image, or a list of them.")
     images: Images | None = Field(None, description="Another name of `image`.")
     matrix: dict[str, Annotated[list[Any], Field(min_length=1)]] | None = Field(
         None, description="Lists by name; one job for each combination of their values."

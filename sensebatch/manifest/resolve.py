@@ -77,7 +77,7 @@ class JobResolver:
         self._warn = warn
         self._warned_files: set[str] = set()
         self._warned: set[tuple[Task, Resolution]] = set()
-        self._probe = ImageProbe()
+        self._probe = ImageProbe(config.inputs.max_pixels)
         # Most rows say the same few things; equal settings become one object.
         self._sampling = lru_cache(maxsize=1024)(_sampling)
 
@@ -151,11 +151,14 @@ class JobResolver:
         listed = given if isinstance(given, list) else [] if given is None else [given]
         if not listed and task.spec.inputs is Inputs.REQUIRED:
             errors.add("image", "expected at least one input image, found none")
+        as_stored = fields.given("raw_inputs")
+        if as_stored is None:
+            as_stored = self._config.tasks[task].raw_inputs
         images: list[InputImage] = []
         for index, image in enumerate(listed):
             location: Location = (name, index) if isinstance(given, list) else (name,)
             try:
-                found_image = self._image(image, origin, name, index)
+                found_image = self._image(image, origin, name, index, as_stored=as_stored)
                 self._check_ratio(found_image, len(listed))
             except (UnusableImageError, ResolutionError) as error:
                 errors.add(location, str(error))
@@ -164,18 +167,24 @@ class JobResolver:
         return tuple(images) if len(errors) == num_errors else None
 
     def _image(
-        self, image: str | ImageStruct, origin: Origin, column: str, index: int
+        self,
+        image: str | ImageStruct,
+        origin: Origin,
+        column: str,
+        index: int,
+        *,
+        as_stored: bool,
     ) -> InputImage:
         if isinstance(image, ImageStruct):
             if image.content is not None and origin.parquet_row is not None:
                 path, row = origin.parquet_row
-                return self._probe.member(path, (row, column, index), image)
+                return self._probe.member(path, (row, column, index), image, as_stored=as_stored)
             if image.path is None:
                 raise UnusableImageError(
                     "expected a path, or bytes in a Parquet manifest, found neither"
                 )
             image = image.path
-        return self._probe.file(self._path(image, origin, column))
+        return self._probe.file(self._path(image, origin, column), as_stored=as_stored)
 
     def _path(self, image: str, origin: Origin, column: str) -> Path:
         """Returns where an image is: beside the manifest, or where upstream would look.

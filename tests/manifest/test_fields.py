@@ -166,7 +166,7 @@ def test_the_schema_names_every_field_and_refuses_others() -> None:
 @pytest.mark.parametrize("task", list(Task))
 def test_fields_of_other_tasks_are_named(mistakes: Mistakes, picture: Any, task: Task) -> None:
     values = {"target_pixels": 65536, "input_max_pixels": "auto", "max_images": 1}
-    values |= {"max_new_tokens": 1, "img_cfg_scale": 1, "max_think_tokens": 1}
+    values |= {"max_new_tokens": 1, "img_cfg_scale": 1, "max_think_tokens": 1, "raw_inputs": True}
     row = {"prompt": "x", "task": task} | ({} if task is Task.T2I else {"image": picture()})
     found = mistakes({**row, **values})
     named = {message.split(": ")[1] for message in found}

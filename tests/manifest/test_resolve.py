@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from sensebatch.config import RunConfig, default_config
-from sensebatch.errors import Problem
-from sensebatch.jobs import CfgNorm, Job
+from sensebatch.errors import ManifestError, Problem
+from sensebatch.jobs import CfgNorm, Job, job_key
 from sensebatch.manifest.read import read_manifest
 from sensebatch.resolutions import BUCKETS_T2I, Resolution
 from sensebatch.tasks import Task
+from tests.executor.fakes import IDENTITY
 from tests.manifest.conftest import ReadRows, WriteJsonl
 
 Official = Callable[..., Job]
@@ -145,3 +147,51 @@ def test_equal_settings_are_one_object(read_rows: ReadRows) -> None:
 def test_buckets_of_tiny_apply_to_tiny(read_rows: ReadRows) -> None:
     (job,) = read_rows({"prompt": "a", "resolution": "1:1"})
     assert job.resolution == Resolution(width=256, height=256) != BUCKETS_T2I["1:1"]
+
+
+def turned(tmp_path: Path) -> str:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (64, 32)).save(tmp_path / "turned.jpg", exif=exif)
+    return "turned.jpg"
+
+
+def test_images_are_upright_unless_the_row_or_the_settings_want_them_as_stored(
+    tmp_path: Path, write_jsonl: WriteJsonl, config: RunConfig
+) -> None:
+    image = turned(tmp_path)
+    path = write_jsonl(
+        {"prompt": "a", "image": image}, {"prompt": "a", "image": image, "raw_inputs": True}
+    )
+    upright, stored = (job.images[0] for job in read_manifest(path, config))
+    assert (upright.width, upright.height, upright.corrections) == (32, 64, "orientation")
+    assert (stored.width, stored.height, stored.corrections) == (64, 32, "")
+    edit = replace(config.tasks[Task.EDIT], raw_inputs=True)
+    raw = replace(config, tasks={**config.tasks, Task.EDIT: edit})
+    (job,) = read_manifest(write_jsonl({"prompt": "x", "image": "turned.jpg"}), raw)
+    assert job.images[0] == stored
+
+
+def test_only_jobs_whose_pixels_change_have_another_key(
+    tmp_path: Path, write_jsonl: WriteJsonl, config: RunConfig
+) -> None:
+    Image.new("RGB", (64, 32)).save(tmp_path / "plain.png")
+    rows = [
+        {"prompt": "x", "image": image, "raw_inputs": raw}
+        for image in ("plain.png", turned(tmp_path))
+        for raw in (False, True)
+    ]
+    path = write_jsonl(*({**row, "id": f"j{i}"} for i, row in enumerate(rows)))
+    jobs = read_manifest(path, config)
+    plain, plain_raw, upright, stored = (job_key(replace(job, id=""), IDENTITY) for job in jobs)
+    assert plain == plain_raw
+    assert upright != stored
+
+
+def test_the_bound_on_pixels_is_a_setting(
+    tmp_path: Path, write_jsonl: WriteJsonl, config: RunConfig
+) -> None:
+    Image.new("RGB", (64, 32)).save(tmp_path / "in.png")
+    small = replace(config, inputs=replace(config.inputs, max_pixels=1000))
+    with pytest.raises(ManifestError, match="expected at most 1,000 pixels, found 64x32"):
+        list(read_manifest(write_jsonl({"prompt": "x", "image": "in.png"}), small))
