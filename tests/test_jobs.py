@@ -81,11 +81,6 @@ def test_everything_of_the_model_is_in_the_key_of_the_tasks_it_serves(field: Any
         assert (key(job, **{field.name: "another"}) == key(job)) == (field.name == others)
 
 
-def test_a_key_stays_what_it_was() -> None:
-    # Of another key, every job of every folder is run again.
-    assert key(make_job("a")) == "951c11d52aa88ee43ffba8613c5220b51bbd4b0a4519d07d8be67c209de6cacf"
-
-
 @given(st.text(max_size=20))
 def test_ids_that_differ_in_case_or_accents_encoding_collide(text: str) -> None:
     assert folded_id(text) == folded_id(text.casefold())

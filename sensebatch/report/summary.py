@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sensebatch.report.timeline import COLUMNS as TIMELINE_COLUMNS
-from sensebatch.report.timeline import Waiting, format_waiting, timeline, waiting
+from sensebatch.report.timeline import Waiting, format_waiting, group_name, timeline, waiting
 from sensebatch.resolutions import PATCH_PIXELS
 from sensebatch.store import log as run_log
 from sensebatch.units import GIB
@@ -61,8 +61,8 @@ class Call:
     session: int
     batch_id: str
     task: str
-    width: int
-    height: int
+    width: int | None
+    height: int | None
     jobs: int
     """Those that were done; the batch may have held others."""
     images: int
@@ -114,7 +114,7 @@ class Summary:
     peak: Memory
     failed_attempts: int
     by_group: Mapping[str, Throughput]
-    """By `task WIDTHxHEIGHT`."""
+    """By `group_name`."""
     waiting: Waiting | None
     """Of the device, between batches; None where there was one batch, or the log is older."""
     calls: tuple[Call, ...]
@@ -143,7 +143,7 @@ def summarise(log: pa.Table, *, session: int | None = None) -> Summary:
     calls = _calls(done)
     by_group: dict[str, list[Call]] = {}
     for call in calls:
-        by_group.setdefault(f"{call.task} {call.width}x{call.height}", []).append(call)
+        by_group.setdefault(group_name(call.task, call.width, call.height), []).append(call)
     text_tokens = _text_tokens(done)
     return Summary(
         vram_mode=_words(log["vram_mode"]),
@@ -223,7 +223,7 @@ def _calls(done: pa.Table) -> list[Call]:
 def _text_tokens(done: pa.Table) -> dict[str, int]:
     table = done.group_by(["task", "width", "height"]).aggregate([(name, "sum") for name in _TEXT])
     return {
-        f"{row['task']} {row['width']}x{row['height']}": row["think_tokens_sum"]
+        group_name(row["task"], row["width"], row["height"]): row["think_tokens_sum"]
         + row["text_tokens_sum"]
         for row in table.to_pylist()
     }
@@ -293,7 +293,7 @@ def _call_line(number: int, call: Call) -> str:
     speed = f"{call.image_tokens / call.wall_s:.2f}" if measured else "-"
     kept = f" ({call.kept_images} kept)" if call.kept_images else ""
     return (
-        f"  call {number}: {call.task} {call.width}x{call.height}  jobs={call.jobs}  "
+        f"  call {number}: {group_name(call.task, call.width, call.height)}  jobs={call.jobs}  "
         f"images={call.images}{kept}  {call.wall_s:.3f} s{step}  {speed} tok/s  "
         f"{_gib(call.peak)}"
     )

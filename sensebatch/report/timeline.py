@@ -34,6 +34,11 @@ _SECONDS = ("start", "waited", "prefill", "think", "denoise", "other")
 """Columns of the printed table."""
 
 
+def group_name(task: str, width: int | None, height: int | None) -> str:
+    """Returns what a report calls jobs that make the same: the task, and the size of its images."""
+    return task if width is None else f"{task} {width}x{height}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """One batch through the engine. Seconds."""
@@ -146,7 +151,7 @@ def _row(batch: Batch) -> list[str]:
         *(f"{value:.3f}" for value in seconds),
         str(batch.jobs),
         str(batch.images),
-        batch.task if batch.width is None else f"{batch.task} {batch.width}x{batch.height}",
+        group_name(batch.task, batch.width, batch.height),
     ]
 
 

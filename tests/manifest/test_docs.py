@@ -50,6 +50,14 @@ def test_every_field_is_documented_with_its_tasks() -> None:
         assert tasks == ("all" if len(having) == len(Task) else ", ".join(having))
 
 
+def test_the_table_of_tasks_is_what_their_rows_say() -> None:
+    table = DOCS.partition("\n## Tasks\n")[2].partition("\n## ")[0]
+    row = re.compile(r"^\| `(\w+)` \| (.*?) \| (.*?) \| `sensebatch (\w+)` \|$", re.MULTILINE)
+    specs = [task.spec for task in Task]
+    said = [(spec.task, spec.inputs, spec.output, spec.task) for spec in specs]
+    assert row.findall(table) == said
+
+
 def read(name: str, model: str) -> list[Job]:
     warnings: list[Problem] = []
     path = ROOT / "manifests" / name
