@@ -193,6 +193,20 @@ def test_small_blocks_share_what_large_ones_are_streamed_through() -> None:
         assert num_copies(small, keep=True) == 8
 
 
+def test_what_was_copied_ahead_for_an_earlier_order_makes_way_at_once() -> None:
+    first, second = (
+        [plain_block(number, 1024) for number in numbers] for numbers in (range(4), range(4, 8))
+    )
+    lane = CountingLane()
+    with pool_of([*first, *second], 2 * 1024, lane) as pool:
+        for order in (first, second):
+            pool.schedule(order, keep=False)
+            lane.num_copies = 0
+            with pool.lend(order[0]):
+                # The block itself, and the next one beside the computation.
+                assert lane.num_copies == 2
+
+
 def test_a_block_that_is_lent_is_not_replaced_by_the_one_that_is_to_stay_there() -> None:
     """Where a block comes to a pass, others stay than before, and in buffers that are in use."""
     blocks = [plain_block(number, 1024) for number in range(8)]
