@@ -17,7 +17,7 @@ from sensebatch.config import RunConfig, TaskDefaults, default_config
 from sensebatch.errors import ConfigError
 from sensebatch.jobs import CfgNorm, Sampling
 from sensebatch.resolutions import PixelLimits, Resolution
-from sensebatch.settings import dump_settings, resolve_settings
+from sensebatch.settings import amount_bytes, dump_settings, resolve_settings
 from sensebatch.tasks import Task
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -314,3 +314,11 @@ def test_settings_of_the_distilled_lora_evaluate_once_a_step() -> None:
         rule = task.spec.drawing
         assert rule is not None
         assert rule.guidance.branches(sampling.cfg_scale, sampling.img_cfg_scale) == ("cond",)
+
+
+@pytest.mark.parametrize("amount", ["20GiB", "13.7GiB", "0.5GiB", "1.74 GiB"])
+def test_amounts_of_memory_mean_what_accelerate_means(amount: str) -> None:
+    """The published syntax is accelerate's, whose own reader would import torch."""
+    from accelerate.utils.modeling import convert_file_size_to_int
+
+    assert abs(amount_bytes(amount) - convert_file_size_to_int(amount)) <= 1

@@ -15,7 +15,7 @@ from sensebatch.engine.model.kv_cache import KVCache, Span
 from sensebatch.engine.model.network import ImagePositions, Network
 from sensebatch.engine.model.operations import choose_operations
 from sensebatch.engine.model.patchify import image_to_tokens
-from sensebatch.engine.model.state_dict_adapter import load_state_dict
+from sensebatch.engine.model.state_dict_adapter import checkpoint_slots
 from sensebatch.engine.preprocess import Patches
 from sensebatch.engine.runner import Runner
 from sensebatch.engine.sampling.flow_matching import velocity_from_image
@@ -46,8 +46,17 @@ def build_network(
 def _cached_network(config: str, edits: str, fused: bool) -> Network:
     arch = golden_architecture(config)
     network = Network(arch, choose_operations(fused=fused)).requires_grad_(False).eval()
-    load_state_dict(network, arch, rule_weights(config, json.loads(edits)))
+    fill(network, rule_weights(config, json.loads(edits)))
     return network
+
+
+def fill(network: Network, weights: dict[str, torch.Tensor]) -> None:
+    """Copies checkpoint tensors into a network, straight from the table of names."""
+    parameters = {name: parameter.detach() for name, parameter in network.named_parameters()}
+    for name, slots in checkpoint_slots(network.arch).items():
+        for slot in slots:
+            rows = slice(None) if slot.rows is None else slice(*slot.rows)
+            slot.view(parameters).copy_(weights[name][rows])
 
 
 def build_runner(case: Case, *, fused: bool = False) -> Runner:

@@ -17,7 +17,6 @@ from sensebatch.engine.model.network import Network, ScalarEmbedder
 from sensebatch.engine.model.operations import rms_norm
 from sensebatch.engine.model.patchify import PixelHead, image_to_tokens
 from sensebatch.engine.model.rope import patch_rotary, rotate_patches, token_rotary
-from sensebatch.engine.model.state_dict_adapter import load_state_dict
 from sensebatch.engine.model.transformer import SparseMlp
 from sensebatch.engine.prompts import Prompt
 from sensebatch.engine.runner import Runner
@@ -26,7 +25,7 @@ from sensebatch.engine.tasks.denoise import Canvas, denoise, draw_noise
 from sensebatch.engine.tasks.state import job_generator
 from sensebatch.resolutions import Resolution
 from sensebatch.tasks import Branch, Task
-from tests.engine.golden_model import infer
+from tests.engine.golden_model import fill, infer
 from tests.engine.test_sampling import SAMPLING
 from tests.golden_data import ByteTokenizer, golden_architecture, rule_weights
 
@@ -114,7 +113,7 @@ def test_a_picture_is_kept_in_float32_between_the_steps() -> None:
     """With one prediction for all steps, the last one ends at it, whatever the noise was."""
     arch = golden_architecture("dense_fm")
     network = Network(arch).requires_grad_(False).eval()
-    load_state_dict(network, arch, rule_weights("dense_fm"))
+    fill(network, rule_weights("dense_fm"))
     runner = Runner(network=network.bfloat16(), tokenizer=ByteTokenizer(), attention=sdpa)
     expected = torch.randn(1, 3, SIZE.height, SIZE.width)
     predict = network.predict_image

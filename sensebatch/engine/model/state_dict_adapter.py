@@ -35,10 +35,6 @@ class Slot:
         parameter = parameters[self.parameter]
         return parameter[self.index] if self.index else parameter
 
-    def part(self, weight: Tensor) -> Tensor:
-        """Returns the part of the checkpoint tensor that goes here."""
-        return weight if self.rows is None else weight[slice(*self.rows)]
-
 
 def checkpoint_slots(arch: Architecture) -> dict[str, tuple[Slot, ...]]:
     """Returns the slots of every checkpoint tensor by its name; all but the head have one."""
@@ -60,21 +56,9 @@ def checkpoint_slots(arch: Architecture) -> dict[str, tuple[Slot, ...]]:
     return whole | {"language_model.lm_head.weight": _head(arch)}
 
 
-def load_state_dict(network: nn.Module, arch: Architecture, weights: Mapping[str, Tensor]) -> None:
-    """Copies checkpoint tensors into a network whose parameters exist.
-
-    Raises:
-        KeyError: A tensor is missing.
-    """
-    parameters = parameters_by_name(network)
-    for name, slots in checkpoint_slots(arch).items():
-        for slot in slots:
-            slot.view(parameters).copy_(slot.part(weights[name]))
-
-
 def state_dict(network: nn.Module, arch: Architecture) -> dict[str, Tensor]:
-    """Returns the network's weights as checkpoint tensors, the inverse of `load_state_dict`."""
-    parameters = parameters_by_name(network)
+    """Returns the network's weights as checkpoint tensors."""
+    parameters = {name: parameter.detach() for name, parameter in network.named_parameters()}
     return {
         name: torch.cat([slot.view(parameters) for slot in slots]).contiguous()
         if len(slots) > 1
@@ -149,8 +133,3 @@ def _swiglu(
     yield f"{source}gate_proj.weight", Slot(f"{target}gate_up{ending}", (*index, gate))
     yield f"{source}up_proj.weight", Slot(f"{target}gate_up{ending}", (*index, up))
     yield f"{source}down_proj.weight", Slot(f"{target}down{ending}", index)
-
-
-def parameters_by_name(network: nn.Module) -> dict[str, Tensor]:
-    """Returns the network's parameters, detached, for slots to be viewed in."""
-    return {name: parameter.detach() for name, parameter in network.named_parameters()}
