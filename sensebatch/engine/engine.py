@@ -196,9 +196,9 @@ class SenseNovaEngine:
             attention=self._attention,
             progress=channel.progress,
             weights=self._residency,
-            limits=limits,
+            limits=replace(limits, draws_once=draws_once),
             system_turns=self._system_turns,
-            stop=None if draws_once else channel.is_stopped,
+            stop=channel.is_stopped,
         )
 
     def _limits(self, batch: Batch) -> PassLimits:

@@ -68,8 +68,10 @@ class PassLimits:
     image_tokens: int = TOKENS_PER_PASS
     """Most image tokens denoised together; one picture always is."""
     park: Callable[[int], Parcel] | None = None
-    """Gives host memory in which prefixes wait while other jobs' pictures are drawn; None lets
+    """Gives host memory in which prefixes wait while other jobs' images are drawn; None lets
     them stay on the device."""
+    draws_once: bool = False
+    """Whether a batch has one pass or round, and so is finished once its prompts are read."""
 
     def together(self, resolution: Resolution) -> int:
         """Returns how many pictures of a size are drawn together at most."""
@@ -87,7 +89,7 @@ class Runner:
         weights: Told which phase comes next; None where they stay where they are.
         limits: How much goes through the network at a time.
         system_turns: Cached system turns by their tokens, kept from batch to batch.
-        stop: Whether the batch is to end before it is finished; None finishes it always.
+        stop: Whether the run is to stop.
     """
 
     def __init__(
@@ -100,7 +102,7 @@ class Runner:
         weights: Weights | None = None,
         limits: PassLimits | None = None,
         system_turns: dict[tuple[int, ...], KVCache] | None = None,
-        stop: Callable[[], bool] | None = None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.network = network
         self.tokenizer = tokenizer
@@ -119,13 +121,24 @@ class Runner:
         """Pictures of the batch's results that were taken from checkpoints."""
 
     def heed_stop(self) -> None:
-        """Ends the batch if it is to stop; called where no picture is half drawn.
+        """Ends the batch if it is to stop; called where no image is half drawn.
 
         Raises:
             BatchStoppedError: It is to stop.
         """
-        if self._stop is not None and self._stop():
+        if not self.limits.draws_once and self._stop():
             raise BatchStoppedError("the run was stopped between two passes of a batch")
+
+    def _attend_to_prompts(
+        self, q_QHE: Tensor, k_LKE: Tensor, v_LKE: Tensor, causal: bool
+    ) -> Tensor:
+        """Attends as `attention` does, unless the run is to stop and nothing is drawn yet.
+
+        A long prompt takes a CPU minutes, and nothing is lost if it is read again.
+        """
+        if not self.num_denoise_steps and self._stop():
+            raise BatchStoppedError("the run was stopped while a batch read its prompts")
+        return self.attention(q_QHE, k_LKE, v_LKE, causal)
 
     @contextmanager
     def prefilling(self, *, decodes: bool) -> Iterator[None]:
@@ -194,7 +207,7 @@ class Runner:
     def _prefill_together(self, extensions: Sequence[Extension]) -> Tensor:
         caches = [extension.cache for extension in extensions]
         self.bring(cache for cache in caches if cache.length)
-        hidden = self.extend(extensions)
+        hidden = self.extend(extensions, attention=self._attend_to_prompts)
         self.park(caches)
         return hidden
 
@@ -209,8 +222,14 @@ class Runner:
         for cache in caches:
             cache.bring()
 
-    def extend(self, extensions: Sequence[Extension]) -> Tensor:
+    def extend(
+        self, extensions: Sequence[Extension], *, attention: Attention | None = None
+    ) -> Tensor:
         """Caches tokens of several sequences in one pass.
+
+        Args:
+            extensions: Tokens of each sequence.
+            attention: How one run attends; as in every pass if None.
 
         Returns:
             `[S, D]`, the normed output of each sequence's last token.
@@ -231,7 +250,8 @@ class Runner:
             num_tokens = len(prompt.token_ids)
             spans.append(Span(cache=extension.cache, num_tokens=num_tokens, segments=runs))
             start += num_tokens
-        hidden_TD = self.network.understand(x_TD, torch.cat(places, 1), spans, self.attention)
+        attention = self.attention if attention is None else attention
+        hidden_TD = self.network.understand(x_TD, torch.cat(places, 1), spans, attention)
         for span, next_t in zip(spans, next_ts, strict=True):
             span.cache.advance(span.num_tokens, next_t)
         ends = torch.tensor([span.num_tokens for span in spans], device=device).cumsum(0) - 1

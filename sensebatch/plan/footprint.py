@@ -19,6 +19,7 @@ from sensebatch.plan.passes import (
     MAX_PREFILL_TOKENS,
     ROOM_SPARE,
     ROWS,
+    RUN_SCORES,
     SPLIT_QUERIES,
     images_per_part,
     prefixes_wait,
@@ -28,7 +29,8 @@ from sensebatch.resolutions import TOKEN_NUMBERS
 from sensebatch.units import MIB
 
 WORKSPACE_BYTES = 224 * MIB
-"""What the matrix and attention libraries take, and what the allocator rounds up."""
+"""What the matrix and attention libraries take, and what the allocator rounds up. On a CPU, the
+mask of a run of text: `RUN_SCORES` as bytes, and again as numbers."""
 HOLES = 16
 """Caches that grow image by image leave about one part in so many of their bytes unused: holes
 that are too small for the larger ones that follow."""
@@ -213,12 +215,13 @@ def _prompt_pass_bytes(
         tokens: All tokens of the pass.
         longest: Keys of its longest sequence.
         padded: Whether text may attend to keys before it, which without kernels takes idle
-            queries.
+            queries. Later runs of long text always do.
     """
     arch = computation.arch
     query, key = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     project, finish = _half_numbers(computation, min(tokens, ROWS))
     projected, attended = tokens * (query + 2 * key), tokens * query
+    padded |= min(tokens, longest) * longest > RUN_SCORES
     run = 2 * longest if padded and not computation.fused else min(tokens, longest)
     # The values of one part are a view of what was projected before the heads were normed.
     attend = projected + attended + 2 * longest * key + run * query

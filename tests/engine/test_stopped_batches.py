@@ -12,8 +12,11 @@ import torch
 
 from sensebatch.contract import Channel, Drawn, Progress
 from sensebatch.engine.engine import SenseNovaEngine
+from sensebatch.engine.model.attention import sdpa
 from sensebatch.engine.runner import Runner
+from sensebatch.engine.tasks import interleave, single_image
 from sensebatch.engine.tasks.interleave import run_interleave
+from sensebatch.engine.tasks.state import RunningJob, start_jobs
 from sensebatch.errors import BatchStoppedError, StorageFullError
 from sensebatch.jobs import BatchResult, Failure, Job
 from sensebatch.plan import passes
@@ -45,6 +48,21 @@ class Stop:
 
 
 NEVER = Stop("never", 1)
+
+
+@pytest.fixture
+def after_prompts(monkeypatch: pytest.MonkeyPatch) -> Stop:
+    """Stops a batch once its prompts are read."""
+    stop = replace(NEVER)
+
+    def watched(*args: Any, **options: Any) -> list[RunningJob]:
+        running = start_jobs(*args, **options)
+        stop.phase = None
+        return running
+
+    for module in (single_image, interleave):
+        monkeypatch.setattr(module, "start_jobs", watched)
+    return stop
 
 
 @pytest.fixture(scope="module")
@@ -122,18 +140,52 @@ def test_a_stop_in_the_last_pass_is_not_heeded(engine: SenseNovaEngine) -> None:
     assert outputs(result) == outputs(run(engine, jobs))
 
 
-def test_a_stop_before_passes_that_are_all_kept_is_not_heeded(engine: SenseNovaEngine) -> None:
+def test_a_stop_before_passes_that_are_all_kept_is_not_heeded(
+    engine: SenseNovaEngine, after_prompts: Stop
+) -> None:
     jobs, kept = make_jobs(), KeptImages(3)
     expected = run(engine, jobs, kept)
     # Of a batch of two, both.
     kept.images = kept.images[:2]
-    assert pixels(run(engine, jobs[:2], kept, Stop())) == pixels(expected)[:2]
+    after_prompts.phase = "never"
+    assert pixels(run(engine, jobs[:2], kept, after_prompts)) == pixels(expected)[:2]
 
 
 @pytest.mark.parametrize("think", [False, True])
-def test_a_batch_of_one_pass_is_finished(engine: SenseNovaEngine, think: bool) -> None:
+def test_a_batch_of_one_pass_is_finished_once_its_prompts_are_read(
+    engine: SenseNovaEngine, think: bool, after_prompts: Stop
+) -> None:
     (job, *_) = make_jobs(think=think)
-    assert outputs(run(engine, [job], stop=Stop())) == outputs(run(engine, [job]))
+    result = run(engine, [job], stop=after_prompts)
+    after_prompts.phase = "never"
+    assert outputs(result) == outputs(run(engine, [job]))
+
+
+@pytest.mark.parametrize("task", [Task.T2I, Task.INTERLEAVE])
+@pytest.mark.parametrize("layers", [0, 1, 5])
+def test_a_stop_is_heeded_between_the_layers_of_prompts(
+    engine: SenseNovaEngine, monkeypatch: pytest.MonkeyPatch, task: Task, layers: int
+) -> None:
+    """Also by a batch that would be finished once it draws."""
+    (job, *_) = make_jobs(task, rounds=1)
+    attended = itertools.count()
+    asked = 0
+
+    def attention(*args: Any) -> torch.Tensor:
+        next(attended)
+        return sdpa(*args)
+
+    def stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > layers
+
+    monkeypatch.setattr(engine, "_attention", attention)
+    monkeypatch.setattr(engine, "_system_turns", {})
+    with pytest.raises(BatchStoppedError, match="read its prompts"):
+        generate(engine, job, stop=stop)
+    assert next(attended) == layers
+    assert outputs(run(engine, [job])) == outputs(run(engine, [job]))
 
 
 @pytest.mark.parametrize("step", [1, 4, 5])
@@ -214,9 +266,13 @@ def test_a_stop_in_the_text_behind_the_last_picture_is_not_heeded() -> None:
     assert [story.text for story in found] == [story.text for story in expected]
 
 
-def test_stories_of_one_picture_are_finished(engine: SenseNovaEngine) -> None:
+def test_interleave_jobs_of_one_image_are_finished(
+    engine: SenseNovaEngine, after_prompts: Stop
+) -> None:
     jobs = make_jobs(Task.INTERLEAVE, rounds=1)
-    assert outputs(run(engine, jobs, stop=Stop())) == outputs(run(engine, jobs))
+    result = run(engine, jobs, stop=after_prompts)
+    after_prompts.phase = "never"
+    assert outputs(result) == outputs(run(engine, jobs))
 
 
 class FullDisk(KeptImages):

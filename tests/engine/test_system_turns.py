@@ -39,9 +39,9 @@ class CountingRunner(Runner):
         )
         self.passes: list[int] = []
 
-    def extend(self, extensions: Any) -> torch.Tensor:
+    def extend(self, extensions: Any, **options: Any) -> torch.Tensor:
         self.passes.append(sum(len(e.prompt.token_ids) for e in extensions))
-        return super().extend(extensions)
+        return super().extend(extensions, **options)
 
 
 def prepared(

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sensebatch.plan.passes import RUN_SCORES
+
 Attention = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 """(q_QHE, k_LKE, v_LKE, causal) -> `[Q, H, E]`; causal aligns the last query with the last key."""
 
@@ -62,8 +64,8 @@ def sdpa(q_QHE: Tensor, k_LKE: Tensor, v_LKE: Tensor, causal: bool) -> Tensor:
     num_queries, num_keys = q_QHE.shape[0], k_LKE.shape[0]
     mask = None
     if causal and 1 < num_queries < num_keys:
-        mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q_QHE.device)
-        mask = mask.tril(num_keys - num_queries)
+        places = torch.arange(num_keys, device=q_QHE.device)
+        mask = places <= places[num_keys - num_queries :, None]
     out = F.scaled_dot_product_attention(
         q_QHE.transpose(0, 1)[None],
         k_LKE.transpose(0, 1)[None],
@@ -154,7 +156,8 @@ def attend_segments(
     """Attends from a prompt's new tokens to everything before them and to themselves.
 
     A token sees all earlier ones; the tokens of one image also see the later ones of that image.
-    Going run by run never forms the prompt's whole score matrix or mask.
+    Going run by run, and through long text in runs of `RUN_SCORES`, never forms the prompt's whole
+    score matrix or mask.
 
     Args:
         attention: How one run attends.
@@ -165,6 +168,11 @@ def attend_segments(
         out_QHE: Where the result is written.
     """
     num_cached = k_LKE.shape[0] - q_QHE.shape[0]
-    for start, end, is_image in segments:
-        keys, values = k_LKE[: num_cached + end], v_LKE[: num_cached + end]
-        out_QHE[start:end] = attention(q_QHE[start:end], keys, values, not is_image)
+    for first, last, is_image in segments:
+        size = last - first
+        if not is_image:
+            size = min(size, max(RUN_SCORES // (num_cached + last), 1))
+        for start in range(first, last, size):
+            end = min(start + size, last)
+            keys, values = k_LKE[: num_cached + end], v_LKE[: num_cached + end]
+            out_QHE[start:end] = attention(q_QHE[start:end], keys, values, not is_image)
