@@ -18,6 +18,10 @@ MAX_DEPTH = 100
 """Deepest nesting of lists and mappings."""
 MAX_DIGITS = 100
 """Longest number, in characters."""
+MAX_SHOWN = 255
+"""Longest name that a message shows as it is."""
+MAX_VALUES = 2_000_000
+"""Most values of a JSON text."""
 MAX_TEXT_BYTES = 2**26
 """Largest text that is read as a whole where nothing else is said."""
 
@@ -30,6 +34,7 @@ class UnreadableFileError(OSError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
+        self.strerror = message
 
 
 def read_file(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
@@ -70,11 +75,14 @@ def load_json(content: bytes | str) -> Any:
 
     Raises:
         json.JSONDecodeError: It is not JSON; the error says where.
-        ValueError: It is not UTF-8, repeats a key, is nested too deeply, or holds a number that is
-            too long or not finite, or half of a surrogate pair.
+        ValueError: It is not UTF-8, repeats a key, is nested too deeply, holds too many values, a
+            number that is too long or not finite, or half of a surrogate pair.
     """
     if isinstance(content, bytes):
         content = content.removeprefix(_BYTE_ORDER_MARK).decode()
+    # Every value but the first of its list comes after a comma. Those inside texts count as well.
+    if content.count(",") >= MAX_VALUES:
+        raise ValueError(f"more than {MAX_VALUES:,} values")
     check_depth(content)
     value = json.loads(
         content,
@@ -147,3 +155,14 @@ def is_unicode(value: object) -> bool:
     if isinstance(value, list):
         return all(is_unicode(item) for item in value)
     return True
+
+
+def quoted(value: object, most: int = 80) -> str:
+    """Returns a value as a message shows it: on one line, and cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def shown(name: str) -> str:
+    """Returns a name as it is, or as `quoted` if it is long or would do something to a terminal."""
+    return name if len(name) <= MAX_SHOWN and name.isprintable() else quoted(name)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from sensebatch.bounded import (
     MAX_DEPTH,
     MAX_DIGITS,
+    MAX_VALUES,
     UnreadableFileError,
     check_file,
     load_json,
@@ -57,6 +58,7 @@ def test_json_is_read_back_with_or_without_a_byte_order_mark(
         ('{"a": 1, "b": 2, "a": 3}', "'a' is given twice"),
         ('["\\ud800"]', "half of a surrogate pair"),
         ('{"\\udfff": 1}', "half of a surrogate pair"),
+        ("[" + "0," * MAX_VALUES + "0]", "more than 2,000,000 values"),
         ("[1,", "Expecting value"),
         ("", "Expecting value"),
     ],

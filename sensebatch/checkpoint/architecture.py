@@ -7,10 +7,21 @@ from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
 
+from sensebatch.bounded import quoted
 from sensebatch.errors import CheckpointError
+from sensebatch.jobs import MAX_COUNT
 
 TIMESTEP_FREQUENCIES = 256
 """Sinusoids of a timestep or noise scale, cosines and sines together."""
+MAX_LAYERS = 1024
+MAX_HEADS = 4096
+MAX_EXPERTS = 4096
+MAX_WIDTH = 2**20
+"""Largest size of a vector or matrix."""
+MAX_VOCABULARY = 2**24
+MAX_TENSORS = 200_000
+"""Most weights of a network. All bounds are far above any model's, and low enough that whatever
+`config.json` says is worked out in seconds."""
 NOISE_SCALE_MODES = ("resolution", "dynamic", "dynamic_sqrt")
 TEMPLATES = ("neo1_0",)
 
@@ -127,7 +138,18 @@ class _Fields:
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise CheckpointError(
-                f"config.json: {self._prefix}{name}: expected {kind.__name__}, found {value!r}"
+                f"config.json: {self._prefix}{name}: expected {kind.__name__}, "
+                f"found {quoted(value)}"
+            )
+        return value
+
+    def count(self, name: str, most: int, default: int | None = None, *, least: int = 1) -> int:
+        """Returns a whole number within bounds."""
+        value: int = self.get(name, int, default)
+        if not least <= value <= most:
+            raise CheckpointError(
+                f"config.json: {self._prefix}{name}: expected {least:,} to {most:,}, "
+                f"found {quoted(value)}"
             )
         return value
 
@@ -139,7 +161,7 @@ class _Fields:
 
     def reject(self, name: str, value: Any, expected: str) -> CheckpointError:
         return CheckpointError(
-            f"config.json: {self._prefix}{name}: expected {expected}, found {value!r}; "
+            f"config.json: {self._prefix}{name}: expected {expected}, found {quoted(value)}; "
             "this checkpoint is not supported"
         )
 
@@ -157,28 +179,26 @@ def _num_experts(llm: _Fields) -> str:
 
 
 def _moe(llm: _Fields, num_layers: int) -> tuple[Moe, Moe]:
-    num_experts = llm.get(_num_experts(llm), int)
-    per_tok = llm.get("num_experts_per_tok", int)
-    intermediate = llm.get("moe_intermediate_size", int)
+    num_experts = llm.count(_num_experts(llm), MAX_EXPERTS)
+    per_tok = llm.count("num_experts_per_tok", MAX_EXPERTS)
+    intermediate = llm.count("moe_intermediate_size", MAX_WIDTH)
     norm_topk = llm.get("norm_topk_prob", bool, False)
-    step = llm.get("decoder_sparse_step", int, 1)
-    if step < 1:
-        raise llm.reject("decoder_sparse_step", step, "1 or more")
-    dense_only = set(llm.get("mlp_only_layers", list, []))
+    step = llm.count("decoder_sparse_step", MAX_LAYERS, 1)
+    listed = llm.get("mlp_only_layers", list, [])
+    if not all(isinstance(index, int) for index in listed):
+        raise llm.reject("mlp_only_layers", listed, "numbers of layers")
+    dense_only = set(listed)
     understanding = Moe(
         num_experts=num_experts,
         num_experts_per_tok=per_tok,
         intermediate_size=intermediate,
         norm_topk_prob=norm_topk,
-        sparse_layers=tuple(
-            i not in dense_only and num_experts > 0 and (i + 1) % step == 0
-            for i in range(num_layers)
-        ),
+        sparse_layers=tuple(i not in dense_only and (i + 1) % step == 0 for i in range(num_layers)),
     )
     generation = Moe(
-        num_experts=llm.get("gen_num_experts", int, num_experts),
-        num_experts_per_tok=llm.get("gen_num_experts_per_tok", int, per_tok),
-        intermediate_size=llm.get("gen_moe_intermediate_size", int, intermediate),
+        num_experts=llm.count("gen_num_experts", MAX_EXPERTS, num_experts),
+        num_experts_per_tok=llm.count("gen_num_experts_per_tok", MAX_EXPERTS, per_tok),
+        intermediate_size=llm.count("gen_moe_intermediate_size", MAX_WIDTH, intermediate),
         norm_topk_prob=norm_topk,
         sparse_layers=(True,) * num_layers,
     )
@@ -205,23 +225,24 @@ def parse_architecture(config: Mapping[str, Any]) -> Architecture:
     llm = top.section("llm_config")
     vision = top.section("vision_config")
     _reject_unsupported(top, llm)
-    num_layers = llm.get("num_hidden_layers", int)
-    is_moe = llm.get(_num_experts(llm), int, 0) > 1 or "moe" in llm.get("model_type", str, "")
+    num_layers = llm.count("num_hidden_layers", MAX_LAYERS)
+    num_experts = llm.count(_num_experts(llm), MAX_EXPERTS, 0, least=0)
+    is_moe = num_experts > 1 or "moe" in llm.get("model_type", str, "")
     understanding_moe, generation_moe = _moe(llm, num_layers) if is_moe else (None, None)
-    heads = llm.get("num_attention_heads", int)
-    hidden = llm.get("hidden_size", int)
+    heads = llm.count("num_attention_heads", MAX_HEADS)
+    hidden = llm.count("hidden_size", MAX_WIDTH)
     arch = Architecture(
         hidden_size=hidden,
-        intermediate_size=llm.get("intermediate_size", int),
+        intermediate_size=llm.count("intermediate_size", MAX_WIDTH),
         num_layers=num_layers,
         num_heads=heads,
-        num_kv_heads=llm.get("num_key_value_heads", int, heads),
-        head_dim=llm.get("head_dim", int, hidden // heads),
-        vocab_size=llm.get("vocab_size", int),
+        num_kv_heads=llm.count("num_key_value_heads", MAX_HEADS, heads),
+        head_dim=llm.count("head_dim", MAX_WIDTH, max(hidden // heads, 1)),
+        vocab_size=llm.count("vocab_size", MAX_VOCABULARY),
         rms_norm_eps=llm.get("rms_norm_eps", float, 1e-6),
         rope_theta=_rope_theta(llm),
         rope_theta_hw=llm.get("rope_theta_hw", float, 1e4),
-        vision_hidden_size=vision.get("hidden_size", int),
+        vision_hidden_size=vision.count("hidden_size", MAX_WIDTH),
         vision_rope_theta=vision.get("rope_theta_vision", float, 1e4),
         patch_size=_require(top, "patch_size", int, vision.get("patch_size", int, 16), (16,)),
         head=HeadKind.PIXEL if top.get("use_pixel_head", bool, False) else HeadKind.MLP,
@@ -230,7 +251,7 @@ def parse_architecture(config: Mapping[str, Any]) -> Architecture:
         noise_scale_mode=_require(
             top, "noise_scale_mode", str, NOISE_SCALE_MODES[0], NOISE_SCALE_MODES
         ),
-        noise_scale_base_image_seq_len=top.get("noise_scale_base_image_seq_len", int, 64),
+        noise_scale_base_image_seq_len=top.count("noise_scale_base_image_seq_len", MAX_COUNT, 64),
         noise_scale_max_value=top.get("noise_scale_max_value", float, 8.0),
         understanding_moe=understanding_moe,
         generation_moe=generation_moe,
@@ -257,14 +278,29 @@ def _reject_unsupported(top: _Fields, llm: _Fields) -> None:
         raise top.reject("fm_head_layers", fm_head_layers, "at most 2")
 
 
+def _check_number_of_tensors(arch: Architecture) -> None:
+    """Raises where there are more than can be listed in a reasonable time."""
+    experts = sum(
+        sum(moe.sparse_layers) * moe.num_experts
+        for moe in (arch.understanding_moe, arch.generation_moe)
+        if moe is not None
+    )
+    if 3 * experts > MAX_TENSORS:
+        raise CheckpointError(
+            f"config.json: llm_config: expected at most {MAX_TENSORS:,} matrices of experts, "
+            f"found {3 * experts:,}"
+        )
+
+
 def _check_shapes(arch: Architecture) -> None:
     """Raises where sizes contradict one another, before a layer fails on it."""
     for field in fields(arch):
         value = getattr(arch, field.name)
-        if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
+        if isinstance(value, float) and not value > 0:
             raise CheckpointError(
                 f"config.json: {field.name}: expected more than 0, found {value!r}"
             )
+    _check_number_of_tensors(arch)
     for moe in (arch.understanding_moe, arch.generation_moe):
         if moe is not None and not 0 < moe.num_experts_per_tok <= moe.num_experts:
             raise CheckpointError(

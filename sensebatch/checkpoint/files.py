@@ -1,17 +1,18 @@
 """A checkpoint on disk: where it is and where in its files each tensor lies. No torch.
 
-Only `config.json`, the index and the headers of the safetensors files are read here.
+Reads `config.json`, the index and the headers of the safetensors files, and nothing else. Others
+wrote them, so everything is read within bounds.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sensebatch.bounded import check_file, load_json, quoted, read_file, shown
 from sensebatch.checkpoint.architecture import OFFICIAL_8B, Architecture, parse_architecture
 from sensebatch.checkpoint.hub import download, is_hub_id
 from sensebatch.checkpoint.tensors import expected_tensors
@@ -22,8 +23,16 @@ TINY_FOLDER = Path(__file__).parents[1] / "tiny" / "checkpoint"
 """The embedded checkpoint."""
 
 INDEX_SUFFIX = ".safetensors.index.json"
-MAX_HEADER_BYTES = 100_000_000
-"""Limit of the safetensors format; more means that the file is something else."""
+MAX_CONFIG_BYTES = 2**20
+MAX_INDEX_BYTES = 2**25
+MAX_HEADER_BYTES = 2**25
+"""Many times the header of a model with thousands of experts; a larger one is something else."""
+MAX_NAME_BYTES = 255
+"""Longest file name that file systems have."""
+MAX_SIDES = 8
+"""Most dimensions of a tensor."""
+MAX_NUMBER = 2**63 - 1
+"""Largest side or offset."""
 
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """The dtypes, in safetensors' names, that weights may have."""
@@ -90,14 +99,21 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
         return read_folder(TINY_FOLDER, name=model)
     if model.startswith(SYNTHETIC_PREFIX):
         return _synthetic(model)
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(model).expanduser()
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(
+            f"{quoted(model)}: expected a checkpoint folder or a Hub id: {reason}"
+        ) from error
+    if is_folder:
         if revision is not None:
             raise CheckpointError(
                 f"{model}: expected a Hub id beside revision {revision!r}, found a folder"
             )
         return read_folder(folder, name=model)
-    if folder.exists():
+    if exists:
         raise CheckpointError(f"{model}: expected a checkpoint folder, found a file")
     if not is_hub_id(model):
         raise CheckpointError(
@@ -113,7 +129,7 @@ def _synthetic(model: str) -> Checkpoint:
     configs = {
         "8b": OFFICIAL_8B,
         "u1.5": {**OFFICIAL_8B, "use_pixel_head": True},
-        "tiny": _read_json(TINY_FOLDER / "config.json"),
+        "tiny": read_json(TINY_FOLDER / "config.json"),
     }
     if size not in configs:
         raise CheckpointError(
@@ -142,7 +158,7 @@ def _synthetic(model: str) -> Checkpoint:
 
 def read_folder(folder: Path, *, name: str | None = None) -> Checkpoint:
     """Returns the checkpoint in a folder; see `open_checkpoint`."""
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     return Checkpoint(
         name=str(folder) if name is None else name,
         path=folder,
@@ -188,7 +204,7 @@ def check_tensors(checkpoint: Checkpoint) -> None:
     for kind, names in kinds.items():
         if names:
             lines.append(f"{len(names)} {kind}:")
-            lines += [f"  {name}" for name in names[:NUM_LISTED]]
+            lines += [f"  {shown(name)}" for name in names[:NUM_LISTED]]
         if len(names) > NUM_LISTED:
             lines.append(f"  ... and {len(names) - NUM_LISTED} more")
     raise CheckpointError("\n".join(lines))
@@ -198,10 +214,11 @@ def read_header(file: Path) -> dict[str, TensorFile]:
     """Returns the tensors of one safetensors file in its own order.
 
     Raises:
-        CheckpointError: The file is missing, is no safetensors file, or is shorter or longer
+        CheckpointError: The file is missing, is not a safetensors file, or is shorter or longer
             than its header says.
     """
     try:
+        check_file(file)
         size = file.stat().st_size
         with file.open("rb") as stream:
             header_bytes = int.from_bytes(stream.read(8), "little")
@@ -209,12 +226,11 @@ def read_header(file: Path) -> dict[str, TensorFile]:
                 raise CheckpointError(
                     f"{file}: expected a safetensors file, found {size} bytes without its header"
                 )
-            header = json.loads(stream.read(header_bytes))
-        header.pop("__metadata__", None)
-        tensors = {name: _tensor(file, entry, 8 + header_bytes) for name, entry in header.items()}
+            header = load_json(stream.read(header_bytes))
+        tensors = _tensors(file, header, 8 + header_bytes)
     except OSError as error:
         raise CheckpointError(f"{file}: expected a safetensors file: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise CheckpointError(
             f"{file}: expected a safetensors file, found a header that cannot be read: {error}"
         ) from error
@@ -222,15 +238,40 @@ def read_header(file: Path) -> dict[str, TensorFile]:
     return tensors
 
 
-def _tensor(file: Path, entry: Mapping[str, Any], data_start: int) -> TensorFile:
-    begin, end = (int(offset) for offset in entry["data_offsets"])
-    return TensorFile(
-        file=file,
-        dtype=str(entry["dtype"]),
-        shape=tuple(int(side) for side in entry["shape"]),
-        offset=data_start + begin,
-        nbytes=end - begin,
+def _tensors(file: Path, header: object, data_start: int) -> dict[str, TensorFile]:
+    """Returns the tensors of a header.
+
+    Raises:
+        ValueError: The header is not one of a safetensors file.
+    """
+    if not isinstance(header, dict):
+        raise ValueError(f"expected a map of tensors, found {quoted(header)}")
+    return {
+        name: _tensor(file, name, entry, data_start)
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def _tensor(file: Path, name: str, entry: object, data_start: int) -> TensorFile:
+    match entry:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [begin, end]}:
+            numbers = [*shape, begin, end]
+            if len(shape) <= MAX_SIDES and all(map(_is_count, numbers)):
+                return TensorFile(
+                    file=file,
+                    dtype=dtype,
+                    shape=tuple(shape),
+                    offset=data_start + begin,
+                    nbytes=end - begin,
+                )
+    raise ValueError(
+        f"{shown(name)}: expected dtype, shape and data_offsets, found {quoted(entry)}"
     )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_NUMBER
 
 
 def _check_layout(file: Path, tensors: Mapping[str, TensorFile], *, start: int, size: int) -> None:
@@ -240,12 +281,12 @@ def _check_layout(file: Path, tensors: Mapping[str, TensorFile], *, start: int, 
         item_bytes = DTYPE_BYTES.get(tensor.dtype)
         if item_bytes is not None and tensor.nbytes != item_bytes * math.prod(tensor.shape):
             raise CheckpointError(
-                f"{file}: {name}: expected {item_bytes * math.prod(tensor.shape)} bytes for "
-                f"{tensor.dtype} {list(tensor.shape)}, found {tensor.nbytes} in the header"
+                f"{file}: {shown(name)}: expected {item_bytes * math.prod(tensor.shape)} bytes "
+                f"for {tensor.dtype} {list(tensor.shape)}, found {tensor.nbytes} in the header"
             )
         if tensor.offset != end or tensor.nbytes < 0:
             raise CheckpointError(
-                f"{file}: {name}: expected its data at byte {end}, found {tensor.offset}"
+                f"{file}: {shown(name)}: expected its data at byte {end}, found {tensor.offset}"
             )
         end += tensor.nbytes
     if end != size:
@@ -254,13 +295,13 @@ def _check_layout(file: Path, tensors: Mapping[str, TensorFile], *, start: int, 
 
 
 def _read_tensors(folder: Path) -> dict[str, TensorFile]:
-    indices = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
+    indices = visible_files(folder, f"*{INDEX_SUFFIX}")
     if len(indices) > 1:
         names = ", ".join(index.name for index in indices)
         raise CheckpointError(f"{folder}: expected one *{INDEX_SUFFIX}, found {names}")
     if indices:
         return _read_shards(indices[0])
-    files = sorted(folder.glob("*.safetensors"))
+    files = visible_files(folder, "*.safetensors")
     if len(files) != 1:
         found = ", ".join(file.name for file in files[:NUM_LISTED]) or "none"
         raise CheckpointError(
@@ -269,34 +310,59 @@ def _read_tensors(folder: Path) -> dict[str, TensorFile]:
     return read_header(files[0])
 
 
+def visible_files(folder: Path, pattern: str) -> list[Path]:
+    """Returns the files of a folder without hidden ones, such as macOS adds, in order."""
+    return sorted(file for file in folder.glob(pattern) if not file.name.startswith("."))
+
+
+def _is_file_name(name: str) -> bool:
+    """Returns whether a name can only be that of a file in the same folder."""
+    plain = name.isprintable() and name not in ("", "..") and Path(name).name == name
+    return plain and len(name.encode()) <= MAX_NAME_BYTES
+
+
 def _read_shards(index: Path) -> dict[str, TensorFile]:
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(name, str) for name in weight_map.values()
     ):
         raise CheckpointError(f"{index}: weight_map: expected a map of tensor to file name")
+    for name in set(weight_map.values()):
+        if not _is_file_name(name):
+            raise CheckpointError(
+                f"{index}: weight_map: expected names of files beside it, found {quoted(name)}"
+            )
     tensors: dict[str, TensorFile] = {}
     for name in sorted(set(weight_map.values())):
         file = index.parent / name
-        if not file.exists():
-            raise CheckpointError(f"{file}: named by {index.name}, not found")
+        try:
+            file.stat()
+        except OSError as error:
+            raise CheckpointError(
+                f"{file}: named by {index.name}, not found: {error.strerror}"
+            ) from error
         for tensor_name, tensor in read_header(file).items():
             if tensor_name in tensors:
                 raise CheckpointError(
-                    f"{file}: {tensor_name}: also in {tensors[tensor_name].file.name}"
+                    f"{file}: {shown(tensor_name)}: also in {tensors[tensor_name].file.name}"
                 )
             tensors[tensor_name] = tensor
     for tensor_name, name in weight_map.items():
-        if tensor_name not in tensors or tensors[tensor_name].file.name != Path(name).name:
+        if tensor_name not in tensors or tensors[tensor_name].file.name != name:
             raise CheckpointError(
-                f"{index.parent / name}: {tensor_name}: promised by {index.name}, not found"
+                f"{index.parent / name}: {shown(tensor_name)}: promised by {index.name}, not found"
             )
     return tensors
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
+    """Returns the JSON object in a file of a checkpoint.
+
+    Raises:
+        CheckpointError: The file cannot be read, or does not hold a JSON object within bounds.
+    """
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = load_json(read_file(file, max_bytes))
     except OSError as error:
         raise CheckpointError(f"{file}: expected a JSON file: {error.strerror}") from error
     except ValueError as error:

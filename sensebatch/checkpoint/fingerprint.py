@@ -6,11 +6,15 @@ import hashlib
 import json
 from pathlib import Path
 
+from sensebatch.bounded import check_file, read_file
 from sensebatch.checkpoint.files import Checkpoint, TensorFile
 from sensebatch.errors import CheckpointError
 
 SAMPLE_BYTES = 4096
 """How much of each tensor is read, from its middle."""
+
+MAX_TOKENIZER_BYTES = 2**28
+"""Largest file of a tokenizer that is read."""
 
 TOKENIZER_FILES = (
     "added_tokens.json",
@@ -59,6 +63,7 @@ def fingerprint_file(file: Path) -> str:
         CheckpointError: It cannot be read.
     """
     try:
+        check_file(file)
         with file.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
@@ -89,6 +94,6 @@ def _samples(checkpoint: Checkpoint) -> dict[str, tuple[TensorFile, str]]:
 
 def _read(file: Path) -> bytes:
     try:
-        return file.read_bytes()
+        return read_file(file, MAX_TOKENIZER_BYTES)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import json
-from collections.abc import Iterable, Mapping
+import itertools
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sensebatch.checkpoint.files import Checkpoint
+from sensebatch.bounded import is_unicode, quoted, read_file, shown
+from sensebatch.checkpoint.files import Checkpoint, read_json, visible_files
 from sensebatch.config import TINY_MODEL
 from sensebatch.errors import CheckpointError
 from sensebatch.tasks import SystemPromptKind, Task
@@ -27,6 +29,13 @@ BUILT_IN = "built-in"
 """The source of a prompt written for this project."""
 NO_PROMPT = "none"
 """The source of the system prompt of a task that has none."""
+
+MAX_SOURCE_BYTES = 2**19
+"""Largest Python file that is looked through; the release's are a tenth of it."""
+MAX_FILES = 1000
+"""Most Python files that are looked through."""
+MAX_PARSED_BYTES = 2**21
+"""Most Python that is parsed altogether."""
 
 _BUILT_IN_FILE = Path(__file__).with_name("prompts.json")
 _PACKAGE = "sensenova_u1"
@@ -81,8 +90,8 @@ def resolve_system_prompts(checkpoint: Checkpoint, file: Path | None = None) -> 
     """
     prompts = {} if file is None else _from_json(file)
     wanted = {kind: name for kind, name in CONSTANTS.items() if kind not in prompts}
-    for files in (checkpoint.path.glob("*.py"), _package_files()):
-        constants = _constants(sorted(files), set(wanted.values()))
+    for files in (visible_files(checkpoint.path, "*.py"), _package_files()):
+        constants = _constants(files, set(wanted.values()))
         for kind, name in wanted.items():
             if kind not in prompts and name in constants:
                 prompts[kind] = constants[name]
@@ -98,20 +107,15 @@ def resolve_system_prompts(checkpoint: Checkpoint, file: Path | None = None) -> 
 
 
 def _from_json(file: Path) -> dict[str, SystemPrompt]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{file}: expected a JSON file: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{file}: expected JSON, found: {error}") from error
+    values = read_json(file)
     kinds = " and ".join(CONSTANTS)
-    if not isinstance(values, dict) or not values:
+    if not values:
         raise CheckpointError(f"{file}: expected a JSON object with {kinds}")
     for kind, text in values.items():
         if kind not in CONSTANTS:
-            raise CheckpointError(f"{file}: {kind}: expected only {kinds}")
+            raise CheckpointError(f"{file}: {shown(kind)}: expected only {kinds}")
         if not isinstance(text, str):
-            raise CheckpointError(f"{file}: {kind}: expected a string, found {text!r}")
+            raise CheckpointError(f"{file}: {kind}: expected a string, found {quoted(text)}")
     return {kind: SystemPrompt(text=text, source=str(file)) for kind, text in values.items()}
 
 
@@ -119,39 +123,54 @@ def _package_files() -> list[Path]:
     """Returns the installed package's Python files; finding it does not import it."""
     spec = importlib.util.find_spec(_PACKAGE)
     folders = [] if spec is None else spec.submodule_search_locations or []
-    return [file for folder in folders for file in Path(folder).rglob("*.py")]
+    return sorted(file for folder in folders for file in Path(folder).rglob("*.py"))
 
 
 def _constants(files: Iterable[Path], names: set[str]) -> dict[str, SystemPrompt]:
-    """Returns the string constants of some names; the first file that has one wins."""
+    """Returns the string constants of some names; the first file that has one wins.
+
+    The files are somebody else's code: one that cannot be read holds no prompt for us.
+    """
     found: dict[str, SystemPrompt] = {}
-    for file in files:
+    left = MAX_PARSED_BYTES
+    for file in itertools.islice(files, MAX_FILES):
         try:
-            source = file.read_text(encoding="utf-8")
-            if not any(name in source for name in names):
-                continue
-            tree = ast.parse(source)
-        except (OSError, SyntaxError, ValueError):
-            # Someone else's code: a file that cannot be read holds no prompt for us.
+            source = read_file(file, MAX_SOURCE_BYTES)
+        except OSError:
             continue
-        for name, text in _assignments(tree):
-            if name in names and name not in found:
+        if len(source) > left or not any(name.encode() in source for name in names):
+            continue
+        left -= len(source)
+        for name, text in _assignments(source):
+            if name in names and name not in found and is_unicode(text):
                 found[name] = SystemPrompt(text=text, source=f"{file}: {name}")
     return found
 
 
-def _assignments(tree: ast.Module) -> Iterable[tuple[str, str]]:
-    """Yields (name, text) of every module-level assignment of a string constant."""
-    for node in tree.body:
-        if isinstance(node, ast.Assign):
-            targets, value = node.targets, node.value
-        elif isinstance(node, ast.AnnAssign) and node.value is not None:
-            targets, value = [node.target], node.value
-        else:
-            continue
-        text = _text(value)
-        if text is not None:
-            yield from ((target.id, text) for target in targets if isinstance(target, ast.Name))
+def _assignments(source: bytes) -> list[tuple[str, str]]:
+    """Returns (name, text) of every module-level assignment of a string constant."""
+    try:
+        with warnings.catch_warnings():
+            # Of its escape sequences and comparisons, which are not ours to mend.
+            warnings.simplefilter("ignore")
+            body = ast.parse(source.decode("utf-8-sig")).body
+        return [pair for node in body for pair in _assigned(node)]
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        # The parser has no memory for what is nested too deeply.
+        return []
+
+
+def _assigned(node: ast.stmt) -> Iterator[tuple[str, str]]:
+    """Yields (name, text) of a statement that assigns a string constant."""
+    if isinstance(node, ast.Assign):
+        targets, value = node.targets, node.value
+    elif isinstance(node, ast.AnnAssign) and node.value is not None:
+        targets, value = [node.target], node.value
+    else:
+        return
+    text = _text(value)
+    if text is not None:
+        yield from ((target.id, text) for target in targets if isinstance(target, ast.Name))
 
 
 def _text(node: ast.expr) -> str | None:

@@ -14,6 +14,8 @@ from sensebatch.checkpoint.architecture import (
 from sensebatch.checkpoint.heads import head_of
 from sensebatch.resolutions import PATCH_PIXELS
 
+MAX_HEAD_PARTS = 1024
+"""Most parts of the vocabulary head, however small the layers are."""
 GENERATION_SUFFIX = "_mot_gen"
 """What marks the generation expert's weights inside the language model."""
 
@@ -80,6 +82,7 @@ def head_part_rows(arch: Architecture) -> list[int]:
     The head is computed part by part wherever it is kept, so that its logits do not depend on it.
     """
     num_parts = -(-arch.vocab_size * arch.hidden_size // largest_layer_elements(arch))
+    num_parts = min(num_parts, MAX_HEAD_PARTS)
     rows = -(-arch.vocab_size // num_parts)
     return [min(rows, arch.vocab_size - start) for start in range(0, arch.vocab_size, rows)]
 

@@ -84,7 +84,8 @@ def test_broken_or_computed_python_is_passed_over(checkpoint: Checkpoint) -> Non
     ("content", "complaint"),
     [
         ("{", "expected JSON"),
-        ("[]", "expected a JSON object with generation and interleave"),
+        ("[]", "expected a JSON object, found list"),
+        ("{}", "expected a JSON object with generation and interleave"),
         ('{"generatoin": "x"}', "generatoin: expected only generation and interleave"),
         ('{"generation": 1}', "generation: expected a string, found 1"),
     ],
