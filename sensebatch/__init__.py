@@ -39,6 +39,7 @@ __all__ = [
     "make_jobs",
     "make_plan",
     "open_engine",
+    "plan_summary",
     "read_jobs",
     "read_log",
     "read_status",

@@ -31,6 +31,7 @@ from sensebatch.errors import (
 from sensebatch.executor.observer import Summary
 from sensebatch.jobs import Job
 from sensebatch.manifest.read import read_manifests, read_rows
+from sensebatch.plan import summary
 from sensebatch.plan.batches import Plan, plan_entry
 from sensebatch.plan.batches import make_plan as _make_plan
 from sensebatch.session import Request, RunObserver, TorchBackend, WarmEngine, run_session
@@ -72,6 +73,7 @@ __all__ = [
     "make_jobs",
     "make_plan",
     "open_engine",
+    "plan_summary",
     "read_jobs",
     "read_log",
     "read_status",
@@ -169,6 +171,20 @@ def make_plan(jobs: Iterable[Job], *, config: RunConfig | None = None) -> Plan:
     """Returns which of the jobs would go through the network together, as if none were done."""
     memory = (config or default_config()).memory
     return _make_plan((plan_entry(job) for job in jobs), memory)
+
+
+def plan_summary(plan: Plan, *, config: RunConfig | None = None) -> dict[str, Any]:
+    """Returns a plan as `sensebatch plan --json` prints it: batches by group, and memory.
+
+    `memory` is what each mode needs of GPU and host, or the one that a mode or a budget leaves;
+    None for a model that is not on the disk.
+
+    Raises:
+        CheckpointError: The model's files cannot be read.
+        ConfigError: The budget is too small.
+    """
+    memory = summary.memory_summary(plan, config or default_config(), None)
+    return summary.plan_summary(plan) | {"memory": memory}
 
 
 def open_engine(config: RunConfig | None = None) -> WarmEngine:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 
 from sensebatch.jobs import Batch, GroupKey
 from sensebatch.plan.batches import Plan
+from sensebatch.store.status import RunStatus
 from sensebatch.tasks import Task
 
 
@@ -19,11 +21,45 @@ def job_cost(group: GroupKey) -> float:
     return float(group.image_tokens * group.drawing.num_steps * len(group.branches))
 
 
+class Speed:
+    """Seconds that jobs take, by their cost.
+
+    It is measured for each task, since an interleave job writes text and several images; a task
+    that has not run yet is taken to be as fast as the others.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[Task, float] = defaultdict(float)
+        self._cost: dict[Task, float] = defaultdict(float)
+
+    def measured(self, group: GroupKey, num_jobs: float, seconds: float) -> None:
+        """Takes account of so many jobs of a group that took so long together."""
+        self._seconds[group.task] += seconds
+        self._cost[group.task] += num_jobs * job_cost(group)
+
+    def of(self, group: GroupKey, num_jobs: int) -> float | None:
+        """Returns the seconds that jobs should take, or None before anything was measured."""
+        if self._cost[group.task]:
+            by_cost = self._seconds[group.task] / self._cost[group.task]
+        elif cost := sum(self._cost.values()):
+            by_cost = sum(self._seconds.values()) / cost
+        else:
+            return None
+        return num_jobs * job_cost(group) * by_cost
+
+    def of_all(self, jobs: Mapping[GroupKey, int]) -> float | None:
+        """Returns the seconds that jobs of several groups should take; None likewise."""
+        total = 0.0
+        for group, num_jobs in jobs.items():
+            seconds = self.of(group, num_jobs)
+            if seconds is None:
+                return None
+            total += seconds
+        return total
+
+
 class RemainingTime:
     """Estimates the seconds a run still needs.
-
-    Seconds by cost are measured for each task, since an interleave job writes text and several
-    pictures; a task that has not run yet is taken to be as fast as the others.
 
     Args:
         plan: Batches that are to come; interrupted ones, which run before them, are not.
@@ -37,8 +73,7 @@ class RemainingTime:
             self._jobs[planned.group] = planned.num_jobs
             for ids in planned.batches():
                 self._to_come.update(dict.fromkeys(ids, planned.group))
-        self._seconds: dict[Task, float] = defaultdict(float)
-        self._cost: dict[Task, float] = defaultdict(float)
+        self._speed = Speed()
 
     def started(self, batch: Batch) -> None:
         """Takes a batch out of what is to come."""
@@ -57,27 +92,35 @@ class RemainingTime:
         self._jobs[batch.group] += len(batch.jobs)
 
     def measured(self, batch: Batch, seconds: float, share: float = 1.0) -> None:
-        """Takes account of a batch that took so long for this share of its pictures."""
-        self._seconds[batch.group.task] += seconds
-        self._cost[batch.group.task] += len(batch.jobs) * job_cost(batch.group) * share
+        """Takes account of a batch that took so long for this share of its images."""
+        self._speed.measured(batch.group, len(batch.jobs) * share, seconds)
 
     def of_batch(self, batch: Batch) -> float | None:
         """Returns the seconds that a batch should take, or None before anything was measured."""
-        speed = self._seconds_by_cost(batch.group.task)
-        return None if speed is None else len(batch.jobs) * job_cost(batch.group) * speed
+        return self._speed.of(batch.group, len(batch.jobs))
 
     def to_come(self) -> float | None:
         """Returns the seconds of all batches not started, or None before anything was measured."""
-        total = 0.0
-        for group, num_jobs in self._jobs.items():
-            speed = self._seconds_by_cost(group.task)
-            if speed is None:
-                return None
-            total += num_jobs * job_cost(group) * speed
-        return total
+        return self._speed.of_all(self._jobs)
 
-    def _seconds_by_cost(self, task: Task) -> float | None:
-        if self._cost[task]:
-            return self._seconds[task] / self._cost[task]
-        cost = sum(self._cost.values())
-        return sum(self._seconds.values()) / cost if cost else None
+
+def pace(status: RunStatus) -> tuple[float | None, float | None]:
+    """Returns the wall seconds an image took lately, and those that the rest should take.
+
+    Either is None where nothing was measured.
+    """
+    if not status.recent:
+        return None, None
+    start = min(batch.started_at for batch in status.recent)
+    wall_s = (max(batch.finished_at for batch in status.recent) - start).total_seconds()
+    speed = Speed()
+    for batch in status.recent:
+        if not batch.kept_images:
+            speed.measured(batch.group, batch.jobs, batch.total_s)
+    images = sum(batch.images - batch.kept_images for batch in status.recent)
+    in_engine_s = sum(batch.total_s for batch in status.recent)
+    left_s = speed.of_all(status.to_come)
+    # Between batches a run waits, for its disk for example.
+    if left_s is not None and in_engine_s:
+        left_s *= max(wall_s / in_engine_s, 1.0)
+    return wall_s / images if images else None, left_s

@@ -5,39 +5,40 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.table import Table
-
 from sensebatch.cli.messages import counted
-from sensebatch.cli.tables import new_table, print_parts
+from sensebatch.cli.tables import FittingTable, print_parts
 from sensebatch.units import GIB, duration
 
 Summary = Mapping[str, Any]
+MAX_GROUPS = 100
+"""Most groups that a table lists."""
 
 
 def print_plan(summary: Summary) -> None:
     """Prints what `sensebatch plan --json` prints."""
-    columns = ("steps", "branches", "jobs", "images", "tokens", "batches", "jobs in each")
-    table = new_table("#", "task", "size", *columns, words=3)
-    for number, group in enumerate(summary["groups"], start=1):
-        bound = _bound(group)
+    titles = ("steps x\nprompts", "jobs", "images", "batches", "up to\njobs")
+    table = FittingTable("#", "task", "size", *titles, words=["task", "size"])
+    for number, group in enumerate(summary["groups"][:MAX_GROUPS], start=1):
         table.add_row(
             str(number),
             f"{group['task']} (think)" if group["think"] else group["task"],
             _size(group),
-            str(group["num_steps"] or ""),
-            str(len(group["branches"])),
+            f"{group['num_steps']} x {len(group['branches'])}" if group["num_steps"] else "",
             f"{group['jobs']:,}",
-            f"{bound}{group['images']:,}",
-            f"{bound}{group['image_tokens']:,}",
+            f"{_bound(group)}{group['images']:,}",
             f"{group['batches']:,}",
-            f"<= {group['batch_size']}",
+            f"{group['batch_size']}",
         )
     at_most = "" if summary["images_exact"] else "at most "
+    tokens = sum(group["image_tokens"] for group in summary["groups"])
     total = (
-        f"{counted(summary['jobs'], 'job')}, {at_most}{counted(summary['images'], 'image')}, "
-        f"{summary['batches']:,} {'batch' if summary['batches'] == 1 else 'batches'}"
+        f"{counted(summary['jobs'], 'job')}, {at_most}{counted(summary['images'], 'image')} of "
+        f"{counted(tokens, 'token')}, {summary['batches']:,} "
+        f"{'batch' if summary['batches'] == 1 else 'batches'}"
     )
-    print_parts(table, total, *_memory(summary))
+    more = len(summary["groups"]) - MAX_GROUPS
+    lines = [f"... and {counted(more, 'more group')}; --json prints all", total]
+    print_parts(table, *(lines if more > 0 else lines[1:]), *_memory(summary))
 
 
 def _size(group: Summary) -> str:
@@ -56,10 +57,9 @@ def _memory(summary: Summary) -> list[object]:
     machine = summary["machine"]
     if len(placements) > 1:
         return [
-            "",
             _by_mode(placements),
-            "Expected peaks in GiB, GPU + host. Times need the speeds of a GPU, which sensebatch "
-            "doctor measures.",
+            "Expected peaks in GiB, GPU + host. Times need the speeds of a GPU, which "
+            "sensebatch doctor measures.",
         ]
     (placement,) = placements
     lines = [
@@ -80,7 +80,7 @@ def _memory(summary: Summary) -> list[object]:
         )
     elif machine is not None:
         lines.append("No time is known: speeds are measured in half precision.")
-    return ["", _of_placement(placement, summary["groups"]), *lines]
+    return [_of_placement(placement, summary["groups"]), *lines]
 
 
 def _reason(placement: Summary) -> str:
@@ -92,10 +92,10 @@ def _reason(placement: Summary) -> str:
     return f"{what[0].upper()}{what[1:]} does not hold all weights."
 
 
-def _by_mode(placements: Sequence[Summary]) -> Table:
+def _by_mode(placements: Sequence[Summary]) -> FittingTable:
     """Returns a table of all modes: a row a group, and one of the whole run."""
     modes = [placement["vram_mode"] for placement in placements]
-    table = new_table("#", "batch", "a pass", *modes)
+    table = FittingTable("#", "batch", "in a\npass", *modes, wrapping=modes)
     for number, groups in enumerate(
         zip(*(placement["groups"] for placement in placements), strict=True), start=1
     ):
@@ -115,21 +115,22 @@ def _peaks(needs: Summary) -> str:
     return f"{needs['device_bytes'] / GIB:.2f} + {needs['host_bytes'] / GIB:.2f}"
 
 
-def _of_placement(placement: Summary, groups: Sequence[Summary]) -> Table:
+def _of_placement(placement: Summary, groups: Sequence[Summary]) -> FittingTable:
     """Returns a table of one placement: a row a group, and one of the whole run."""
     timed = placement["seconds"] is not None
     texts = timed and placement["seconds"]["text"] > 0
-    table = new_table(
+    table = FittingTable(
         "#",
         "mode",
         "batch",
-        "a pass",
+        "in a\npass",
         "layers",
-        "GPU GiB",
-        "host GiB",
+        "GPU\nGiB",
+        "host\nGiB",
         *(["seconds"] if timed else []),
-        *(["for text"] if texts else []),
-        words=2,
+        *(["for\ntext"] if texts else []),
+        words=["mode"],
+        optional=["layers", "in a\npass"],
     )
     for number, (group, needs) in enumerate(zip(groups, placement["groups"], strict=True), start=1):
         cells = _cells(needs, timed=timed, texts=texts, bound=_bound(group))

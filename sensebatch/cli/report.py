@@ -33,8 +33,8 @@ def report(
 ) -> None:
     """Print what a run cost: load, seconds an image, throughput, peak memory, calls."""
     from sensebatch.cli.messages import show
-    from sensebatch.cli.tables import print_groups
-    from sensebatch.report.summary import format_summary, read_log, summarise, summary_json
+    from sensebatch.cli.tables import print_report
+    from sensebatch.report.summary import read_log, summarise, summary_json
     from sensebatch.report.timeline import format_timeline, timeline
     from sensebatch.store.run_dir import RunDir
 
@@ -50,5 +50,4 @@ def report(
     if as_json:
         show(json.dumps(summary_json(summary)))
         return
-    show(format_summary(summary, max_calls=None if calls else MAX_CALLS))
-    print_groups(summary)
+    print_report(summary, max_calls=None if calls else MAX_CALLS)

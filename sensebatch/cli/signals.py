@@ -42,7 +42,7 @@ class StopSignals:
         self._interrupts = False
         self._finishes = True
         self._num_handled = 0
-        self._ending = threading.RLock()
+        self._speaking = threading.RLock()
 
     def is_set(self) -> bool:
         """Returns whether a first signal came."""
@@ -98,11 +98,13 @@ class StopSignals:
                 if num_arrived > 1:
                     self._end(number)
                 self._stop.set()
-                if self.notice:
-                    _tell(FINISHING if self._finishes else LEAVING)
+                # Not after the last words, which the main thread may be saying.
+                with self._speaking:
+                    if self.notice:
+                        _tell(FINISHING if self._finishes else LEAVING)
 
     def _end(self, number: int) -> NoReturn:
-        with self._ending:
+        with self._speaking:
             _tell(self._ended, show_cursor=True)
             # Waiting for threads and buffers would not be at once, and nothing is lost: what
             # counts is on the disk, as after a kill.

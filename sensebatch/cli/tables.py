@@ -1,14 +1,20 @@
-"""Tables for people, on stdout: throughput by group, checkpoints."""
+"""Tables for people, on stdout: throughput by group and call, checkpoints.
+
+They fit 80 columns: titles of figures have two lines, and words wrap where a terminal is narrower.
+Nothing is cut.
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import fields
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from sensebatch.cli.messages import counted, show
@@ -16,44 +22,108 @@ from sensebatch.units import GIB
 
 if TYPE_CHECKING:
     from sensebatch.checkpoint.summary import Summary as ModelSummary
-    from sensebatch.report.summary import Summary, Throughput
+    from sensebatch.report.summary import Call, Summary, Throughput
 
 MAX_NAMES = 5
+MEASURE_WIDTH = 1000
+FILE_WIDTH = 100
+"""Columns of what is not printed to a terminal."""
 
 
-def new_table(*columns: str, words: int = 1) -> Table:
-    """Returns an empty table; all columns but the first `words` are figures."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < words else "right", no_wrap=True)
-    return table
+class FittingTable(Table):
+    """A table that leaves out its optional columns, one by one, where the terminal is too narrow.
+
+    Args:
+        columns: Titles; a line break keeps those of figures narrow.
+        words: The titles of columns of words, which stand on the left and may wrap.
+        wrapping: The titles of columns of figures that may wrap as well.
+        optional: The titles of columns that may be left out, the first of them first.
+    """
+
+    def __init__(
+        self,
+        *columns: str,
+        words: Collection[str] = (),
+        wrapping: Collection[str] = (),
+        optional: Sequence[str] = (),
+    ) -> None:
+        super().__init__(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        self.collapse_padding = True
+        num_lines = max(column.count("\n") for column in columns)
+        self._optional = []
+        for title in columns:
+            wraps = title in words or title in wrapping
+            self.add_column(
+                # Titles stand at the foot, cells at the head of their line.
+                "\n" * (num_lines - title.count("\n")) + title,
+                justify="left" if title in words else "right",
+                no_wrap=not wraps,
+                overflow="fold",
+            )
+            if title in optional:
+                self._optional.append((optional.index(title), self.columns[-1]))
+
+    def fit(self, console: Console) -> None:
+        """Takes away padding and optional columns until the table is as narrow as the console."""
+        if self._measured(console).maximum > console.width:
+            self.padding = (0, 0)
+        for _, column in sorted(self._optional, key=itemgetter(0)):
+            if self._measured(console).minimum <= console.width:
+                return
+            self.columns.remove(column)
+
+    def _measured(self, console: Console) -> Measurement:
+        # Asked for plenty of columns: in too few, a table says that it fits.
+        return Measurement.get(console, console.options.update(max_width=MEASURE_WIDTH), self)
 
 
 def print_parts(*parts: object) -> None:
-    """Prints tables and lines."""
+    """Prints tables and lines, with an empty line before and after a table."""
     terminal = Console(highlight=False)
-    # A table that is piped into a file keeps its width, whatever the terminal's.
     printed = io.StringIO()
     console = Console(
         file=printed,
         force_terminal=terminal.is_terminal,
-        width=terminal.width if terminal.is_terminal else 120,
+        width=terminal.width if terminal.is_terminal else FILE_WIDTH,
         highlight=False,
     )
+    before: object = None
     for part in parts:
-        console.print(part)
+        if isinstance(before, Table) or (isinstance(part, Table) and before is not None):
+            console.print()
+        if isinstance(part, FittingTable):
+            part.fit(console)
+        # What a person may copy is not broken into lines.
+        console.print(part, soft_wrap=isinstance(part, str) and " " not in part)
+        before = part
     show(printed.getvalue().removesuffix("\n"))
 
 
-def print_groups(summary: Summary) -> None:
-    """Prints the throughput of each group of a report."""
-    table = new_table(
-        "group", "jobs", "images", "calls", "wall s", "s/image", "image tok/s", "text tokens"
-    )
+def print_report(summary: Summary, *, max_calls: int | None) -> None:
+    """Prints the published summary: totals, then calls and groups as tables.
+
+    Args:
+        summary: What a log says of a run.
+        max_calls: Most rows for single calls; None prints all.
+    """
+    from sensebatch.report.summary import format_totals
+
+    if not summary.calls:
+        show(format_totals(summary))
+        return
+    shown = summary.calls[:max_calls]
+    more = len(summary.calls) - len(shown)
+    lines = [f"... and {counted(more, 'more call')}; --calls prints all"] if more else []
+    print_parts(format_totals(summary), _calls(shown), *lines, _groups(summary))
+
+
+def _groups(summary: Summary) -> FittingTable:
+    """Returns the throughput of each group."""
+    titles = ("jobs", "images", "calls", "wall s", "s/image", "image\ntok/s", "text\ntokens")
+    table = FittingTable("group", *titles, words=["group"], optional=["calls"])
     for name, group in summary.by_group.items():
         table.add_row(name, *_throughput_cells(group))
-    if summary.by_group:
-        print_parts(table)
+    return table
 
 
 def _throughput_cells(group: Throughput) -> Iterable[str]:
@@ -64,9 +134,31 @@ def _throughput_cells(group: Throughput) -> Iterable[str]:
     yield f"{group.text_tokens:,}"
 
 
+def _calls(calls: Sequence[Call]) -> FittingTable:
+    """Returns a row a call; memory of the device only where there was one."""
+    on_device = any(call.peak.reserved_bytes for call in calls)
+    peaks = ["peak\nGiB", "res.\nGiB", "rss\nGiB"] if on_device else ["rss\nGiB"]
+    titles = ("jobs", "images", "wall s", "s/step", "tok/s", *peaks)
+    table = FittingTable("call", "group", *titles, words=["group"], optional=["res.\nGiB", "jobs"])
+    for number, call in enumerate(calls, start=1):
+        peak = (call.peak.allocated_bytes, call.peak.reserved_bytes, call.peak.rss_bytes)
+        measured = call.wall_s and not call.kept_images
+        table.add_row(
+            str(number),
+            f"{call.task} {call.width}x{call.height}",
+            f"{call.jobs:,}",
+            f"{call.images:,}" + (f"\n({call.kept_images} kept)" if call.kept_images else ""),
+            f"{call.wall_s:.3f}",
+            "" if call.step_s is None else f"{call.step_s:.3f}",
+            f"{call.image_tokens / call.wall_s:,.2f}" if measured else "-",
+            *(f"{nbytes / GIB:.2f}" for nbytes in (peak if on_device else peak[2:])),
+        )
+    return table
+
+
 def print_model(summary: ModelSummary) -> None:
     """Prints a checkpoint's sizes, configuration and, if any, wrong tensors."""
-    sizes = new_table("group", "tensors", "parameters", "GiB")
+    sizes = FittingTable("group", "tensors", "parameters", "GiB", words=["group"])
     for group, size in summary.groups.items():
         sizes.add_row(
             group.value,
@@ -76,7 +168,7 @@ def print_model(summary: ModelSummary) -> None:
         )
     sizes.add_section()
     sizes.add_row("all", "", f"{summary.num_parameters:,}", f"{summary.nbytes / GIB:.3f}")
-    settings = new_table("configuration", "value", words=2)
+    settings = FittingTable("configuration", "value", words=["configuration", "value"])
     for field in fields(summary.architecture):
         value = getattr(summary.architecture, field.name)
         if value is not None:

@@ -250,13 +250,14 @@ def _throughput(calls: Sequence[Call], text_tokens: int) -> Throughput:
     )
 
 
-def format_summary(summary: Summary, *, max_calls: int | None = None) -> str:
-    """Returns the published summary as text, its fields in the published order.
+def format_summary(summary: Summary) -> str:
+    """Returns the published summary as text, in the published order: totals, then each call."""
+    calls = (_call_line(number, call) for number, call in enumerate(summary.calls, start=1))
+    return "\n".join([format_totals(summary), *calls])
 
-    Args:
-        summary: Of `summarise`.
-        max_calls: Most lines for single calls; None prints all.
-    """
+
+def format_totals(summary: Summary) -> str:
+    """Returns the published summary as text but for the calls."""
     total = summary.total
     lines = [
         f"config          vram_mode={summary.vram_mode}  attn_backend={summary.attn_backend}  "
@@ -274,16 +275,13 @@ def format_summary(summary: Summary, *, max_calls: int | None = None) -> str:
     if summary.waiting is not None:
         lines.append(f"waiting         {format_waiting(summary.waiting)}")
     if total.calls_with_kept:
+        calls = "1 call" if total.calls_with_kept == 1 else f"{total.calls_with_kept} calls"
         lines.append(
-            f"kept pictures   {total.kept_images} drawn before a stop, kill or split; "
-            f"calls with any: {total.calls_with_kept}, left out of average and throughput"
+            f"kept images     {total.kept_images} in {calls}, drawn earlier; left out of average "
+            "and throughput"
         )
     if summary.failed_attempts:
         lines.append(f"failed attempts {summary.failed_attempts}")
-    shown = summary.calls[:max_calls]
-    lines += [_call_line(number, call) for number, call in enumerate(shown, start=1)]
-    if len(shown) < len(summary.calls):
-        lines.append(f"  ... and {len(summary.calls) - len(shown)} more calls")
     return "\n".join(lines)
 
 
@@ -300,9 +298,13 @@ def _call_line(number: int, call: Call) -> str:
 
 
 def _gib(memory: Memory) -> str:
+    """Returns peaks in words; those of the device only where there was one."""
+    rss = f"rss={memory.rss_bytes / GIB:.2f} GiB"
+    if not memory.reserved_bytes:
+        return rss
     return (
         f"allocated={memory.allocated_bytes / GIB:.2f} GiB  "
-        f"reserved={memory.reserved_bytes / GIB:.2f} GiB  rss={memory.rss_bytes / GIB:.2f} GiB"
+        f"reserved={memory.reserved_bytes / GIB:.2f} GiB  {rss}"
     )
 
 

@@ -116,10 +116,7 @@ def waiting(batches: Sequence[Batch]) -> Waiting | None:
 
 def format_waiting(found: Waiting) -> str:
     """Returns the waiting as a line of the summary, without its title."""
-    return (
-        f"{found.seconds:.3f} s between {found.batches} batches and those before them "
-        f"({found.share:.2%} of their time)"
-    )
+    return f"{found.seconds:.3f} s before {found.batches} batches ({found.share:.2%} of their time)"
 
 
 def format_timeline(batches: Sequence[Batch]) -> str:

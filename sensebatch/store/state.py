@@ -213,6 +213,17 @@ class State:
                 (DONE, DONE, tables.latest_reading(db)),
             )
 
+    def failed(self) -> Iterator[tuple[str, str]]:
+        """Yields (id, row of the log) of each job that failed for good, in manifest order."""
+        with self._db.reading() as db:
+            yield from db.execute(
+                "WITH last AS (SELECT job_id, max(seq) AS seq FROM attempts GROUP BY job_id)"
+                " SELECT id, row FROM jobs JOIN last ON last.job_id = jobs.id"
+                " JOIN attempts ON attempts.seq = last.seq"
+                " WHERE wanted = 1 AND status = ? AND seen = ? ORDER BY position",
+                (FAILED, tables.latest_reading(db)),
+            )
+
     def started_batches(self) -> list[StartedBatch]:
         """Returns the batches to go on with, in the order they were begun.
 

@@ -2,31 +2,73 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from sensebatch.errors import RunFolderError
+from sensebatch.jobs import GroupKey, group_key
+from sensebatch.store.attempts import row_from_json
 from sensebatch.store.kept import KeptImages
 from sensebatch.store.run_dir import RunDir
 from sensebatch.store.state import Counts, State
 
+NUM_RECENT = 2000
+"""Most rows of the log that a speed is measured by."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailedJob:
+    """A job that failed for good, and why."""
+
+    job_id: str
+    error_type: str
+    error_message: str
+    error_file: str
+    """Path of the traceback, in the run's folder."""
+    attempts: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PastBatch:
+    """A batch of the latest process that worked in the folder."""
+
+    group: GroupKey
+    jobs: int
+    images: int
+    kept_images: int
+    """Those of its images that an interrupted batch had drawn, in none of its seconds."""
+    started_at: datetime
+    finished_at: datetime
+    total_s: float
+    """Seconds in the engine."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunStatus:
-    """What a look at a run's folder from outside tells."""
+    """What the state of a run's folder says, whether a process works in it or not."""
 
     counts: Counts
     kept_images: int
-    """Pictures of jobs that are not done, kept for whoever goes on with them."""
+    """Images of jobs that are not done, kept for the process that resumes them."""
     running: bool
     """Whether a process works in the folder; without one, started jobs are interrupted jobs."""
+    failures: tuple[FailedJob, ...]
+    """In the order of the manifests."""
+    to_come: Mapping[GroupKey, int]
+    """Jobs that are still to be run, by group."""
+    recent: tuple[PastBatch, ...]
+    """The last batches of the latest process, in the order they were committed."""
 
 
 def read_status(root: Path) -> RunStatus:
-    """Returns the counts of a run's folder; works while another process runs.
+    """Returns what the state of a run's folder says; works while another process runs.
 
     Raises:
-        RunFolderError: The folder is no run's.
+        RunFolderError: It is not a run's folder.
     """
     run_dir = RunDir(root)
     if not run_dir.state.is_file():
@@ -38,6 +80,41 @@ def read_status(root: Path) -> RunStatus:
             counts=state.counts(),
             kept_images=KeptImages(run_dir.kept_images).num_images(state.is_to_run),
             running=running,
+            failures=tuple(_failures(state)),
+            to_come=Counter(entry.group for entry in state.entries(with_started=True)),
+            recent=tuple(_recent(state)),
         )
     finally:
         state.close()
+
+
+def _failures(state: State) -> Iterator[FailedJob]:
+    for job_id, text in state.failed():
+        row = row_from_json(text)
+        yield FailedJob(
+            job_id=job_id,
+            error_type=row["error_type"],
+            error_message=row["error_message"],
+            error_file=row["error_file"],
+            attempts=row["attempt"],
+        )
+
+
+def _recent(state: State) -> Iterator[PastBatch]:
+    last = state.num_attempts()
+    rows = [row_from_json(text) for text in state.attempt_rows(max(last - NUM_RECENT, 0) + 1, last)]
+    batches: dict[tuple[str, datetime], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["session"] == rows[-1]["session"] and row["batch_id"] is not None:
+            batches.setdefault((row["batch_id"], row["started_at"]), []).append(row)
+    for members in batches.values():
+        first = members[0]
+        yield PastBatch(
+            group=group_key(state.jobs([first["job_id"]])[0].job),
+            jobs=len(members),
+            images=sum(row["num_images"] for row in members),
+            kept_images=first.get("num_kept_images") or 0,
+            started_at=first["started_at"],
+            finished_at=first["finished_at"],
+            total_s=first["total_s"],
+        )

@@ -25,6 +25,9 @@ SPEEDS = {
     "memory_bytes_per_s": 4e12,
 }
 
+FOR_TEXT = r" for\n.* seconds +text\n"
+"""The titles of two columns in two lines."""
+
 
 @pytest.fixture
 def large(tmp_path: Path) -> Path:
@@ -96,8 +99,8 @@ def test_budget_that_is_too_small_is_told_by_the_plan(invoke: Invoke, large: Pat
 
 def test_plan_for_people_has_a_column_for_each_mode(invoke: Invoke, large: Path) -> None:
     printed = invoke("plan", large, *MODEL).out
-    header = next(line for line in printed.splitlines() if "a pass" in line)
-    assert header.split() == ["#", "batch", "a", "pass", "full", "fast", "balanced", "low"]
+    header = next(line for line in printed.splitlines() if "balanced" in line)
+    assert header.split() == ["#", "batch", "pass", "full", "fast", "balanced", "low"]
     assert "1-2" in printed
     assert "doctor measures" in " ".join(printed.split())
 
@@ -130,17 +133,18 @@ def test_streaming_one_job_at_a_time_takes_longer(invoke: Invoke, large: Path) -
 
 @pytest.mark.usefixtures("measured")
 def test_plan_for_people_names_the_gpu_and_the_total(invoke: Invoke, large: Path) -> None:
-    printed = " ".join(invoke("plan", large, *MODEL, "--vram-mode", "low").out.split())
+    out = invoke("plan", large, *MODEL, "--vram-mode", "low").out
+    printed = " ".join(out.split())
     assert "speeds of NVIDIA Test, measured 2026-11-23" in printed
     assert re.search(r"At least \d+ (s|min)\.", printed)
-    assert "for text" not in printed
+    assert not re.search(FOR_TEXT, out)
 
 
 @pytest.mark.usefixtures("measured")
 def test_time_of_text_is_told_apart(invoke: Invoke, manifest: Path) -> None:
-    printed = " ".join(invoke("plan", manifest, *MODEL).out.split())
-    assert "for text" in printed
-    assert "more if all text is written" in printed
+    out = invoke("plan", manifest, *MODEL).out
+    assert re.search(FOR_TEXT, out)
+    assert "more if all text is written" in " ".join(out.split())
 
 
 @pytest.mark.usefixtures("measured")
@@ -207,8 +211,8 @@ def test_plan_for_people_has_steps_branches_and_modes_of_each_group(
     options = (*MODEL, "--max-memory", "0=16GiB,cpu=4GiB")
     lines = [line.split() for line in invoke("plan", large, *options).out.splitlines()]
     assert [line[:5] for line in lines if line[:1] in (["1"], ["2"])] == [
-        ["1", "t2i", "2048x2048", "50", "2"],
-        ["2", "t2i", "1024x1024", "50", "2"],
+        ["1", "t2i", "2048x2048", "50", "x"],
+        ["2", "t2i", "1024x1024", "50", "x"],
         ["1", "balanced", "2", "2", "39"],
         ["2", "fast", "1", "1", "42"],
     ]

@@ -44,7 +44,7 @@ def test_the_table_and_the_summary_say_the_share() -> None:
     lines = format_timeline(timeline(NIGHT)).splitlines()
     assert len(lines) == 2 + 3 + 2
     assert lines[2] == ("| 0.250 | - | 0.500 | 1.000 | 7.000 | 0.500 | 2 | 2 | t2i 256x256 |")
-    said = "1.500 s between 2 batches and those before them (7.69% of their time)"
+    said = "1.500 s before 2 batches (7.69% of their time)"
     assert lines[-1] == f"waiting: {said}"
     assert f"waiting         {said}" in format_summary(summarise(NIGHT)).splitlines()
 
@@ -67,7 +67,7 @@ def test_batches_of_one_worker_follow_one_another_and_each_has_its_share() -> No
     lines = format_timeline(batches).splitlines()
     assert lines[0].startswith("| worker | start s |")
     assert lines[5].startswith("| 1 | 9.000 | 1.000 |")
-    said = [line.partition(" s between ")[0] for line in lines[7:]]
+    said = [line.partition(" s before ")[0] for line in lines[7:]]
     assert said == [
         "waiting: 3.000",
         "waiting of worker 0: 2.000",

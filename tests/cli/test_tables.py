@@ -1,0 +1,112 @@
+"""Tables fit 80 columns with nothing cut, and stay whole in 60."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sensebatch.cli.messages import show
+from sensebatch.cli.tables import FittingTable, print_parts, print_report
+from sensebatch.report.summary import summarise
+from sensebatch.units import GIB
+from tests.cli.conftest import Invoke
+from tests.log_rows import log_row, log_table
+
+ROOT = Path(__file__).parents[2]
+WIDTHS = (80, 60)
+
+
+@pytest.fixture(params=WIDTHS)
+def width(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Columns of a terminal that output goes to."""
+    for name, value in (("COLUMNS", str(request.param)), ("FORCE_COLOR", "1"), ("TERM", "xterm")):
+        monkeypatch.setenv(name, value)
+    return request.param
+
+
+def _lines(text: str) -> list[str]:
+    return re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()
+
+
+def _check(text: str, width: int) -> list[str]:
+    """Returns the lines of what was printed, which fit and have nothing cut."""
+    lines = _lines(text)
+    assert max(map(len, lines)) <= width
+    assert "…" not in text
+    return lines
+
+
+@pytest.mark.parametrize("flags", [[], ["--vram-mode", "low"], ["--vram-budget", "13GiB"]])
+def test_plan_of_a_night_fits(invoke: Invoke, width: int, flags: list[str]) -> None:
+    manifest = ROOT / "manifests" / "sensenova-8b.yaml"
+    ended = invoke("plan", manifest, "--model", "synthetic:8b", *flags)
+    lines = _check(ended.out, width)
+    assert any("2048x2048" in line for line in lines)
+    assert any(re.search(r"^ *1 .*t2i.* 50 x ", line) for line in lines)
+
+
+def test_report_of_a_gpu_fits(capfd: pytest.CaptureFixture[str], width: int) -> None:
+    rows = [
+        log_row(
+            f"{task}{number}",
+            f"{task}{number}",
+            task=task,
+            width=2048,
+            height=2048,
+            total_s=12345.678,
+            peak_allocated_bytes=134 * GIB,
+            peak_reserved_bytes=135 * GIB,
+            peak_rss_bytes=136 * GIB,
+        )
+        for number in range(120)
+        for task in ("t2i", "interleave")
+    ]
+    summary = summarise(log_table(*rows))
+    group = replace(summary.by_group["interleave 2048x2048"], images=1_234_567, wall_s=98765.4)
+    print_report(replace(summary, by_group={"interleave 2048x2048": group}), max_calls=200)
+    text = capfd.readouterr().out
+    lines = _check(text, width)
+    assert "... and 40 more calls; --calls prints all" in lines
+    for figure in ("12345.678", "1,234,567", "98,765.4", "134.00", "136.00"):
+        assert figure in text
+    # Once in the totals; in a column of its own where there is room.
+    assert (text.count("135.00") > 1) == (width == 80)
+
+
+def test_checkpoint_fits_and_its_path_can_be_copied(invoke: Invoke, width: int) -> None:
+    lines = _lines(invoke("model", "inspect", "tiny").out)
+    path = lines[1]
+    assert Path(path).is_dir()
+    _check("\n".join(line for line in lines if line != path), width)
+
+
+def test_optional_columns_go_one_by_one_and_only_where_there_is_no_room(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    for columns, titles in ((40, "abc"), (32, "ac"), (20, "c")):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        table = FittingTable("a", "b", "c", optional=["b", "a"])
+        table.add_row("1" * 12, "2" * 12, "3" * 12)
+        print_parts(table)
+        header, _, row = _lines(capfd.readouterr().out)
+        assert header.split() == list(titles)
+        assert len(row.split()) == len(titles)
+
+
+def test_what_goes_to_a_file_does_not_depend_on_the_terminal(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = invoke("model", "inspect", "tiny").out
+    monkeypatch.setenv("COLUMNS", "40")
+    assert invoke("model", "inspect", "tiny").out == before
+
+
+def test_nothing_but_messages_prints() -> None:
+    assert show is not print
+    for path in (ROOT / "sensebatch" / "cli").glob("*.py"):
+        if path.name != "messages.py":
+            assert not re.search(r"(?<![\w.])print\(", path.read_text(encoding="utf-8")), path
