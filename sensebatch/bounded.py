@@ -25,7 +25,7 @@ MAX_VALUES = 2_000_000
 MAX_TEXT_BYTES = 2**26
 """Largest text that is read as a whole where nothing else is said."""
 
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|([\[{])|([\]}])', re.DOTALL)
 
 
@@ -79,7 +79,7 @@ def load_json(content: bytes | str) -> Any:
             number that is too long or not finite, or half of a surrogate pair.
     """
     if isinstance(content, bytes):
-        content = content.removeprefix(_BYTE_ORDER_MARK).decode()
+        content = content.removeprefix(BYTE_ORDER_MARK).decode()
     # Every value but the first of its list comes after a comma. Those inside texts count as well.
     if content.count(",") >= MAX_VALUES:
         raise ValueError(f"more than {MAX_VALUES:,} values")

@@ -8,22 +8,11 @@ from pathlib import Path
 
 from sensebatch.bounded import check_file, read_file
 from sensebatch.checkpoint.files import Checkpoint, TensorFile
+from sensebatch.checkpoint.tokenizer import MAX_TOKENIZER_BYTES, TOKENIZER_FILES
 from sensebatch.errors import CheckpointError
 
 SAMPLE_BYTES = 4096
 """How much of each tensor is read, from its middle."""
-
-MAX_TOKENIZER_BYTES = 2**28
-"""Largest file of a tokenizer that is read."""
-
-TOKENIZER_FILES = (
-    "added_tokens.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-)
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.checkpoint.files import Checkpoint, TensorDifferences, compare_tensors
 from sensebatch.checkpoint.tensors import TensorGroup, expected_tensors
+from sensebatch.checkpoint.tokenizer import check_tokenizer
+from sensebatch.errors import CheckpointError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,13 @@ class Summary:
     dtypes: Mapping[str, int]
     """Tensors by dtype, in safetensors' names."""
     differences: TensorDifferences
+    tokenizer_problem: str | None
+    """Why a run would refuse the tokenizer."""
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether a run would take the checkpoint as it is."""
+        return not self.differences and self.tokenizer_problem is None
 
 
 def summarise(checkpoint: Checkpoint) -> Summary:
@@ -68,4 +77,13 @@ def summarise(checkpoint: Checkpoint) -> Summary:
         nbytes=nbytes.total(),
         dtypes=dict(sorted(Counter(tensor.dtype for tensor in found.values()).items())),
         differences=compare_tensors(checkpoint),
+        tokenizer_problem=_tokenizer_problem(checkpoint),
     )
+
+
+def _tokenizer_problem(checkpoint: Checkpoint) -> str | None:
+    try:
+        check_tokenizer(checkpoint.path)
+    except CheckpointError as error:
+        return str(error)
+    return None

@@ -35,7 +35,8 @@ def inspect(
     """Print configuration, parameters and bytes by group; no weights are loaded.
 
     A folder is read where it lies; a Hub id that is not in the cache is fetched first. The exit
-    code is 2 where tensors are missing, extra or of another shape.
+    code is 2 for a checkpoint that no run would take: tensors are missing, extra or of another
+    shape, or there is no tokenizer.
     """
     from sensebatch.checkpoint.files import open_checkpoint
     from sensebatch.checkpoint.summary import summarise
@@ -48,7 +49,7 @@ def inspect(
         from sensebatch.cli.tables import print_model
 
         print_model(summary)
-    if summary.differences:
+    if not summary.is_usable:
         raise typer.Exit(2)
 
 

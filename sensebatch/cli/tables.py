@@ -180,6 +180,8 @@ def print_model(summary: ModelSummary) -> None:
         settings,
         sizes,
     )
+    if summary.tokenizer_problem is not None:
+        print_parts(summary.tokenizer_problem)
     differences = summary.differences
     for kind, names in (
         ("missing", differences.missing),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from sensebatch.checkpoint.files import Checkpoint
+from sensebatch.checkpoint.tokenizer import IMG_START
 from sensebatch.config import RunConfig
 from sensebatch.contract import Channel, Kept, Phase
 from sensebatch.engine.device.memory import (
@@ -32,7 +33,7 @@ from sensebatch.engine.memory.pages import Pages
 from sensebatch.engine.model.attention import Attention
 from sensebatch.engine.model.kv_cache import KVCache
 from sensebatch.engine.model.network import Network
-from sensebatch.engine.model.tokenizer import IMG_START, HFTokenizer, Tokenizer
+from sensebatch.engine.model.tokenizer import HFTokenizer, Tokenizer
 from sensebatch.engine.preprocess import load_input
 from sensebatch.engine.runner import PassLimits, Runner
 from sensebatch.engine.sampling.text import Script

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from sensebatch.engine.model.tokenizer import (
+from sensebatch.checkpoint.tokenizer import (
     IM_END,
     IM_START,
     IMG_CONTEXT,
@@ -22,8 +22,8 @@ from sensebatch.engine.model.tokenizer import (
     IMG_START,
     THINK_END,
     THINK_START,
-    Tokenizer,
 )
+from sensebatch.engine.model.tokenizer import Tokenizer
 from sensebatch.errors import JobError
 from sensebatch.jobs import IMAGE_MARK
 from sensebatch.tasks import AssistantStart, Branch, Task

@@ -18,12 +18,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sensebatch.checkpoint.tokenizer import IMG_CONTEXT, IMG_END
 from sensebatch.contract import Phase, Progress
 from sensebatch.engine.decoding import new_decoder
 from sensebatch.engine.model.attention import Attention
 from sensebatch.engine.model.kv_cache import KVCache, Parcel, Span
 from sensebatch.engine.model.network import Network
-from sensebatch.engine.model.tokenizer import IMG_CONTEXT, IMG_END, Tokenizer
+from sensebatch.engine.model.tokenizer import Tokenizer
 from sensebatch.engine.preprocess import Patches
 from sensebatch.engine.prompts import Grid, ImageSpan, Prompt, positions, segments
 from sensebatch.engine.sampling.text import Step

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sensebatch.checkpoint.files import open_checkpoint
+from sensebatch.checkpoint.files import check_tensors, open_checkpoint
 from sensebatch.checkpoint.system_prompts import resolve_system_prompts
+from sensebatch.checkpoint.tokenizer import check_tokenizer
 from sensebatch.config import SYNTHETIC_PREFIX, TINY_MODEL, MemoryConfig, RunConfig
 from sensebatch.jobs import VramMode
 from sensebatch.plan.batches import GroupPlan, Plan
@@ -77,14 +78,18 @@ def memory_summary(
         for a CPU, where host and device are the same memory.
 
     Raises:
-        CheckpointError: The model's files cannot be read.
+        CheckpointError: A run would refuse the model's files.
         ConfigError: The budget or the GPU is too small.
     """
     model = config.model.model
     local = model == TINY_MODEL or model.startswith(SYNTHETIC_PREFIX)
-    if config.model.device == "cpu" or not (local or Path(model).expanduser().is_dir()):
+    if not (local or Path(model).expanduser().is_dir()):
         return None
     checkpoint = open_checkpoint(model, config.model.revision)
+    check_tensors(checkpoint)
+    check_tokenizer(checkpoint.path)
+    if config.model.device == "cpu":
+        return None
     file = config.model.system_prompt_file
     prompts = resolve_system_prompts(checkpoint, None if file is None else Path(file))
     computation = gpu_computation(checkpoint.architecture, config.model)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from sensebatch.checkpoint.tokenizer import IM_END
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.state_dict_adapter import state_dict
-from sensebatch.engine.model.tokenizer import IM_END
 from sensebatch.tiny.vocabulary import (
     END_OF_TEXT,
     GENERATION_PROMPT,

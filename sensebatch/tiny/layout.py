@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sensebatch.engine.model.tokenizer import (
+from sensebatch.checkpoint.tokenizer import (
     IM_END,
     IMG_CONTEXT,
     IMG_END,
     IMG_START,
     THINK_END,
     THINK_START,
-    Tokenizer,
 )
+from sensebatch.engine.model.tokenizer import Tokenizer
 from sensebatch.engine.prompts import (
     Grid,
     ImageSpan,

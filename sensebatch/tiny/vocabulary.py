@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from sensebatch.engine.model.tokenizer import IM_END, SPECIAL_TOKENS, THINK_END, THINK_START
+from sensebatch.checkpoint.tokenizer import IM_END, SPECIAL_TOKENS, THINK_END, THINK_START
 from sensebatch.resolutions import BUCKETS_TINY
 from sensebatch.tiny.world.edits import edit
 from sensebatch.tiny.world.examples import Example, text_to_image

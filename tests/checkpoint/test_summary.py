@@ -19,6 +19,7 @@ def test_groups_add_up_to_the_checkpoint(tmp_path: Path) -> None:
     assert sum(group.num_tensors for group in summary.groups.values()) == len(zeros())
     assert summary.dtypes == {"F16": len(zeros())}
     assert not summary.differences
+    assert "found neither" in str(summary.tokenizer_problem)
 
 
 def test_incomplete_checkpoint_is_summed_up_all_the_same(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import sensebatch
+from sensebatch.checkpoint.files import TINY_FOLDER
 from tests.cli.conftest import Invoke
 
 ROOT = Path(__file__).parents[2]
@@ -105,6 +107,22 @@ def test_model_inspect_adds_up(invoke: Invoke) -> None:
     assert set(groups) == {"understanding", "generation", "shared"}
     assert values["nbytes"] == sum(group["nbytes"] for group in groups.values())
     assert "understanding" in invoke("model", "inspect", "tiny").out
+
+
+def test_model_inspect_and_plan_see_that_the_tokenizer_is_missing(
+    invoke: Invoke, manifest: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(TINY_FOLDER, tmp_path / "checkpoint"))
+    (folder / "tokenizer.json").unlink()
+    inspected = invoke("model", "inspect", folder)
+    assert inspected.code == 2
+    assert "found neither" in " ".join(inspected.out.split())
+    as_json = invoke("model", "inspect", folder, "--json")
+    assert (as_json.code, "found neither" in as_json.json["tokenizer_problem"]) == (2, True)
+    for device in ("auto", "cpu"):
+        planned = invoke("plan", manifest, "--model", folder, "--device", device)
+        assert planned.code == 2
+        assert "found neither" in planned.err
 
 
 def test_model_inspect_of_nothing_is_a_clear_error(invoke: Invoke) -> None:

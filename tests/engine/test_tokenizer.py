@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from sensebatch.checkpoint.files import TINY_FOLDER
-from sensebatch.engine.model.tokenizer import SPECIAL_TOKENS, HFTokenizer, cut_literals
+from sensebatch.checkpoint.tokenizer import SPECIAL_TOKENS
+from sensebatch.engine.model.tokenizer import HFTokenizer, cut_literals
 from sensebatch.errors import CheckpointError, JobError
 
 
@@ -114,6 +115,13 @@ def test_tokenizer_without_the_layouts_tokens_is_refused(tmp_path: Path) -> None
 
 def test_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     shutil.copy(TINY_FOLDER / "config.json", tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match=r"expected a tokenizer, as tokenizer\.json or"):
+        HFTokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_transformers_cannot_load_is_refused(tmp_path: Path) -> None:
+    shutil.copy(TINY_FOLDER / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": 5}')
     with pytest.raises(CheckpointError, match="expected a tokenizer that transformers can load"):
         HFTokenizer(tmp_path)
 

@@ -10,17 +10,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from sensebatch.checkpoint.tokenizer import (
+    IM_END,
+    SPECIAL_TOKENS,
+    THINK_END,
+    THINK_START,
+    check_tokenizer,
+    check_tokens,
+)
 from sensebatch.errors import CheckpointError, JobError
-
-IM_START = "<|im_start|>"
-IM_END = "<|im_end|>"
-IMG_START = "<img>"
-IMG_END = "</img>"
-IMG_CONTEXT = "<IMG_CONTEXT>"
-THINK_START = "<think>"
-THINK_END = "</think>"
-SPECIAL_TOKENS = (IM_START, IM_END, IMG_START, IMG_END, IMG_CONTEXT, THINK_START, THINK_END)
-"""The tokens that prompts are laid out with; every checkpoint must have them."""
 
 
 class Tokenizer(Protocol):
@@ -68,12 +66,7 @@ class HFTokenizer:
                 f"tokenizer of {folder}: expected added tokens of two characters or more, "
                 f"found {single[0]!r}"
             )
-        missing = [token for token in SPECIAL_TOKENS if token not in self._ids]
-        if missing:
-            raise CheckpointError(
-                f"tokenizer of {folder}: expected the tokens {' '.join(SPECIAL_TOKENS)}; "
-                f"not found: {' '.join(missing)}"
-            )
+        check_tokens(folder, set(self._ids))
         kept = {self._ids[THINK_START], self._ids[THINK_END]}
         flagged = {index for index, token in added.items() if token.special}
         layout = {self._ids[token] for token in SPECIAL_TOKENS}
@@ -145,6 +138,8 @@ def cut_literals(text: str, literals: Iterable[str]) -> list[str]:
 
 
 def _load(folder: Path) -> Any:
+    # First, because transformers has no bounds.
+    check_tokenizer(folder)
     # Imported here: transformers takes seconds, and prompts are built without it in tests.
     from transformers import AutoTokenizer
     from transformers.utils import logging
@@ -156,7 +151,7 @@ def _load(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{folder}: expected a tokenizer that transformers can load, found: {error}"
         ) from error

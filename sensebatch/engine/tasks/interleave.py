@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sensebatch.checkpoint.tokenizer import IMG_START
 from sensebatch.contract import Channel, Kept, KeptImage
 from sensebatch.engine.decoding import end_text
 from sensebatch.engine.model.kv_cache import KVCache
-from sensebatch.engine.model.tokenizer import IMG_START
 from sensebatch.engine.preprocess import drawn_to_patches, to_uint8
 from sensebatch.engine.prompts import Grid
 from sensebatch.engine.runner import Extension, PassLimits, Runner

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sensebatch.checkpoint.tokenizer import THINK_END
 from sensebatch.contract import Channel, Kept, KeptImage
 from sensebatch.engine.model.kv_cache import part_caches
-from sensebatch.engine.model.tokenizer import THINK_END
 from sensebatch.engine.preprocess import to_uint8
 from sensebatch.engine.prompts import after_think
 from sensebatch.engine.runner import PassLimits, Runner

@@ -16,6 +16,7 @@ from sensebatch.checkpoint.architecture import (
     parse_architecture,
 )
 from sensebatch.checkpoint.heads import HEADS
+from sensebatch.checkpoint.tokenizer import IMG_START
 from sensebatch.config import MemoryConfig, default_config
 from sensebatch.contract import Channel
 from sensebatch.engine.decoding import decoding_operations
@@ -24,7 +25,6 @@ from sensebatch.engine.model.kv_cache import KVCache, SharedRoom
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.operations import choose_operations
 from sensebatch.engine.model.patchify import HEAD_MODULES
-from sensebatch.engine.model.tokenizer import IMG_START
 from sensebatch.engine.preprocess import Patches
 from sensebatch.engine.prompts import Prompt
 from sensebatch.engine.runner import Extension, PassLimits, Runner
