@@ -25,7 +25,7 @@ from sensebatch.tasks import TASKS, SizeRule, Task, TaskSpec
 TINY_MODEL = "tiny"
 """Name of the embedded checkpoint."""
 SYNTHETIC_PREFIX = "synthetic:"
-"""Begins the names of models with made-up weights."""
+"""The names of models with synthetic weights begin with this."""
 
 
 def _follows_target_pixels(spec: TaskSpec) -> bool:
@@ -42,10 +42,9 @@ class TaskDefaults:
     """
 
     resolution: Resolution | None
-    """Without input images; edit and interleave jobs follow their first input. None for a task
-    that makes no images."""
+    """The size of images without an input image to follow; None for a task that makes none."""
     buckets: Mapping[str, Resolution]
-    """What `resolution: "16:9"` means."""
+    """The size that each aspect ratio stands for."""
     seed: Annotated[
         int, Interval(ge=0, le=MAX_SEED), Setting(help="Seed of the job's own random generator.")
     ] = 42
@@ -84,49 +83,49 @@ class TaskDefaults:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """Which weights, and how they are computed with."""
+    """Which weights are loaded, and how they are computed with."""
 
     model: str = TINY_MODEL
-    """A checkpoint folder, a Hub id, `tiny`, or made-up weights such as `synthetic:8b`."""
+    """A checkpoint folder, a Hub id, `tiny`, or synthetic weights such as `synthetic:8b`."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
     lora_path: str | None = None
-    """LoRA file merged into the weights at load."""
+    """LoRA file that is merged into the weights when they are loaded."""
     device: str = "auto"
     """`auto`, `cuda` or `cpu`."""
     dtype: str = "auto"
     """`bfloat16`, `float16`, `float32`; auto is bfloat16 on a GPU and float32 on a CPU."""
     precision: Precision = Precision.AUTO
-    """Of the decoder layers' matrices: `auto` is the dtype, `fp8` makes those of the generation
-    expert float8, `fp8-all` those of the understanding expert too."""
+    """How the decoder layers' matrices are stored: `auto` in the dtype, `fp8` in float8 for the
+    generation expert, `fp8-all` in float8 for both experts."""
     attn_backend: str = "auto"
-    """`auto`, `cudnn`, `flash` or `sdpa`; auto is the fastest that can be used."""
+    """`auto`, `cudnn`, `flash` or `sdpa`; auto is the fastest that is available."""
     compile: bool = True
-    """Whether chains of small operations are compiled to one kernel each, on a GPU with Triton."""
+    """Whether each chain of small operations is compiled to one kernel, on a GPU with Triton."""
     system_prompt_file: str | None = None
-    """JSON with `generation` and `interleave`; None looks in the checkpoint."""
+    """JSON with `generation` and `interleave` prompts; None looks in the checkpoint."""
 
     @property
     def quantised(self) -> Precision | None:
-        """The precision; None where all weights are in the dtype."""
+        """The precision; None if all weights are in the dtype."""
         return None if self.precision is Precision.AUTO else self.precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryConfig:
-    """How much memory a run may take, and so how many jobs share a pass."""
+    """How much memory a run may use, and so how many jobs share a pass."""
 
     vram_mode: VramMode = VramMode.AUTO
     """`auto` (the fastest that fits), `full`, `fast`, `balanced` or `low`."""
     vram_budget_bytes: int | None = None
-    """Most device memory the run may reserve, activations included; None for what is free."""
+    """The most device memory the run may reserve, activations included; None for what is free."""
     host_budget_bytes: int | None = None
-    """Most resident memory of the process; None lets weights take a safe part of what is free."""
+    """The most resident memory of the process; None gives weights a safe part of what is free."""
     max_batch_size: int = 16
-    """Most jobs in one batch; there are fewer where memory does not hold as many."""
+    """The most jobs in one batch; fewer where memory does not hold as many."""
     max_batch_image_tokens: int = 16384
-    """Most image tokens in one batch, over all its jobs; one job always fits. Text to image jobs
-    that think are not limited by it."""
+    """The most image tokens in one batch, over all its jobs; one job always fits. t2i jobs that
+    think are not limited by it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,39 +133,39 @@ class InputConfig:
     """How input images are decoded."""
 
     max_pixels: int = MAX_PIXELS
-    """Most pixels of one image; larger ones are refused before they are decoded."""
+    """The most pixels of one image; larger images are refused before they are decoded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputConfig:
-    """How pictures are written."""
+    """How images are written."""
 
     image_format: str = "png"
     """`png`, `webp` or `jpeg`."""
     image_quality: int = 95
-    """Of jpeg, 1 to 100; webp is lossless at 100."""
+    """1 to 100, for jpeg and webp; webp is lossless at 100."""
     embed_metadata: bool = True
-    """Whether prompt, seed and settings are written into the picture."""
+    """Whether the prompt, the seed and the settings are written into the image."""
     num_writers: int | None = None
-    """Background threads that encode; None for half of the cores, within limits. One PNG of
-    2048x2048 takes seconds of a core, so that few would hold up a fast device."""
+    """Background threads that encode; None for half of the cores, within limits. A PNG of
+    2048x2048 takes a core seconds, so too few of them would hold up a fast device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExecutionConfig:
-    """How failures are dealt with."""
+    """How failures are handled."""
 
     max_attempts: int = 1
-    """Tries a job gets before it counts as failed."""
+    """How often a job is tried before it counts as failed."""
     max_failures: int | None = None
-    """Failed jobs after which the run stops; None never stops."""
+    """The number of failed jobs after which the run stops; None for no limit."""
     retry_failed: bool = False
     """Whether jobs that failed in an earlier run are tried again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """Everything that a run is told besides its manifests."""
+    """Everything a run needs to know besides its manifests."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)

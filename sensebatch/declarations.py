@@ -1,7 +1,7 @@
 """Settings declared once: a field's type, its range, its words and the tasks that have it.
 
-Configuration files, manifests, flags, job keys, the state database and the log read declarations
-from here; none of them lists settings of its own. Knows nothing of pydantic or the command line.
+Configuration files, manifests, flags, job keys, the state database and the log read the same
+declarations; none of them lists settings of its own. Knows neither pydantic nor the command line.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ _T = TypeVar("_T")
 
 
 def of_every_task(_: TaskSpec) -> bool:
-    """Whether a task has a setting that all of them have."""
+    """Returns true: the setting belongs to every task."""
     return True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What a field's `Annotated` says beside its type and the range (`annotated_types`)."""
+    """What the `Annotated` of a field says besides its type and range (`annotated_types`)."""
 
     help: str
-    """A sentence for `--help`, the JSON Schema and people."""
+    """A sentence for `--help` and the JSON Schema."""
     of: Callable[[TaskSpec], bool] = of_every_task
     """Whether a task has the setting."""
-    error: Callable[[Any], str | None] | None = None
-    """Returns what is wrong with a value of the right type and range; None if nothing is."""
+    error: Callable[[Any, TaskSpec], str | None] | None = None
+    """Returns what is wrong with a value of the right type and range for a task; None if nothing
+    is."""
     metavar: str | None = None
     """What stands for the value in `--help`."""
 
@@ -42,7 +43,7 @@ class Declared:
 
     name: str
     type: Any
-    """With its range: a type, or `Annotated`."""
+    """The type, in `Annotated` with its range if it has one."""
     setting: Setting
 
     @property
@@ -76,10 +77,10 @@ def declared(declaring: type) -> Mapping[str, Declared]:
 
 
 def stated(instance: Any) -> dict[str, Any]:
-    """Returns the fields of a dataclass by name, but for those that are neutral.
+    """Returns the fields of a dataclass by name, except those at their neutral value.
 
-    A field is neutral at its default: whatever has it there is what it was before there was such
-    a field. So a key or a record that leaves neutral fields out survives an upgrade.
+    The neutral value of a field is its default: whatever has that value is what it was before the
+    field existed. So keys and records that leave neutral fields out survive an upgrade.
     """
     return {
         field.name: value
@@ -89,7 +90,7 @@ def stated(instance: Any) -> dict[str, Any]:
 
 
 def restored(declaring: type[_T], values: Mapping[str, Any]) -> _T:
-    """Returns the instance whose `stated` fields were read back from JSON or YAML."""
+    """Returns an instance from its `stated` fields, as they were read from JSON or YAML."""
     kinds = declared(cast(Hashable, declaring))
     return declaring(
         **{name: converted(kinds[name].plain_type, value) for name, value in values.items()}
@@ -97,10 +98,10 @@ def restored(declaring: type[_T], values: Mapping[str, Any]) -> _T:
 
 
 def converted(kind: Any, value: Any) -> Any:
-    """Returns a valid value in the type of its field: numbers, enums and tuples as declared.
+    """Returns a valid value in the type of its field.
 
-    A whole number that was given for a float must not make another job key than the same number
-    with a point.
+    A whole number becomes a float where one is declared; otherwise `4` and `4.0` would give two
+    job keys.
     """
     if get_origin(kind) is tuple:
         return tuple(map(converted, get_args(kind), value))
@@ -110,7 +111,7 @@ def converted(kind: Any, value: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Returns a value as JSON, YAML and Arrow hold it: enums as their values, tuples as lists."""
+    """Returns a value as JSON, YAML and Arrow hold it: the value of an enum, a list for a tuple."""
     if isinstance(value, Enum):
         return value.value
     return [plain(item) for item in value] if isinstance(value, tuple) else value

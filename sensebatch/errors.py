@@ -1,7 +1,7 @@
-"""Errors a user can act on. Imports nothing; every other module may import it.
+"""Errors that a user can act on. Imports nothing; every other module may import it.
 
-Each child says what was expected, what was found, and where. One place in `cli/` maps them
-to exit codes; our own mistakes are plain exceptions and keep their traceback.
+Each says what was expected, what was found, and where. One place in `cli/` maps them to exit
+codes; our own mistakes are plain exceptions and keep their traceback.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 
 class SensebatchError(Exception):
-    """Base of everything a user can fix."""
+    """The base class of everything a user can fix."""
 
 
 class ConfigError(SensebatchError):
@@ -30,11 +30,11 @@ class RunFolderError(SensebatchError):
 
 
 class RunStoppedError(SensebatchError):
-    """Something that every job needs failed: what is done stays, and the run can be resumed."""
+    """Something that every job needs has failed. What is done stays, and the run can be resumed."""
 
 
 class StorageError(RunStoppedError):
-    """The file system that holds the run's folder failed, or the folder is not where it was."""
+    """The file system that holds the run's folder failed, or the folder has moved."""
 
 
 class StorageFullError(StorageError):
@@ -42,35 +42,35 @@ class StorageFullError(StorageError):
 
 
 class DeviceError(RunStoppedError):
-    """The device failed, and this process can compute nothing more on it."""
+    """The device failed; this process cannot use it any more."""
 
 
 class StoppedError(RunStoppedError):
-    """The run was asked to stop before any of its jobs was run; nothing was changed."""
+    """The run was asked to stop before any job had run; nothing was changed."""
 
 
 class BatchStoppedError(RunStoppedError):
-    """A batch ended because the run is to stop; pictures of its finished passes are kept."""
+    """A batch ended early because the run stops; the images of its finished passes are kept."""
 
 
 class JobError(SensebatchError):
-    """One job cannot be done; the others are not concerned."""
+    """One job cannot be done; the others are not affected."""
 
 
 class OutOfMemoryError(SensebatchError):
-    """A batch did not fit the device; the executor may split it and try again."""
+    """A batch does not fit the device; the executor may split it and try again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """One mistake in a manifest."""
+    """One error in a manifest."""
 
     file: str
     """The manifest as the user named it."""
     row: str
-    """Where in it: `line 12` (YAML, JSONL) or `row 3` (Parquet, counted from 0)."""
+    """The place in it: `line 12` (YAML, JSONL) or `row 3` (Parquet, counted from 0)."""
     field: str
-    """The field, or an empty string where the row as a whole is wrong."""
+    """The field; empty if the row as a whole is wrong."""
     message: str
     """What was expected and what was found."""
 
@@ -82,11 +82,11 @@ class Problem:
 
 
 class ManifestError(SensebatchError):
-    """Every mistake found in a manifest, in the order of its rows.
+    """Every error found in a manifest, in the order of its rows.
 
     Args:
-        problems: The mistakes kept for printing; at least one.
-        num_problems: How many there were; more than `problems` where the list was cut.
+        problems: The errors to print; at least one.
+        num_problems: How many errors there are; more than `problems` if the list was cut.
     """
 
     def __init__(self, problems: list[Problem], num_problems: int | None = None) -> None:

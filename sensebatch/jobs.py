@@ -1,7 +1,7 @@
 """The nouns: what a job is, what a batch is, and what becomes of them.
 
-A job arrives here with every default filled in, so that its key covers all that decides its
-pixels. Nothing here reads a file or knows how a job is run.
+A job has every default filled in, so its key covers everything that decides its pixels. Nothing
+here reads a file or knows how a job is run.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
     import numpy as np
 
 IMAGE_MARK = "<image>"
-"""In a prompt, the place of its next input image; in a story's text, that of a picture."""
+"""Stands for an input image in a prompt, and for a drawn one in the text of an interleave job."""
 
 KEY_VERSION = 1
-"""Raised when a change of the code changes the pixels that a job means."""
+"""Raised when a change to the code changes the pixels of a job."""
 
 MAX_COUNT = 2**31 - 1
-"""Largest count or side that the log and the state have room for."""
+"""The largest count or side that the log and the state database can hold."""
 COUNT = Interval(ge=1, le=MAX_COUNT)
-"""The range of a number of things."""
+"""The range of every count."""
 MAX_SEED = 2**63 - 1
-"""Largest seed, likewise."""
+"""The largest seed that they can hold."""
 
 
 class CfgNorm(StrEnum):
@@ -69,11 +69,18 @@ class VramMode(StrEnum):
     LOW = "low"
 
 
-def _interval_error(ends: Sequence[float]) -> str | None:
+def _interval_error(ends: Sequence[float], _: TaskSpec) -> str | None:
     first, last = ends
     if first <= last:
         return None
     return f"expected the lower end first, found {first} before {last}"
+
+
+def _norm_error(norm: str, spec: TaskSpec) -> str | None:
+    if norm != CfgNorm.CFG_ZERO_STAR or not _is_guided_by_images(spec):
+        return None
+    *first, last = (repr(other.value) for other in CfgNorm if other != norm)
+    return f"expected {', '.join(first)} or {last} for {spec.task}, found {str(norm)!r}"
 
 
 def _draws(spec: TaskSpec) -> bool:
@@ -96,8 +103,8 @@ def _limits_text(name: str) -> Callable[[TaskSpec], bool]:
 class Sampling:
     """How images and text are sampled; the defaults are in `config`.
 
-    A new field is declared here alone. It has a default, the value with which jobs are what they
-    were before there was the field, so that no key changes until somebody uses it.
+    A new field is declared here and nowhere else. Its default is the value at which jobs are what
+    they were before the field existed, so no key changes until someone uses it.
     """
 
     num_steps: Annotated[int, COUNT, Setting(help="Steps from noise to image.", of=_draws)]
@@ -115,7 +122,9 @@ class Sampling:
     cfg_norm: Annotated[
         CfgNorm,
         Setting(
-            help="How the guided velocity is rescaled; cfg_zero_star is for t2i only.", of=_draws
+            help="How the guided velocity is rescaled; cfg_zero_star is for t2i only.",
+            of=_draws,
+            error=_norm_error,
         ),
     ]
     cfg_interval: Annotated[
@@ -144,18 +153,18 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputImage:
-    """A picture a job starts from: where its bytes are, and what they are."""
+    """An image that a job starts from: where its bytes are, and what they are."""
 
     path: str
     """An image file, or the Parquet manifest that holds the bytes."""
     member: tuple[int, str, int] | None = None
     """(row, column, index in the column's list) inside a Parquet manifest; None for a file."""
     sha256: str
-    """Of the encoded bytes."""
+    """Hash of the encoded bytes."""
     height: int
-    """Pixels, after the corrections."""
+    """In pixels, after the corrections."""
     width: int
-    """Pixels, after the corrections."""
+    """In pixels, after the corrections."""
     corrections: str = ""
     """What decoding does to the stored pixels; see `image_files.ImageFacts`."""
 
@@ -175,14 +184,14 @@ class Source:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawing:
-    """How a job's images are drawn; what jobs must share of it to be drawn together."""
+    """How a job's images are drawn. Jobs with equal drawings can be drawn together."""
 
     resolution: Resolution
-    """Of every image the job makes."""
+    """The size of every image that the job makes."""
     num_steps: int
     timestep_shift: float
     branches: tuple[Branch, ...]
-    """Guidance branches that a step may evaluate."""
+    """The guidance branches that a step may evaluate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,21 +199,21 @@ class Job:
     """One unit of work; it succeeds or fails alone."""
 
     id: str
-    """The manifest's or a derived one; names the job's files."""
+    """Given in the manifest or derived from the row; names the job's files."""
     task: Task
     prompt: str
     images: tuple[InputImage, ...] = ()
     resolution: Resolution | None
-    """Of every image the job makes; None for a job that makes none."""
+    """The size of every image that the job makes; None for a job that makes none."""
     seed: int
     think: bool
     system_prompt: str | None = None
-    """The job's own; None uses the run's."""
+    """The job's own system prompt; None for that of the run."""
     input_max_pixels: int | None = None
-    """Pixels that edit inputs are brought to before the model's own resize; None skips it."""
+    """Pixels that input images are brought to before the model's own resize; None skips that."""
     sampling: Sampling
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    """Passed through to the log; decides nothing."""
+    """Passed through to the log; has no effect on the job."""
     source: Source
 
     @property
@@ -222,7 +231,7 @@ class Job:
 
     @property
     def max_images(self) -> int:
-        """Most images the job makes."""
+        """The most images that the job makes."""
         output = self.task.spec.output
         if output is Output.IMAGES:
             return self.sampling.max_images
@@ -230,7 +239,7 @@ class Job:
 
     @property
     def max_text_tokens(self) -> int:
-        """Most tokens of text the job writes, its thoughts included."""
+        """The most tokens of text that the job writes, thoughts included."""
         text = self.task.spec.text
         writes = text.always or self.think
         return getattr(self.sampling, text.limit) if writes else 0
@@ -238,23 +247,23 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelIdentity:
-    """What a job's result depends on besides the job: the same for every job of a run."""
+    """What a job's result depends on besides the job; the same for every job of a run."""
 
     checkpoint: str
     """Fingerprint of the checkpoint's tensors, configuration and tokenizer."""
     lora: str | None
     """Fingerprint of the merged LoRA."""
     dtype: str
-    """Of weights and activations: `bfloat16`, `float16` or `float32`."""
+    """Type of weights and activations: `bfloat16`, `float16` or `float32`."""
     precision: Precision | None = None
-    """Of matrices in float8; None where all are in the dtype."""
+    """How matrices are stored in float8; None if all weights are in the dtype."""
     generation_prompt: str
-    """System prompt of t2i and edit jobs that bring none of their own."""
+    """System prompt of t2i and edit jobs without one of their own."""
     interleave_prompt: str
-    """System prompt of interleave jobs that bring none of their own."""
+    """System prompt of interleave jobs without one of their own."""
 
     def system_prompt(self, task: Task) -> str:
-        """Returns the run's system prompt for a task."""
+        """Returns the run's system prompt for a task; empty for a task without one."""
         match task.spec.prompt.system:
             case SystemPromptKind.GENERATION:
                 return self.generation_prompt
@@ -265,15 +274,16 @@ class ModelIdentity:
 
     @property
     def system_prompt_bytes(self) -> int:
-        """Bytes of UTF-8 of the longer system prompt."""
+        """UTF-8 bytes of the longer system prompt."""
         return max(len(self.generation_prompt.encode()), len(self.interleave_prompt.encode()))
 
 
 def job_key(job: Job, identity: ModelIdentity) -> str:
     """Returns the hash (64 hex digits) of everything that decides the job's pixels and text.
 
-    The id, the place in the manifest, metadata and input paths are left out: renaming a job or
-    moving its inputs does not make it another job.
+    The id, the place in the manifest, the metadata and the paths of inputs are left out: renaming
+    a job or moving its inputs does not make it another job. So is every setting at its neutral
+    value (`declarations.stated`): a version that adds a setting keeps all keys.
     """
     prompt = job.system_prompt
     content = {
@@ -291,7 +301,7 @@ def job_key(job: Job, identity: ModelIdentity) -> str:
         "lora": identity.lora,
         "dtype": identity.dtype,
     }
-    # Later fields are in the key only where they are used, so that an upgrade keeps all others.
+    # A later field, which is in the key only if it is used.
     if identity.precision is not None:
         content["precision"] = identity.precision
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
@@ -299,7 +309,7 @@ def job_key(job: Job, identity: ModelIdentity) -> str:
 
 
 def folded_id(job_id: str) -> str:
-    """Returns an id as a disk that ignores case and composition compares it."""
+    """Returns an id in the form in which a disk that ignores case and composition compares it."""
     if job_id.isascii():
         return job_id.lower()
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", job_id).casefold())
@@ -321,7 +331,7 @@ class GroupKey:
 
     @property
     def branches(self) -> tuple[Branch, ...]:
-        """The branches that are read; of jobs that make no images, the conditional one."""
+        """The branches whose prompts are read; only the conditional one if there are no images."""
         return (Branch.COND,) if self.drawing is None else self.drawing.branches
 
     def __str__(self) -> str:
@@ -336,10 +346,10 @@ def group_key(job: Job) -> GroupKey:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Jobs of one group that go through the network together, in this order."""
+    """Jobs of one group that go through the engine together, in this order."""
 
     id: str
-    """Derived from the members' keys, so a batch run again has the same id."""
+    """Derived from the members' keys, so a batch that runs again has the same id."""
     group: GroupKey
     jobs: tuple[Job, ...]
     keys: tuple[str, ...]
@@ -353,12 +363,13 @@ def batch_id(keys: tuple[str, ...]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobResult:
-    """What the engine made of one job: images and text."""
+    """What the engine made for one job: images and text."""
 
     images: tuple[np.ndarray, ...] = ()
     """uint8 `[height, width, 3]`, in the order drawn."""
     text: str | None = None
-    """The think text of t2i and edit, or the text of interleave with an `<image>` a picture."""
+    """The think text of a t2i or edit job, or the text of an interleave job with an `<image>` for
+    each image."""
     think_tokens: int = 0
     text_tokens: int = 0
     """Decoded tokens that are not think tokens."""
@@ -366,19 +377,19 @@ class JobResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """Why a job failed: an exception as text, since its frames would keep tensors alive."""
+    """Why a job failed: an exception as text, because its frames would keep tensors alive."""
 
     type: str
     message: str
     traceback: str
     think_tokens: int = 0
-    """Tokens that the job had decoded before; they took their time all the same."""
+    """Tokens that the job had decoded by then; they took time all the same."""
     text_tokens: int = 0
     """Likewise."""
 
     @classmethod
     def of(cls, error: BaseException, *, think_tokens: int = 0, text_tokens: int = 0) -> Failure:
-        """Returns what is worth keeping of an exception."""
+        """Returns what to keep of an exception."""
         return cls(
             type=type(error).__name__,
             message=_writable(str(error)),
@@ -398,23 +409,23 @@ class BatchMetrics:
     """What a batch cost; every figure is the batch's, not a job's. Seconds and bytes."""
 
     wait_s: float | None = None
-    """From the end of the device's last phase in the batch before to the start of its first
-    one in this; None where there was none, or it raised an error."""
+    """From the end of the device's last phase in the previous batch to the start of its first
+    phase in this one; None if there was no such batch, or if it raised an error."""
     prefill_s: float = 0.0
-    """Input images, prompts and re-encoded pictures through the understanding path."""
+    """Input images, prompts and re-encoded images through the understanding path."""
     think_s: float = 0.0
-    """Decoding text, think or interleave."""
+    """Decoding thoughts and other text."""
     denoise_s: float = 0.0
     num_denoise_steps: int = 0
-    """Euler steps run, each over the jobs that share a pass."""
+    """Euler steps that ran, each for the jobs that share a pass."""
     num_kept_images: int = 0
-    """Images of the results that were kept before, so that they took none of this time."""
+    """Images of the results that were kept by an earlier run and took none of this time."""
     total_s: float = 0.0
-    """Wall time of the generation, what tok/s is measured by."""
+    """Wall time of the generation; tok/s is measured by it."""
     peak_allocated_bytes: int = 0
-    """Of device memory; 0 on a CPU."""
+    """Device memory; 0 on a CPU."""
     peak_reserved_bytes: int = 0
-    """Of device memory; 0 on a CPU."""
+    """Device memory; 0 on a CPU."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -422,24 +433,24 @@ class BatchResult:
     """What became of a batch: one result for each job, in the batch's order."""
 
     results: tuple[JobResult | Failure, ...]
-    """A failure where one job failed and the rest of the batch did not."""
+    """A failure for each job that failed while the rest of the batch did not."""
     metrics: BatchMetrics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
-    """What the log says of the engine that made a row."""
+    """What the log says about the engine that made a row."""
 
     identity: ModelIdentity
     model: str
     """As the user named it."""
     system_prompt_source: Mapping[Task, str]
-    """Where the run's system prompt of a task was found."""
+    """Where the run's system prompt for each task was found."""
     device: str
     dtype: str
     attn_backend: str
     compile_s: float | None
-    """Seconds of compiling kernels and trying them once, part of `load_s`; None without."""
+    """Seconds of compiling kernels and trying them once, part of `load_s`; None without kernels."""
     vram_mode: VramMode
     budget_bytes: int | None
     torch_version: str

@@ -1,4 +1,4 @@
-"""What the process takes of the machine."""
+"""What this process uses of the machine."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ _STATUS = Path("/proc/self/status")
 
 
 def peak_rss_bytes() -> int:
-    """Returns the most host memory the process has held resident so far, in bytes."""
+    """Returns the peak of the process's resident host memory so far, in bytes."""
     if sys.platform == "win32":
         import psutil
 
         return int(psutil.Process().memory_info().peak_wset)
     if sys.platform == "linux":
-        # Not of getrusage, which goes on from what the process that started this one holds.
+        # The figure of getrusage starts from that of the parent process.
         for line in _STATUS.read_text().splitlines():
             name, _, value = line.partition(":")
             if name == "VmHWM":

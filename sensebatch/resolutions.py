@@ -1,6 +1,6 @@
 """Image sizes: the token grid, the resize rules and the named aspect ratios. Integers only.
 
-Every size is a multiple of `PATCH_PIXELS`, the side of the square that becomes one image token.
+The sides of every size are multiples of `PATCH_PIXELS`, the side of one image token.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from sensebatch.errors import SensebatchError
 
 PATCH_PIXELS = 32
 TOKEN_NUMBERS = PATCH_PIXELS * PATCH_PIXELS * 3
-"""Numbers of an image token: its pixels' channels."""
+"""Numbers of one image token: the channels of its pixels."""
 MAX_ASPECT_RATIO = 200
 
 
 class ResolutionError(SensebatchError):
-    """A size that the model cannot draw or read."""
+    """A size that the model can neither draw nor read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -49,28 +49,28 @@ class Resolution:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PixelLimits:
-    """How many pixels a checkpoint was trained on; the input resize rules follow from it."""
+    """How many pixels a checkpoint was trained with; the resize rules of inputs follow from it."""
 
     base_pixels: int = 2048 * 2048
-    """Pixels of a full-size picture."""
+    """Pixels of a full-size image."""
     min_pixels: int = 512 * 512
-    """Smaller input images are enlarged to this."""
+    """Smaller input images are enlarged to this many."""
 
     def model_max_pixels(self, num_images: int) -> int:
-        """Most pixels of one input image when a prompt holds `num_images` of them."""
+        """Returns the most pixels of each input image in a prompt with `num_images` of them."""
         return min(self.base_pixels, 4 * self.base_pixels // max(num_images, 1))
 
     def auto_input_max_pixels(self, num_images: int) -> int:
-        """What `input_max_pixels: auto` means for a prompt with `num_images` images."""
+        """Returns what `input_max_pixels: auto` means in a prompt with `num_images` images."""
         if num_images <= 2:
             return self.base_pixels
         return max(2 * self.base_pixels // num_images, self.min_pixels)
 
     def resolve_input_max_pixels(self, value: int | str | None, num_images: int) -> int | None:
-        """Turns `auto`, a number of pixels or None (skip the first resize) into pixels or None.
+        """Returns the pixels that `auto` or a number means; None skips the first resize.
 
         Raises:
-            ResolutionError: A number below `min_pixels`, or another word than `auto`.
+            ResolutionError: The number is below `min_pixels`, or the word is not `auto`.
         """
         if value is None:
             return None
@@ -88,9 +88,9 @@ class PixelLimits:
 def smart_resize(height: int, width: int, *, min_pixels: int, max_pixels: int) -> Resolution:
     """Returns the multiple-of-32 size that keeps the aspect ratio within the pixel limits.
 
-    Both sides are rounded to the factor (half to even); above `max_pixels` the original sides
-    are scaled down and floored, below `min_pixels` scaled up and ceiled. A very long picture may
-    exceed `max_pixels`, because no side falls under one token.
+    Both sides are rounded to the factor (half to even). Above `max_pixels` the original sides are
+    scaled down and floored, below `min_pixels` they are scaled up and ceiled. A very long image may
+    exceed `max_pixels`, because no side is less than one token.
 
     Raises:
         ResolutionError: The sides are not positive or their ratio exceeds `MAX_ASPECT_RATIO`.
@@ -120,7 +120,7 @@ def smart_resize(height: int, width: int, *, min_pixels: int, max_pixels: int) -
 
 
 def input_size(height: int, width: int, *, max_pixels: int | None) -> tuple[int, int]:
-    """Returns (height, width) of an edit input after the first resize; None skips it.
+    """Returns (height, width) of an edit input after the first resize, which None skips.
 
     Raises:
         ResolutionError: See `smart_resize`.
@@ -132,7 +132,7 @@ def input_size(height: int, width: int, *, max_pixels: int | None) -> tuple[int,
 
 
 def edit_output_size(height: int, width: int, *, target_pixels: int) -> Resolution:
-    """Returns the output size of an edit whose first (already resized) input has these sides.
+    """Returns the output size of an edit; the sides are those of its first input, resized.
 
     Raises:
         ResolutionError: See `smart_resize`.
@@ -141,7 +141,7 @@ def edit_output_size(height: int, width: int, *, target_pixels: int) -> Resoluti
 
 
 def interleave_output_size(height: int, width: int, *, limits: PixelLimits) -> Resolution:
-    """Returns the size of an interleave job's pictures whose first input has these sides.
+    """Returns the size of an interleave job's images; the sides are those of its first input.
 
     Raises:
         ResolutionError: See `smart_resize`.
@@ -152,7 +152,7 @@ def interleave_output_size(height: int, width: int, *, limits: PixelLimits) -> R
 
 
 def _with_transposed(table: dict[str, tuple[int, int]]) -> dict[str, Resolution]:
-    """Maps `W:H` to a resolution from (width, height) pairs, with every ratio's transpose."""
+    """Returns resolutions by `W:H` from (width, height) pairs, transposed ratios included."""
     sizes: dict[str, Resolution] = {}
     for name, (width, height) in table.items():
         sizes[name] = Resolution(height=height, width=width)
@@ -171,7 +171,7 @@ BUCKETS_T2I = _with_transposed(
         "3:1": (3456, 1152),
     }
 )
-"""The t2i and edit sizes the official checkpoints were trained on."""
+"""The t2i and edit sizes that the official checkpoints were trained with."""
 
 BUCKETS_INTERLEAVE = _with_transposed(
     {
@@ -183,7 +183,7 @@ BUCKETS_INTERLEAVE = _with_transposed(
         "3:1": (2592, 864),
     }
 )
-"""The interleave sizes the official checkpoints were trained on."""
+"""The interleave sizes that the official checkpoints were trained with."""
 
 BUCKETS_TINY = _with_transposed(
     {
@@ -195,4 +195,4 @@ BUCKETS_TINY = _with_transposed(
         "3:1": (384, 128),
     }
 )
-"""The sizes of the embedded tiny checkpoint, for all tasks."""
+"""The sizes of the embedded checkpoint, for all tasks."""

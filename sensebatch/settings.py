@@ -1,7 +1,7 @@
 """Settings from a YAML file and from flags on top of the defaults, and back to plain data.
 
-Knows the shape of a configuration file; every default stays in `config.py`. What `dump_settings`
-returns is itself such a file, so a run's folder says how to repeat it.
+Knows the shape of a configuration file; the defaults stay in `config.py`. What `dump_settings`
+returns is itself such a file, so a run's folder says how to repeat the run.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from sensebatch.yaml_values import YamlTextError, YamlValue, read_yaml
 AMOUNT = r"[0-9]{1,9}(?:\.[0-9]+)? ?GiB"
 """Memory as people write it: `20GiB`."""
 RUN_SECTION = "config"
-"""Where a run's own record, `run.yaml`, holds its settings; such a file can be given as well."""
+"""The key that holds the settings in `run.yaml`, which is a valid configuration file too."""
 
 _COMMAND_LINE = "command line"
 
@@ -73,14 +73,14 @@ def _parse_size(value: object) -> Resolution:
 
 
 def _parse_pixels(value: object) -> object:
-    """Takes what a flag can say: `none`, and numbers in digits."""
+    """Returns a flag's value as a file would say it: null for `none`, a number for digits."""
     if value == "none":
         return None
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 def amount_bytes(amount: str) -> int:
-    """Returns the bytes of text that `AMOUNT` matches."""
+    """Returns the bytes that a text means which `AMOUNT` matches."""
     return round(float(amount.removesuffix("GiB")) * GIB)
 
 
@@ -106,7 +106,7 @@ InputMaxPixels = Annotated[Literal["auto"] | Count | None, BeforeValidator(_pars
 class _Section(BaseModel):
     """Part of a configuration file: unknown keys and loose types are errors."""
 
-    # Built on first use: help only needs the words above.
+    # Built on first use: help needs only the literals above.
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
 
 
@@ -164,14 +164,14 @@ class PixelLimitsSection(_Section):
     min_pixels: Count
 
 
-def _checked(setting: Declared) -> Any:
-    """Returns the type of a declared setting with all that its values must fulfil."""
+def _checked(setting: Declared, spec: TaskSpec) -> Any:
+    """Returns the type of a task's setting, which accepts valid values alone."""
     error_of = setting.setting.error
     if error_of is None:
         return setting.type
 
     def check(value: Any) -> Any:
-        if (message := error_of(value)) is not None:
+        if (message := error_of(value, spec)) is not None:
             raise ValueError(message)
         return value
 
@@ -179,10 +179,10 @@ def _checked(setting: Declared) -> Any:
 
 
 def _task_section(spec: TaskSpec) -> type[_Section]:
-    """Returns the file's form of a task's `config.TaskDefaults`, sampling beside the others."""
+    """Returns the file's form of a task's `config.TaskDefaults`, sampling settings included."""
+    settings = {**declared(Sampling), **declared(TaskDefaults)}
     types = {
-        **{name: _checked(setting) for name, setting in declared(Sampling).items()},
-        **{name: _checked(setting) for name, setting in declared(TaskDefaults).items()},
+        **{name: _checked(setting, spec) for name, setting in settings.items()},
         "input_max_pixels": InputMaxPixels,
         # `WIDTHxHEIGHT`, or the name of one of the buckets.
         "resolution": None if spec.drawing is None else Size,
@@ -204,7 +204,7 @@ else:
 
 
 class Settings(_Section):
-    """A whole configuration file, every setting filled in."""
+    """A whole configuration file with every setting filled in."""
 
     model: ModelSection
     memory: MemorySection
@@ -225,8 +225,9 @@ def resolve_settings(
 
     Args:
         config_file: A YAML file; every key may be left out.
-        flags: Values by dotted place (`execution.max_attempts`); None means not given.
-        dashed: Whether mistakes name flags as a command line does (`--max-attempts`), or by place.
+        flags: Values by dotted place (`execution.max_attempts`); None if not given.
+        dashed: Whether errors name a flag as a command line does (`--max-attempts`), or by its
+            place.
 
     Raises:
         ConfigError: Every unknown key and unusable value, each with its place.
@@ -272,7 +273,7 @@ def dump_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns a section whose enums are the words they stand for."""
+    """Returns a section with the values of its enums."""
     return {name: value.value if isinstance(value, Enum) else value for name, value in items}
 
 
@@ -303,7 +304,7 @@ def _run_config(settings: Settings) -> RunConfig:
 
 
 def _read_yaml(path: Path) -> YamlValue:
-    """Returns the mapping in a file, or the one under `RUN_SECTION`."""
+    """Returns the mapping in a file, or that under `RUN_SECTION`."""
     try:
         document = read_yaml(path)
     except OSError as error:
@@ -363,7 +364,7 @@ def _name_buckets(values: dict[str, Any]) -> None:
 def _complaints(
     errors: list[ErrorDetails], values: Mapping[str, Any], place: Callable[[list[str]], str]
 ) -> str:
-    """Returns a line for each place that pydantic complains of, as `place` names it."""
+    """Returns a line for each place that pydantic found an error in, as `place` names it."""
     complaints: dict[str, list[str]] = {}
     found: dict[str, str] = {}
     for error in errors:
@@ -391,7 +392,7 @@ def _complaints(
 
 
 def _existing(values: object, path: list[str]) -> Iterator[str]:
-    """Yields the part of a place that is in the data; pydantic appends names of its own."""
+    """Yields the parts of a place that are in the data; pydantic appends names of its own."""
     for part in path:
         if not isinstance(values, Mapping) or part not in values:
             return
@@ -400,7 +401,7 @@ def _existing(values: object, path: list[str]) -> Iterator[str]:
 
 
 def _suggestion(path: list[str]) -> str:
-    """Returns `; did you mean ...?` for a key like one of its section's, or of another section."""
+    """Returns `; did you mean ...?` for a key that resembles one of its section, or of another."""
     section: type[BaseModel] = Settings
     for part in path[:-1]:
         section = cast("type[BaseModel]", section.model_fields[part].annotation)

@@ -1,7 +1,7 @@
-"""YAML values and the lines they stand on, under the YAML 1.2 rules of what a plain word means.
+"""YAML values and the lines they are on, with the plain words of YAML 1.2.
 
-Under the older rules of the library `16:9` would be a number of seconds, `no` would be false and
-`1e6` a text. Manifests and configuration files are read by the same rules.
+By the older rules, which PyYAML follows, `16:9` would be a number of seconds, `no` would be false
+and `1e6` a text. Manifests and configuration files are read by the same rules.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ except ImportError:
     from yaml import SafeLoader as _Loader  # type: ignore[assignment]
 
 MAX_VALUES = 20_000_000
-"""Of a document, aliases counted in full; so many jobs are better kept in another format."""
+"""The most values of a document, aliases counted in full; more jobs need another format."""
 MAX_BYTES = 2**30
-"""Of a file, likewise."""
+"""The largest file."""
 
 _OPENINGS = re.compile(r"^[ ?:-]*", re.MULTILINE)
-"""What nests a line in the blocks around it, a character or more a level."""
+"""What nests a line in the blocks around it: at least one character for each level."""
 _STRING = "tag:yaml.org,2002:str"
 _MERGE = "tag:yaml.org,2002:merge"
 _NULL = "tag:yaml.org,2002:null"
@@ -52,11 +52,11 @@ _COLLECTIONS = frozenset(["tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"])
 
 
 class YamlTextError(Exception):
-    """Text that is not YAML, or a value that no file of ours can hold.
+    """Text that is not YAML, or a value that none of our files can hold.
 
     Args:
         message: What is wrong.
-        line: Where, counted from 1.
+        line: The line, counted from 1.
     """
 
     def __init__(self, message: str, line: int) -> None:
@@ -66,13 +66,13 @@ class YamlTextError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class YamlValue:
-    """A value and the node it was made from."""
+    """A value and the node that it comes from."""
 
     value: Any
     node: yaml.Node
 
     def line_of(self, location: Sequence[str | int]) -> int:
-        """Returns the line of a field inside the value, or of the last part that is there."""
+        """Returns the line of a field inside the value, or of the last part that exists."""
         node, line = self.node, self.node.start_mark.line
         for part in location:
             step = _step(node, part)
@@ -84,7 +84,7 @@ class YamlValue:
     def child(self, key: str) -> YamlValue:
         """Returns the value of a key that the mapping has."""
         step = _step(self.node, key)
-        # A key that came in by a merge stands in another node; its lines are not told.
+        # A merged key is in another node; its lines are not reported.
         return YamlValue(value=self.value[key], node=self.node if step is None else step[1])
 
     def children(self, *location: str) -> Iterator[YamlValue]:
@@ -135,18 +135,18 @@ _ValueLoader.add_constructor(_FLOAT, _ValueLoader.construct_real)
 
 
 class _ValueDumper(yaml.SafeDumper):
-    """Quotes every word that is no text to the loader, or to a reader by the older rules."""
+    """Quotes every word that is not text to the loader, or by the older rules."""
 
     yaml_implicit_resolvers = _resolvers_of_both()
 
     def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
-        """Writes every value out, however often it occurs."""
+        """Returns true: every value is written out, however often it occurs."""
         return True
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
-        """Escapes every text with a character that is not printable.
+        """Returns a text as YAML, escaped if some of its characters are not printable.
 
-        Written as they are, the rarer line breaks (U+0085, U+2028) would be folded away.
+        Unescaped, the rarer line breaks (U+0085, U+2028) would be folded away.
         """
         return self.represent_scalar(_STRING, text, style=None if text.isprintable() else '"')
 
@@ -155,17 +155,17 @@ _ValueDumper.add_representer(str, _ValueDumper.represent_text)
 
 
 def dump_yaml(value: Any) -> str:
-    """Returns a text that `load_yaml` reads as the same value; keys keep their order."""
+    """Returns text that `load_yaml` reads as the same value; keys keep their order."""
     text: str = yaml.dump(value, Dumper=_ValueDumper, sort_keys=False, allow_unicode=True)
     return text
 
 
 def read_yaml(path: Path) -> YamlValue:
-    """Returns the one document of a file in UTF-8, as `load_yaml` does.
+    """Returns the only document of a UTF-8 file; see `load_yaml`.
 
     Raises:
         OSError: The file cannot be read.
-        YamlTextError: As `load_yaml` raises it, or for bytes that are not UTF-8.
+        YamlTextError: As in `load_yaml`, or because the bytes are not UTF-8.
     """
     content = read_file(path, MAX_BYTES)
     try:
@@ -177,11 +177,11 @@ def read_yaml(path: Path) -> YamlValue:
 
 
 def load_yaml(text: str) -> YamlValue:
-    """Returns the one document of a text; the value of an empty one is None.
+    """Returns the only document of a text; the value of an empty document is None.
 
     Raises:
         YamlTextError: The text is not YAML, repeats a key, has a key that is not text, contains
-            itself, is nested too deeply, or stands for more than `MAX_VALUES`.
+            itself, is nested too deeply, or expands to more than `MAX_VALUES`.
     """
     try:
         _check_depth(text)
@@ -209,7 +209,7 @@ def load_yaml(text: str) -> YamlValue:
 
 
 def _check_depth(text: str) -> None:
-    """Makes sure that a document is not nested too deeply for the library, which would crash.
+    """Checks that a document is not nested so deeply that the library would crash.
 
     Raises:
         YamlTextError: It is.
@@ -248,7 +248,7 @@ def _check_node(node: yaml.Node, above: set[int], checked: dict[int, int]) -> in
     """Checks keys and texts of a node and everything below it, each node once.
 
     Returns:
-        How many values it stands for, an alias for as many as what it names.
+        How many values it expands to; an alias counts as much as what it names.
     """
     line = node.start_mark.line + 1
     if id(node) in above:
@@ -276,7 +276,7 @@ def _check_node(node: yaml.Node, above: set[int], checked: dict[int, int]) -> in
 
 
 def _tag(node: yaml.Node) -> str:
-    """Returns a node's tag as it is written."""
+    """Returns a node's tag as people write it."""
     return str(node.tag).replace("tag:yaml.org,2002:", "!!")
 
 
@@ -288,7 +288,7 @@ def _check_scalar(node: yaml.ScalarNode, line: int) -> None:
     words = _WORDS.get(node.tag)
     if words is None:
         raise YamlTextError(f"expected a plain value, found the tag {_tag(node)!r}", line)
-    # A tag that is written out may stand before any word.
+    # An explicit tag may stand before any word.
     if not words.fullmatch(node.value):
         kind = _tag(node).removeprefix("!!")
         raise YamlTextError(f"expected a value of type {kind}, found {node.value[:60]!r}", line)

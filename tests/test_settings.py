@@ -251,6 +251,11 @@ def test_file_offers_exactly_the_settings_of_every_task(task: Task) -> None:
             "FILE: line 4: memory.vram_mode: expected 'auto', 'full', 'fast', 'balanced' or 'low', "
             "found 'huge'",
         ),
+        (
+            "tasks: {edit: {cfg_norm: cfg_zero_star}}",
+            "FILE: line 1: tasks.edit.cfg_norm: expected 'none', 'global' or 'channel' for edit, "
+            "found 'cfg_zero_star'",
+        ),
         ("model: {}\nmodel: {}", "FILE: line 2: expected every key once, found 'model' again"),
         ("- 1", "FILE: line 1: expected sections with settings, found [1]"),
     ],

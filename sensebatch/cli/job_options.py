@@ -1,7 +1,7 @@
 """The options of the one-job commands, and the commands themselves.
 
-A task's row says which options its command has; the settings among them come from their
-declarations. `options` holds what `run` has as well.
+A task's row says which options its command has, and the declarations of settings say how they
+look. `options` holds those that `run` has too.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class SizeOptions:
     ] = None
 
     def fields(self) -> dict[str, object]:
-        """Returns what was given, as a manifest's row says it."""
+        """Returns what was given, as fields of a manifest's row."""
         return {"width": self.width, "height": self.height, "resolution": self.resolution}
 
 
@@ -128,7 +128,7 @@ class InputOptions:
     ] = None
 
     def fields(self) -> dict[str, object]:
-        """Returns what was given, as a manifest's row says it."""
+        """Returns what was given, as fields of a manifest's row."""
         return {"image": self.image or None}
 
 
@@ -170,7 +170,7 @@ def _annotation(setting: Declared) -> Any:
         metavar=words.metavar,
         rich_help_panel=_SAMPLING,
     )
-    # What is a number or a word in a file is text on the command line.
+    # A number or a word in a file is text on the command line.
     is_simple = isinstance(kind, type) or words.metavar is not None
     return Annotated[(kind if is_simple else str) | None, option]
 

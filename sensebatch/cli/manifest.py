@@ -1,4 +1,4 @@
-"""`sensebatch manifest`: check, describe and convert manifests. Loads nothing."""
+"""`sensebatch manifest`: check, describe and convert manifests. Loads no model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def validate(
         bool, typer.Option("--json", help="Print one JSON object: jobs by task.")
     ] = False,
 ) -> None:
-    """Check manifests as a run would before it starts; prints every mistake there is."""
+    """Check manifests as a run does before it starts, and print every error in them."""
     from sensebatch.cli.messages import counted, show, warn_of
     from sensebatch.manifest.read import read_manifests
     from sensebatch.settings import resolve_settings
@@ -39,7 +39,8 @@ def validate(
         show(json.dumps({"jobs": by_task.total(), "by_task": counts}))
         return
     words = ", ".join(f"{count:,} {task.value}" for task, count in by_task.items())
-    show(f"no mistakes in {counted(by_task.total(), 'job')} ({words})")
+    verb = "is" if by_task.total() == 1 else "are"
+    show(f"{counted(by_task.total(), 'job')} {verb} valid ({words})")
 
 
 @app.command()
@@ -66,10 +67,10 @@ def convert(
     model: ModelOptions,
     task: RowTask = None,
     embed_images: Annotated[
-        bool, typer.Option("--embed-images", help="Store the pictures inside DEST (Parquet).")
+        bool, typer.Option("--embed-images", help="Store the images inside DEST (Parquet).")
     ] = False,
 ) -> None:
-    """Write a manifest in another format, one row a job, matrices and defaults worked out."""
+    """Write a manifest in another format, with one row per job, matrices and defaults expanded."""
     from sensebatch.cli.messages import counted, show
     from sensebatch.manifest.convert import convert_manifest
     from sensebatch.settings import resolve_settings

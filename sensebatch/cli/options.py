@@ -1,4 +1,4 @@
-"""The options that commands share: each group is declared once and expanded into signatures."""
+"""The options that commands share. Each group is declared once and expanded into signatures."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ Manifests = Annotated[
     list[Path],
     typer.Argument(parser=path, help="YAML, Parquet or JSONL files.", metavar="MANIFEST..."),
 ]
-RowTask = Annotated[Task | None, typer.Option(help="What rows make that do not say so (JSONL).")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N jobs.")]
+RowTask = Annotated[Task | None, typer.Option(help="The task of rows that name none (JSONL).")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first N jobs.")]
 
 _NOT_OF_MODEL = ("config", "vram_mode", "device_map", "max_memory", "vram_budget")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelOptions:
-    """Which checkpoint, and how it is computed with."""
+    """Which checkpoint is loaded, and how it is computed with."""
 
     config: Annotated[
         Path | None,
         typer.Option(
-            parser=path, help="YAML file with settings; flags win over it.", rich_help_panel=_MODEL
+            parser=path, help="YAML file with settings; flags override it.", rich_help_panel=_MODEL
         ),
     ] = None
     model: Annotated[
@@ -76,29 +76,29 @@ class ModelOptions:
     dtype: Annotated[
         Dtype | None,
         typer.Option(
-            help="Of weights and activations; auto is bfloat16 on a GPU, float32 on a CPU.",
+            help="Type of weights and activations; auto is bfloat16 on a GPU, float32 on a CPU.",
             rich_help_panel=_MODEL,
         ),
     ] = None
     precision: Annotated[
         Precision | None,
         typer.Option(
-            help="Of the layers' matrices: fp8 makes the generation expert's float8, fp8-all the "
-            "understanding expert's too; half the bytes, faster, other pictures.",
+            help="How the layers' matrices are stored: fp8 in float8 for the generation expert, "
+            "fp8-all for both experts; half the bytes, faster, different images.",
             rich_help_panel=_MODEL,
         ),
     ] = None
     attn_backend: Annotated[
         AttnBackend | None,
         typer.Option(
-            help="Attention kernel; auto is the fastest that can be used.", rich_help_panel=_MODEL
+            help="Attention kernel; auto is the fastest that is available.", rich_help_panel=_MODEL
         ),
     ] = None
     compile: Annotated[
         bool | None,
         typer.Option(
             "--compile/--no-compile",
-            help="Compile chains of small operations to one kernel each, on a GPU.",
+            help="Compile each chain of small operations to one kernel, on a GPU.",
             rich_help_panel=_MODEL,
         ),
     ] = None
@@ -111,7 +111,7 @@ class ModelOptions:
     device_map: Annotated[
         Literal["auto"] | None,
         typer.Option(
-            help="Only auto: weights are placed by themselves, within --max-memory or "
+            help="Only auto: weights are placed automatically, within --max-memory or "
             "--vram-budget.",
             rich_help_panel=_MODEL,
         ),
@@ -119,15 +119,15 @@ class ModelOptions:
     max_memory: Annotated[
         str | None,
         typer.Option(
-            help='Most memory of GPU and host, either or both, in GiB: "0=20GiB,cpu=80GiB". cpu is '
-            "the resident memory of the process.",
+            help='The most memory of GPU, host or both, in GiB: "0=20GiB,cpu=80GiB". cpu is the '
+            "resident memory of the process.",
             rich_help_panel=_MODEL,
         ),
     ] = None
     vram_budget: Annotated[
         str | None,
         typer.Option(
-            help="Most memory of the GPU, activations included, such as 13GiB; the same as "
+            help="The most memory of the GPU, activations included, such as 13GiB; the same as "
             '--max-memory "0=13GiB".',
             rich_help_panel=_MODEL,
         ),
@@ -152,14 +152,14 @@ class ModelOptions:
 
 
 def _budgets(max_memory: str | None, vram_budget: str | None) -> tuple[int | None, int | None]:
-    """Returns the bytes of device and host, None where nothing is said of one.
+    """Returns the bytes of device and host; None for one without a budget.
 
     Args:
         max_memory: `0=20GiB,cpu=80GiB`, or one of the two.
-        vram_budget: `20GiB`, of the device.
+        vram_budget: The device's, such as `20GiB`.
 
     Raises:
-        ConfigError: One is written otherwise, or they say different things of the device.
+        ConfigError: One has another form, or they differ about the device.
     """
     parts = [] if max_memory is None else max_memory.split(",")
     matches = [re.fullmatch(rf"(0|cpu)=({AMOUNT})", part) for part in parts]
@@ -186,20 +186,20 @@ def _budgets(max_memory: str | None, vram_budget: str | None) -> tuple[int | Non
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchOptions:
-    """How many jobs go through the network together."""
+    """How many jobs go through the engine together."""
 
     max_batch_size: Annotated[
         int | None,
         typer.Option(
-            help="Most jobs in one batch, fewer where memory is short; 16 if not given.",
+            help="The most jobs in one batch, fewer if memory is short; 16 if not given.",
             rich_help_panel=_EXECUTION,
         ),
     ] = None
     max_batch_image_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Most image tokens (32 by 32 pixels each) in one batch, but for t2i jobs "
-            "that think; 16384 if not given.",
+            help="The most image tokens (32 by 32 pixels each) in one batch, except for t2i "
+            "jobs that think; 16384 if not given.",
             rich_help_panel=_EXECUTION,
         ),
     ] = None
@@ -211,23 +211,23 @@ class BatchOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExecutionOptions:
-    """How failures are dealt with."""
+    """How failures are handled."""
 
     max_attempts: Annotated[
         int | None,
         typer.Option(
-            help="Tries a job gets before it counts as failed.", rich_help_panel=_EXECUTION
+            help="How often a job is tried before it counts as failed.", rich_help_panel=_EXECUTION
         ),
     ] = None
     max_failures: Annotated[
         int | None,
-        typer.Option(help="Stop after so many failed jobs.", rich_help_panel=_EXECUTION),
+        typer.Option(help="Stop after this many failed jobs.", rich_help_panel=_EXECUTION),
     ] = None
     retry_failed: Annotated[
         bool | None,
         typer.Option(
             "--retry-failed/--no-retry-failed",
-            help="Try jobs again that failed in an earlier run.",
+            help="Try jobs that failed in an earlier run again.",
             rich_help_panel=_EXECUTION,
         ),
     ] = None
@@ -239,7 +239,7 @@ class ExecutionOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageOptions:
-    """How pictures are written."""
+    """How images are written."""
 
     image_format: Annotated[
         ImageFormat | None, typer.Option(help="File format.", rich_help_panel=_OUTPUT)
@@ -247,7 +247,7 @@ class ImageOptions:
     image_quality: Annotated[
         int | None,
         typer.Option(
-            help="Of jpeg, 1 to 100; webp is lossless at 100.",
+            help="1 to 100, for jpeg and webp; webp is lossless at 100.",
             rich_help_panel=_OUTPUT,
         ),
     ] = None
@@ -255,7 +255,7 @@ class ImageOptions:
         bool | None,
         typer.Option(
             "--embed-metadata/--no-embed-metadata",
-            help="Write prompt, seed and settings into the pictures.",
+            help="Write the prompt, the seed and the settings into the images.",
             rich_help_panel=_OUTPUT,
         ),
     ] = None
@@ -299,10 +299,10 @@ class ScreenOptions:
 
 
 def with_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Returns a command whose parameters of a dataclass type became that dataclass's fields.
+    """Returns a command with the fields of dataclasses in place of parameters of their types.
 
-    Every field is a keyword parameter with the field's annotation and default; the command is
-    called with the dataclass put together again.
+    Every field becomes a keyword parameter with the field's annotation and default. The function
+    is called with the dataclasses that the values make.
     """
     hints = get_type_hints(function, include_extras=True)
     groups: dict[str, type[Any]] = {
@@ -329,7 +329,7 @@ def with_options(function: Callable[..., None]) -> Callable[..., None]:
             values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
         function(**values)
 
-    # Terminals differ in width: paragraphs are joined, and the terminal's width breaks them.
+    # Each paragraph becomes one line, which the terminal breaks at its own width.
     command.__doc__ = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(function) or "")
     command.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
     command.__annotations__ = {name: item.annotation for name, item in parameters.items()}

@@ -1,4 +1,4 @@
-"""`sensebatch plan`: what a run would do, group by group. Loads nothing."""
+"""`sensebatch plan`: what a run would do, group by group. Loads no weights."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def plan(
         bool, typer.Option("--json", help="Print one JSON object instead of a table.")
     ] = False,
 ) -> None:
-    """Print how manifests would be cut into batches, as if nothing were done yet.
+    """Print how manifests are cut into batches, as if no job were done yet.
 
-    With a checkpoint that is on disk also what the memory modes need on the GPU and the host, by
-    group. Where sensebatch doctor has measured a GPU, also what auto would take on it, and the
+    If the checkpoint is on disk, also print what each memory mode needs on the GPU and the host, by
+    group. If sensebatch doctor has measured a GPU, print the mode that auto chooses on it, and the
     least time that its speeds allow.
     """
     from sensebatch.cli.messages import show, warn, warn_of

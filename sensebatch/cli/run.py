@@ -1,4 +1,4 @@
-"""`sensebatch run`: manifests to images and a log; typed again, it resumes."""
+"""`sensebatch run`: from manifests to images and a log. The same command resumes the run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def run(
     output_dir: Annotated[
         Path | None,
         typer.Option(
-            parser=path, help="The run's folder; outputs/NAME of the manifest if not given."
+            parser=path,
+            help="The run's folder; outputs/NAME of the manifest if not given.",
         ),
     ] = None,
     task: RowTask = None,
@@ -45,9 +46,9 @@ def run(
         bool, typer.Option("--json", help="Print one JSON object on stdout at the end.")
     ] = False,
 ) -> None:
-    """Run what is missing of one or more manifests.
+    """Run the jobs of one or more manifests that are not done yet.
 
-    Exit codes: 0 all jobs done, 1 some failed, 2 nothing started because of a mistake, 75 stopped
+    Exit codes: 0 all jobs done, 1 some failed, 2 nothing started because of an error, 75 stopped
     and resumable by the same command, 130 or 143 after a second signal.
     """
     from sensebatch.cli.outcome import finish, telling_stops

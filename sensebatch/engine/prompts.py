@@ -1,7 +1,7 @@
 """The chat layout: what the network reads before it draws or writes. Token ids; no torch.
 
-A prompt is text runs, special tokens and places for images. Adjacent text is encoded as one
-run, as the reference's tokenizer sees it between two special tokens.
+A prompt consists of text, special tokens and images. Adjacent text is encoded as one run, which
+is how the reference's tokenizer sees the text between two special tokens.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ from sensebatch.tasks import AssistantStart, Branch, Task
 
 
 class Grid(NamedTuple):
-    """An image in tokens."""
+    """The size of an image in tokens."""
 
     height: int
     width: int
 
 
 class ImageSpan(NamedTuple):
-    """Where an input image's context tokens are: `[start, start + grid.height * grid.width)`."""
+    """The context tokens of an input image: `[start, start + grid.height * grid.width)`."""
 
     start: int
     grid: Grid
 
     @property
     def end(self) -> int:
-        """The index behind the last context token."""
+        """The index after the last context token."""
         return self.start + self.grid.height * self.grid.width
 
 
 class Segment(NamedTuple):
     """A run of tokens `[start, end)` that are masked alike.
 
-    A token sees everything before its segment; inside, text sees itself and what is before it,
-    an image sees itself whole.
+    Every token attends to everything before its segment. Inside its segment, a text token attends
+    to itself and what precedes it, an image token to the whole image.
     """
 
     start: int
@@ -66,17 +66,17 @@ class Prompt:
 
     token_ids: tuple[int, ...]
     images: tuple[ImageSpan, ...] = ()
-    """Input images in the order in which the job names them."""
+    """The input images in the job's order."""
     num_system: int = 0
-    """Leading tokens of the system turn, which the job has in common with others."""
+    """How many tokens at the start belong to the system turn, which jobs have in common."""
 
     @property
     def system_ids(self) -> tuple[int, ...]:
         """The tokens of the system turn."""
         return self.token_ids[: self.num_system]
 
-    def behind_system(self) -> Prompt:
-        """Returns the prompt without its system turn."""
+    def after_system(self) -> Prompt:
+        """Returns what follows the system turn."""
         start = self.num_system
         images = tuple(ImageSpan(image.start - start, image.grid) for image in self.images)
         return Prompt(token_ids=self.token_ids[start:], images=images)
@@ -90,7 +90,7 @@ class _Special:
 
 
 Piece = str | _Special | Grid
-"""Text, a special token, or an image of that many tokens with `<img>` and `</img>` around."""
+"""Text, a special token, or an image of so many tokens between `<img>` and `</img>`."""
 
 
 def cond_prompt(
@@ -105,13 +105,13 @@ def cond_prompt(
     """Returns the conditional branch: the system prompt, the images and the user's words.
 
     Args:
-        tokenizer: Of the checkpoint.
-        task: Decides how images without a mark are placed, and whether `<img>` ends the prompt.
-        system: System prompt; empty leaves the system turn out. `<think>` and `</think>` in it
-            are the tokens, as the official prompts mean them.
-        prompt: The user's; `<image>` marks are places of images, everything else is plain text.
-        grids: The input images in tokens, in order.
-        think: Whether the network is to think (t2i, edit) or may (interleave).
+        tokenizer: The checkpoint's.
+        task: Its row says where images without a mark go and how the assistant's turn begins.
+        system: The system prompt; without one there is no system turn. `<think>` and `</think>` in
+            it are the special tokens, as the official prompts mean them.
+        prompt: The user's words. `<image>` marks are places of images; all else is plain text.
+        grids: The sizes of the input images, in order.
+        think: Whether the network thinks first; an interleave job only may.
 
     Raises:
         JobError: The prompt has more marks than there are images.
@@ -122,14 +122,14 @@ def cond_prompt(
     ]
     system_turn = _system_turn(system)
     whole = _encode(tokenizer, [*system_turn, *turns])
-    # The user's turn begins with a special token, where no run of text goes on.
+    # The user's turn begins with a special token, so no run of text crosses the border.
     return replace(whole, num_system=len(_encode(tokenizer, system_turn).token_ids))
 
 
 def img_cond_prompt(tokenizer: Tokenizer, *, task: Task, grids: Sequence[Grid]) -> Prompt:
-    """Returns the image-conditional branch of edit and interleave: the images without words.
+    """Returns the image-conditional branch: the input images without words.
 
-    That of interleave has no `<img>` yet: the one that is decoded is appended to it.
+    It has no `<img>` if the network writes first: the one that it decodes is appended.
     """
     draws = task.spec.prompt.start is AssistantStart.IMAGE
     ending = [_Special(IMG_START)] if draws else []
@@ -137,7 +137,7 @@ def img_cond_prompt(tokenizer: Tokenizer, *, task: Task, grids: Sequence[Grid]) 
 
 
 def uncond_prompt(tokenizer: Tokenizer) -> Prompt:
-    """Returns the unconditional branch, the same for every task: an empty user turn."""
+    """Returns the unconditional branch, which is the same for every task: an empty user turn."""
     return _encode(tokenizer, [*_user_turn([]), _Special(IMG_START)])
 
 
@@ -151,7 +151,7 @@ def branch_prompts(
     grids: Sequence[Grid],
     think: bool,
 ) -> dict[Branch, Prompt]:
-    """Returns a job's prompts by branch: `cond`, `img_cond`, `uncond`; see `cond_prompt`."""
+    """Returns a job's prompts by branch; see `cond_prompt`."""
     prompts: dict[Branch, Prompt] = {}
     for branch in branches:
         if branch is Branch.COND:
@@ -166,15 +166,15 @@ def branch_prompts(
 
 
 def after_think(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Returns the ids appended behind a think text of t2i and edit, however it ended."""
+    """Returns the ids that lead from a think text, however it ended, to the image."""
     return _encode(tokenizer, ["\n\n", _Special(IMG_START)]).token_ids
 
 
 def positions(prompt: Prompt) -> npt.NDArray[np.int64]:
-    """Returns each token's position, int64 `[3, tokens]`, rows t, h, w.
+    """Returns each token's position, int64 `[3, tokens]`, in rows t, h, w.
 
-    Text counts t up with h = w = 0. The context tokens of an image share one t and carry their
-    row and column; `</img>` has the next t.
+    Text counts t up and has h = w = 0. The context tokens of an image share one t and have their
+    row and column as h and w; `</img>` has the next t.
     """
     num_tokens = len(prompt.token_ids)
     step = np.ones(num_tokens, dtype=np.int64)
@@ -186,7 +186,7 @@ def positions(prompt: Prompt) -> npt.NDArray[np.int64]:
 
 
 def segments(prompt: Prompt) -> list[Segment]:
-    """Returns the prompt as text and image runs in order, covering every token once."""
+    """Returns the text and image segments of a prompt in order; together they cover every token."""
     runs: list[Segment] = []
     end = 0
     for span in prompt.images:
@@ -209,7 +209,7 @@ def _user_turn(content: Iterable[Piece]) -> list[Piece]:
 
 
 def _assistant_start(task: Task, think: bool) -> list[Piece]:
-    """Returns what is put into the network's mouth."""
+    """Returns the beginning of the assistant's turn."""
     draws = task.spec.prompt.start is AssistantStart.IMAGE
     if think:
         return [_Special(THINK_START), "\n"] if draws else []
@@ -218,7 +218,7 @@ def _assistant_start(task: Task, think: bool) -> list[Piece]:
 
 
 def _place_images(task: Task, prompt: str, grids: Sequence[Grid]) -> list[Piece]:
-    """Returns the user's words with the images at their marks; those without a mark come first."""
+    """Returns the user's words with images at their marks, and those without a mark in front."""
     if not task.spec.takes_images:
         return [prompt]
     num_marks = prompt.count(IMAGE_MARK)

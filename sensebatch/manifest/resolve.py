@@ -19,7 +19,7 @@ from sensebatch.config import RunConfig
 from sensebatch.declarations import converted, declared
 from sensebatch.errors import Problem
 from sensebatch.image_files import UnusableImageError
-from sensebatch.jobs import IMAGE_MARK, CfgNorm, InputImage, Job, Sampling, Source
+from sensebatch.jobs import IMAGE_MARK, InputImage, Job, Sampling, Source
 from sensebatch.manifest.fields import (
     FOREIGN_FIELDS,
     IMAGE_FIELDS,
@@ -232,14 +232,8 @@ class JobResolver:
         )
         for (name, setting), value in zip(_SAMPLING.items(), given, strict=True):
             error_of = setting.setting.error
-            if error_of and value is not None and (message := error_of(value)) is not None:
+            if error_of and value is not None and (message := error_of(value, task.spec)):
                 errors.add(name, message)
-        rule = task.spec.drawing
-        cfg_norm = fields.given("cfg_norm")
-        if cfg_norm == CfgNorm.CFG_ZERO_STAR and rule and rule.guidance.by_images:
-            *first, last = (repr(norm.value) for norm in CfgNorm if norm != cfg_norm)
-            known = f"{', '.join(first)} or {last}"
-            errors.add("cfg_norm", f"expected {known} for {task}, found {cfg_norm!r}")
         return self._sampling(self._config.tasks[task].sampling, given)
 
     def _input_max_pixels(

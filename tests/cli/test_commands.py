@@ -82,7 +82,7 @@ def test_validate_counts_jobs_or_tells_every_mistake(
     invoke: Invoke, manifest: Path, tmp_path: Path
 ) -> None:
     assert invoke("manifest", "validate", manifest).out == (
-        "no mistakes in 5 jobs (3 t2i, 1 edit, 1 interleave)\n"
+        "5 jobs are valid (3 t2i, 1 edit, 1 interleave)\n"
     )
     (tmp_path / "in.png").unlink()
     ended = invoke("manifest", "validate", manifest)

@@ -123,7 +123,7 @@ def test_a_batch_of_several_system_prompts_computes_each_once_and_keeps_none() -
     states = start(runner, *jobs)
     turns = TURN + jobs[1].prompts[Branch.COND].num_system
     uncond = len(jobs[0].prompts[Branch.UNCOND].token_ids)
-    behind = sum(len(job.prompts[Branch.COND].behind_system().token_ids) for job in jobs)
+    behind = sum(len(job.prompts[Branch.COND].after_system().token_ids) for job in jobs)
     assert runner.passes == [turns, behind + uncond]
     assert runner.system_turns == {}
     for state, job in zip(states, jobs, strict=True):

@@ -22,7 +22,7 @@ class Guidance:
     """The guidance rule of one job.
 
     Args:
-        task: Decides the formula and how the interval's ends count.
+        task: Its row says which branches there are and whether the interval is closed.
         sampling: Scales, rescaling and interval.
     """
 
@@ -37,7 +37,7 @@ class Guidance:
         low, high = (float(np.float32(end)) for end in sampling.cfg_interval)
         self._interval = low, high
         self.branches = self._rule.branches(sampling.cfg_scale, sampling.img_cfg_scale)
-        """Every branch some step may need."""
+        """Every branch that some step may need."""
 
     def active(self, t: float) -> bool:
         """Whether guidance is applied at timestep t, a number of float32."""
@@ -57,7 +57,7 @@ class Guidance:
 
         Args:
             velocities: Velocity of each branch.
-            step: Index of the step; `cfg_zero_star` stands still at the first.
+            step: The index of the step; `cfg_zero_star` does not move at the first.
             t: Timestep.
 
         Source: SenseNova-U1 release; CFG-Zero* (arXiv 2503.18886) with one zeroed step.

@@ -1,4 +1,4 @@
-"""What a job needs to be run, whatever its task: first on the host, then its cached prompts."""
+"""What a job needs to run, whatever its task: what the host prepares, then its cached prompts."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ from sensebatch.tasks import Branch, Output
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedJob:
-    """A job as far as the host can bring it: decoded, resized, tokenised, its noise drawn."""
+    """A job after everything that the host can do: images decoded and resized, prompts tokenised,
+    noise drawn."""
 
     job: Job
     prompts: Mapping[Branch, Prompt]
-    """Of each guidance branch."""
+    """The prompt of each guidance branch."""
     images: Sequence[Patches] = ()
     """The input images."""
     noise: Tensor | None = None
-    """Starting noise of the picture of a t2i or edit job, float32 `[3, height, width]`; an
-    interleave job draws its own when it comes to a picture."""
+    """The noise that the only image starts from, float32 `[3, height, width]`; None for a job that
+    makes another number of images and draws noise for each when it comes to it."""
     generator: torch.Generator = field(repr=False)
-    """The job's own; all its noise comes from it."""
+    """The job's own generator; all its noise comes from it."""
 
 
 def prepare_job(
@@ -45,7 +46,7 @@ def prepare_job(
     system_prompt: str,
     images: Sequence[Patches] = (),
 ) -> PreparedJob:
-    """Returns a job ready for the network; uses the CPU alone.
+    """Returns a job that is ready for the network. Uses the CPU alone.
 
     Raises:
         JobError: The prompt cannot be laid out.
@@ -73,10 +74,10 @@ def prepare_job(
 
 
 def job_generator(seed: int) -> torch.Generator:
-    """Returns the generator of a job's noise; on the CPU whatever the device.
+    """Returns the generator of a job's noise, which is on the CPU whatever the device.
 
-    Torch's generator for the CPU takes the lower 32 bits of its seed, so seeds that differ above
-    them give the same noise.
+    Torch's generator for the CPU uses the lower 32 bits of its seed, so seeds that differ in higher
+    bits alone give the same noise.
     """
     return torch.Generator(device="cpu").manual_seed(seed)
 
@@ -88,7 +89,7 @@ class RunningJob:
     prepared: PreparedJob
     caches: dict[Branch, KVCache]
     choice: int | None = None
-    """The greedy choice behind the conditional prompt, where the job decodes text."""
+    """The greedy choice after the conditional prompt, if the job decodes text."""
 
     @property
     def job(self) -> Job:
@@ -102,16 +103,16 @@ class RunningJob:
 
 
 def start_jobs(runner: Runner, jobs: Sequence[PreparedJob], *, decodes: bool) -> list[RunningJob]:
-    """Prefills every branch of every job.
+    """Returns jobs with every branch of every one of them prefilled.
 
-    What is the same is computed once: the unconditional prompt, which is never added to, for all
-    jobs, and the system turn for all that have it. The turn is computed apart also where one job
-    has it, so that a job goes through the same operations whatever its neighbours.
+    What jobs have in common is computed once: the unconditional prompt, which never grows, and each
+    system turn. A turn is computed on its own even if only one job has it, so that a job goes
+    through the same operations whatever its neighbours.
 
     Args:
         runner: The network.
-        jobs: Of one group.
-        decodes: Whether text is decoded behind the conditional prompts.
+        jobs: Jobs of one group.
+        decodes: Whether text is decoded after the conditional prompts.
     """
     system_turns = _cached_system_turns(runner, jobs)
     with runner.prefilling(decodes=decodes):
@@ -132,7 +133,7 @@ def start_jobs(runner: Runner, jobs: Sequence[PreparedJob], *, decodes: bool) ->
                 shared = extension.cache if branch == UNCOND else shared
                 extensions.append(extension)
             running.append(RunningJob(prepared=prepared, caches=caches))
-        # A turn that is not kept is gone as soon as its jobs have taken it over.
+        # Free a turn that is not kept as soon as its jobs have copied it.
         del system_turns, system
         hidden = runner.prefill(extensions)
         if decodes:
@@ -146,12 +147,12 @@ def start_jobs(runner: Runner, jobs: Sequence[PreparedJob], *, decodes: bool) ->
 def _extension(
     runner: Runner, prompt: Prompt, embeds: Sequence[Tensor], system: KVCache | None
 ) -> Extension:
-    """Returns a prompt to be cached, behind its system turn where that is cached."""
+    """Returns a prompt that is to be cached, after its system turn if that is already cached."""
     if system is None:
         return runner.new_extension(prompt, embeds)
     return Extension(
         cache=system.fork(),
-        prompt=prompt.behind_system(),
+        prompt=prompt.after_system(),
         embeds=embeds,
         num_shared=prompt.num_system,
     )
@@ -160,10 +161,10 @@ def _extension(
 def _cached_system_turns(
     runner: Runner, jobs: Sequence[PreparedJob]
 ) -> dict[tuple[int, ...], KVCache]:
-    """Returns the system turns of a batch, by their tokens.
+    """Returns the system turns of a batch by their tokens.
 
-    If all jobs have the same, it is kept for the next batch. It was then computed in a pass of
-    its own, so that a batch that finds it there has the same bits as one that computes it.
+    If all jobs have the same turn, it is kept for the next batch. It was computed in a pass of its
+    own, so a batch that finds it has the same bits as one that computes it.
     """
     turns = list(dict.fromkeys(turn for job in jobs if (turn := job.prompts[COND].system_ids)))
     kept = runner.system_turns
@@ -183,13 +184,13 @@ def _cached_system_turns(
 
 
 def check_finite(image: Tensor) -> None:
-    """Raises where a picture holds NaN or infinite numbers.
+    """Checks that an image holds neither NaN nor infinite numbers.
 
     Args:
         image: float `[3, height, width]`.
 
     Raises:
-        JobError: It does; such a picture would be written as a black or random one.
+        JobError: It does; it would be written as a black or a random image.
     """
     if not bool(torch.isfinite(image).all()):
         bad = int((~torch.isfinite(image)).sum())
