@@ -148,6 +148,10 @@ class FileOptions:
 
 def setting_options(task: Task) -> type[Any]:
     """Returns a dataclass of options: one for each declared setting that a task has."""
+
+    def places(options: type[Any]) -> dict[str, str]:
+        return {name: f"tasks.{task}.{name}" for name in options.__dataclass_fields__}
+
     return make_dataclass(
         f"{task.name}_Settings",
         [
@@ -155,6 +159,7 @@ def setting_options(task: Task) -> type[Any]:
             for name, setting in _SETTINGS.items()
             if setting.setting.of(task.spec)
         ],
+        namespace={"places": classmethod(places)},
         frozen=True,
         slots=True,
         kw_only=True,
@@ -208,8 +213,8 @@ def one_job_command(task: Task, about: str) -> Callable[..., None]:
             fields |= given[name].fields() if name in given else {}
         for name in ("model", "batch", "execution", "images"):
             flags |= given[name].flags()
-        for name in groups["settings"].__dataclass_fields__:
-            flags[f"tasks.{task}.{name}"] = getattr(given["settings"], name)
+        for name, place in groups["settings"].places().items():
+            flags[place] = getattr(given["settings"], name)
         run_command(
             Command(
                 task=task,

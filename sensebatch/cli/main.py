@@ -28,9 +28,10 @@ from sensebatch.cli import (
     run,
     status,
 )
+from sensebatch.cli.help import HelpCommand, new_app
 from sensebatch.cli.job_options import command_of
 from sensebatch.cli.messages import OutputError, counted, say, show, show_anyway
-from sensebatch.cli.options import with_options
+from sensebatch.cli.options import UNUSED_BY_PLAN, with_options
 from sensebatch.errors import ManifestError, RunStoppedError, SensebatchError, StoppedError
 from sensebatch.tasks import Task
 
@@ -64,13 +65,7 @@ def _root(
 
 
 def _make_app() -> typer.Typer:
-    app = typer.Typer(
-        name=_NAME,
-        no_args_is_help=True,
-        add_completion=False,
-        pretty_exceptions_enable=False,
-        context_settings=_SETTINGS,
-    )
+    app = new_app(name=_NAME, pretty_exceptions_enable=False, context_settings=_SETTINGS)
     app.callback()(_root)
     for command in (
         demo.demo,
@@ -81,11 +76,13 @@ def _make_app() -> typer.Typer:
         profile.profile,
         doctor.doctor,
     ):
-        app.command()(with_options(command))
+        hidden = UNUSED_BY_PLAN if command is plan.plan else ()
+        app.command(cls=HelpCommand)(with_options(command, hidden=hidden))
     app.add_typer(manifest.app, name="manifest")
     app.add_typer(model.app, name="model")
     for task in Task:
-        app.command(task.value, rich_help_panel="One job")(with_options(command_of(task)))
+        command = with_options(command_of(task))
+        app.command(task.value, cls=HelpCommand, rich_help_panel="One job")(command)
     return app
 
 

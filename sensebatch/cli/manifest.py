@@ -9,15 +9,22 @@ from typing import Annotated
 
 import typer
 
-from sensebatch.cli.options import Manifests, ModelOptions, RowTask, with_options
+from sensebatch.cli.help import HelpCommand, new_app
+from sensebatch.cli.options import (
+    UNUSED_WITHOUT_WEIGHTS,
+    Manifests,
+    ModelOptions,
+    RowTask,
+    with_options,
+)
 from sensebatch.cli.paths import path
 from sensebatch.tasks import Task
 
-app = typer.Typer(no_args_is_help=True, help="Check, describe and convert manifests.")
+app = new_app(add_completion=False, help="Check, describe and convert manifests.")
 
 
-@app.command()
-@with_options
+@app.command(cls=HelpCommand)
+@with_options(hidden=UNUSED_WITHOUT_WEIGHTS)
 def validate(
     manifests: Manifests,
     model: ModelOptions,
@@ -43,7 +50,7 @@ def validate(
     show(f"{counted(by_task.total(), 'job')} {verb} valid ({words})")
 
 
-@app.command()
+@app.command(cls=HelpCommand)
 def schema() -> None:
     """Print the JSON Schema of a YAML manifest, for editors."""
     from sensebatch.cli.messages import show
@@ -52,8 +59,8 @@ def schema() -> None:
     show(json.dumps(manifest_schema(), indent=2))
 
 
-@app.command()
-@with_options
+@app.command(cls=HelpCommand)
+@with_options(hidden=UNUSED_WITHOUT_WEIGHTS)
 def convert(
     source: Annotated[
         Path, typer.Argument(parser=path, help="YAML, Parquet or JSONL file.", metavar="SOURCE")

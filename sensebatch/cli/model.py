@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sensebatch.cli.help import HelpCommand, new_app
+from sensebatch.cli.options import with_options
+
 if TYPE_CHECKING:
     from sensebatch.checkpoint.summary import Summary
 
-app = typer.Typer(no_args_is_help=True, help="Look at checkpoints.")
+app = new_app(add_completion=False, help="Look at checkpoints.")
 
 
 @app.callback()
@@ -19,7 +22,8 @@ def _model() -> None:
     """Look at checkpoints."""
 
 
-@app.command()
+@app.command(cls=HelpCommand)
+@with_options
 def inspect(
     model: Annotated[
         str,

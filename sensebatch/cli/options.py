@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from types import UnionType
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import typer
 
 from sensebatch.cli.paths import path
+from sensebatch.config import TINY_MODEL, default_config
 from sensebatch.errors import ConfigError
 from sensebatch.jobs import Precision, VramMode
 from sensebatch.settings import (
@@ -39,6 +52,7 @@ Manifests = Annotated[
 RowTask = Annotated[Task | None, typer.Option(help="The task of rows that name none (JSONL).")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first N jobs.")]
 
+_ANOTHER_MODEL = "another model"
 _NOT_OF_MODEL = ("config", "vram_mode", "device_map", "max_memory", "vram_budget")
 
 
@@ -139,16 +153,24 @@ class ModelOptions:
         ),
     ] = None
 
+    @classmethod
+    def places(cls) -> dict[str, str]:
+        """Returns the settings that options are, by their place; budgets are two in one."""
+        names = (field.name for field in fields(cls) if field.name not in _NOT_OF_MODEL)
+        return {**{name: f"model.{name}" for name in names}, "vram_mode": "memory.vram_mode"}
+
     def flags(self) -> dict[str, object]:
         """Returns what was given, by place in the settings."""
-        names = (field.name for field in fields(self) if field.name not in _NOT_OF_MODEL)
         device, host = _budgets(self.max_memory, self.vram_budget)
         return {
-            **{f"model.{name}": getattr(self, name) for name in names},
-            "memory.vram_mode": self.vram_mode,
+            **_given(self),
             "memory.vram_budget_bytes": device,
             "memory.host_budget_bytes": host,
         }
+
+
+def _given(options: Any) -> dict[str, object]:
+    return {place: getattr(options, name) for name, place in options.places().items()}
 
 
 def _budgets(max_memory: str | None, vram_budget: str | None) -> tuple[int | None, int | None]:
@@ -184,6 +206,15 @@ def _budgets(max_memory: str | None, vram_budget: str | None) -> tuple[int | Non
     return device, amounts.get("cpu")
 
 
+UNUSED_WITHOUT_WEIGHTS = frozenset(field.name for field in fields(ModelOptions)) - {
+    "config",
+    "model",
+}
+"""Options of the model that say nothing of jobs."""
+UNUSED_BY_PLAN = frozenset({"attn_backend", "lora_path"})
+"""Options of the model that decide neither batches nor memory."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchOptions:
     """How many jobs go through the engine together."""
@@ -191,7 +222,7 @@ class BatchOptions:
     max_batch_size: Annotated[
         int | None,
         typer.Option(
-            help="The most jobs in one batch, fewer if memory is short; 16 if not given.",
+            help="The most jobs in one batch, fewer if memory is short.",
             rich_help_panel=_EXECUTION,
         ),
     ] = None
@@ -199,14 +230,19 @@ class BatchOptions:
         int | None,
         typer.Option(
             help="The most image tokens (32 by 32 pixels each) in one batch, except for t2i "
-            "jobs that think; 16384 if not given.",
+            "jobs that think.",
             rich_help_panel=_EXECUTION,
         ),
     ] = None
 
+    @classmethod
+    def places(cls) -> dict[str, str]:
+        """Returns the settings that options are, by their place."""
+        return {field.name: f"memory.{field.name}" for field in fields(cls)}
+
     def flags(self) -> dict[str, object]:
         """Returns what was given, by place in the settings."""
-        return {f"memory.{field.name}": getattr(self, field.name) for field in fields(self)}
+        return _given(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,9 +268,14 @@ class ExecutionOptions:
         ),
     ] = None
 
+    @classmethod
+    def places(cls) -> dict[str, str]:
+        """Returns the settings that options are, by their place."""
+        return {field.name: f"execution.{field.name}" for field in fields(cls)}
+
     def flags(self) -> dict[str, object]:
         """Returns what was given, by place in the settings."""
-        return {f"execution.{field.name}": getattr(self, field.name) for field in fields(self)}
+        return _given(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,9 +301,14 @@ class ImageOptions:
         ),
     ] = None
 
+    @classmethod
+    def places(cls) -> dict[str, str]:
+        """Returns the settings that options are, by their place."""
+        return {field.name: f"output.{field.name}" for field in fields(cls)}
+
     def flags(self) -> dict[str, object]:
         """Returns what was given, by place in the settings."""
-        return {f"output.{field.name}": getattr(self, field.name) for field in fields(self)}
+        return _given(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -298,12 +344,22 @@ class ScreenOptions:
         return Voice(Level.BRIEF if one_job else Level.INFO)
 
 
-def with_options(function: Callable[..., None]) -> Callable[..., None]:
+def with_options(
+    function: Callable[..., None] | None = None, *, hidden: Collection[str] = ()
+) -> Callable[..., Any]:
     """Returns a command with the fields of dataclasses in place of parameters of their types.
 
     Every field becomes a keyword parameter with the field's annotation and default. The function
-    is called with the dataclasses that the values make.
+    is called with the dataclasses that the values make. Help says what stands for each value, and
+    the default of each setting.
+
+    Args:
+        function: The command; without it, a decorator is returned.
+        hidden: Names of options that the command accepts although they change nothing it does,
+            so that the options of a `sensebatch run` can be pasted; help leaves them out.
     """
+    if function is None:
+        return functools.partial(with_options, hidden=hidden)
     hints = get_type_hints(function, include_extras=True)
     groups: dict[str, type[Any]] = {
         name: hint for name, hint in hints.items() if isinstance(hint, type) and is_dataclass(hint)
@@ -312,15 +368,19 @@ def with_options(function: Callable[..., None]) -> Callable[..., None]:
     parameters: dict[str, inspect.Parameter] = {}
     for name, parameter in inspect.signature(function).parameters.items():
         if name not in groups:
-            parameters[name] = parameter.replace(annotation=hints[name], kind=keyword)
+            annotation = explained(hints[name], None, is_hidden=name in hidden)
+            parameters[name] = parameter.replace(annotation=annotation, kind=keyword)
             continue
         of_group = get_type_hints(groups[name], include_extras=True)
+        places = groups[name].places() if hasattr(groups[name], "places") else {}
         for field in fields(groups[name]):
+            place = places.get(field.name)
+            is_hidden = field.name in hidden
             parameters[field.name] = inspect.Parameter(
                 field.name,
                 keyword,
                 default=field.default,
-                annotation=of_group[field.name],
+                annotation=explained(of_group[field.name], place, is_hidden=is_hidden),
             )
 
     @functools.wraps(function)
@@ -334,3 +394,68 @@ def with_options(function: Callable[..., None]) -> Callable[..., None]:
     command.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
     command.__annotations__ = {name: item.annotation for name, item in parameters.items()}
     return command
+
+
+def explained(annotation: Any, place: str | None, *, is_hidden: bool) -> Any:
+    """Returns an option's annotation with words for its value and its default in help.
+
+    Args:
+        annotation: `Annotated` with typer's own declaration.
+        place: Of the setting, if the option is one: `memory.max_batch_size`.
+        is_hidden: Whether help leaves the option out.
+    """
+    if get_origin(annotation) is not Annotated:
+        return annotation
+    kind, *metadata = get_args(annotation)
+    declaration = copy.copy(metadata[0])
+    declaration.hidden = is_hidden
+    declaration.metavar = declaration.metavar or _metavar(kind)
+    default = None if place is None else default_words(place)
+    if default is not None:
+        declaration.help = f"{declaration.help} [default: {default}]"
+    return Annotated[(kind, declaration)]
+
+
+def _metavar(kind: Any) -> str | None:
+    """Returns what stands for a value in help; None for a switch, which has none."""
+    if get_origin(kind) in (Union, UnionType):
+        (kind,) = (part for part in get_args(kind) if part is not type(None))
+    if get_origin(kind) is list:
+        (kind,) = get_args(kind)
+    if get_origin(kind) is Literal:
+        return "|".join(get_args(kind))
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return "|".join(member.value for member in kind)
+    return {bool: None, Path: "PATH", int: "N", float: "X", str: "TEXT"}[kind]
+
+
+def default_words(place: str) -> str | None:
+    """Returns the default of a setting for help, with that of the embedded model if it differs.
+
+    Args:
+        place: Such as `memory.max_batch_size` or `tasks.t2i.num_steps`.
+
+    Returns:
+        `50; tiny: 8`, or None where a setting is unset by default.
+    """
+    official, tiny = (_default(place, model) for model in (_ANOTHER_MODEL, TINY_MODEL))
+    if official == _ANOTHER_MODEL:
+        return tiny
+    if official is None:
+        return None
+    return official if official == tiny else f"{official}; tiny: {tiny or 'none'}"
+
+
+def _default(place: str, model: str) -> str | None:
+    value: Any = default_config(model)
+    section, *names = place.split(".")
+    value = getattr(value, section)
+    if section == "tasks":
+        value = value[Task(names.pop(0))]
+        value = value if hasattr(value, names[0]) else value.sampling
+    value = getattr(value, names[0])
+    if value is None:
+        return None
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

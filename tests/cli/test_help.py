@@ -112,6 +112,80 @@ def test_help_is_printed_with_exit_code_0(invoke: Invoke, name: str) -> None:
     assert "Usage: sensebatch" in ended.out
 
 
+@pytest.mark.parametrize("name", ["", "manifest", "model", *COMMANDS])
+@pytest.mark.parametrize("width", [80, 60])
+def test_help_fits_and_cuts_no_name(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch, name: str, width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = invoke(*name.split(), "--help").out.splitlines()
+    assert max(map(len, lines)) <= width
+    assert "…" not in "".join(lines)
+    words = " ".join(lines).split()
+    for parameter in COMMANDS[name].params if name in COMMANDS else ():
+        shown = set(words) | {word.rstrip(",") for word in words}
+        if parameter.param_type_name == "option" and not parameter.hidden:
+            assert {*parameter.opts, *parameter.secondary_opts} <= shown
+
+
+DEFAULTS = {
+    "run": {"--max-batch-size": "16", "--image-format": "png", "--model": "tiny"},
+    "t2i": {"--num-steps": "50; tiny: 8", "--cfg-interval": "0.0 1.0", "--seed": "42"},
+    "edit": {"--input-max-pixels": "auto; tiny: none", "--img-cfg-scale": "1.0"},
+    "interleave": {"--think": "on; tiny: off", "--max-images": "10"},
+    "demo": {"--output-dir": "outputs/catalog"},
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "default"),
+    [(command, *item) for command, found in DEFAULTS.items() for item in found.items()],
+)
+def test_help_says_what_a_setting_is_without_the_option(
+    command: str, option: str, default: str
+) -> None:
+    found = COMMANDS[command]
+    context = found.make_context(command, [], resilient_parsing=True)
+    (parameter,) = (item for item in found.params if option in item.opts)
+    _, words = parameter.get_help_record(context)
+    assert words.endswith(f"[default: {default}]")
+
+
+@pytest.mark.parametrize("name", ["manifest validate", "manifest convert"])
+def test_commands_list_only_the_options_that_change_what_they_do(
+    invoke: Invoke, manifest: Path, name: str
+) -> None:
+    shown = set(re.findall(r"--[a-z][a-z-]+", invoke(*name.split(), "--help").out))
+    own = {"--json"} if name == "manifest validate" else {"--embed-images"}
+    assert shown == {"--config", "--model", "--model-path", "--task", "--help"} | own
+    # The options of the run are taken all the same.
+    target = [] if name == "manifest validate" else ["out.jsonl"]
+    assert invoke(*name.split(), manifest, *target, "--dtype", "float32").code == 0
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("sensebatch sta", {"status"}),
+        ("sensebatch manifest ", {"validate", "schema", "convert"}),
+        ("sensebatch run --vram-m", {"--vram-mode"}),
+        ("sensebatch run --vram-mode b", {"balanced"}),
+    ],
+)
+def test_shells_complete_commands_options_and_words(typed: str, expected: set[str]) -> None:
+    environment = {
+        **os.environ,
+        "_SENSEBATCH_COMPLETE": "complete_bash",
+        "COMP_WORDS": typed,
+        "COMP_CWORD": str(typed.count(" ")),
+        "PYTHONPATH": str(ROOT),
+    }
+    shown = subprocess.run(
+        [sys.executable, "-m", "sensebatch"], env=environment, capture_output=True, text=True
+    )
+    assert set(shown.stdout.split()) == expected
+
+
 @pytest.mark.parametrize("args", _documented(), ids=" ".join)
 def test_documented_command_lines_parse(args: list[str]) -> None:
     size = 2 if args[0] in ("manifest", "model") else 1
