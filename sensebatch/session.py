@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import sensebatch
 from sensebatch.checkpoint.files import Checkpoint, check_tensors, open_checkpoint
-from sensebatch.checkpoint.fingerprint import fingerprint, fingerprint_file
+from sensebatch.checkpoint.fingerprint import model_identity
 from sensebatch.checkpoint.system_prompts import resolve_system_prompts
 from sensebatch.config import ModelConfig, RunConfig
 from sensebatch.contract import Engine, Progress, Stop
@@ -37,7 +37,7 @@ from sensebatch.store.ingest import Changes
 from sensebatch.store.run_dir import RunDir
 from sensebatch.store.state import Counts
 from sensebatch.store.store import Store, open_store
-from sensebatch.tasks import SystemPromptKind, Task
+from sensebatch.tasks import Task
 
 
 class Backend(Protocol):
@@ -357,22 +357,14 @@ def open_model(config: ModelConfig, backend: Backend, observer: RunObserver) -> 
     """
     checkpoint = open_checkpoint(config.model, config.revision)
     check_tensors(checkpoint)
-    file = config.system_prompt_file
-    prompts = resolve_system_prompts(checkpoint, None if file is None else Path(file))
+    prompts = resolve_system_prompts(checkpoint, config.system_prompt_file)
     if prompts.warn_built_in:
         observer.warning(
             "no system prompt of the release was found beside the checkpoint; the built-in one "
             "is used, with which the checkpoint was not trained (see --system-prompt-file)"
         )
     device, dtype = backend.resolve_runtime(config)
-    identity = ModelIdentity(
-        checkpoint=fingerprint(checkpoint),
-        lora=None if config.lora_path is None else fingerprint_file(Path(config.lora_path)),
-        dtype=dtype,
-        precision=config.quantised,
-        generation_prompt=prompts.by_kind[SystemPromptKind.GENERATION].text,
-        interleave_prompt=prompts.by_kind[SystemPromptKind.INTERLEAVE].text,
-    )
+    identity = model_identity(checkpoint, prompts, config, dtype=dtype)
     # Keys depend on it: a mistake found after the manifest was read would have every job that is
     # done run again.
     if config.lora_path is not None:

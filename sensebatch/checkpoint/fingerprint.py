@@ -1,4 +1,4 @@
-"""The identity of weights on disk, for job keys. Reads samples of a checkpoint, not all of it."""
+"""The identity of a model on disk, for job keys. Reads samples of a checkpoint, not all of it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from pathlib import Path
 
 from sensebatch.bounded import check_file, read_file
 from sensebatch.checkpoint.files import Checkpoint, TensorFile
+from sensebatch.checkpoint.system_prompts import SystemPrompts
 from sensebatch.checkpoint.tokenizer import MAX_TOKENIZER_BYTES, TOKENIZER_FILES
+from sensebatch.config import ModelConfig
 from sensebatch.errors import CheckpointError
+from sensebatch.jobs import ModelIdentity
+from sensebatch.tasks import SystemPromptKind
 
 SAMPLE_BYTES = 4096
 """How much of each tensor is read, from its middle."""
@@ -43,6 +47,30 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     }
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def model_identity(
+    checkpoint: Checkpoint, prompts: SystemPrompts, model: ModelConfig, *, dtype: str
+) -> ModelIdentity:
+    """Returns what job keys depend on besides the job.
+
+    Args:
+        checkpoint: The run's.
+        prompts: Its system prompts.
+        model: Says which LoRA is merged, and the precision.
+        dtype: The dtype by name; not `auto`.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+    """
+    return ModelIdentity(
+        checkpoint=fingerprint(checkpoint),
+        lora=None if model.lora_path is None else fingerprint_file(Path(model.lora_path)),
+        dtype=dtype,
+        precision=model.quantised,
+        generation_prompt=prompts.by_kind[SystemPromptKind.GENERATION].text,
+        interleave_prompt=prompts.by_kind[SystemPromptKind.INTERLEAVE].text,
+    )
 
 
 def fingerprint_file(file: Path) -> str:

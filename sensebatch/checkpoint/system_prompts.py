@@ -74,7 +74,7 @@ class SystemPrompts:
         return {task: self.of_task(task).source for task in Task}
 
 
-def resolve_system_prompts(checkpoint: Checkpoint, file: Path | None = None) -> SystemPrompts:
+def resolve_system_prompts(checkpoint: Checkpoint, file: str | Path | None = None) -> SystemPrompts:
     """Returns the system prompts of a run by task.
 
     Each of the two kinds (generation, interleave) is looked for on its own, in this order: the
@@ -88,7 +88,7 @@ def resolve_system_prompts(checkpoint: Checkpoint, file: Path | None = None) -> 
     Raises:
         CheckpointError: The named file cannot be used.
     """
-    prompts = {} if file is None else _from_json(file)
+    prompts = {} if file is None else _from_json(Path(file))
     wanted = {kind: name for kind, name in CONSTANTS.items() if kind not in prompts}
     for files in (visible_files(checkpoint.path, "*.py"), _package_files()):
         constants = _constants(files, set(wanted.values()))

@@ -90,8 +90,7 @@ def memory_summary(
     check_tokenizer(checkpoint.path)
     if config.model.device == "cpu":
         return None
-    file = config.model.system_prompt_file
-    prompts = resolve_system_prompts(checkpoint, None if file is None else Path(file))
+    prompts = resolve_system_prompts(checkpoint, config.model.system_prompt_file)
     computation = gpu_computation(checkpoint.architecture, config.model)
     summary = _Summary(
         computation=computation,

@@ -20,7 +20,7 @@ import typer
 from PIL import Image
 
 from sensebatch.checkpoint.files import open_checkpoint
-from sensebatch.checkpoint.fingerprint import fingerprint
+from sensebatch.checkpoint.fingerprint import model_identity
 from sensebatch.checkpoint.system_prompts import resolve_system_prompts
 from sensebatch.config import ModelConfig, RunConfig, default_config
 from sensebatch.contract import Channel, Engine
@@ -34,14 +34,12 @@ from sensebatch.jobs import (
     InputImage,
     Job,
     JobResult,
-    ModelIdentity,
     Sampling,
     Source,
     batch_id,
     group_key,
 )
 from sensebatch.resolutions import BUCKETS_TINY
-from sensebatch.tasks import SystemPromptKind
 from sensebatch.tiny.manifests import encode_png, read_answers, write_manifest
 from sensebatch.tiny.scores import Answer, Scores, score
 from sensebatch.tiny.sheet import Tile, contact_sheet
@@ -150,14 +148,7 @@ def open_engine(model: str, config: RunConfig) -> Engine:
     checkpoint = open_checkpoint(model)
     device, dtype = resolve_runtime(config.model)
     prompts = resolve_system_prompts(checkpoint)
-    identity = ModelIdentity(
-        checkpoint=fingerprint(checkpoint),
-        lora=None,
-        dtype=dtype,
-        precision=config.model.quantised,
-        generation_prompt=prompts.by_kind[SystemPromptKind.GENERATION].text,
-        interleave_prompt=prompts.by_kind[SystemPromptKind.INTERLEAVE].text,
-    )
+    identity = model_identity(checkpoint, prompts, config.model, dtype=dtype)
     return load_engine(
         config,
         checkpoint=checkpoint,
