@@ -46,9 +46,6 @@ class Backend(Protocol):
     def resolve_runtime(self, model: ModelConfig) -> tuple[str, str]:
         """Returns device and dtype by name."""
 
-    def check_lora(self, file: Path, checkpoint: Checkpoint) -> None:
-        """Makes sure that a LoRA can be merged into a checkpoint's weights."""
-
     def load_engine(
         self, config: RunConfig, model: Model, *, loads: Sequence[Load], stop: Stop
     ) -> ReusableEngine:
@@ -67,13 +64,6 @@ class TorchBackend:
         from sensebatch.engine.device.choice import resolve_runtime
 
         return resolve_runtime(model)
-
-    def check_lora(self, file: Path, checkpoint: Checkpoint) -> None:
-        """Makes sure that a LoRA can be merged into a checkpoint's weights."""
-        from sensebatch.checkpoint.tensors import expected_tensors
-        from sensebatch.engine.weights.lora import Lora
-
-        Lora.open(file, expected_tensors(checkpoint.architecture))
 
     def load_engine(
         self, config: RunConfig, model: Model, *, loads: Sequence[Load], stop: Stop
@@ -188,10 +178,6 @@ class WarmEngine:
     def resolve_runtime(self, model: ModelConfig) -> tuple[str, str]:  # noqa: ARG002
         """Returns device and dtype by name, as of the model that is held."""
         return self._model.device, self._model.identity.dtype
-
-    def check_lora(self, file: Path, checkpoint: Checkpoint) -> None:
-        """Makes sure that a LoRA can be merged into a checkpoint's weights."""
-        self._backend.check_lora(file, checkpoint)
 
     def load_engine(
         self, config: RunConfig, model: Model, *, loads: Sequence[Load], stop: Stop
@@ -365,10 +351,6 @@ def open_model(config: ModelConfig, backend: Backend, observer: RunObserver) -> 
         )
     device, dtype = backend.resolve_runtime(config)
     identity = model_identity(checkpoint, prompts, config, dtype=dtype)
-    # Keys depend on it: a mistake found after the manifest was read would have every job that is
-    # done run again.
-    if config.lora_path is not None:
-        backend.check_lora(Path(config.lora_path), checkpoint)
     return Model(
         name=config.model,
         checkpoint=checkpoint,

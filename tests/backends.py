@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from sensebatch.checkpoint.files import Checkpoint
 from sensebatch.config import ModelConfig, RunConfig
 from sensebatch.contract import Stop
-from sensebatch.errors import CheckpointError
 from sensebatch.plan.load import Load
 from sensebatch.session import Model
 from sensebatch.tasks import Task
@@ -29,11 +26,6 @@ class FakeBackend:
 
     def resolve_runtime(self, model: ModelConfig) -> tuple[str, str]:
         return "cpu", "float32" if model.dtype == "auto" else model.dtype
-
-    def check_lora(self, file: Path, checkpoint: Checkpoint) -> None:
-        assert checkpoint.tensors
-        if file.read_bytes() != b"lora":
-            raise CheckpointError(f"{file}: expected a LoRA")
 
     def load_engine(
         self, config: RunConfig, model: Model, *, loads: Sequence[Load], stop: Stop

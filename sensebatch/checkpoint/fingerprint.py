@@ -6,9 +6,11 @@ import hashlib
 import json
 from pathlib import Path
 
-from sensebatch.bounded import check_file, read_file
+from sensebatch.bounded import read_file
 from sensebatch.checkpoint.files import Checkpoint, TensorFile
+from sensebatch.checkpoint.lora import read_lora
 from sensebatch.checkpoint.system_prompts import SystemPrompts
+from sensebatch.checkpoint.tensors import expected_tensors
 from sensebatch.checkpoint.tokenizer import MAX_TOKENIZER_BYTES, TOKENIZER_FILES
 from sensebatch.config import ModelConfig
 from sensebatch.errors import CheckpointError
@@ -61,30 +63,19 @@ def model_identity(
         dtype: The dtype by name; not `auto`.
 
     Raises:
-        CheckpointError: A file cannot be read.
+        CheckpointError: A file cannot be read, or the LoRA does not fit the checkpoint.
     """
+    lora = None
+    if model.lora_path is not None:
+        lora = read_lora(Path(model.lora_path), expected_tensors(checkpoint.architecture))
     return ModelIdentity(
         checkpoint=fingerprint(checkpoint),
-        lora=None if model.lora_path is None else fingerprint_file(Path(model.lora_path)),
+        lora=None if lora is None else lora.fingerprint,
         dtype=dtype,
         precision=model.quantised,
         generation_prompt=prompts.by_kind[SystemPromptKind.GENERATION].text,
         interleave_prompt=prompts.by_kind[SystemPromptKind.INTERLEAVE].text,
     )
-
-
-def fingerprint_file(file: Path) -> str:
-    """Returns the sha256 (64 hex digits) of a whole file, such as a LoRA.
-
-    Raises:
-        CheckpointError: It cannot be read.
-    """
-    try:
-        check_file(file)
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"{file}: expected a readable file: {error.strerror}") from error
 
 
 def _samples(checkpoint: Checkpoint) -> dict[str, tuple[TensorFile, str]]:

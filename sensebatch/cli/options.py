@@ -82,7 +82,10 @@ class ModelOptions:
     ] = None
     lora_path: Annotated[
         str | None,
-        typer.Option(help="LoRA file to merge into the weights.", rich_help_panel=_MODEL),
+        typer.Option(
+            help="LoRA to merge into the weights: a safetensors file, or a PEFT folder.",
+            rich_help_panel=_MODEL,
+        ),
     ] = None
     device: Annotated[
         Device | None, typer.Option(help="Where to compute.", rich_help_panel=_MODEL)

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from sensebatch.checkpoint.files import check_tensors, open_checkpoint
+from sensebatch.checkpoint.lora import read_lora
 from sensebatch.checkpoint.system_prompts import resolve_system_prompts
+from sensebatch.checkpoint.tensors import expected_tensors
 from sensebatch.checkpoint.tokenizer import check_tokenizer
 from sensebatch.config import SYNTHETIC_PREFIX, TINY_MODEL, MemoryConfig, RunConfig
 from sensebatch.jobs import VramMode
@@ -78,7 +80,7 @@ def memory_summary(
         for a CPU, where host and device are the same memory.
 
     Raises:
-        CheckpointError: A run would refuse the model's files.
+        CheckpointError: A run would refuse the model's files or the LoRA.
         ConfigError: The budget or the GPU is too small.
     """
     model = config.model.model
@@ -88,6 +90,8 @@ def memory_summary(
     checkpoint = open_checkpoint(model, config.model.revision)
     check_tensors(checkpoint)
     check_tokenizer(checkpoint.path)
+    if config.model.lora_path is not None:
+        read_lora(Path(config.model.lora_path), expected_tensors(checkpoint.architecture))
     if config.model.device == "cpu":
         return None
     prompts = resolve_system_prompts(checkpoint, config.model.system_prompt_file)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
-import pytest
-
 from sensebatch.checkpoint.files import read_folder
-from sensebatch.checkpoint.fingerprint import fingerprint, fingerprint_file
-from sensebatch.errors import CheckpointError
+from sensebatch.checkpoint.fingerprint import fingerprint
 from tests.checkpoint.folders import write_folder, zeros
 
 
@@ -47,11 +43,3 @@ def test_layout_of_config_does_not_count(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace(", ", ",\n  "))
     assert fingerprint(read_folder(tmp_path)) == before
-
-
-def test_file_fingerprint_is_the_sha256_of_all_bytes(tmp_path: Path) -> None:
-    file = tmp_path / "lora.safetensors"
-    file.write_bytes(b"x" * 1_000_000)
-    assert fingerprint_file(file) == hashlib.sha256(b"x" * 1_000_000).hexdigest()
-    with pytest.raises(CheckpointError, match="expected a readable file"):
-        fingerprint_file(tmp_path / "nothing")

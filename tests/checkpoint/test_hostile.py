@@ -26,7 +26,8 @@ from sensebatch.checkpoint.architecture import (
     parse_architecture,
 )
 from sensebatch.checkpoint.files import check_tensors, open_checkpoint, read_folder, read_header
-from sensebatch.checkpoint.fingerprint import fingerprint, fingerprint_file
+from sensebatch.checkpoint.fingerprint import fingerprint
+from sensebatch.checkpoint.lora import read_lora
 from sensebatch.checkpoint.system_prompts import (
     BUILT_IN,
     MAX_SOURCE_BYTES,
@@ -204,7 +205,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path, name: str) -> None:
 def test_a_lora_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "lora")
     with pytest.raises(CheckpointError, match=r"lora: .*found a device or pipe"):
-        fingerprint_file(tmp_path / "lora")
+        read_lora(tmp_path / "lora", {})
 
 
 def test_a_tokenizer_of_a_disks_size_is_not_read(tmp_path: Path) -> None:

@@ -9,9 +9,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from safetensors.numpy import save_file
 
 from sensebatch.cli import session
 from sensebatch.cli.progress import loaded_line
@@ -237,6 +239,27 @@ def test_mistake_in_a_setting_is_one_clear_line(
     ended = invoke("run", manifest, *args)
     assert ended.code == 2
     assert f"\nsensebatch: {message}" in f"\n{ended.err}"
+    assert not Path("outputs").exists()
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_a_lora_that_does_not_fit_is_found_before_any_work(
+    invoke: Invoke, manifest: Path, tmp_path: Path, command: str
+) -> None:
+    path = "language_model.model.layers.0.self_attn.q_proj"
+    tensors = {
+        f"{path}.lora_down.weight": np.full((2, 192), np.nan, np.float32),
+        f"{path}.lora_up.weight": np.zeros((192, 2), np.float32),
+        f"{path}.alpha": np.array(2.0, np.float32),
+    }
+    save_file(tensors, tmp_path / "lora.safetensors")
+    for file, message in (
+        ("lora.safetensors", "q_proj.lora_down.weight: expected finite numbers"),
+        ("none.safetensors", "none.safetensors: expected a readable file"),
+    ):
+        ended = invoke(command, manifest, "--lora-path", file)
+        assert ended.code == 2
+        assert message in ended.err
     assert not Path("outputs").exists()
 
 

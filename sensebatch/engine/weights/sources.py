@@ -14,19 +14,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sensebatch.checkpoint.files import Checkpoint, TensorFile
+from sensebatch.checkpoint.files import Checkpoint
 from sensebatch.engine.weights.lora import Lora
-from sensebatch.errors import CheckpointError, StoppedError
+from sensebatch.engine.weights.tensor_files import FILE_DTYPES, read_bytes
+from sensebatch.errors import StoppedError
 
-FILE_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 SYNTHETIC_PERIOD = 1_048_583
 """Made-up weights repeat after this many numbers: a prime, so that no row repeats another."""
-MAX_READ_BYTES = 1 << 30
 
 
 class WeightSource(Protocol):
@@ -59,29 +53,13 @@ class FileWeights:
         start = first * (tensor.nbytes // tensor.shape[0])
         changed = self._lora is not None and name in self._lora
         if FILE_DTYPES[tensor.dtype] == target.dtype and not changed:
-            _read_bytes(tensor, start, target)
+            read_bytes(tensor, start, target)
             return
         weight = torch.empty((end - first, *tensor.shape[1:]), dtype=FILE_DTYPES[tensor.dtype])
-        _read_bytes(tensor, start, weight)
+        read_bytes(tensor, start, weight)
         if self._lora is not None:
             weight = self._lora.apply(name, weight, first_row=first)
         target.copy_(weight)
-
-
-def _read_bytes(tensor: TensorFile, start: int, target: Tensor) -> None:
-    """Fills contiguous memory from a tensor's bytes on, without a buffer between."""
-    view = target.view(-1).view(torch.uint8).numpy().data
-    try:
-        with tensor.file.open("rb", buffering=0) as file:
-            file.seek(tensor.offset + start)
-            done = 0
-            while done < len(view):
-                count = file.readinto(view[done : done + MAX_READ_BYTES])
-                if not count:
-                    raise CheckpointError(f"{tensor.file}: expected more bytes, found its end")
-                done += count
-    except OSError as error:
-        raise CheckpointError(f"{tensor.file}: cannot be read: {error.strerror}") from error
 
 
 class SyntheticWeights:
