@@ -116,10 +116,10 @@ def iter_jobs(
 
     Args:
         manifests: YAML, Parquet or JSONL files, whose ids must differ.
-        config: Where every default comes from.
-        task: What rows make that do not say so.
+        config: Holds every default.
+        task: The task of rows that name none.
         limit: Stops after so many jobs.
-        warn: Receives what is allowed but deserves a look.
+        warn: Receives what is allowed but worth a look.
 
     Raises:
         ManifestError: Every mistake there is, at the end.
@@ -155,10 +155,10 @@ def make_jobs(
 
     Args:
         rows: Fields as in a manifest (docs/manifest.md), `n`, `seeds` and `matrix` included.
-        config: Where every default comes from.
-        task: What rows make that do not say so.
+        config: Holds every default.
+        task: The task of rows that name none.
         base: Folder that relative paths of images start from; the current one if empty.
-        warn: Receives what is allowed but deserves a look.
+        warn: Receives what is allowed but worth a look.
 
     Raises:
         ManifestError: Every mistake there is; rows are counted from 0.

@@ -56,9 +56,9 @@ class AssistantStart(StrEnum):
     """What the assistant's turn begins with, before the model writes or draws."""
 
     IMAGE = "image"
-    """An empty think block and `<img>`; `<think>` where the job thinks."""
+    """An empty think block and `<img>`; `<think>` if the job thinks."""
     TEXT = "text"
-    """An empty think block; nothing where the job may think."""
+    """An empty think block; nothing if the job may think."""
 
 
 class SizeRule(StrEnum):
@@ -69,7 +69,7 @@ class SizeRule(StrEnum):
     TARGET_PIXELS = "target pixels"
     """`target_pixels` in the aspect ratio of the first input image."""
     MODEL_LIMITS = "model limits"
-    """The first input image's size, brought within the model's limits; the task's default where
+    """The first input image's size, brought within the model's limits; the task's default if
     there is no input."""
 
 
@@ -114,7 +114,7 @@ class DrawingRule:
 
     size: SizeRule
     buckets: Mapping[str, Resolution]
-    """The sizes by aspect ratio that the published checkpoints were trained on."""
+    """The sizes by aspect ratio that the published checkpoints were trained with."""
     ratio: str
     """The bucket of a job that names no size and has none from an input."""
     guidance: GuidanceRule
@@ -155,7 +155,7 @@ class TaskSpec:
     drawing: DrawingRule | None
     """None for a task whose output is text alone."""
     thinks: bool | None
-    """Whether jobs of the published checkpoints think unless they say otherwise; None where no
+    """Whether jobs of the published checkpoints think unless they say otherwise; None if no
     job can."""
     sampling: Mapping[str, Any] = field(default_factory=dict)
     """Defaults of sampling settings that differ from those of other tasks."""

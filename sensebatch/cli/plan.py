@@ -36,9 +36,9 @@ def plan(
     config = resolve_settings(config_file=model.config, flags=model.flags() | batch.flags())
     jobs = read_manifests(manifests, config, task=task, limit=limit, warn=warn_of)
     made = make_plan((plan_entry(job) for job in jobs), config.memory)
-    machine, mistake = (None, None) if config.model.device == "cpu" else read_speeds()
-    if mistake is not None:
-        warn(mistake)
+    machine, problem = (None, None) if config.model.device == "cpu" else read_speeds()
+    if problem is not None:
+        warn(problem)
     summary = plan_summary(made) | {
         "memory": memory_summary(made, config, None if machine is None else machine.machine),
         "machine": None if machine is None else machine.model_dump(),

@@ -1,4 +1,4 @@
-"""Writes manifests: the jobs of one, expanded, in another format."""
+"""Writes the jobs of a manifest, expanded, in another format."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from sensebatch.tasks import Task
 from sensebatch.yaml_values import dump_yaml
 
 ROWS_IN_MEMORY = 1024
-"""Rows that a Parquet writer collects."""
+"""How many rows a Parquet writer collects."""
 IMAGE_ROWS_IN_MEMORY = 32
-"""Rows that a Parquet writer collects where they hold the bytes of images."""
+"""How many it collects if they hold the bytes of images."""
 
 Row = dict[str, Any]
-"""A job as a manifest says it: plain values under the names of its fields."""
+"""A job as a manifest states it: plain values by the names of its fields."""
 
 _REPLACED = EXPANSION_FIELDS | IMAGE_FIELDS | {"type", "think_mode", "conversations"}
 
@@ -45,22 +45,22 @@ def convert_manifest(
     task: Task | None = None,
     embed_images: bool = False,
 ) -> int:
-    """Writes the jobs of one manifest as another and returns how many there are.
+    """Writes the jobs of a manifest to another one and returns how many there are.
 
-    Every job gets its id and its task; seeds, repetitions, matrices and the manifest's defaults
-    are worked out, while defaults of the model stay open. Paths of images are made relative to
-    the new manifest. Images stored inside `src` go to files in the folder `<dst's stem>-images`
-    unless they are embedded again.
+    Every job gets its id and task. Seeds, repetitions, matrices and the manifest's defaults are
+    expanded; the model's defaults are not written. Paths of images become relative to the new
+    manifest. Images stored inside `src` go to the folder `<dst's stem>-images` unless they are
+    embedded again.
 
     Args:
         src: A YAML, JSONL or Parquet manifest.
-        dst: The file to write; replaced only when all of it is there.
-        config: Checks the jobs.
-        task: What rows make that do not say so.
-        embed_images: Stores the images inside `dst`, which is Parquet then.
+        dst: The file to write; it is replaced once the new one is complete.
+        config: The settings that jobs are checked with.
+        task: The task of rows that name none.
+        embed_images: Whether images are stored inside `dst`, which must then be Parquet.
 
     Raises:
-        ManifestError: Something is wrong in `src`, or `dst` cannot be written in this way.
+        ManifestError: Something is wrong in `src`, or `dst` cannot be written like this.
         JobError: An image changed while it was being copied.
     """
     suffix = dst.suffix.lower()
@@ -103,7 +103,7 @@ def _check_destination(src: Path, dst: Path, suffix: str, embed_images: bool) ->
     elif embed_images and suffix not in PARQUET_SUFFIXES:
         message = f"expected a Parquet manifest to store images in, found {dst.name!r}"
     elif src.exists() and dst.exists() and dst.samefile(src):
-        message = "expected another file than the one to be read, found the same"
+        message = "expected another file than the one that is read, found the same"
     if message:
         raise _problem(dst, message)
 
@@ -113,7 +113,7 @@ def _problem(dst: Path, message: str) -> ManifestError:
 
 
 def _row(read: ReadJob, dst: Path, reader: InputReader, embed_images: bool) -> Row:
-    """Returns a job as a row: what was given, under our names, and nothing of the defaults."""
+    """Returns a job as a row: what was given, under our names, without the model's defaults."""
     job = read.job
     given = read.fields.model_dump(exclude_none=True, exclude=set(_REPLACED))
     row: Row = {"id": job.id, "task": str(job.task), "prompt": job.prompt}
@@ -130,7 +130,7 @@ def _row(read: ReadJob, dst: Path, reader: InputReader, embed_images: bool) -> R
 
 
 def _image(image: InputImage, dst: Path, reader: InputReader, embed_images: bool) -> Any:
-    """Returns an image as the new manifest names it, copying its bytes where that is needed."""
+    """Returns an image as the new manifest names it; copies its bytes if necessary."""
     if embed_images:
         name = Path(image.path).name if image.member is None else None
         return {"bytes": reader.read(image), "path": name}
@@ -147,14 +147,14 @@ def _image(image: InputImage, dst: Path, reader: InputReader, embed_images: bool
 
 
 def _path_from(path: Path, folder: Path) -> str:
-    """Returns a path that leads from a folder to the same file, through links too."""
+    """Returns a path from a folder to the same file, also through links."""
     if not path.is_absolute():
         try:
             relative = os.path.relpath(path.parent.resolve() / path.name, folder.resolve())
             if (folder / relative).samefile(path):
                 return Path(relative).as_posix()
         except (OSError, ValueError):
-            # On another drive, or somebody moved it.
+            # It is on another drive, or was moved.
             pass
     return str(path.absolute())
 
@@ -184,7 +184,7 @@ def _write_parquet(rows: Iterator[Row], file: BinaryIO, embed_images: bool) -> N
 
 
 def _parquet_row(row: Row) -> Row:
-    """Returns a row in the types of its columns, which must fit every row."""
+    """Returns a row in the types of the columns, which are the same for all rows."""
     row = dict(row)
     if "input_max_pixels" in row:
         row["input_max_pixels"] = str(row["input_max_pixels"])

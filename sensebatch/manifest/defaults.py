@@ -1,4 +1,4 @@
-"""Lays a job over its manifest's defaults. Knows which fields exclude one another."""
+"""Overlays a manifest's defaults with a job. Knows which fields exclude one another."""
 
 from __future__ import annotations
 
@@ -14,14 +14,11 @@ _OVERRIDDEN = {
     "n": frozenset({"seeds"}),
     "seed": frozenset({"seeds"}),
 }
-"""What a field, once given, takes away from the layers below it, besides itself."""
+"""The fields that a field, once given, removes from the layers below it, besides itself."""
 
 
 def defaults_for(task: Task, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the defaults of a task: its own section over the common ones.
-
-    Common fields that the task does not have are left out.
-    """
+    """Returns the defaults of a task: its own section over the common fields that the task has."""
     sections = {str(known) for known in Task}
     common = {
         name: value
@@ -34,12 +31,12 @@ def defaults_for(task: Task, defaults: Mapping[str, Any]) -> dict[str, Any]:
 def overlaid(
     below: Mapping[str, Any], above: Mapping[str, Any], matrix: Collection[str]
 ) -> dict[str, Any]:
-    """Returns the fields of two layers; the upper one wins, and metadata is joined.
+    """Returns the fields of two layers; the upper one wins, and metadata is merged.
 
     Args:
         below: The defaults.
         above: The job.
-        matrix: Names that the job's matrix sets.
+        matrix: The names that the job's matrix sets.
     """
     if not below:
         return dict(above)

@@ -1,7 +1,7 @@
-"""Turns one row into its jobs: seeds, repetitions and the combinations of a matrix.
+"""Expands a row into its jobs: seeds, repetitions and the combinations of a matrix.
 
-The ids of the jobs follow from the values that tell them apart, never from the place of a value
-in a list, so that adding or moving values renames nothing.
+The ids of the jobs depend on the values that tell them apart, never on the position of a value in
+a list, so adding or moving values renames nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sensebatch.manifest.ids import slug, with_suffixes
 from sensebatch.manifest.problems import RowErrors, found, suggestion
 
 Axis = tuple[str, Sequence[Any]]
-"""A name and its values."""
+"""A name and the values it takes."""
 
 MATRIX_FIELDS = frozenset(JOB_FIELD_NAMES) - EXPANSION_FIELDS.union(
     ["id", "task", "tags", "metadata", "type", "think_mode", "conversations"]
@@ -30,7 +30,7 @@ MATRIX_FIELDS = frozenset(JOB_FIELD_NAMES) - EXPANSION_FIELDS.union(
 """The fields that a matrix can set."""
 
 MAX_JOBS = 1_000_000
-"""Most jobs of one row; more would take hours to check, and memory for their ids."""
+"""The most jobs of one row; more would take hours to check, and memory for their ids."""
 
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _TOKEN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
@@ -41,21 +41,21 @@ class Expanded:
     """One job of a row, before validation."""
 
     fields: Mapping[str, Any]
-    """What the row and the defaults say, without `seeds`, `n` and `matrix`."""
+    """The fields of the row and the defaults, without `seeds`, `n` and `matrix`."""
     own: frozenset[str]
-    """The names in `fields` that do not come from the defaults."""
+    """The names in `fields` that come from the row itself."""
 
 
 def expand(
     fields: Mapping[str, Any], own: frozenset[str], *, default_seed: int, errors: RowErrors
 ) -> Iterator[Expanded]:
-    """Yields the jobs of a row, the first axis varying slowest.
+    """Yields the jobs of a row; the first axis varies slowest.
 
     Args:
         fields: The row, merged with the defaults.
-        own: The names that the row itself gives.
-        default_seed: Where `n` starts counting if there is no seed.
-        errors: Receives what is wrong with the expansion; nothing is yielded then.
+        own: The names in the row itself.
+        default_seed: The first of `n` seeds if the row has none.
+        errors: Receives what is wrong with the expansion; then nothing is yielded.
     """
     if EXPANSION_FIELDS.isdisjoint(fields):
         yield Expanded(fields=fields, own=own)
@@ -78,19 +78,19 @@ def expand(
 
 
 def without_expansion(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields that do not multiply a row."""
+    """Returns the fields that do not expand a row."""
     return {name: value for name, value in fields.items() if name not in EXPANSION_FIELDS}
 
 
 def placeholders(template: object) -> set[str]:
-    """Returns the names in braces in a text; nothing for anything else."""
+    """Returns the names in braces in a text; none for any other value."""
     if not isinstance(template, str):
         return set()
     return {match.group(1) for match in _TOKEN.finditer(template) if match.group(1) is not None}
 
 
 def _axes(fields: Mapping[str, Any], default_seed: int, errors: RowErrors) -> list[Axis]:
-    """Returns what the row varies over, checked value by value."""
+    """Returns the axes of a row after checking their values."""
     concerned = EXPANSION_FIELDS | {"seed"}
     try:
         checked = JobFields.model_validate(
@@ -154,7 +154,7 @@ def _check_distinct(
 
 
 def _check_used(fields: Mapping[str, Any], axes: Sequence[Axis], errors: RowErrors) -> None:
-    """Checks the braces of prompt and id, and that every name of the matrix is used."""
+    """Checks the braces of the prompt and the id, and that every name of the matrix is used."""
     names = {name for name, _ in axes}
     templates = [("id", fields.get("id"))]
     if "matrix" in fields:
@@ -186,7 +186,7 @@ def _check_template(field: str, template: object, names: set[str], errors: RowEr
 def _combined(
     base: Mapping[str, Any], combination: Mapping[str, Any], *, in_matrix: bool
 ) -> dict[str, Any]:
-    """Returns the fields of one combination, with prompt and id filled in."""
+    """Returns the fields of one combination, with the names in prompt and id replaced."""
     set_by_matrix = {name: v for name, v in combination.items() if name in MATRIX_FIELDS}
     fields = {**base, **set_by_matrix}
     prompt, job_id = fields.get("prompt"), fields.get("id")
@@ -200,7 +200,7 @@ def _combined(
 
 
 def _filled(template: str, texts: Mapping[str, str]) -> str:
-    """Returns a template, already checked, with its names replaced and its braces undoubled."""
+    """Returns a checked template with its names replaced and its doubled braces halved."""
 
     def replacement(match: re.Match[str]) -> str:
         name = match.group(1)

@@ -1,7 +1,7 @@
-"""The fields of a manifest: their types and ranges, and which task they belong to.
+"""The fields of a manifest: their types, their ranges and the tasks they belong to.
 
-These models are the edge: they reject unknown names and wrong types and convert nothing. A field
-that is None was not given. Defaults are not stated here but in `config.py`.
+Settings come from their declarations. The models reject unknown names and wrong types, and convert
+nothing. A field that is None was not given; defaults are in `config.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sensebatch.jobs import COUNT, MAX_COUNT, MAX_SEED, Sampling
 from sensebatch.tasks import Task, TaskSpec
 
 SKIP_RESIZE = "none"
-"""`input_max_pixels` that leaves the inputs as they are; the readers write null as this."""
+"""The `input_max_pixels` that leaves inputs as they are; the readers turn null into it."""
 
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Side = Annotated[int, Field(gt=0, le=MAX_COUNT)]
@@ -27,12 +27,12 @@ Count = Annotated[int, COUNT]
 
 
 class StrictModel(BaseModel):
-    """Takes a value only if it already has the right type; refuses unknown names."""
+    """Accepts values that already have the right type, and known names, alone."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     def given(self, name: str) -> Any:
-        """Returns the value of a setting, which no type checker knows; None if it is not given."""
+        """Returns the value of a declared setting; None if it was not given."""
         return getattr(self, name)
 
 
@@ -42,7 +42,7 @@ class ImageStruct(StrictModel):
     content: bytes | None = Field(
         None, alias="bytes", description="The encoded image; Parquet only."
     )
-    path: str | None = Field(None, description="Used where there are no bytes.")
+    path: str | None = Field(None, description="Used if there are no bytes.")
 
 
 def _image_tag(value: object) -> str | None:
@@ -92,11 +92,11 @@ InputMaxPixels = Annotated[
         custom_error_message="a number of pixels, 'auto' or 'none'",
     ),
 ]
-"""Pixels, as a number or in digits, or one of the two words."""
+"""A number of pixels, also as text, or one of the two words."""
 
 
 class Turn(BaseModel):
-    """One turn of an upstream `conversations` list; other names in it are ignored."""
+    """One turn of an upstream `conversations` list, whose other names are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -105,7 +105,7 @@ class Turn(BaseModel):
 
 
 class _RunFields(StrictModel):
-    """What is no setting of a task, but decides jobs."""
+    """The fields that are not settings of a task."""
 
     resolution: str | None = Field(
         None, description="An aspect ratio of the model's table (`16:9`), or `WIDTHxHEIGHT`."
@@ -128,7 +128,7 @@ SETTINGS = {**declared(TaskDefaults), **declared(Sampling)}
 
 
 def _plain_type(kind: Any) -> Any:
-    """Returns a declared type as files hold it: the words of an enum, a list for a tuple."""
+    """Returns a declared type as files have it: the words of an enum, a list for a tuple."""
     if get_origin(kind) is Annotated:
         kind, *limits = get_args(kind)
         return Annotated[(_plain_type(kind), *limits)]
@@ -152,7 +152,7 @@ def _setting_fields() -> dict[str, Any]:
 _TASK_FIELD: Any = (
     Literal[tuple(task.value for task in Task)] | None,
     Field(
-        None, description="What the job makes; without it, edit where images are given, else t2i."
+        None, description="What the job makes; edit if images are given, else t2i, if not given."
     ),
 )
 
@@ -165,28 +165,28 @@ else:
 
 
 class SharedFields(_SettingFields):
-    """What a job and a manifest's `defaults` can both say."""
+    """The fields that a job and a manifest's `defaults` can both have."""
 
-    tags: list[str] | None = Field(None, description="Words passed through to the log.")
+    tags: list[str] | None = Field(None, description="Words that are passed through to the log.")
     metadata: dict[str, JsonValue] | None = Field(
-        None, description="Anything JSON can hold, passed through to the log."
+        None, description="Anything that JSON can hold; passed through to the log."
     )
 
 
 class JobFields(SharedFields):
-    """One job of a manifest, or several of them that differ in their seed or a matrix."""
+    """One job of a manifest, or several that differ in their seed or the values of a matrix."""
 
     id: str | None = Field(
-        None, description="Names the job's files; without it, a hash of what the job says."
+        None, description="Names the job's files; a hash of the job's fields if not given."
     )
     prompt: str | None = Field(None, description="What to draw or to change; required.")
     image: Images | None = Field(None, description="The input image, or a list of them.")
-    images: Images | None = Field(None, description="Another name of `image`.")
+    images: Images | None = Field(None, description="Another name for `image`.")
     matrix: dict[str, Annotated[list[Any], Field(min_length=1)]] | None = Field(
-        None, description="Lists by name; one job for each combination of their values."
+        None, description="Lists by name; there is one job for each combination of values."
     )
     type: str | None = Field(
-        None, description="Upstream name: a task, else a word kept in the metadata."
+        None, description="Upstream name of the task; any other word goes to the metadata."
     )
     think_mode: bool | None = Field(None, description="Upstream name of `think`.")
     conversations: Annotated[list[Turn], Field(min_length=1)] | None = Field(
@@ -209,11 +209,15 @@ else:
 
 
 class ManifestHeader(StrictModel):
-    """A YAML manifest but for its jobs."""
+    """A YAML manifest without its jobs."""
 
-    version: Literal[1] = Field(description="Of this format.")
-    name: str | None = Field(None, description="Names the run's folder; else the file's stem.")
-    defaults: DefaultsFields | None = Field(None, description="What jobs get that are silent.")
+    version: Literal[1] = Field(description="The version of the format.")
+    name: str | None = Field(
+        None, description="Names the run's folder; the file's stem if not given."
+    )
+    defaults: DefaultsFields | None = Field(
+        None, description="What jobs get unless they say otherwise."
+    )
 
 
 class ManifestFields(ManifestHeader):

@@ -1,6 +1,6 @@
-"""Job ids: which may name a file, when two would name the same one, and how they are made up.
+"""Job ids: which can name a file, when two name the same file, and how they are derived.
 
-An id that is made up depends on what the job says, never on where it stands.
+A derived id depends on the fields of the job, never on its place.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _RATIO = re.compile(r"([0-9]{1,6}):([0-9]{1,6})")
 
 
 def id_error(job_id: str) -> str | None:
-    """Returns why an id cannot name files on every common file system, or None if it can."""
+    """Returns why an id cannot name files on every common file system; None if it can."""
     if _SAFE.fullmatch(job_id) and len(job_id) <= MAX_ID_BYTES and not _is_device(job_id):
         return None
     if not job_id:
@@ -46,7 +46,7 @@ def id_error(job_id: str) -> str | None:
 
 
 def _rules(job_id: str) -> Iterator[tuple[bool, str]]:
-    """Yields whether an id breaks a rule and what the rule asks for."""
+    """Yields whether an id breaks each rule, and what the rule asks for."""
     first, last = job_id[0], job_id[-1]
     if match := _FORBIDDEN.search(job_id):
         yield True, f"without {match.group()!r}, since it names a file"
@@ -59,7 +59,7 @@ def _rules(job_id: str) -> Iterator[tuple[bool, str]]:
 
 
 def given_id(value: object) -> str | None:
-    """Returns the id that a row's field gives, or None where it is missing or cannot be used."""
+    """Returns the id in a row's field; None if it is missing or cannot be used."""
     if not isinstance(value, str):
         return None
     job_id = unicodedata.normalize("NFC", value)
@@ -71,22 +71,22 @@ def _is_device(job_id: str) -> bool:
 
 
 class IdRegistry:
-    """Remembers which ids were used and in which row, in about a hundred bytes each."""
+    """Remembers which ids were used and in which rows, in about a hundred bytes each."""
 
     def __init__(self) -> None:
         self._files: list[tuple[str, str]] = []
         self._rows: dict[int, int] = {}
 
     def start_file(self, file: str, unit: str) -> None:
-        """Says that the ids that follow are of this file, whose rows are counted in `unit`s."""
+        """Starts a file: the ids that follow are in it, and its rows are counted in `unit`s."""
         self._files.append((file, unit))
 
     def add(self, job_id: str, number: int) -> str | None:
-        """Remembers an id; returns the place of the row that has it already, or None.
+        """Remembers an id and returns the place of an earlier row with the same one, or None.
 
         Args:
             job_id: A valid id.
-            number: Of the row within the current file.
+            number: The row's number in the current file.
         """
         key = folded_id(job_id).encode()
         digest = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
@@ -101,11 +101,11 @@ class IdRegistry:
 
 
 def derived_id(task: Task, content: Mapping[str, Any]) -> str:
-    """Returns an id made of the task and a hash of what a row says.
+    """Returns an id made of the task and a hash of the row's fields.
 
     Args:
         task: The job's task.
-        content: The row's own fields; bytes count by their hash.
+        content: The row's own fields; bytes are replaced by their hash.
     """
     canonical = json.dumps(content, sort_keys=True, ensure_ascii=False, default=_bytes_digest)
     return f"{task}-{hashlib.sha256(canonical.encode()).hexdigest()[:16]}"
@@ -113,15 +113,15 @@ def derived_id(task: Task, content: Mapping[str, Any]) -> str:
 
 def _bytes_digest(value: object) -> str:
     if not isinstance(value, bytes):
-        raise TypeError(f"a row that was validated holds {type(value).__name__}")
+        raise TypeError(f"a validated row holds {type(value).__name__}")
     return hashlib.sha256(value).hexdigest()
 
 
 def slug(value: object) -> str:
     """Returns a value as part of an id.
 
-    Numbers and plain words stand as they are, `16:9` becomes `16x9` and spaces become dashes;
-    whatever loses more than that gets a hash behind it.
+    Numbers and plain words stay as they are, `16:9` becomes `16x9` and spaces become dashes. A
+    value that loses more than that gets a hash at its end.
     """
     if isinstance(value, int | float):
         return json.dumps(value)

@@ -13,7 +13,7 @@ from sensebatch.manifest.rows import RawRow, Report, given
 
 
 def jsonl_rows(path: Path, report: Report) -> Iterator[RawRow]:
-    """Yields the rows of a JSONL file; blank lines are skipped, unreadable ones reported.
+    """Yields the rows of a JSONL file. Blank lines are skipped, and unreadable ones reported.
 
     Raises:
         OSError: The file cannot be read.
@@ -29,7 +29,7 @@ def jsonl_rows(path: Path, report: Report) -> Iterator[RawRow]:
             try:
                 row = load_json(line)
             except json.JSONDecodeError as error:
-                # The end of the line counts as a line of its own.
+                # An error at the end of the line has a position on the next one.
                 column = min(error.pos, len(error.doc.rstrip("\r\n"))) + 1
                 report(number, (), f"expected a JSON object, found: {error.msg}: column {column}")
                 continue
@@ -43,6 +43,6 @@ def jsonl_rows(path: Path, report: Report) -> Iterator[RawRow]:
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """Yields lines; of one that is too long, its beginning and then the rest."""
+    """Yields lines; the beginning and then the rest of one that is too long."""
     while line := file.readline(MAX_TEXT_BYTES + 1):
         yield line

@@ -13,7 +13,7 @@ from sensebatch.manifest.rows import RawRow, Report, given
 
 
 def memory_rows(rows: Iterable[object], report: Report) -> Iterator[RawRow]:
-    """Yields rows counted from 0; those that are not mappings of Unicode text are reported."""
+    """Yields rows, counted from 0, and reports those that are not mappings of Unicode text."""
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
             report(number, (), f"expected a mapping of names and values, found {found(row)}")
@@ -28,7 +28,7 @@ def memory_rows(rows: Iterable[object], report: Report) -> Iterator[RawRow]:
 def plain(value: Any) -> Any:
     """Returns a value in the types that JSON has: paths as text, sequences as lists.
 
-    Bytes and everything unknown stay as they are, for the checks to name.
+    Bytes and unknown types stay as they are; the checks report them.
     """
     if isinstance(value, Mapping):
         return {str(plain(name)): plain(item) for name, item in value.items()}

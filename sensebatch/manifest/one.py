@@ -1,4 +1,4 @@
-"""Makes one job out of plain values, as the one-job commands do, by the rules of a manifest."""
+"""Makes one job from plain values, by the rules of a manifest; for the one-job commands."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ def job_from_fields(
     """Returns the job that these fields describe.
 
     Args:
-        fields: Names and values as in a manifest, without `seeds`, `n` and `matrix`; None means
-            that a field was not given (`input_max_pixels: "none"` skips the first resize).
-        config: Where every default comes from.
-        source: Where the values were written down; mistakes are reported there.
-        base: Folder that relative image paths start from; the current one if None.
-        warn: Receives what is allowed but deserves a look.
+        fields: Names and values as in a manifest, without `seeds`, `n` and `matrix`; None if not
+            given (`input_max_pixels: "none"` skips the first resize).
+        config: Holds every default.
+        source: Where the values come from; errors name it.
+        base: The folder that relative image paths start from; the current one if None.
+        warn: Receives what is allowed but worth a look.
 
     Raises:
-        ManifestError: Something is wrong, with every mistake.
+        ManifestError: Something is wrong; it has every error.
     """
     errors = RowErrors()
     given = {name: value for name, value in fields.items() if value is not None}
     for name, value in given.items():
         if not is_unicode(value):
-            errors.add(name, "expected Unicode text, found bytes that are none")
+            errors.add(name, "expected Unicode text, found bytes that are not")
     if len(errors):
-        raise _mistakes(errors, source)
+        raise _error(errors, source)
     for name in sorted(EXPANSION_FIELDS & given.keys()):
         errors.add(name, "expected one job, found a field that makes several")
     task = choose_task(given, None, None, ())
@@ -53,11 +53,11 @@ def job_from_fields(
     expanded = Expanded(fields=given, own=frozenset(given))
     read = job_of(expanded, task, origin, JobResolver(config, warn), errors)
     if len(errors) or read is None:
-        raise _mistakes(errors, source)
+        raise _error(errors, source)
     return read.job
 
 
-def _mistakes(errors: RowErrors, source: Source) -> ManifestError:
+def _error(errors: RowErrors, source: Source) -> ManifestError:
     problems = [
         Problem(file=source.file, row=source.row, field=field_name(location), message=message)
         for location, message in errors

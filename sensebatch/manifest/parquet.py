@@ -1,4 +1,4 @@
-"""Reads Parquet manifests in batches of rows; memory does not grow with the file."""
+"""Reads Parquet manifests in batches of rows, so memory does not grow with the file."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from sensebatch.manifest.problems import Unreadable, unknown_field
 from sensebatch.manifest.rows import RawRow, Report, given
 
 ROWS_IN_MEMORY = 2048
-"""Rows held at once."""
+"""How many rows are held at once."""
 IMAGE_ROWS_IN_MEMORY = 32
-"""Rows held at once where a column holds the bytes of images."""
+"""How many rows are held at once if a column holds the bytes of images."""
 
 _BAD_CELL = (pa.ArrowException, ValueError, OverflowError)
 """What a cell raises that Python has no value for: text that is not UTF-8, a time out of range."""
@@ -32,7 +32,7 @@ _PANDAS_INDEX = re.compile(r"__index_level_\d+__")
 
 
 def parquet_rows(path: Path, report: Report) -> Iterator[RawRow]:
-    """Yields the rows of a Parquet file, counted from 0; null means absent.
+    """Yields the rows of a Parquet file, counted from 0, without their nulls.
 
     Raises:
         OSError: The file cannot be read.
@@ -53,7 +53,7 @@ def parquet_rows(path: Path, report: Report) -> Iterator[RawRow]:
 
 
 def _known_columns(schema: pa.Schema, report: Report) -> list[str]:
-    """Returns the columns that are fields; the others are reported once, not in every row."""
+    """Returns the columns that are fields; reports each other column once, not in every row."""
     names = []
     indices = _pandas_indices(schema)
     for name in dict.fromkeys(schema.names):
@@ -78,7 +78,7 @@ def _pandas_indices(schema: pa.Schema) -> set[str]:
 
 
 def has_bytes(kind: pa.DataType) -> bool:
-    """Whether an image column's type is, or lists, a struct that holds bytes."""
+    """Returns whether an image column holds structs with bytes, or lists of them."""
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return has_bytes(kind.value_type)
     return pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
@@ -99,18 +99,18 @@ def _batch_rows(batch: pa.RecordBatch, first: int) -> Iterator[RawRow]:
 
 
 def _values(name: str, column: pa.Array) -> list[Any]:
-    """Returns a column's values as Python ones, in the types that JSON has."""
+    """Returns a column's values as Python objects, in the types that JSON has."""
     if _is_plain(column.type) or name in IMAGE_FIELDS:
         try:
             return [None if _is_gap(value) else value for value in column.to_pylist()]
         except _BAD_CELL:
-            # One of them cannot be read; it is named below.
+            # One of them cannot be read; it is reported below.
             pass
     return [_json_value(cell) for cell in column]
 
 
 def _is_plain(kind: pa.DataType) -> bool:
-    """Whether a type's values are those of JSON as they are."""
+    """Returns whether values of a type are JSON values as they are."""
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return _is_plain(kind.value_type)
     return (
@@ -123,12 +123,12 @@ def _is_plain(kind: pa.DataType) -> bool:
 
 
 def _is_gap(value: object) -> bool:
-    """Whether a value is the NaN that tables have where there is nothing."""
+    """Returns whether a value is the NaN that tables have for a gap."""
     return isinstance(value, float) and math.isnan(value)
 
 
 def _json_value(cell: pa.Scalar) -> Any:
-    """Returns a cell as the value that JSON would have, at any depth."""
+    """Returns a cell as JSON would hold it, at any depth."""
     if not cell.is_valid:
         return None
     if isinstance(cell, pa.StructScalar):
@@ -147,7 +147,7 @@ def _json_value(cell: pa.Scalar) -> Any:
 
 
 def _as_text(cell: pa.Scalar, error: Exception) -> Any:
-    """Returns the text of a time that Python's types are too small for."""
+    """Returns the text of a time that does not fit Python's types."""
     if pa.types.is_temporal(cell.type):
         try:
             return cell.cast(pa.string()).as_py().replace(" ", "T", 1)

@@ -1,4 +1,4 @@
-"""Collects the mistakes of a manifest and words them: what was expected, what was found.
+"""Collects the errors in a manifest and words them: what was expected, what was found.
 
 Knows pydantic's error records; knows nothing of rows, files or jobs.
 """
@@ -15,30 +15,30 @@ from pydantic import ValidationError
 from sensebatch.errors import ManifestError, Problem
 
 MAX_KEPT = 100
-"""Mistakes kept for printing; the others are only counted."""
+"""How many errors are kept for printing; the others are only counted."""
 
 MAX_FOUND_CHARS = 60
-"""Longest piece of a wrong text that a message repeats."""
+"""The most characters of a wrong text that a message repeats."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """Stands for a value that could not be read; no field takes it."""
+    """Stands for a value that could not be read; no field accepts it."""
 
     message: str
 
 
 MAX_MESSAGE_CHARS = 1000
-"""Longest message; paths and errors of libraries may be longer."""
+"""The most characters of a message; paths and errors of libraries may be longer."""
 
 _BRANCHES = frozenset(["<path>", "<struct>", "<list>", "<number>", "<word>"])
-"""Parts of a location that name no field but a branch of a union."""
+"""Parts of a location that name a branch of a union rather than a field."""
 
 Location = tuple[str | int, ...]
-"""A field and the way into it: `("images", 1)`."""
+"""A field and a path inside it: `("images", 1)`."""
 
 _ALIKE = 0.75
-"""How alike two names are, from 0 to 1, where one is taken for the other mistyped."""
+"""How similar two names must be, from 0 to 1, for one to be a typo of the other."""
 
 _INSTEAD = {
     **dict.fromkeys(("guidance_scale", "guidance", "cfg", "cfg_weight"), "cfg_scale"),
@@ -48,7 +48,7 @@ _INSTEAD = {
     **dict.fromkeys(("text", "caption", "instruction"), "prompt"),
     **dict.fromkeys(("image_path", "input_image", "source_image"), "image"),
 }
-"""What other tools call a field."""
+"""Our fields by the names that other tools use."""
 
 _EXPECTED = {
     "bool_type": "true or false",
@@ -71,34 +71,34 @@ _EXPECTED = {
     "too_long": "a list of at most {max_length}",
     "too_short": "a list of at least {min_length}",
 }
-"""What a pydantic error type expected; the braces are filled from the error's context."""
+"""What was expected, by pydantic's type of error; braces are filled from its context."""
 
 
 class ProblemList:
-    """Keeps the first mistakes and counts them all."""
+    """Keeps the first errors and counts all of them."""
 
     def __init__(self) -> None:
         self.kept: list[Problem] = []
         self.num_problems = 0
 
     def add(self, problem: Problem) -> None:
-        """Adds one mistake."""
+        """Adds one error."""
         self.num_problems += 1
         if len(self.kept) < MAX_KEPT:
             self.kept.append(problem)
 
     def raise_any(self) -> None:
-        """Raises the mistakes, if there were any.
+        """Raises the errors, if there are any.
 
         Raises:
-            ManifestError: There was at least one.
+            ManifestError: There is at least one.
         """
         if self.num_problems:
             raise ManifestError(self.kept, self.num_problems)
 
 
 class RowErrors:
-    """The mistakes of one row, each said once, before they are given a place in a file."""
+    """The errors in one row, without duplicates and without their place in the file."""
 
     def __init__(self) -> None:
         self._errors: dict[tuple[Location, str], None] = {}
@@ -110,20 +110,20 @@ class RowErrors:
         return iter(self._errors)
 
     def add(self, location: str | Location, message: str) -> None:
-        """Adds a mistake of a field; an empty text means the row as a whole."""
+        """Adds an error in a field; an empty name stands for the row as a whole."""
         if isinstance(location, str):
             location = (location,) if location else ()
         self._errors[(location, message)] = None
 
     def add_validation(self, error: ValidationError, known: Iterable[str]) -> frozenset[str]:
-        """Adds everything that pydantic found, worded for people.
+        """Adds everything that pydantic found, in our words.
 
         Args:
             error: What the validation raised.
-            known: Names to suggest for an unknown field.
+            known: Names that may be suggested for an unknown field.
 
         Returns:
-            The fields that are wrong, or missing because their names are misspelled.
+            The fields that are wrong, or missing because of a misspelled name.
         """
         concerned: set[str] = set()
         for record in error.errors(include_url=False):
@@ -146,12 +146,12 @@ def field_name(location: Location) -> str:
 
 
 def printable(text: str) -> str:
-    """Returns a text as it can be shown: a terminal may obey some of its characters."""
+    """Returns a text that is safe to show on a terminal, which would obey some characters."""
     return text if text.isprintable() else ascii(text)
 
 
 def found(value: object) -> str:
-    """Returns a wrong value as a message names it: short, and with its type where that helps."""
+    """Returns a wrong value as a message shows it: shortened, or as its type."""
     if value is None or isinstance(value, bool):
         return {None: "nothing", True: "true", False: "false"}[value]
     if isinstance(value, Unreadable):
@@ -168,13 +168,13 @@ def found(value: object) -> str:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """Returns `; did you mean 'x'?`, or nothing where no known name is that close."""
+    """Returns `; did you mean 'x'?`; empty if no known name is close enough."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=_ALIKE)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def unknown_field(name: str, known: Iterable[str]) -> str:
-    """Returns the message about a field that does not exist."""
+    """Returns the message about an unknown field."""
     known = list(known)
     meant = _INSTEAD.get(name.lower())
     if meant is not None and meant in known:
@@ -187,7 +187,7 @@ def unknown_field(name: str, known: Iterable[str]) -> str:
 
 
 def _meant(name: str, known: Iterable[str]) -> list[str]:
-    """Returns the field that an unknown name was probably meant for, if there is one."""
+    """Returns the field that an unknown name probably stands for, if there is one."""
     if name.lower() in _INSTEAD:
         return [_INSTEAD[name.lower()]]
     return difflib.get_close_matches(name, list(known), n=1, cutoff=_ALIKE)
@@ -197,11 +197,11 @@ def _worded(record: Any, known: Iterable[str]) -> tuple[Location, str]:
     """Returns the location and the message of one of pydantic's error records."""
     location: Location = tuple(part for part in record["loc"] if part not in _BRANCHES)
     if record["type"] == "extra_forbidden":
-        # What is known at the top is not what an image's struct may hold.
+        # A struct inside a field has names of its own.
         inner = ("bytes", "path") if len(location) > 1 else known
         return location, unknown_field(str(location[-1]), inner)
     if location[0] == "metadata":
-        # Between its keys stand the branches of the union that is any JSON value.
+        # Every other part is a branch of the union that makes up a JSON value.
         location = ("metadata", *record["loc"][1::2])
     kind = record["type"]
     expected = record["msg"] if kind == "wrong_type" else _EXPECTED.get(kind)

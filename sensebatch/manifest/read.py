@@ -1,4 +1,4 @@
-"""Reads manifests into jobs, one row at a time, and reports every mistake at the end.
+"""Reads manifests into jobs, one row at a time, and reports every error at the end.
 
 Memory grows by an id's digest a row. Nothing is loaded and nothing is written.
 """
@@ -52,19 +52,19 @@ SUFFIXES = YAML_SUFFIXES + JSONL_SUFFIXES + PARQUET_SUFFIXES
 def read_manifest(
     path: Path, config: RunConfig, *, task: Task | None = None, warn: Warn | None = None
 ) -> Iterator[Job]:
-    """Yields the jobs of a manifest as they are found good.
+    """Yields the valid jobs of a manifest.
 
-    A job can be trusted only when the iterator is exhausted: mistakes in other rows, or in the
+    The jobs can be trusted only once the iterator is exhausted: errors in other rows, or in the
     same one, are raised at the end.
 
     Args:
-        path: A YAML, JSONL or Parquet file; the suffix tells which.
-        config: Where every default comes from.
-        task: What rows make that do not say so.
-        warn: Receives what is allowed but deserves a look.
+        path: A YAML, JSONL or Parquet file, according to its suffix.
+        config: Holds every default.
+        task: The task of rows that name none.
+        warn: Receives what is allowed but worth a look.
 
     Raises:
-        ManifestError: Something is wrong; raised at the end, with every mistake.
+        ManifestError: Something is wrong; raised at the end, with every error.
     """
     return read_manifests([path], config, task=task, warn=warn)
 
@@ -81,13 +81,13 @@ def read_manifests(
 
     Args:
         paths: The files, in order.
-        config: Where every default comes from.
-        task: What rows make that do not say so.
-        limit: Stops after so many jobs; what follows is not even read.
-        warn: Receives what is allowed but deserves a look.
+        config: Holds every default.
+        task: The task of rows that name none.
+        limit: The number of jobs to stop after; what follows is not read.
+        warn: Receives what is allowed but worth a look.
 
     Raises:
-        ManifestError: Something is wrong; raised at the end, with every mistake.
+        ManifestError: Something is wrong; raised at the end, with every error.
     """
     for read in read_jobs(paths, config, task=task, limit=limit, warn=warn):
         yield read.job
@@ -95,11 +95,11 @@ def read_manifests(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadJob:
-    """A job and the words it was written down in."""
+    """A job and the fields that it was made from."""
 
     job: Job
     fields: JobFields
-    """What the row and the defaults say, with seeds and matrix worked out."""
+    """The fields of the row and the defaults, with seeds and matrix expanded."""
 
 
 def read_jobs(
@@ -110,10 +110,10 @@ def read_jobs(
     limit: int | None = None,
     warn: Warn | None = None,
 ) -> Iterator[ReadJob]:
-    """Yields what `read_manifests` does, together with the fields as given.
+    """Yields the jobs that `read_manifests` yields, with the fields they were made from.
 
     Raises:
-        ManifestError: Something is wrong; raised at the end, with every mistake.
+        ManifestError: Something is wrong; raised at the end, with every error.
     """
     reader = ManifestReader(config, task=task, warn=warn)
     num_jobs = 0
@@ -139,15 +139,15 @@ def read_rows(
     """Yields the jobs that rows in memory describe, by the rules of a JSONL manifest.
 
     Args:
-        rows: Names and values; sequences and paths of any type are taken.
-        config: Where every default comes from.
-        path: Stands for the rows in messages and in the log; relative paths of images start from
-            its folder.
-        task: What rows make that do not say so.
-        warn: Receives what is allowed but deserves a look.
+        rows: Names and values; sequences and paths of any type are accepted.
+        config: Holds every default.
+        path: Names the rows in messages and in the log; relative paths of images start from its
+            folder.
+        task: The task of rows that name none.
+        warn: Receives what is allowed but worth a look.
 
     Raises:
-        ManifestError: Something is wrong; raised at the end, with every mistake.
+        ManifestError: Something is wrong; raised at the end, with every error.
     """
     reader = ManifestReader(config, task=task, warn=warn)
     for read in reader.read_rows(rows, path):
@@ -159,9 +159,9 @@ class ManifestReader:
     """Reads manifests that belong together.
 
     Args:
-        config: Where every default comes from.
-        task: What rows make that do not say so.
-        warn: Receives what is allowed but deserves a look.
+        config: Holds every default.
+        task: The task of rows that name none.
+        warn: Receives what is allowed but worth a look.
     """
 
     def __init__(
@@ -174,11 +174,11 @@ class ManifestReader:
         self._ids = IdRegistry()
 
     def read(self, path: Path) -> Iterator[ReadJob]:
-        """Yields the good jobs of a file and adds the mistakes of the others to `problems`."""
+        """Yields the valid jobs of a file and adds the errors in the others to `problems`."""
         yield from self._rows(path, unit_of(path), partial(open_rows, path))
 
     def read_rows(self, rows: Iterable[Mapping[str, Any]], path: Path) -> Iterator[ReadJob]:
-        """Yields the good jobs of rows in memory; `path` stands for them."""
+        """Yields the valid jobs of rows in memory, which `path` names."""
         yield from self._rows(
             path, "row", lambda report: ManifestRows(rows=memory_rows(rows, report))
         )
@@ -186,12 +186,12 @@ class ManifestReader:
     def _rows(
         self, path: Path, unit: str, opened: Callable[[Report], ManifestRows]
     ) -> Iterator[ReadJob]:
-        """Yields the good jobs of a manifest.
+        """Yields the valid jobs of a manifest.
 
         Args:
-            path: Names it.
+            path: Its name.
             unit: What its rows are counted in.
-            opened: Opens it; receives what takes the mistakes outside the rows' fields.
+            opened: Opens it; its argument receives errors outside the fields of rows.
         """
         if not is_unicode(str(path)):
             self._add(path, "manifest", (), "expected a path in UTF-8, found bytes that are not")
@@ -225,7 +225,7 @@ class ManifestReader:
         per_task: Mapping[Task, Mapping[str, Any]],
         row: RawRow,
     ) -> Iterator[ReadJob]:
-        """Yields the good jobs of a row."""
+        """Yields the valid jobs of a row."""
         errors = RowErrors()
         row_fields = {name: value for name, value in row.fields.items() if value is not None}
         in_matrix = row_fields.get("matrix")
@@ -257,7 +257,7 @@ class ManifestReader:
             if num_bad == MAX_KEPT:
                 break
         if not num_jobs:
-            # The row makes no jobs, but what else is wrong with it is said now and not next time.
+            # The row has no jobs; report now what else is wrong with it, not at the next attempt.
             unexpanded = Expanded(fields=without_expansion(fields), own=own)
             unknown = frozenset(matrix) | {"id"}
             job_of(unexpanded, task, origin, self._resolver, errors, unknown=unknown)
@@ -270,16 +270,16 @@ class ManifestReader:
         self, expanded: Expanded, task: Task, origin: Origin, number: int, errors: RowErrors
     ) -> ReadJob | None:
         """Returns one job of a row, or None after adding what is wrong with it."""
-        mistakes = RowErrors()
-        read = job_of(expanded, task, origin, self._resolver, mistakes)
+        found_here = RowErrors()
+        read = job_of(expanded, task, origin, self._resolver, found_here)
         given = given_id(expanded.fields.get("id"))
         job_id = given if read is None else read.job.id
-        # Also of a job with other mistakes, so that nobody learns of it only in the next try.
+        # Checked for jobs with other errors too, so that the next attempt brings no surprise.
         if job_id is not None and (other := self._ids.add(job_id, number)) is not None:
             same_row = other == origin.source.row
-            mistakes.add(*_collision(given, "another job of this row" if same_row else other))
+            found_here.add(*_collision(given, "another job of this row" if same_row else other))
             read = None
-        for location, message in mistakes:
+        for location, message in found_here:
             errors.add(location, message)
         return read
 
@@ -310,7 +310,7 @@ def job_of(
         task: The job's task.
         origin: Where the row is.
         resolver: Joins the fields.
-        errors: Receives the mistakes.
+        errors: Receives what is wrong.
         unknown: Fields that are given, but whose values are wrong or not known here.
     """
     values = {name: value for name, value in expanded.fields.items() if name not in unknown}
@@ -318,7 +318,7 @@ def job_of(
         fields = JobFields.model_validate(values)
     except ValidationError as error:
         known = [name for name in JOB_FIELD_NAMES if name not in FOREIGN_FIELDS[task]]
-        # The good fields are checked all the same, so that nobody learns of them in the next try.
+        # Check the other fields all the same, so that the next attempt brings no surprise.
         bad = errors.add_validation(error, known)
         values = {name: value for name, value in values.items() if name not in bad}
         fields, unknown = JobFields.model_validate(values), unknown | bad
@@ -328,9 +328,9 @@ def job_of(
 
 
 def _check_null_images(fields: Mapping[str, Any], errors: RowErrors) -> None:
-    """Refuses a row whose image is null and that does not say its task.
+    """Adds an error if a row without a task has an image that is null.
 
-    It may be an edit whose image could not be fetched, and would be drawn from its instruction.
+    It may be an edit whose image could not be fetched; as a t2i job it would draw the instruction.
     """
     nulls = sorted(name for name in IMAGE_FIELDS & fields.keys() if fields[name] is None)
     if nulls and all(fields.get(name) is None for name in IMAGE_FIELDS):
@@ -339,11 +339,11 @@ def _check_null_images(fields: Mapping[str, Any], errors: RowErrors) -> None:
 
 
 def _collision(given: str | None, where: str) -> tuple[str, str]:
-    """Returns the field and the message about an id that another job has.
+    """Returns the field and the message about an id that another job has too.
 
     Args:
-        given: The later job's id; None where it was made up.
-        where: The place of the earlier one.
+        given: The later job's id; None if it was derived.
+        where: The place of the earlier job.
     """
     if given is None:
         message = f"expected other content than that of {where}, found the same"
@@ -362,7 +362,7 @@ def open_rows(path: Path, report: Report) -> ManifestRows:
 
     Args:
         path: The file.
-        report: Receives the mistakes outside the rows' fields.
+        report: Receives errors outside the fields of rows.
 
     Raises:
         OSError: The file cannot be read.
@@ -384,15 +384,15 @@ def open_rows(path: Path, report: Report) -> ManifestRows:
 
 
 def manifest_name(paths: Sequence[Path]) -> str:
-    """Returns what a run of these manifests is called, and so its folder.
+    """Returns the name of a run of these manifests, which is the name of its folder.
 
-    The `name` of a YAML manifest, else the file's stem; several are joined by `+`.
+    It is the `name` of a YAML manifest, else the file's stem; several are joined by `+`.
 
     Args:
         paths: At least one manifest.
 
     Raises:
-        ManifestError: A YAML manifest cannot be read, or the name cannot name a folder.
+        ManifestError: A YAML manifest cannot be read, or the name is not fit for a folder.
     """
     problems = ProblemList()
     names = [_name(path, problems) for path in paths]
@@ -402,14 +402,14 @@ def manifest_name(paths: Sequence[Path]) -> str:
 
 
 def run_name(paths: Sequence[Path], jobs: Callable[[], Iterable[Job]]) -> str:
-    """Returns `manifest_name`; where there is none, tells the mistakes of all that is read.
+    """Returns `manifest_name`; if there is none, raises the errors in all manifests.
 
     Args:
         paths: At least one manifest.
-        jobs: Reads them as the run would.
+        jobs: Reads them as the run does.
 
     Raises:
-        ManifestError: As `manifest_name` and `read_manifests` raise it.
+        ManifestError: As in `manifest_name` and `read_manifests`.
     """
     try:
         return manifest_name(paths)

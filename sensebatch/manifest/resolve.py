@@ -1,6 +1,6 @@
-"""Turns the validated fields of one job into a job with every default filled in.
+"""Makes a job with every default filled in from the validated fields of a row.
 
-Knows the rules that join several fields: which belong to a task, sizes, images and their marks.
+Knows the rules that concern several fields: those of a task, sizes, images and their marks.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from sensebatch.resolutions import Resolution, ResolutionError, smart_resize
 from sensebatch.tasks import Inputs, Task
 
 Warn = Callable[[Problem], None]
-"""Receives what is allowed but deserves a look."""
+"""Receives what is allowed but worth a look."""
 
 _SAMPLING = declared(Sampling)
 _KINDS = {name: setting.plain_type for name, setting in _SAMPLING.items()}
@@ -50,7 +50,7 @@ _sampling_values = attrgetter(*_SAMPLING)
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _PROMPT_FIELDS = frozenset({"prompt", "conversations"})
 _UNNAMED = PASSED_THROUGH | {"id", "task", "type"}
-"""Fields that a derived id does not depend on."""
+"""The fields that a derived id does not depend on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,18 +58,18 @@ class Origin:
     """Where a job's fields come from."""
 
     base: Path
-    """Folder that relative image paths start from."""
+    """The folder that relative image paths start from."""
     source: Source
     parquet_row: tuple[Path, int] | None = None
-    """The Parquet manifest and the row in it, where pictures may be stored in the row."""
+    """The Parquet manifest and the row in it, if images may be stored in the row."""
 
 
 class JobResolver:
     """Makes jobs out of validated fields.
 
     Args:
-        config: Where every default comes from.
-        warn: Called once for each size that the model was not trained on.
+        config: Holds every default.
+        warn: Called once for each size that the model was not trained with.
     """
 
     def __init__(self, config: RunConfig, warn: Warn | None = None) -> None:
@@ -78,7 +78,7 @@ class JobResolver:
         self._warned_files: set[str] = set()
         self._warned: set[tuple[Task, Resolution]] = set()
         self._probe = ImageProbe(config.inputs.max_pixels)
-        # Most rows say the same few things; equal settings become one object.
+        # Most rows have the same settings, which become one object.
         self._sampling = lru_cache(maxsize=1024)(_sampling)
 
     def resolve(
@@ -94,13 +94,13 @@ class JobResolver:
         """Returns the job, or None after adding everything that is wrong with it.
 
         Args:
-            fields: What the row and the manifest's defaults say.
+            fields: The fields of the row and the manifest's defaults.
             task: The job's task.
             origin: Where the row is.
-            own: What the row itself says; a derived id depends on it.
-            errors: Receives the mistakes.
-            unknown: Fields that are given, but left out of `fields` because they are wrong; what
-                follows from them is not checked.
+            own: The fields of the row itself, which a derived id depends on.
+            errors: Receives what is wrong.
+            unknown: Fields that are given, but missing from `fields` because they are wrong; what
+                depends on them is not checked.
         """
         defaults, seed = self._config.tasks[task], fields.given("seed")
         _check_names(fields, task, errors)
@@ -139,7 +139,7 @@ class JobResolver:
     def _images(
         self, fields: JobFields, task: Task, origin: Origin, errors: RowErrors
     ) -> tuple[InputImage, ...] | None:
-        """Returns the job's input images, or None where some cannot be used."""
+        """Returns the job's input images; None if some cannot be used."""
         if not task.spec.takes_images:
             return ()
         num_errors = len(errors)
@@ -190,13 +190,13 @@ class JobResolver:
         """Returns where an image is: beside the manifest, or where upstream would look.
 
         Raises:
-            UnusableImageError: It is nowhere, or is not a path.
+            UnusableImageError: It is in neither place, or is not a path.
         """
         if not image or _URL.match(image):
             hint = "; download the image first" if image else ""
             raise UnusableImageError(f"expected a path, found {found(image)}{hint}")
         beside, here = origin.base / image, Path(image)
-        if os.path.exists(beside):  # noqa: PTH110 - a name that is too long is nothing, too.
+        if os.path.exists(beside):  # noqa: PTH110 - False for a name that is too long, too.
             return beside
         if os.path.exists(here):  # noqa: PTH110
             self._warn_of_place(origin.source, column, here)
@@ -209,7 +209,7 @@ class JobResolver:
         return beside
 
     def _warn_of_place(self, source: Source, column: str, here: Path) -> None:
-        """Says once for a manifest that its images are not where its own folder has them."""
+        """Warns, once for each manifest, of images that are not relative to its own folder."""
         if self._warn is None or source.file in self._warned_files:
             return
         self._warned_files.add(source.file)
@@ -217,7 +217,7 @@ class JobResolver:
         self._warn(Problem(file=source.file, row=source.row, field=column, message=message))
 
     def _check_ratio(self, image: InputImage, num_images: int) -> None:
-        """Raises ResolutionError for a picture that the model's own resize refuses."""
+        """Raises ResolutionError for an image that the model's own resize refuses."""
         limits = self._config.pixel_limits
         smart_resize(
             image.height,
@@ -253,7 +253,7 @@ class JobResolver:
         input_max_pixels: int | None,
         errors: RowErrors,
     ) -> Resolution | None:
-        """Returns the size of the job's images; None where there are none, or a mistake in it."""
+        """Returns the size of the job's images; None if there are none, or if it is wrong."""
         defaults, rule = self._config.tasks[task], task.spec.drawing
         if rule is None:
             return None
@@ -273,7 +273,7 @@ class JobResolver:
             return None
 
     def _warn_of_size(self, job: Job) -> None:
-        """Warns, once a size, of one that the model was not trained on."""
+        """Warns, once for each size, if the model was not trained with it."""
         known = self._config.tasks[job.task].buckets.values()
         if self._warn is None or job.resolution is None or job.resolution in known:
             return
@@ -282,7 +282,7 @@ class JobResolver:
             return
         self._warned.add(size)
         message = (
-            f"{job.resolution} is none of the {job.task} sizes that the model was trained on: "
+            f"{job.resolution} is not one of the {job.task} sizes that the model was trained with: "
             + ", ".join(str(resolution) for resolution in known)
         )
         source = job.source
@@ -290,24 +290,24 @@ class JobResolver:
 
 
 def _check_names(fields: JobFields, task: Task, errors: RowErrors) -> None:
-    """Checks that every field belongs to the task; an empty list of pictures says nothing."""
+    """Checks that every field belongs to the task, except an empty list of images."""
     for name in sorted(fields.model_fields_set & FOREIGN_FIELDS[task]):
         if getattr(fields, name) != []:
             errors.add(name, f"expected a field of {task} jobs, found one of other tasks")
 
 
 def _check_marks(prompt: str, num_images: int | None, errors: RowErrors) -> None:
-    """Checks that every `<image>` mark of a prompt has its picture."""
+    """Checks that there is an image for every `<image>` mark of a prompt."""
     num_marks = prompt.count(IMAGE_MARK)
     if num_images is not None and num_marks > num_images:
         found_images = f"{num_marks} marks and {num_images} images"
         errors.add(
-            "prompt", f"expected at most one {IMAGE_MARK} mark an image, found {found_images}"
+            "prompt", f"expected at most one {IMAGE_MARK} mark per image, found {found_images}"
         )
 
 
 def _id(fields: JobFields, task: Task, own: Mapping[str, Any], errors: RowErrors) -> str:
-    """Returns the job's id, given or made up."""
+    """Returns the job's id, given or derived."""
     if fields.id is None:
         content = {name: value for name, value in own.items() if name not in _UNNAMED}
         return "" if len(errors) else derived_id(task, content)
@@ -318,11 +318,11 @@ def _id(fields: JobFields, task: Task, own: Mapping[str, Any], errors: RowErrors
 
 
 def _sampling(defaults: Sampling, given: tuple[Any, ...]) -> Sampling:
-    """Returns the defaults with everything replaced that is not None.
+    """Returns the defaults, with the given values in their place.
 
     Args:
         defaults: The task's.
-        given: A value for each setting, in the order of `_KINDS`.
+        given: A value for each setting in the order of `_KINDS`; None if not given.
     """
     changes = {
         name: converted(kind, value)

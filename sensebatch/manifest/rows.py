@@ -1,4 +1,4 @@
-"""What the three formats have in common: rows, still unchecked, with a place each."""
+"""What all formats have in common: unchecked rows, each with its place."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from sensebatch.manifest.fields import IMAGE_FIELDS, SKIP_RESIZE, JobFields
 from sensebatch.manifest.problems import Location
 
 Report = Callable[[int, Location, str], None]
-"""Receives a mistake of the file itself: row number, field, message."""
+"""Receives an error in the file itself: row number, field, message."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RawRow:
-    """One row as it was read: a mapping of names that were given, nothing checked."""
+    """One row as it was read: what was given by name, unchecked."""
 
     fields: Mapping[str, Any]
     number: int
-    """Its line, or its row counted from 0."""
+    """Its line, or its index counted from 0."""
     line_of: Callable[[Location], int] | None = None
-    """Finds the line of a field; None where a row has one line or none."""
+    """Returns the line of a field; None for a format whose rows have at most one line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ManifestRows:
-    """A manifest that was opened."""
+    """An open manifest."""
 
     rows: Iterator[RawRow]
-    """Read as it is consumed."""
+    """Read as they are consumed."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Checked."""
+    """Checked defaults for all rows."""
     stores_images: bool = False
-    """Whether a row may hold the bytes of its images."""
+    """Whether rows may hold the bytes of their images."""
 
 
 def given(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of a row without its nulls, alike whichever format they were read from.
+    """Returns the fields of a row without nulls, the same from every format.
 
-    Tables hold whole numbers as 7.0, mappings as JSON text, and images that are missing as structs
-    of nulls. Two nulls are kept: that of `input_max_pixels` as a word, and that of an image, which
-    may be one that should be there.
+    Tables hold whole numbers as 7.0, mappings as JSON text, and missing images as structs of nulls.
+    Two nulls stay: that of `input_max_pixels` becomes a word, and that of an image may mean one
+    that should be there.
     """
     fields: dict[str, Any] = {}
     for name, value in mapping.items():
@@ -56,7 +56,7 @@ def given(mapping: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _alike(name: str, value: Any) -> Any:
-    """Returns a field's value in the types that our own manifests have."""
+    """Returns a field's value in the types of our own manifests."""
     if name in IMAGE_FIELDS:
         return _image(value)
     if name == "id":
@@ -72,7 +72,7 @@ def _alike(name: str, value: Any) -> Any:
 
 @lru_cache(maxsize=1)
 def whole_number_fields() -> frozenset[str]:
-    """Returns the fields that hold whole numbers, or lists of them."""
+    """Returns the fields that hold whole numbers or lists of them."""
     properties = JobFields.model_json_schema()["properties"]
     return frozenset(name for name, schema in properties.items() if _has_integer(schema))
 
@@ -85,14 +85,14 @@ def _has_integer(schema: Mapping[str, Any]) -> bool:
 
 
 def _whole(value: Any) -> Any:
-    """Returns an integer for a number that is whole, as tables with gaps have them."""
+    """Returns an integer for a whole number, which tables with gaps hold as 7.0."""
     if isinstance(value, list):
         return [_whole(item) for item in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _mapping(value: Any) -> Any:
-    """Returns the mapping that JSON text holds; anything else as it is, for the checks to name."""
+    """Returns the mapping in JSON text; anything else as it is, for the checks to report."""
     if not isinstance(value, str):
         return value
     try:
@@ -103,7 +103,7 @@ def _mapping(value: Any) -> Any:
 
 
 def _image(value: Any) -> Any:
-    """Returns an image, or None for a struct of nulls; those of a list one by one."""
+    """Returns an image, or None for a struct of nulls; likewise for each image of a list."""
     if isinstance(value, list):
         return [_image(item) for item in value]
     if isinstance(value, dict) and value and all(part is None for part in value.values()):

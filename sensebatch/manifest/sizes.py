@@ -1,4 +1,4 @@
-"""The sizes of a job: of its inputs after the first resize, and of the pictures it makes."""
+"""The sizes of a job's inputs after the first resize, and of the images it makes."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
 
 
 def has_explicit_size(fields: JobFields) -> bool:
-    """Whether a job or its manifest's defaults name a size."""
+    """Returns whether a job or its manifest's defaults give a size."""
     return not SIZE_FIELDS.isdisjoint(fields.model_fields_set)
 
 
 def explicit_size(
     fields: JobFields, buckets: Mapping[str, Resolution], errors: RowErrors
 ) -> Resolution | None:
-    """Returns the size that the fields name, or None after adding what is wrong with them."""
+    """Returns the size that the fields give, or None after adding what is wrong with them."""
     width, height = fields.width, fields.height
     if fields.resolution is not None:
         if width is not None or height is not None:
@@ -54,7 +54,7 @@ def explicit_size(
 
 
 def _checked(width: int, height: int, by_side: bool, errors: RowErrors) -> Resolution | None:
-    """Returns the resolution of these sides; mistakes go to each side or to `resolution`."""
+    """Returns the resolution with these sides; errors are in each side or in `resolution`."""
     num_errors = len(errors)
     for name, side in (("width", width), ("height", height)):
         try:
@@ -76,7 +76,7 @@ def resolved_input_max_pixels(
     num_images: int,
     errors: RowErrors,
 ) -> int | None:
-    """Returns the pixels that an edit's inputs are brought to first; None leaves them alone."""
+    """Returns the pixels that inputs are brought to first; None leaves them as they are."""
     value = fields.given("input_max_pixels")
     if value == SKIP_RESIZE:
         return None
@@ -100,7 +100,7 @@ def implied_size(
     images: tuple[InputImage, ...],
     input_max_pixels: int | None,
 ) -> Resolution:
-    """Returns the size of a job that names none: its first input's shape, or the default.
+    """Returns the size of a job that gives none: by its first input, or the default.
 
     Raises:
         ResolutionError: The first input is too long.

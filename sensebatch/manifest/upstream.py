@@ -1,4 +1,4 @@
-"""The names and forms of the upstream JSONL files, in terms of ours."""
+"""Translates the names and forms of upstream's JSONL files into ours."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _ASKING = frozenset({"human", "user"})
 
 
 def named_task(value: object) -> Task | None:
-    """Returns the task of this name, or None where it is another word or no text."""
+    """Returns the task of this name; None if there is none."""
     return _TASKS.get(value) if isinstance(value, str) else None
 
 
 def said_task(row: Mapping[str, Any], given: Task | None, default: object) -> Task | None:
-    """Returns the task that is said for a row, or None where only its images can tell."""
+    """Returns the task that a row is given; None if it follows from the row's images."""
     names = (row.get("task"), row.get("type"), default)
     return next((task for task in (given, *map(named_task, names)) if task is not None), None)
 
@@ -27,10 +27,10 @@ def said_task(row: Mapping[str, Any], given: Task | None, default: object) -> Ta
 def choose_task(
     row: Mapping[str, Any], given: Task | None, default: object, matrix: Collection[str]
 ) -> Task:
-    """Returns the task of a row: the given one, the row's, the default, or what the row implies.
+    """Returns the task of a row: the one asked for, the row's, the default, or by its images.
 
     Args:
-        row: A row as it was read; it may be wrong.
+        row: A row as it was read, possibly wrong.
         given: The task that the caller asks for.
         default: The `task` of the manifest's defaults.
         matrix: Names that the row's matrix sets.
@@ -43,7 +43,7 @@ def choose_task(
 
 
 def prompt_of(fields: JobFields, errors: RowErrors) -> str:
-    """Returns the prompt, which upstream files may hold as the first turn of a conversation."""
+    """Returns the prompt, which upstream files may hold as a turn of a conversation."""
     if fields.prompt is not None:
         name, prompt = "prompt", fields.prompt
     elif fields.conversations is not None:
@@ -72,7 +72,7 @@ def system_prompt_of(fields: JobFields, errors: RowErrors) -> str | None:
 
 
 def think_of(fields: JobFields, errors: RowErrors) -> bool | None:
-    """Returns whether the job thinks, under either name of the field."""
+    """Returns whether the job thinks, from either name of the field."""
     think: bool | None = fields.given("think")
     if think is None:
         return fields.think_mode
@@ -82,7 +82,7 @@ def think_of(fields: JobFields, errors: RowErrors) -> bool | None:
 
 
 def metadata_of(fields: JobFields, errors: RowErrors) -> dict[str, Any]:
-    """Returns what is passed through to the log; tags, and a `type` that is no task, join it."""
+    """Returns what is passed through to the log, with tags and a `type` that is not a task."""
     metadata: dict[str, Any] = dict(fields.metadata or {})
     extras: dict[str, Any] = {"tags": fields.tags}
     if fields.type is not None and named_task(fields.type) is None:

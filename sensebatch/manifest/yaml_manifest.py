@@ -1,4 +1,4 @@
-"""Reads YAML manifests: the header, the defaults, and the jobs with the lines of their fields."""
+"""Reads YAML manifests: the header, the defaults and the jobs, with the lines of fields."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _TOP_NAMES = ("version", "name", "defaults", "jobs")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class YamlManifest:
-    """A YAML manifest that was read; its rows are not checked yet."""
+    """A YAML manifest that was read, its rows unchecked."""
 
     name: str | None
     defaults: Mapping[str, Any]
-    """Checked; what was wrong in them is left out."""
+    """Checked; wrong fields are left out."""
     rows: Iterator[RawRow]
 
 
@@ -41,7 +41,7 @@ def read_yaml_manifest(path: Path, report: Report) -> YamlManifest:
 
     Args:
         path: The file.
-        report: Receives every mistake outside the rows.
+        report: Receives every error outside the rows.
 
     Raises:
         OSError: The file cannot be read.
@@ -124,10 +124,10 @@ def _section(
     known: tuple[str, ...],
     errors: RowErrors,
 ) -> dict[str, Any]:
-    """Returns the good fields of one section of the defaults."""
-    mistakes = RowErrors()
-    _validate(model, fields, known, mistakes)
-    bad = {location[0] for location, _ in mistakes}
-    for location, message in mistakes:
+    """Returns the valid fields of one section of the defaults."""
+    wrong = RowErrors()
+    _validate(model, fields, known, wrong)
+    bad = {location[0] for location, _ in wrong}
+    for location, message in wrong:
         errors.add((*place, *location), message)
     return {name: value for name, value in fields.items() if name not in bad}

@@ -156,7 +156,7 @@ def test_a_bad_manifest_leaves_the_target_as_it_was(
     [
         ("a.csv", False, "expected a name that ends in one of .yaml"),
         ("a.yaml", True, "expected a Parquet manifest to store images in, found 'a.yaml'"),
-        ("jobs.jsonl", False, "expected another file than the one to be read"),
+        ("jobs.jsonl", False, "expected another file than the one that is read"),
         ("jobs.jsonl/a.yaml", False, "expected a place that can be written, found: File exists"),
     ],
 )

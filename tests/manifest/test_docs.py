@@ -10,7 +10,7 @@ import pytest
 from sensebatch.config import RunConfig, default_config
 from sensebatch.errors import Problem
 from sensebatch.jobs import Job
-from sensebatch.manifest.fields import FOREIGN_FIELDS, JobFields
+from sensebatch.manifest.fields import FOREIGN_FIELDS, SETTINGS, JobFields
 from sensebatch.manifest.read import read_manifest
 from sensebatch.tasks import Task
 
@@ -48,6 +48,13 @@ def test_every_field_is_documented_with_its_tasks() -> None:
     for name, tasks in rows:
         having = [str(task) for task in Task if name not in FOREIGN_FIELDS[task]]
         assert tasks == ("all" if len(having) == len(Task) else ", ".join(having))
+
+
+def test_settings_are_described_in_the_words_of_their_help() -> None:
+    table = DOCS.partition("\n## Fields\n")[2].partition("\n### ")[0]
+    meanings = dict(re.findall(r"^\| `(\w+)` \|.*\| ([^|]*) \|$", table, re.MULTILINE))
+    for name, declaration in SETTINGS.items():
+        assert meanings[name].replace("`", "").startswith(declaration.setting.help)
 
 
 def test_the_table_of_tasks_is_what_their_rows_say() -> None:

@@ -136,7 +136,7 @@ def test_a_size_outside_the_buckets_is_warned_of_once(write_jsonl: WriteJsonl) -
     assert len(jobs) == 4
     (warning,) = warnings
     assert (warning.row, warning.field) == ("line 1", "resolution")
-    assert warning.message.startswith("640x480 is none of the t2i sizes")
+    assert warning.message.startswith("640x480 is not one of the t2i sizes")
 
 
 def test_equal_settings_are_one_object(read_rows: ReadRows) -> None:
