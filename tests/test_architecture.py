@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -76,6 +78,7 @@ def _own(tree: ast.AST) -> Iterator[list[str]]:
             yield parts
 
 
+@cache
 def _tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
@@ -129,7 +132,7 @@ def test_only_engine_and_tiny_import_torch_and_transformers() -> None:
 
 def test_session_and_command_line_import_the_engine_only_inside_functions() -> None:
     for path in (PACKAGE / "session.py", *(PACKAGE / "cli").glob("*.py")):
-        tree = _tree(path)
+        tree = deepcopy(_tree(path))
         for function in [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]:
             function.body = []
         known = {parts[0] for parts in _own(tree)}

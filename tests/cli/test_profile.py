@@ -18,6 +18,8 @@ from sensebatch.profile.rows import read_rows, write_rows
 from tests.cli.conftest import Invoke
 from tests.profile.results import result
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SMALL = ("--model", "synthetic:tiny", "--steps", "1", "--jobs", "1", "--size", "64x32")
 

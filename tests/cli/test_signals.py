@@ -16,6 +16,8 @@ from sensebatch.cli.signals import StopSignals
 from tests.backends import FakeBackend
 from tests.cli.conftest import Invoke
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 KILLED_TWICE = """

@@ -12,6 +12,8 @@ import torch
 from tests.backends import FakeBackend
 from tests.cli.conftest import Invoke
 
+pytestmark = pytest.mark.slow
+
 NOTHING_TO_DO = """
 import sys
 from sensebatch.cli.main import main

@@ -13,6 +13,8 @@ import pytest
 from tests.backends import FakeBackend
 from tests.cli.conftest import Invoke
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 FULL = Path("/dev/full")
 

@@ -24,6 +24,8 @@ from tests.engine.golden_model import (
 )
 from tests.golden_data import load_case, relative_error
 
+pytestmark = pytest.mark.slow
+
 BATCH_TOLERANCE = 1e-5
 
 

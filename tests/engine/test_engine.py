@@ -42,6 +42,8 @@ from sensebatch.tasks import Branch, Task
 from sensebatch.units import MIB
 from tests.engine.golden_model import KeptImages, succeeded
 
+pytestmark = pytest.mark.slow
+
 
 def make_config(vram_mode: str = "auto", **memory: Any) -> RunConfig:
     mode = VramMode(vram_mode)

@@ -40,6 +40,8 @@ from tests.golden_data import (
     relative_error,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(params=["masked", "without masks"], autouse=True)
 def text_after_keys(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,8 @@ from tests.engine.golden_model import infer, succeeded
 from tests.engine.memory.tracker import LiveBytes
 from tests.engine.test_batches import jobs_of
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 SCRIPT = Script(word=65, image_start=260)
 

@@ -17,6 +17,8 @@ from sensebatch.resolutions import Resolution
 from tests.engine.golden_model import KeptImages, infer, succeeded
 from tests.engine.test_batches import fresh, jobs_of
 
+pytestmark = pytest.mark.slow
+
 Tokens = tuple[int, ...]
 
 

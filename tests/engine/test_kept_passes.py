@@ -22,6 +22,8 @@ from sensebatch.jobs import Failure, JobResult
 from tests.engine.golden_model import KeptImages, infer, succeeded
 from tests.engine.test_batches import fresh, jobs_of
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass
 class Batch:

@@ -40,6 +40,8 @@ pytest.importorskip("triton", reason="Triton has no build for this platform")
 
 from sensebatch.engine.model import attention_kernels, decode_kernels, kernels
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 EPS = 1e-6
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -25,6 +25,8 @@ from tests.engine.golden_model import (
 from tests.engine.test_batches import BATCH_TOLERANCE, fresh, jobs_of
 from tests.golden_data import CONFIGS, TOLERANCE, load_case, relative_error
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:

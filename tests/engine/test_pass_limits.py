@@ -12,6 +12,8 @@ from sensebatch.plan import passes
 from sensebatch.resolutions import Resolution
 from tests.engine.test_engine import generate, load, make_config, make_job, pixels
 
+pytestmark = pytest.mark.slow
+
 NUM_TOKENS = make_job("a").resolution.image_tokens
 
 

@@ -37,6 +37,8 @@ from tests.golden_data import (
     rule_weights,
 )
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

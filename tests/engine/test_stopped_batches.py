@@ -25,6 +25,8 @@ from tests.engine.golden_model import KeptImages, infer, succeeded
 from tests.engine.test_batches import fresh, jobs_of
 from tests.engine.test_engine import generate, load, make_config, make_job, pixels
 
+pytestmark = pytest.mark.slow
+
 NUM_STEPS = 2
 NUM_ROUNDS = 3
 NUM_TOKENS = 4

@@ -24,6 +24,8 @@ from sensebatch.tasks import Task
 from sensebatch.units import GIB, MIB
 from tests.engine.test_engine import generate, load, make_config, make_job, pixels
 
+pytestmark = pytest.mark.slow
+
 CHECKPOINT = open_checkpoint("tiny")
 
 

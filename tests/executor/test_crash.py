@@ -33,6 +33,8 @@ from tests.executor.fakes import (
     run_folder,
 )
 
+pytestmark = pytest.mark.slow
+
 CONFIG = make_config(execution=ExecutionConfig(max_attempts=2))
 
 

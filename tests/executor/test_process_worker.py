@@ -32,6 +32,8 @@ from tests.executor.fakes import (
 )
 from tests.executor.process_worker import PATIENCE_S, ProcessWorker
 
+pytestmark = pytest.mark.slow
+
 CONFIG = make_config(max_batch_size=3, execution=ExecutionConfig(max_attempts=2))
 
 

@@ -14,6 +14,8 @@ from sensebatch.store.status import read_status
 from sensebatch.tasks import Task
 from tests.executor.fakes import FakeEngine, make_config, make_job, mixed_jobs, outcome, run_folder
 
+pytestmark = pytest.mark.slow
+
 PATIENCE_S = 10.0
 CONFIG = make_config(max_batch_size=3)
 JOBS = [make_job(f"j{i}") for i in range(7)]

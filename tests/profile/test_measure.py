@@ -18,6 +18,8 @@ from sensebatch.profile.suites import Case, Scale, Suite, suite_cases
 from sensebatch.resolutions import Resolution
 from tests.profile.results import result
 
+pytestmark = pytest.mark.slow
+
 SCALE = Scale(
     model="synthetic:tiny", num_steps=2, num_jobs=2, resolution=Resolution(height=64, width=64)
 )

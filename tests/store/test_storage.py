@@ -19,6 +19,8 @@ from sensebatch.store.store import open_store
 from sensebatch.tasks import Task
 from tests.executor.fakes import make_job, run_folder
 
+pytestmark = pytest.mark.slow
+
 BAD_NAMES = [errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ]
 """A job's own name may be what is wrong."""
 CODES = sorted(set(errno.errorcode) - {*BAD_NAMES, errno.EINTR})

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from sensebatch.checkpoint.files import TINY_FOLDER, check_tensors, open_checkpoint
 from sensebatch.checkpoint.system_prompts import resolve_system_prompts
 from sensebatch.engine.model.tokenizer import HFTokenizer
@@ -16,6 +18,8 @@ from sensebatch.tiny.vocabulary import (
     INTERLEAVE_PROMPT,
     build_tokenizer,
 )
+
+pytestmark = pytest.mark.slow
 
 MAX_BYTES = 12_000_000
 

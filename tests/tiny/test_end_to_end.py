@@ -18,6 +18,8 @@ from sensebatch.tiny.manifests import read_answers, write_manifest
 from sensebatch.tiny.scores import score
 from sensebatch.tiny.world.examples import Example
 
+pytestmark = pytest.mark.slow
+
 NUM_JOBS = 5
 RIGHT = {
     "t2i": ("colour", "shape", "place", "size", "background", "exact"),

@@ -14,6 +14,8 @@ from sensebatch.tiny.scores import Answer, score
 from sensebatch.tiny.world.draw import draw_uint8
 from sensebatch.tiny.world.examples import Example
 
+pytestmark = pytest.mark.slow
+
 
 def _right(example: Example) -> Answer:
     said = "".join(part if isinstance(part, str) else "<image>" for part in example.answer)

@@ -20,6 +20,8 @@ from sensebatch.tiny.packing import PackingConfig
 from sensebatch.tiny.train import TrainConfig, Trainer
 from sensebatch.tiny.vocabulary import GENERATION_PROMPT, INTERLEAVE_PROMPT, WorldTokenizer
 
+pytestmark = pytest.mark.slow
+
 CONFIG = TrainConfig(
     steps=6,
     warmup_steps=2,

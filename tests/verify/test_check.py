@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from sensebatch.manifest.read import read_manifest
@@ -16,6 +17,8 @@ from sensebatch.verify.child import NOWHERE
 from sensebatch.verify.jobs import GROUPS, Scale, write_jobs
 from sensebatch.verify.promises import TRIALS, chosen_trials
 from sensebatch.verify.table import format_verdicts
+
+pytestmark = pytest.mark.slow
 
 SCALE = Scale(model="synthetic:tiny", side=128)
 CPU = Machine(

@@ -14,6 +14,8 @@ import pytest
 from sensebatch.verify import child
 from sensebatch.verify.child import killed_after_a_file_in
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def killed(monkeypatch: pytest.MonkeyPatch) -> threading.Event:

@@ -52,6 +52,8 @@ from tests.engine.golden_model import infer
 from tests.engine.memory.tracker import LiveBytes
 from tests.golden_data import CONFIGS, ByteTokenizer, golden_architecture
 
+pytestmark = pytest.mark.slow
+
 LEAST, MOST = 0.97, 1.10
 """The estimate may be this much of the measured peak."""
 

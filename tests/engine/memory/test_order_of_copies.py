@@ -21,6 +21,8 @@ from sensebatch.engine.memory.pool import Pool
 from sensebatch.engine.memory.readers import Readers
 from tests.engine.memory.test_blocks import plain_block
 
+pytestmark = pytest.mark.slow
+
 NUM_LAYERS = 6
 SIZES = [(1024, 1024, 512), (1024, 512, 1536), (512, 1024, 512)]
 """Of a layer of understanding, one of generation, and a part of the head."""

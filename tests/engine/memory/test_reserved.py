@@ -22,6 +22,8 @@ from sensebatch.tasks import Task
 from tests.engine.memory.allocator import ReservedBytes
 from tests.engine.memory.test_estimates import LEAST, MOST, make_load
 
+pytestmark = pytest.mark.slow
+
 PROMPT, TEXT, IMAGE = 300, 300, 2304
 NUM_IMAGES, NUM_LAYERS = 6, 42
 

@@ -36,6 +36,8 @@ from tests.golden_data import (
     rule_weights,
 )
 
+pytestmark = pytest.mark.slow
+
 CASES = [
     ("dense_fm", "t2i_think_end"),
     ("dense_fm", "edit_2img_cfg4_img2"),

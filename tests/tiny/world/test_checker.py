@@ -32,6 +32,8 @@ from sensebatch.tiny.world.scene import (
     sample_scene,
 )
 
+pytestmark = pytest.mark.slow
+
 THING = st.builds(
     lambda shape, colour, size, cell: Thing(
         shape=shape, colour=colour, size=size, row=cell[0], column=cell[1]
