@@ -20,8 +20,8 @@ MAX_WIDTH = 2**20
 """Largest size of a vector or matrix."""
 MAX_VOCABULARY = 2**24
 MAX_TENSORS = 200_000
-"""Most weights of a network. All bounds are far above any model's, and low enough that whatever
-`config.json` says is worked out in seconds."""
+"""Most matrices of experts. All bounds are far above those of any model, and low enough that no
+`config.json` takes more than seconds to work out."""
 NOISE_SCALE_MODES = ("resolution", "dynamic", "dynamic_sqrt")
 TEMPLATES = ("neo1_0",)
 
@@ -59,7 +59,7 @@ OFFICIAL_8B: Mapping[str, Any] = {
         "rope_theta_vision": 10000.0,
     },
 }
-"""The `config.json` of SenseNova-U1-8B-MoT as far as it is read, for made-up weights."""
+"""The `config.json` of SenseNova-U1-8B-MoT as far as it is read, for synthetic weights."""
 
 
 class HeadKind(StrEnum):

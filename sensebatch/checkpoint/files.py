@@ -169,7 +169,7 @@ def read_folder(folder: Path, *, name: str | None = None) -> Checkpoint:
 
 
 def compare_tensors(checkpoint: Checkpoint) -> TensorDifferences:
-    """Returns which tensors are missing, extra or wrong; buffers that are no weights are extra."""
+    """Returns which tensors are missing, extra or wrong; buffers, not being weights, are extra."""
     expected = expected_tensors(checkpoint.architecture)
     found = checkpoint.tensors
     wrong = []

@@ -57,9 +57,9 @@ def model_identity(
     """Returns what job keys depend on besides the job.
 
     Args:
-        checkpoint: The run's.
+        checkpoint: The weights and their files.
         prompts: Its system prompts.
-        model: Says which LoRA is merged, and the precision.
+        model: Names the LoRA that is merged, and the precision.
         dtype: The dtype by name; not `auto`.
 
     Raises:
@@ -81,7 +81,7 @@ def model_identity(
 def _samples(checkpoint: Checkpoint) -> dict[str, tuple[TensorFile, str]]:
     """Returns every tensor with the hash of its sample, read file by file in ascending order."""
     if checkpoint.synthetic:
-        # Their rule is fixed: the configuration says it all.
+        # Synthetic weights follow a fixed rule, so the configuration identifies them.
         return {}
     by_file: dict[Path, list[tuple[str, TensorFile]]] = {}
     for name, tensor in sorted(checkpoint.tensors.items(), key=lambda item: item[1].offset):

@@ -13,7 +13,7 @@ from sensebatch.checkpoint.architecture import Architecture, HeadKind
 from sensebatch.resolutions import TOKEN_NUMBERS
 
 MLP_HIDDEN = 4096
-"""Hidden width of the MLP head, whatever the backbone's."""
+"""Hidden width of the MLP head; it does not depend on the backbone."""
 PIXEL_CHANNELS = 1024
 """Channels of the convolutional head's first convolution."""
 PIXEL_OUT = 3 * 8 * 8

@@ -1,6 +1,6 @@
 """Checkpoints from the Hub, through huggingface_hub's cache. Knows nothing of their content.
 
-HF_HOME, HF_HUB_OFFLINE and the login token are huggingface_hub's to read.
+huggingface_hub itself reads HF_HOME, HF_HUB_OFFLINE and the login token.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FILE_PATTERNS = (
     "special_tokens_map.json",
     "*.py",
 )
-"""What is fetched: weights, tokenizer, and the Python files that may hold system prompts."""
+"""The files that are downloaded: weights, tokenizer, and Python that may hold system prompts."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -32,13 +32,13 @@ def is_hub_id(model: str) -> bool:
 
 
 def download(repo_id: str, revision: str | None = None) -> Path:
-    """Returns the folder of a Hub checkpoint in the local cache, fetching what is not there.
+    """Returns the folder of a Hub checkpoint in the local cache, downloading what is missing.
 
     Raises:
         CheckpointError: There is no such checkpoint or revision, it needs a login, or the Hub
             cannot be reached and the cache does not have it.
     """
-    # Imported here: a run from a folder needs none of it.
+    # Imported here, because a run from a folder does not need it.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -55,7 +55,7 @@ def download(repo_id: str, revision: str | None = None) -> Path:
             snapshot_download(repo_id, revision=revision, allow_patterns=list(FILE_PATTERNS))
         )
     except GatedRepoError as error:
-        raise CheckpointError(f"{at}: the Hub asks for a login that may read it") from error
+        raise CheckpointError(f"{at}: the Hub requires a login with access to it") from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(f"{at}: no such folder, and no such checkpoint on the Hub") from error
     except RevisionNotFoundError as error:

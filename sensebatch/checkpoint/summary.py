@@ -34,9 +34,9 @@ class Summary:
     groups: Mapping[TensorGroup, GroupSize]
     """Sizes of the expected tensors that were found; extra ones are in no group."""
     num_parameters: int
-    """Of all groups."""
+    """Parameters of all groups."""
     nbytes: int
-    """Of all groups."""
+    """Bytes of all groups."""
     dtypes: Mapping[str, int]
     """Tensors by dtype, in safetensors' names."""
     differences: TensorDifferences

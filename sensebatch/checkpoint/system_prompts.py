@@ -1,6 +1,6 @@
 """Where the run's system prompts come from, in order of preference. Executes nothing it reads.
 
-A job's own `system_prompt` goes before all of these; that is the job's affair.
+A job's own `system_prompt` takes precedence over all of these, and is not looked at here.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ NO_PROMPT = "none"
 """The source of the system prompt of a task that has none."""
 
 MAX_SOURCE_BYTES = 2**19
-"""Largest Python file that is looked through; the release's are a tenth of it."""
+"""Largest Python file that is searched; one that holds prompts is far smaller."""
 MAX_FILES = 1000
-"""Most Python files that are looked through."""
+"""Most Python files that are searched."""
 MAX_PARSED_BYTES = 2**21
-"""Most Python that is parsed altogether."""
+"""Most Python that is parsed in all."""
 
 _BUILT_IN_FILE = Path(__file__).with_name("prompts.json")
 _PACKAGE = "sensenova_u1"
@@ -56,11 +56,11 @@ class SystemPrompts:
 
     by_kind: Mapping[SystemPromptKind, SystemPrompt]
     warn_built_in: bool
-    """Whether a built-in prompt meets a checkpoint that was trained with another one."""
+    """Whether a checkpoint gets a built-in prompt although it was trained with another one."""
 
     @property
     def longest_bytes(self) -> int:
-        """Bytes of UTF-8 of the longest."""
+        """Length of the longest, in bytes of UTF-8."""
         return max(len(prompt.text.encode()) for prompt in self.by_kind.values())
 
     def of_task(self, task: Task) -> SystemPrompt:
@@ -75,9 +75,9 @@ class SystemPrompts:
 
 
 def resolve_system_prompts(checkpoint: Checkpoint, file: str | Path | None = None) -> SystemPrompts:
-    """Returns the system prompts of a run by task.
+    """Returns the system prompts of a run.
 
-    Each of the two kinds (generation, interleave) is looked for on its own, in this order: the
+    Each of the two kinds (generation, interleave) is searched for separately, in this order: the
     file named in the configuration, the checkpoint folder's Python files, an installed
     `sensenova_u1` package, the built-in texts.
 
@@ -151,12 +151,12 @@ def _assignments(source: bytes) -> list[tuple[str, str]]:
     """Returns (name, text) of every module-level assignment of a string constant."""
     try:
         with warnings.catch_warnings():
-            # Of its escape sequences and comparisons, which are not ours to mend.
+            # Python warns of odd escape sequences and comparisons, which are not ours to fix.
             warnings.simplefilter("ignore")
             body = ast.parse(source.decode("utf-8-sig")).body
         return [pair for node in body for pair in _assigned(node)]
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        # The parser has no memory for what is nested too deeply.
+        # The parser raises the last two for what is nested too deeply.
         return []
 
 

@@ -1,4 +1,4 @@
-"""The speeds that `sensebatch doctor` measured, kept for `sensebatch plan`. A file of one GPU."""
+"""The speeds that `sensebatch doctor` measured, kept for `sensebatch plan`: a file for one GPU."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class MachineSpeeds(BaseModel):
     gpu: str
     """Its name."""
     torch: str
-    """Version that it was measured with."""
+    """The version it was measured with."""
     measured_at: str
     """UTC, ISO 8601."""
     free_bytes: Annotated[int, Field(gt=0)]
-    """Of the GPU's memory."""
+    """Free memory of the GPU."""
     total_bytes: Annotated[int, Field(gt=0)]
     copy_bytes_per_s: _Measured
     gemm_flop_per_s: _Measured
@@ -48,7 +48,7 @@ class MachineSpeeds(BaseModel):
 
 
 def speeds_path() -> Path:
-    """Returns where speeds are kept: in SENSEBATCH_CACHE, or sensebatch's folder of the caches."""
+    """Returns where speeds are kept: in SENSEBATCH_CACHE, or in the user's cache folder."""
     own = os.environ.get("SENSEBATCH_CACHE")
     if own:
         return Path(own).expanduser() / FILE_NAME
@@ -58,7 +58,7 @@ def speeds_path() -> Path:
 
 
 def write_speeds(speeds: MachineSpeeds) -> Path:
-    """Keeps speeds in place of those kept before; returns where.
+    """Writes speeds over those kept before, and returns where they are.
 
     Raises:
         OSError: The folder cannot be made.
@@ -71,7 +71,7 @@ def write_speeds(speeds: MachineSpeeds) -> Path:
 
 
 def read_speeds() -> tuple[MachineSpeeds | None, str | None]:
-    """Returns the speeds that are kept, and what is wrong with a file that cannot be used."""
+    """Returns the kept speeds, or what is wrong with a file that cannot be used."""
     path = speeds_path()
     try:
         return MachineSpeeds.model_validate_json(path.read_bytes()), None
@@ -79,7 +79,7 @@ def read_speeds() -> tuple[MachineSpeeds | None, str | None]:
         return None, None
     except (OSError, ValidationError) as error:
         reason = error.strerror if isinstance(error, OSError) else _first_mistake(error)
-        return None, f"{path}: {reason}; sensebatch doctor writes it anew"
+        return None, f"{path}: {reason}; sensebatch doctor writes it again"
 
 
 def _first_mistake(error: ValidationError) -> str:

@@ -20,7 +20,7 @@ class Computation:
     item_bytes: int
     """Bytes of a weight, an activation or a cached number."""
     precision: Precision | None = None
-    """Of the decoder layers' matrices where they are float8; None where they are in the dtype."""
+    """How the decoder layers' matrices are stored if that is float8; None if it is the dtype."""
     fused: bool = False
     """Whether chains of small operations are one kernel each."""
 

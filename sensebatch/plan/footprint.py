@@ -35,7 +35,7 @@ HOLES = 16
 """Caches that grow image by image leave about one part in so many of their bytes unused: holes
 that are too small for the larger ones that follow."""
 SPLIT_BYTES = 4
-"""Of a number in the partial results of attention."""
+"""Size of a number in the partial results of attention."""
 
 
 def working_bytes(

@@ -85,7 +85,7 @@ class HostMemory:
 
         Args:
             working: `host_working_bytes` of a batch.
-            blocks: Of `block_bytes`.
+            blocks: What `block_bytes` returns.
             streams: See `holds`.
         """
         all_fit = self.weights.blocks <= blocks

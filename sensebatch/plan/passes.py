@@ -11,7 +11,7 @@ ROWS = 4096
 """Tokens that go through half a layer at a time, so that its temporaries do not grow with the
 batch. Matrix products of this many rows already run at full speed."""
 TOKENS_PER_PASS = 8192
-"""Image tokens in one denoising pass: enough to hide a layer's copy behind its computation."""
+"""Image tokens in one denoising pass: enough that a layer is copied while it is computed."""
 LOW_TOKENS_PER_PASS = ROWS
 """The same under `low`: the temporaries of this many tokens are needed however small a pass is."""
 MAX_PREFILL_TOKENS = 9216

@@ -153,7 +153,7 @@ class Clock:
 
     Args:
         computation: The network, and how it is computed.
-        speeds: Of the machine.
+        speeds: What the machine reaches at most.
     """
 
     def __init__(self, computation: Computation, speeds: Speeds) -> None:
@@ -256,7 +256,11 @@ class Clock:
         prefixes = [0 if branch is Branch.UNCOND else prefix for branch in drawing.branches]
         for count, num_passes in _parts(jobs, load.jobs_per_pass(tokens_per_pass)):
             work = denoising_work(
-                self._computation, self._sizes, load.image_tokens, count, prefixes * count
+                self._computation,
+                self._sizes,
+                tokens=load.image_tokens,
+                images=count,
+                prefixes=prefixes * count,
             )
             yield Pass(
                 blocks=self._orders.images,

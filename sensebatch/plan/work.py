@@ -40,7 +40,7 @@ class Machine:
     """The GPU that a plan is made for."""
 
     free_bytes: int
-    """Of the GPU's memory."""
+    """Free memory of the GPU."""
     speeds: Speeds
 
 
@@ -132,7 +132,7 @@ def understanding_work(
 
     Args:
         computation: The network, and how it is computed.
-        sizes: Of `network_sizes`.
+        sizes: What `network_sizes` returns.
         spans: (new tokens, tokens cached before) of each sequence. A token is taken to see those
             before it and itself; that tokens of an image also see later ones is left out.
         logits: Sequences whose next token is chosen.
@@ -151,13 +151,18 @@ def understanding_work(
 
 
 def denoising_work(
-    computation: Computation, sizes: Sizes, tokens: int, images: int, prefixes: Sequence[int]
+    computation: Computation,
+    sizes: Sizes,
+    *,
+    tokens: int,
+    images: int,
+    prefixes: Sequence[int],
 ) -> Work:
     """Returns what one denoising step of some images takes.
 
     Args:
         computation: The network, and how it is computed.
-        sizes: Of `network_sizes`.
+        sizes: What `network_sizes` returns.
         tokens: Tokens of one image.
         images: How many.
         prefixes: Cached tokens that each evaluation (a job's guidance branch) sees.

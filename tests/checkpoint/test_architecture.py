@@ -61,7 +61,7 @@ def test_weights_of_experts_are_renormalised_only_where_the_field_says_so() -> N
     assert parse_architecture(config) == moe
 
 
-def test_lists_of_one_count_as_their_element() -> None:
+def test_a_list_of_one_counts_as_its_element() -> None:
     config = edited(golden_config("dense_fm"), "downsample_ratio", [0.5])
     assert parse_architecture(config) == golden_architecture("dense_fm")
 
@@ -70,7 +70,7 @@ def test_lists_of_one_count_as_their_element() -> None:
     ("model_type", "num_experts", "is_moe"),
     [("qwen3", 8, True), ("qwen3_moe", 1, True), ("qwen3", 1, False)],
 )
-def test_sparse_backbone_is_told_by_its_experts_or_its_name(
+def test_a_sparse_backbone_is_recognised_by_its_experts_or_its_name(
     model_type: str, num_experts: int, is_moe: bool
 ) -> None:
     config = edited(golden_config("moe"), "llm_config.model_type", model_type)
@@ -80,7 +80,7 @@ def test_sparse_backbone_is_told_by_its_experts_or_its_name(
     assert parse_architecture(config).is_moe == is_moe
 
 
-def test_experts_are_counted_where_transformers_5_writes_it() -> None:
+def test_the_number_of_experts_is_read_where_transformers_5_writes_it() -> None:
     config = golden_config("moe")
     config["llm_config"]["num_local_experts"] = config["llm_config"].pop("num_experts")
     assert parse_architecture(config) == golden_architecture("moe")
@@ -104,7 +104,7 @@ def test_theta_is_read_where_transformers_5_writes_it() -> None:
 
 
 @pytest.mark.parametrize("layers", [0, 1, 2])
-def test_pixel_head_of_up_to_two_layers_is_the_one_that_there_is(layers: int) -> None:
+def test_an_image_head_of_up_to_two_layers_is_supported(layers: int) -> None:
     config = edited(golden_config("dense_fm"), "fm_head_layers", layers)
     assert parse_architecture(config) == golden_architecture("dense_fm")
 

@@ -170,7 +170,7 @@ def test_folder_without_weights_or_with_several_loose_files_is_refused(tmp_path:
         read_folder(tmp_path)
 
 
-def test_names_that_are_nothing_are_refused(tmp_path: Path) -> None:
+def test_names_of_nothing_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
     for model, complaint in [

@@ -9,7 +9,7 @@ from sensebatch.checkpoint.fingerprint import fingerprint
 from tests.checkpoint.folders import write_folder, zeros
 
 
-def test_copies_and_resharded_copies_have_one_fingerprint(tmp_path: Path) -> None:
+def test_copies_and_resharded_copies_have_the_same_fingerprint(tmp_path: Path) -> None:
     prints = {
         fingerprint(read_folder(write_folder(tmp_path / str(shards), num_shards=shards)))
         for shards in (1, 2, 3)
@@ -17,7 +17,7 @@ def test_copies_and_resharded_copies_have_one_fingerprint(tmp_path: Path) -> Non
     assert len(prints) == 1
 
 
-def test_any_tensor_tells_checkpoints_apart(tmp_path: Path) -> None:
+def test_a_change_of_any_tensor_changes_the_fingerprint(tmp_path: Path) -> None:
     prints = set()
     names = ["language_model.lm_head.weight", "language_model.model.norm.weight", None]
     for name in names:
@@ -28,7 +28,7 @@ def test_any_tensor_tells_checkpoints_apart(tmp_path: Path) -> None:
     assert len(prints) == len(names)
 
 
-def test_configuration_and_tokenizer_count(tmp_path: Path) -> None:
+def test_configuration_and_tokenizer_change_the_fingerprint(tmp_path: Path) -> None:
     prints = [fingerprint(read_folder(write_folder(tmp_path)))]
     (tmp_path / "tokenizer.json").write_text("{}")
     prints.append(fingerprint(read_folder(tmp_path)))
@@ -38,7 +38,7 @@ def test_configuration_and_tokenizer_count(tmp_path: Path) -> None:
     assert len(set(prints)) == 3
 
 
-def test_layout_of_config_does_not_count(tmp_path: Path) -> None:
+def test_the_layout_of_config_json_does_not_change_the_fingerprint(tmp_path: Path) -> None:
     before = fingerprint(read_folder(write_folder(tmp_path)))
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace(", ", ",\n  "))

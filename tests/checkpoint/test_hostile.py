@@ -126,7 +126,7 @@ def test_layers_and_experts_are_bounded_together() -> None:
         parse_architecture(config)
 
 
-def test_a_vocabulary_is_cut_into_few_parts_however_small_the_layers_are() -> None:
+def test_a_vocabulary_is_cut_into_few_parts_even_if_layers_are_tiny() -> None:
     config = golden_config("dense_fm")
     config["llm_config"] |= {"vocab_size": MAX_VOCABULARY, "intermediate_size": 1}
     rows = head_part_rows(parse_architecture(config))
@@ -229,7 +229,7 @@ def test_an_index_names_only_files_beside_it(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("model", ["x" * 5000, "~nobody-of-this-name/x", "a\0b"])
-def test_a_model_that_no_folder_can_be_named_is_refused(model: str) -> None:
+def test_a_model_name_that_no_folder_can_have_is_refused(model: str) -> None:
     with pytest.raises(CheckpointError, match="expected"):
         open_checkpoint(model)
 
@@ -261,7 +261,7 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         {"\x1b[31m": {}},
     ],
 )
-def test_a_header_that_is_none_is_refused(tmp_path: Path, header: object) -> None:
+def test_a_malformed_header_is_refused(tmp_path: Path, header: object) -> None:
     file = tmp_path / "x.safetensors"
     file.write_bytes(as_safetensors(header))
     with bounded_memory(), pytest.raises(CheckpointError, match=r"x\.safetensors") as raised:
@@ -311,7 +311,7 @@ SOURCES = {
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_python_out_of_bounds_holds_no_prompt(tmp_path: Path, name: str) -> None:
+def test_python_out_of_bounds_is_passed_over(tmp_path: Path, name: str) -> None:
     write_folder(tmp_path)
     (tmp_path / "a.py").write_text(SOURCES[name], encoding="utf-8")
     with bounded_memory():

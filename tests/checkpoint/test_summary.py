@@ -22,7 +22,7 @@ def test_groups_add_up_to_the_checkpoint(tmp_path: Path) -> None:
     assert "found neither" in str(summary.tokenizer_problem)
 
 
-def test_incomplete_checkpoint_is_summed_up_all_the_same(tmp_path: Path) -> None:
+def test_an_incomplete_checkpoint_is_summarised_too(tmp_path: Path) -> None:
     tensors = zeros()
     head = tensors.pop("language_model.lm_head.weight")
     tensors["other"] = head

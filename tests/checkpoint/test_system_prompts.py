@@ -37,7 +37,7 @@ def install_package(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr(sys, "path", [str(package.parent), *sys.path])
 
 
-def test_built_in_prompts_serve_where_nothing_else_is_found(checkpoint: Checkpoint) -> None:
+def test_built_in_prompts_are_used_if_nothing_else_is_found(checkpoint: Checkpoint) -> None:
     prompts = resolve_system_prompts(checkpoint)
     assert prompts.warn_built_in
     assert {prompt.source for prompt in prompts.by_kind.values()} == {BUILT_IN}
@@ -57,7 +57,7 @@ def test_package_is_read_and_not_executed(
     assert not prompts.warn_built_in
 
 
-def test_checkpoint_folder_goes_before_the_package_and_the_named_file_before_both(
+def test_a_named_file_wins_over_the_checkpoint_and_that_over_the_package(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install_package(monkeypatch, tmp_path)

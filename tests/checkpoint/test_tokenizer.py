@@ -47,7 +47,7 @@ def test_a_checkpoint_without_a_tokenizer_is_not_usable(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("token", SPECIAL_TOKENS)
-def test_a_token_that_prompts_need_is_missed(folder: Path, token: str) -> None:
+def test_a_missing_token_that_prompts_need_is_named(folder: Path, token: str) -> None:
     def without(content: dict[str, Any]) -> None:
         content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] != token]
 

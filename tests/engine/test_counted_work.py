@@ -99,7 +99,7 @@ def test_a_denoising_step_is_counted_exactly(config: str) -> None:
     arch = golden_architecture(config)
     sizes, tokens = network_sizes(arch), size.image_tokens
     computation = Computation(arch=arch, item_bytes=ITEM_BYTES)
-    work = denoising_work(computation, sizes, tokens, 2, [9, 4, 2])
+    work = denoising_work(computation, sizes, tokens=tokens, images=2, prefixes=[9, 4, 2])
     assert work.gemm_flop == flop
     check_attention(work, attention, config)
 

@@ -32,7 +32,7 @@ def make_load(jobs: int = 4, *, branches: int = 2, prompt: int = 500, text: int 
     return Load(group=group, batch_size=jobs, prompt_tokens=prompt, text_tokens=text)
 
 
-def make_story(jobs: int = 4) -> Load:
+def make_interleave(jobs: int = 4) -> Load:
     load = make_load(jobs, prompt=1000, text=4000)
     group = replace(load.group, task=Task.INTERLEAVE, think=True)
     return replace(load, group=group, drawn_tokens=6 * 4098)

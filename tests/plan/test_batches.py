@@ -74,7 +74,7 @@ def test_jobs_that_draw_nothing_are_limited_by_their_number_alone(
 
 
 @given(entries=entries, memory=memories)
-def test_thinking_jobs_are_decoded_together_whatever_their_size(
+def test_thinking_jobs_are_decoded_together_however_large_their_images(
     entries: list[PlanEntry], memory: MemoryConfig
 ) -> None:
     for group in make_plan(entries, memory).groups:
@@ -92,7 +92,7 @@ def test_no_batch_is_larger_than_fits(
 
 
 @given(entries=entries, memory=memories)
-def test_order_is_the_manifests_with_failed_jobs_alone_at_the_end(
+def test_jobs_keep_the_manifests_order_and_failed_ones_come_last_and_alone(
     entries: list[PlanEntry], memory: MemoryConfig
 ) -> None:
     plan = make_plan(entries, memory)
@@ -108,7 +108,7 @@ def test_order_is_the_manifests_with_failed_jobs_alone_at_the_end(
 
 
 @given(entries=entries, memory=memories, done=st.integers(0, 20))
-def test_what_is_left_after_whole_batches_is_cut_the_same_way(
+def test_jobs_left_after_whole_batches_are_cut_the_same_way(
     entries: list[PlanEntry], memory: MemoryConfig, done: int
 ) -> None:
     batches = [ids for group in make_plan(entries, memory).groups for ids in group.batches()]
@@ -124,7 +124,7 @@ def test_job_larger_than_the_budget_still_gets_a_batch() -> None:
     assert list(plan.groups[0].batches()) == [("large",)]
 
 
-def test_group_depends_on_what_shapes_a_batch_and_not_on_the_rest() -> None:
+def test_a_group_depends_only_on_what_shapes_a_batch() -> None:
     job = make_job("a")
     assert group_key(replace(job, seed=9, prompt="other")) == group_key(job)
     assert group_key(replace(job, think=True)) != group_key(job)

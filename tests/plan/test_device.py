@@ -20,21 +20,21 @@ from tests.plan.loads import (
     COMPUTATION,
     FP8,
     make_edits,
+    make_interleave,
     make_load,
-    make_story,
     place_all,
     placed,
     with_drawing,
 )
 
 
-def test_modes_take_less_and_less() -> None:
+def test_each_mode_takes_less_than_the_one_before() -> None:
     peaks = [placed(vram_mode=mode).device_bytes for mode in ("full", "fast", "balanced", "low")]
     assert peaks == sorted(peaks, reverse=True)
     assert len(set(peaks)) == len(peaks)
 
 
-def test_auto_takes_all_weights_where_they_fit_and_says_why() -> None:
+def test_auto_keeps_all_weights_if_they_fit_and_says_why() -> None:
     chosen = placed(device_free=80 * GIB)
     assert (chosen.mode, chosen.num_buffers) == ("full", None)
     assert "80.0 GiB" in chosen.reason
@@ -63,35 +63,35 @@ def test_a_larger_budget_never_streams_more() -> None:
     assert buffers == sorted(buffers)
 
 
-def test_every_group_keeps_as_many_layers_as_its_own_jobs_leave_room_for() -> None:
-    dot, story = make_load(), make_story(2)
-    placed = place_all([dot, story], vram_budget_bytes=24 * GIB)
-    of_dot, of_story = placed.of(dot.group), placed.of(story.group)
-    assert of_dot == place_all([dot], vram_budget_bytes=24 * GIB).leanest
-    assert of_dot.num_buffers > of_story.num_buffers >= RING
-    assert placed.leanest == of_story
-    assert placed.device_bytes == max(of_dot.device_bytes, of_story.device_bytes) <= 24 * GIB
+def test_each_group_keeps_as_many_layers_as_its_jobs_leave_room_for() -> None:
+    short, long = make_load(), make_interleave(2)
+    placed = place_all([short, long], vram_budget_bytes=24 * GIB)
+    of_short, of_long = placed.of(short.group), placed.of(long.group)
+    assert of_short == place_all([short], vram_budget_bytes=24 * GIB).leanest
+    assert of_short.num_buffers > of_long.num_buffers >= RING
+    assert placed.leanest == of_long
+    assert placed.device_bytes == max(of_short.device_bytes, of_long.device_bytes) <= 24 * GIB
 
 
-def test_a_group_that_was_not_planned_for_is_given_the_leanest_placement() -> None:
-    placed = place_all([make_load(), make_story(2)], vram_budget_bytes=24 * GIB)
+def test_a_group_that_was_not_planned_gets_the_leanest_placement() -> None:
+    placed = place_all([make_load(), make_interleave(2)], vram_budget_bytes=24 * GIB)
     other = with_drawing(make_load(), num_steps=7).group
     assert placed.of(other) == placed.leanest
 
 
 def test_all_weights_stay_for_every_group_or_for_none() -> None:
-    dot, story = make_load(), make_story()
-    assert place_all([dot], device_free=37 * GIB).leanest.num_buffers is None
-    placed = place_all([dot, story], device_free=37 * GIB)
-    assert all(placed.of(load.group).num_buffers for load in (dot, story))
-    # More buffers than blocks would be memory for nothing.
+    short, long = make_load(), make_interleave()
+    assert place_all([short], device_free=37 * GIB).leanest.num_buffers is None
+    placed = place_all([short, long], device_free=37 * GIB)
+    assert all(placed.of(load.group).num_buffers for load in (short, long))
+    # More buffers than blocks would be a waste of memory.
     weights = weight_bytes(COMPUTATION)
     blocks = weights.num_generation + weights.num_understanding
-    assert placed.of(dot.group).num_buffers < blocks
+    assert placed.of(short.group).num_buffers < blocks
 
 
-def test_smaller_batches_are_found_at_all() -> None:
-    # Or the next test would have nothing to say.
+def test_smaller_budgets_lead_to_smaller_batches() -> None:
+    # Otherwise the next test would prove nothing.
     sizes = [
         place_all([make_edits(16)], vram_budget_bytes=int(gib * GIB)).leanest.batch_size
         for gib in (3.3, 3.5)
@@ -132,14 +132,14 @@ def test_a_resumed_run_cuts_its_batches_as_before(budget: float) -> None:
 
 
 @pytest.mark.parametrize("free", [30, 38, 44, 46])
-def test_texts_are_decoded_with_weights_that_stay_where_that_can_be(free: int) -> None:
+def test_text_is_decoded_with_resident_weights_if_possible(free: int) -> None:
     weights = weight_bytes(COMPUTATION)
-    chosen = place_all([make_story(7)], device_free=free * GIB).leanest
+    chosen = place_all([make_interleave(7)], device_free=free * GIB).leanest
     if chosen.num_buffers is not None:
         assert chosen.num_buffers >= weights.buffers_for_text(RING)
 
 
-def test_texts_are_decoded_at_least_half_together_before_all_weights_stay() -> None:
+def test_half_of_the_texts_decoded_together_is_preferred_to_streaming() -> None:
     load = make_load(16, prompt=700, text=1024)
     half, quarter = (
         place_all([replace(load, batch_size=jobs)], vram_mode="full").leanest.device_bytes
@@ -149,7 +149,7 @@ def test_texts_are_decoded_at_least_half_together_before_all_weights_stay() -> N
     assert place_all([load], device_free=(half + quarter) // 2).leanest.mode != "full"
 
 
-def test_smaller_batches_come_before_streaming_as_long_as_passes_are_full() -> None:
+def test_smaller_batches_are_preferred_to_streaming_while_passes_are_full() -> None:
     dots = make_edits(16)
     peak = place_all([dots], vram_mode="full").leanest.device_bytes
     chosen = place_all([dots], device_free=peak - GIB).leanest
@@ -157,7 +157,7 @@ def test_smaller_batches_come_before_streaming_as_long_as_passes_are_full() -> N
     assert place_all([replace(dots, batch_size=2)], device_free=34 * GIB).leanest.mode != "full"
 
 
-def test_fewer_jobs_a_batch_come_before_a_refusal_and_before_single_passes() -> None:
+def test_smaller_batches_are_preferred_to_single_passes_and_to_a_refusal() -> None:
     thinking = make_load(16, prompt=700, text=1024)
     roomy, tight = (
         place_all([thinking], vram_budget_bytes=int(gib * GIB)).leanest for gib in (9, 3.5)
@@ -182,7 +182,7 @@ def test_a_reason_counts_the_layers_that_stay() -> None:
 
 
 @pytest.mark.parametrize("memory", [{"vram_mode": "fast"}, {}])
-def test_what_cannot_fit_is_refused_with_what_would(memory: dict[str, Any]) -> None:
+def test_a_refusal_names_the_smallest_budget_that_fits(memory: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"expected at least \d+\.\d\d GiB") as refused:
         placed(vram_budget_bytes=GIB, **memory)
     assert "for t2i 2048x2048" in str(refused.value)

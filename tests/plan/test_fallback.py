@@ -14,39 +14,39 @@ from sensebatch.units import GIB
 from tests.plan.loads import (
     COMPUTATION,
     FP8,
+    make_interleave,
     make_load,
-    make_story,
     place_all,
 )
 
 
-def test_what_one_group_gives_up_no_other_keeps() -> None:
-    dot, story = make_load(), make_story(2)
-    placed = place_all([dot, story], vram_budget_bytes=24 * GIB)
-    before = [placed.of(load.group).num_buffers for load in (dot, story)]
-    less = leaner(COMPUTATION, placed, story.group)
+def test_memory_that_one_group_gives_up_is_given_up_by_all() -> None:
+    short, long = make_load(), make_interleave(2)
+    placed = place_all([short, long], vram_budget_bytes=24 * GIB)
+    before = [placed.of(load.group).num_buffers for load in (short, long)]
+    less = leaner(COMPUTATION, placed, long.group)
     assert less is not None
-    after = [less.of(load.group).num_buffers for load in (dot, story)]
+    after = [less.of(load.group).num_buffers for load in (short, long)]
     assert after == [before[0] - (before[1] - after[1]), max(before[1] // 2, RING)]
     # Nor does a group that was not planned for.
     assert less.leanest.num_buffers == after[1]
-    while less.of(story.group).num_buffers > RING:
-        less = leaner(COMPUTATION, less, story.group)
-    alone = leaner(COMPUTATION, less, story.group)
-    assert (alone.of(story.group).mode, alone.of(story.group).tokens_per_pass) == ("low", 1)
-    assert alone.of(dot.group) == less.of(dot.group)
-    assert leaner(COMPUTATION, alone, story.group) is None
+    while less.of(long.group).num_buffers > RING:
+        less = leaner(COMPUTATION, less, long.group)
+    alone = leaner(COMPUTATION, less, long.group)
+    assert (alone.of(long.group).mode, alone.of(long.group).tokens_per_pass) == ("low", 1)
+    assert alone.of(short.group) == less.of(short.group)
+    assert leaner(COMPUTATION, alone, long.group) is None
 
 
-def test_all_weights_are_given_up_by_every_group_and_the_host_budget_holds() -> None:
-    dot, story = make_load(), make_story(1)
-    placed = place_all([dot, story], device_free=80 * GIB, host_budget_bytes=20 * GIB)
-    assert placed.of(dot.group).num_buffers is None
-    less = leaner(COMPUTATION, placed, dot.group)
-    assert all(less.of(load.group).num_buffers for load in (dot, story))
-    kept = less.of(dot.group).host_block_bytes + weight_bytes(COMPUTATION).embeddings
+def test_streaming_starts_for_all_groups_within_the_host_budget() -> None:
+    short, long = make_load(), make_interleave(1)
+    placed = place_all([short, long], device_free=80 * GIB, host_budget_bytes=20 * GIB)
+    assert placed.of(short.group).num_buffers is None
+    less = leaner(COMPUTATION, placed, short.group)
+    assert all(less.of(load.group).num_buffers for load in (short, long))
+    kept = less.of(short.group).host_block_bytes + weight_bytes(COMPUTATION).embeddings
     assert 15 * GIB < kept + PROGRAM_BYTES <= 20 * GIB
-    assert 15 * GIB < less.of(dot.group).host_bytes <= 20 * GIB
+    assert 15 * GIB < less.of(short.group).host_bytes <= 20 * GIB
 
 
 @settings(max_examples=25)

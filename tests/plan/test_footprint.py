@@ -1,4 +1,4 @@
-"""What jobs take besides weights. The estimates are held against tensors in tests/engine."""
+"""What jobs take besides weights; tests/engine/memory compares the estimates with tensors."""
 
 from __future__ import annotations
 

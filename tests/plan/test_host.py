@@ -15,15 +15,15 @@ from sensebatch.tasks import Branch
 from sensebatch.units import GIB
 from tests.plan.loads import (
     COMPUTATION,
+    make_interleave,
     make_load,
-    make_story,
     place_all,
     placed,
     with_drawing,
 )
 
 
-def test_a_host_budget_makes_batches_smaller_beside_a_full_device_too() -> None:
+def test_a_host_budget_shrinks_batches_even_with_all_weights_on_the_device() -> None:
     load = make_load(16, prompt=700, text=1024)
     chosen = place_all([load], device_free=120 * GIB, host_budget_bytes=3 * GIB).leanest
     assert (chosen.mode, chosen.num_buffers) == ("full", None)
@@ -31,7 +31,7 @@ def test_a_host_budget_makes_batches_smaller_beside_a_full_device_too() -> None:
     assert chosen.host_bytes <= 3 * GIB
 
 
-def test_prefixes_that_the_host_cannot_hold_make_batches_smaller() -> None:
+def test_prefixes_that_do_not_fit_the_host_shrink_batches() -> None:
     edits = with_drawing(make_load(8, prompt=5000), branches=(Branch.COND, Branch.IMG_COND))
     rich = place_all([edits], vram_mode="balanced")
     assert rich.leanest.batch_size is None
@@ -54,7 +54,7 @@ def test_the_host_keeps_what_its_budget_allows() -> None:
     assert placed(vram_mode="full").host_bytes < PROGRAM_BYTES + 2 * GIB
 
 
-def test_a_host_budget_must_hold_the_program_where_all_weights_are_on_the_device() -> None:
+def test_a_host_budget_must_cover_the_program_with_all_weights_on_the_device() -> None:
     with pytest.raises(ConfigError, match=r"max_memory: expected cpu to be at least 1\.\d\d GiB"):
         place_all(vram_mode="full", device_free=80 * GIB, host_budget_bytes=GIB)
     # Host and device are one: the program is smaller, and nobody knows by how much.
@@ -64,7 +64,7 @@ def test_a_host_budget_must_hold_the_program_where_all_weights_are_on_the_device
 @settings(max_examples=25)
 @given(budget=st.integers(0, 60 * GIB), jobs=st.integers(1, 16), prompt=st.integers(1, 9000))
 def test_a_host_budget_is_never_exceeded(budget: int, jobs: int, prompt: int) -> None:
-    loads = [make_load(jobs, prompt=prompt), make_story(2)]
+    loads = [make_load(jobs, prompt=prompt), make_interleave(2)]
     memory: dict[str, Any] = {"vram_mode": "balanced", "host_budget_bytes": budget}
     try:
         chosen = place_all(loads, **memory)

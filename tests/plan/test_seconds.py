@@ -1,4 +1,4 @@
-"""Least times, held against what was measured of a machine by hand."""
+"""Least times, compared with what was measured of a machine by hand."""
 
 from __future__ import annotations
 
@@ -66,16 +66,16 @@ def step(load: Load, num_jobs: int = 1, **memory: Any) -> float:
     return seconds(load, num_jobs, **memory).images / STEPS / num_jobs
 
 
-def test_a_layer_takes_what_its_parts_were_measured_to_take() -> None:
-    work = denoising_work(COMPUTATION, SIZES, 4096, 1, [PREFIX, PREFIX])
+def test_a_layer_takes_as_long_as_its_parts_were_measured_to() -> None:
+    work = denoising_work(COMPUTATION, SIZES, tokens=4096, images=1, prefixes=[PREFIX, PREFIX])
     layers = 2 * 8192 * SIZES.generation_matrices
     assert layers / ARCH.num_layers / H200.gemm_flop_per_s == pytest.approx(4.31e-3, rel=0.002)
     attention = work.attention_flop / ARCH.num_layers / H200.attention_flop_per_s
     assert attention == pytest.approx(0.98e-3, rel=0.002)
 
 
-def test_a_resident_step_takes_the_limit_found_by_hand() -> None:
-    work = denoising_work(COMPUTATION, SIZES, 4096, 1, [PREFIX, PREFIX])
+def test_a_resident_step_takes_as_long_as_the_limit_found_by_hand() -> None:
+    work = denoising_work(COMPUTATION, SIZES, tokens=4096, images=1, prefixes=[PREFIX, PREFIX])
     # The embedders and the head, which the limit leaves out, are half a percent.
     assert work.seconds(H200) == pytest.approx(0.222, rel=0.01)
     assert step(make_load(), vram_mode="full") == pytest.approx(0.222, rel=0.01)
@@ -96,7 +96,7 @@ def test_one_streamed_job_waits_for_copies_and_two_hide_them() -> None:
 def test_decoding_takes_as_long_as_reading_the_weights() -> None:
     work = seconds(make_load(text_tokens=1000), vram_mode="full")
     weights = 2 * (SIZES.understanding_matrices + SIZES.vocabulary_head)
-    # Caches are read as well, and the text is a longer prefix of the picture.
+    # Caches are read as well, and the text makes the image's prefix longer.
     least = 1000 * weights / H200.memory_bytes_per_s
     assert least < work.text < 1.1 * least
     together = seconds(make_load(4, text_tokens=1000), 4, vram_mode="full")
@@ -107,7 +107,7 @@ def test_text_that_is_not_allowed_takes_no_time() -> None:
     assert seconds(make_load(), vram_mode="full").text == 0
 
 
-def test_each_picture_of_a_story_takes_longer_than_the_one_before() -> None:
+def test_each_image_of_an_interleave_job_takes_longer_than_the_one_before() -> None:
     times = [seconds(make_load(num_images=count), vram_mode="full").images for count in range(1, 6)]
     growth = [later - earlier for earlier, later in pairwise(times)]
     assert growth == sorted(growth)
@@ -142,7 +142,7 @@ def test_every_speed_matters(name: str, mode: str) -> None:
     assert after.images + after.text > before.images + before.text
 
 
-def test_jobs_of_a_last_smaller_batch_are_counted() -> None:
+def test_a_smaller_last_batch_is_counted() -> None:
     times = [seconds(make_load(4), jobs, vram_mode="full").images for jobs in (4, 5, 8)]
     assert times[0] < times[1] < times[2]
     assert times[2] == pytest.approx(2 * times[0])

@@ -56,10 +56,10 @@ def test_the_seconds_of_a_run_are_those_of_its_groups() -> None:
         assert placement["seconds"][name] == pytest.approx(sum(own))
 
 
-def test_a_network_is_gone_through_once_however_many_groups_there_are(
+def test_the_cost_of_a_plan_per_group_does_not_include_listing_tensors(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Counts calls: all tensors are gone through once a run, a few options weighed a group."""
+    """Counts calls: tensors are listed a few times a run, and a few options weighed per group."""
     calls: Counter[str] = Counter()
 
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:

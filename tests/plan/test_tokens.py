@@ -18,6 +18,6 @@ from sensebatch.plan.tokens import text_tokens
         ("บ้าน", 4 * 3),
     ],
 )
-def test_tokens_of_a_text_are_estimated_from_above(text: str, tokens: int) -> None:
-    """Of digits and of scripts that most tokenizers split finely too."""
+def test_text_tokens_are_never_underestimated(text: str, tokens: int) -> None:
+    """Including digits, and scripts that most tokenizers split finely."""
     assert text_tokens(text) == tokens

@@ -55,11 +55,11 @@ from tests.golden_data import CONFIGS, ByteTokenizer, golden_architecture
 pytestmark = pytest.mark.slow
 
 LEAST, MOST = 0.97, 1.10
-"""The estimate may be this much of the measured peak."""
+"""Bounds of the estimate relative to the measured peak."""
 
 
 def small_architecture(hidden: int) -> Architecture:
-    """Returns the proportions of the 8B model in the small."""
+    """Returns a small network with the proportions of the 8B model."""
     return replace(
         parse_architecture(OFFICIAL_8B),
         hidden_size=hidden,
@@ -256,7 +256,7 @@ def test_decoding_takes_what_is_expected(jobs: int, prompt: int, text: int) -> N
     assert LEAST <= expected / live.peak <= MOST, (expected, live.peak)
 
 
-def test_room_that_is_made_anew_is_there_twice_for_one_layer_only() -> None:
+def test_only_one_layer_of_a_room_is_there_twice_while_it_grows() -> None:
     arch = replace(small_architecture(64), num_layers=8)
     network = Network(arch)
     jobs, prompt, room = 3, 500, 200
@@ -275,7 +275,7 @@ def test_room_that_is_made_anew_is_there_twice_for_one_layer_only() -> None:
     assert taken < live.peak <= taken + taken // arch.num_layers
 
 
-def test_short_prompts_behind_a_system_turn_take_no_more_than_their_tokens() -> None:
+def test_short_prompts_after_a_system_turn_take_no_more_than_their_tokens() -> None:
     runner = small_runner()
     network = runner.network
     turn = runner.new_extension(Prompt(token_ids=(1,) * 300))
@@ -289,7 +289,7 @@ def test_short_prompts_behind_a_system_turn_take_no_more_than_their_tokens() -> 
         assert live.now - before == cache_bytes(computation_of(network), jobs * (300 + new))
 
 
-def test_thoughts_leave_no_room_behind_them_while_pictures_are_drawn(
+def test_thoughts_leave_no_unused_room_while_images_are_drawn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     size = Resolution(height=32, width=32)
@@ -311,8 +311,8 @@ def test_thoughts_leave_no_room_behind_them_while_pictures_are_drawn(
     assert held == expected
 
 
-def test_a_story_caches_no_more_than_is_expected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All but its last picture are read back."""
+def test_an_interleave_job_caches_no_more_than_is_expected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All images but the last are read back."""
     size = Resolution(height=64, width=96)
     runner = small_runner()
     prepared = _prepared(runner, Task.INTERLEAVE, size, think=False)
@@ -359,7 +359,7 @@ def _prepared(runner: Runner, task: Task, size: Resolution, *, think: bool) -> P
 
 @pytest.mark.parametrize("precision", [None, Precision.FP8, Precision.FP8_ALL])
 @pytest.mark.parametrize("config", CONFIGS)
-def test_text_is_expected_to_be_decoded_as_it_is(config: str, precision: Precision | None) -> None:
+def test_the_plan_knows_how_text_is_decoded(config: str, precision: Precision | None) -> None:
     pytest.importorskip("triton", reason="Triton has no build for this platform")
     arch = golden_architecture(config)
     with torch.device("meta"):
@@ -373,7 +373,7 @@ def test_text_is_expected_to_be_decoded_as_it_is(config: str, precision: Precisi
     assert not decodes_fast(replace(fused, fused=False))
 
 
-def test_what_a_layer_attended_to_is_gone_before_the_next_attends() -> None:
+def test_a_layer_frees_what_it_attended_to_before_the_next_attends() -> None:
     network = small_network()
     alive: list[Any] = []
 
@@ -396,16 +396,16 @@ def test_what_a_layer_attended_to_is_gone_before_the_next_attends() -> None:
     assert len(alive) == 2 * network.arch.num_layers
 
 
-def test_input_pictures_are_embedded_one_at_a_time() -> None:
+def test_input_images_are_embedded_one_at_a_time() -> None:
     runner = small_runner()
-    patches, pictures = 4 * 256, 6
+    patches, count = 4 * 256, 6
     with infer(), LiveBytes() as one:
         runner.embed_images(
             Patches(rows_PD=torch.zeros(patches, 768), grid_hw=(32, 32)) for _ in "a"
         )
     with infer(), LiveBytes() as live:
         embeds = runner.embed_images(
-            Patches(rows_PD=torch.zeros(patches, 768), grid_hw=(32, 32)) for _ in range(pictures)
+            Patches(rows_PD=torch.zeros(patches, 768), grid_hw=(32, 32)) for _ in range(count)
         )
     kept = sum(embed.nbytes for embed in embeds)
     assert live.peak <= one.peak + kept + patches * 768 * 4
@@ -458,7 +458,7 @@ def test_guidance_takes_what_is_expected(
     assert LEAST <= expected / live.peak <= MOST, (expected, live.peak)
 
 
-def test_pictures_of_finished_passes_take_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_of_finished_passes_take_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     network, size = small_network(), Resolution(height=512, width=512)
     limits = PassLimits(image_tokens=size.image_tokens)
     runner = Runner(network=network, tokenizer=ByteTokenizer(), attention=sdpa, limits=limits)

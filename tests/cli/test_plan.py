@@ -81,14 +81,14 @@ def test_caches_that_wait_are_counted_as_host_memory(invoke: Invoke, large: Path
     assert first - second < GIB
 
 
-def test_plan_with_a_budget_says_what_would_be_taken(invoke: Invoke, large: Path) -> None:
+def test_plan_with_a_budget_shows_what_a_run_would_use(invoke: Invoke, large: Path) -> None:
     (mode,) = invoke("plan", large, *MODEL, "--max-memory", "0=12GiB", "--json").json["memory"]
     assert mode["vram_mode"] in ("balanced", "low")
     assert 11 * GIB < mode["device_bytes"] <= 12 * GIB
     assert "budget of 12.0 GiB" in mode["reason"]
 
 
-def test_budget_that_is_too_small_is_told_by_the_plan(invoke: Invoke, large: Path) -> None:
+def test_a_budget_that_is_too_small_is_reported(invoke: Invoke, large: Path) -> None:
     ended = invoke("plan", large, *MODEL, "--max-memory", "0=1GiB")
     assert ended.code == 2
     smallest = re.search(r"expected at least (\d+\.\d\d) GiB", ended.err)
@@ -105,7 +105,7 @@ def test_plan_for_people_has_a_column_for_each_mode(invoke: Invoke, large: Path)
     assert "doctor measures" in " ".join(printed.split())
 
 
-def test_model_that_would_be_fetched_is_left_alone(invoke: Invoke, large: Path) -> None:
+def test_a_model_that_would_be_downloaded_is_left_alone(invoke: Invoke, large: Path) -> None:
     assert invoke("plan", large, "--model", "owner/name", "--json").json["memory"] is None
 
 
@@ -116,7 +116,7 @@ def test_plan_takes_what_fits_the_measured_gpu_and_times_it(invoke: Invoke, larg
     (mode,) = plan["memory"]
     assert mode["vram_mode"] == "full"
     pictures = [group["seconds"]["pictures"] for group in mode["groups"]]
-    # Four pictures of 50 steps, of which none can be faster than this on that machine.
+    # Four images of 50 steps, of which none can be faster than this on that machine.
     assert pictures[0] == pytest.approx(4 * 50 * 0.222, rel=0.02)
     assert sum(pictures) == pytest.approx(mode["seconds"]["pictures"])
     assert mode["seconds"]["text"] == 0
@@ -141,7 +141,7 @@ def test_plan_for_people_names_the_gpu_and_the_total(invoke: Invoke, large: Path
 
 
 @pytest.mark.usefixtures("measured")
-def test_time_of_text_is_told_apart(invoke: Invoke, manifest: Path) -> None:
+def test_the_time_of_text_is_shown_separately(invoke: Invoke, manifest: Path) -> None:
     out = invoke("plan", manifest, *MODEL).out
     assert re.search(FOR_TEXT, out)
     assert "more if all text is written" in " ".join(out.split())
@@ -174,7 +174,7 @@ def test_a_plan_for_the_cpu_has_nothing_of_the_gpu(invoke: Invoke, large: Path) 
     assert plan["memory"] is None
 
 
-def test_a_gpu_that_is_too_small_is_told_with_what_would_do(
+def test_a_gpu_that_is_too_small_is_reported_with_what_would_do(
     invoke: Invoke, large: Path, measured: Path
 ) -> None:
     measured.write_text(json.dumps(SPEEDS | {"free_bytes": GIB}), encoding="utf-8")
@@ -195,7 +195,7 @@ def test_a_file_of_speeds_that_cannot_be_used_is_named(
     assert ended.json["machine"] is None
 
 
-def test_plan_says_of_each_group_what_stays_and_what_is_read_again(
+def test_plan_says_for_each_group_what_stays_and_what_is_read_again(
     invoke: Invoke, large: Path
 ) -> None:
     options = (*MODEL, "--max-memory", "0=13GiB,cpu=4GiB")
