@@ -7,7 +7,7 @@ import sys
 
 from sensebatch import session
 from sensebatch.cli.progress import watch
-from sensebatch.cli.signals import StopSignals
+from sensebatch.cli.signals import Interrupt, StopSignals
 from sensebatch.cli.voice import Voice
 from sensebatch.errors import StoppedError
 from sensebatch.executor.observer import Summary
@@ -30,7 +30,7 @@ def run_session(request: Request, voice: Voice) -> Summary:
         with stop.installed(interrupts=True), voice.logging(), watch(stop, voice) as display:
             voice.info(f"reading {', '.join(request.sources)}")
             return session.run_session(request, observer=display, stop=stop)
-    except KeyboardInterrupt:
+    except Interrupt:
         raise StoppedError("a signal came before any job was run") from None
 
 

@@ -22,6 +22,14 @@ RESUMABLE = "stopped at once; the same command resumes the run"
 _SHOW_CURSOR = b"\x1b[?25h"
 
 
+class Interrupt(KeyboardInterrupt):
+    """Ends what comes before a run.
+
+    A type of its own, because Python ends a process by SIGINT, whatever its exit code, after a
+    plain KeyboardInterrupt has passed through `exec` of a text, as in the import of many libraries.
+    """
+
+
 class StopSignals:
     """Whether a run was asked to stop; a run's `Stop` for the executor.
 
@@ -57,7 +65,7 @@ class StopSignals:
         """Handles the signals while the block runs; in the main thread alone.
 
         Args:
-            interrupts: Whether the first signal raises KeyboardInterrupt in the main thread, until
+            interrupts: Whether the first signal raises `Interrupt` in the main thread, until
                 `finish_images` is called.
         """
         self._interrupts, self._finishes = interrupts, not interrupts
@@ -85,7 +93,7 @@ class StopSignals:
         self._stop.set()
         if self._interrupts:
             self._interrupts = False
-            raise KeyboardInterrupt
+            raise Interrupt
 
     def _count(self, arrived: socket.socket) -> None:
         """Takes account of every signal that arrives, until the other end of the socket closes."""

@@ -157,6 +157,24 @@ def test_first_signal_ends_a_run_between_two_passes_and_the_same_command_goes_on
     assert backend.engine.drawn[:2] == [("a",), ("b",)]
 
 
+EXECUTED = """
+import os
+from sensebatch import session
+from sensebatch.cli.main import main
+
+def run(*_, **__):
+    exec("os.kill(os.getpid(), {number})")
+
+session.run_session = run
+main(["run", "manifests/catalog.yaml", "--output-dir", "{root}"])
+"""
+
+
+def test_signal_in_code_that_is_executed_as_text_has_the_documented_code(tmp_path: Path) -> None:
+    script = EXECUTED.format(root=tmp_path / "o", number=int(signal.SIGTERM))
+    assert _python(script).returncode == 75
+
+
 @pytest.mark.parametrize(("number", "code"), ENDS)
 def test_two_signals_during_one_long_call_are_two(number: signal.Signals, code: int) -> None:
     ended = _python(BUSY.format(number=int(number)))
