@@ -1,4 +1,4 @@
-"""Defaults < file < flags, and one clear complaint for every mistake."""
+"""Defaults < file < flags, and one clear message for every error."""
 
 from __future__ import annotations
 
@@ -260,13 +260,13 @@ def test_file_offers_exactly_the_settings_of_every_task(task: Task) -> None:
         ("- 1", "FILE: line 1: expected sections with settings, found [1]"),
     ],
 )
-def test_mistake_in_a_file_names_file_place_expected_and_found(
+def test_an_error_in_a_file_names_file_place_expected_and_found(
     tmp_path: Path, text: str, complaint: str
 ) -> None:
     assert _complaints(tmp_path, text) == [complaint]
 
 
-def test_all_mistakes_are_told_at_once_and_flags_by_their_name(tmp_path: Path) -> None:
+def test_all_errors_are_reported_at_once_and_flags_by_their_name(tmp_path: Path) -> None:
     text = "model: {dtype: int8}\nmemory: {max_batch_size: 0}\n"
     assert _complaints(tmp_path, text, memory__max_batch_size=-1, execution__max_attempts=0) == [
         "FILE: line 1: model.dtype: expected 'auto', 'bfloat16', 'float16' or 'float32', "

@@ -78,7 +78,7 @@ def test_report_prints_the_summary_and_groups_or_json(invoke: Invoke, manifest: 
     assert invoke("report", "outputs/small", "--json").json["total"]["calls"] == 4
 
 
-def test_validate_counts_jobs_or_tells_every_mistake(
+def test_validate_counts_jobs_or_reports_every_error(
     invoke: Invoke, manifest: Path, tmp_path: Path
 ) -> None:
     assert invoke("manifest", "validate", manifest).out == (

@@ -61,7 +61,7 @@ def test_help_names_both_ends_of_the_guidance_interval(invoke: Invoke) -> None:
 
 
 @pytest.mark.parametrize("args", [["run", "a.yaml"], ["manifest", "validate", "a.yaml"]])
-def test_wrong_word_is_told_without_the_words_of_a_library(invoke: Invoke, args: list[str]) -> None:
+def test_a_wrong_word_is_reported_in_our_own_words(invoke: Invoke, args: list[str]) -> None:
     ended = invoke(*args, "--vram-mode", "quick")
     assert ended.code == 2
     assert "'--vram-mode': 'quick' is not one of" in ended.err

@@ -67,7 +67,7 @@ def test_the_velocity_near_the_end_is_divided_by_a_fiftieth() -> None:
     assert velocity_from_image(x, z, 0.999).item() == pytest.approx(50.0)
 
 
-def test_later_pictures_of_a_job_have_other_noise_from_the_same_generator() -> None:
+def test_later_images_of_a_job_have_other_noise_from_the_same_generator() -> None:
     generator = torch.Generator().manual_seed(1)
     first, second = (initial_noise(32, 64, 2.0, generator) for _ in range(2))
     again = torch.Generator().manual_seed(1)
@@ -162,7 +162,7 @@ def test_cfg_zero_star_stands_still_at_step_0_only_where_guidance_is_active() ->
     assert guidance.combine(velocities, 1, 0.6).abs().sum() > 0
 
 
-def test_an_interleave_job_stops_at_its_last_picture() -> None:
+def test_an_interleave_job_stops_at_its_last_image() -> None:
     case = load_case("dense_fm", "il_text_nothink")
     runner = build_runner(case)
     prepared = build_job(case, case.params["system_message"])

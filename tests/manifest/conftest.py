@@ -1,4 +1,4 @@
-"""Small manifests and pictures."""
+"""Small manifests and images."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def write_jsonl(tmp_path: Path) -> WriteJsonl:
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Callable[..., str]:
-    """Draws a picture beside the manifest and returns its name."""
+def draw_input(tmp_path: Path) -> Callable[..., str]:
+    """Draws an image beside the manifest and returns its name."""
 
     def draw(name: str = "in.png", size: tuple[int, int] = (96, 64), colour: str = "red") -> str:
         Image.new("RGB", size, colour).save(tmp_path / name)

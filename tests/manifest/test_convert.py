@@ -58,9 +58,9 @@ jobs:
 
 @pytest.mark.parametrize("order", list(itertools.permutations(SUFFIXES)))
 def test_any_way_round_gives_the_same_jobs(
-    tmp_path: Path, config: RunConfig, picture: Any, order: tuple[str, ...]
+    tmp_path: Path, config: RunConfig, draw_input: Any, order: tuple[str, ...]
 ) -> None:
-    picture()
+    draw_input()
     source = tmp_path / "source.yaml"
     source.write_text(YAML)
     expected = contents(source, config)
@@ -100,7 +100,7 @@ def test_defaults_of_the_model_stay_open(tmp_path: Path, write_jsonl: WriteJsonl
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_pictures_inside_a_manifest_come_out_and_go_in(
+def test_images_inside_a_manifest_come_out_and_go_in(
     tmp_path: Path, config: RunConfig, suffix: str
 ) -> None:
     source = tmp_path / "inside.parquet"

@@ -104,15 +104,15 @@ EDIT_MISTAKES: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("fields", "message"), EDIT_MISTAKES)
 def test_a_mistake_about_images_is_one_message(
-    mistakes: Mistakes, picture: Any, fields: dict[str, Any], message: str
+    mistakes: Mistakes, draw_input: Any, fields: dict[str, Any], message: str
 ) -> None:
-    found = mistakes({"prompt": "Redder", "task": "edit", "image": picture(), **fields})
+    found = mistakes({"prompt": "Redder", "task": "edit", "image": draw_input(), **fields})
     assert len(found) == 1
     assert found[0].startswith(f"line 1: {message}")
 
 
-def test_a_picture_that_is_too_long_is_refused(mistakes: Mistakes, picture: Any) -> None:
-    found = mistakes({"prompt": "x", "image": picture("long.png", size=(1, 201))})
+def test_an_image_that_is_too_long_is_refused(mistakes: Mistakes, draw_input: Any) -> None:
+    found = mistakes({"prompt": "x", "image": draw_input("long.png", size=(1, 201))})
     assert found == ["line 1: image: expected an aspect ratio of at most 200, found 201.0 (1x201)"]
 
 
@@ -164,10 +164,10 @@ def test_the_schema_names_every_field_and_refuses_others() -> None:
 
 
 @pytest.mark.parametrize("task", list(Task))
-def test_fields_of_other_tasks_are_named(mistakes: Mistakes, picture: Any, task: Task) -> None:
+def test_fields_of_other_tasks_are_named(mistakes: Mistakes, draw_input: Any, task: Task) -> None:
     values = {"target_pixels": 65536, "input_max_pixels": "auto", "max_images": 1}
     values |= {"max_new_tokens": 1, "img_cfg_scale": 1, "max_think_tokens": 1, "raw_inputs": True}
-    row = {"prompt": "x", "task": task} | ({} if task is Task.T2I else {"image": picture()})
+    row = {"prompt": "x", "task": task} | ({} if task is Task.T2I else {"image": draw_input()})
     found = mistakes({**row, **values})
     named = {message.split(": ")[1] for message in found}
     assert named == FOREIGN_FIELDS[task] - {"image", "images"}

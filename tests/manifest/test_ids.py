@@ -1,4 +1,4 @@
-"""Ids name files: which are refused, when two are the same, and how they are made up."""
+"""Ids name files: which are refused, when two are the same, and how they are derived."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_colliding_ids_are_one_mistake_that_names_the_other_row(mistakes: Mistak
     ]
 
 
-def test_identical_rows_without_id_are_told_to_differ(mistakes: Mistakes) -> None:
+def test_identical_rows_without_an_id_must_differ(mistakes: Mistakes) -> None:
     found = mistakes({"prompt": "x"}, {"prompt": "x"})
     assert len(found) == 1
     assert found[0].endswith("found the same; give one of the two an id or another seed")
@@ -154,7 +154,7 @@ def test_suffixes_come_in_the_order_of_names() -> None:
 
 
 @pytest.mark.parametrize("bad", [0, 1])
-def test_colliding_ids_are_told_also_where_a_job_has_other_mistakes(
+def test_colliding_ids_are_reported_for_jobs_with_other_errors_too(
     mistakes: Mistakes, bad: int
 ) -> None:
     rows = [{"id": "cat", "prompt": "x"}, {"id": "cat", "prompt": "y"}]

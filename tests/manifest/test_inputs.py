@@ -21,7 +21,7 @@ NUM_ROWS = 100
 
 
 def content(row: int, index: int) -> bytes:
-    return f"picture {index} of row {row}".encode()
+    return f"image {index} of row {row}".encode()
 
 
 def image(path: Path, row: int, index: int = 0, column: str = "images") -> InputImage:
@@ -53,16 +53,16 @@ def test_members_are_read_in_any_order(table: Path, asked: list[tuple[int, int]]
 
 
 def test_a_row_group_is_not_held_as_a_whole(tmp_path: Path) -> None:
-    pictures = [random.Random(row).randbytes(4096) for row in range(4096)]
+    images = [random.Random(row).randbytes(4096) for row in range(4096)]
     path = tmp_path / "jobs.parquet"
-    table = pa.table({"image": [{"bytes": picture} for picture in pictures]})
+    table = pa.table({"image": [{"bytes": image} for image in images]})
     pq.write_table(table, path, write_batch_size=32)
     del table
     reader, before = InputReader(), pa.total_allocated_bytes()
     for row in (0, 2000):
-        sha256 = hashlib.sha256(pictures[row]).hexdigest()
+        sha256 = hashlib.sha256(images[row]).hexdigest()
         known = replace(image(path, row, column="image"), sha256=sha256)
-        assert reader.read(known) == pictures[row]
+        assert reader.read(known) == images[row]
         assert pa.total_allocated_bytes() - before < path.stat().st_size / 2
     reader.close()
 
@@ -88,7 +88,7 @@ def test_members_that_are_missing_fail_the_job(table: Path, tmp_path: Path) -> N
     known = image(table, 3)
     for changed, message in [
         (replace(known, member=(NUM_ROWS, "images", 0)), "no longer has a row 100"),
-        (replace(known, member=(3, "pictures", 0)), "column 'pictures'"),
+        (replace(known, member=(3, "photos", 0)), "column 'photos'"),
         (replace(known, member=(3, "images", 2)), r"row 3: images\[2\], found no bytes"),
         (replace(known, member=(4, "images", 0)), "found other bytes"),
         (replace(known, path=str(tmp_path / "none.parquet")), "No such file"),

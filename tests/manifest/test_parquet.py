@@ -1,4 +1,4 @@
-"""Parquet manifests: columns of every shape, pictures inside, and a million rows in little room."""
+"""Parquet manifests: columns of every shape, images inside, and a million rows in little memory."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_seeds_and_a_matrix_work_in_columns(read_table: ReadTable) -> None:
 
 @pytest.mark.parametrize("column", ["image", "images"])
 @pytest.mark.parametrize("listed", [False, True])
-def test_pictures_may_be_inside_or_beside_the_manifest(
+def test_images_may_be_inside_or_beside_the_manifest(
     read_table: ReadTable, tmp_path: Path, column: str, listed: bool
 ) -> None:
     content = encoded("JPEG")
@@ -173,14 +173,14 @@ def test_decimals_are_numbers(read_table: ReadTable) -> None:
     assert found == "row 0: num_steps: expected a whole number, found 1.5"
 
 
-def test_a_picture_struct_of_other_names_is_a_mistake_and_no_t2i_job(
+def test_an_image_struct_of_other_names_is_an_error_and_not_a_t2i_job(
     read_table: ReadTable,
 ) -> None:
     (found,) = mistakes(read_table, {"prompt": ["a"], "image": [{"uri": "a.png"}]})
     assert found == "row 0: image.uri: expected a known field, found 'uri'"
 
 
-def test_text_that_is_no_unicode_is_a_mistake(read_table: ReadTable) -> None:
+def test_text_that_is_not_unicode_is_an_error(read_table: ReadTable) -> None:
     broken = pa.array([b"a\xff"]).view(pa.string())
     (found,) = mistakes(read_table, {"prompt": broken})
     assert found.startswith(
@@ -196,10 +196,10 @@ def test_a_damaged_image_is_named(read_table: ReadTable) -> None:
     assert found.startswith("row 0: images[0]: expected a complete image, found a damaged one")
 
 
-def test_pictures_of_a_row_group_are_not_held_as_a_whole(tmp_path: Path, config: RunConfig) -> None:
-    picture = encoded("PNG", size=(64, 64))
+def test_images_of_a_row_group_are_not_held_as_a_whole(tmp_path: Path, config: RunConfig) -> None:
+    image = encoded("PNG", size=(64, 64))
     path = tmp_path / "jobs.parquet"
-    images = [{"bytes": picture + random.Random(row).randbytes(4096)} for row in range(2048)]
+    images = [{"bytes": image + random.Random(row).randbytes(4096)} for row in range(2048)]
     numbers = pa.array(range(len(images)))
     table = pa.table({"id": numbers, "prompt": ["a"] * len(images), "image": images})
     pq.write_table(table, path, write_batch_size=32)

@@ -20,8 +20,8 @@ def tasks_of(read_rows: ReadRows, *rows: dict[str, Any], **options: Any) -> list
     return [str(job.task) for job in read_rows(*rows, **options)]
 
 
-def test_the_task_is_decided_row_by_row(read_rows: ReadRows, picture: Any) -> None:
-    image = picture()
+def test_the_task_is_decided_row_by_row(read_rows: ReadRows, draw_input: Any) -> None:
+    image = draw_input()
     rows = [
         {"prompt": "a"},
         {"prompt": "b", "image": image},
@@ -32,8 +32,8 @@ def test_the_task_is_decided_row_by_row(read_rows: ReadRows, picture: Any) -> No
     assert tasks_of(read_rows, *rows) == ["t2i", "edit", "interleave", "interleave", "t2i"]
 
 
-def test_a_task_asked_for_wins_over_a_derived_one(read_rows: ReadRows, picture: Any) -> None:
-    row = {"prompt": "a", "image": picture()}
+def test_a_task_asked_for_wins_over_a_derived_one(read_rows: ReadRows, draw_input: Any) -> None:
+    row = {"prompt": "a", "image": draw_input()}
     assert tasks_of(read_rows, row, task=Task.INTERLEAVE) == ["interleave"]
 
 
@@ -68,9 +68,9 @@ UPSTREAM: list[tuple[dict[str, Any], dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("row", "expected"), UPSTREAM)
 def test_upstream_rows_are_read_as_they_are(
-    read_rows: ReadRows, picture: Any, row: dict[str, Any], expected: dict[str, Any]
+    read_rows: ReadRows, draw_input: Any, row: dict[str, Any], expected: dict[str, Any]
 ) -> None:
-    picture()
+    draw_input()
     (job,) = read_rows(row)
     assert {name: getattr(job, name) for name in expected} == expected
 
@@ -150,7 +150,7 @@ def test_a_broken_line_is_a_mistake_and_the_rest_is_read(
         ("bad.yaml", b"\xff", "line 1: expected UTF-8 text, found byte 0xff"),
     ],
 )
-def test_a_file_that_is_no_manifest_is_one_mistake(
+def test_a_file_that_is_not_a_manifest_is_one_error(
     tmp_path: Path, config: RunConfig, name: str, content: bytes | None, message: str
 ) -> None:
     path = tmp_path / name
@@ -185,9 +185,9 @@ SOURCE = Source(file="command line", row="flags")
 
 
 def test_one_job_is_made_by_the_same_rules(
-    config: RunConfig, read_rows: ReadRows, picture: Any, tmp_path: Path
+    config: RunConfig, read_rows: ReadRows, draw_input: Any, tmp_path: Path
 ) -> None:
-    fields = {"prompt": "Redder", "image": picture(), "num_steps": 3, "seed": None}
+    fields = {"prompt": "Redder", "image": draw_input(), "num_steps": 3, "seed": None}
     job = job_from_fields(fields, config, source=SOURCE, base=tmp_path)
     (same,) = read_rows({"prompt": "Redder", "image": "in.png", "num_steps": 3})
     assert job.source == SOURCE

@@ -37,9 +37,9 @@ def size(job: Job) -> str:
     return str(job.resolution)
 
 
-def test_a_silent_row_gets_the_task_defaults(official: Official, picture: Any) -> None:
+def test_a_silent_row_gets_the_task_defaults(official: Official, draw_input: Any) -> None:
     config = default_config("some/model")
-    for row in ({}, {"image": picture()}, {"task": "interleave"}):
+    for row in ({}, {"image": draw_input()}, {"task": "interleave"}):
         job = official(**row)
         defaults = config.tasks[job.task]
         assert job.sampling == defaults.sampling
@@ -87,9 +87,9 @@ def test_a_ratio_means_the_bucket_of_the_task(official: Official) -> None:
 
 
 def test_an_edit_follows_its_first_input_after_the_first_resize(
-    official: Official, picture: Any
+    official: Official, draw_input: Any
 ) -> None:
-    image = picture(size=(640, 480))
+    image = draw_input(size=(640, 480))
     job = official(image=image)
     assert job.input_max_pixels == 2048 * 2048
     assert size(job) == "2336x1760"
@@ -103,23 +103,23 @@ def test_an_edit_follows_its_first_input_after_the_first_resize(
     assert size(official(image=image, resolution="1:1")) == "2048x2048"
 
 
-def test_interleave_follows_its_first_input(official: Official, picture: Any) -> None:
-    image = picture(size=(1920, 1080))
+def test_interleave_follows_its_first_input(official: Official, draw_input: Any) -> None:
+    image = draw_input(size=(1920, 1080))
     job = official(image=image, task="interleave")
     assert (size(job), job.input_max_pixels) == ("1920x1088", None)
     assert size(official(image=image, task="interleave", resolution="1:1")) == "1536x1536"
 
 
 def test_an_input_image_is_described_as_stored(
-    official: Official, picture: Any, tmp_path: Path
+    official: Official, draw_input: Any, tmp_path: Path
 ) -> None:
-    (image,) = official(image=picture(size=(70, 50))).images
+    (image,) = official(image=draw_input(size=(70, 50))).images
     assert (image.width, image.height, image.member) == (70, 50, None)
     assert Path(image.path) == tmp_path / "in.png"
 
 
-def test_marks_up_to_the_number_of_images_are_allowed(official: Official, picture: Any) -> None:
-    job = official(prompt="<image> and <image>", images=[picture(), picture("b.png")])
+def test_marks_up_to_the_number_of_images_are_allowed(official: Official, draw_input: Any) -> None:
+    job = official(prompt="<image> and <image>", images=[draw_input(), draw_input("b.png")])
     assert [Path(image.path).name for image in job.images] == ["in.png", "b.png"]
 
 

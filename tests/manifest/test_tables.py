@@ -195,7 +195,7 @@ def test_a_misspelled_prompt_is_one_mistake(read: Read) -> None:
     assert len(mistakes(read, [{"promt": "a"}], "jsonl")) == 1
 
 
-def test_an_image_struct_is_told_what_it_may_hold_and_not_what_it_has(read: Read) -> None:
+def test_an_error_in_an_image_struct_names_what_it_may_hold(read: Read) -> None:
     (found,) = mistakes(read, {"prompt": ["a"], "image": [{"path": "a.png", "width": 5}]})
     assert found == "row 0: image.width: expected a known field, found 'width'"
 

@@ -1,4 +1,4 @@
-"""YAML manifests: what words mean, where mistakes are, and how defaults are laid under jobs."""
+"""YAML manifests: what words mean, where errors are, and how defaults apply to jobs."""
 
 from __future__ import annotations
 
