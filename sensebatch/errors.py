@@ -57,6 +57,10 @@ class JobError(SensebatchError):
     """One job cannot be done; the others are not affected."""
 
 
+class ProcessDiedError(JobError):
+    """A job that processes died of again and again while it ran alone."""
+
+
 class OutOfMemoryError(SensebatchError):
     """A batch does not fit the device; the executor may split it and try again."""
 

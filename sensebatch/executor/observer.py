@@ -82,13 +82,19 @@ class Tally:
         limit = self._execution.max_failures
         return limit is not None and self.failed >= limit
 
-    def attempted(self, stored: StoredJob, attempt: Attempt) -> bool:
-        """Counts an attempt that is on record; returns whether its job is to be tried again."""
+    def attempted(self, stored: StoredJob, attempt: Attempt, *, is_final: bool = False) -> bool:
+        """Counts an attempt that is on record; returns whether its job is to be tried again.
+
+        Args:
+            stored: The job.
+            attempt: What became of it.
+            is_final: Whether it is given up if it failed, however many tries it has left.
+        """
         self.images += attempt.num_images
         if attempt.status == DONE:
             self.done += 1
             return False
-        will_retry = stored.tries + 1 < self._execution.max_attempts
+        will_retry = not is_final and stored.tries + 1 < self._execution.max_attempts
         self.failed += not will_retry
         report(self._observer.job_failed, attempt, will_retry)
         return will_retry

@@ -46,9 +46,13 @@ class Preparer:
             future = self._thread.submit(self._prepare_all, assignment.number, jobs)
             self._ahead = (assignment.number, future)
 
+    def is_ahead_with(self, assignment: Assignment) -> bool:
+        """Returns whether an assignment's jobs were begun ahead."""
+        return self._ahead is not None and self._ahead[0] == assignment.number
+
     def take(self, assignment: Assignment, jobs: Sequence[Job]) -> Preparations:
         """Returns what became of an assignment's jobs, begun ahead or prepared now."""
-        if self._ahead is not None and self._ahead[0] == assignment.number:
+        if self._ahead is not None and self.is_ahead_with(assignment):
             future = self._ahead[1]
             self._ahead = None
         else:

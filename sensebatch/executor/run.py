@@ -9,18 +9,20 @@ at any moment leaves is run in the compositions it would have been run in.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 
 from sensebatch.config import RunConfig
 from sensebatch.contract import Channel, Concerns, Drawn, Progress, Raised, Stop, Worker
-from sensebatch.errors import BatchStoppedError
+from sensebatch.errors import BatchStoppedError, RunFolderError, RunStoppedError
 from sensebatch.executor.guard import raise_again
 from sensebatch.executor.observer import Observer, Summary, Tally, report
 from sensebatch.executor.prepare import Preparer
+from sensebatch.executor.recovery import death, recover
 from sensebatch.executor.schedule import Assignment, Idle, Recorded, Schedule
 from sensebatch.jobs import (
     Batch,
@@ -31,7 +33,7 @@ from sensebatch.jobs import (
     batch_id,
     group_key,
 )
-from sensebatch.plan.batches import batch_size, make_plan
+from sensebatch.plan.batches import make_plan
 from sensebatch.store.attempts import Attempt
 from sensebatch.store.kept import KeptOfBatch
 from sensebatch.store.state import StoredJob
@@ -74,10 +76,11 @@ def execute(
         Preparer(worker, read_image) as preparer,
     ):
         run = _Run(store, worker, config, preparer, observer, writer, stop)
-        # A batch that heeds the stop is left as a kill would leave it.
-        with suppress(BatchStoppedError):
-            run.loop()
-        run.settle()
+        # A batch that heeds the stop stays on record, as a kill would leave it.
+        with run.forgiving():
+            with suppress(BatchStoppedError):
+                run.loop()
+            run.settle()
     counts, tally = store.state.counts(), run.tally
     return Summary(
         counts=counts,
@@ -123,12 +126,19 @@ class _Run:
         self._stop = stop
         self._start = time.monotonic()
         self._writing: tuple[_Begun, Future[tuple[Attempt, ...]]] | None = None
+        self._blamed: set[int] = set()
+        """Numbers of batches whose start counts against them if the process is killed."""
         self.tally = Tally(observer, config.execution)
-        recorded = self._recorded(config)
+        found = recover(store.state, worker, config.memory, partial(report, observer.note))
+        self._doubtful = found.doubtful
         plan = make_plan(store.state.entries(), config.memory, worker.largest_batch)
-        groups = (group.batches() for group in plan.groups)
-        self._schedule = Schedule(recorded=recorded, groups=groups)
+        self._schedule = Schedule(
+            recorded=found.recorded,
+            groups=(group.batches() for group in plan.groups),
+            last=found.suspects,
+        )
         report(observer.run_started, store.state.counts(), plan)
+        self._give_up(found.given_up)
 
     def loop(self) -> None:
         """Runs one assignment after the other until all are done or the run is to stop.
@@ -144,11 +154,17 @@ class _Run:
                 continue
             if self._stop.is_set() or self.tally.too_many_failures:
                 return
+            alone = found.is_last or found.seq in self._doubtful
+            if alone:
+                self.settle()
             begun = self._begin(found)
-            self._prepare_next()
+            if not alone:
+                self._prepare_next()
             if begun is not None:
                 self._end(begun, self._generate(begun))
             self._worker.release(found.number)
+            if alone:
+                self.settle()
 
     def _begin(self, assignment: Assignment) -> _Begun | None:
         """Records a batch; returns None if none of its jobs could be prepared.
@@ -159,6 +175,7 @@ class _Run:
         ready: list[StoredJob] = []
         failed: list[tuple[StoredJob, Failure]] = []
         jobs = self._store.state.jobs(assignment.ids)
+        seq = self._record(assignment, jobs)
         prepared = self._preparer.take(assignment, [stored.job for stored in jobs])
         for stored, raised in zip(jobs, prepared, strict=True):
             if raised is None:
@@ -167,16 +184,16 @@ class _Run:
                 raise_again(raised)
             else:
                 failed.append((stored, raised.failure))
-        seq = assignment.seq
         if seq is None or failed:
-            members = [(stored.job.id, stored.key) for stored in ready]
+            self._blamed.discard(seq or 0)
             seq, attempts = self._writer.fail_early(
-                members, failed, replacing=assignment.seq, queue_s=queue_s
+                _members(ready), failed, replacing=seq, queue_s=queue_s
             )
             self._account([stored for stored, _ in failed], attempts)
         if not ready:
             self._schedule.done(assignment)
             return None
+        self._blamed.add(seq)
         return _Begun(
             assignment=assignment,
             seq=seq,
@@ -186,10 +203,27 @@ class _Run:
             started_at=started_at,
         )
 
+    def _record(self, assignment: Assignment, jobs: Sequence[StoredJob]) -> int | None:
+        """Counts the start of an assignment, before anything is done that may kill the process.
+
+        Returns:
+            The batch's number; None if its jobs are prepared already, while another batch ran.
+        """
+        seq = assignment.seq
+        if seq is not None:
+            self._store.run_dir.require_in_place()
+            self._store.state.start(seq)
+        elif not self._preparer.is_ahead_with(assignment):
+            self._store.run_dir.require_in_place()
+            seq = self._store.state.begin(_members(jobs))
+        if seq is not None:
+            self._blamed.add(seq)
+        return seq
+
     def _prepare_next(self) -> None:
         """Has the batch prepared that comes next if nothing goes wrong with the current one."""
         expected = self._schedule.peek()
-        if expected is not None:
+        if expected is not None and not expected.is_last:
             jobs = self._store.state.jobs(expected.ids)
             self._preparer.start(expected, [stored.job for stored in jobs])
 
@@ -197,7 +231,12 @@ class _Run:
         """Runs a batch; a single job that does not fit is tried with less and less memory."""
         batch, number = begun.batch, begun.assignment.number
         kept = self._store.kept.of_batch(begun.seq, batch)
-        channel = _RunChannel(self._progress, kept, self._stop)
+        channel = _RunChannel(
+            progress=partial(self._progress, begun),
+            kept=kept,
+            made_progress=partial(self._forgive, begun.seq),
+            stop=self._stop,
+        )
         report(self._observer.batch_started, batch)
         start = time.monotonic()
         while True:
@@ -248,7 +287,7 @@ class _Run:
 
     def _split(self, begun: _Begun, raised: Raised) -> None:
         """Halves a batch that did not fit; takes one that failed otherwise apart."""
-        members = [(stored.job.id, stored.key) for stored in begun.jobs]
+        members = _members(begun.jobs)
         does_not_fit = raised.concerns is Concerns.MEMORY
         size = -(-len(members) // 2) if does_not_fit else 1
         parts = [members[start : start + size] for start in range(0, len(members), size)]
@@ -258,6 +297,7 @@ class _Run:
             f"batch of {len(members)} jobs {why}: run as {len(parts)} batches",
         )
         seqs = self._store.state.split(begun.seq, parts)
+        self._blamed.discard(begun.seq)
         self._schedule.split(
             begun.assignment,
             [
@@ -278,38 +318,51 @@ class _Run:
             return
         (begun, future), self._writing = self._writing, None
         attempts = future.result()
+        self._blamed.discard(begun.seq)
         report(self._observer.batch_finished, begun.batch, attempts)
         self._account(begun.jobs, attempts)
         self._schedule.done(begun.assignment)
 
-    def _progress(self, progress: Progress) -> None:
+    @contextmanager
+    def forgiving(self) -> Iterator[None]:
+        """Blames no batch for the end of the process if the block ends as a run is meant to end."""
+        try:
+            yield
+        except (RunStoppedError, RunFolderError):
+            # If it is the disk that failed, the starts stay as they are.
+            with suppress(RunStoppedError, RunFolderError):
+                self._forgive(*self._blamed)
+            raise
+        self._forgive(*self._blamed)
+
+    def _forgive(self, *seqs: int) -> None:
+        for seq in self._blamed.intersection(seqs):
+            self._blamed.discard(seq)
+            self._store.state.forgive(seq)
+
+    def _progress(self, begun: _Begun, progress: Progress) -> None:
         report(self._observer.progress, progress)
+        if self._stop.is_set():
+            # A second signal ends the process at once, whatever the batch is doing.
+            self._forgive(begun.seq)
         if self._writing is not None:
             future = self._writing[1]
             if future.done() and future.exception() is None:
                 self.settle()
 
+    def _give_up(self, batches: Sequence[Recorded]) -> None:
+        """Fails the jobs that processes died of when they ran alone."""
+        for seq, ids in batches:
+            (stored,) = self._store.state.jobs(ids)
+            _, (attempt,) = self._writer.fail_early(
+                [], [(stored, death())], replacing=seq, queue_s=0.0, is_final=True
+            )
+            self.tally.attempted(stored, attempt, is_final=True)
+
     def _account(self, jobs: Sequence[StoredJob], attempts: Sequence[Attempt]) -> None:
         for stored, attempt in zip(jobs, attempts, strict=True):
             if self.tally.attempted(stored, attempt):
                 self._schedule.retry(stored.job.id)
-
-    def _recorded(self, config: RunConfig) -> list[Recorded]:
-        """Returns interrupted batches; the jobs of one that is now too large are planned again."""
-        state = self._store.state
-        recorded, too_large = [], []
-        for started in state.started_batches():
-            group = group_key(state.jobs(started.ids[:1])[0].job)
-            fitting = self._worker.largest_batch(group)
-            if len(started.members) > batch_size(group, config.memory, fitting):
-                too_large.append(started.seq)
-                report(
-                    self._observer.note, f"batch of {len(started.members)} jobs is planned again"
-                )
-            else:
-                recorded.append((started.seq, started.ids))
-        state.drop_batches(too_large)
-        return recorded
 
 
 class _RunChannel(Channel):
@@ -318,12 +371,21 @@ class _RunChannel(Channel):
     Args:
         progress: Takes the progress.
         kept: Keeps finished images in the run's folder.
+        made_progress: Called once images are kept.
         stop: The run's.
     """
 
-    def __init__(self, progress: Callable[[Progress], None], kept: KeptOfBatch, stop: Stop) -> None:
+    def __init__(
+        self,
+        *,
+        progress: Callable[[Progress], None],
+        kept: KeptOfBatch,
+        made_progress: Callable[[], None],
+        stop: Stop,
+    ) -> None:
         self._progress = progress
         self._kept = kept
+        self._made_progress = made_progress
         self._stop = stop
 
     def progress(self, progress: Progress) -> None:
@@ -333,10 +395,15 @@ class _RunChannel(Channel):
     def keep(self, drawn: Drawn) -> None:
         """Writes the images to the disk."""
         self._kept.save(drawn)
+        self._made_progress()
 
     def is_stopped(self) -> bool:
         """Returns whether the run is to stop."""
         return self._stop.is_set()
+
+
+def _members(jobs: Sequence[StoredJob]) -> list[tuple[str, str]]:
+    return [(stored.job.id, stored.key) for stored in jobs]
 
 
 def _batch_of(jobs: Sequence[StoredJob]) -> Batch:

@@ -51,7 +51,12 @@ CREATE TABLE attempts (
 CREATE TABLE stale (path TEXT PRIMARY KEY) WITHOUT ROWID;
 """
 
-STEPS = (_FIRST,)
+_STARTS = """
+ALTER TABLE batches ADD COLUMN starts INTEGER NOT NULL DEFAULT 0;  -- not followed by a clean stop
+ALTER TABLE batches ADD COLUMN suspect INTEGER NOT NULL DEFAULT 0; -- a process may have died of it
+"""
+
+STEPS = (_FIRST, _STARTS)
 """SQL scripts, in order. `PRAGMA user_version` of a file says how many of them it has had."""
 
 

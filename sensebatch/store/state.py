@@ -225,9 +225,9 @@ class State:
             )
 
     def started_batches(self) -> list[StartedBatch]:
-        """Returns the batches to go on with, in the order they were begun.
+        """Returns the batches to continue with, in the order they were recorded.
 
-        They were begun and not committed, and at least one of their jobs is to be run.
+        They are on record and not committed, and at least one of their jobs is to be run.
         """
         with self._db.reading() as db:
             return [
@@ -237,7 +237,7 @@ class State:
             ]
 
     def drop_batches(self, seqs: Iterable[int]) -> None:
-        """Forgets that batches were started; their jobs are planned anew."""
+        """Forgets that batches were started; their jobs are planned again."""
         with self._db.transaction() as db:
             db.executemany("DELETE FROM batches WHERE seq = ?", ((seq,) for seq in seqs))
 
@@ -249,28 +249,54 @@ class State:
         failed: Sequence[Attempt] = (),
         max_attempts: int = 1,
     ) -> int:
-        """Records the composition of a batch before it runs, and returns its number.
+        """Records the composition of a batch that starts, and returns its number.
 
         In the same transaction the jobs that cannot run with the others get their failed
         attempts: were they apart, a kill between them would change later batches.
 
         Args:
             members: (id, key) of each job, in the batch's order; may be empty beside failures.
-            replacing: The number of the batch this one takes the place of.
+            replacing: The number of the batch this one takes the place of, with its starts.
             failed: Attempts of jobs that failed before the batch began.
             max_attempts: Tries after which a job counts as failed.
         """
+        starts, is_suspect = 1, False
         with self._db.transaction() as db:
             if replacing is not None:
-                db.execute("DELETE FROM batches WHERE seq = ?", (replacing,))
+                starts, is_suspect = db.execute(
+                    "DELETE FROM batches WHERE seq = ? RETURNING starts, suspect", (replacing,)
+                ).fetchone()
             tables.record_attempts(db, failed, max_attempts)
-            return tables.insert_batch(db, members) if members else 0
+            if not members:
+                return 0
+            return tables.insert_batch(db, members, starts=starts, is_suspect=bool(is_suspect))
 
-    def split(self, seq: int, parts: Sequence[Sequence[tuple[str, str]]]) -> list[int]:
-        """Replaces a started batch by smaller ones and returns their numbers."""
+    def start(self, seq: int) -> None:
+        """Counts that a batch on record starts again."""
+        with self._db.transaction() as db:
+            db.execute("UPDATE batches SET starts = starts + 1 WHERE seq = ?", (seq,))
+
+    def forgive(self, seq: int) -> None:
+        """Takes back that a batch was started: what ends the process now is not its fault."""
+        with self._db.transaction() as db:
+            db.execute("UPDATE batches SET starts = max(starts - 1, 0) WHERE seq = ?", (seq,))
+
+    def split(
+        self, seq: int, parts: Sequence[Sequence[tuple[str, str]]], *, is_suspect: bool = False
+    ) -> list[int]:
+        """Replaces a batch on record by smaller ones and returns their numbers.
+
+        Args:
+            seq: The batch's number.
+            parts: (id, key) of each job of each of the smaller ones.
+            is_suspect: Whether processes died of the batch.
+        """
         with self._db.transaction() as db:
             db.execute("DELETE FROM batches WHERE seq = ?", (seq,))
-            return [tables.insert_batch(db, members) for members in parts]
+            return [
+                tables.insert_batch(db, members, starts=0, is_suspect=is_suspect)
+                for members in parts
+            ]
 
     def commit(self, seq: int, attempts: Sequence[Attempt], *, max_attempts: int) -> list[str]:
         """Records what became of a whole batch; this is the moment its jobs are done.

@@ -19,6 +19,10 @@ class StartedBatch:
     """Its number; never used twice in a folder."""
     members: tuple[tuple[str, str], ...]
     """(id, key) of each job, in the batch's order."""
+    starts: int
+    """How often it was started without an end: a commit, a split, a clean stop, a kept image."""
+    is_suspect: bool
+    """Whether it is a single job of a batch that processes died of."""
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -50,17 +54,31 @@ def is_read(db: sqlite3.Connection, job_id: str) -> bool:
 
 def started_batches(db: sqlite3.Connection) -> list[StartedBatch]:
     """Returns the batches that were begun and not committed, in the order they were begun."""
-    rows = db.execute("SELECT seq, members FROM batches ORDER BY seq").fetchall()
+    rows = db.execute("SELECT seq, members, starts, suspect FROM batches ORDER BY seq").fetchall()
     return [
-        StartedBatch(seq=seq, members=tuple((job_id, key) for job_id, key in json.loads(members)))
-        for seq, members in rows
+        StartedBatch(
+            seq=seq,
+            members=tuple((job_id, key) for job_id, key in json.loads(members)),
+            starts=starts,
+            is_suspect=bool(suspect),
+        )
+        for seq, members, starts, suspect in rows
     ]
 
 
-def insert_batch(db: sqlite3.Connection, members: Sequence[tuple[str, str]]) -> int:
-    """Records that a batch of these (id, key) is begun; returns its number."""
+def insert_batch(
+    db: sqlite3.Connection,
+    members: Sequence[tuple[str, str]],
+    *,
+    starts: int,
+    is_suspect: bool = False,
+) -> int:
+    """Records a batch of these (id, key); returns its number."""
     text = json.dumps([list(member) for member in members])
-    seq = db.execute("INSERT INTO batches (members) VALUES (?)", (text,)).lastrowid
+    seq = db.execute(
+        "INSERT INTO batches (members, starts, suspect) VALUES (?, ?, ?)",
+        (text, starts, is_suspect),
+    ).lastrowid
     assert seq is not None
     return seq
 

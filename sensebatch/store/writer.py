@@ -118,8 +118,16 @@ class BatchWriter:
         *,
         replacing: int | None,
         queue_s: float,
+        is_final: bool = False,
     ) -> tuple[int, list[Attempt]]:
         """Records a batch's composition with the failures of jobs that cannot be in it.
+
+        Args:
+            members: (id, key) of each job of the batch.
+            failed: The other jobs, and why they cannot be in it.
+            replacing: Number of the batch on record that this one takes the place of.
+            queue_s: Seconds from the start of the run.
+            is_final: Whether the failed jobs have no further attempts.
 
         Returns:
             The batch's number, and the rows of the failed jobs.
@@ -143,7 +151,10 @@ class BatchWriter:
         ]
         self._sync(attempts)
         seq = self._store.state.begin(
-            members, replacing=replacing, failed=attempts, max_attempts=self._max_attempts
+            members,
+            replacing=replacing,
+            failed=attempts,
+            max_attempts=1 if is_final else self._max_attempts,
         )
         return seq, attempts
 

@@ -120,10 +120,13 @@ class FakeEngine:
 
     In a prompt, `unusable` fails the preparation, `fails` makes that job's result an error,
     `poison` raises for the whole batch, `heavy` does not fit beside another job, `huge` fits
-    only once room was made, `grows` no longer fits once two pictures are drawn.
+    only once room was made, `grows` no longer fits once two images are drawn, `kills` ends the
+    process in the engine, `overflows` while the job is prepared.
     """
 
     on_step: Callable[[], None] = lambda: None
+    kill: Callable[[], None] = lambda: None
+    """Ends the process, or stands for that."""
     batches: list[tuple[str, ...]] = field(default_factory=list)
     steps: int = 0
     modes: list[str] = field(default_factory=lambda: ["full", "fast", "low"])
@@ -183,6 +186,8 @@ class FakeEngine:
         )
 
     def prepare(self, job: Job, inputs: Sequence[bytes]) -> tuple[bytes, ...]:
+        if "overflows" in job.prompt:
+            self.kill()
         if "unusable" in job.prompt:
             raise JobError("expected an image that can be read")
         return tuple(inputs)
@@ -200,6 +205,8 @@ class FakeEngine:
             raise OutOfMemoryError("the batch does not fit")
         if any("huge" in job.prompt for job in batch.jobs) and self.modes[0] != "low":
             raise OutOfMemoryError("the job does not fit")
+        if any("kills" in job.prompt for job in batch.jobs):
+            self.kill()
         if any("poison" in job.prompt for job in batch.jobs):
             raise RuntimeError("poisoned")
         if batch.group.task is Task.INTERLEAVE:

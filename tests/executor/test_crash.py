@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sensebatch.config import ExecutionConfig
+from sensebatch.executor import recovery
 from sensebatch.jobs import Job
 from sensebatch.store.database import Database
 from sensebatch.tasks import Task
@@ -80,6 +81,8 @@ def mortal(life: Life) -> Iterator[None]:
         life.step()
 
     with pytest.MonkeyPatch.context() as patch:
+        # Batches that processes die of again and again are another matter: test_recovery.py.
+        patch.setattr(recovery, "MAX_DEATHS", 1000)
         patch.setattr(os, "replace", step_then(replace))
         patch.setattr(os, "fsync", step_then(fsync))
         patch.setattr(Path, "unlink", step_then(Path.unlink))

@@ -1,0 +1,99 @@
+"""What an earlier process left on record, and which jobs it may have died of.
+
+A process that is killed (by the kernel for lack of host memory, say) says nothing of why. What is
+known is which batches were under way: their starts are on record and neither a commit nor a clean
+stop is. A batch that processes died of is taken apart, and its jobs run at the end with nothing
+beside them; a job that a process then dies of is given up, so that it cannot stop every restart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sensebatch.config import MemoryConfig
+from sensebatch.contract import Worker
+from sensebatch.errors import ProcessDiedError
+from sensebatch.executor.schedule import Recorded
+from sensebatch.jobs import Failure, group_key
+from sensebatch.plan.batches import batch_size
+from sensebatch.store.state import State
+from sensebatch.store.tables import StartedBatch
+
+MAX_DEATHS = 2
+"""Deaths, without an image that was kept in between, after which a batch is taken apart, and after
+which a job that ran alone is given up."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recovered:
+    """The batches on record when a run begins."""
+
+    recorded: tuple[Recorded, ...]
+    """To be run first, as they were."""
+    doubtful: frozenset[int]
+    """Numbers of those that a process may have died of."""
+    suspects: tuple[Recorded, ...]
+    """Single jobs that run last, with nothing beside them."""
+    given_up: tuple[Recorded, ...]
+    """Single jobs that are not run any more."""
+
+
+def recover(
+    state: State, worker: Worker, memory: MemoryConfig, note: Callable[[str], None]
+) -> Recovered:
+    """Returns what is on record, after taking apart what cannot run as it was.
+
+    Args:
+        state: Of the run's folder.
+        worker: Says how many jobs fit together.
+        memory: Likewise.
+        note: Takes what a person may want to know.
+    """
+    _take_apart(state, note)
+    _drop_too_large(state, worker, memory, note)
+    batches = state.started_batches()
+    others = [batch for batch in batches if not batch.is_suspect]
+    suspects = [batch for batch in batches if batch.is_suspect]
+    return Recovered(
+        recorded=_recorded(others),
+        doubtful=frozenset(batch.seq for batch in others if batch.starts),
+        suspects=_recorded([batch for batch in suspects if batch.starts < MAX_DEATHS]),
+        given_up=_recorded([batch for batch in suspects if batch.starts >= MAX_DEATHS]),
+    )
+
+
+def death() -> Failure:
+    """Returns why a job is given up that processes died of."""
+    return Failure.of(
+        ProcessDiedError(
+            f"the process was killed {MAX_DEATHS} times while this job ran alone, perhaps because "
+            "the host ran out of memory; --retry-failed runs the job again"
+        )
+    )
+
+
+def _take_apart(state: State, note: Callable[[str], None]) -> None:
+    for batch in state.started_batches():
+        if batch.starts >= MAX_DEATHS and not batch.is_suspect:
+            state.split(batch.seq, [[member] for member in batch.members], is_suspect=True)
+            note(
+                f"the process was killed {batch.starts} times during a batch of "
+                f"{len(batch.members)} jobs: run one by one, after all others"
+            )
+
+
+def _drop_too_large(
+    state: State, worker: Worker, memory: MemoryConfig, note: Callable[[str], None]
+) -> None:
+    too_large = []
+    for batch in state.started_batches():
+        group = group_key(state.jobs(batch.ids[:1])[0].job)
+        if len(batch.members) > batch_size(group, memory, worker.largest_batch(group)):
+            too_large.append(batch.seq)
+            note(f"batch of {len(batch.members)} jobs is planned again")
+    state.drop_batches(too_large)
+
+
+def _recorded(batches: list[StartedBatch]) -> tuple[Recorded, ...]:
+    return tuple((batch.seq, batch.ids) for batch in batches)
