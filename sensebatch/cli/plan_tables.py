@@ -11,7 +11,7 @@ from sensebatch.units import GIB, duration
 
 Summary = Mapping[str, Any]
 MAX_GROUPS = 100
-"""Most groups that a table lists."""
+"""Most groups that each table lists."""
 
 
 def print_plan(summary: Summary) -> None:
@@ -97,7 +97,7 @@ def _by_mode(placements: Sequence[Summary]) -> FittingTable:
     modes = [placement["vram_mode"] for placement in placements]
     table = FittingTable("#", "batch", "in a\npass", *modes, wrapping=modes)
     for number, groups in enumerate(
-        zip(*(placement["groups"] for placement in placements), strict=True), start=1
+        zip(*(placement["groups"][:MAX_GROUPS] for placement in placements), strict=True), start=1
     ):
         passes = sorted({group["jobs_per_pass"] for group in groups})
         table.add_row(
@@ -132,7 +132,8 @@ def _of_placement(placement: Summary, groups: Sequence[Summary]) -> FittingTable
         words=["mode"],
         optional=["layers", "in a\npass"],
     )
-    for number, (group, needs) in enumerate(zip(groups, placement["groups"], strict=True), start=1):
+    listed = zip(groups[:MAX_GROUPS], placement["groups"][:MAX_GROUPS], strict=True)
+    for number, (group, needs) in enumerate(listed, start=1):
         cells = _cells(needs, timed=timed, texts=texts, bound=_bound(group))
         passed = (str(needs[name]) for name in ("batch_size", "jobs_per_pass", "kept_layers"))
         table.add_row(str(number), needs["vram_mode"], *passed, *cells)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from sensebatch.cli.plan_tables import MAX_GROUPS
 from sensebatch.units import GIB
 from tests.cli.conftest import Invoke
 
@@ -103,6 +104,23 @@ def test_plan_for_people_has_a_column_for_each_mode(invoke: Invoke, large: Path)
     assert header.split() == ["#", "batch", "pass", "full", "fast", "balanced", "low"]
     assert "1-2" in printed
     assert "doctor measures" in " ".join(printed.split())
+
+
+@pytest.mark.parametrize("options", [(), ("--vram-mode", "low")])
+def test_tables_of_many_groups_list_the_first_ones(
+    invoke: Invoke, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    rows = (
+        json.dumps({"prompt": "a dot", "width": 256 + 32 * number, "height": 256})
+        for number in range(MAX_GROUPS + 20)
+    )
+    manifest = tmp_path / "many.jsonl"
+    manifest.write_text("\n".join(rows), encoding="utf-8")
+    planned = invoke("plan", manifest, *MODEL, *options)
+    assert "... and 20 more groups" in planned.out
+    first_words = [line.split()[0] for line in planned.out.splitlines() if line.strip()]
+    listed = [first_words.count(str(number)) for number in range(1, MAX_GROUPS + 2)]
+    assert listed == [2] * MAX_GROUPS + [0]
 
 
 def test_a_model_that_would_be_downloaded_is_left_alone(invoke: Invoke, large: Path) -> None:
