@@ -109,7 +109,7 @@ def check_image(content: bytes, *, as_stored: bool, max_pixels: int = MAX_PIXELS
 
 
 def decode_image(
-    content: bytes, *, corrections: str = "", max_pixels: int = MAX_PIXELS
+    content: bytes, *, corrections: str | None = None, max_pixels: int = MAX_PIXELS
 ) -> Image.Image:
     """Returns an encoded image as RGB, or as L where it is opaque grey; transparency becomes white.
 
@@ -117,12 +117,14 @@ def decode_image(
 
     Args:
         content: An image file's bytes.
-        corrections: As `check_image` found them; no others are made.
+        corrections: As `check_image` found them; no others are made. None finds them here.
         max_pixels: Most pixels it may have.
 
     Raises:
         UnusableImageError: It is not an image, or damaged, or too large, or of an unknown range.
     """
+    if corrections is None:
+        corrections = check_image(content, as_stored=False, max_pixels=max_pixels).corrections
     wanted = corrections.split("+")
     with _opened(content, max_pixels) as (image, profile):
         if "reduced" in wanted:

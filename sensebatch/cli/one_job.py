@@ -10,8 +10,6 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from PIL import Image
-
 from sensebatch.cli.compare import compose
 from sensebatch.cli.job_options import JobOptions
 from sensebatch.cli.messages import show_anyway
@@ -22,6 +20,7 @@ from sensebatch.cli.voice import Voice
 from sensebatch.config import ModelConfig, RunConfig
 from sensebatch.errors import ConfigError, ManifestError, Problem
 from sensebatch.executor.observer import Summary
+from sensebatch.image_files import decode_image
 from sensebatch.jobs import Job, ModelIdentity, Source, job_key
 from sensebatch.manifest.inputs import read_input_image
 from sensebatch.manifest.one import job_from_fields
@@ -294,13 +293,12 @@ def _extras(job: JobOptions, finished: FinishedJob, compare: Path, voice: Voice)
         (voice.alert if job.as_json else show_anyway)(text)
     if not job.compare or not finished.image_files:
         return []
-    inputs = [_decoded(read_input_image(image)) for image in finished.job.images]
+    inputs = [
+        decode_image(read_input_image(image), corrections=image.corrections)
+        for image in finished.job.images
+    ]
     outputs = finished.open_images()
     buffer = io.BytesIO()
     compose(inputs, outputs, finished.job.prompt).save(buffer, "PNG")
     write_atomic(compare, buffer.getvalue())
     return [compare]
-
-
-def _decoded(data: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(data))

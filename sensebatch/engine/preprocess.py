@@ -44,13 +44,14 @@ class Patches:
         return Grid(self.grid_hw[0] // MERGE, self.grid_hw[1] // MERGE)
 
 
-def decode_image(data: bytes, name: str, *, corrections: str = "") -> Image.Image:
+def decode_image(data: bytes, name: str, *, corrections: str | None = None) -> Image.Image:
     """Returns an encoded image as RGB, or as L where it is opaque grey; transparency becomes white.
 
     Args:
         data: An image file's bytes.
         name: What to call it in an error.
-        corrections: What to do to the stored pixels; see `image_files.ImageFacts`.
+        corrections: What to do to the stored pixels, as `image_files.ImageFacts` has it; None does
+            what every viewer does.
 
     Raises:
         JobError: The image cannot be used.
@@ -119,12 +120,12 @@ def load_input(
         num_images: How many input images the job has; more images are made smaller.
         first_max_pixels: Pixels of the first resize, which only edit has; None skips it.
         limits: Of the checkpoint.
-        planned: What was found when the manifest was read; None takes the pixels as stored.
+        planned: What was found when the manifest was read; None finds it here.
 
     Raises:
         JobError: The image cannot be used.
     """
-    image = decode_image(data, name, corrections=planned.corrections if planned else "")
+    image = decode_image(data, name, corrections=planned.corrections if planned else None)
     # An image that was decoded at a part of its size is resized by the rules of the whole.
     size = (planned.height, planned.width) if planned else (image.height, image.width)
     try:

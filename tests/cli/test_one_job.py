@@ -76,6 +76,22 @@ def test_published_edit_command_line_with_two_images(invoke: Invoke, picture: Pa
     assert compared.width > 3 * _opened("out/both.png").width
 
 
+def test_a_comparison_shows_its_inputs_as_the_job_used_them(invoke: Invoke) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (640, 32)).save("turned.jpg", exif=exif)
+    widths = []
+    for raw in ("--no-raw-inputs", "--raw-inputs"):
+        ended = invoke(
+            "edit", "--prompt", "x", "--image", "turned.jpg", "--output", f"out{raw}.png", *SMALL,
+            "--compare", raw,
+        )  # fmt: skip
+        assert ended.code == 0, ended.err
+        widths.append(_opened(f"out{raw}_compare.png").width)
+    # At the height of the output, 32 pixels, the input is 2 wide upright and 640 as stored.
+    assert widths[1] - widths[0] == 640 - 2
+
+
 def test_interleave_writes_numbered_images_and_the_text(invoke: Invoke) -> None:
     ended = invoke(
         "interleave", "--prompt", "a story", "--stem", "story", "--max_images", "2",

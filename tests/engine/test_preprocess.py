@@ -103,8 +103,9 @@ def test_corrections_are_those_that_were_found_when_the_manifest_was_read() -> N
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encode(picture(64, 32), format="JPEG", exif=exif)
-    assert decode_image(data, "x").size == (64, 32)
+    assert decode_image(data, "x", corrections="").size == (64, 32)
     assert decode_image(data, "x", corrections="orientation").size == (32, 64)
+    assert decode_image(data, "x").size == (32, 64)
 
 
 def test_grey_stays_one_channel_until_it_is_resized_with_the_same_result() -> None:
