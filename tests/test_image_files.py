@@ -116,7 +116,7 @@ def test_the_reference_takes_pixels_as_stored_and_so_does_who_asks_for_it() -> N
     assert check_image(content, as_stored=False).corrections == "orientation+profile"
 
 
-def test_broken_exif_is_no_damage() -> None:
+def test_broken_exif_is_not_damage() -> None:
     content = encoded(noise(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff junk")
     assert check_image(content, as_stored=False).corrections == ""
 
@@ -167,7 +167,7 @@ def test_the_profile_that_is_that_of_the_screen_changes_no_byte_and_no_key() -> 
 
 
 @pytest.mark.parametrize("profile", [b"junk", b"", bytes(20_000_000)])
-def test_a_profile_that_is_none_is_no_damage(profile: bytes) -> None:
+def test_a_broken_profile_is_not_damage(profile: bytes) -> None:
     body = b"icc\0\0" + zlib.compress(profile)
     content = with_chunk(encoded(noise()), chunk(b"iCCP", body))
     assert decoded(content).tobytes() == noise().tobytes()
@@ -238,7 +238,7 @@ HUGE = b"Comment\0\0" + zlib.compress(bytes(3_000_000))
     ids=lambda comment: comment[4:8].decode(),
 )
 @pytest.mark.parametrize("at_the_end", [False, True])
-def test_comments_are_no_damage_however_huge_or_wrong(comment: bytes, at_the_end: bool) -> None:
+def test_comments_are_not_damage_however_huge_or_wrong(comment: bytes, at_the_end: bool) -> None:
     content = with_chunk(encoded(noise()), comment, at_the_end=at_the_end)
     assert decoded(content).tobytes() == noise().tobytes()
 

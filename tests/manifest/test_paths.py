@@ -69,7 +69,7 @@ def test_beside_the_manifest_wins_silently(checkout: Path, config: RunConfig) ->
     ],
     ids=lambda value: value[:30],
 )
-def test_what_is_no_path_here_is_named_as_it_is_written(
+def test_what_is_not_a_path_here_is_named_as_it_is_written(
     checkout: Path, config: RunConfig, image: str, message: str
 ) -> None:
     (found,) = mistakes(write(checkout, image), config)

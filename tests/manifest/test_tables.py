@@ -161,7 +161,7 @@ def test_a_cell_that_cannot_be_read_is_one_mistake_with_row_and_column(read: Rea
     ]
 
 
-def test_the_index_that_pandas_added_is_no_field(read: Read) -> None:
+def test_the_index_that_pandas_added_is_not_a_field(read: Read) -> None:
     columns = {"prompt": ["a"], "__index_level_0__": [5]}
     said = {"pandas": json.dumps({"index_columns": ["__index_level_0__"]})}
     assert len(read(columns, **said)) == 1

@@ -134,7 +134,7 @@ def test_what_is_written_is_read_again(value: object) -> None:
         ("a: " + "[" * 2000 + "]" * 2000, 1, "expected values nested at most 100 deep"),
     ],
 )
-def test_text_that_is_no_manifest_is_refused_with_its_line(
+def test_text_that_is_not_a_manifest_is_refused_with_its_line(
     text: str, line: int, message: str
 ) -> None:
     with pytest.raises(YamlTextError, match=message) as caught:
