@@ -178,7 +178,9 @@ def compare_tensors(checkpoint: Checkpoint) -> TensorDifferences:
         if tensor.shape != shape:
             wrong.append(f"{name}: expected {list(shape)}, found {list(tensor.shape)}")
         elif tensor.dtype not in DTYPE_BYTES:
-            wrong.append(f"{name}: expected {' or '.join(DTYPE_BYTES)}, found {tensor.dtype}")
+            wrong.append(
+                f"{name}: expected {' or '.join(DTYPE_BYTES)}, found {shown(tensor.dtype)}"
+            )
     return TensorDifferences(
         missing=tuple(name for name in expected if name not in found),
         extra=tuple(name for name in found if name not in expected),

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from sensebatch.bounded import shown
 from sensebatch.cli.messages import counted, show
 from sensebatch.units import GIB
 
@@ -86,6 +87,9 @@ def print_parts(*parts: object) -> None:
         force_terminal=terminal.is_terminal,
         width=terminal.width if terminal.is_terminal else FILE_WIDTH,
         highlight=False,
+        # Names of jobs and tensors may look like either.
+        markup=False,
+        emoji=False,
     )
     before: object = None
     for part in parts:
@@ -173,7 +177,7 @@ def print_model(summary: ModelSummary) -> None:
         value = getattr(summary.architecture, field.name)
         if value is not None:
             settings.add_row(field.name, str(value))
-    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in summary.dtypes.items())
+    dtypes = ", ".join(f"{count} {shown(dtype)}" for dtype, count in summary.dtypes.items())
     print_parts(
         f"{summary.name}: {counted(summary.num_files, 'file')}, {dtypes}",
         summary.path,
@@ -190,4 +194,6 @@ def print_model(summary: ModelSummary) -> None:
     ):
         if names:
             more = f" ... and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-            print_parts(f"{len(names)} tensors {kind}: {', '.join(names[:MAX_NAMES])}{more}")
+            print_parts(
+                f"{len(names)} tensors {kind}: {', '.join(map(shown, names[:MAX_NAMES]))}{more}"
+            )

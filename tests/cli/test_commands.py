@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import sensebatch
 from sensebatch.checkpoint.files import TINY_FOLDER
+from tests.checkpoint.folders import write_folder, zeros
 from tests.cli.conftest import Invoke
 
 ROOT = Path(__file__).parents[2]
@@ -123,6 +125,18 @@ def test_model_inspect_and_plan_see_that_the_tokenizer_is_missing(
         planned = invoke("plan", manifest, "--model", folder, "--device", device)
         assert planned.code == 2
         assert "found neither" in planned.err
+
+
+def test_names_of_tensors_do_nothing_to_a_terminal(invoke: Invoke, tmp_path: Path) -> None:
+    tensors = zeros()
+    extra = np.zeros(1, dtype=np.float16)
+    tensors |= dict.fromkeys(("[/x]", "\x1b[31mred", "[bold]:smiley:"), extra)
+    ended = invoke("model", "inspect", write_folder(tmp_path / "checkpoint", tensors))
+    assert ended.code == 2
+    assert "3 tensors not expected:" in ended.out
+    assert "[/x]" in ended.out
+    assert "[bold]:smiley:" in ended.out
+    assert "\x1b" not in ended.out
 
 
 def test_model_inspect_of_nothing_is_a_clear_error(invoke: Invoke) -> None:
