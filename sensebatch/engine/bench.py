@@ -1,9 +1,9 @@
-"""Times steps and tokens by themselves on a loaded network, and says how far each path is off.
+"""Times steps and tokens on a loaded network, and measures the errors of each path.
 
     python -m sensebatch.engine.bench --model synthetic:8b
 
-A developer's tool: what a user gets is measured by `sensebatch profile`. All weights stay on the
-device. Prints a Markdown table for docs/profile.md.
+A developer's tool; `sensebatch profile` measures what users get. All weights stay on the device.
+Prints a Markdown table for docs/profile.md.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from sensebatch.resolutions import Resolution
 from sensebatch.tasks import Branch, Task
 
 Lend = Callable[[nn.Module], AbstractContextManager[nn.Module]]
-"""Turns a layer of the network into the one that a variant computes with."""
+"""Turns a layer of the network into one that a variant computes with."""
 LIMIT_ROWS = 4096
 PROMPT_TOKENS = 300
 
@@ -59,7 +59,7 @@ class Sizes:
     """How much is measured."""
 
     side: int
-    """Pixels of a large picture."""
+    """Pixels along a side of a large image."""
     steps: int
     tokens: int
 
@@ -69,7 +69,7 @@ SMALL = Sizes(side=128, steps=2, tokens=4)
 
 
 def open_runner(model: str) -> Runner:
-    """Returns the network as a run in `full` has it.
+    """Returns a runner of the network as in a run in `full` mode.
 
     Raises:
         CheckpointError: The checkpoint cannot be read.
@@ -112,10 +112,10 @@ def step_seconds(
 
     Args:
         runner: The network.
-        jobs: That share a pass.
-        side: Pixels of the square pictures.
-        steps: That are timed.
-        prompts: Tokens of the conditional prompts and of the one that all jobs share.
+        jobs: How many share a pass.
+        side: Pixels along a side of the images.
+        steps: How many are timed.
+        prompts: Tokens of the conditional prompts, and of the one that all jobs share.
     """
     size = Resolution(height=side, width=side)
     drawings = _drawings(runner, jobs, size, prompts)
@@ -160,9 +160,9 @@ def token_seconds(runner: Runner, *, sequences: int, tokens: int, plain: bool) -
 
     Args:
         runner: The network.
-        sequences: That decode together.
-        tokens: That are timed.
-        plain: Whether the passes that read prompts are used.
+        sequences: How many decode together.
+        tokens: How many are timed.
+        plain: Whether to decode by the passes that also read prompts.
     """
     extensions = [
         runner.new_extension(_prompt(PROMPT_TOKENS + index)) for index in range(sequences)
@@ -181,10 +181,10 @@ def token_seconds(runner: Runner, *, sequences: int, tokens: int, plain: bool) -
 
 
 def limit_seconds(runner: Runner, *, fp8: bool, steps: int) -> float:
-    """Returns what products and attention alone take of a step of two branches.
+    """Returns the seconds that products and attention alone take of a step of two branches.
 
-    Pictures of `LIMIT_ROWS` tokens behind a prompt, one operation after the other, without
-    anything between them.
+    They are those of images of `LIMIT_ROWS` tokens after a prompt, one after the other and with
+    nothing in between.
     """
     network, arch = runner.network, runner.network.arch
 
@@ -230,14 +230,14 @@ def variant(
     operations: Operations | None = None,
     dtype: torch.dtype | None = None,
 ) -> Network:
-    """Returns a network of the same weights whose layers are lent in another form.
+    """Returns a network with the same weights whose layers are lent in another form.
 
     Args:
-        network: Loaded, all weights on the device.
-        understanding: Makes a layer of that expert what it is to be, each time it is lent.
-        generation: Likewise.
-        operations: Of the network that is returned; those of `network` if None.
-        dtype: Of what is not in layers; that of `network` if None.
+        network: Is loaded, with all weights on the device.
+        understanding: Changes a layer of that expert each time it is lent.
+        generation: The same for the other expert.
+        operations: Operations of the new network; those of `network` if None.
+        dtype: Dtype of everything outside layers; that of `network` if None.
     """
     operations, dtype = operations or network.operations, dtype or network.dtype
     with torch.device("meta"):
@@ -264,7 +264,7 @@ def _lender(expert: Expert, form: Lend) -> Callable[[int], AbstractContextManage
 
 @contextmanager
 def naive(layer: nn.Module) -> Iterator[nn.Module]:
-    """Gives a layer of torch's operations with the same weights."""
+    """Lends a layer with torch's operations and the same weights."""
     assert isinstance(layer, DecoderLayer)
     twin = copy.copy(layer)
     twin._modules = dict(layer._modules)
@@ -277,14 +277,14 @@ def naive(layer: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def in_float32(layer: nn.Module) -> Iterator[nn.Module]:
-    """Gives a layer of torch's operations that computes in float32."""
+    """Lends a layer with torch's operations that computes in float32."""
     with naive(layer) as twin:
         yield copy.deepcopy(twin).float()
 
 
 @contextmanager
 def in_fp8(layer: nn.Module) -> Iterator[nn.Module]:
-    """Gives a layer whose products are in float8."""
+    """Lends a layer whose products are in float8."""
     assert isinstance(layer, DecoderLayer)
     twin = copy.deepcopy(layer)
     twin.qkv = _quantised(twin.qkv.weight, layer.operations)
@@ -305,7 +305,7 @@ def _quantised(weight: Tensor, operations: Operations) -> Fp8Linear:
 
 
 def velocity(runner: Runner, network: Network, attention: Attention, side: int) -> Tensor:
-    """Returns both branches' velocities of one step in the middle of the way, in float64."""
+    """Returns the velocities of both branches at t = 0.5, in float64."""
     own = Runner(network=network, tokenizer=runner.tokenizer, attention=attention)
     size = Resolution(height=side, width=side)
     (drawing,) = _drawings(own, 1, size, (PROMPT_TOKENS, 8))
@@ -319,7 +319,7 @@ def velocity(runner: Runner, network: Network, attention: Attention, side: int) 
 
 
 def errors(runner: Runner, side: int) -> dict[str, float]:
-    """Returns how far velocities are off, root mean square, by path; float32 is the measure."""
+    """Returns the relative error of velocities by path, as a root mean square against float32."""
     network = runner.network
     exact = variant(network, in_float32, in_float32, operations=Operations(), dtype=torch.float32)
     expected = velocity(runner, exact, sdpa, side)
@@ -337,7 +337,7 @@ def errors(runner: Runner, side: int) -> dict[str, float]:
 
 
 def rows(runner: Runner, sizes: Sizes) -> Iterator[tuple[str, str]]:
-    """Yields what was measured, and what came out."""
+    """Yields what was measured, with the result."""
     side, steps = sizes.side, sizes.steps
     prompts = (PROMPT_TOKENS, 8)
     plain = variant(runner.network, naive, naive, operations=Operations())
@@ -372,7 +372,7 @@ def main(
     model: Annotated[str, typer.Option(help="Checkpoint folder, or synthetic:8b.")],
     small: Annotated[bool, typer.Option(help="A few small steps, to try the tool.")] = False,
 ) -> None:
-    """Prints what steps and tokens take, and how far they are off."""
+    """Prints how long steps and tokens take, and their errors."""
     runner = open_runner(model)
     print("| what | measured |\n| --- | ---: |")
     with torch.inference_mode():

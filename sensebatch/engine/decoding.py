@@ -1,8 +1,8 @@
-"""Decodes text of several sequences in step, a token each.
+"""Decodes the text of several sequences in step, one token of each at a time.
 
 `PlainDecoder` runs the network's ordinary passes and works everywhere. `FastDecoder` keeps the
-caches of all sequences in one buffer and computes a step with a few kernels for each layer, as a
-CUDA graph where the weights that it needs stay on the device. Shape suffixes: S sequences.
+caches of all sequences in one buffer and computes a step with a few kernels a layer, as a CUDA
+graph if the weights that it needs stay on the device. Shape suffixes: S sequences.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ if TYPE_CHECKING:
     from sensebatch.engine.model.triton_operations import DecodingOperations
 
 TILE_SIDE = 16
-"""Rows and columns of matrices are a multiple of this, or their tiles would be too small."""
+"""Rows and columns of matrices must be multiples of this, or their tiles would be too small."""
 
 Extend = Callable[[Sequence[tuple[KVCache, Sequence[int]]]], Tensor]
-"""Caches tokens of some sequences and returns the outputs `[S, D]` of their last ones."""
+"""Caches tokens of some sequences and returns the outputs of their last ones, `[S, D]`."""
 
 
 class Decoder(Protocol):
-    """Caches one token of some sequences and says what follows."""
+    """Caches one token of some sequences and chooses the next ones."""
 
     def step(self, taken: Sequence[tuple[int, int]]) -> list[int]:
-        """Returns the greedy choices behind tokens given as (sequence, token)."""
+        """Returns the greedy choices after tokens, which are given as (sequence, token)."""
 
 
 class PlainDecoder:
-    """Decodes by the passes that also read prompts.
+    """Decodes by the same passes that read prompts.
 
     Args:
-        caches: Of each sequence.
+        caches: The cache of each sequence.
         extend: Runs such a pass.
-        choose: Returns the greedy choices behind outputs `[S, D]`.
+        choose: Returns the greedy choices after outputs `[S, D]`.
     """
 
     def __init__(
@@ -59,19 +59,19 @@ class PlainDecoder:
 
 
 class FastDecoder:
-    """Decodes with kernels of its own.
+    """Decodes with kernels that are made for it.
 
-    All sequences take part in every step, also those that have ended: reading the weights is what
-    takes the time. What it writes behind an ended sequence counts for nothing.
+    All sequences take part in every step, even those that have ended, because reading the weights
+    is what takes the time. What it writes after the end of a sequence is ignored.
 
     Args:
-        network: With dense layers of unquantised weights in the understanding expert.
-        operations: Of `decoding_operations` for this network.
-        caches: Of each sequence, on the device or waiting; at most `operations.max_sequences`.
-            Until the decoder is gone they share one buffer.
-        most_tokens: No sequence is given more.
-        as_graph: Whether a step is captured, because its weights, once used, stay where they are;
-            embeddings may be in host memory.
+        network: Has dense layers of unquantised weights in the understanding expert.
+        operations: What `decoding_operations` returns for this network.
+        caches: The cache of each sequence, on the device or waiting; at most
+            `operations.max_sequences`. They share one buffer as long as the decoder lives.
+        most_tokens: Most tokens of any sequence.
+        as_graph: Whether a step is captured as a graph, because its weights stay where they are
+            once used; embeddings may be in host memory.
     """
 
     def __init__(
@@ -100,10 +100,10 @@ class FastDecoder:
         self._make_room()
 
     def _make_room(self) -> None:
-        """Gives every sequence room for more tokens, and so an address that a graph may know."""
+        """Gives every sequence room for more tokens, at an address that a graph may rely on."""
         network = self._network
-        # What an old graph holds is gone before there is more; of an old room only the caches know,
-        # which leave it layer by layer.
+        # An old graph frees its memory before more is taken. The caches alone still hold an old
+        # room, and leave it layer by layer.
         self._graph: torch.cuda.CUDAGraph | None = None
         self._room = None
         self._is_first = True
@@ -137,20 +137,20 @@ class FastDecoder:
 
     def _run(self) -> None:
         if not self._as_graph or self._is_first:
-            # Also the first step in every room: kernels that its size asks for must have been
-            # loaded before a step is captured.
+            # The first step in every room also loads the kernels that its size needs, which must
+            # happen before a step is captured.
             self._is_first = False
             self._compute()
             return
         if self._graph is None:
             self._graph = torch.cuda.CUDAGraph()
-            # Other threads go on with what they do.
+            # Other threads may use the device meanwhile.
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._compute()
         self._graph.replay()
 
     def _compute(self) -> None:
-        """Goes from embedded tokens to the choices that follow; allocates alike each time."""
+        """Computes the next choices from embedded tokens, with the same allocations each time."""
         network, expert, decoding = self._network, self._network.understanding, self._operations
         rms_norm, eps = network.operations.rms_norm, network.arch.rms_norm_eps
         x_SD = self._x_SD
@@ -179,15 +179,15 @@ class FastDecoder:
                 x_SD = decoding.product(hidden, layer.mlp.down.weight, residual=x_SD)
         logits = network.logits(rms_norm(x_SD, expert.norm, eps))
         self._choices_S.copy_(logits.argmax(-1))
-        # Sequences that have ended stop at the last place of their room.
+        # Sequences that have ended stay at the last place of their room.
         self._lengths_S.add_(1).clamp_(max=room.num_tokens - 1)
         self._angles_S.add_(1).clamp_(max=self._rotary[0].shape[0] - 1)
 
 
 def decoding_operations(network: Network) -> DecodingOperations | None:
-    """Returns what `FastDecoder` computes with; None where it does not know a network's layers.
+    """Returns what `FastDecoder` computes with, or None if it cannot decode with a network.
 
-    Nor may its kernels know the sizes of the layers' matrices.
+    It knows neither sparse nor quantised layers, nor matrices whose sides no tile fits.
     """
     layers, arch = network.understanding.layers, network.arch
     known = arch.hidden_size % TILE_SIDE == arch.intermediate_size % TILE_SIDE == 0 and all(
@@ -197,7 +197,7 @@ def decoding_operations(network: Network) -> DecodingOperations | None:
 
 
 def _operations_for(network: Network, num_sequences: int) -> DecodingOperations | None:
-    """Returns what decodes so many sequences in one room; None where nothing does."""
+    """Returns what decodes so many sequences in one room, or None if nothing does."""
     operations = decoding_operations(network)
     if operations is None or num_sequences > operations.max_sequences:
         return None
@@ -205,14 +205,14 @@ def _operations_for(network: Network, num_sequences: int) -> DecodingOperations 
 
 
 def end_text(network: Network, caches: Sequence[KVCache], more_tokens: int = 0) -> None:
-    """Frees the room of text that was not written.
+    """Frees the room for text that was not written.
 
     Args:
-        network: The one that the caches are of.
-        caches: Those that text was added to together.
+        network: The network of the caches.
+        caches: The caches that text was added to together.
         more_tokens: Tokens that will be added to each of them before text is decoded again. Caches
-            that then go to one room share one until then as well: growing one by one, they would
-            leave holes on the device that no later cache fits.
+            that share a room then share one until then as well: if they grew one by one, they
+            would leave holes on the device that are too small for later caches.
     """
     if more_tokens and _operations_for(network, len(caches)) is not None:
         SharedRoom(caches, more_tokens)
@@ -229,10 +229,10 @@ def new_decoder(
     choose: Callable[[Tensor], list[int]],
     as_graph: bool,
 ) -> Decoder:
-    """Returns the fastest decoder that a network allows; see the two for the arguments.
+    """Returns the fastest decoder that a network allows.
 
     Args:
-        network: Loaded.
+        network: Is loaded.
         caches: See `FastDecoder`.
         most_tokens: See `FastDecoder`.
         extend: See `PlainDecoder`.

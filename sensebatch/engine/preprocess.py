@@ -1,4 +1,4 @@
-"""Images to patches and back. Knows pixels; the patch embedding is the network's.
+"""Turns images into patches and back. Knows pixels; the network embeds the patches.
 
 Shape legend: H, W = height and width in pixels; P = patches of an image, row-major; D = numbers
 of a patch, channel-first (c, y, x); B = images; C = 3 colour channels.
@@ -119,14 +119,14 @@ def load_input(
         name: What to call it in an error.
         num_images: How many input images the job has; more images are made smaller.
         first_max_pixels: Pixels of the first resize, which only edit has; None skips it.
-        limits: Of the checkpoint.
+        limits: The checkpoint's.
         planned: What was found when the manifest was read; None finds it here.
 
     Raises:
         JobError: The image cannot be used.
     """
     image = decode_image(data, name, corrections=planned.corrections if planned else None)
-    # An image that was decoded at a part of its size is resized by the rules of the whole.
+    # An image that was decoded at a fraction of its size is resized by the rules for all of it.
     size = (planned.height, planned.width) if planned else (image.height, image.width)
     try:
         if first_max_pixels is not None:
@@ -153,8 +153,8 @@ def drawn_to_patches(image_CHW: torch.Tensor) -> Patches:
     """Returns a drawn image as normalised patches for the understanding path.
 
     Args:
-        image_CHW: float32, values around [-1, 1]; neither clamped nor quantised, as the network
-            is to see what it drew.
+        image_CHW: float32, values around [-1, 1]; neither clamped nor quantised, so that the
+            network sees exactly what it drew.
     """
     return _normalised_patches(image_CHW.float() * 0.5 + 0.5)
 
@@ -162,15 +162,15 @@ def drawn_to_patches(image_CHW: torch.Tensor) -> Patches:
 def to_uint8(image_BCHW: torch.Tensor) -> torch.Tensor:
     """Returns drawn images as pixels, uint8 `[B, H, W, 3]`.
 
-    The order of operations (scale, clamp, times 255, round half to even, all float32) decides
-    the levels at the ties.
+    The order of operations (scale, clamp, times 255, round half to even, all in float32) decides
+    the levels of ties.
     """
     unit = (image_BCHW.float() * 0.5 + 0.5).clamp(0, 1)
     return (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def patchify(image_CHW: torch.Tensor) -> torch.Tensor:
-    """Returns an image's patches `[P, D]`, rows channel-first."""
+    """Returns an image's patches `[P, D]`, each row channel-first."""
     channels, height, width = image_CHW.shape
     grid = image_CHW.reshape(channels, height // PATCH, PATCH, width // PATCH, PATCH)
     return grid.permute(1, 3, 0, 2, 4).reshape(-1, channels * PATCH * PATCH)

@@ -1,7 +1,7 @@
-"""Runs prompts and pictures of several sequences through the network, and times it.
+"""Runs prompts and images of several sequences through the network, and times it.
 
-Joins the network with the prompts' layout; which prompts, and what is decoded or drawn behind
-them, is the tasks' business. Shape suffixes: T tokens of a pass, S sequences, D hidden.
+Joins the network with the layout of prompts. Tasks decide which prompts there are, and what is
+decoded or drawn after them. Shape suffixes: T tokens of a pass, S sequences, D hidden.
 """
 
 from __future__ import annotations
@@ -35,31 +35,31 @@ from sensebatch.resolutions import Resolution
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extension:
-    """Tokens to be put behind what a sequence has cached."""
+    """Tokens to be cached after those that a sequence has."""
 
     cache: KVCache
     prompt: Prompt
     embeds: Sequence[Tensor] = ()
-    """Of each image of the prompt, `[tokens, D]`."""
+    """The embedding of each image of the prompt, `[tokens, D]`."""
     num_shared: int = 0
-    """Cached tokens that other sequences begin with too."""
+    """How many cached tokens other sequences begin with as well."""
 
 
 class Weights(Protocol):
-    """Told what comes next, so that the weights for it can be brought."""
+    """Learns which phase is next, so that it can bring the weights for it."""
 
     @property
     def keeps_text(self) -> bool:
-        """Whether what decoding needs, once used, stays where it is until the next phase."""
+        """Whether weights for decoding stay where they are from their first use in a phase."""
 
     def prefill(self, *, decodes: bool) -> None:
-        """One pass of prompts, with logits behind it where text follows."""
+        """Prepares for one pass of prompts, with logits after it if text is decoded."""
 
     def decode(self) -> None:
-        """Many passes of the understanding expert with logits."""
+        """Prepares for many passes of the understanding expert with logits."""
 
     def denoise(self) -> None:
-        """Many passes of the generation expert."""
+        """Prepares for many passes of the generation expert."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,15 +67,15 @@ class PassLimits:
     """How much goes through the network at a time."""
 
     image_tokens: int = TOKENS_PER_PASS
-    """Most image tokens denoised together; one picture always is."""
+    """Most image tokens that are denoised together; one image always fits."""
     park: Callable[[int], Parcel] | None = None
-    """Gives host memory in which prefixes wait while other jobs' images are drawn; None lets
-    them stay on the device."""
+    """Returns host memory in which prefixes wait while other jobs' images are drawn; None leaves
+    them on the device."""
     draws_once: bool = False
     """Whether a batch has one pass or round, and so is finished once its prompts are read."""
 
     def together(self, resolution: Resolution) -> int:
-        """Returns how many pictures of a size are drawn together at most."""
+        """Returns how many images of a size are drawn together at most."""
         return images_per_pass(resolution.image_tokens, self.image_tokens)
 
 
@@ -83,13 +83,13 @@ class Runner:
     """The network with its tokenizer, attention and clock.
 
     Args:
-        network: Loaded.
-        tokenizer: Of the same checkpoint.
-        attention: How one run or picture attends.
-        progress: Told where a phase is.
-        weights: Told which phase comes next; None where they stay where they are.
+        network: Is loaded.
+        tokenizer: The checkpoint's.
+        attention: How one run or image attends.
+        progress: Is called with the progress of a phase.
+        weights: Learns which phase is next; None if weights stay where they are.
         limits: How much goes through the network at a time.
-        system_turns: Cached system turns by their tokens, kept from batch to batch.
+        system_turns: Cached system turns by their tokens, kept for the next batch.
         stop: Whether the run is to stop.
     """
 
@@ -114,15 +114,15 @@ class Runner:
         self._weights = weights
         self._stop = stop
         self.seconds: dict[Phase, float] = defaultdict(float)
-        """Wall seconds by phase."""
+        """Wall-clock seconds of each phase."""
         self.worked: tuple[float, float] | None = None
-        """Start of the first phase and end of the last one, of `time.perf_counter`."""
+        """Start of the first phase and end of the last one, by `time.perf_counter`."""
         self.num_denoise_steps = 0
         self.num_kept_images = 0
-        """Pictures of the batch's results that were taken from checkpoints."""
+        """Images of the batch's results that were kept images."""
 
     def heed_stop(self) -> None:
-        """Ends the batch if it is to stop; called where no image is half drawn.
+        """Ends the batch if the run is to stop; called where no image is half drawn.
 
         Raises:
             BatchStoppedError: It is to stop.
@@ -133,9 +133,9 @@ class Runner:
     def _attend_to_prompts(
         self, q_QHE: Tensor, k_LKE: Tensor, v_LKE: Tensor, causal: bool
     ) -> Tensor:
-        """Attends as `attention` does, unless the run is to stop and nothing is drawn yet.
+        """Attends as `attention` does, unless the run is to stop and nothing has been drawn.
 
-        A long prompt takes a CPU minutes, and nothing is lost if it is read again.
+        A CPU takes minutes to read a long prompt, and reading it again loses nothing else.
         """
         if not self.num_denoise_steps and self._stop():
             raise BatchStoppedError("the run was stopped while a batch read its prompts")
@@ -143,7 +143,7 @@ class Runner:
 
     @contextmanager
     def prefilling(self, *, decodes: bool) -> Iterator[None]:
-        """The phase of prompts: one pass of the understanding expert."""
+        """Times the phase that reads prompts: one pass of the understanding expert."""
         with self._phase(Phase.PREFILL):
             if self._weights is not None:
                 self._weights.prefill(decodes=decodes)
@@ -151,7 +151,7 @@ class Runner:
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
-        """The phase of text: many passes of the understanding expert."""
+        """Times the phase that decodes text: many passes of the understanding expert."""
         with self._phase(Phase.THINK):
             if self._weights is not None:
                 self._weights.decode()
@@ -159,7 +159,7 @@ class Runner:
 
     @contextmanager
     def denoising(self) -> Iterator[None]:
-        """The phase of pictures: many passes of the generation expert."""
+        """Times the phase that draws images: many passes of the generation expert."""
         with self._phase(Phase.DENOISE):
             if self._weights is not None:
                 self._weights.denoise()
@@ -167,7 +167,7 @@ class Runner:
 
     @contextmanager
     def _phase(self, phase: Phase) -> Iterator[None]:
-        """Counts the time of a block; the device has finished it when the block ends."""
+        """Times a block, up to when the device has finished it."""
         start = time.perf_counter()
         yield
         if self.network.device.type == "cuda":
@@ -177,20 +177,20 @@ class Runner:
         self.worked = (start if self.worked is None else self.worked[0], end)
 
     def embed_images(self, images: Iterable[Patches]) -> list[Tensor]:
-        """Returns `[tokens, D]` of each input image.
+        """Returns the embedding of each input image, `[tokens, D]`.
 
-        One at a time, so that patches which are made as they are asked for are not all there.
+        Images are taken one at a time, so that an iterable need not hold all patches at once.
         """
         return [self.network.embed_image(image.rows_PD, image.grid_hw) for image in images]
 
     def new_extension(self, prompt: Prompt, embeds: Sequence[Tensor] = ()) -> Extension:
-        """Returns a prompt with its images' embeds, to be cached as a new sequence."""
+        """Returns a prompt with the embeddings of its images, to be cached as a new sequence."""
         return Extension(cache=self.network.new_cache(), prompt=prompt, embeds=embeds)
 
     def prefill(self, extensions: Sequence[Extension]) -> Tensor:
-        """Caches prompts, so many in a pass as `MAX_PREFILL_TOKENS` allows; see `extend`.
+        """Caches prompts, as many in a pass as `MAX_PREFILL_TOKENS` allows; see `extend`.
 
-        Tokens that were shared count as well: every sequence gets memory of its own for them.
+        Shared tokens count as well, because every sequence gets memory of its own for them.
         """
         hidden = []
         group: list[Extension] = []
@@ -213,13 +213,13 @@ class Runner:
         return hidden
 
     def park(self, caches: Iterable[KVCache]) -> None:
-        """Lets caches wait in host memory, where the limits say so."""
+        """Moves caches to host memory if the limits say so."""
         if self.limits.park is not None:
             for cache in caches:
                 cache.park(self.limits.park)
 
     def bring(self, caches: Iterable[KVCache]) -> None:
-        """Brings caches to the device, to be added to."""
+        """Brings caches back to the device, where tokens can be added to them."""
         for cache in caches:
             cache.bring()
 
@@ -230,10 +230,10 @@ class Runner:
 
         Args:
             extensions: Tokens of each sequence.
-            attention: How one run attends; as in every pass if None.
+            attention: How one run attends; the runner's own attention if None.
 
         Returns:
-            `[S, D]`, the normed output of each sequence's last token.
+            The normed output of each sequence's last token, `[S, D]`.
         """
         device = self.network.device
         ids = torch.tensor([i for e in extensions for i in e.prompt.token_ids])
@@ -259,18 +259,18 @@ class Runner:
         return hidden_TD[ends]
 
     def choose(self, hidden_SD: Tensor) -> list[int]:
-        """Returns the greedy choice behind each sequence's last token."""
+        """Returns the greedy choice after each sequence's last token."""
         return self.network.logits(hidden_SD).argmax(-1).tolist()
 
     def text_step(self, caches: Sequence[KVCache], most_tokens: int) -> Step:
-        """Returns the step that decodes text behind sequences; it tells the progress.
+        """Returns a step that decodes text after sequences and reports its progress.
 
-        It heeds a stop while nothing is drawn: text is not kept, so that to finish it would be
-        in vain. Text behind a picture may be the last that its batch needs.
+        It heeds a stop while nothing has been drawn: text is not kept, so finishing it would be in
+        vain. After an image, the text may be the last that its batch needs.
 
         Args:
-            caches: Of each sequence, wherever they wait; they are on the device afterwards.
-            most_tokens: No sequence is given more.
+            caches: The cache of each sequence, wherever it is; they end up on the device.
+            most_tokens: Most tokens of any sequence.
         """
         numbers = itertools.count(1)
         decoder = new_decoder(
@@ -297,7 +297,7 @@ class Runner:
         )
 
     def generated_image(self, cache: KVCache, grid: Grid, embeds: Tensor) -> Extension:
-        """Returns a drawn picture and its `</img>` as tokens to follow a cached `<img>`."""
+        """Returns a drawn image and its `</img>` as tokens that follow a cached `<img>`."""
         context = self.tokenizer.token_id(IMG_CONTEXT)
         ids = (*([context] * math.prod(grid)), self.tokenizer.token_id(IMG_END))
         return Extension(

@@ -1,6 +1,6 @@
-"""A block: weights that are moved as one, because they lie in one flat buffer of bytes.
+"""Blocks: weights that are moved as one, because they lie in one flat buffer of bytes.
 
-Knows modules and memory, neither what a module computes nor when.
+Knows modules and memory, but not what a module computes or when.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Entry:
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
-    """Its first byte."""
+    """Its first byte in the buffer."""
 
     def view(self, flat: Tensor) -> Tensor:
         """Returns the parameter as a view of a buffer."""
@@ -39,7 +39,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where each parameter of a module lies in its flat buffer; they may differ in dtype."""
+    """Where each parameter of a module lies in its flat buffer. Dtypes may differ."""
 
     entries: tuple[Entry, ...]
     num_bytes: int
@@ -50,7 +50,7 @@ class Layout:
 
 
 def layout_of(module: nn.Module) -> Layout:
-    """Returns the layout of a module's parameters in their own order and dtypes."""
+    """Returns the layout of a module's parameters, in their own order and dtypes."""
     entries = []
     end = 0
     for name, parameter in module.named_parameters():
@@ -61,15 +61,15 @@ def layout_of(module: nn.Module) -> Layout:
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Block:
-    """Weights of one module, wherever they are at the moment."""
+    """The weights of one module, wherever they are at the moment."""
 
     name: str
     module: nn.Module
-    """Its parameters are on the meta device; it is the pattern for what is computed with."""
+    """A module with its parameters on the meta device; copies of it compute on buffers."""
     layout: Layout
     parts: tuple[Callable[[Tensor], None], ...]
-    """Together they write the weights into a flat host buffer of the layout; each writes other
-    bytes than the others, so that they may be called from several threads, in any order."""
+    """Write the weights into a flat host buffer of the layout. Each writes bytes of its own, so
+    they may be called in any order and from several threads."""
 
 
 def bind(pattern: nn.Module, layout: Layout, flat: Tensor) -> nn.Module:
@@ -83,13 +83,13 @@ def bind(pattern: nn.Module, layout: Layout, flat: Tensor) -> nn.Module:
 
 
 def new_buffer(num_bytes: int, device: torch.device) -> Tensor:
-    """Returns a flat uint8 buffer whose content is not to be relied on.
+    """Returns a flat uint8 buffer with undefined content.
 
-    Host memory is asked for in huge pages where the system has them: to touch it for the first
-    time, and to pin it, then takes a fraction of the time.
+    Host memory comes in huge pages where the system has them, because touching it for the first
+    time and pinning it then take a fraction of the time.
 
     Raises:
-        OutOfMemoryError: The host has no such room.
+        OutOfMemoryError: The host does not have so much memory.
     """
     if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(num_bytes, dtype=torch.uint8, device=device)
@@ -97,7 +97,7 @@ def new_buffer(num_bytes: int, device: torch.device) -> Tensor:
         memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise OutOfMemoryError(
-            f"the host gave no {num_bytes} bytes for weights: {error.strerror}"
+            f"the host has no {num_bytes} bytes for weights: {error.strerror}"
         ) from error
     with contextlib.suppress(OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)

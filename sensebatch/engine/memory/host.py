@@ -1,8 +1,8 @@
-"""Blocks in host memory: as many as its budget allows are kept, the others read again and again.
+"""Keeps as many blocks in host memory as its budget allows, and reads the others when needed.
 
-Kept blocks are pinned where the device is a GPU, so that they are copied beside the computation.
-The others are read into a few pinned staging buffers, ahead of use. A block is read by several
-threads at a time, and the next one begun before the last is done.
+Kept blocks are pinned if the device is a GPU, so that copies overlap with the computation. The
+others are read ahead of use, into a few pinned staging buffers. Several threads read a block, and
+begin the next one before the last is done.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from sensebatch.errors import OutOfMemoryError
 from sensebatch.plan.passes import NUM_STAGING
 
 NUM_KEEPERS = 4
-"""Kept blocks that are read and pinned at the same time."""
+"""How many kept blocks are read and pinned at the same time."""
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Staging:
-    """A buffer that blocks are read through."""
+    """A buffer that blocks pass through on their way to the device."""
 
     flat: Tensor
     copied: object
-    """Mark: what was in it is on the device."""
+    """Mark: its last content is on the device."""
 
 
 class HostStore:
-    """Where blocks come from when they are copied to the device.
+    """Supplies blocks that are copied to the device.
 
     Args:
-        readers: Threads that read parts of blocks; they stay the caller's.
+        readers: Threads that read parts of blocks; the caller closes them.
         pin: Whether host memory is pinned for copies to a GPU.
     """
 
@@ -58,21 +58,21 @@ class HostStore:
 
     @property
     def kept_bytes(self) -> int:
-        """Host memory that blocks and staging buffers take."""
+        """Bytes of host memory in blocks and staging buffers."""
         tensors = [*self._kept.values(), *(staging.flat for staging in self._staging)]
         return sum(tensor.nbytes for tensor in tensors)
 
     def keep(self, blocks: Sequence[Block], room_bytes: int | None, lane: Lane) -> None:
-        """Reads blocks into host memory, in order, as many as there is room for.
+        """Reads as many blocks into host memory as there is room for, in order.
 
         Args:
-            blocks: Those that may be needed more than once.
-            room_bytes: Most bytes taken, staging buffers counted; None for no limit.
-            lane: Of the device; staging buffers need its marks.
+            blocks: All blocks that may be needed more than once.
+            room_bytes: Most bytes taken, staging buffers included; None for no limit.
+            lane: The device's; staging buffers need its marks.
 
         Raises:
             CheckpointError: A file cannot be read.
-            OutOfMemoryError: The host has less memory.
+            OutOfMemoryError: The host has less memory than that.
         """
         sizes = [block.layout.num_bytes for block in blocks]
         largest = max(sizes, default=0)
@@ -94,7 +94,7 @@ class HostStore:
             self._copiers = ThreadPoolExecutor(NUM_STAGING, thread_name_prefix="sensebatch-copier")
 
     def close(self, lane: Lane) -> None:
-        """Lets go of what is needed only while blocks are copied, once the copies are done."""
+        """Waits for the last copies, then frees what only copies need."""
         if self._copiers is not None:
             self._copiers.shutdown(cancel_futures=True)
             self._copiers = None
@@ -108,11 +108,11 @@ class HostStore:
     def copy(
         self, block: Block, target: Tensor, lane: Lane, after: object, done: object
     ) -> Future[None] | None:
-        """Copies a block to the device once `after` is reached; `done` is set behind the copy.
+        """Copies a block to the device once `after` is reached, and sets `done` after the copy.
 
         Returns:
-            None where the copy has been issued; else what to wait for before `done` may be
-            waited for, which carries the error of a failed read.
+            None if the copy has been issued. Otherwise a future to wait for before waiting for
+            `done`; it carries the error of a failed read.
         """
         if block in self._kept:
             lane.copy(target, self._kept[block], after, done)
@@ -132,15 +132,15 @@ class HostStore:
         done: object,
         previous: Future[None] | None,
     ) -> None:
-        # There is one for each thread that comes here.
+        # There is one for each thread that gets here.
         staging = self._free.get()
         try:
             lane.finish(staging.copied)
             part = staging.flat[: block.layout.num_bytes]
             self._fill(block, part)
             if previous is not None:
-                # Copies are issued in the order they were asked for, whatever was read first.
-                # Raises where that copy was cancelled, of which `wait` would never hear.
+                # Copies are issued in the order they were requested, whichever was read first.
+                # Raises if that copy was cancelled, which `wait` would not notice.
                 previous.exception()
             lane.copy(target, part, after, staging.copied)
             lane.copy(target[:0], part[:0], staging.copied, done)
@@ -162,30 +162,30 @@ class HostStore:
 
 
 class PinnedMemory:
-    """Host memory that a GPU may copy from by itself, for as long as this object lives.
+    """Host memory that is pinned for copies to a GPU as long as this object lives.
 
-    Pinned in place: torch's own pinned allocator rounds up to powers of two. It must be let go
-    before its memory is, or whatever comes to lie there next cannot be copied any more.
+    It is pinned in place, because torch's pinned allocator rounds up to powers of two. It must be
+    unpinned before it is freed, or whatever is allocated there next could not be copied.
 
     Args:
-        buffer: Is kept alive as long as it is pinned.
+        buffer: What is pinned, and kept alive that long.
 
     Raises:
-        OutOfMemoryError: The system does not let so much memory be pinned.
+        OutOfMemoryError: The system does not allow so much memory to be pinned.
     """
 
     def __init__(self, buffer: Tensor) -> None:
         size = buffer.nbytes
         code = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0)
         if int(code) != 0:
-            # The runtime remembers the error, and the next kernel's launch would be blamed for it.
+            # The runtime remembers the error and would report it at the next kernel's launch.
             with contextlib.suppress(RuntimeError):
                 torch.zeros(1, device="cuda")
             raise OutOfMemoryError(
                 f"pinning {size} bytes of host memory failed with CUDA error {int(code)}; "
                 "give the host a smaller budget (max_memory cpu=...)"
             )
-        # A process that ends lets everything go by itself, and sooner.
+        # When a process ends, the system unpins everything anyway, and faster.
         weakref.finalize(self, _unpin, buffer).atexit = False
 
 

@@ -1,4 +1,4 @@
-"""How a copy runs beside the computation: a stream with events on a GPU, in place on a CPU."""
+"""Runs copies beside the computation: on a GPU in a stream of their own, on a CPU at once."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from torch import Tensor
 
 
 class Lane(Protocol):
-    """Copies from host to device, and the order between them and the computation.
+    """Copies from host to device, ordered with the computation.
 
-    A mark is a point that a computation or a copy has reached; made once, set again and again.
+    A mark is a point that the computation or a copy reaches. It is made once and set many times.
     """
 
     def new_mark(self) -> object:
-        """Returns a mark that counts as reached."""
+        """Returns a mark that has been reached."""
 
     def computed(self, mark: object) -> None:
-        """Sets a mark behind what has been computed so far."""
+        """Sets a mark after everything that has been computed so far."""
 
     def copy(self, target: Tensor, source: Tensor, after: object, done: object) -> None:
-        """Copies once `after` is reached, and sets `done` behind it; returns before it is done."""
+        """Starts a copy for when `after` is reached, and sets `done` after it."""
 
     def wait(self, mark: object) -> None:
-        """Makes the computation wait for a mark."""
+        """Makes the computation wait until a mark is reached."""
 
     def finish(self, mark: object) -> None:
-        """Waits here until a mark is reached."""
+        """Blocks the caller until a mark is reached."""
 
 
 class CpuLane:
-    """The CPU as its own device: a copy is done when the call returns."""
+    """Copies on a CPU, which is its own device: they are done when the call returns."""
 
     def new_mark(self) -> object:
         """See `Lane`."""
@@ -52,7 +52,7 @@ class CpuLane:
 
 
 class CudaLane:
-    """A stream of its own for copies from pinned memory.
+    """Copies from pinned memory in a stream of their own.
 
     Args:
         device: A CUDA device.

@@ -1,7 +1,7 @@
-"""Host memory in which prefixes wait for the pass that reads them, pinned where a GPU copies it.
+"""Host memory in which prefixes wait for their pass, pinned if a GPU copies from it.
 
-Pages are taken again and again, and made only when there are too few: to touch and to pin fresh
-memory takes many times as long as the copies. Knows bytes, not caches.
+Pages are reused, and made only when there are too few, because touching and pinning new memory
+takes many times as long as the copies. Knows bytes, not caches.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ PAGE_BYTES = 16 << 20
 
 
 class Pages:
-    """Makes pages and keeps those that are free.
+    """Makes pages and keeps the free ones.
 
     Args:
-        pin: Whether they are pinned for copies to a GPU.
-        page_bytes: Of one page.
+        pin: Whether pages are pinned for copies to a GPU.
+        page_bytes: Bytes of a page.
     """
 
     def __init__(self, *, pin: bool, page_bytes: int = PAGE_BYTES) -> None:
@@ -33,10 +33,10 @@ class Pages:
         self._free: list[Tensor] = []
         self._pins: list[PinnedMemory] = []
         self.num_made = 0
-        """Pages there are, taken or free."""
+        """All pages, taken or free."""
 
     def take(self, num_bytes: int) -> Parcel:
-        """Returns room for so many bytes, which is free again when the parcel is gone.
+        """Returns pages for so many bytes; they are free again once the parcel is deleted.
 
         Raises:
             OutOfMemoryError: The host has no memory left.
@@ -55,20 +55,20 @@ class Pages:
             try:
                 self._pins.append(PinnedMemory(page))
             except OutOfMemoryError:
-                # What the system does not let be pinned is copied all the same, more slowly.
+                # Memory that the system does not allow to be pinned is copied too, but more slowly.
                 self._pin = False
         self.num_made += 1
         return page
 
 
 class Parcel:
-    """Some pages, written and read by their bytes.
+    """Bytes in some pages.
 
-    Copies to and from a GPU are issued and not waited for; those of one stream are in order, also
-    with those of whoever takes the pages next.
+    Copies to and from a GPU are issued but not awaited. Within a stream they stay in order, even
+    with copies of whoever takes the pages next.
 
     Args:
-        pages: Of one size.
+        pages: Pages of one size.
         page_bytes: That size.
     """
 
@@ -87,7 +87,7 @@ class Parcel:
             part.copy_(page, non_blocking=True)
 
     def _parts(self, start: int, tensor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields, for each page it touches, the bytes there and those of the tensor."""
+        """Yields the bytes of each page that a tensor touches, with the tensor's bytes for them."""
         flat = tensor.view(-1).view(torch.uint8)
         place = 0
         while place < flat.numel():

@@ -1,9 +1,9 @@
-"""Device memory for blocks, and which block is where in it when.
+"""Device memory for blocks: which block is where in it, and when.
 
-A pass goes through its blocks in a known order, again and again. The memory is cut into buffers
-as large as the largest of them. Some blocks are kept: they have a buffer for themselves. The
-others share what is left, the ring, and are copied ahead of use while earlier blocks are computed
-with. Nothing is allocated after the memory is given.
+A pass goes through its blocks in a known order. The memory is cut into buffers as large as the
+largest block. Some blocks are kept: they have a buffer to themselves. The others share the rest,
+the ring, and are copied ahead of use while earlier blocks are computed with. Nothing is allocated
+after the memory is given.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from sensebatch.plan.passes import RING
 
 
 class _State(Enum):
-    """What is in a buffer."""
+    """The state of a buffer's content."""
 
     EMPTY = auto()
-    """Nothing that is known."""
+    """No block."""
     AHEAD = auto()
-    """A block that was copied ahead and is used next; not to be overwritten."""
+    """A block that was copied ahead for its next use; it must not be overwritten."""
     LEFT = auto()
-    """A block that was copied ahead for an earlier order and not used; it may be overwritten."""
+    """A block that an earlier order had copied ahead but did not use; it may be overwritten."""
     READY = auto()
-    """A block whose copy the computation has waited for."""
+    """A block whose copy the computation has already waited for."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -42,26 +42,26 @@ class _Buffer:
 
     flat: Tensor
     start: int
-    """Its first byte of the memory."""
+    """Its first byte in the memory."""
     loaded: object
     """Mark: the copy into it is done."""
     used: object
-    """Mark: the computation with it is done."""
+    """Mark: the computation with its content is done."""
     state: _State = _State.EMPTY
     block: Block | None = None
-    """None where it is empty."""
+    """None if the buffer is empty."""
     copying: Future[None] | None = None
-    """The host side of a copy that is not issued yet."""
+    """The host's part of a copy that has not been issued yet."""
     shells: dict[Layout, nn.Module] = field(default_factory=dict)
 
     def shell(self, block: Block) -> nn.Module:
-        """Returns a module of the block's kind on this buffer."""
+        """Returns a module of the block's kind whose parameters are this buffer."""
         if block.layout not in self.shells:
             self.shells[block.layout] = bind(block.module, block.layout, self.flat)
         return self.shells[block.layout]
 
     def overlaps(self, other: _Buffer) -> bool:
-        """Returns whether they share memory."""
+        """Returns whether two buffers share memory."""
         return (
             self.start < other.start + other.flat.nbytes
             and other.start < self.start + self.flat.nbytes
@@ -72,11 +72,11 @@ class Pool:
     """Lends blocks as modules on the device.
 
     Args:
-        memory: Flat device memory: at least `RING` times the largest block that may come to it.
-        host: Gives what a buffer is filled with.
+        memory: Flat device memory, at least `RING` times the largest block.
+        host: Supplies the blocks.
         lane: Copies beside the computation.
-        sizes: Bytes of buffers that the memory is cut into for good, for blocks that are all
-            kept; None cuts it for each order of blocks.
+        sizes: Bytes of the buffers that the memory is cut into for good, if all blocks are kept;
+            None cuts it for each order of blocks.
     """
 
     def __init__(
@@ -95,23 +95,23 @@ class Pool:
         self._ring: list[_Buffer] = []
         self._in_use: _Buffer | None = None
         self._settled = False
-        """Whether every block of the order is in a buffer that it keeps."""
+        """Whether every block of the order is in the buffer that it keeps."""
 
     @property
     def num_bytes(self) -> int:
-        """Of the memory."""
+        """Bytes of the memory."""
         return 0 if self._memory is None else self._memory.nbytes
 
     @property
     def keeps_all(self) -> bool:
-        """Whether every block of the order has a buffer for itself, until the next order."""
+        """Whether every block of the order has a buffer to itself until the next order."""
         return len(self._kept) == len(self._order)
 
     def release(self) -> None:
-        """Lets go of the memory; `give` must follow. What was in it is copied again."""
+        """Frees the memory, and forgets what was in it; `give` must follow."""
         for buffer in self._active:
             self._forget(buffer)
-        # Memory that is still copied to must not be given away, by buffers of earlier cuts either.
+        # Memory must not be freed while copies to it are pending, even in buffers of earlier cuts.
         for buffer in chain.from_iterable(self._cuts.values()):
             self._lane.finish(buffer.loaded)
         self._order, self._kept, self._ring, self._active = [], {}, [], []
@@ -120,16 +120,16 @@ class Pool:
         self._memory = None
 
     def give(self, memory: Tensor) -> None:
-        """Gives other memory after `release`."""
+        """Takes new memory after `release`."""
         self._memory = memory
 
     def schedule(self, order: Sequence[Block], *, keep: bool) -> None:
-        """Says which blocks the coming passes go through.
+        """Prepares for passes through blocks in this order.
 
         Args:
             order: The blocks of a pass.
-            keep: Whether there will be many passes, so that as many blocks as fit get a buffer
-                for themselves. Otherwise what other passes keep stays where it is, and only
+            keep: Whether many passes follow, so that as many blocks as fit get a buffer to
+                themselves. Otherwise blocks that other passes keep stay where they are, and only
                 the ring is used.
         """
         self._drop_failed()
@@ -143,7 +143,7 @@ class Pool:
         for buffer in self._active:
             if buffer.state is _State.AHEAD:
                 buffer.state = _State.LEFT
-            # Blocks that stay are lent without a mark of their own.
+            # Blocks that stay are lent without setting their mark.
             self._lane.computed(buffer.used)
         whole = keep and len(order) <= len(buffers)
         room = buffers if whole else buffers[:-RING]
@@ -154,7 +154,7 @@ class Pool:
         self._claim([*self._kept.values(), *self._ring])
 
     def _buffers_for(self, order: Sequence[Block]) -> list[_Buffer]:
-        """Returns the memory in buffers for an order of blocks; the last ones end with it."""
+        """Returns the memory cut into buffers for an order of blocks, aligned with its end."""
         if self._fixed is not None:
             return self._fixed
         size = max(block.layout.num_bytes for block in order)
@@ -178,7 +178,7 @@ class Pool:
         ]
 
     def _claim(self, buffers: Sequence[_Buffer]) -> None:
-        """Takes the memory of buffers from those of another cut."""
+        """Makes buffers active, and forgets those of other cuts that overlap them."""
         taken = [buffer for buffer in buffers if buffer not in self._active]
         for buffer in self._active:
             if any(buffer.overlaps(other) for other in taken):
@@ -187,15 +187,15 @@ class Pool:
             buffer for buffer in self._active if not any(buffer.overlaps(other) for other in taken)
         ] + taken
         for buffer in taken:
-            # Copies go one after the other; what was computed with the memory must be done too.
+            # Copies are made in order, but must also wait for what was computed with the memory.
             self._lane.computed(buffer.used)
 
     def _assign_kept(self, room: Sequence[_Buffer], count: int) -> None:
-        """Gives so many blocks a buffer for themselves, spread over the pass.
+        """Gives so many blocks, spread over the pass, a buffer to themselves.
 
-        Those that are in a buffer of this cut stay there. The others get empty buffers before
-        such as other orders have filled, in the order of the pass and of the buffers; so where
-        every block has a buffer of its own size, it gets that one.
+        Blocks that are in a buffer of this cut stay there. The others get buffers in order, empty
+        ones before those that other orders have filled. So if there is a buffer of each block's
+        own size, every block gets its own.
         """
         order = self._order
         chosen = {order[i * len(order) // count] for i in range(count)} if count else set()
@@ -213,10 +213,10 @@ class Pool:
 
     @contextmanager
     def lend(self, block: Block) -> Iterator[nn.Module]:
-        """Gives a module of the block's weights, to be computed with inside the context.
+        """Lends a module with the block's weights for as long as the context is open.
 
         Raises:
-            CheckpointError: The weights could not be read again.
+            CheckpointError: The weights could not be read.
         """
         buffer = self._where.get(block) or self._load(block)
         if self._settled and buffer.state is _State.READY:
@@ -241,7 +241,7 @@ class Pool:
         self._look_ahead(block)
 
     def _look_ahead(self, block: Block) -> None:
-        """Starts copying the blocks behind one, as far as there are buffers for them."""
+        """Starts to copy the blocks that follow one, as far as there are buffers for them."""
         place = self._place.get(block)
         if place is None or self._settled:
             return
@@ -250,7 +250,7 @@ class Pool:
             if following in self._where:
                 continue
             buffer = self._kept.get(following) or self._free_ring_buffer()
-            # One that is to keep the block may still be lent as what an earlier order had there.
+            # The buffer that is to keep the block may still be lent with one of an earlier order.
             if buffer is None or buffer is self._in_use:
                 return
             self._fill(buffer, following)
@@ -266,7 +266,7 @@ class Pool:
         """Copies a block that is needed now."""
         buffer = self._kept.get(block) or self._free_ring_buffer()
         if buffer is None:
-            # Every ring buffer waits for a block that was expected and did not come.
+            # Every ring buffer holds a block that was expected but not asked for.
             buffer = next(buffer for buffer in self._ring if buffer is not self._in_use)
         self._fill(buffer, block)
         return buffer
@@ -279,14 +279,14 @@ class Pool:
         buffer.copying = self._host.copy(block, target, self._lane, buffer.used, buffer.loaded)
 
     def _drop_failed(self) -> None:
-        """Forgets copies ahead that failed, so that they are an error of no later batch."""
+        """Forgets copies ahead that failed, so that no later batch fails because of them."""
         for buffer in self._active:
             if buffer.copying is not None and buffer.copying.exception() is not None:
                 self._forget(buffer)
 
     def _forget(self, buffer: _Buffer) -> None:
         if buffer.copying is not None:
-            # A copy that is still to be issued would overwrite what comes next.
+            # A copy that has yet to be issued would overwrite the buffer's next content.
             buffer.copying.exception()
             buffer.copying = None
         if buffer.block is not None:

@@ -10,7 +10,7 @@ from threading import Barrier
 import torch
 
 MAX_THREADS = 8
-"""So many copy about as fast as the memory of one processor takes it."""
+"""So many copy about as fast as one processor's memory allows."""
 
 
 class Readers:
@@ -19,8 +19,8 @@ class Readers:
     def __init__(self) -> None:
         count = min(MAX_THREADS, os.cpu_count() or 1)
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="sensebatch-reader")
-        # Each would otherwise bring helpers of its own, as many as there are cores. Torch sets
-        # that for a thread and for all that are started later, which are not meant.
+        # Otherwise each would start helpers, as many as there are cores. Torch applies the setting
+        # to a thread and to all threads that are started later, which must not have it.
         before = torch.get_num_threads()
         started = Barrier(count + 1)
         for _ in range(count):
@@ -29,12 +29,12 @@ class Readers:
         torch.set_num_threads(before)
 
     def run(self, tasks: Iterable[Callable[[], object]]) -> None:
-        """Does tasks at the same time and returns when all are done.
+        """Runs tasks in parallel and returns when all are done.
 
-        May be called from several threads; what is asked for first is begun first.
+        May be called from several threads; tasks are begun in the order of the calls.
 
         Raises:
-            Exception: The first that a task raised, once no task of this call runs any more.
+            Exception: The first that a task raised, once all tasks of this call have ended.
         """
         pending = [self._threads.submit(task) for task in tasks]
         try:
@@ -50,6 +50,6 @@ class Readers:
 
 def _work_alone(started: Barrier) -> None:
     torch.set_num_threads(1)
-    # Torch looks at the setting for all once more, at the first use in a thread: now.
+    # Torch reads the global setting again at its first use in a thread; make that use now.
     torch.get_num_threads()
     started.wait()

@@ -1,11 +1,10 @@
-"""The chains of small operations of a layer as one Triton kernel each.
+"""Triton kernels for what a layer computes between its matrix products.
 
-Between two matrix products of a layer there are ten or more elementwise operations. One kernel for
-each chain reads and writes every number once. All compute in float32 and round once at the end.
-Every launch says that a product and its sum may be one operation, as Triton's default has been and
-is not to stay.
+There are ten or more elementwise operations between two products. One kernel for each chain of
+them reads and writes every number once, computes in float32 and rounds once at the end. Every
+launch allows a product and its sum to be one operation: Triton's default, which is to change.
 
-Needs Triton, which PyTorch for CUDA brings; import this module only where it is to be used.
+Needs Triton, which PyTorch for CUDA brings. Only `triton_operations` imports this module.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def _rms_norm(x, weight, out, eps, width, x_stride, BLOCK: tl.constexpr):
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """Returns the rows of `[T, D]` normalised; see `transformer.rms_norm`."""
+    """Returns the rows of `[T, D]` normed; see `operations.rms_norm`."""
     out_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
     width = x_TD.shape[1]
     block = triton.next_power_of_2(width)
@@ -100,7 +99,10 @@ def _swiglu_quantised(gate_up, out, scales, width, BLOCK: tl.constexpr, LARGEST:
 def quantise_rows(
     x_TI: Tensor, norm_I: Tensor | None = None, eps: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Returns contiguous rows, normed first if there is a norm, as `quantized.quantise_rows`."""
+    """Returns contiguous rows in float8, normed first if there is a norm.
+
+    See `quantized.quantise_rows` for what is returned.
+    """
     num_tokens, width = x_TI.shape
     out_TI = x_TI.new_empty(num_tokens, width, dtype=FP8)
     scales_T1 = x_TI.new_empty(num_tokens, 1, dtype=torch.float32)
@@ -121,7 +123,7 @@ def quantise_rows(
 
 
 def swiglu_quantised(gate_up_TI: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns `swiglu` as `quantized.quantise_rows`."""
+    """Returns the result of `swiglu` in float8; see `quantized.quantise_rows`."""
     num_tokens, width = gate_up_TI.shape[0], gate_up_TI.shape[1] // 2
     out_TI = gate_up_TI.new_empty(num_tokens, width, dtype=FP8)
     scales_T1 = gate_up_TI.new_empty(num_tokens, 1, dtype=torch.float32)
@@ -161,13 +163,13 @@ def swiglu(gate_up_TI: Tensor) -> Tensor:
 
 @triton.jit
 def _rotate_heads(source, norm, cos, sin, target, eps, HEADS: tl.constexpr, DIM: tl.constexpr):
-    """Norms the halves of some heads and rotates the channels of each, which turn in pairs."""
+    """Norms the halves of some heads and rotates their channels in pairs."""
     QUARTER: tl.constexpr = DIM // 4
     EIGHTH: tl.constexpr = DIM // 8
     heads = tl.arange(0, HEADS)[:, None] * DIM
     pair = tl.arange(0, QUARTER)[None, :]
-    # Of the half that follows t, a quarter of the head lies between the two channels of a pair;
-    # of the one that follows h and then w, an eighth.
+    # The two channels of a pair are a quarter of the head apart in the half that follows t, and an
+    # eighth in the half that follows h and w.
     _rotate_half(source, norm, cos, sin, target, heads, pair, QUARTER, eps, DIM)
     turn = DIM // 2 + (pair // EIGHTH) * QUARTER + pair % EIGHTH
     _rotate_half(source, norm, cos, sin, target, heads, turn, EIGHTH, eps, DIM)
@@ -241,17 +243,17 @@ def norm_rotate(
     rotary_rows_T: Tensor | None = None,
     places_T: Tensor | None = None,
 ) -> Tensor:
-    """Norms and rotates queries and keys, and puts keys and values where they belong.
+    """Norms and rotates queries and keys, and writes keys and values to their places.
 
     Args:
         qkv_Tx: Contiguous rows of query, key and value heads.
         q_norm: `[2, head_dim / 2]`, as in `transformer.DecoderLayer`.
-        k_norm: Likewise.
-        rotary: Of `rope.token_rotary`, contiguous.
-        eps: Of the norms.
+        k_norm: The same for keys.
+        rotary: What `rope.token_rotary` returns, contiguous.
+        eps: Added to the mean square in the norms.
         k_TKE: Receives the keys; contiguous `[T, K, E]`, or any buffer if `places_T` is given.
-        v_TKE: Receives the values, likewise.
-        rotary_rows_T: int64 row of the rotary table of each token; None for its own.
+        v_TKE: Receives the values, in the same way.
+        rotary_rows_T: int64 row of each token in the rotary table; None if rows are tokens.
         places_T: int64 element of `k_TKE` and `v_TKE` where each token's heads begin; given
             together with `rotary_rows_T`.
 

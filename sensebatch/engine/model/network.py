@@ -1,4 +1,4 @@
-"""The whole network: embedders, the two experts and the heads. Knows no prompts and no sampling.
+"""The whole network: embedders, the two experts and the heads. Knows neither prompts nor sampling.
 
 Shape suffixes: T tokens of a pass, D hidden, V vocabulary, B images of one size, N tokens of an
 image, P patches, A the axes t, h, w.
@@ -37,7 +37,7 @@ from sensebatch.resolutions import PATCH_PIXELS, Resolution
 
 
 class ScalarEmbedder(nn.Module):
-    """A number in [0, 1] to a vector of hidden size: sinusoids, then an MLP.
+    """Turns a number in [0, 1] into a vector of hidden size: sinusoids, then an MLP.
 
     Args:
         hidden: Size of the vector.
@@ -49,9 +49,9 @@ class ScalarEmbedder(nn.Module):
         self.second = nn.Linear(hidden, hidden)
 
     def forward(self, value_B: Tensor) -> Tensor:
-        """Returns `[B, D]` from float32 `[B]`; cosines first, no factor of 1000.
+        """Returns `[B, D]` from float32 `[B]`; cosines first, without DiT's factor of 1000.
 
-        Source: `TimestepEmbedder` of the SenseNova-U1 release (there after DiT).
+        Source: `TimestepEmbedder` of the SenseNova-U1 release, which follows DiT.
         """
         half = TIMESTEP_FREQUENCIES // 2
         exponents = torch.arange(half, dtype=torch.float32, device=value_B.device) / half
@@ -74,7 +74,7 @@ class HeadPart(nn.Module):
 
 
 class VocabularyHead(nn.Module):
-    """Hidden states to logits, in parts (`checkpoint.tensors.head_part_rows`).
+    """Turns hidden states into logits, in parts (`checkpoint.tensors.head_part_rows`).
 
     Args:
         arch: The network's shape.
@@ -86,13 +86,13 @@ class VocabularyHead(nn.Module):
             HeadPart(rows, arch.hidden_size) for rows in head_part_rows(arch)
         )
         self.lend: Callable[[int], AbstractContextManager[nn.Module]] = self._own
-        """Gives a part that can be computed with; see `Expert.lend`."""
+        """Lends a part with its weights on the device; see `Expert.lend`."""
 
     def _own(self, index: int) -> AbstractContextManager[nn.Module]:
         return nullcontext(self.parts[index])
 
     def forward(self, hidden_TD: Tensor) -> Tensor:
-        """Returns `[T, V]`."""
+        """Returns the logits, `[T, V]`."""
         logits = []
         for index in range(len(self.parts)):
             with self.lend(index) as part:
@@ -103,19 +103,19 @@ class VocabularyHead(nn.Module):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImagePositions:
-    """What every denoising step of the same pictures shares, computed once."""
+    """What all denoising steps of the same images share, computed once."""
 
     resolution: Resolution
     token_rotary: Rotary
-    """Of all tokens of all pictures."""
+    """Rotation angles of all tokens of all images."""
     patch_rotary: Rotary
-    """Of the patches of one picture."""
+    """Rotation angles of the patches of one image."""
     patch_grid: tuple[int, int]
-    """(rows, columns) of patches of one picture."""
+    """(rows, columns) of the patches of one image."""
 
 
 class Network(nn.Module):
-    """SenseNova-U1.
+    """The network of SenseNova-U1.
 
     Args:
         arch: The network's shape.
@@ -144,12 +144,12 @@ class Network(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs of the network belong."""
+        """The device that the network computes on."""
         return self.understanding.norm.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights and activations."""
+        """The dtype of weights and activations."""
         return self.understanding.norm.dtype
 
     def new_cache(self) -> KVCache:
@@ -173,7 +173,7 @@ class Network(nn.Module):
         )
 
     def embed_image(self, patches_Px: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Returns `[tokens, D]` of an input image through the understanding embedder.
+        """Embeds an input image for the understanding path; returns `[tokens, D]`.
 
         Args:
             patches_Px: `[patches, 768]` normalised rows, (channel, y, x).
@@ -200,16 +200,16 @@ class Network(nn.Module):
         The caller advances the caches.
 
         Args:
-            x_TD: Embedded tokens, sequences one after the other as in `spans`.
+            x_TD: Embedded tokens of all sequences, in the order of `spans`.
             positions_AT: int64 `[3, T]`, rows t, h, w.
-            spans: Each sequence's cache, number of tokens and runs.
+            spans: Each sequence's cache, number of tokens and segments.
             attention: How one run attends.
         """
         context = UnderstandingContext(spans, attention)
         return self.understanding(x_TD, self.token_rotary(positions_AT.to(self.device)), context)
 
     def image_positions(self, caches: Sequence[KVCache], resolution: Resolution) -> ImagePositions:
-        """Returns the positions of one picture behind each cache."""
+        """Returns the positions of one image after each cache."""
         rows, columns = resolution.height // PATCH_PIXELS, resolution.width // PATCH_PIXELS
         grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).T
         positions = [
@@ -224,11 +224,11 @@ class Network(nn.Module):
         )
 
     def condition(self, t_B: Tensor, noise_scale: float) -> Tensor:
-        """Returns `[B, D]`, what every token of a picture is told of its step.
+        """Returns `[B, D]`, what is added to every token of an image at each of these timesteps.
 
         Args:
-            t_B: float32 timesteps, 0 noise to 1 image.
-            noise_scale: Standard deviation of the noise that the pictures started from.
+            t_B: float32 timesteps, from 0 (noise) to 1 (image).
+            noise_scale: Standard deviation of the noise that the images started from.
         """
         condition_BD: Tensor = self.timestep_embedder(t_B)
         if self.noise_scale_embedder is not None:
@@ -243,20 +243,20 @@ class Network(nn.Module):
         caches: Sequence[KVCache],
         positions: ImagePositions,
         attention: Attention,
-        pictures: Sequence[int] | None = None,
+        images: Sequence[int] | None = None,
     ) -> Tensor:
-        """Returns the predicted clean pictures, float32 `[B, N, 3072]`.
+        """Returns the predicted clean images, float32 `[B, N, 3072]`.
 
         Args:
-            z_JNx: Noisy pictures as tokens (y, x, channel).
-            condition_D: Of `condition` for the step that all evaluations are at.
+            z_JNx: Noisy images as tokens (y, x, channel).
+            condition_D: What `condition` returns for the timestep of all evaluations.
             caches: The prefix of each evaluation; only read.
-            positions: Of `image_positions` for the same caches.
-            attention: How one picture attends.
-            pictures: Which picture each evaluation looks at; None for one evaluation each.
+            positions: What `image_positions` returns for the same caches.
+            attention: How one image attends.
+            images: Which image each evaluation is of; None for one evaluation of each.
         """
         size = positions.resolution
-        seen = range(len(caches)) if pictures is None else pictures
+        seen = range(len(caches)) if images is None else images
         parts = evaluation_parts(seen, size.image_tokens)
         x_TD = self.embed_noisy(z_JNx, condition_D, positions, seen)
         # Not named, so that the key/value buffer is freed before the head runs.
@@ -276,13 +276,13 @@ class Network(nn.Module):
         z_JNx: Tensor,
         condition_D: Tensor,
         positions: ImagePositions,
-        pictures: Sequence[int],
+        images: Sequence[int],
     ) -> Tensor:
-        """Returns `[B * N, D]`, what the generation expert reads; see `predict_image`."""
+        """Returns the input of the generation expert, `[B * N, D]`; see `predict_image`."""
         size = positions.resolution
-        x_BND = condition_D.new_empty(len(pictures), size.image_tokens, self.arch.hidden_size)
-        # So many pictures at a time as keep what is needed for a moment as small as in a layer;
-        # each is embedded once for all evaluations that look at it.
+        x_BND = condition_D.new_empty(len(images), size.image_tokens, self.arch.hidden_size)
+        # A part at a time, so that temporaries stay as small as in a layer. Each image is embedded
+        # once for all its evaluations.
         at_a_time = images_per_part(size.image_tokens)
         for start in range(0, len(z_JNx), at_a_time):
             z_part = z_JNx[start : start + at_a_time]
@@ -292,15 +292,18 @@ class Network(nn.Module):
                 positions.patch_rotary,
             )
             embedded = embedded_TD.unflatten(0, (len(z_part), -1))
-            for row, picture in enumerate(pictures):
-                if start <= picture < start + at_a_time:
-                    torch.add(embedded[picture - start], condition_D, out=x_BND[row])
+            for row, image in enumerate(images):
+                if start <= image < start + at_a_time:
+                    torch.add(embedded[image - start], condition_D, out=x_BND[row])
         return x_BND.flatten(0, 1)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
-        """Returns `[T, V]`."""
+        """Returns the logits of normed outputs, `[T, V]`."""
         return self.lm_head(hidden_TD)
 
     def embed_text(self, ids_T: Tensor) -> Tensor:
-        """Returns `[T, D]` on the network's device; the table itself may be in host memory."""
+        """Returns embedded tokens `[T, D]` on the network's device.
+
+        The table itself may be in host memory.
+        """
         return self.embed_tokens(ids_T.to(self.embed_tokens.weight.device)).to(self.device)

@@ -53,9 +53,9 @@ class Operations:
         Args:
             qkv_Tx: Rows of query, key and value heads.
             norms: `[2, head_dim / 2]` of queries and of keys; see `transformer.DecoderLayer`.
-            rotary: Of the tokens.
+            rotary: Rotation angles of the tokens.
             num_kv_heads: Key heads, and value heads.
-            eps: Of the norms.
+            eps: Added to the mean square in the norms.
             room: Where kernels put keys and values; torch puts them elsewhere.
         """
         heads_TxE = qkv_Tx.unflatten(-1, (-1, 2 * norms[0].shape[1]))

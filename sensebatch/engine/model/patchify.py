@@ -1,7 +1,7 @@
-"""Pixels to tokens and back: layouts, the two patch embedders, the two pixel heads.
+"""Turns pixels into tokens and back: layouts, the two patch embedders, the two image heads.
 
-An image token is a square of 32 by 32 pixels, which is 2 by 2 patches of 16 by 16. The sampler's
-state keeps a token's pixels as (y, x, channel); the embedders read a patch's as (channel, y, x).
+An image token is a square of 32 by 32 pixels: 2 by 2 patches of 16 by 16. The sampler's state keeps
+a token's pixels as (y, x, channel); the embedders read those of a patch as (channel, y, x).
 
 Shape suffixes: B images of one size, N tokens of an image, P patches, D hidden, C patch channels,
 x numbers of a patch or token.
@@ -21,9 +21,9 @@ from sensebatch.engine.model.rope import Rotary, rotate_patches
 from sensebatch.resolutions import PATCH_PIXELS, TOKEN_NUMBERS
 
 MERGE = 2
-"""Patches a side of a token."""
+"""Patches along a side of a token."""
 PATCH = PATCH_PIXELS // MERGE
-"""Pixels a side of a patch."""
+"""Pixels along a side of a patch."""
 
 
 def image_to_tokens(image_B3HW: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def tokens_to_patches(tokens_BNx: Tensor, height: int, width: int) -> Tensor:
 
 
 class PatchEmbedding(nn.Module):
-    """Patches to tokens: a convolution over patches, 2-D RoPE, a convolution over 2 by 2 of them.
+    """Embeds patches as tokens: a convolution per patch, 2-D RoPE, a convolution per 2 by 2.
 
     Args:
         arch: The network's shape.
@@ -62,14 +62,14 @@ class PatchEmbedding(nn.Module):
         self.dense_embedding = nn.Conv2d(channels, arch.hidden_size, MERGE, MERGE)
 
     def forward(self, patches_Px: Tensor, grid: tuple[int, int], rotary: Rotary) -> Tensor:
-        """Returns `[tokens, D]`, the tokens of each image row-major.
+        """Returns `[tokens, D]`, with the tokens of each image row-major.
 
-        Neither convolution overlaps, so both are matrix products over all images at once.
+        The windows of neither convolution overlap, so both are matrix products over all images.
 
         Args:
             patches_Px: `[patches, 768]` rows of any number of images of one size.
-            grid: (rows, columns) of patches of an image.
-            rotary: Of `rope.patch_rotary` for that grid.
+            grid: (rows, columns) of the patches of an image.
+            rotary: What `rope.patch_rotary` returns for that grid.
         """
         first, second = self.patch_embedding, self.dense_embedding
         x_PC = F.linear(patches_Px.to(first.weight.dtype), first.weight.flatten(1), first.bias)
@@ -81,7 +81,7 @@ class PatchEmbedding(nn.Module):
 
 
 class MlpHead(nn.Module):
-    """Hidden states to the predicted picture, token by token.
+    """Predicts an image from hidden states, token by token.
 
     Args:
         arch: The network's shape.
@@ -93,12 +93,12 @@ class MlpHead(nn.Module):
         self.second = nn.Linear(MLP_HIDDEN, TOKEN_NUMBERS)
 
     def forward(self, x_BND: Tensor, height: int, width: int) -> Tensor:  # noqa: ARG002
-        """Returns `[B, N, 3072]`; the image's sides do not matter here."""
+        """Returns predicted images `[B, N, 3072]`; this head does not need their sides."""
         return self.second(F.gelu(self.first(x_BND)))
 
 
 class PixelHead(nn.Module):
-    """Hidden states to the predicted picture by convolutions over the whole image.
+    """Predicts an image from hidden states by convolutions over the whole image.
 
     Args:
         arch: The network's shape.
@@ -110,12 +110,12 @@ class PixelHead(nn.Module):
         self.conv2 = nn.Conv2d(PIXEL_CHANNELS // 4, PIXEL_OUT, 3, padding=1)
 
     def forward(self, x_BND: Tensor, height: int, width: int) -> Tensor:
-        """Returns `[B, N, 3072]` for images of these pixels."""
+        """Returns predicted images `[B, N, 3072]` of this height and width in pixels."""
         rows, columns = height // PATCH_PIXELS, width // PATCH_PIXELS
         x = x_BND.transpose(1, 2).unflatten(2, (rows, columns))
-        # cuDNN may otherwise round what it convolves in float32 to the 10 bits of TF32.
+        # Otherwise cuDNN may round float32 to the 10 bits of TF32.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            # One step a statement, so that no step's input outlives its output.
+            # One statement a step, so that a step's input is freed once its output is there.
             x = F.pixel_shuffle(x, 2)
             x = self.conv1(x)
             x = F.gelu(x)
@@ -129,4 +129,4 @@ HEAD_MODULES: Mapping[HeadKind, Callable[[Architecture], MlpHead | PixelHead]] =
     HeadKind.MLP: MlpHead,
     HeadKind.PIXEL: PixelHead,
 }
-"""The module of every head; `checkpoint.heads.HEADS` has the facts that the rest must know."""
+"""The module of every head; `checkpoint.heads.HEADS` has the facts that others need."""

@@ -1,4 +1,4 @@
-"""Rotary position embeddings: of text and image tokens, and of image patches.
+"""Rotary position embeddings of text and image tokens, and of image patches.
 
 Knows positions and angles only. Shape suffixes: T tokens, A the axes t, h, w, E head_dim,
 P patches, C channels.
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 Rotary = tuple[Tensor, Tensor]
-"""Cosines and sines, shaped for the tensor that they rotate."""
+"""Cosines and sines, in the shape of the tensor that they rotate."""
 
 
 def _angles(positions: Tensor, dim: int, theta: float) -> Tensor:
-    """Returns float32 `[len(positions), dim / 2]` angles of `dim` rotated channels."""
+    """Returns the angles of `dim` rotated channels, float32 `[len(positions), dim / 2]`."""
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
     return positions.float()[:, None] * (1.0 / theta**exponents)[None, :]
 
@@ -22,17 +22,17 @@ def _angles(positions: Tensor, dim: int, theta: float) -> Tensor:
 def token_rotary(
     positions_AT: Tensor, *, head_dim: int, theta: float, theta_hw: float, dtype: torch.dtype
 ) -> Rotary:
-    """Returns cos and sin `[tokens, 1, head_dim]` for tokens at (t, h, w).
+    """Returns cosines and sines `[tokens, 1, head_dim]` for tokens at (t, h, w).
 
-    The first half of a head follows t, the last two quarters h and w; each part is rotated by
-    itself (rotate-half), so the table repeats each part's angles.
+    The first half of a head follows t, the last two quarters follow h and w. Each part is rotated
+    on its own (rotate-half), so the table repeats each part's angles.
 
     Args:
         positions_AT: int64 `[3, tokens]`, rows t, h, w.
         head_dim: Channels of a head, a multiple of 8.
         theta: Base of the t angles.
         theta_hw: Base of the h and w angles.
-        dtype: Of the activations; angles are float32.
+        dtype: Dtype of the activations; angles are float32.
 
     Source: SenseNova-U1 technical report (arXiv 2605.12500), decoupled 3-D RoPE.
     """
@@ -60,16 +60,16 @@ def rotate_token_heads(x_THE: Tensor, rotary: Rotary) -> Tensor:
 def patch_rotary(
     grid: tuple[int, int], *, channels: int, theta: float, device: torch.device
 ) -> Rotary:
-    """Returns float32 cos and sin `[patches, channels / 2]` for an image of patches.
+    """Returns float32 cosines and sines `[patches, channels / 2]` for the patches of an image.
 
-    The first half of the channels is rotated by the column, the second by the row, in adjacent
-    pairs.
+    The first half of the channels is rotated by the column, the second half by the row, both in
+    adjacent pairs.
 
     Args:
         grid: (rows, columns) of the image; patches are row-major.
         channels: Channels of a patch embedding, a multiple of 4.
         theta: Base of the angles.
-        device: Where the table is made.
+        device: Device of the table.
     """
     rows, columns = grid
     by_row = _angles(torch.arange(rows, device=device), channels // 2, theta)
@@ -81,9 +81,9 @@ def patch_rotary(
 
 
 def rotate_patches(x_PC: Tensor, rotary: Rotary) -> Tensor:
-    """Rotates patch embeddings `[patches, channels]` in float32 and returns their dtype.
+    """Rotates patch embeddings `[patches, channels]` in float32 and returns them in their dtype.
 
-    A table of one image serves any number of images of its size.
+    The table of one image serves any number of images of its size.
     """
     cos, sin = rotary
     even, odd = x_PC.float().unflatten(-1, (-1, 2)).unflatten(0, (-1, cos.shape[0])).unbind(-1)

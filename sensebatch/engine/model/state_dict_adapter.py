@@ -1,8 +1,7 @@
 """Where each tensor of a checkpoint goes in the network: one flat table of names.
 
-The network fuses what is multiplied together (query, key and value; gate and up; the norms of
-a head's halves; the experts of a sparse block), so a checkpoint tensor may be a part of a
-parameter.
+The network joins what is computed together (query, key and value; gate and up; the norms of a
+head's halves; the experts of a sparse block), so a checkpoint tensor may be part of a parameter.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ class Slot:
 
     parameter: str
     index: Index = ()
-    """Which part of the parameter; empty for the whole. Always contiguous."""
+    """Which part of the parameter, always a contiguous one; empty for all of it."""
     rows: tuple[int, int] | None = None
     """Which rows (start, end) of the checkpoint tensor go here; None for all."""
 
@@ -37,7 +36,7 @@ class Slot:
 
 
 def checkpoint_slots(arch: Architecture) -> dict[str, tuple[Slot, ...]]:
-    """Returns the slots of every checkpoint tensor by its name; all but the head have one."""
+    """Returns the slots of every checkpoint tensor by name; only the head's has more than one."""
     slots = {"language_model.model.embed_tokens.weight": Slot("embed_tokens.weight")}
     slots |= _expert(arch, "understanding", "", arch.understanding_moe)
     slots |= _expert(arch, "generation", "_mot_gen", arch.generation_moe)

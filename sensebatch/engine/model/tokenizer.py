@@ -1,6 +1,6 @@
-"""Text to token ids and back. Knows the vocabulary, not how a prompt is laid out.
+"""Turns text into token ids and back. Knows the vocabulary, not the layout of prompts.
 
-Special tokens are only ever made by `token_id`: text that spells one out stays text.
+Special tokens come from `token_id` alone: text that spells one out stays text.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Tokenizer(Protocol):
 
     @property
     def eos_id(self) -> int:
-        """The end of a turn, where decoding stops."""
+        """The token that ends a turn, and decoding with it."""
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of plain text; never a special token's, whatever the text says."""
+        """Returns the ids of plain text, never those of special tokens."""
 
     def token_id(self, token: str) -> int:
         """Returns the id of a special token.
@@ -39,9 +39,9 @@ class Tokenizer(Protocol):
         """
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of ids without special tokens, but with `<think>` and `</think>`.
+        """Returns the text of ids, without special tokens except `<think>` and `</think>`.
 
-        Ids outside the vocabulary give nothing; malformed UTF-8 gives U+FFFD.
+        Ids outside the vocabulary add nothing; malformed UTF-8 becomes U+FFFD.
         """
 
 
@@ -88,8 +88,8 @@ class HFTokenizer:
         """See `Tokenizer.encode`.
 
         Raises:
-            JobError: The text becomes a special token only after the tokenizer's own Unicode
-                normalisation, so that it cannot be kept plain; or it is no valid Unicode.
+            JobError: The text is not valid Unicode, or the tokenizer's Unicode normalisation turns
+                it into a special token, so that it cannot stay text.
         """
         try:
             text.encode()
@@ -118,10 +118,10 @@ class HFTokenizer:
 
 
 def cut_literals(text: str, literals: Iterable[str]) -> list[str]:
-    """Returns the text in parts, none of which contains a literal; joined, they are the text.
+    """Cuts a text into parts, none of which contains a literal.
 
-    Every occurrence is cut behind its first character, so a tokenizer that is given the parts
-    one by one cannot match it. Text without a literal stays whole.
+    Every occurrence is cut after its first character, so that a tokenizer that is given one part
+    at a time cannot match it. Text without a literal stays whole.
 
     Args:
         text: What a user wrote.
@@ -138,13 +138,13 @@ def cut_literals(text: str, literals: Iterable[str]) -> list[str]:
 
 
 def _load(folder: Path) -> Any:
-    # First, because transformers has no bounds.
+    # First, because transformers reads without bounds.
     check_tokenizer(folder)
-    # Imported here: transformers takes seconds, and prompts are built without it in tests.
+    # Imported late: it takes half a second, and tests build prompts without it.
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
-    # The folder's config.json is no model of transformers', of which it would warn.
+    # The folder's config.json does not name a model that transformers knows, so it would warn.
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

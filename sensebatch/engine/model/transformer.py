@@ -28,22 +28,22 @@ Linear = nn.Linear | Fp8Linear
 
 
 class AttentionContext(Protocol):
-    """What a layer's attention may see."""
+    """Says what the tokens of a pass attend to."""
 
     def parts(self, num_tokens: int) -> Sequence[slice]:
-        """Returns the tokens in parts that need nothing of one another inside a layer."""
+        """Returns the tokens in parts that do not depend on one another inside a layer."""
 
     def room(self, num_tokens: int) -> Room | None:
-        """Returns where a part's keys and values may be put at once, if there is such a place."""
+        """Returns where a part's keys and values are to be written, or None for anywhere."""
 
     def attend(
         self, layer: int, part: slice, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor
     ) -> Tensor:
-        """Returns `[T, H, E]` of a part."""
+        """Returns the attention of a part's tokens, `[T, H, E]`."""
 
 
 class SwiGLU(nn.Module):
-    """Dense feed-forward block; gate and up are one matrix."""
+    """A dense feed-forward block; gate and up projections are one matrix."""
 
     def __init__(self, hidden: int, intermediate: int, operations: Operations) -> None:
         super().__init__()
@@ -52,10 +52,10 @@ class SwiGLU(nn.Module):
         self.operations = operations
 
     def add_activated(self, residual_TD: Tensor, gate_up_Tx: Tensor, *, in_place: bool) -> Tensor:
-        """Returns the residual plus what the block makes of the product with `gate_up`.
+        """Returns the residual plus the block's output, from the product with `gate_up`.
 
         Args:
-            residual_TD: The block's own input, not normed.
+            residual_TD: The block's input before its norm.
             gate_up_Tx: `[T, 2 * I]`.
             in_place: See `DecoderLayer.finish`.
         """
@@ -68,7 +68,7 @@ class SwiGLU(nn.Module):
 
 
 class SparseMlp(nn.Module):
-    """Mixture of SwiGLU experts: softmax over all in float32, top-k, renormalised.
+    """A mixture of SwiGLU experts: softmax over all of them in float32, then top-k.
 
     Source: Qwen3-MoE.
     """
@@ -144,7 +144,7 @@ class DecoderLayer(nn.Module):
 
         Args:
             x_TD: The layer's input.
-            rotary: Of the tokens.
+            rotary: Rotation angles of the tokens.
             room: See `Operations.heads`.
         """
         return self.operations.heads(
@@ -167,12 +167,12 @@ class DecoderLayer(nn.Module):
         return self.operations.rms_norm(x_TD, weight, self._eps)
 
     def finish(self, x_TD: Tensor, attended_THE: Tensor, *, in_place: bool = False) -> Tensor:
-        """Returns the layer's output from its input and what attention gave.
+        """Returns the layer's output from its input and the output of attention.
 
         Args:
             x_TD: The layer's input.
-            attended_THE: Of attention.
-            in_place: Whether the output takes the input's memory; not with gradients.
+            attended_THE: The output of attention.
+            in_place: Whether the output overwrites the input, which no gradient survives.
         """
         x_TD = _add_linear(x_TD, self.o, attended_THE.flatten(1), in_place)
         if isinstance(self.mlp, SparseMlp):
@@ -202,11 +202,11 @@ class Expert(nn.Module):
         )
         self.norm = nn.Parameter(torch.empty(arch.hidden_size))
         self.lend: Callable[[int], AbstractContextManager[nn.Module]] = self._own
-        """Gives a layer that can be computed with for as long as the context is open. Its own
-        by default; replaced where weights are not on the device all the time."""
+        """Lends a layer with its weights on the device while the context is open. Replaced where
+        weights are not on the device all the time."""
 
     def use_fp8(self) -> None:
-        """Makes the linear layers float8 ones, on the meta device; sparse blocks stay."""
+        """Replaces linear layers by float8 ones on the meta device; sparse blocks stay."""
         for layer in self.layers:
             assert isinstance(layer, DecoderLayer)
             layer.qkv, layer.o = self._in_fp8(layer.qkv), self._in_fp8(layer.o)
@@ -223,7 +223,7 @@ class Expert(nn.Module):
         return nullcontext(self.layers[index])
 
     def forward(self, x_TD: Tensor, rotary: Rotary, context: AttentionContext) -> Tensor:
-        """Returns the normed output `[T, D]` of all layers; overwrites `x_TD`."""
+        """Returns the normed output of all layers, `[T, D]`, in the memory of `x_TD`."""
         parts = context.parts(x_TD.shape[0])
         angles = [(rotary[0][part], rotary[1][part]) for part in parts]
         for index in range(len(self.layers)):
@@ -231,12 +231,12 @@ class Expert(nn.Module):
                 assert isinstance(layer, DecoderLayer)
                 for part, of_part in zip(parts, angles, strict=True):
                     room = context.room(part.stop - part.start)
-                    # Not named, so that they are gone when the second half begins.
+                    # Not named, so that they are freed before the second half begins.
                     attended_THE = context.attend(
                         index, part, *_project(layer, x_TD[part], of_part, room)
                     )
                     _finish(layer, x_TD[part], attended_THE)
-                    # Gone before the next part or layer attends.
+                    # Freed before the next part or layer attends.
                     del attended_THE
         for rows_TD in x_TD.split(passes.ROWS):
             rows_TD.copy_(self._operations.rms_norm(rows_TD, self.norm, self._eps))
@@ -246,7 +246,7 @@ class Expert(nn.Module):
 def _project(
     layer: DecoderLayer, x_TD: Tensor, rotary: Rotary, room: Room | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`DecoderLayer.project`, `ROWS` tokens at a time."""
+    """Returns what `DecoderLayer.project` returns, computed for `ROWS` tokens at a time."""
     num_tokens = x_TD.shape[0]
     if num_tokens <= passes.ROWS:
         return layer.project(x_TD, rotary, room)
@@ -258,14 +258,14 @@ def _project(
             outputs = tuple(part.new_empty(num_tokens, *part.shape[1:]) for part in parts)
         for output, part in zip(outputs, parts, strict=True):
             output[rows] = part
-        # Gone before the next rows need the same again.
+        # Freed before the next rows need as much.
         del parts, part
     q_THE, k_TKE, v_TKE = outputs
     return q_THE, k_TKE, v_TKE
 
 
 def _finish(layer: DecoderLayer, x_TD: Tensor, attended_THE: Tensor) -> None:
-    """`DecoderLayer.finish` in the input's memory, `ROWS` tokens at a time."""
+    """Applies `DecoderLayer.finish` in place, to `ROWS` tokens at a time."""
     for start in range(0, x_TD.shape[0], passes.ROWS):
         rows = slice(start, start + passes.ROWS)
         layer.finish(x_TD[rows], attended_THE[rows], in_place=True)

@@ -49,8 +49,8 @@ class DecodingOperations:
         Args:
             qkv_Sx: See `Operations.heads`.
             norms: See `Operations.heads`.
-            rotary: Of every position.
-            eps: Of the norms.
+            rotary: Rotation angles of every position.
+            eps: Added to the mean square in the norms.
             cache: A layer's keys and values.
             rotary_rows_S: int64 row of the rotary table of each token.
             places_S: int64 element of the cache where each token's heads begin.

@@ -1,7 +1,7 @@
 """Rectified flow from noise (t = 0) to image (t = 1): schedule, noise scale, Euler steps.
 
-Knows neither the network nor guidance: it integrates a velocity function it is given. The state
-stays in float32. Shape suffixes: J jobs, N tokens of an image.
+Knows neither the network nor guidance: it integrates the velocity function that it is given. The
+state stays in float32. Shape suffixes: J jobs, N tokens of an image.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 T_EPS = 0.02
-"""Smallest divisor of the velocity; the published loops use it whatever the checkpoint says."""
+"""Smallest divisor of the velocity. The published loops use it whatever the checkpoint says."""
 
 Velocity = Callable[[Tensor, int, float], Tensor]
 """(z_JNx, step index, t) -> v_JNx"""
 
 
 def timesteps(num_steps: int, shift: float) -> Tensor:
-    """Returns float32 `[num_steps + 1]` rising from 0 to 1, shifted towards noise.
+    """Returns timesteps that rise from 0 to 1, shifted towards noise, float32 `[num_steps + 1]`.
 
-    Also a shift of 1 passes through 1 - (1 - t), as the published schedule does.
+    A shift of 1 also goes through 1 - (1 - t), as it does in the published schedule.
 
     Source: `_apply_time_schedule` of the SenseNova-U1 release, its standard schedule.
     """
@@ -39,8 +39,8 @@ def noise_scale(
         image_tokens: Tokens of the image.
         scale: The checkpoint's `noise_scale`.
         mode: `resolution`, `dynamic` or `dynamic_sqrt`.
-        base_image_seq_len: Tokens at which the scale is the checkpoint's own.
-        max_value: Upper limit.
+        base_image_seq_len: Tokens of an image whose noise has the checkpoint's scale.
+        max_value: Upper bound of the scale.
     """
     scaled = scale * math.sqrt(image_tokens / base_image_seq_len)
     if mode == "dynamic_sqrt":
@@ -49,21 +49,21 @@ def noise_scale(
 
 
 def initial_noise(height: int, width: int, scale: float, generator: torch.Generator) -> Tensor:
-    """Returns float32 `[3, height, width]` on the CPU.
+    """Returns the starting noise of an image, float32 `[3, height, width]` on the CPU.
 
-    It is drawn on the CPU whatever the device, so that a seed means the same picture everywhere.
+    It is drawn on the CPU whatever the device, so that a seed means the same image everywhere.
 
     Args:
-        height: Pixels.
-        width: Pixels.
+        height: Height in pixels.
+        width: Width in pixels.
         scale: Standard deviation.
-        generator: The job's own; a job's later pictures go on where the earlier ones stopped.
+        generator: The job's own; its later images continue where the earlier ones stopped.
     """
     return scale * torch.randn(1, 3, height, width, generator=generator)[0]
 
 
 def velocity_from_image(x_Nx: Tensor, z_Nx: Tensor, t: float, out: Tensor | None = None) -> Tensor:
-    """Returns the velocity that leads from z at t to the predicted image x at 1.
+    """Returns the velocity that leads from z at t to the predicted image x at t = 1.
 
     Args:
         x_Nx: Predicted image.
@@ -76,12 +76,12 @@ def velocity_from_image(x_Nx: Tensor, z_Nx: Tensor, t: float, out: Tensor | None
 
 
 def euler(z_JNx: Tensor, schedule: Tensor, velocity: Velocity) -> Tensor:
-    """Integrates from the schedule's first timestep to its last, in place; returns `z_JNx`.
+    """Integrates from the schedule's first timestep to its last, in place, and returns `z_JNx`.
 
     Args:
-        z_JNx: float32 noise as tokens; becomes the picture, so that the start takes no memory.
-        schedule: float32 `[num_steps + 1]` of `timesteps`.
-        velocity: Guided velocity of all jobs at a step.
+        z_JNx: float32 noise as tokens; becomes the image, so that the noise takes no extra memory.
+        schedule: Timesteps, float32 `[num_steps + 1]`.
+        velocity: Returns the guided velocity of all jobs at a step.
     """
     times = schedule.tolist()
     steps = (schedule[1:] - schedule[:-1]).tolist()

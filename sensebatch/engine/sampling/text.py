@@ -1,4 +1,4 @@
-"""Greedy decoding of several sequences in step. Token ids only; the network is a function."""
+"""Greedy decoding of several sequences in step. Knows token ids; the network is a function."""
 
 from __future__ import annotations
 
@@ -8,38 +8,38 @@ from dataclasses import dataclass, field
 from sensebatch.jobs import Sampling
 
 Step = Callable[[Sequence[tuple[int, int]]], Sequence[int]]
-"""[(sequence, token)] -> the next choice of each, in that order, with the tokens cached."""
+"""[(sequence, token)] -> the next choice of each, in that order; caches the tokens."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Decoded:
-    """What one sequence said."""
+    """The text of one sequence."""
 
     tokens: list[int] = field(default_factory=list)
-    """All cached."""
+    """Its tokens, all of them cached."""
     stopped_by: int | None = None
-    """The choice that ended it and was not cached; None at the limit or after a last token."""
+    """The choice that ended it and was not cached; None if a limit or a cached token ended it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Script:
-    """What jobs say where weights are made up, whose own choices mean nothing.
+    """The choices of jobs with synthetic weights, whose own choices mean nothing.
 
-    Every pass is computed all the same; its choice alone is replaced, so that what a job costs
-    is what its settings say and no accident.
+    Every pass is computed all the same, and only its choice is replaced, so that a job costs what
+    its settings ask for.
     """
 
     word: int
     """A token of ordinary text."""
     image_start: int
-    """Begins a picture."""
+    """The token that begins an image."""
 
     def thought(self, sampling: Sampling) -> list[int]:
-        """Returns the choices of a job that thinks: text to its limit, without an end."""
+        """Returns the choices of a job that thinks: text up to its limit."""
         return [self.word] * sampling.max_think_tokens
 
-    def to_picture(self, sampling: Sampling) -> list[int]:
-        """Returns the choices up to an interleave job's next picture: an even share of text."""
+    def to_image(self, sampling: Sampling) -> list[int]:
+        """Returns the choices up to an interleave job's next image: an even share of its text."""
         share = max(sampling.max_new_tokens // sampling.max_images, 1)
         return [self.word] * share + [self.image_start]
 
@@ -53,19 +53,19 @@ def greedy_decode(
     stop_after: frozenset[int] = frozenset(),
     scripts: Mapping[int, Sequence[int]] | None = None,
 ) -> dict[int, Decoded]:
-    """Decodes until every sequence has ended; all that go on share each step.
+    """Decodes until every sequence has ended. Sequences that have not share each step.
 
     Args:
         first: The first choice of each sequence.
-        limits: Most tokens of each sequence; looked at after a token, so at least one is taken.
+        limits: Most tokens of each sequence; checked after a token, so at least one is taken.
         step: Caches one token of some sequences and returns their next choices.
         stop_before: Choices that end a sequence and are not cached.
-        stop_after: Tokens that end a sequence once cached.
-        scripts: The choices of some sequences, taken in place of the network's; as many as the
-            sequence's limit, or more.
+        stop_after: Tokens that end a sequence once they are cached.
+        scripts: Choices that replace the network's for some sequences; at least as many as the
+            sequence's limit.
 
     Returns:
-        What each sequence said, by the keys of `first`.
+        The text of each sequence, by the keys of `first`.
     """
     decoded = {index: Decoded() for index in first}
     scripts = scripts or {}

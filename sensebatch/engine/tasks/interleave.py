@@ -140,7 +140,7 @@ def _write(runner: Runner, stories: Sequence[Story], script: Script | None) -> l
         first[place] = story.state.choice
         limits[place] = story.state.job.sampling.max_new_tokens - story.num_text_tokens
         if script is not None:
-            scripts[place] = script.to_picture(story.state.job.sampling)
+            scripts[place] = script.to_image(story.state.job.sampling)
             limits[place] = len(scripts[place])
     with runner.decoding():
         decoded = greedy_decode(

@@ -1,4 +1,4 @@
-"""Makes a network of a checkpoint, its weights wherever they are to be."""
+"""Makes the network of a checkpoint, with its weights where a placement has them."""
 
 from __future__ import annotations
 
@@ -49,20 +49,20 @@ def open_weights(checkpoint: Checkpoint, lora_path: str | None, dtype: torch.dty
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkLoader:
-    """Makes a checkpoint's network, as often as its weights have to be placed anew."""
+    """Makes a checkpoint's network, each time its weights have to be placed."""
 
     arch: Architecture
     """The network's shape."""
     source: WeightSource
-    """Gives the weights; the checkpoint they are read from has been checked."""
+    """Supplies the weights of a checkpoint that has been checked."""
     device: torch.device
-    """Where the network computes."""
+    """The device that the network computes on."""
     dtype: torch.dtype
-    """What weights are rounded to."""
+    """The dtype that weights are rounded to."""
     fused: bool = False
     """Whether chains of small operations are one kernel each."""
     precision: Precision | None = None
-    """Of linear layers in float8."""
+    """Precision of linear layers in float8; None if there are none."""
 
     @property
     def computation(self) -> Computation:
@@ -77,16 +77,16 @@ class NetworkLoader:
     def load(
         self, placement: Placement, stop: Callable[[], bool] = lambda: False
     ) -> tuple[Network, Residency]:
-        """Returns a network in evaluation mode, without gradients, and what moves its weights.
+        """Returns the network, for inference only, and what moves its weights.
 
         Args:
-            placement: How much of each memory they take.
+            placement: How much of each memory the weights take.
             stop: Whether to stop loading.
 
         Raises:
             StoppedError: The load was stopped.
             CheckpointError: A file cannot be read.
-            OutOfMemoryError: The device or the host has less memory than was planned with.
+            OutOfMemoryError: The device or the host has less memory than planned.
         """
         network = self.new_network()
         source = StoppableWeights(self.source, stop)
@@ -112,15 +112,15 @@ def warm_up(
 ) -> float | None:
     """Compiles the kernels that a network will use, before its weights take the memory.
 
-    Also makes the attention library load itself, which takes it a second the first time.
+    Also loads the attention library, whose first use takes a second.
 
     Args:
-        loader: Says which network.
-        attention: The run's.
-        loads: Of every group of the run.
+        loader: Makes the network.
+        attention: How a run or image attends.
+        loads: The loads of every group of the run.
 
     Returns:
-        Seconds that it took; None where nothing is compiled.
+        The seconds that it took; None if nothing is compiled.
     """
     if not loader.fused:
         return None
@@ -142,7 +142,7 @@ def warm_up(
         decoding = decoding_operations(network)
         if decoding is not None:
             writers = [load.batch_size for load in loads if load.text_tokens]
-            # A job may come to be alone, split off or tried again.
+            # A job may end up alone, because its batch is split or it is tried again.
             counts = {1, *writers} if writers else set()
             for count in sorted(n for n in counts if n <= decoding.max_sequences):
                 decoding.warm_up(arch, loader.dtype, loader.device, count)

@@ -1,7 +1,7 @@
-"""Where the network's weights are during each phase of a batch.
+"""Decides where the network's weights are during each phase of a batch.
 
-Cuts the network into blocks (decoder layers and parts of the vocabulary head) that memory moves,
-puts everything else on the device for good, and tells memory which blocks a phase goes through.
+Cuts the network into blocks (decoder layers and parts of the vocabulary head) that `memory` moves,
+puts everything else on the device for good, and prepares the blocks that a phase goes through.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ from sensebatch.plan.placement import Placement
 
 BLOCK_PREFIXES = ("understanding.layers.", "generation.layers.", "lm_head.parts.")
 PART_BYTES = 16 << 20
-"""About as much of a tensor is read by one thread at a time."""
+"""About how much of a tensor one thread reads at a time."""
 CACHED_BYTES = 1 << 20
-"""About as much of it is quantised at a time."""
+"""About how much of a tensor is quantised at a time."""
 
 Pieces = list[tuple[str, Slot]]
-"""(checkpoint tensor, slot) of one parameter."""
+"""The (checkpoint tensor, slot) pairs of one parameter."""
 
 
 class Residency:
     """Moves the network's weights.
 
     Args:
-        network: Its parameters are on the meta device, in the dtypes they are to have; they are
-            given memory here.
-        source: Where weights are read from.
+        network: Has its parameters on the meta device, in their final dtypes; they are given memory
+            here.
+        source: Supplies the weights.
         placement: How much memory they take.
-        device: Where the network computes.
+        device: The device that the network computes on.
 
     Raises:
         CheckpointError: A file cannot be read.
-        OutOfMemoryError: The host has less memory than was planned with.
+        OutOfMemoryError: The host has less memory than planned.
     """
 
     def __init__(
@@ -91,11 +91,11 @@ class Residency:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every block has a device buffer for good, and none is in host memory."""
+        """Whether every block has a device buffer for good and none is in host memory."""
         return self._whole
 
     def suits(self, placement: Placement) -> bool:
-        """Returns whether the weights lie where a placement has them, but for a `resize`."""
+        """Returns whether the weights lie where a placement has them, or would after a `resize`."""
         if self._embed_on_device != placement.embed_on_device:
             return False
         if self._whole or placement.num_buffers is None:
@@ -105,31 +105,31 @@ class Residency:
 
     @property
     def keeps_text(self) -> bool:
-        """Whether what decoding needs, once used, stays where it is until the next phase."""
+        """Whether weights for decoding stay where they are from their first use in a phase."""
         return self._whole or self._pool.keeps_all
 
     @property
     def host_bytes(self) -> int:
-        """Host memory that blocks take."""
+        """Bytes of host memory in blocks."""
         return self._host.kept_bytes
 
     def prefill(self, *, decodes: bool) -> None:
-        """Prepares one pass of prompts, with logits behind it where text follows."""
+        """Prepares for one pass of prompts, with logits after it if text is decoded."""
         self._schedule([*self._understanding, *(self._head if decodes else [])], keep=False)
 
     def decode(self) -> None:
-        """Prepares many passes of the understanding expert with logits."""
+        """Prepares for many passes of the understanding expert with logits."""
         self._schedule([*self._understanding, *self._head], keep=True)
 
     def denoise(self) -> None:
-        """Prepares many passes of the generation expert."""
+        """Prepares for many passes of the generation expert."""
         self._schedule(self._generation, keep=True)
 
     def resize(self, num_buffers: int) -> int:
-        """Keeps fewer or more blocks on the device; only where they are in host memory as well.
+        """Keeps fewer or more blocks on the device, if they are in host memory as well.
 
         Returns:
-            How many there are room for now: as before, where there is no memory for as many.
+            The buffers there are now: as many as before if there is no memory for as many.
 
         Raises:
             OutOfMemoryError: There is no memory for as many as before either, or there was none.
@@ -139,13 +139,13 @@ class Residency:
             return num_buffers
         before = self._pool.num_bytes
         self._pool.release()
-        # Or the smaller memory would be taken out of the larger, which could not be given back.
+        # Otherwise the new memory could be a part of the old, which could then not be freed.
         empty_cache(self._device)
         try:
             memory = self._new_memory(self._buffer_bytes(num_buffers))
         except OutOfMemoryError:
             if not before:
-                # There was none left the last time either.
+                # There was none left last time either.
                 raise
             memory = self._new_memory(before)
         else:
@@ -158,7 +158,7 @@ class Residency:
             return new_buffer(num_bytes, self._device)
 
     def _buffer_bytes(self, num_buffers: int) -> int:
-        """Returns the device memory for blocks: a ring for any, the rest for generation layers."""
+        """Returns the device memory for blocks: a ring for all, the rest for generation layers."""
         generation = max(block.layout.num_bytes for block in self._generation)
         others = (block.layout.num_bytes for block in (*self._understanding, *self._head))
         kept = max(num_buffers - RING, 0)
@@ -177,7 +177,7 @@ class Residency:
         return lambda index: nullcontext(modules[index])
 
     def _load_all(self, blocks: Sequence[Block], lane: Lane) -> dict[Block, nn.Module]:
-        """Gives every block the buffer of its own size, for good; nothing waits for it again."""
+        """Gives every block a buffer of its own size, for good."""
         self._pool.schedule(blocks, keep=True)
         lent = {}
         try:
@@ -225,7 +225,7 @@ def _parts(
     source: WeightSource,
     dtype: torch.dtype,
 ) -> Iterator[Callable[[Tensor], None]]:
-    """Gives what reads a checkpoint tensor into its slot, some rows each."""
+    """Yields functions that each read some rows of a checkpoint tensor into its slot."""
     shape = slot.view({slot.parameter: torch.empty(entry.shape, device="meta")}).shape
     first = 0 if slot.rows is None else slot.rows[0]
     at_a_time = max(PART_BYTES // (math.prod(shape[1:]) * dtype.itemsize), 1)
@@ -247,7 +247,7 @@ def _read_rows(
     source: WeightSource,
     flat: Tensor,
 ) -> None:
-    """Reads rows of a slot, whose first row is the tensor's row `first`."""
+    """Reads rows of a slot; its first row is the tensor's row `first`."""
     target = slot.view({slot.parameter: entry.view(flat)})[rows.start : rows.stop]
     source.read_into(tensor, (first + rows.start, first + rows.stop), target)
 
@@ -262,9 +262,9 @@ def _quantise_rows(
     dtype: torch.dtype,
     flat: Tensor,
 ) -> None:
-    """`_read_rows` for a float8 parameter and its scales: quantises what it reads as `dtype`."""
+    """Reads rows as `dtype` and quantises them into a float8 parameter and its scales."""
     weight, scale = (slot.view({slot.parameter: entry.view(flat)}) for entry in entries)
-    # So few at a time that they stay in the processor's cache from one operation to the next.
+    # So few at a time that they stay in the processor's cache between operations.
     at_a_time = max(CACHED_BYTES // (weight.shape[1] * dtype.itemsize), 1)
     room = torch.empty(min(at_a_time, len(rows)), weight.shape[1], dtype=dtype)
     for start in rows[::at_a_time]:
@@ -284,7 +284,7 @@ def _load_rest(
     embed_on_device: bool,
     device: torch.device,
 ) -> None:
-    """Gives every parameter outside the blocks its memory, on the device but for embeddings."""
+    """Gives parameters outside the blocks their memory: on the device, except embeddings."""
     for name, parameter in list(network.named_parameters()):
         if name.startswith(BLOCK_PREFIXES):
             continue

@@ -1,6 +1,6 @@
-"""Where weights come from: a checkpoint's files, or a fixed rule for full-size made-up ones.
+"""Sources of weights: a checkpoint's files, or a fixed rule for synthetic ones.
 
-Both write straight to where a tensor is to be, so no weight is in host memory twice.
+Both write straight to a tensor's final place, so no weight is in host memory twice.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from sensebatch.engine.weights.tensor_files import FILE_DTYPES, read_bytes
 from sensebatch.errors import StoppedError
 
 SYNTHETIC_PERIOD = 1_048_583
-"""Made-up weights repeat after this many numbers: a prime, so that no row repeats another."""
+"""Synthetic weights repeat after this many numbers: a prime, so that no two rows are equal."""
 
 
 class WeightSource(Protocol):
-    """Gives checkpoint tensors by name; may be asked from several threads."""
+    """Supplies checkpoint tensors by name, to several threads at a time."""
 
     def read_into(self, name: str, rows: tuple[int, int] | None, target: Tensor) -> None:
         """Writes a tensor, or its rows from start to end, into contiguous host memory.
@@ -39,7 +39,7 @@ class FileWeights:
 
     Args:
         checkpoint: Its headers, already checked.
-        lora: Merged into what is read.
+        lora: Is merged into the weights as they are read.
     """
 
     def __init__(self, checkpoint: Checkpoint, lora: Lora | None = None) -> None:
@@ -65,12 +65,12 @@ class FileWeights:
 class SyntheticWeights:
     """Synthetic weights of any architecture, from a fixed rule: for profiling, not for images.
 
-    Normal numbers from one table, at a place given by the tensor's name, scaled so that every
-    matrix keeps the size of what goes through it; norms are ones.
+    They are normal numbers from one table, at a place that follows from the tensor's name, scaled
+    so that a matrix keeps the magnitude of its input. Norms are ones.
 
     Args:
-        dtype: Of the weights.
-        lora: Merged into them.
+        dtype: Dtype of the weights.
+        lora: Is merged into the weights.
     """
 
     def __init__(self, dtype: torch.dtype, lora: Lora | None = None) -> None:
@@ -91,7 +91,7 @@ class SyntheticWeights:
         first_row = 0 if rows is None else rows[0]
         first = first_row * fan_in
         place = (zlib.crc32(name.encode()) + first) % SYNTHETIC_PERIOD
-        # As bytes, since numpy copies those at the speed of the memory and has no bfloat16.
+        # As bytes, which numpy copies at the speed of the memory; it has no bfloat16.
         size = self._dtype.itemsize
         source, flat = table.view(torch.uint8).numpy(), target.view(-1).view(torch.uint8).numpy()
         place *= size
@@ -104,7 +104,7 @@ class SyntheticWeights:
             target.copy_(self._lora.apply(name, target, first_row=first_row))
 
     def _table(self, scale: float) -> Tensor:
-        """Returns the numbers of one scale, made once."""
+        """Returns the table at one scale, which is made once."""
         with self._lock:
             if scale not in self._tables:
                 self._tables[scale] = (scale * self._normal).to(self._dtype)
@@ -112,10 +112,10 @@ class SyntheticWeights:
 
 
 class StoppableWeights:
-    """Weights that are read until a stop is set while they are loaded, and always afterwards.
+    """Weights whose load a stop ends; once loaded, they are read whether it is set or not.
 
     Args:
-        source: Gives them.
+        source: Supplies the weights.
         stop: Whether to stop loading.
     """
 
@@ -135,5 +135,5 @@ class StoppableWeights:
         self._source.read_into(name, rows, target)
 
     def loaded(self) -> None:
-        """Ends the load: what is streamed during a run is read whether it is to stop or not."""
+        """Ends the load; weights that are streamed during a run ignore the stop."""
         self._is_loading = False

@@ -1,4 +1,4 @@
-"""Reads tensors of safetensors files straight to where they are to be."""
+"""Reads tensors of safetensors files straight to their final place."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_READ_BYTES = 1 << 30
 
 
 def read_tensor(tensor: TensorFile) -> Tensor:
-    """Returns a tensor in its own dtype, in memory of its own.
+    """Returns a tensor in its own dtype and in memory of its own.
 
     Raises:
         CheckpointError: The file has become shorter or cannot be read.
@@ -29,7 +29,7 @@ def read_tensor(tensor: TensorFile) -> Tensor:
 
 
 def read_bytes(tensor: TensorFile, start: int, target: Tensor) -> None:
-    """Fills contiguous memory with a tensor's bytes from `start` on, without a buffer between.
+    """Fills contiguous memory with a tensor's bytes from `start` on, without another buffer.
 
     Raises:
         CheckpointError: The file has become shorter or cannot be read.
