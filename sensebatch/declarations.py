@@ -44,12 +44,9 @@ class Declared:
     name: str
     type: Any
     """The type, in `Annotated` with its range if it has one."""
+    plain_type: Any
+    """The type without ranges."""
     setting: Setting
-
-    @property
-    def plain_type(self) -> Any:
-        """The type without ranges."""
-        return _without_ranges(self.type)
 
 
 def _without_ranges(kind: Any) -> Any:
@@ -72,7 +69,12 @@ def declared(declaring: type) -> Mapping[str, Declared]:
             if isinstance(setting, Setting):
                 limits = tuple(item for item in metadata if item is not setting)
                 ranged = Annotated[(kind, *limits)] if limits else kind
-                settings[name] = Declared(name=name, type=ranged, setting=setting)
+                settings[name] = Declared(
+                    name=name,
+                    type=ranged,
+                    plain_type=_without_ranges(kind),
+                    setting=setting,
+                )
     return settings
 
 
@@ -91,23 +93,25 @@ def stated(instance: Any) -> dict[str, Any]:
 
 def restored(declaring: type[_T], values: Mapping[str, Any]) -> _T:
     """Returns an instance from its `stated` fields, as they were read from JSON or YAML."""
-    kinds = declared(cast(Hashable, declaring))
+    settings = declared(cast(Hashable, declaring))
     return declaring(
-        **{name: converted(kinds[name].plain_type, value) for name, value in values.items()}
+        **{name: converter(settings[name].plain_type)(value) for name, value in values.items()}
     )
 
 
-def converted(kind: Any, value: Any) -> Any:
-    """Returns a valid value in the type of its field.
+@cache
+def converter(kind: Any) -> Callable[[Any], Any]:
+    """Returns what brings a valid value into a type without ranges.
 
     A whole number becomes a float where one is declared; otherwise `4` and `4.0` would give two
     job keys.
     """
     if get_origin(kind) is tuple:
-        return tuple(map(converted, get_args(kind), value))
-    if isinstance(kind, type) and (kind is float or issubclass(kind, Enum)):
-        return kind(value)
-    return value
+        items = [converter(item) for item in get_args(kind)]
+        return lambda values: tuple(item(value) for item, value in zip(items, values, strict=True))
+    if kind is float or (isinstance(kind, type) and issubclass(kind, Enum)):
+        return cast(Callable[[Any], Any], kind)
+    return lambda value: value
 
 
 def plain(value: Any) -> Any:

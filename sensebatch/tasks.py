@@ -52,15 +52,6 @@ class SystemPromptKind(StrEnum):
     INTERLEAVE = "interleave"
 
 
-class AssistantStart(StrEnum):
-    """What the assistant's turn begins with, before the model writes or draws."""
-
-    IMAGE = "image"
-    """An empty think block and `<img>`; `<think>` if the job thinks."""
-    TEXT = "text"
-    """An empty think block; nothing if the job may think."""
-
-
 class SizeRule(StrEnum):
     """Which size a job's images have unless it names one."""
 
@@ -135,10 +126,14 @@ class PromptRule:
     """How a task's prompt is laid out."""
 
     system: SystemPromptKind | None
-    """The system prompt of jobs that bring none of their own; None for none."""
+    """The system prompt of jobs without one of their own; None if they need none."""
     numbered: bool
     """Whether several input images without any mark are introduced as `Image-1:`, `Image-2:`."""
-    start: AssistantStart
+    empty_thought: bool
+    """Whether the assistant's turn begins with an empty think block if the job does not think."""
+    opens_image: bool
+    """Whether the model is made to draw: `<img>` follows, after the `<think>` and the thoughts of a
+    job that thinks. Otherwise the model itself decides whether to think and when to draw."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,7 +170,10 @@ _SPECS = (
         resizes_inputs=False,
         output=Output.IMAGE,
         prompt=PromptRule(
-            system=SystemPromptKind.GENERATION, numbered=False, start=AssistantStart.IMAGE
+            system=SystemPromptKind.GENERATION,
+            numbered=False,
+            empty_thought=True,
+            opens_image=True,
         ),
         text=TextRule(limit="max_think_tokens", always=False),
         drawing=DrawingRule(
@@ -193,7 +191,10 @@ _SPECS = (
         resizes_inputs=True,
         output=Output.IMAGE,
         prompt=PromptRule(
-            system=SystemPromptKind.GENERATION, numbered=True, start=AssistantStart.IMAGE
+            system=SystemPromptKind.GENERATION,
+            numbered=True,
+            empty_thought=True,
+            opens_image=True,
         ),
         text=TextRule(limit="max_think_tokens", always=False),
         drawing=DrawingRule(
@@ -211,7 +212,10 @@ _SPECS = (
         resizes_inputs=False,
         output=Output.IMAGES,
         prompt=PromptRule(
-            system=SystemPromptKind.INTERLEAVE, numbered=False, start=AssistantStart.TEXT
+            system=SystemPromptKind.INTERLEAVE,
+            numbered=False,
+            empty_thought=True,
+            opens_image=False,
         ),
         text=TextRule(limit="max_new_tokens", always=True),
         drawing=DrawingRule(

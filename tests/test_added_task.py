@@ -31,7 +31,9 @@ ROW = """\
         inputs=Inputs.OPTIONAL,
         resizes_inputs=False,
         output=Output.TEXT,
-        prompt=PromptRule(system=None, numbered=False, start=AssistantStart.TEXT),
+        prompt=PromptRule(
+            system=None, numbered=False, empty_thought=False, opens_image=False
+        ),
         text=TextRule(limit="max_new_tokens", always=True),
         drawing=None,
         thinks=None,

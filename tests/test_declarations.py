@@ -13,7 +13,7 @@ from annotated_types import Ge
 
 from sensebatch.cli.job_options import setting_options
 from sensebatch.config import default_config
-from sensebatch.declarations import Setting, converted, declared, plain, restored, stated
+from sensebatch.declarations import Setting, converter, declared, plain, restored, stated
 from sensebatch.jobs import CfgNorm, ModelIdentity, Sampling, job_key
 from sensebatch.manifest.fields import FOREIGN_FIELDS, SETTINGS, JobFields
 from sensebatch.manifest.read import read_manifest
@@ -146,7 +146,8 @@ def test_a_field_at_its_default_is_left_out_and_comes_back(
 def test_values_get_the_types_of_their_fields() -> None:
     types = {name: declaration.plain_type for name, declaration in declared(Sample).items()}
     assert types == {"count": int, "norm": CfgNorm, "ends": tuple[float, float]}
-    assert converted(types["ends"], [0, 1]) == (0.0, 1.0)
+    assert converter(types["ends"])([0, 1]) == (0.0, 1.0)
     # A key says 0.0 and 0 in different words.
-    assert [type(end) for end in converted(types["ends"], [0, 1])] == [float, float]
-    assert converted(types["norm"], "global") is CfgNorm.GLOBAL
+    assert [type(end) for end in converter(types["ends"])([0, 1])] == [float, float]
+    assert converter(types["norm"])("global") is CfgNorm.GLOBAL
+    assert converter(types["count"])(3) == 3

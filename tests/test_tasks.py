@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,10 +14,14 @@ from sensebatch.cli.job_options import command_of
 from sensebatch.config import SYNTHETIC_PREFIX, TINY_MODEL, default_config
 from sensebatch.engine.tasks.registry import runner_of
 from sensebatch.jobs import Sampling
+from sensebatch.manifest.fields import DefaultsFields
+from sensebatch.settings import TasksSection
 from sensebatch.tasks import TASKS, Inputs, Output, SizeRule, Task
 from tests.executor.fakes import make_job
 
-PACKAGE = Path(__file__).parent.parent / "sensebatch"
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "sensebatch"
+MANIFEST_DOCS = (ROOT / "docs/manifest.md").read_text(encoding="utf-8")
 
 
 def test_every_task_has_exactly_one_row() -> None:
@@ -38,17 +43,17 @@ def test_a_row_contradicts_itself_nowhere(task: Task) -> None:
 
 
 @pytest.mark.parametrize("task", Task)
-def test_every_task_has_a_runner_and_a_command(task: Task) -> None:
+def test_every_task_has_all_that_a_task_needs(task: Task) -> None:
+    assert task.spec.task is task
     assert callable(runner_of(task).run)
     assert callable(command_of(task))
-
-
-@pytest.mark.parametrize("model", [TINY_MODEL, SYNTHETIC_PREFIX + "8b"])
-def test_every_task_has_defaults(model: str) -> None:
-    defaults = default_config(model).tasks
-    assert defaults.keys() == set(Task)
-    for task in Task:
-        assert (defaults[task].resolution is None) == (task.spec.drawing is None)
+    for model in (TINY_MODEL, SYNTHETIC_PREFIX + "8b"):
+        defaults = default_config(model).tasks[task]
+        assert (defaults.resolution is None) == (task.spec.drawing is None)
+    assert task in TasksSection.model_fields
+    assert task in DefaultsFields.model_fields
+    row = rf"^\| `{task}` \| {task.spec.inputs} \| {task.spec.output} \| `sensebatch {task}` \|$"
+    assert re.search(row, MANIFEST_DOCS, re.MULTILINE)
 
 
 def test_rows_without_a_task_are_of_tasks_that_fit_them() -> None:

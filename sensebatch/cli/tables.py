@@ -149,7 +149,7 @@ def _calls(calls: Sequence[Call]) -> FittingTable:
         measured = call.wall_s and not call.kept_images
         table.add_row(
             str(number),
-            f"{call.task} {call.width}x{call.height}",
+            call.group,
             f"{call.jobs:,}",
             f"{call.images:,}" + (f"\n({call.kept_images} kept)" if call.kept_images else ""),
             f"{call.wall_s:.3f}",

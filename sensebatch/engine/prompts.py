@@ -26,7 +26,7 @@ from sensebatch.checkpoint.tokenizer import (
 from sensebatch.engine.model.tokenizer import Tokenizer
 from sensebatch.errors import JobError
 from sensebatch.jobs import IMAGE_MARK
-from sensebatch.tasks import AssistantStart, Branch, Task
+from sensebatch.tasks import Branch, Task
 
 
 class Grid(NamedTuple):
@@ -131,8 +131,7 @@ def img_cond_prompt(tokenizer: Tokenizer, *, task: Task, grids: Sequence[Grid]) 
 
     It has no `<img>` if the network writes first: the one that it decodes is appended.
     """
-    draws = task.spec.prompt.start is AssistantStart.IMAGE
-    ending = [_Special(IMG_START)] if draws else []
+    ending = [_Special(IMG_START)] if task.spec.prompt.opens_image else []
     return _encode(tokenizer, [*_user_turn(grids), *ending])
 
 
@@ -210,11 +209,15 @@ def _user_turn(content: Iterable[Piece]) -> list[Piece]:
 
 def _assistant_start(task: Task, think: bool) -> list[Piece]:
     """Returns the beginning of the assistant's turn."""
-    draws = task.spec.prompt.start is AssistantStart.IMAGE
+    rule = task.spec.prompt
     if think:
-        return [_Special(THINK_START), "\n"] if draws else []
-    empty: list[Piece] = [_Special(THINK_START), "\n\n", _Special(THINK_END), "\n\n"]
-    return [*empty, _Special(IMG_START)] if draws else empty
+        return [_Special(THINK_START), "\n"] if rule.opens_image else []
+    pieces: list[Piece] = []
+    if rule.empty_thought:
+        pieces += [_Special(THINK_START), "\n\n", _Special(THINK_END), "\n\n"]
+    if rule.opens_image:
+        pieces.append(_Special(IMG_START))
+    return pieces
 
 
 def _place_images(task: Task, prompt: str, grids: Sequence[Grid]) -> list[Piece]:

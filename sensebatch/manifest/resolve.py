@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sensebatch.config import RunConfig
-from sensebatch.declarations import converted, declared
+from sensebatch.declarations import converter, declared
 from sensebatch.errors import Problem
 from sensebatch.image_files import UnusableImageError
 from sensebatch.jobs import IMAGE_MARK, InputImage, Job, Sampling, Source
@@ -45,7 +45,12 @@ Warn = Callable[[Problem], None]
 """Receives what is allowed but worth a look."""
 
 _SAMPLING = declared(Sampling)
-_KINDS = {name: setting.plain_type for name, setting in _SAMPLING.items()}
+_CONVERTERS = {name: converter(setting.plain_type) for name, setting in _SAMPLING.items()}
+_ERRORS = [
+    (index, name, setting.setting.error)
+    for index, (name, setting) in enumerate(_SAMPLING.items())
+    if setting.setting.error is not None
+]
 _sampling_values = attrgetter(*_SAMPLING)
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _PROMPT_FIELDS = frozenset({"prompt", "conversations"})
@@ -230,9 +235,9 @@ class JobResolver:
         given = tuple(
             tuple(value) if isinstance(value, list) else value for value in _sampling_values(fields)
         )
-        for (name, setting), value in zip(_SAMPLING.items(), given, strict=True):
-            error_of = setting.setting.error
-            if error_of and value is not None and (message := error_of(value, task.spec)):
+        for index, name, error_of in _ERRORS:
+            value = given[index]
+            if value is not None and (message := error_of(value, task.spec)) is not None:
                 errors.add(name, message)
         return self._sampling(self._config.tasks[task].sampling, given)
 
@@ -322,11 +327,11 @@ def _sampling(defaults: Sampling, given: tuple[Any, ...]) -> Sampling:
 
     Args:
         defaults: The task's.
-        given: A value for each setting in the order of `_KINDS`; None if not given.
+        given: A value for each setting in the order of `_SAMPLING`; None if not given.
     """
     changes = {
-        name: converted(kind, value)
-        for (name, kind), value in zip(_KINDS.items(), given, strict=True)
+        name: convert(value)
+        for (name, convert), value in zip(_CONVERTERS.items(), given, strict=True)
         if value is not None
     }
     return replace(defaults, **changes)

@@ -74,6 +74,11 @@ class Call:
     """Seconds of a denoising step of the whole batch."""
     peak: Memory
 
+    @property
+    def group(self) -> str:
+        """What a report calls the jobs of the call and those like them."""
+        return group_name(self.task, self.width, self.height)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Throughput:
@@ -143,7 +148,7 @@ def summarise(log: pa.Table, *, session: int | None = None) -> Summary:
     calls = _calls(done)
     by_group: dict[str, list[Call]] = {}
     for call in calls:
-        by_group.setdefault(group_name(call.task, call.width, call.height), []).append(call)
+        by_group.setdefault(call.group, []).append(call)
     text_tokens = _text_tokens(done)
     return Summary(
         vram_mode=_words(log["vram_mode"]),
@@ -291,7 +296,7 @@ def _call_line(number: int, call: Call) -> str:
     speed = f"{call.image_tokens / call.wall_s:.2f}" if measured else "-"
     kept = f" ({call.kept_images} kept)" if call.kept_images else ""
     return (
-        f"  call {number}: {group_name(call.task, call.width, call.height)}  jobs={call.jobs}  "
+        f"  call {number}: {call.group}  jobs={call.jobs}  "
         f"images={call.images}{kept}  {call.wall_s:.3f} s{step}  {speed} tok/s  "
         f"{_gib(call.peak)}"
     )
