@@ -26,7 +26,9 @@ MAX_TEXT_BYTES = 2**26
 """Largest text that is read as a whole where nothing else is said."""
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|([\[{])|([\]}])', re.DOTALL)
+_BRACKET = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|([\[{])|([\]}])', re.DOTALL)
+"""Strings, of which the last may have no end, and brackets. Nothing is tried twice, so that a text
+of escapes takes neither memory nor time."""
 
 
 class UnreadableFileError(OSError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from sensebatch.bounded import (
     MAX_DIGITS,
     MAX_VALUES,
     UnreadableFileError,
+    check_depth,
     check_file,
     load_json,
     read_file,
@@ -78,6 +80,17 @@ def test_brackets_count_only_outside_of_text_and_as_deep_as_they_nest() -> None:
     assert load_json(text)["a"] == "[" * 1000
     assert load_json("[" * MAX_DEPTH + "]" * MAX_DEPTH)
     assert len(load_json("[" + "[],{}," * 5000 + "[]]")) == 10_001
+
+
+@pytest.mark.parametrize("end", ["", '"', "\\", '\\"'])
+def test_a_text_of_escapes_takes_no_memory_and_no_time(end: str) -> None:
+    """A pattern that tries again at every quotation mark would not come to its end."""
+    text = "[]" * (MAX_DEPTH + 1) + '"' + '\\"' * 1_000_000 + end
+    tracemalloc.start()
+    check_depth(text)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1_000_000
 
 
 def test_a_file_is_read_up_to_its_bound(tmp_path: Path) -> None:
