@@ -172,7 +172,15 @@ main(["run", "manifests/catalog.yaml", "--output-dir", "{root}"])
 
 def test_signal_in_code_that_is_executed_as_text_has_the_documented_code(tmp_path: Path) -> None:
     script = EXECUTED.format(root=tmp_path / "o", number=int(signal.SIGTERM))
-    assert _python(script).returncode == 75
+    (tmp_path / "started.py").write_text(script, encoding="utf-8")
+    # As a module, as `python -m sensebatch` is one.
+    ended = subprocess.run(
+        [sys.executable, "-m", "started"],
+        cwd=ROOT,
+        check=False,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+    )
+    assert ended.returncode == 75
 
 
 @pytest.mark.parametrize(("number", "code"), ENDS)
