@@ -45,6 +45,9 @@ class TaskDefaults:
     """The size of images without an input image to follow; None for a task that makes none."""
     buckets: Mapping[str, Resolution]
     """The size that each aspect ratio stands for."""
+    snap_sizes: bool = False
+    """Whether a size that follows an input image is the nearest of `buckets`, because the model
+    knows no others."""
     seed: Annotated[
         int, Interval(ge=0, le=MAX_SEED), Setting(help="Seed of the job's own random generator.")
     ] = 42
@@ -204,6 +207,7 @@ def _tiny(spec: TaskSpec) -> TaskDefaults:
     return TaskDefaults(
         resolution=None if spec.drawing is None else BUCKETS_TINY["1:1"],
         buckets={} if spec.drawing is None else BUCKETS_TINY,
+        snap_sizes=spec.drawing is not None,
         target_pixels=256 * 256,
         input_max_pixels=None,
         sampling=replace(

@@ -6,6 +6,7 @@ The sides of every size are multiples of `PATCH_PIXELS`, the side of one image t
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sensebatch.errors import SensebatchError
@@ -149,6 +150,12 @@ def interleave_output_size(height: int, width: int, *, limits: PixelLimits) -> R
     return smart_resize(
         height, width, min_pixels=limits.min_pixels, max_pixels=limits.base_pixels // 2
     )
+
+
+def nearest_size(height: int, width: int, known: Iterable[Resolution]) -> Resolution:
+    """Returns the known size whose aspect ratio is nearest to that of the sides."""
+    ratio = math.log(width / height)
+    return min(known, key=lambda other: abs(math.log(other.width / other.height) - ratio))
 
 
 def _with_transposed(table: dict[str, tuple[int, int]]) -> dict[str, Resolution]:

@@ -1,8 +1,8 @@
-"""One run as a library call: opens checkpoint and folder, ingests the jobs, plans and runs them.
+"""One run as a library call: open checkpoint and folder, ingest the jobs, plan them and run them.
 
-Prints nothing, handles no signals and ends no process: it reports to an observer, heeds a stop
-and returns or raises. torch is imported late: to know the device, and to load weights if there
-is work to do.
+It prints nothing, handles no signals and never ends the process: it reports to an observer, heeds
+a stop, and returns or raises. torch is imported late: to find the device, and to load weights if
+there is work to do.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from sensebatch.tasks import Task
 
 
 class Backend(Protocol):
-    """What computes: torch, an engine that is loaded already, or a stand-in."""
+    """Computes: torch, an engine that is already loaded, or a stand-in."""
 
     def resolve_runtime(self, model: ModelConfig) -> tuple[str, str]:
-        """Returns device and dtype by name."""
+        """Returns the names of device and dtype."""
 
     def load_engine(
         self, config: RunConfig, model: Model, *, loads: Sequence[Load], stop: Stop
@@ -57,10 +57,10 @@ class Backend(Protocol):
 
 
 class TorchBackend:
-    """Computes with torch, which it imports when it is first asked something."""
+    """Computes with torch, which is imported on first use."""
 
     def resolve_runtime(self, model: ModelConfig) -> tuple[str, str]:
-        """Returns device and dtype by name."""
+        """Returns the names of device and dtype."""
         from sensebatch.engine.device.choice import resolve_runtime
 
         return resolve_runtime(model)
@@ -92,7 +92,7 @@ class ReusableEngine(Engine, Protocol):
         loads: Sequence[Load],
         stop: Callable[[], bool],
     ) -> None:
-        """Plans memory again for another run of the same model, and loads again what must be."""
+        """Plans memory again for another run of the same model, and reloads weights if it must."""
 
     def close(self) -> None:
         """Frees the weights; the engine cannot be used any more."""
@@ -101,12 +101,11 @@ class ReusableEngine(Engine, Protocol):
 class WarmEngine:
     """A model that stays loaded from run to run; a `Backend` for one run at a time.
 
-    The weights are loaded by the first run that has something to do, since memory is planned for
-    its jobs. For every later run memory is planned again, and weights are loaded again only where
-    they must lie elsewhere.
+    The first run that has something to do loads the weights, because memory is planned for its
+    jobs. Every later run plans memory again, and reloads the weights only if they belong elsewhere.
 
     Args:
-        config: Its model settings are those of every run.
+        config: Its model settings apply to every run.
         backend: Loads the engine.
 
     Raises:
@@ -130,10 +129,10 @@ class WarmEngine:
         self.close()
 
     def close(self) -> None:
-        """Frees the weights; a run that is going on must have ended.
+        """Frees the weights.
 
         Raises:
-            EngineError: A run uses the engine.
+            EngineError: A run is using the engine.
         """
         with self.held():
             self._is_open = False
@@ -141,25 +140,25 @@ class WarmEngine:
 
     @contextmanager
     def held(self, model: ModelConfig | None = None) -> Iterator[WarmEngine]:
-        """Keeps the engine for one run; after a run that failed, the next one loads it again.
+        """Reserves the engine for one run; after a run that fails, the next one reloads it.
 
         Args:
-            model: What the run asks for; None for no run.
+            model: The model settings of the run; None if there is no run.
 
         Raises:
-            EngineError: Another run uses the engine, it is closed, or it holds another model.
+            EngineError: The engine is closed, in use, or holds another model.
         """
         if model is not None:
             self._require(model)
         if not self._in_use.acquire(blocking=False):
-            raise EngineError("expected an engine that is free, found one that another run uses")
+            raise EngineError("expected a free engine, found one that another run is using")
         try:
             if not self._is_open:
-                raise EngineError("expected an open engine, found one that was closed")
+                raise EngineError("expected an open engine, found a closed one")
             self._is_lent = False
             yield self
         except BaseException:
-            # What an error left of it is not known.
+            # The error may have left it in any state.
             if self._is_lent:
                 self._discard()
             raise
@@ -171,12 +170,12 @@ class WarmEngine:
         for name, value in own.items():
             if value != asked[name]:
                 raise EngineError(
-                    f"model.{name}: expected {value!r}, as the engine was opened with, found "
-                    f"{asked[name]!r}; open another engine for it"
+                    f"model.{name}: expected {value!r}, which the engine was opened with, found "
+                    f"{asked[name]!r}; open another engine"
                 )
 
     def resolve_runtime(self, model: ModelConfig) -> tuple[str, str]:  # noqa: ARG002
-        """Returns device and dtype by name, as of the model that is held."""
+        """Returns the names of device and dtype of the model that is held."""
         return self._model.device, self._model.identity.dtype
 
     def load_engine(
@@ -185,18 +184,18 @@ class WarmEngine:
         """Returns the engine with its memory planned for these loads.
 
         Raises:
-            EngineError: The checkpoint's files or system prompts are others than before.
+            EngineError: The checkpoint's files or system prompts have changed.
         """
         if model.identity != self._model.identity:
             raise EngineError(
-                f"{model.name}: expected the checkpoint that the engine was opened with, found "
-                "that its files have changed; open another engine"
+                f"{model.name}: expected the checkpoint that the engine was opened with, but its "
+                "files have changed; open another engine"
             )
         self._is_lent = True
         if self._engine is not None and model.checkpoint == self._model.checkpoint:
             self._engine.replan(config, model.checkpoint, loads, stop.is_set)
             return self._engine
-        # The same weights, but perhaps elsewhere: a copy, or other shards.
+        # The same weights, but in other files: a copy, or other shards.
         self._discard()
         self._model = model
         self._engine = self._backend.load_engine(config, model, loads=loads, stop=stop)
@@ -209,19 +208,19 @@ class WarmEngine:
 
 
 class RunObserver:
-    """Watches a run; each method does nothing until it is overridden.
+    """Watches a run. Each method does nothing until it is overridden.
 
-    Every method is called from the thread that runs the session.
+    All of them are called from the thread that runs the session.
     """
 
     def warning(self, text: str) -> None:
-        """Something is allowed but deserves a look."""
+        """Takes a warning: something that is allowed but deserves a look."""
 
     def jobs_read(self, root: Path, changes: Changes) -> None:
-        """The run's folder is open and has the jobs of this run."""
+        """The run's folder is open, and its state has the jobs of this run."""
 
     def loading(self, counts: Counts, model: Model) -> None:
-        """There are jobs to run, and the weights are loaded for them."""
+        """There are jobs to run, so the weights are about to be loaded."""
 
     def loaded(self, info: EngineInfo) -> None:
         """The weights are loaded."""
@@ -230,22 +229,22 @@ class RunObserver:
         """The first batch is next; interrupted batches, counted as started, precede the plan."""
 
     def batch_started(self, batch: Batch) -> None:
-        """A batch goes into the engine; the one before is through."""
+        """A batch goes into the engine; the one before has left it."""
 
     def progress(self, progress: Progress) -> None:
         """The batch in the engine advanced."""
 
     def batch_split(self, batch: Batch) -> None:
-        """The batch in the engine failed as a whole; its jobs are run in smaller ones."""
+        """The batch in the engine failed as a whole; its jobs will run in smaller batches."""
 
     def batch_finished(self, batch: Batch, attempts: Sequence[Attempt]) -> None:
         """A batch is committed; its jobs are done or failed."""
 
     def job_failed(self, attempt: Attempt, will_retry: bool) -> None:
-        """A job failed, in a batch or before one could begin."""
+        """A job failed, in a batch or before its batch began."""
 
     def note(self, text: str) -> None:
-        """Something a person may want to know, such as a batch that was split."""
+        """Takes something a person may want to know, such as why a batch was split."""
 
 
 class NeverStop:
@@ -258,22 +257,22 @@ class NeverStop:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What is to be run, and where."""
+    """What to run, and where."""
 
     root: Path
     """The run's folder."""
     config: RunConfig
     sources: tuple[str, ...]
-    """The manifests as the user named them."""
+    """The manifests, as the user named them."""
     jobs: Callable[[], Iterator[Job]]
-    """Reads the manifests; called once, when the folder is held."""
+    """Reads the manifests; called once, while the folder is locked."""
     limit: int | None = None
-    """After how many jobs `jobs` ends although the manifests may continue."""
+    """The number of jobs after which `jobs` ends, even if the manifests have more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """A checkpoint and everything about it that job keys depend on; no weights."""
+    """A checkpoint and everything about it that job keys depend on, without its weights."""
 
     name: str
     """As the user named it."""
@@ -290,18 +289,18 @@ def run_session(
     observer: RunObserver | None = None,
     stop: Stop | None = None,
 ) -> Summary:
-    """Runs what is missing in a run's folder, and returns what it came to.
+    """Runs what is missing in a run's folder, and returns what became of it.
 
     Args:
         request: What to run.
-        backend: What computes; torch if None.
-        observer: Who watches.
-        stop: Once set, the run ends as `executor.run.execute` says.
+        backend: Computes; torch if None.
+        observer: Watches the run.
+        stop: Once it is set, the run ends as described in `executor.run.execute`.
 
     Raises:
-        SensebatchError: Something the user can fix, before any job was run.
+        SensebatchError: Something the user can fix, raised before any job runs.
         RunStoppedError: The disk is full, or the device failed; the run can be resumed.
-        StoppedError: The stop was set before any job was run.
+        StoppedError: The stop was set before any job ran.
     """
     backend = TorchBackend() if backend is None else backend
     observer = RunObserver() if observer is None else observer
@@ -318,7 +317,7 @@ def run_session(
 
 @contextmanager
 def _summarised(root: Path) -> Iterator[None]:
-    """Writes the summary of a run's log at the end of the block, also where the run was stopped."""
+    """Writes the summary of a run's log at the end of the block, even if the run was stopped."""
     try:
         yield
     except RunStoppedError:
@@ -346,8 +345,8 @@ def open_model(config: ModelConfig, backend: Backend, observer: RunObserver) -> 
     prompts = resolve_system_prompts(checkpoint, config.system_prompt_file)
     if prompts.warn_built_in:
         observer.warning(
-            "no system prompt of the release was found beside the checkpoint; the built-in one "
-            "is used, with which the checkpoint was not trained (see --system-prompt-file)"
+            "the release's system prompts were not found beside the checkpoint, so the built-in "
+            "ones are used, which it was not trained with; system_prompt_file names a file of them"
         )
     device, dtype = backend.resolve_runtime(config)
     identity = model_identity(checkpoint, prompts, config, dtype=dtype)
@@ -361,7 +360,7 @@ def open_model(config: ModelConfig, backend: Backend, observer: RunObserver) -> 
 
 
 def _settings_document(request: Request) -> dict[str, Any]:
-    """Returns what run.yaml says: the version, the manifests and every resolved setting."""
+    """Returns the content of run.yaml: the version, the manifests and every resolved setting."""
     return {
         "sensebatch": sensebatch.__version__,
         "manifests": list(request.sources),
@@ -424,19 +423,19 @@ def _loads(config: RunConfig, store: Store, model: Model) -> list[Load]:
 def _until_stopped(jobs: Iterator[Job], stop: Stop) -> Iterator[Job]:
     for job in jobs:
         if stop.is_set():
-            raise StoppedError("the run was stopped before any of its jobs was run")
+            raise StoppedError("the run was stopped before any of its jobs ran")
         yield job
 
 
 def _with_inputs_apart(jobs: Iterator[Job], images: Path) -> Iterator[Job]:
-    """Yields jobs; refuses those whose images would take the place of the images they start from.
+    """Yields jobs, and refuses those whose images would overwrite the images they start from.
 
     Args:
         jobs: The jobs of a run.
         images: The folder of the run's images.
 
     Raises:
-        ManifestError: There are some; raised at the end.
+        ManifestError: There are such jobs; raised at the end.
     """
     problems = ProblemList()
     images = images.resolve()
@@ -445,7 +444,7 @@ def _with_inputs_apart(jobs: Iterator[Job], images: Path) -> Iterator[Job]:
             path = Path(image.path).resolve()
             names = {path.with_suffix(""), path.parent} if image.member is None else set()
             if images / job.id in names:
-                message = f"expected an image that the job does not replace, found {image.path}"
+                message = f"expected an image that the job does not overwrite, found {image.path}"
                 source = job.source
                 problems.add(
                     Problem(file=source.file, row=source.row, field="image", message=message)

@@ -187,6 +187,7 @@ def _task_section(spec: TaskSpec) -> type[_Section]:
         # `WIDTHxHEIGHT`, or the name of one of the buckets.
         "resolution": None if spec.drawing is None else Size,
         "buckets": dict[str, Size],
+        "snap_sizes": bool,
     }
     fields: Any = {name: (kind, ...) for name, kind in types.items()}
     return create_model(f"{spec.task.name}_Section", __base__=_Section, **fields)

@@ -179,8 +179,8 @@ def test_engine_serves_one_run_at_a_time_and_none_once_closed(
     engine.close()
     try_another()
     assert refused == [
-        "expected an engine that is free, found one that another run uses",
-        "expected an open engine, found one that was closed",
+        "expected a free engine, found one that another run is using",
+        "expected an open engine, found a closed one",
     ]
 
 

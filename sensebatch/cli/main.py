@@ -1,7 +1,7 @@
-"""The entry point: which commands there are, and what an error means for the exit code.
+"""The entry point: lists the commands, and maps errors to messages and exit codes.
 
-Commands import what they need when they run, so that `--help` stays quick and torch is loaded
-only by those that compute.
+Commands import what they need when they run, so that `--help` stays fast and only those that
+compute load torch.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ _NAME = "sensebatch"
 _USAGE_ERRORS: tuple[type[Exception], ...] = tuple(
     kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
 )
-"""What is wrong with a command line, in the library's own terms; it has no public name in typer."""
+"""The library's errors about a command line; typer has no public name for their base class."""
 _SETTINGS = {
-    # cfg_scale and cfg-scale are the same option; values are left alone.
+    # cfg_scale and cfg-scale are the same option; values stay as they are.
     "token_normalize_func": lambda token: token.replace("_", "-"),
     "help_option_names": ["-h", "--help"],
 }
@@ -61,7 +61,7 @@ def _root(
         ),
     ] = False,
 ) -> None:
-    """Image datasets with SenseNova-U1: batches of jobs on one GPU, resumable."""
+    """Generate image datasets with SenseNova-U1 on one GPU, resumably."""
 
 
 def _make_app() -> typer.Typer:
@@ -99,13 +99,13 @@ def main(args: Sequence[str] | None = None) -> None:
         SystemExit: Always, with the exit code.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # Not every terminal can show every character of a prompt or a box.
+        # Not every terminal can show every character.
         sys.stdout.reconfigure(errors="backslashreplace")
     raise SystemExit(_run(sys.argv[1:] if args is None else list(args)))
 
 
 def _run(args: list[str]) -> int:
-    """Runs a command line, says what is wrong with it, and returns the exit code."""
+    """Runs a command line, reports what is wrong with it, and returns the exit code."""
     as_json = "--json" in args
     try:
         code = app(args=args, prog_name=_NAME, standalone_mode=False)
@@ -115,15 +115,13 @@ def _run(args: list[str]) -> int:
             _show_error(_message(error), **_details(error))
         return exit_code(error)
     except _USAGE_ERRORS as error:
-        text = _usage_message(error)
-        if text:
-            say(text)
-        if text and as_json:
-            _show_error(text)
+        say(_usage_message(error))
+        if as_json:
+            _show_error(_usage_message(error))
         return exits.USAGE
     except OutputError as error:
         if not str(error):
-            # Its reader has enough, as in `sensebatch report DIR | head`.
+            # The reader has seen enough, as in `sensebatch report DIR | head`.
             return exits.DONE
         say(f"{_NAME}: {error}")
         return exits.UNWRITTEN
@@ -133,22 +131,22 @@ def _run(args: list[str]) -> int:
 
 
 def _show_error(text: str, **details: Any) -> None:
-    """Prints the object of `--json` where nothing was started."""
+    """Prints the object of `--json` when nothing was started."""
     show_anyway(json.dumps({"exit_code": exits.USAGE, "error": text, **details}))
 
 
 def exit_code(error: SensebatchError) -> int:
-    """Returns the exit code of an error that ended a command.
+    """Returns the exit code for an error that ended a command.
 
-    A full disk or a failed device leaves a run that can be resumed; everything else is for the
-    user to fix before anything can be done.
+    A full disk or a failed device leaves a run that can be resumed; anything else has to be fixed
+    before anything can be done.
     """
     return exits.RESUMABLE if isinstance(error, RunStoppedError) else exits.USAGE
 
 
 def _message(error: SensebatchError) -> str:
     if isinstance(error, StoppedError):
-        return "stopped before anything was run; the same command starts it"
+        return "stopped before anything ran; the same command starts the run"
     if isinstance(error, ManifestError):
         mistakes = counted(error.num_problems, "mistake")
         return f"{error}\n{_NAME}: {mistakes} in the manifest; nothing was started"
@@ -156,7 +154,7 @@ def _message(error: SensebatchError) -> str:
 
 
 def _details(error: SensebatchError) -> dict[str, Any]:
-    """Returns what `--json` says of an error beside its text."""
+    """Returns what `--json` reports about an error besides its text."""
     if not isinstance(error, ManifestError):
         return {}
     problems = [asdict(problem) for problem in error.problems]
@@ -164,11 +162,10 @@ def _details(error: SensebatchError) -> dict[str, Any]:
 
 
 def _usage_message(error: Any) -> str:
-    """Returns what is wrong with a command line; nothing where help was printed instead."""
+    """Returns what is wrong with a command line."""
     if type(error).__name__ == "NoArgsIsHelpError":
-        error.ctx.get_help()
-        return ""
-    # Pydantic's words, for a value that is not one of a flag's.
+        return str(error.ctx.get_help())
+    # Pydantic puts this before a word that a flag does not take.
     text = f"{_NAME}: {error.format_message()}".replace(": Value error, ", ": ")
     context = getattr(error, "ctx", None)
     return text if context is None else f"{text}\nsee {context.command_path} --help"

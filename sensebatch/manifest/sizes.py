@@ -17,6 +17,7 @@ from sensebatch.resolutions import (
     edit_output_size,
     input_size,
     interleave_output_size,
+    nearest_size,
 )
 from sensebatch.tasks import DrawingRule, SizeRule
 
@@ -109,6 +110,9 @@ def implied_size(
         assert defaults.resolution is not None
         return defaults.resolution
     height, width = images[0].height, images[0].width
+    # A row that asks for a number of pixels gets them.
+    if defaults.snap_sizes and target_pixels is None:
+        return nearest_size(height, width, defaults.buckets.values())
     if rule.size is SizeRule.MODEL_LIMITS:
         return interleave_output_size(height, width, limits=limits)
     height, width = input_size(height, width, max_pixels=input_max_pixels)

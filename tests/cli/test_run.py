@@ -476,7 +476,7 @@ def test_input_in_the_place_of_a_jobs_own_image_is_a_mistake(
         manifest.write_text(text.replace("in.png", found))
         ended = invoke("run", manifest, "--output-dir", "o")
         assert ended.code == 2
-        assert f"image: expected an image that the job does not replace, found {found}" in (
+        assert f"image: expected an image that the job does not overwrite, found {found}" in (
             ended.err.replace(f"{manifest.parent}/", "")
         )
     manifest.write_text(text.replace("in.png", "o/images/a.png"))

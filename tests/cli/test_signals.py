@@ -240,7 +240,7 @@ def test_signal_while_the_manifest_is_read_leaves_nothing_started(
     monkeypatch.setattr(backend, "resolve_runtime", interrupted)
     ended = invoke("run", manifest)
     assert ended.code == 75
-    assert "stopped before anything was run" in ended.err
+    assert "stopped before anything ran" in ended.err
     assert backend.loaded == []
 
 
@@ -255,7 +255,7 @@ def test_signal_while_weights_are_loaded_leaves_nothing_started(
         patch.setattr(backend, "load_engine", interrupted)
         ended = invoke("run", manifest)
     assert ended.code == 75
-    assert "stopped before anything was run; the same command starts it" in ended.err
+    assert "stopped before anything ran; the same command starts the run" in ended.err
     assert invoke("status", "outputs/small", "--json").json["pending"] == 5
     assert invoke("run", manifest, "--json").json["this_run"]["done"] == 5
 

@@ -123,6 +123,32 @@ def test_marks_up_to_the_number_of_images_are_allowed(official: Official, draw_i
     assert [Path(image.path).name for image in job.images] == ["in.png", "b.png"]
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ((256, 256), "256x256"),
+        ((320, 192), "320x192"),
+        ((192, 320), "192x320"),
+        ((4032, 3024), "288x224"),
+        ((200, 140), "288x192"),
+        ((1000, 310), "384x128"),
+    ],
+)
+@pytest.mark.parametrize("task", ["edit", "interleave"])
+def test_a_size_that_follows_an_input_is_one_that_the_embedded_model_knows(
+    read_rows: ReadRows, draw_input: Any, given: tuple[int, int], expected: str, task: str
+) -> None:
+    (job,) = read_rows({"prompt": "x", "task": task, "image": draw_input(size=given)})
+    assert size(job) == expected
+
+
+def test_a_size_that_a_row_asks_for_does_not_snap(read_rows: ReadRows, draw_input: Any) -> None:
+    image = draw_input(size=(320, 192))
+    (by_pixels,) = read_rows({"prompt": "x", "image": image, "target_pixels": 512 * 512})
+    (by_sides,) = read_rows({"prompt": "x", "image": image, "width": 64, "height": 32})
+    assert (size(by_pixels), size(by_sides)) == ("672x416", "64x32")
+
+
 def test_a_size_outside_the_buckets_is_warned_of_once(write_jsonl: WriteJsonl) -> None:
     warnings: list[Problem] = []
     rows: list[dict[str, Any]] = [
