@@ -320,14 +320,14 @@ def test_decoding_together_in_small_rooms_says_what_each_says_alone(
     config = next(config for config, _ in tileable_cases("think") if config != "moe")
     case = load_case(config, next(name for ids, name in case_ids("think") if ids == config))
     prompts = [(5, 9, 2), (7,) * 6, (3, 1, 4, 1, 5, 9, 2, 6)]
-    limits = {0: 7, 1: 2, 2: 11}
+    limits = {0: 4, 1: 2, 2: 7}
 
     def decode(fused: bool) -> list[list[int]]:
         runner = build_runner(case, fused=fused)
         extensions = [runner.new_extension(Prompt(token_ids=ids)) for ids in prompts]
         caches = [extension.cache for extension in extensions]
         first = dict(enumerate(runner.choose(runner.extend(extensions))))
-        step = runner.text_step(caches, 11)
+        step = runner.text_step(caches, max(limits.values()))
         decoded = greedy_decode(first, limits, step, stop_before=frozenset())
         for index, cache in enumerate(caches):
             assert cache.length == len(prompts[index]) + limits[index] == cache.next_t

@@ -67,18 +67,6 @@ DOCUMENTS = [
 ]
 
 
-@pytest.mark.parametrize("text", DOCUMENTS, ids=range(len(DOCUMENTS)))
-def test_hostile_yaml_is_a_mistake_within_bounds(
-    tmp_path: Path, config: RunConfig, text: str
-) -> None:
-    path = tmp_path / "jobs.yaml"
-    path.write_text(text)
-    tracemalloc.start()
-    assert outcome(path, config)
-    assert tracemalloc.get_traced_memory()[1] < MAX_BYTES
-    tracemalloc.stop()
-
-
 LINES = [
     "[" * 100_000,
     '{"prompt": "a", "metadata": ' + '{"a":' * 500 + "1" + "}" * 501,
@@ -99,12 +87,15 @@ LINES = [
 ]
 
 
-@pytest.mark.parametrize("line", LINES, ids=range(len(LINES)))
-def test_hostile_jsonl_is_a_mistake_within_bounds(
-    tmp_path: Path, config: RunConfig, line: str
+HOSTILE = [*(("yaml", text) for text in DOCUMENTS), *(("jsonl", line) for line in LINES)]
+
+
+@pytest.mark.parametrize(("suffix", "text"), HOSTILE, ids=range(len(HOSTILE)))
+def test_what_is_hostile_is_a_mistake_within_bounds(
+    tmp_path: Path, config: RunConfig, suffix: str, text: str
 ) -> None:
-    path = tmp_path / "jobs.jsonl"
-    path.write_text(line)
+    path = tmp_path / f"jobs.{suffix}"
+    path.write_text(text)
     tracemalloc.start()
     assert outcome(path, config)
     assert tracemalloc.get_traced_memory()[1] < MAX_BYTES
