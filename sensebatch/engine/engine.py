@@ -1,4 +1,4 @@
-"""The engine: a loaded model that turns a batch of jobs into pictures and text."""
+"""The engine: a loaded model that turns a batch of jobs into images and text."""
 
 from __future__ import annotations
 
@@ -68,17 +68,17 @@ from sensebatch.tasks import Task
 
 
 class SenseNovaEngine:
-    """Implements the executor's `Engine` with a network that computes on one device.
+    """Implements `contract.Engine` with a network that computes on one device.
 
     Args:
-        loader: Loads the network anew where memory runs out.
+        loader: Loads the network again when memory runs out.
         loaded: The network and what moves its weights.
-        placements: Where they are while each group is run; loaded as the first says.
-        tokenizer: Of the same checkpoint.
-        attention: How one run or picture attends.
+        placements: Where the weights are while each group runs; they are loaded as the first says.
+        tokenizer: The one of the same checkpoint.
+        attention: How one run or image attends.
         pixel_limits: Sizes of input images.
-        info: What the log says of it.
-        script: What jobs say, where the weights are made up.
+        info: What the log says of the engine.
+        script: What jobs write, for synthetic weights.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class SenseNovaEngine:
             )
             for number, (image, data) in enumerate(zip(job.images, inputs, strict=True), start=1)
         ]
-        # Not of the network, which another thread may be loading anew.
+        # Not the network's, which another thread may be loading again.
         arch = self._loader.arch
         return prepare_job(arch, self._tokenizer, job, system_prompt=system, images=images)
 
@@ -139,13 +139,13 @@ class SenseNovaEngine:
         try:
             self._settle(batch.group)
         except RuntimeError as error:
-            # A device that failed since the last batch.
+            # The device failed after the last batch.
             check_device(device, error)
             raise
         memory = DevicePeak(device)
         runner = self._new_runner(batch, channel)
         start = time.perf_counter()
-        # Not known behind a batch that raises: how far the device came is not known either.
+        # Unknown after a batch that raises, since nobody knows how far the device came.
         idle_since, self._idle_since = self._idle_since, None
         try:
             with torch.inference_mode():
@@ -161,7 +161,7 @@ class SenseNovaEngine:
             return BatchResult(
                 results=results, metrics=self._metrics(runner, memory, start, idle_since)
             )
-        # Outside the handler: the traceback, which keeps the batch's tensors alive, is gone.
+        # Outside the handler, where no traceback keeps the batch's tensors alive.
         del runner
         self._system_turns.clear()
         empty_cache(device)
@@ -172,7 +172,7 @@ class SenseNovaEngine:
     def _metrics(
         self, runner: Runner, memory: DevicePeak, start: float, idle_since: float | None
     ) -> BatchMetrics:
-        """Returns what a batch cost that began at `start`, and notes the end of its work."""
+        """Returns what a batch that began at `start` cost, and notes when its work ended."""
         allocated, reserved = memory.read()
         assert runner.worked is not None
         first_work, self._idle_since = runner.worked
@@ -216,23 +216,23 @@ class SenseNovaEngine:
         return self._placements.of(group).batch_size
 
     def _settle(self, group: GroupKey) -> None:
-        """Gives weights the memory that they have while a group is run, or as much as there is."""
-        # Room is made for it also where this fails.
+        """Gives weights the memory that they have while a group runs, or as much as there is."""
+        # Set first, so that room can be made for the group if this fails.
         self._group = group
         wanted = self._placement.num_buffers
         placements = self._placements
         if wanted is not None and (kept := self._residency.resize(wanted)) != wanted:
             less = keeping(self._loader.computation, self._placement, kept)
             placements = placements.replacing(group, less)
-        self._go_on_with(placements)
+        self._continue_with(placements)
 
-    def _go_on_with(self, placements: Placements) -> None:
+    def _continue_with(self, placements: Placements) -> None:
         self._placements = placements
         self._info = replace(self._info, vram_mode=self._placement.mode)
 
     @property
     def _placement(self) -> Placement:
-        """Of the group that is run, or was run last."""
+        """The placement of the group that runs, or ran last."""
         return self._placements.first if self._group is None else self._placements.of(self._group)
 
     def replan(
@@ -244,18 +244,18 @@ class SenseNovaEngine:
     ) -> None:
         """Plans memory again, for another run of the same model.
 
-        Weights that lie where the new plan has them stay; otherwise they are loaded again.
+        Weights that are already where the new plan has them stay; otherwise they are loaded again.
 
         Args:
             config: The run's memory settings and the sizes of its input images.
             checkpoint: The one that is loaded.
-            loads: One for every group of the run.
+            loads: One for each group of the run.
             stop: Whether to stop loading.
 
         Raises:
-            StoppedError: The load was stopped; the engine cannot be used any more.
+            StoppedError: The load was stopped; the engine can no longer be used.
             ConfigError: The jobs do not fit the memory; the engine is as it was.
-            CheckpointError: The weights cannot be read again; the engine cannot be used any more.
+            CheckpointError: The weights cannot be read again; the engine can no longer be used.
             OutOfMemoryError: The device has less memory than it said; likewise.
         """
         start = time.perf_counter()
@@ -287,26 +287,26 @@ class SenseNovaEngine:
         )
 
     def close(self) -> None:
-        """Frees the weights; the engine cannot be used any more."""
+        """Frees the weights; the engine can no longer be used."""
         self._system_turns.clear()
-        # They are not there where the last load failed, and a device that failed frees nothing.
+        # After a failed load there are none, and a device that failed frees nothing.
         with suppress(AttributeError, RuntimeError):
             self._unload()
 
     def _unload(self) -> None:
-        """Frees the weights, so that there is room for them elsewhere."""
+        """Frees the weights, so that there is room to load them again."""
         del self._network, self._residency
         empty_cache(self._loader.device)
 
     def make_room(self) -> str | None:
-        """Goes on with less memory; see `contract.Engine.make_room`."""
+        """Continues with less memory; see `contract.Engine.make_room`."""
         assert self._group is not None
         after = leaner(self._loader.computation, self._placements, self._group)
         if after is None:
             return None
-        self._go_on_with(after)
+        self._continue_with(after)
         if self._residency.is_whole:
-            # No block is in host memory, so all are read again.
+            # No block is in host memory, so all are read from the files again.
             self._unload()
             try:
                 self._network, self._residency = self._loader.load(self._placement)
@@ -325,14 +325,14 @@ class SenseNovaEngine:
         kept: Kept,
         channel: Channel,
     ) -> tuple[JobResult | Failure, ...]:
-        # Generators of this call alone, so that it can be made again.
+        # Generators of this call's own, so that the call can be repeated.
         jobs = [replace(job, generator=job.generator.clone_state()) for job in prepared]
         run = runner_of(batch.group.task).run
         return tuple(run(runner, jobs, kept, channel, script=self._script))
 
 
-def made_up_text(tokenizer: Tokenizer) -> Script:
-    """Returns what jobs say with made-up weights, in the words of a tokenizer."""
+def synthetic_text(tokenizer: Tokenizer) -> Script:
+    """Returns what jobs write with synthetic weights, in the words of a tokenizer."""
     (word, *_) = tokenizer.encode(" and")
     return Script(word=word, image_start=tokenizer.token_id(IMG_START))
 
@@ -351,11 +351,11 @@ def load_engine(
 
     Args:
         config: Model, attention and memory settings.
-        checkpoint: Its files.
+        checkpoint: The model's files.
         identity: What job keys were made with; its dtype and precision are loaded.
-        system_prompt_source: For the log.
-        device: Of `choice.resolve_runtime`.
-        loads: Of every group of the run; memory is planned for them.
+        system_prompt_source: Where each task's system prompt was found; for the log.
+        device: What `choice.resolve_runtime` returned.
+        loads: One for each group of the run; memory is planned for them.
         stop: Whether to stop loading.
 
     Raises:
@@ -398,7 +398,7 @@ def load_engine(
         attention=attention,
         pixel_limits=config.pixel_limits,
         info=info,
-        script=made_up_text(tokenizer) if checkpoint.synthetic else None,
+        script=synthetic_text(tokenizer) if checkpoint.synthetic else None,
     )
 
 

@@ -1,7 +1,7 @@
 """The summary of a run, from its log alone: a table in, figures and text out.
 
-A call is one batch through the engine. A batch's seconds and peaks stand in the row of each of
-its jobs, so they are counted once a call here and never summed over rows.
+A call is one batch through the engine. Each of its jobs' rows has the batch's seconds and peaks, so
+they are counted once a call here and never summed over rows.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Memory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """One batch that made pictures."""
+    """One batch that made images."""
 
     session: int
     batch_id: str
@@ -64,10 +64,10 @@ class Call:
     width: int | None
     height: int | None
     jobs: int
-    """Those that were done; the batch may have held others."""
+    """Jobs that were done; the batch may have had others."""
     images: int
     kept_images: int
-    """Those that an interrupted batch had drawn, in none of these seconds."""
+    """Images that an interrupted batch had drawn, in none of these seconds."""
     image_tokens: int
     wall_s: float
     step_s: float | None
@@ -90,14 +90,14 @@ class Throughput:
     wall_s: float
     """Wall seconds of generation, over all calls."""
     kept_images: int
-    """Those of `images` that were drawn before what the log has of their calls."""
+    """How many of `images` were drawn before what the log has of their calls."""
     calls_with_kept: int
-    """Calls with such pictures; no speed is measured by them."""
+    """Calls with such images; no speed is measured by them."""
     seconds_per_image: float | None
     image_tokens: int
     tokens_per_image: float | None
     image_tok_per_s: float | None
-    """Image tokens by wall seconds of generation."""
+    """Image tokens divided by wall seconds of generation."""
     text_tokens: int
     """Think and interleave text; not part of the image figures."""
 
@@ -110,18 +110,18 @@ class Summary:
     attn_backend: str
     dtype: str
     precision: str
-    """`-` where no weights are float8; where those of some rows are, the dtype names the others."""
+    """`-` if no weights are float8; if those of some rows are, the dtype names the others."""
     sessions: int
     load_s: float
-    """Of all loads together; a session that found nothing to do has none."""
+    """Seconds of all loads together; a session that found nothing to do has none."""
     load_peak: Memory
     total: Throughput
     peak: Memory
     failed_attempts: int
     by_group: Mapping[str, Throughput]
-    """By `group_name`."""
+    """The groups, by `group_name`."""
     waiting: Waiting | None
-    """Of the device, between batches; None where there was one batch, or the log is older."""
+    """How long devices waited between batches; None if there was one batch, or the log is older."""
     calls: tuple[Call, ...]
     """In the order they were committed."""
 
@@ -130,7 +130,7 @@ def read_log(path: Path) -> pa.Table:
     """Returns the columns of a `log.parquet` that the summary needs; see `store.log.read_log`.
 
     Raises:
-        RunFolderError: There is no such file, or it is no log.
+        RunFolderError: There is no such file, or it is not a log.
     """
     return run_log.read_log(path, _COLUMNS)
 

@@ -123,7 +123,7 @@ def test_a_batch_of_interleave_jobs_equals_its_jobs_alone(config: str, name: str
     assert sum(map(len, kept.images)) >= len(jobs)
 
 
-def test_a_picture_that_is_not_finite_fails_its_job_alone() -> None:
+def test_an_image_that_is_not_finite_fails_its_job_alone() -> None:
     from sensebatch.engine.tasks.single_image import run_single_image
 
     runner, jobs = jobs_of("dense_fm", "t2i_cfg4_none")

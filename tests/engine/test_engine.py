@@ -140,7 +140,7 @@ def test_figures_of_a_batch_add_up() -> None:
     assert 0 < parts.prefill_s + parts.think_s + parts.denoise_s <= parts.total_s
 
 
-def test_the_waiting_between_two_batches_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_waiting_between_two_batches_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = load(make_config())
     now = 100.0
     monkeypatch.setattr("time.perf_counter", lambda: now)
@@ -216,8 +216,8 @@ def test_a_job_that_cannot_be_laid_out_is_refused_before_any_batch() -> None:
         engine.prepare(make_job("b", task=Task.EDIT, images=(planned(8, 8),)), [b"no image"])
 
 
-def test_what_was_prepared_gives_the_same_pictures_every_time() -> None:
-    # Made-up weights, so that pictures are certain to be drawn.
+def test_what_was_prepared_gives_the_same_images_every_time() -> None:
+    # Synthetic weights, so that images are certain to be drawn.
     engine = load(make_config(), "synthetic:tiny")
     sampling = replace(make_job("a").sampling, max_new_tokens=4, max_images=2)
     job = make_job("a", task=Task.INTERLEAVE, sampling=sampling)
@@ -239,7 +239,7 @@ def test_noise_drawn_ahead_is_that_of_the_seed(task: Task) -> None:
     assert torch.equal(prepared.generator.get_state(), generator.get_state())
 
 
-def test_making_room_goes_on_with_the_same_pictures_until_nothing_is_left() -> None:
+def test_making_room_keeps_the_images_the_same_until_none_is_left() -> None:
     engine = load(make_config(vram_mode="full"))
     jobs = (make_job("a"), make_job("bb"))
     expected = generate(engine, jobs[0])
@@ -254,7 +254,7 @@ def test_making_room_goes_on_with_the_same_pictures_until_nothing_is_left() -> N
     assert len(pixels(generate(engine, *jobs))) == 2
 
 
-def test_each_group_has_its_own_placement_and_the_same_pictures() -> None:
+def test_each_group_has_its_own_placement_and_the_same_images() -> None:
     large = Resolution(height=512, width=512)
     jobs = make_job("a"), make_job("bb", resolution=large), make_job("ccc")
     loads = [group_load(make_plan([plan_entry(job)], MemoryConfig()).groups[0]) for job in jobs[:2]]

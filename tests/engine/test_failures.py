@@ -35,7 +35,7 @@ def engine() -> SenseNovaEngine:
     return load(make_config())
 
 
-def test_device_that_computes_no_more_is_told_apart_from_a_bad_batch(
+def test_device_that_computes_no_more_is_not_taken_for_a_bad_batch(
     monkeypatch: pytest.MonkeyPatch, engine: SenseNovaEngine
 ) -> None:
     single_images_run(monkeypatch, raising(ILLEGAL))
@@ -80,8 +80,8 @@ def test_memory_errors_of_the_driver_are_memory_errors(
 def test_weights_that_can_no_longer_be_read_stop_the_run(
     monkeypatch: pytest.MonkeyPatch, engine: SenseNovaEngine
 ) -> None:
-    single_images_run(monkeypatch, raising(CheckpointError("w: gone")))
-    with pytest.raises(RunStoppedError, match="can no longer be read: w: gone"):
+    single_images_run(monkeypatch, raising(CheckpointError("w: missing")))
+    with pytest.raises(RunStoppedError, match="can no longer be read: w: missing"):
         generate(engine, make_job("a"))
 
 

@@ -1,4 +1,4 @@
-"""What interleave jobs no longer need is gone before the next pictures are drawn."""
+"""What interleave jobs no longer need is freed before the next images are drawn."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 SCRIPT = Script(word=65, image_start=260)
 
 
-def with_pictures(job: PreparedJob, max_images: int) -> PreparedJob:
+def with_images(job: PreparedJob, max_images: int) -> PreparedJob:
     sampling = replace(
         job.job.sampling, max_images=max_images, max_new_tokens=2 * max_images, num_steps=1
     )
@@ -58,7 +58,7 @@ def test_caches_leave_a_shared_room_layer_by_layer() -> None:
     assert live.peak <= grown + grown // 6
 
 
-def test_no_room_for_text_is_left_while_a_picture_is_drawn(
+def test_no_room_for_text_is_left_while_an_image_is_drawn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     runner, jobs = jobs_of("dense_fm", "il_text_nothink")
@@ -77,33 +77,33 @@ def test_no_room_for_text_is_left_while_a_picture_is_drawn(
 
     monkeypatch.setattr(runner, "text_step", step)
     monkeypatch.setattr(interleave, "denoise", watched)
-    jobs = [with_pictures(job, 2) for job in jobs]
+    jobs = [with_images(job, 2) for job in jobs]
     with infer():
         run_interleave(runner, jobs, (), Channel(), script=script)
     assert len(rooms) == 2
 
 
-def test_ended_stories_and_earlier_pictures_take_no_memory(
+def test_finished_jobs_and_earlier_images_take_no_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     runner, (first, second, _) = jobs_of("dense_fm", "il_text_nothink")
     script = replace(SCRIPT, image_start=runner.tokenizer.token_id("<img>"))
-    pictures: list[weakref.ref[torch.UntypedStorage]] = []
+    earlier: list[weakref.ref[torch.UntypedStorage]] = []
     caches: list[list[weakref.ref[object]]] = []
 
     def watched(_: object, canvases: Sequence[Canvas], *args: Any, **options: Any) -> object:
         gc.collect()
-        assert all(picture() is None for picture in pictures)
+        assert all(image() is None for image in earlier)
         if caches:
             ended, going_on = caches[0]
             assert (ended() is None, going_on() is None) == (True, False)
         caches.append([weakref.ref(canvas.caches[Branch.COND]) for canvas in canvases])
         images = denoise(runner, canvases, *args, **options)
-        pictures.append(weakref.ref(images.untyped_storage()))
+        earlier.append(weakref.ref(images.untyped_storage()))
         return images
 
     monkeypatch.setattr(interleave, "denoise", watched)
-    jobs = [with_pictures(first, 1), with_pictures(second, 3)]
+    jobs = [with_images(first, 1), with_images(second, 3)]
     with infer():
         results = succeeded(run_interleave(runner, jobs, (), Channel(), script=script))
     assert [len(result.images) for result in results] == [1, 3]

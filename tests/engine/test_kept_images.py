@@ -23,14 +23,14 @@ Tokens = tuple[int, ...]
 
 
 @pytest.fixture(scope="module")
-def story() -> tuple[Runner, PreparedJob]:
+def written() -> tuple[Runner, PreparedJob]:
     """Returns a job that draws two images, with a runner of its model."""
     runner, (job, *_) = jobs_of("dense_fm", "il_text_nothink")
     return runner, job
 
 
-def run(story: tuple[Runner, PreparedJob], kept: KeptImages) -> JobResult:
-    runner, job = story
+def run(written: tuple[Runner, PreparedJob], kept: KeptImages) -> JobResult:
+    runner, job = written
     runner.num_denoise_steps = 0
     with infer():
         (result,) = succeeded(run_interleave(runner, fresh([job]), kept.load(), kept))
@@ -42,7 +42,7 @@ def made(result: JobResult) -> tuple[list[bytes], str | None]:
 
 
 def spoiled(kept: KeptImage, tokens: Tokens) -> KeptImage:
-    """Returns another image, kept behind these tokens."""
+    """Returns another image, kept after these tokens."""
     return replace(kept, image=np.zeros_like(kept.image), tokens=tokens)
 
 
@@ -62,36 +62,38 @@ def spoiled(kept: KeptImage, tokens: Tokens) -> KeptImage:
     ids=["first", "last", "order", "shorter", "longer", "without <img>", "after it", "none"],
 )
 def test_an_image_kept_after_other_text_is_drawn_again(
-    story: tuple[Runner, PreparedJob], number: int, change: Callable[[Tokens], Tokens]
+    written: tuple[Runner, PreparedJob], number: int, change: Callable[[Tokens], Tokens]
 ) -> None:
-    runner, job = story
+    runner, job = written
     whole = KeptImages(1)
-    expected = made(run(story, whole))
+    expected = made(run(written, whole))
     kept = KeptImages(1)
     kept.images[0] = list(whole.images[0])
     one = kept.images[0][number]
     kept.images[0][number] = spoiled(one, change(one.tokens))
-    assert made(run(story, kept)) == expected
+    assert made(run(written, kept)) == expected
     assert runner.num_denoise_steps == job.job.sampling.num_steps
     assert runner.num_kept_images == len(whole.images[0]) - 1
 
 
-def test_an_image_kept_after_the_same_text_is_taken(story: tuple[Runner, PreparedJob]) -> None:
-    runner, _ = story
+def test_an_image_kept_after_the_same_text_is_taken(
+    written: tuple[Runner, PreparedJob],
+) -> None:
+    runner, _ = written
     whole = KeptImages(1)
-    result = run(story, whole)
+    result = run(written, whole)
     kept = KeptImages(1)
     kept.images[0] = [spoiled(one, one.tokens) for one in whole.images[0]][:1]
-    taken = run(story, kept)
+    taken = run(written, kept)
     assert runner.num_kept_images == 1
     assert made(taken) != made(result)
     assert not (taken.images[0] - 128).any()
 
 
 def test_each_image_of_a_job_has_its_own_size_and_later_ones_the_last(
-    story: tuple[Runner, PreparedJob],
+    written: tuple[Runner, PreparedJob],
 ) -> None:
-    runner, job = story
+    runner, job = written
     job = replace(job, job=replace(job.job, sampling=replace(job.job.sampling, max_images=3)))
     sizes = [Resolution(height=64, width=96), Resolution(height=32, width=64)]
     with infer():

@@ -99,7 +99,7 @@ def test_a_batch_of_one_pass_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     assert kept.images == [[], [], []]
 
 
-def test_a_batch_whose_pictures_are_all_kept_draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_whose_images_are_all_kept_draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     batch, kept = make_batch(monkeypatch), KeptImages(3)
     expected = batch.run(kept)
     half = Batch(batch.runner, batch.jobs[:2], batch.drawn)
@@ -110,7 +110,7 @@ def test_a_batch_whose_pictures_are_all_kept_draws_nothing(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("tokens", [(), (1, 2, 3)])
-def test_a_picture_behind_another_thought_is_not_used(
+def test_an_image_after_another_thought_is_not_used(
     monkeypatch: pytest.MonkeyPatch, tokens: tuple[int, ...]
 ) -> None:
     batch, kept = make_batch(monkeypatch, "t2i_think_max"), KeptImages(3)
@@ -120,20 +120,20 @@ def test_a_picture_behind_another_thought_is_not_used(
     kept.images[0] = [KeptImage(image=right.image * 0, tokens=tokens)]
     assert outputs(batch.run(kept)) == outputs(expected)
     assert batch.drawn == [(0, 1), (2, 1)]
-    # Kept again behind the right one, and then used.
+    # Kept again after the right one, and then used.
     assert [one.tokens for one in kept.images[0]] == [tokens, right.tokens]
     assert outputs(batch.run(kept)) == outputs(expected)
     assert batch.drawn == [(2, 1)]
 
 
-def test_a_pass_of_which_one_picture_is_missing_is_drawn_whole(
+def test_a_pass_of_which_one_image_is_missing_is_drawn_whole(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     batch, kept = make_batch(monkeypatch, a_pass=2), KeptImages(3)
     expected = batch.run(kept)
     kept.images[0] = []
     (other,) = kept.images[1]
-    # Of another composition, say; what was drawn here is what counts from then on.
+    # Kept in another composition, say; what was drawn here counts from then on.
     kept.images[1] = [replace(other, image=-other.image)]
     assert outputs(batch.run(kept)) == outputs(expected)
     assert batch.drawn == [(0, 2), (1, 1)]
@@ -143,7 +143,7 @@ def test_a_pass_of_which_one_picture_is_missing_is_drawn_whole(
 
 
 class FullDisk(KeptImages):
-    """Has no room for a picture."""
+    """Has no room for an image."""
 
     def keep(self, drawn: Drawn) -> None:  # noqa: ARG002
         raise StorageFullError("no room left on the disk")
@@ -156,13 +156,13 @@ def test_what_the_saving_thread_raises_is_the_error_of_the_batch(
     batch = make_batch(monkeypatch, a_pass=a_pass)
     with pytest.raises(StorageFullError, match="no room left"):
         batch.run(FullDisk(3))
-    # The pass behind the failed save was drawn meanwhile, and no other.
+    # The pass after the failed save was drawn meanwhile, and no other.
     assert batch.drawn == [(0, a_pass), (1, 1)]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("keeper")]
 
 
 class Waiting(KeptImages):
-    """Saves a picture only once the next pass is drawn."""
+    """Saves an image only once the next pass is drawn."""
 
     def __init__(self, num_jobs: int) -> None:
         super().__init__(num_jobs)
@@ -177,20 +177,20 @@ class Waiting(KeptImages):
         self.saving -= 1
 
 
-def test_the_next_pass_is_drawn_while_pictures_are_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_pass_is_drawn_while_images_are_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     batch, kept = make_batch(monkeypatch), Waiting(3)
 
-    def told(progress: Progress) -> None:
+    def reported(progress: Progress) -> None:
         number, step = divmod(progress.step, batch.num_steps)
         if number > 1 and step == 0:
             kept.drawn.release()
 
-    monkeypatch.setattr(batch.runner, "progress", told)
+    monkeypatch.setattr(batch.runner, "progress", reported)
     batch.run(kept)
     assert [len(images) for images in kept.images] == [1, 1, 0]
 
 
-def test_an_error_while_a_picture_is_saved_leaves_it_saved_and_no_thread(
+def test_an_error_while_an_image_is_saved_leaves_it_saved_and_no_thread(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     batch, kept = make_batch(monkeypatch), KeptImages(3)
@@ -206,7 +206,7 @@ def test_an_error_while_a_picture_is_saved_leaves_it_saved_and_no_thread(
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("keeper")]
 
 
-def test_a_pass_with_a_picture_that_is_not_finite_is_not_kept(
+def test_a_pass_with_an_image_that_is_not_finite_is_not_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     batch, kept = make_batch(monkeypatch, a_pass=2), KeptImages(3)

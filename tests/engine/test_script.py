@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sensebatch.contract import Channel, Progress
-from sensebatch.engine.engine import made_up_text
+from sensebatch.engine.engine import synthetic_text
 from sensebatch.engine.runner import Runner
 from sensebatch.engine.sampling.text import greedy_decode
 from sensebatch.engine.tasks.interleave import run_interleave
@@ -21,7 +21,7 @@ from tests.engine.test_batches import fresh
 from tests.engine.test_engine import generate, load, make_config, make_job
 from tests.golden_data import ByteTokenizer, load_case
 
-SCRIPT = made_up_text(ByteTokenizer())
+SCRIPT = synthetic_text(ByteTokenizer())
 AND = " "
 
 
@@ -65,7 +65,7 @@ def test_stories_have_an_even_share_of_text_before_every_picture(
     assert result.text_tokens == max_images * share
 
 
-def test_a_story_goes_on_from_its_pictures_to_the_same_bytes() -> None:
+def test_an_interleave_job_continues_from_its_images_to_the_same_bytes() -> None:
     runner, job = runner_and_job("il_text_nothink", max_new_tokens=9, max_images=3)
     whole = KeptImages(1)
     with infer():
@@ -95,7 +95,7 @@ def test_choices_are_replaced_and_passes_are_not() -> None:
     assert taken == [[(0, 1), (1, 5)], [(0, 2)], [(0, 3)]]
 
 
-def test_only_made_up_weights_keep_to_a_script() -> None:
+def test_only_synthetic_weights_keep_to_a_script() -> None:
     sampling = replace(make_job("a").sampling, max_think_tokens=7, max_new_tokens=8, max_images=2)
     think = make_job("a", think=True, sampling=sampling)
     tell = make_job("b", task=Task.INTERLEAVE, sampling=sampling)

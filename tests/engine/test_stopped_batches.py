@@ -30,19 +30,19 @@ pytestmark = pytest.mark.slow
 NUM_STEPS = 2
 NUM_ROUNDS = 3
 NUM_TOKENS = 4
-"""Of a thought, or in front of each picture of a story; every job says so many."""
+"""Tokens of a thought, or before each image of an interleave job; every job writes so many."""
 
 
 @dataclass
 class Stop:
-    """Stops a batch once it has told its progress so many times in a phase; None at once."""
+    """Stops a batch once it has reported its progress so many times in a phase; None at once."""
 
     phase: str | None = None
     after: int = 0
     seen: list[str] = field(default_factory=list)
-    """The phase of everything it told."""
+    """The phase of everything it reported."""
 
-    def told(self, progress: Progress) -> None:
+    def report(self, progress: Progress) -> None:
         self.seen.append(progress.phase)
 
     def __call__(self) -> bool:
@@ -69,7 +69,7 @@ def after_prompts(monkeypatch: pytest.MonkeyPatch) -> Stop:
 
 @pytest.fixture(scope="module")
 def engine() -> SenseNovaEngine:
-    """Draws one picture a pass; with made-up weights, so that it says what it is to say."""
+    """Draws one image a pass; with synthetic weights, so that it writes what it is to write."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(passes, "LOW_TOKENS_PER_PASS", 1)
         return load(make_config(vram_mode="low"), "synthetic:tiny")
@@ -90,7 +90,7 @@ def make_jobs(task: Task = Task.T2I, *, think: bool = False, rounds: int = NUM_R
 def run(
     engine: SenseNovaEngine, jobs: Sequence[Job], kept: KeptImages | None = None, stop: Stop = NEVER
 ) -> BatchResult:
-    return generate(engine, *jobs, kept=kept, progress=stop.told, stop=stop)
+    return generate(engine, *jobs, kept=kept, progress=stop.report, stop=stop)
 
 
 def outputs(result: BatchResult) -> tuple[list[bytes], list[str | None]]:
@@ -103,7 +103,7 @@ def num_kept(kept: KeptImages) -> list[int]:
 
 @pytest.mark.parametrize("think", [False, True])
 @pytest.mark.parametrize("step", [1, 2, 3, 4])
-def test_a_batch_stops_behind_the_pass_that_is_drawn_and_goes_on_from_there(
+def test_a_batch_stops_after_the_pass_that_is_drawn_and_continues_from_there(
     engine: SenseNovaEngine, think: bool, step: int
 ) -> None:
     jobs, kept, stop = make_jobs(think=think), KeptImages(3), Stop("denoise", step)
@@ -147,7 +147,7 @@ def test_a_stop_before_passes_that_are_all_kept_is_not_heeded(
 ) -> None:
     jobs, kept = make_jobs(), KeptImages(3)
     expected = run(engine, jobs, kept)
-    # Of a batch of two, both.
+    # Both images of a batch of two.
     kept.images = kept.images[:2]
     after_prompts.phase = "never"
     assert pixels(run(engine, jobs[:2], kept, after_prompts)) == pixels(expected)[:2]
@@ -191,7 +191,7 @@ def test_a_stop_is_heeded_between_the_layers_of_prompts(
 
 
 @pytest.mark.parametrize("step", [1, 4, 5])
-def test_stories_stop_behind_the_round_that_is_drawn_and_go_on_from_there(
+def test_interleave_jobs_stop_after_the_round_that_is_drawn_and_continue_from_there(
     engine: SenseNovaEngine, step: int
 ) -> None:
     jobs, kept, stop = make_jobs(Task.INTERLEAVE), KeptImages(2), Stop("denoise", step)
@@ -201,7 +201,7 @@ def test_stories_stop_behind_the_round_that_is_drawn_and_go_on_from_there(
     of_round = 2 * NUM_STEPS
     num_rounds = -(-step // of_round)
     assert stop.seen.count("denoise") == num_rounds * of_round
-    # Nothing is read back or said behind the pictures.
+    # Nothing is read back or written after the images.
     assert stop.seen[-1] == "denoise"
     assert num_kept(kept) == [num_rounds] * 2
     resumed = run(engine, jobs, kept)
@@ -213,7 +213,7 @@ def test_stories_stop_behind_the_round_that_is_drawn_and_go_on_from_there(
     assert outputs(resumed) == outputs(expected)
 
 
-def test_kept_pictures_of_a_story_that_fails_are_none_of_its_batch(
+def test_kept_images_of_an_interleave_job_that_fails_are_not_counted(
     engine: SenseNovaEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs, kept = make_jobs(Task.INTERLEAVE), KeptImages(2)
@@ -228,13 +228,13 @@ def test_kept_pictures_of_a_story_that_fails_are_none_of_its_batch(
 
     monkeypatch.setattr(engine._network, "predict_image", fails_at_first)
     resumed = run(engine, jobs, kept)
-    failed, told = resumed.results
+    failed, written = resumed.results
     assert isinstance(failed, Failure)
-    assert len(succeeded([told])[0].images) == NUM_ROUNDS
+    assert len(succeeded([written])[0].images) == NUM_ROUNDS
     assert resumed.metrics.num_kept_images == 1
 
 
-def test_stories_stop_before_the_next_round_is_drawn(engine: SenseNovaEngine) -> None:
+def test_interleave_jobs_stop_before_the_next_round_is_drawn(engine: SenseNovaEngine) -> None:
     jobs, kept, stop = make_jobs(Task.INTERLEAVE), KeptImages(2), Stop("think", NUM_TOKENS + 1)
     with pytest.raises(BatchStoppedError):
         run(engine, jobs, kept, stop)
@@ -249,23 +249,23 @@ def test_a_stop_in_the_last_round_is_not_heeded(engine: SenseNovaEngine) -> None
     assert outputs(run(engine, jobs, stop=stop)) == outputs(run(engine, jobs))
 
 
-def test_a_stop_in_the_text_behind_the_last_picture_is_not_heeded() -> None:
-    """Stories that end by themselves, in the third round at the latest."""
+def test_a_stop_in_the_text_after_the_last_image_is_not_heeded() -> None:
+    """Interleave jobs that end by themselves, in the third round at the latest."""
     runner, jobs = jobs_of("dense_fm", "il_text_think")
     stop = Stop("think", 2 + 4 + 1)
     watched = Runner(
         network=runner.network,
         tokenizer=runner.tokenizer,
         attention=runner.attention,
-        progress=stop.told,
+        progress=stop.report,
         stop=stop,
     )
     with infer():
         expected = succeeded(run_interleave(runner, fresh(jobs), (), Channel()))
         found = succeeded(run_interleave(watched, fresh(jobs), (), Channel()))
-    phases = [(phase, len(list(told))) for phase, told in itertools.groupby(stop.seen)]
+    phases = [(phase, len(list(steps))) for phase, steps in itertools.groupby(stop.seen)]
     assert phases == [("think", 2), ("denoise", 3), ("think", 4), ("denoise", 3), ("think", 3)]
-    assert [story.text for story in found] == [story.text for story in expected]
+    assert [job.text for job in found] == [job.text for job in expected]
 
 
 def test_interleave_jobs_of_one_image_are_finished(
@@ -278,25 +278,25 @@ def test_interleave_jobs_of_one_image_are_finished(
 
 
 class FullDisk(KeptImages):
-    """Has no room for a picture."""
+    """Has no room for an image."""
 
     def keep(self, drawn: Drawn) -> None:  # noqa: ARG002
         raise StorageFullError("no room left on the disk")
 
 
-def test_a_stop_does_not_hide_that_pictures_could_not_be_kept(engine: SenseNovaEngine) -> None:
+def test_a_stop_does_not_hide_that_images_could_not_be_kept(engine: SenseNovaEngine) -> None:
     with pytest.raises(StorageFullError, match="no room left"):
         run(engine, make_jobs(), FullDisk(3), Stop("denoise", 1))
 
 
-def test_the_waiting_is_not_told_behind_a_stopped_batch(engine: SenseNovaEngine) -> None:
+def test_the_waiting_after_a_stopped_batch_is_not_reported(engine: SenseNovaEngine) -> None:
     run(engine, make_jobs())
     with pytest.raises(BatchStoppedError):
         run(engine, make_jobs(), stop=Stop())
     assert run(engine, make_jobs()).metrics.wait_s is None
 
 
-def test_a_batch_in_which_one_story_has_more_pictures_heeds_a_stop(
+def test_a_batch_in_which_one_job_has_more_images_heeds_a_stop(
     engine: SenseNovaEngine,
 ) -> None:
     jobs = make_jobs(Task.INTERLEAVE)

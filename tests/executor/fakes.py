@@ -1,6 +1,6 @@
 """Jobs, a model's identity and an engine that runs everything but numerics.
 
-A picture of the fake engine depends on the batch it was drawn in, so a job that is run again
+An image of the fake engine depends on the batch it was drawn in, so a job that runs again
 among other neighbours comes out different, and a test sees it.
 """
 
@@ -72,7 +72,7 @@ def make_job(job_id: str, task: Task = Task.T2I, **changes: Any) -> Job:
 
 
 def make_input(name: str) -> InputImage:
-    """Returns an input image that `read_input` reads, or cannot where it is named `gone`."""
+    """Returns an input image that `read_input` reads, or cannot if its name begins with `gone`."""
     return InputImage(path=name, sha256=digest(name).hex(), height=32, width=32)
 
 
@@ -110,13 +110,13 @@ def drawn_image(size: Resolution, *parts: Any) -> np.ndarray:
 
 
 def to_pixels(image: np.ndarray) -> np.ndarray:
-    """Returns a drawn picture as uint8 `[height, width, 3]`."""
+    """Returns a drawn image as uint8 `[height, width, 3]`."""
     return (np.clip(image * 40 + 128, 0, 255)).astype(np.uint8).transpose(1, 2, 0)
 
 
 @dataclass
 class FakeEngine:
-    """An engine whose pictures depend on the job and on its batch, and which fails on demand.
+    """An engine whose images depend on the job and on its batch, and which fails on demand.
 
     In a prompt, `unusable` fails the preparation, `fails` makes that job's result an error,
     `poison` raises for the whole batch, `heavy` does not fit beside another job, `huge` fits
@@ -235,7 +235,7 @@ class FakeEngine:
         kept: Kept,
         channel: Channel,
     ) -> list[JobResult | Failure]:
-        """Draws single pictures; a pass that has another one behind it is kept."""
+        """Draws single images; a pass that has another one after it is kept."""
         count = len(batch.jobs)
         size = self.a_pass or count
         kept = [kept[i] if i < len(kept) else () for i in range(count)]
@@ -256,7 +256,7 @@ class FakeEngine:
             whole = [KeptImage(image=image, tokens=()) for image in drawn if image is not None]
             if members.stop < count and len(whole) == len(members):
                 channel.keep(list(zip(members, whole, strict=True)))
-        return [self._picture(batch, index, image) for index, image in enumerate(images)]
+        return [self._result(batch, index, image) for index, image in enumerate(images)]
 
     def _drawn(self, batch: Batch, index: int, inputs: Sequence[bytes]) -> np.ndarray | None:
         job, key = batch.jobs[index], batch.keys[index]
@@ -264,7 +264,7 @@ class FakeEngine:
             return None
         return drawn_image(job.resolution, batch.id, key, *inputs)
 
-    def _picture(self, batch: Batch, index: int, image: np.ndarray | None) -> JobResult | Failure:
+    def _result(self, batch: Batch, index: int, image: np.ndarray | None) -> JobResult | Failure:
         job = batch.jobs[index]
         text = f"thinking in {batch.id}\n" if job.think else None
         tokens = 10 if job.think else 0
@@ -281,27 +281,27 @@ class FakeEngine:
             grows = len(batch.jobs) > 1 and "grows" in batch.jobs[0].prompt
             if grows and max(map(len, drawn)) == 2:
                 raise OutOfMemoryError("the batch no longer fits")
-            unfinished = [i for i, pictures in enumerate(drawn) if len(pictures) < wanted[i]]
+            unfinished = [i for i, images in enumerate(drawn) if len(images) < wanted[i]]
             if not unfinished:
                 break
             if channel.is_stopped():
                 raise BatchStoppedError("stopped")
-            pictures = [(i, self._next(batch, i, drawn[i])) for i in unfinished]
-            channel.keep(pictures)
-            for i, picture in pictures:
-                drawn[i].append(picture)
+            images = [(i, self._next(batch, i, drawn[i])) for i in unfinished]
+            channel.keep(images)
+            for i, image in images:
+                drawn[i].append(image)
         return [
             JobResult(
-                images=tuple(to_pixels(picture.image) for picture in pictures),
-                text=" ".join(str(token) for picture in pictures for token in picture.tokens),
+                images=tuple(to_pixels(kept.image) for kept in images),
+                text=" ".join(str(token) for kept in images for token in kept.tokens),
                 text_tokens=5,
             )
-            for pictures in drawn
+            for images in drawn
         ]
 
     def _next(self, batch: Batch, index: int, before: Sequence[KeptImage]) -> KeptImage:
         job, key = batch.jobs[index], batch.keys[index]
-        state = [digest(picture.image.tobytes(), picture.tokens) for picture in before]
+        state = [digest(kept.image.tobytes(), kept.tokens) for kept in before]
         image = drawn_image(job.resolution, batch.id, key, *state)
         return KeptImage(image=image, tokens=tuple(digest(batch.id, key, *state)[:3]))
 

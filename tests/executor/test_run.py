@@ -147,7 +147,7 @@ def test_max_failures_stops_the_run(tmp_path: Path) -> None:
     assert ran.summary.counts.remaining == 8 - ran.summary.failed
 
 
-def test_changed_job_runs_again_and_its_stale_pictures_go(tmp_path: Path) -> None:
+def test_changed_job_runs_again_and_its_stale_images_are_removed(tmp_path: Path) -> None:
     jobs = [make_job(f"s{i}", Task.INTERLEAVE) for i in range(8)]
     run_folder(tmp_path, jobs, make_config(max_batch_size=8))
     changed = [replace(job, sampling=replace(job.sampling, max_images=1)) for job in jobs]
@@ -165,7 +165,7 @@ def test_removed_job_keeps_its_files(tmp_path: Path) -> None:
     assert (tmp_path / "images/a.png").exists()
 
 
-def test_done_job_whose_picture_is_gone_runs_again(tmp_path: Path) -> None:
+def test_done_job_whose_image_is_missing_runs_again(tmp_path: Path) -> None:
     jobs = [make_job("a"), make_job("b")]
     run_folder(tmp_path, jobs)
     (tmp_path / "images/b.png").unlink()
@@ -225,7 +225,7 @@ def test_inputs_that_vanish_with_the_folder_fail_no_job(tmp_path: Path) -> None:
     assert not root.exists()
 
 
-def test_picture_of_the_wrong_size_fails_its_job(tmp_path: Path) -> None:
+def test_image_of_the_wrong_size_fails_its_job(tmp_path: Path) -> None:
     class Wrong(FakeEngine):
         def generate(self, batch: Any, prepared: Any, **rest: Any) -> Any:
             result = super().generate(batch, prepared, **rest)
@@ -256,7 +256,7 @@ def test_display_that_fails_does_not_fail_a_job(tmp_path: Path) -> None:
 
     class Broken(Recorder):
         def progress(self, _):  # type: ignore[no-untyped-def]
-            raise OSError("the terminal is gone")
+            raise OSError("the terminal was closed")
 
     with open_store(tmp_path) as store:
         store.state.ingest([make_job("a")], IDENTITY, tmp_path)
@@ -283,7 +283,7 @@ def interrupted_batch_of_four(folder: Path) -> list[Job]:
     return jobs
 
 
-def test_interrupted_batch_larger_than_the_new_size_is_planned_anew(tmp_path: Path) -> None:
+def test_interrupted_batch_larger_than_the_new_size_is_planned_again(tmp_path: Path) -> None:
     jobs = interrupted_batch_of_four(tmp_path)
     assert run_folder(tmp_path, jobs, stop=Flag(after=0)).seen.notes == [
         "batch of 4 jobs is planned again"
@@ -304,7 +304,7 @@ def test_batches_are_as_large_as_the_engine_has_memory_for(tmp_path: Path) -> No
     assert ran.engine.batches == [("j0", "j1"), ("j2", "j3"), ("s0", "s1", "s2")]
 
 
-def test_interrupted_batch_that_no_longer_fits_is_planned_anew(tmp_path: Path) -> None:
+def test_interrupted_batch_that_no_longer_fits_is_planned_again(tmp_path: Path) -> None:
     jobs = interrupted_batch_of_four(tmp_path)
     engine = FakeEngine(fitting={jobs[0].resolution.image_tokens: 3})
     ran = run_folder(tmp_path, jobs, make_config(max_batch_size=4), engine=engine)
@@ -312,7 +312,7 @@ def test_interrupted_batch_that_no_longer_fits_is_planned_anew(tmp_path: Path) -
     assert ran.engine.batches == [("j0", "j1", "j2"), ("j3",)]
 
 
-def test_pictures_of_a_split_batch_are_not_drawn_again(tmp_path: Path) -> None:
+def test_images_of_a_split_batch_are_not_drawn_again(tmp_path: Path) -> None:
     calls = 0
 
     class Grows(FakeEngine):
@@ -334,7 +334,7 @@ def test_pictures_of_a_split_batch_are_not_drawn_again(tmp_path: Path) -> None:
     assert not list((tmp_path / "a/checkpoints").iterdir())
 
 
-def test_pictures_left_by_a_kill_behind_the_last_commit_are_cleared_up(
+def test_images_left_by_a_kill_after_the_last_commit_are_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def end(*_: Any) -> None:
@@ -372,7 +372,7 @@ def test_a_job_that_fits_nowhere_fails_and_the_others_go_on(tmp_path: Path) -> N
     ("image_format", "quality", "name"),
     [("png", 95, "a.png"), ("webp", 100, "a.webp"), ("jpeg", 95, "a.jpg")],
 )
-def test_prompt_seed_and_settings_are_in_the_picture(
+def test_prompt_seed_and_settings_are_in_the_image(
     tmp_path: Path, image_format: str, quality: int, name: str
 ) -> None:
     output = OutputConfig(image_format=image_format, image_quality=quality)

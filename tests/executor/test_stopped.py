@@ -1,4 +1,4 @@
-"""What every job needs can fail: the run stops, nothing is marked as failed, and it goes on."""
+"""What every job needs can fail: the run stops, no job is marked as failed, all can be resumed."""
 
 from __future__ import annotations
 

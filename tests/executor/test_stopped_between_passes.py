@@ -1,4 +1,4 @@
-"""A stop is heeded between two passes of a batch; the same jobs then go on from there."""
+"""A stop is heeded between two passes of a batch; the same jobs then continue from there."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STORIES = [make_job("story", Task.INTERLEAVE, prompt="grows to its last picture"
 
 
 def stopped_at(step: int, a_pass: int | None = 1) -> tuple[FakeEngine, threading.Event]:
-    """Returns an engine that is told to stop in one of its steps, and what tells it."""
+    """Returns an engine that is asked to stop in one of its steps, and what asks it."""
     stop = threading.Event()
     engine = FakeEngine(a_pass=a_pass)
 
@@ -44,7 +44,7 @@ def logged(root: Path) -> list[str]:
     return pq.read_table(root / "log.parquet").column("job_id").to_pylist()
 
 
-def test_a_stop_keeps_the_finished_passes_and_the_batch_goes_on_behind_them(
+def test_a_stop_keeps_the_finished_passes_and_the_batch_continues_after_them(
     tmp_path: Path,
 ) -> None:
     engine, stop = stopped_at(5)
@@ -67,7 +67,7 @@ def test_a_stop_keeps_the_finished_passes_and_the_batch_goes_on_behind_them(
     assert kept(tmp_path / "a") == []
 
 
-def test_no_speed_is_measured_by_a_batch_with_kept_pictures(tmp_path: Path) -> None:
+def test_no_speed_is_measured_by_a_batch_with_kept_images(tmp_path: Path) -> None:
     engine, stop = stopped_at(5)
     run_folder(tmp_path, JOBS, CONFIG, engine=engine, stop=stop)
     run_folder(tmp_path, JOBS, CONFIG, engine=FakeEngine(a_pass=1))
@@ -111,7 +111,7 @@ def test_a_stop_in_the_last_pass_of_a_run_is_a_finished_run(tmp_path: Path) -> N
     assert (ran.summary.done, ran.summary.stopped) == (7, False)
 
 
-def test_stories_are_stopped_between_rounds(tmp_path: Path) -> None:
+def test_interleave_jobs_are_stopped_between_rounds(tmp_path: Path) -> None:
     """One job, which makes room and is tried again where it fails, but not where it stops."""
     engine, stop = stopped_at(2)
     ran = run_folder(tmp_path / "a", STORIES, CONFIG, engine=engine, stop=stop)
@@ -155,9 +155,9 @@ def test_stopped_again_and_again_equals_uninterrupted(tmp_path: Path) -> None:
     assert kept(tmp_path / "a") == []
 
 
-def test_pictures_of_a_job_that_is_done_are_not_counted_as_kept(tmp_path: Path) -> None:
+def test_images_of_a_job_that_is_done_are_not_counted_as_kept(tmp_path: Path) -> None:
     jobs = [make_job(f"s{i}", Task.INTERLEAVE, prompt="grows", seed=i) for i in range(2)]
-    # The batch is split behind two pictures of each; the first job alone draws two more.
+    # The batch is split after two images of each; the first job alone draws two more.
     engine, stop = stopped_at(8)
     ran = run_folder(tmp_path, jobs, engine=engine, stop=stop)
     assert engine.batches == [("s0", "s1"), ("s0",), ("s1",)]

@@ -78,7 +78,7 @@ def test_precision_is_said_where_it_is_not_the_dtype() -> None:
     assert summarise(log_table(unquantised)).precision == "-"
 
 
-def test_fields_stand_in_the_published_order() -> None:
+def test_fields_are_in_the_published_order() -> None:
     lines = format_summary(summarise(log_table(*TWO_CALLS))).splitlines()
     assert [line[:15].strip() for line in lines[:9]] == [
         "config",
@@ -149,7 +149,7 @@ def test_log_is_read_from_the_columns_it_has(tmp_path: Path) -> None:
     assert summarise(read_log(path)) == summarise(log_table(*TWO_CALLS))
 
 
-def test_calls_with_kept_pictures_are_counted_but_no_speed_is_measured_by_them() -> None:
+def test_calls_with_kept_images_are_counted_but_no_speed_is_measured_by_them() -> None:
     kept = [log_row(f"k{i}", "k", total_s=1.0, num_kept_images=2) for i in range(3)]
     plain, total = summarise(log_table(*TWO_CALLS)), summarise(log_table(*TWO_CALLS, *kept)).total
     assert (total.calls, total.images, total.wall_s) == (3, 8, 13.0)
@@ -172,7 +172,7 @@ def test_a_log_that_does_not_say_what_was_kept_has_nothing_kept(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no parquet"])
-def test_what_is_no_log_is_named(tmp_path: Path, content: bytes | None) -> None:
+def test_what_is_not_a_log_is_named(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "log.parquet"
     if content is not None:
         path.write_bytes(content)

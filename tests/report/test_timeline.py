@@ -1,4 +1,4 @@
-"""What the device did when: each batch once, its waiting told apart from its work."""
+"""What the device did when: each batch once, its waiting apart from its work."""
 
 from __future__ import annotations
 

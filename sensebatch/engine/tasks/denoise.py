@@ -1,4 +1,4 @@
-"""Draws one picture for each of several jobs together, behind the prefixes they have cached.
+"""Draws one image for each of several jobs together, after the prefixes they have cached.
 
 Shape suffixes: J jobs, B evaluations of a step (one for each job and branch), N tokens of an
 image.
@@ -43,7 +43,7 @@ class Canvas:
 
 
 def image_noise_scale(arch: Architecture, resolution: Resolution) -> float:
-    """Returns the standard deviation of the noise a picture of this size starts from."""
+    """Returns the standard deviation of the noise that an image of this size starts from."""
     return noise_scale(
         resolution.image_tokens,
         scale=arch.noise_scale,
@@ -54,7 +54,7 @@ def image_noise_scale(arch: Architecture, resolution: Resolution) -> float:
 
 
 def draw_noise(arch: Architecture, resolution: Resolution, generator: torch.Generator) -> Tensor:
-    """Returns a picture's starting noise, float32 `[3, height, width]` on the CPU."""
+    """Returns an image's starting noise, float32 `[3, height, width]` on the CPU."""
     scale = image_noise_scale(arch, resolution)
     return initial_noise(resolution.height, resolution.width, scale, generator)
 
@@ -76,7 +76,7 @@ def denoise(
     timestep_shift: float,
     place: tuple[int, int] = (0, 1),
 ) -> Tensor:
-    """Returns the finished pictures of a pass, float32 `[J, 3, height, width]`, not clamped.
+    """Returns the finished images of a pass, float32 `[J, 3, height, width]`, not clamped.
 
     Every step evaluates all branches of the jobs together; a job whose guidance rests at a
     timestep takes part with its conditional branch alone.
@@ -84,24 +84,24 @@ def denoise(
     Args:
         runner: The network.
         canvases: One for each job of the pass.
-        resolution: Of every picture.
+        resolution: The size of every image.
         num_steps: Euler steps.
-        timestep_shift: Of the schedule.
-        place: Index of the pass among those of its batch, and how many they are; for progress.
+        timestep_shift: Shift of the schedule.
+        place: Index of the pass in its batch, and how many passes the batch has; for progress.
     """
     schedule = timesteps(num_steps, timestep_shift)
     with runner.denoising():
         velocity = _guided_velocity(runner, canvases, resolution, schedule)
         number, count = place
 
-        def told(z_JNx: Tensor, step: int, t: float) -> Tensor:
+        def reported(z_JNx: Tensor, step: int, t: float) -> Tensor:
             v_JNx = velocity(z_JNx, step, t)
             runner.num_denoise_steps += 1
             done, all_steps = number * num_steps + step + 1, count * num_steps
             runner.progress(Progress(phase=Phase.DENOISE, step=done, num_steps=all_steps))
             return v_JNx
 
-        z_JNx = euler(_noise(runner, canvases, resolution), schedule, told)
+        z_JNx = euler(_noise(runner, canvases, resolution), schedule, reported)
         return tokens_to_image(z_JNx, resolution.height, resolution.width)
 
 
@@ -111,7 +111,7 @@ def _noise(runner: Runner, canvases: Sequence[Canvas], resolution: Resolution) -
     shape = (len(canvases), resolution.image_tokens, TOKEN_NUMBERS)
     z_JNx = torch.empty(shape, dtype=torch.float32, device=device)
     for z_Nx, canvas in zip(z_JNx, canvases, strict=True):
-        # Laid out on the device, which takes a CPU a tenth of a second for each large picture.
+        # Laid out on the device: a CPU takes a tenth of a second for each large image.
         z_Nx.copy_(image_to_tokens(canvas.noise.to(device)[None])[0])
     return z_JNx
 
@@ -119,7 +119,7 @@ def _noise(runner: Runner, canvases: Sequence[Canvas], resolution: Resolution) -
 def _guided_velocity(
     runner: Runner, canvases: Sequence[Canvas], resolution: Resolution, schedule: Tensor
 ) -> Velocity:
-    """Returns the velocity of all jobs of a pass at a step."""
+    """Returns what computes the velocity of all jobs of a pass at a step."""
     network = runner.network
     conditions = network.condition(
         schedule[:-1].to(network.device), image_noise_scale(network.arch, resolution)

@@ -1,7 +1,7 @@
-"""Interleaved text and pictures: jobs advance together in rounds of writing and drawing.
+"""Interleaved text and images: jobs advance together in rounds of writing and drawing.
 
-A round decodes every job to its next `<img>` (or its end), draws the pictures of all jobs that
-want one together, keeps them, and re-encodes them into the prefixes. A run that continues from kept
+A round decodes every job to its next `<img>` (or its end), draws the images of all jobs that want
+one together, keeps them, and re-encodes them into the prefixes. A run that continues from kept
 images goes through the same operations with these in place of the denoising, so that it ends in the
 same bytes. A stop is heeded on either side of the drawing.
 """
@@ -9,7 +9,7 @@ same bytes. A stop is heeded on either side of the drawing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -33,32 +33,37 @@ from sensebatch.resolutions import PATCH_PIXELS, Resolution
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Story:
+class InterleaveJob:
     """One job while it is written."""
 
     state: RunningJob
     index: int
-    """Of the job in its batch; names its kept images."""
+    """The job's place in its batch; names its kept images."""
     resolutions: Sequence[Resolution]
-    """Of each picture; the last serves all that follow."""
+    """The size of each image; the last serves all that follow."""
     kept: Sequence[KeptImage] = ()
-    """Pictures an interrupted run has drawn."""
+    """Images that an interrupted run has drawn."""
     num_kept: int = 0
-    """Those of them that were taken."""
+    """How many of them were taken."""
     text: str = ""
     choices: list[int] = field(default_factory=list)
     """Every greedy choice so far."""
     num_text_tokens: int = 0
     images: list[np.ndarray] = field(default_factory=list)
-    """Finished pictures, uint8 `[height, width, 3]`."""
+    """Finished images, uint8 `[height, width, 3]`."""
     last: Tensor | None = None
     """The last of them until it is read back, float32 `[3, height, width]` in host memory."""
-    error: JobError | None = None
+    failure: Failure | None = None
 
     @property
     def resolution(self) -> Resolution:
-        """Of the next picture."""
+        """The size of the next image."""
         return self.resolutions[min(len(self.images), len(self.resolutions) - 1)]
+
+    @property
+    def max_images(self) -> int:
+        """Most images the job draws."""
+        return self.state.job.sampling.max_images
 
 
 def run_interleave(
@@ -74,7 +79,7 @@ def run_interleave(
 
     Args:
         runner: The network.
-        jobs: Of a batch.
+        jobs: The jobs of a batch.
         kept: Images that were drawn before.
         channel: Keeps finished images while others are drawn.
         script: What they write, for synthetic weights.
@@ -84,12 +89,12 @@ def run_interleave(
         A result for each job; a failure for one with an image that is not finite.
 
     Raises:
-        BatchStoppedError: A stop was heeded, before pictures were drawn or behind drawn ones
-            that others follow, or in text before the first.
+        BatchStoppedError: A stop was heeded: before images were drawn, after images that others
+            follow, or in the text before the first.
     """
     running = start_jobs(runner, jobs, decodes=True)
-    stories = [
-        Story(
+    batch = [
+        InterleaveJob(
             state=state,
             index=index,
             resolutions=_sizes(state.job) if resolutions is None else resolutions[index],
@@ -97,24 +102,22 @@ def run_interleave(
         )
         for index, state in enumerate(running)
     ]
-    writing = stories
+    writing = batch
     while writing:
         drawing = _write(runner, writing, script)
-        _let_go(writing, drawing)
+        _free(writing, drawing)
         if drawing:
             runner.heed_stop()
         _draw(runner, drawing, channel)
         writing = [
-            story
-            for story in drawing
-            if story.error is None and len(story.images) < story.state.job.sampling.max_images
+            job for job in drawing if job.failure is None and len(job.images) < job.max_images
         ]
-        _let_go(drawing, writing)
+        _free(drawing, writing)
         if writing:
             runner.heed_stop()
             _read_back(runner, writing)
-    runner.num_kept_images = sum(story.num_kept for story in stories if story.error is None)
-    return [_result(story) for story in stories]
+    runner.num_kept_images = sum(job.num_kept for job in batch if job.failure is None)
+    return [_result(job) for job in batch]
 
 
 def _sizes(job: Job) -> list[Resolution]:
@@ -122,25 +125,27 @@ def _sizes(job: Job) -> list[Resolution]:
     return [job.resolution]
 
 
-def _let_go(stories: Sequence[Story], going_on: Sequence[Story]) -> None:
-    """Frees the memory of stories that have ended, while others go on."""
-    for story in stories:
-        if story not in going_on:
-            story.state.caches.clear()
-            story.last = None
+def _free(jobs: Sequence[InterleaveJob], unfinished: Sequence[InterleaveJob]) -> None:
+    """Frees the memory of jobs that are finished while others continue."""
+    for job in jobs:
+        if job not in unfinished:
+            job.state.caches.clear()
+            job.last = None
 
 
-def _write(runner: Runner, stories: Sequence[Story], script: Script | None) -> list[Story]:
-    """Decodes every story to its next picture or its end; returns those that want a picture."""
+def _write(
+    runner: Runner, jobs: Sequence[InterleaveJob], script: Script | None
+) -> list[InterleaveJob]:
+    """Decodes every job to its next image or its end; returns those that want an image."""
     image_start = runner.tokenizer.token_id(IMG_START)
-    caches = [story.state.caches[COND] for story in stories]
+    caches = [job.state.caches[COND] for job in jobs]
     first, limits, scripts = {}, {}, {}
-    for place, story in enumerate(stories):
-        assert story.state.choice is not None
-        first[place] = story.state.choice
-        limits[place] = story.state.job.sampling.max_new_tokens - story.num_text_tokens
+    for place, job in enumerate(jobs):
+        assert job.state.choice is not None
+        first[place] = job.state.choice
+        limits[place] = job.state.job.sampling.max_new_tokens - job.num_text_tokens
         if script is not None:
-            scripts[place] = script.to_image(story.state.job.sampling)
+            scripts[place] = script.to_image(job.state.job.sampling)
             limits[place] = len(scripts[place])
     with runner.decoding():
         decoded = greedy_decode(
@@ -151,73 +156,71 @@ def _write(runner: Runner, stories: Sequence[Story], script: Script | None) -> l
             scripts=scripts,
         )
     drawing = []
-    for place, story in enumerate(stories):
+    for place, job in enumerate(jobs):
         said = decoded[place]
-        story.text += runner.tokenizer.decode(said.tokens)
-        story.choices += said.tokens
-        story.num_text_tokens += len(said.tokens)
+        job.text += runner.tokenizer.decode(said.tokens)
+        job.choices += said.tokens
+        job.num_text_tokens += len(said.tokens)
         if said.stopped_by == image_start:
-            story.choices.append(image_start)
-            drawing.append(story)
+            job.choices.append(image_start)
+            drawing.append(job)
     return drawing
 
 
-def _draw(runner: Runner, stories: Sequence[Story], channel: Channel) -> None:
-    """Draws the next picture of every story, those of one size together, or takes a kept one."""
-    if not stories:
+def _draw(runner: Runner, jobs: Sequence[InterleaveJob], channel: Channel) -> None:
+    """Draws the next image of every job, those of one size together, or takes a kept one."""
+    if not jobs:
         return
     image_start = runner.tokenizer.token_id(IMG_START)
     with runner.prefilling(decodes=False):
-        caches = [cache for story in stories for cache in _growing(story)]
+        caches = [cache for job in jobs for cache in _growing(job)]
         runner.bring(caches)
         runner.append_tokens([(cache, [image_start]) for cache in caches])
-        conds = [story.state.caches[COND] for story in stories]
-        end_text(runner.network, conds, _tokens_read_back(runner, stories))
+        conds = [job.state.caches[COND] for job in jobs]
+        end_text(runner.network, conds, _tokens_read_back(runner, jobs))
         runner.park(caches)
-    by_size: dict[Resolution, list[tuple[Story, Tensor]]] = {}
-    for story in stories:
-        # Drawn also where a kept picture makes it needless: the generator must move on.
-        generator = story.state.prepared.generator
-        noise = draw_noise(runner.network.arch, story.resolution, generator)
-        image = _kept_image(story)
+    by_size: dict[Resolution, list[tuple[InterleaveJob, Tensor]]] = {}
+    for job in jobs:
+        # Drawn even if a kept image makes it needless: the generator must advance.
+        generator = job.state.prepared.generator
+        noise = draw_noise(runner.network.arch, job.resolution, generator)
+        image = _kept_image(job)
         if image is None:
-            by_size.setdefault(story.resolution, []).append((story, noise))
+            by_size.setdefault(job.resolution, []).append((job, noise))
         else:
-            story.num_kept += 1
-            _finish_image(story, image.to(runner.network.device))
+            job.num_kept += 1
+            _finish_image(job, image.to(runner.network.device))
     for resolution, group in by_size.items():
-        _denoise_stories(runner, group, resolution, channel)
+        _denoise_group(runner, group, resolution, channel)
 
 
-def _tokens_read_back(runner: Runner, stories: Sequence[Story]) -> int:
+def _tokens_read_back(runner: Runner, jobs: Sequence[InterleaveJob]) -> int:
     """Returns the most tokens of an image that will be read back into a cache on the device."""
     if runner.limits.park is not None:
         return 0
     followed = [
-        story.resolution.image_tokens + 1
-        for story in stories
-        if len(story.images) + 1 < story.state.job.sampling.max_images
+        job.resolution.image_tokens + 1 for job in jobs if len(job.images) + 1 < job.max_images
     ]
     return max(followed, default=0)
 
 
-def _growing(story: Story) -> list[KVCache]:
-    """Returns the caches that pictures are added to, the conditional one first."""
-    caches = story.state.caches
+def _growing(job: InterleaveJob) -> list[KVCache]:
+    """Returns the caches that images are added to, the conditional one first."""
+    caches = job.state.caches
     return [caches[branch] for branch in (COND, IMG_COND) if branch in caches]
 
 
-def _kept_image(story: Story) -> Tensor | None:
+def _kept_image(job: InterleaveJob) -> Tensor | None:
     """Returns the kept image that comes next, if it was drawn after the same text."""
-    number = len(story.images)
-    if number >= len(story.kept) or list(story.kept[number].tokens) != story.choices:
+    number = len(job.images)
+    if number >= len(job.kept) or list(job.kept[number].tokens) != job.choices:
         return None
-    return torch.from_numpy(story.kept[number].image)
+    return torch.from_numpy(job.kept[number].image)
 
 
-def _denoise_stories(
+def _denoise_group(
     runner: Runner,
-    group: Sequence[tuple[Story, Tensor]],
+    group: Sequence[tuple[InterleaveJob, Tensor]],
     resolution: Resolution,
     channel: Channel,
 ) -> None:
@@ -225,72 +228,72 @@ def _denoise_stories(
     for number, members in enumerate(together):
         _denoise_pass(runner, group[members], resolution, (number, len(together)))
     drawn = []
-    for story, _ in group:
-        if story.last is not None:
-            kept = KeptImage(image=story.last.numpy(), tokens=tuple(story.choices))
-            drawn.append((story.index, kept))
+    for job, _ in group:
+        if job.last is not None:
+            kept = KeptImage(image=job.last.numpy(), tokens=tuple(job.choices))
+            drawn.append((job.index, kept))
     if drawn:
         channel.keep(drawn)
 
 
 def _denoise_pass(
     runner: Runner,
-    group: Sequence[tuple[Story, Tensor]],
+    group: Sequence[tuple[InterleaveJob, Tensor]],
     resolution: Resolution,
     place: tuple[int, int],
 ) -> None:
-    """Draws the pictures of a pass, and leaves nothing of it on the device."""
+    """Draws the images of a pass and leaves nothing of it on the device."""
     sampling = group[0][0].state.job.sampling
     images = denoise(
         runner,
         [
-            Canvas(guidance=story.state.guidance, caches=story.state.caches, noise=noise)
-            for story, noise in group
+            Canvas(guidance=job.state.guidance, caches=job.state.caches, noise=noise)
+            for job, noise in group
         ],
         resolution,
         num_steps=sampling.num_steps,
         timestep_shift=sampling.timestep_shift,
         place=place,
     )
-    for (story, _), image in zip(group, images, strict=True):
-        _finish_image(story, image)
+    for (job, _), image in zip(group, images, strict=True):
+        _finish_image(job, image)
 
 
-def _finish_image(story: Story, image: Tensor) -> None:
+def _finish_image(job: InterleaveJob, image: Tensor) -> None:
     try:
         check_finite(image)
     except JobError as error:
-        story.error = JobError(f"picture {len(story.images)}: {error}")
+        job.failure = Failure.of(JobError(f"image {len(job.images)}: {error}"))
         return
-    story.images.append(to_uint8(image[None])[0].cpu().numpy())
-    story.last = image.cpu()
-    story.text += IMAGE_MARK
+    job.images.append(to_uint8(image[None])[0].cpu().numpy())
+    job.last = image.cpu()
+    job.text += IMAGE_MARK
 
 
-def _read_back(runner: Runner, stories: Sequence[Story]) -> None:
-    """Re-encodes every story's last picture into its prefixes and takes the next choice."""
+def _read_back(runner: Runner, jobs: Sequence[InterleaveJob]) -> None:
+    """Re-encodes every job's last image into its prefixes and takes the next choice."""
     with runner.prefilling(decodes=True):
         device = runner.network.device
-        pictures = [story.last for story in stories if story.last is not None]
-        embeds = runner.embed_images(drawn_to_patches(picture.to(device)) for picture in pictures)
-        runner.bring(cache for story in stories for cache in _growing(story))
+        images = [job.last for job in jobs if job.last is not None]
+        embeds = runner.embed_images(drawn_to_patches(image.to(device)) for image in images)
+        runner.bring(cache for job in jobs for cache in _growing(job))
         extensions: list[Extension] = []
         cond_rows = []
-        for story, picture, embed in zip(stories, pictures, embeds, strict=True):
-            _, height, width = picture.shape
+        for job, image, embed in zip(jobs, images, embeds, strict=True):
+            _, height, width = image.shape
             grid = Grid(height // PATCH_PIXELS, width // PATCH_PIXELS)
             cond_rows.append(len(extensions))
-            extensions += [runner.generated_image(cache, grid, embed) for cache in _growing(story)]
-            story.last = None
+            extensions += [runner.generated_image(cache, grid, embed) for cache in _growing(job)]
+            job.last = None
         choices = runner.choose(runner.prefill(extensions)[cond_rows])
-    for story, choice in zip(stories, choices, strict=True):
-        story.state.choice = choice
+    for job, choice in zip(jobs, choices, strict=True):
+        job.state.choice = choice
 
 
-def _result(story: Story) -> JobResult | Failure:
-    if story.error is not None:
-        return Failure.of(story.error, text_tokens=story.num_text_tokens)
-    return JobResult(images=tuple(story.images), text=story.text, text_tokens=story.num_text_tokens)
+def _result(job: InterleaveJob) -> JobResult | Failure:
+    if job.failure is not None:
+        return replace(job.failure, text_tokens=job.num_text_tokens)
+    return JobResult(images=tuple(job.images), text=job.text, text_tokens=job.num_text_tokens)
 
 
 def _draws_once(batch: Batch, _: PassLimits) -> bool:

@@ -1,7 +1,7 @@
-"""Text to image and editing: one picture a job, perhaps after a think text.
+"""Text to image and editing: one image a job, perhaps after a think text.
 
 The two tasks differ in their prompts and guidance only, which know the task themselves. Prompts
-and thoughts of a batch go through the network together, then its pictures are drawn in passes of
+and thoughts of a batch go through the network together, then its images are drawn in passes of
 a few jobs. The images of a pass that has another one after it are kept. A run that continues from
 them reads and thinks again, and then draws only the passes that are not kept whole: a pass among
 other neighbours might end in other bytes. So a stop is heeded before a pass.
@@ -10,6 +10,7 @@ other neighbours might end in other bytes. So a stop is heeded before a pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from sensebatch.errors import JobError
 from sensebatch.jobs import Batch, Failure, JobResult
 
 Thought = Sequence[int] | None
-"""Tokens of a think text; None of a job that does not think."""
+"""Tokens of a think text; None for a job that does not think."""
 
 
 def run_single_image(
@@ -45,10 +46,10 @@ def run_single_image(
 
     Args:
         runner: The network.
-        jobs: Of a batch, all with or all without think, of one size and number of steps.
+        jobs: The jobs of a batch, all with or all without think, of one size and number of steps.
         kept: Images that were drawn before.
         channel: Keeps finished images while others are drawn.
-        script: What they think, where the weights are made up.
+        script: What they think, for synthetic weights.
 
     Returns:
         A result for each job; a failure for one whose image is not finite.
@@ -62,7 +63,7 @@ def run_single_image(
         _kept_image(kept[index] if index < len(kept) else (), thought)
         for index, thought in enumerate(thoughts)
     ]
-    finished: list[np.ndarray | JobError] = []
+    finished: list[np.ndarray | Failure] = []
     drawing = jobs[0].job.drawing
     assert drawing is not None
     together = passes(runner, len(running), drawing.resolution)
@@ -92,7 +93,7 @@ def begin(
 
 
 def draw(runner: Runner, running: Sequence[RunningJob], place: tuple[int, int] = (0, 1)) -> Tensor:
-    """Returns the pictures of a pass, float32 `[J, 3, height, width]`; see `denoise`."""
+    """Returns the images of a pass, float32 `[J, 3, height, width]`; see `denoise`."""
     canvases = []
     for state in running:
         assert state.prepared.noise is not None
@@ -116,62 +117,60 @@ def _draw(
     running: Sequence[RunningJob],
     thoughts: Sequence[Thought],
     place: tuple[int, int],
-) -> tuple[list[np.ndarray | JobError], list[KeptImage]]:
-    """Draws a pass, and leaves nothing of it on the device.
+) -> tuple[list[np.ndarray | Failure], list[KeptImage]]:
+    """Draws a pass and leaves nothing of it on the device.
 
     Returns:
-        What `_pixels` makes of each picture, and the pictures if they are to be kept: another
-        pass follows, and all of them are finite.
+        What `_pixels` makes of each image, and the images if they are to be kept: another pass
+        follows, and all of them are finite.
     """
     images = draw(runner, running, place)
     pixels = [_pixels(image) for image in images]
     number, count = place
-    if number + 1 == count or any(isinstance(one, JobError) for one in pixels):
+    if number + 1 == count or any(isinstance(one, Failure) for one in pixels):
         return pixels, []
     of_jobs = zip(images.cpu().numpy(), thoughts, strict=True)
     return pixels, [KeptImage(image=i, tokens=tuple(thought or ())) for i, thought in of_jobs]
 
 
-def _kept_image(pictures: Sequence[KeptImage], thought: Thought) -> np.ndarray | None:
-    """Returns a job's picture of an earlier run, if it was drawn behind the same thought.
+def _kept_image(kept: Sequence[KeptImage], thought: Thought) -> np.ndarray | None:
+    """Returns the image kept for a job, if it was drawn after the same thought.
 
     The last one, since a pass that was not kept whole was drawn and kept again.
     """
     tokens = tuple(thought or ())
-    return next((one.image for one in reversed(pictures) if one.tokens == tokens), None)
+    return next((one.image for one in reversed(kept) if one.tokens == tokens), None)
 
 
-def _pixels(image: Tensor) -> np.ndarray | JobError:
-    """Returns a picture as uint8 `[height, width, 3]`, or what is wrong with it."""
+def _pixels(image: Tensor) -> np.ndarray | Failure:
+    """Returns an image as uint8 `[height, width, 3]`, or what is wrong with it."""
     try:
         check_finite(image)
     except JobError as error:
-        return error
+        return Failure.of(error)
     return to_uint8(image[None])[0].cpu().numpy()
 
 
-def _result(
-    runner: Runner, picture: np.ndarray | JobError, thought: Thought
-) -> JobResult | Failure:
-    text = None if thought is None else runner.tokenizer.decode(thought)
+def _result(runner: Runner, drawn: np.ndarray | Failure, thought: Thought) -> JobResult | Failure:
     num_tokens = len(thought or ())
-    if isinstance(picture, JobError):
-        return Failure.of(picture, think_tokens=num_tokens)
-    return JobResult(images=(picture,), text=text, think_tokens=num_tokens)
+    if isinstance(drawn, Failure):
+        return replace(drawn, think_tokens=num_tokens)
+    text = None if thought is None else runner.tokenizer.decode(thought)
+    return JobResult(images=(drawn,), text=text, think_tokens=num_tokens)
 
 
 def think(
     runner: Runner, running: Sequence[RunningJob], script: Script | None = None
 ) -> list[list[int]]:
-    """Decodes the think text of every job and caches what leads over to the picture.
+    """Decodes the think text of every job and caches what leads over to the image.
 
     Args:
         runner: The network.
         running: The jobs, their prompts cached.
-        script: What they think, where the weights are made up.
+        script: What they think, for synthetic weights.
 
     Returns:
-        The tokens of each job, with `</think>` where the network said it.
+        The tokens of each job, with `</think>` if the network wrote it.
     """
     caches = [state.caches[COND] for state in running]
     limits = {index: state.job.sampling.max_think_tokens for index, state in enumerate(running)}
