@@ -1,7 +1,7 @@
-"""Scores of a checkpoint on held-out scenes: `python -m sensebatch.tiny.evaluate MODEL --out DIR`.
+"""Scores a checkpoint on held-out scenes: `python -m sensebatch.tiny.evaluate MODEL --out DIR`.
 
-Examples become jobs of the engine, with the settings a run would give them; the checker reads
-what comes back.
+Examples become jobs of the engine, with the settings that a run would give them; the checker reads
+the results.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ BATCH_SIZE = 50
 def held_out_examples(
     kind: str, count: int, *, first: int = 0, square: bool = False
 ) -> list[Example]:
-    """Returns examples that training never shows, each decided by its number.
+    """Returns examples that training never shows, each determined by its number.
 
     Args:
         kind: One of `KINDS`.
         count: How many.
-        first: Number of the first; scores are reported from 0 on, settings chosen on others.
-        square: Whether all are of the square size, so that they make few batches.
+        first: Number of the first. Reported scores begin at 0; settings are chosen on others.
+        square: Whether all have the square size, so that they take few batches.
     """
     split = Split.HELD_OUT
     examples = []
@@ -104,7 +104,7 @@ def example_job(example: Example, number: int, sampling: Sampling) -> Job:
 
 
 def answer_examples(engine: Engine, examples: Sequence[Example], config: RunConfig) -> list[Answer]:
-    """Returns the engine's answers in the examples' order.
+    """Returns the engine's answers, in the order of the examples.
 
     Raises:
         JobError: A job failed.
@@ -140,11 +140,11 @@ def answer_examples(engine: Engine, examples: Sequence[Example], config: RunConf
 def _answer(result: JobResult | Failure) -> Answer:
     if isinstance(result, Failure):
         raise JobError(result.message)
-    return Answer(pictures=result.images, text=result.text)
+    return Answer(images=result.images, text=result.text)
 
 
 def open_engine(model: str, config: RunConfig) -> Engine:
-    """Returns the engine of a checkpoint, loaded as a run loads it."""
+    """Returns a checkpoint's engine, loaded as in a run."""
     checkpoint = open_checkpoint(model)
     device, dtype = resolve_runtime(config.model)
     prompts = resolve_system_prompts(checkpoint)
@@ -159,7 +159,7 @@ def open_engine(model: str, config: RunConfig) -> Engine:
 
 
 def run_config(*, device: str, sampling: Mapping[str, Any]) -> RunConfig:
-    """Returns the embedded checkpoint's defaults, in float32, some sampling settings replaced."""
+    """Returns the embedded checkpoint's defaults in float32, with these sampling settings."""
     config = default_config()
     tasks = {
         task: replace(defaults, sampling=replace(defaults.sampling, **sampling))
@@ -187,26 +187,26 @@ def evaluate(
 
 
 def sample_grid(engine: Engine, config: RunConfig, count: int = 64) -> Image.Image:
-    """Returns the pictures of the first held-out prompts, square, none left out."""
+    """Returns the square images of the first held-out prompts, all of them."""
     square = BUCKETS_TINY["1:1"]
     examples = [
-        replace(example, answer=(replace(example.pictures[0], resolution=square),))
+        replace(example, answer=(replace(example.images[0], resolution=square),))
         for example in held_out_examples("t2i", count)
     ]
     answers = answer_examples(engine, examples, config)
     tiles = [
-        Tile(picture=Image.fromarray(answer.pictures[0]), caption=example.prompt)
+        Tile(image=Image.fromarray(answer.images[0]), caption=example.prompt)
         for example, answer in zip(examples, answers, strict=True)
     ]
     return contact_sheet(tiles)
 
 
 def evaluate_run(model: str, out: Path, config_file: Path | None, count: int) -> dict[str, Scores]:
-    """Returns the scores of `sensebatch run` itself, on a manifest of every kind.
+    """Returns the scores of `sensebatch run` itself, on one manifest of each kind.
 
     Args:
         model: Checkpoint folder, or tiny.
-        out: The manifests and run folders go here; a run that was stopped goes on.
+        out: Receives the manifests and run folders; a run that was stopped continues there.
         config_file: Settings of the run; None for the defaults.
         count: Held-out examples of each kind.
     """
@@ -226,11 +226,11 @@ def main(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, or tiny.")],
     out: Annotated[Path, typer.Option(help="Folder for scores.json and grid.png.")],
     count: Annotated[int, typer.Option(help="Held-out examples of each kind.")] = 500,
-    first: Annotated[int, typer.Option(help="Their first number; for choosing settings.")] = 0,
+    first: Annotated[int, typer.Option(help="Number of the first example.")] = 0,
     through_run: Annotated[
-        bool, typer.Option(help="Whether manifests go through `sensebatch run`.")
+        bool, typer.Option(help="Score `sensebatch run` on manifests of the examples.")
     ] = False,
-    config_file: Annotated[Path | None, typer.Option("--config", help="Of the run.")] = None,
+    config_file: Annotated[Path | None, typer.Option("--config", help="Its settings.")] = None,
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
     num_steps: Annotated[int | None, typer.Option()] = None,
     cfg_scale: Annotated[float | None, typer.Option()] = None,

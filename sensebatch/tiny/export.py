@@ -1,4 +1,4 @@
-"""The embedded checkpoint as files: its shape, its starting weights, and how it is written."""
+"""Writes the embedded checkpoint, and sets its shape and its starting weights."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from sensebatch.tiny.vocabulary import (
 )
 
 NOISE_SCALE = 8.0
-"""Of the square picture. Flat pictures say much in few numbers, so it takes much noise to hide
-them; with less, the network would hardly ever have to listen to the prompt."""
+"""Noise scale of the square image. Flat shapes show through little noise, so it takes much to hide
+them; with less, the network would hardly ever need the prompt."""
 
 
 def network_config(vocab_size: int) -> dict[str, Any]:
-    """Returns the content of `config.json`: an official architecture, as small as it may be."""
+    """Returns the content of `config.json`: the official architecture in the small."""
     return {
         "architectures": ["NEOChatModel"],
         "model_type": "neo_chat",
@@ -65,10 +65,10 @@ def network_config(vocab_size: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def init_weights(network: Network, seed: int) -> None:
-    """Sets a network's starting weights: normal, scaled by what goes into each matrix.
+    """Sets a network's starting weights: normal numbers, scaled by the inputs of each matrix.
 
-    What is added to the residual stream is scaled down by the number of layers, the last
-    convolution begins at zero, and the noisy pictures' embedding is scaled to their noise.
+    Matrices that add to the residual stream are scaled down by the number of layers, the last
+    convolution starts at zero, and the embedding of noisy images is scaled to their noise.
     """
     generator = torch.Generator().manual_seed(seed)
     depth = math.sqrt(2 * network.arch.num_layers)
@@ -98,9 +98,9 @@ def export(
     """Writes a checkpoint folder: configuration, tokenizer, system prompts and weights.
 
     Args:
-        folder: Made where it is missing; files in it are replaced.
-        config: Of `network_config`.
-        network: Its weights are rounded to bfloat16.
+        folder: Is created if missing; files in it are replaced.
+        config: What `network_config` returns.
+        network: Has the weights, which are rounded to bfloat16.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "config.json", config)

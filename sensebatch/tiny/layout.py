@@ -1,6 +1,6 @@
-"""Examples as token sequences, in the layouts that the engine prefills and decodes.
+"""Lays out examples as token sequences, as the engine prefills and decodes them.
 
-Prompts come from the engine itself; what is decoded, drawn and read back behind them is laid out
+Prompts come from the engine itself. What is decoded, drawn and read back after them is laid out
 here in one sequence, so that one pass trains on all of it.
 """
 
@@ -37,41 +37,41 @@ from sensebatch.tiny.world.scene import Scene, pick
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
-    """A picture to be denoised behind a prefix of its sequence."""
+    """An image to be denoised after a prefix of its sequence."""
 
     scene: Scene
     prefix: int
-    """Tokens of the sequence that it sees; the last is its `<img>`."""
+    """How many tokens of the sequence it sees; the last is its `<img>`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sequence:
-    """One example, or the part of it that one guidance branch sees."""
+    """An example, or the part of it that one guidance branch sees."""
 
     token_ids: tuple[int, ...]
     positions: np.ndarray
     """int64 `[3, tokens]`, rows t, h, w."""
     images: tuple[tuple[ImageSpan, Scene], ...]
-    """Pictures read by the understanding path."""
+    """Images that the understanding path reads."""
     learned: tuple[int, ...]
-    """Indices of the tokens that the network has to say itself."""
+    """Indices of the tokens that the network must choose itself."""
     slots: tuple[Slot, ...]
 
 
 def system_prompt(task: Task) -> str:
-    """Returns the system prompt that the embedded checkpoint is trained with."""
+    """Returns a task's system prompt in the training of the embedded checkpoint."""
     interleave = task.spec.prompt.system is SystemPromptKind.INTERLEAVE
     return INTERLEAVE_PROMPT if interleave else GENERATION_PROMPT
 
 
 def token_grid(resolution: Resolution) -> Grid:
-    """Returns a picture's size in tokens."""
+    """Returns an image's size in tokens."""
     return Grid(resolution.height // PATCH_PIXELS, resolution.width // PATCH_PIXELS)
 
 
 @dataclass
 class _Writer:
-    """Appends to a prompt what follows it."""
+    """Appends tokens and images to a prompt."""
 
     tokenizer: Tokenizer
     ids: list[int]
@@ -80,7 +80,7 @@ class _Writer:
     slots: list[Slot] = field(default_factory=list)
 
     @classmethod
-    def behind(cls, tokenizer: Tokenizer, prompt: Prompt, inputs: tuple[Scene, ...]) -> _Writer:
+    def after(cls, tokenizer: Tokenizer, prompt: Prompt, inputs: tuple[Scene, ...]) -> _Writer:
         images = list(zip(prompt.images, inputs[: len(prompt.images)], strict=True))
         return cls(tokenizer=tokenizer, ids=list(prompt.token_ids), images=images)
 
@@ -95,11 +95,11 @@ class _Writer:
             self.learned += range(start, len(self.ids))
 
     def draw(self, scene: Scene) -> None:
-        """Denoises a picture behind the `<img>` that was said last."""
+        """Denoises an image after the last `<img>`."""
         self.slots.append(Slot(scene=scene, prefix=len(self.ids)))
 
     def read_back(self, scene: Scene) -> None:
-        """Appends a finished picture and its `</img>`."""
+        """Appends a finished image and its `</img>`."""
         grid = token_grid(scene.resolution)
         self.images.append((ImageSpan(len(self.ids), grid), scene))
         self.ids += [self.tokenizer.token_id(IMG_CONTEXT)] * (grid.height * grid.width)
@@ -123,7 +123,7 @@ def _grids(example: Example) -> list[Grid]:
 
 
 def cond_sequence(tokenizer: Tokenizer, example: Example) -> Sequence:
-    """Returns an example as the conditional branch sees it, with everything it has to say."""
+    """Returns an example as the conditional branch sees it, with all text to be decoded."""
     interleave = example.task.spec.output is Output.IMAGES
     prompt = cond_prompt(
         tokenizer,
@@ -133,7 +133,7 @@ def cond_sequence(tokenizer: Tokenizer, example: Example) -> Sequence:
         grids=_grids(example),
         think=example.think is not None,
     )
-    writer = _Writer.behind(tokenizer, prompt, example.inputs)
+    writer = _Writer.after(tokenizer, prompt, example.inputs)
     if example.think is not None:
         if interleave:
             writer.say(THINK_START, special=True)
@@ -144,7 +144,7 @@ def cond_sequence(tokenizer: Tokenizer, example: Example) -> Sequence:
         if not interleave:
             writer.say(IMG_START, special=True, learned=False)
     if not interleave:
-        writer.draw(example.pictures[0])
+        writer.draw(example.images[0])
         return writer.finish()
     for part in example.answer:
         if isinstance(part, str):
@@ -160,20 +160,20 @@ def cond_sequence(tokenizer: Tokenizer, example: Example) -> Sequence:
 def img_cond_sequence(tokenizer: Tokenizer, example: Example) -> Sequence:
     """Returns an edit or interleave example as the image-conditional branch sees it."""
     prompt = img_cond_prompt(tokenizer, task=example.task, grids=_grids(example))
-    writer = _Writer.behind(tokenizer, prompt, example.inputs)
+    writer = _Writer.after(tokenizer, prompt, example.inputs)
     if example.task.spec.output is Output.IMAGE:
-        writer.draw(example.pictures[0])
+        writer.draw(example.images[0])
         return writer.finish()
-    for number, scene in enumerate(example.pictures, start=1):
+    for number, scene in enumerate(example.images, start=1):
         writer.say(IMG_START, special=True, learned=False)
         writer.draw(scene)
-        if number < len(example.pictures):
+        if number < len(example.images):
             writer.read_back(scene)
     return writer.finish()
 
 
 def uncond_sequence(tokenizer: Tokenizer, example: Example, rng: np.random.Generator) -> Sequence:
-    """Returns one picture of an example as the unconditional branch sees it: behind nothing."""
-    writer = _Writer.behind(tokenizer, uncond_prompt(tokenizer), ())
-    writer.draw(pick(rng, example.pictures))
+    """Returns one image of an example as the unconditional branch sees it: after an empty turn."""
+    writer = _Writer.after(tokenizer, uncond_prompt(tokenizer), ())
+    writer.draw(pick(rng, example.images))
     return writer.finish()

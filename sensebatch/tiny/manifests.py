@@ -1,4 +1,4 @@
-"""Examples as a manifest that anyone can run, and answers read from a run's folder."""
+"""Writes examples as a manifest that anyone can run, and reads answers from a run's folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sensebatch.tiny.world.scene import Scene
 
 
 def encode_png(scene: Scene) -> bytes:
-    """Returns a scene's picture as an image file."""
+    """Returns the image of a scene, encoded as PNG."""
     buffer = io.BytesIO()
     Image.fromarray(draw_uint8(scene)).save(buffer, format="PNG")
     return buffer.getvalue()
@@ -57,7 +57,7 @@ def write_manifest(examples: Sequence[Example], folder: Path) -> Path:
 
 
 def read_answers(folder: Path, count: int) -> list[Answer]:
-    """Returns the answers of a finished run of `write_manifest`, in the examples' order.
+    """Returns the answers of a finished run of such a manifest, in the order of the examples.
 
     Raises:
         KeyError: A job is not done.
@@ -68,8 +68,8 @@ def read_answers(folder: Path, count: int) -> list[Answer]:
     answers = []
     for number in range(count):
         row = done[job_id(number)]
-        pictures = tuple(np.asarray(Image.open(folder / path)) for path in row["image_paths"])
+        images = tuple(np.asarray(Image.open(folder / path)) for path in row["image_paths"])
         path = row["text_path"]
         text = None if path is None else (folder / path).read_text(encoding="utf-8")
-        answers.append(Answer(pictures=pictures, text=text))
+        answers.append(Answer(images=images, text=text))
     return answers

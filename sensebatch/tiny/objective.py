@@ -1,11 +1,11 @@
-"""What a training step minimises, computed with the engine's own network on packed rows.
+"""Computes what a training step minimises, with the engine's own network on packed rows.
 
-The understanding path reads all rows first and leaves its keys and values behind; the pictures
-being denoised read them, as they read a cache when a job runs.
+The understanding path reads all rows first and keeps its keys and values. The images being denoised
+attend to them, as they attend to a cache when a job runs.
 
 Shape suffixes: R rows, U understanding tokens of a row, S slots of a row, G image tokens of a row
-(S times those of the largest picture), T all tokens of a pass, D hidden, H query heads, K
-key/value heads, E head_dim, B pictures, N tokens of a picture.
+(S times those of the largest image), T all tokens of a pass, D hidden, H query heads, K
+key/value heads, E head_dim, B images, N tokens of an image.
 """
 
 from __future__ import annotations
@@ -38,37 +38,37 @@ from sensebatch.tiny.world.scene import Pattern
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectiveConfig:
-    """How pictures and text are learned."""
+    """How images and text are weighed against each other."""
 
     t_mean: float = -0.8
     t_std: float = 0.8
-    """Timesteps are the sigmoid of a normal number of this mean and deviation."""
+    """Mean and deviation of the normal numbers whose sigmoid gives the timesteps."""
     min_remaining: float = 0.1
-    """Least 1 - t in the velocity's divisor, so that no step is ruled by nearly clean pictures."""
+    """Smallest divisor 1 - t of a velocity, so that nearly clean images do not dominate a step."""
     text_weight: float = 0.1
-    """Of the cross-entropy beside the velocity loss."""
+    """Weight of the cross-entropy relative to the velocity loss."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Losses:
-    """Scalars of one step."""
+    """The losses of one step, as scalars."""
 
     total: Tensor
     velocity: Tensor
     image: Tensor
-    """Mean squared error of the predicted pictures, not weighted."""
+    """Unweighted mean squared error of the predicted images."""
     text: Tensor
 
 
 class _Keep:
-    """Attention of the understanding rows; keeps each layer's keys and values."""
+    """Attends within the understanding rows, and keeps each layer's keys and values."""
 
     def __init__(self, bias_R1UU: Tensor) -> None:
         self._bias = bias_R1UU
         self.kept: list[tuple[Tensor, Tensor]] = []
 
     def attend(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:  # noqa: ARG002
-        """Returns `[T, H, E]` of all rows."""
+        """Returns the attention of all rows, `[T, H, E]`."""
         rows = self._bias.shape[0]
         q, k, v = (_by_row(x, rows) for x in (q_THE, k_TKE, v_TKE))
         self.kept.append((k, v))
@@ -76,14 +76,14 @@ class _Keep:
 
 
 class _Read:
-    """Attention of the pictures being denoised: to what was kept, then to themselves."""
+    """Attends from the images being denoised, to the keys that were kept and to their own."""
 
     def __init__(self, bias_R1GL: Tensor, kept: list[tuple[Tensor, Tensor]]) -> None:
         self._bias = bias_R1GL
         self._kept = kept
 
     def attend(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
-        """Returns `[T, H, E]` of all rows."""
+        """Returns the attention of all rows, `[T, H, E]`."""
         rows = self._bias.shape[0]
         q, k, v = (_by_row(x, rows) for x in (q_THE, k_TKE, v_TKE))
         keys, values = self._kept[layer]
@@ -96,9 +96,9 @@ def _by_row(x: Tensor, rows: int) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Returns `[T, H, E]`."""
+    """Returns the attention of all rows under an additive mask, `[T, H, E]`."""
     groups = q.shape[1] // k.shape[1]
-    # Repeated by hand: with a mask, torch's fused kernels take no grouped heads.
+    # Repeated explicitly: with a mask, torch's fused kernels do not take grouped heads.
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     dtype = bias.dtype
     out = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), attn_mask=bias)
@@ -114,7 +114,7 @@ def run_experts(
     noisy_rotary: Rotary,
     noisy_bias: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the normed outputs of both paths; all shapes fixed, so it compiles once."""
+    """Returns the normed outputs of both paths. All shapes are fixed, so it compiles once."""
     keep, eps = _Keep(understood_bias), network.arch.rms_norm_eps
     understood = _run_layers(network.understanding, understood_TD, understood_rotary, keep, eps)
     read = _Read(noisy_bias, keep.kept)
@@ -124,7 +124,7 @@ def run_experts(
 def _run_layers(
     expert: Expert, x_TD: Tensor, rotary: Rotary, context: _Keep | _Read, eps: float
 ) -> Tensor:
-    """Returns `Expert.forward` without lent layers, which a compiler cannot follow."""
+    """Returns what `Expert.forward` returns, without lending layers, which would not compile."""
     for index, layer in enumerate(expert.layers):
         assert isinstance(layer, DecoderLayer)
         q_THE, k_TKE, v_TKE = layer.project(x_TD, rotary)
@@ -134,14 +134,14 @@ def _run_layers(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernels:
-    """The three functions worth compiling."""
+    """The three functions that are worth compiling."""
 
     paint: Callable[..., Tensor] = paint
     run_experts: Callable[..., tuple[Tensor, Tensor]] = run_experts
 
     @classmethod
     def compiled(cls) -> Kernels:
-        """Returns them compiled, for a GPU."""
+        """Returns the functions compiled for a GPU."""
         return cls(
             paint=torch.compile(paint, dynamic=True),
             run_experts=torch.compile(run_experts, dynamic=False),
@@ -149,13 +149,13 @@ class Kernels:
 
 
 class Objective:
-    """Losses of packed batches.
+    """Computes the losses of packed batches.
 
     Args:
-        network: In float32; computed with under autocast on a GPU.
-        packing: Of the batches.
-        config: How pictures and text are learned.
-        kernels: Plain or compiled.
+        network: Is in float32, and runs under autocast on a GPU.
+        packing: What a batch holds.
+        config: How images and text are weighed.
+        kernels: The functions, plain or compiled.
     """
 
     def __init__(
@@ -175,39 +175,39 @@ class Objective:
         """Returns the losses of a batch whose tensors are on the network's device.
 
         Args:
-            batch: Of `packing.make_batch`, moved by `to_device`.
-            generator: Of noise and timesteps, on the same device.
+            batch: A batch of `packing.make_batch`, moved by `to_device`.
+            generator: Draws noise and timesteps, on the same device.
         """
-        pictures = self.draw(batch)
-        clean = image_to_tokens(pictures * 2 - 1)[batch.drawn_scene]
+        images = self.draw(batch)
+        clean = image_to_tokens(images * 2 - 1)[batch.drawn_scene]
         t = self._timesteps(len(clean), generator)
         noise = torch.randn(clean.shape, generator=generator, device=clean.device)
         remaining = (1 - t)[:, None, None]
         scale = image_noise_scale(self._network.arch, batch.resolution)
         noisy = t[:, None, None] * clean + remaining * scale * noise
-        predicted, hidden_TD = self.predict(batch, pictures, noisy, t)
+        predicted, hidden_TD = self.predict(batch, images, noisy, t)
         errors = (predicted.float() - clean).square().mean(dim=(1, 2))
         velocity = (errors / (1 - t).clamp(min=self._config.min_remaining).square()).mean()
         logits = self._network.logits(hidden_TD[batch.label_place]).float()
-        # A small batch may have nothing to say, of which the mean would be NaN.
+        # A small batch may have no text, whose mean loss would be NaN.
         text = F.cross_entropy(logits, batch.label, reduction="sum") / max(1, len(batch.label))
         total = velocity + self._config.text_weight * text
         return Losses(total=total, velocity=velocity, image=errors.mean(), text=text)
 
     def predict(
-        self, batch: PackedBatch, pictures: Tensor, noisy_BNx: Tensor, t_B: Tensor
+        self, batch: PackedBatch, images: Tensor, noisy_BNx: Tensor, t_B: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Returns the predicted clean pictures `[B, N, 3072]` and the rows' output `[R * U, D]`.
+        """Returns the predicted clean images `[B, N, 3072]` and the rows' output `[R * U, D]`.
 
         Args:
-            batch: On the network's device.
-            pictures: Of `draw`.
-            noisy_BNx: The batch's denoised pictures as tokens, in the order of `drawn_slot`.
+            batch: A batch on the network's device.
+            images: All images of the batch, from `draw`.
+            noisy_BNx: The noisy images as tokens, in the order of `drawn_slot`.
             t_B: Their timesteps.
         """
         hidden_u, hidden_g = self._kernels.run_experts(
             self._network,
-            self._embed_rows(batch, pictures),
+            self._embed_rows(batch, images),
             self._network.token_rotary(batch.positions.flatten(1)),
             self.understanding_bias(batch),
             self._embed_slots(batch, noisy_BNx, t_B),
@@ -220,7 +220,7 @@ class Objective:
         return predicted, hidden_u
 
     def draw(self, batch: PackedBatch) -> Tensor:
-        """Returns every picture of the batch, float32 `[B, 3, height, width]` in [0, 1]."""
+        """Returns every image of the batch, float32 `[B, 3, height, width]` in [0, 1]."""
         drawing, device = batch.drawing, self._network.device
         size = batch.resolution
         if size not in self._patterns:
@@ -235,7 +235,7 @@ class Objective:
     def understanding_bias(self, batch: PackedBatch) -> Tensor:
         """Returns the additive mask of the understanding path, `[R, 1, U, U]`.
 
-        A token sees what is before it in its own sequence, and the tokens of its own image.
+        A token sees the tokens before it in its own sequence, and all tokens of its own image.
         """
         sequence, t = batch.sequence, batch.positions[0]
         index = torch.arange(sequence.shape[1], device=sequence.device)
@@ -247,8 +247,8 @@ class Objective:
     def generation_bias(self, batch: PackedBatch) -> Tensor:
         """Returns the additive mask of the generation path, `[R, 1, G, U + G]`.
 
-        A picture sees its sequence up to its `<img>`, and itself. Empty places see one another,
-        for a query that sees nothing would give NaN.
+        An image sees its sequence up to its `<img>`, and itself. Empty places see one another,
+        because a query that sees nothing would give NaN.
         """
         index = torch.arange(batch.sequence.shape[1], device=batch.sequence.device)
         prefix = (batch.slot_sequence[:, :, None] == batch.sequence[:, None, :]) & (
@@ -271,7 +271,7 @@ class Objective:
         return bias.masked_fill_(~allowed, float("-inf"))[:, None]
 
     def _slot_positions(self, batch: PackedBatch) -> Tensor:
-        """Returns `[3, R * G]`; zeros in the places of a slot that a small picture leaves."""
+        """Returns the positions of image tokens, `[3, R * G]`; zeros where a slot is not full."""
         size, width = batch.resolution, self._packing.slot_tokens
         device = batch.slot_t.device
         index = torch.arange(width, device=device)
@@ -281,28 +281,28 @@ class Objective:
         column = (index % columns).expand_as(t)
         return torch.stack((t, row, column)).flatten(1)
 
-    def _embed_pictures(
+    def _embed_images(
         self, embedding: PatchEmbedding, tokens_BNx: Tensor, size: Resolution
     ) -> Tensor:
-        """Returns `[B, N, D]` of pictures through one of the patch embedders."""
+        """Embeds images with one of the patch embedders; returns `[B, N, D]`."""
         grid = (size.height // PATCH, size.width // PATCH)
         rotary = self._network.patch_rotary(grid)
         patches = tokens_to_patches(tokens_BNx, size.height, size.width)
         return embedding(patches, grid, rotary).unflatten(0, (len(tokens_BNx), -1))
 
-    def _embed_rows(self, batch: PackedBatch, pictures: Tensor) -> Tensor:
+    def _embed_rows(self, batch: PackedBatch, images: Tensor) -> Tensor:
         x_TD = self._network.embed_tokens(batch.token_ids.flatten())
-        mean = pictures.new_tensor(IMAGE_MEAN)[:, None, None]
-        std = pictures.new_tensor(IMAGE_STD)[:, None, None]
-        tokens = image_to_tokens((pictures - mean) / std)
-        embeds = self._embed_pictures(self._network.understanding_vision, tokens, batch.resolution)
+        mean = images.new_tensor(IMAGE_MEAN)[:, None, None]
+        std = images.new_tensor(IMAGE_STD)[:, None, None]
+        tokens = image_to_tokens((images - mean) / std)
+        embeds = self._embed_images(self._network.understanding_vision, tokens, batch.resolution)
         read = embeds[batch.image_scene].flatten(0, 1).to(x_TD.dtype)
         return x_TD.index_copy(0, batch.image_tokens.flatten(), read)
 
     def _embed_slots(self, batch: PackedBatch, noisy: Tensor, t: Tensor) -> Tensor:
-        """Returns `[R * G, D]`, zeros where a slot or a place in it is empty."""
+        """Returns embedded noisy images in their slots, `[R * G, D]`; zeros in empty places."""
         network, size = self._network, batch.resolution
-        embeds = self._embed_pictures(network.generation_vision, noisy, size)
+        embeds = self._embed_images(network.generation_vision, noisy, size)
         condition = network.condition(t, image_noise_scale(network.arch, size))
         x_BND = embeds + condition[:, None, :]
         width = self._packing.slot_tokens
@@ -316,7 +316,7 @@ class Objective:
 
 
 def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
-    """Returns the batch with its tensors on a device; the drawing's arrays stay."""
+    """Returns the batch with its tensors on a device; the arrays for drawing stay."""
     tensors: dict[str, Any] = {
         item.name: value.to(device, non_blocking=True)
         for item in fields(batch)

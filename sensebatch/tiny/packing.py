@@ -1,7 +1,7 @@
-"""Batches of a training run: examples of one picture size, packed into rows of a fixed length.
+"""Makes the batches of a training run: examples of one image size, packed into rows.
 
-A batch is a pure function of the seed and the step, whoever makes it, so a resumed run sees what
-an uninterrupted one would have seen.
+A batch is a pure function of the seed and the step, so a resumed run sees what an uninterrupted one
+would have seen. Rows have a fixed length.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sensebatch.tiny.world.scene import Scene, Split, sample_resolution
 from sensebatch.tiny.world.stories import story
 
 IGNORED = -100
-"""Number of a sequence where there is none."""
+"""Stands for the number of a sequence where there is none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,59 +39,59 @@ class PackingConfig:
 
     num_rows: int = 128
     row_tokens: int = 416
-    """Prompt and answer tokens of a row; the longest example must fit."""
+    """Prompt and answer tokens of a row, in which the longest example must fit."""
     row_slots: int = 4
-    """Pictures denoised in a row."""
+    """How many images are denoised in a row."""
     slot_tokens: int = 64
-    """Image tokens of the largest picture."""
+    """Image tokens of the largest image."""
     text_to_image: float = 0.42
     edit: float = 0.40
-    """Parts of the examples; the rest are stories."""
+    """Shares of the examples; the rest are stories."""
     think: float = 0.3
     edit_think: float = 0.1
     uncond: float = 0.08
-    """Part of the examples seen without any condition."""
+    """Share of the examples that are seen without any condition."""
     img_cond: float = 0.08
-    """Part of edits and stories seen with their images alone."""
+    """Share of edits and stories that are seen with their images alone."""
     patience: int = 24
-    """Examples in a row that fit nowhere, after which a batch is full."""
+    """A batch is full after so many examples in succession have fit nowhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedBatch:
-    """Rows of packed sequences as arrays.
+    """Packed sequences as arrays.
 
-    R rows, U prompt tokens, S slots, I pictures that are read, D pictures that are denoised,
+    R rows, U prompt tokens, S slots, I images that are read, D images that are denoised,
     L learned tokens.
     """
 
     resolution: Resolution
     drawing: Drawing
-    """Every picture of the batch once."""
+    """Every image of the batch, once."""
     token_ids: torch.Tensor
     """int64 `[R, U]`."""
     positions: torch.Tensor
     """int64 `[3, R, U]`."""
     sequence: torch.Tensor
-    """int64 `[R, U]`, which of the row's sequences; `IGNORED` behind the last."""
+    """int64 `[R, U]`, which of the row's sequences a token is of; `IGNORED` after the last."""
     label_place: torch.Tensor
-    """int64 `[L]`, places in the flattened rows behind which the network has to say a token."""
+    """int64 `[L]`, places in the flattened rows after which the network must choose a token."""
     label: torch.Tensor
     """int64 `[L]`, that token."""
     image_scene: torch.Tensor
-    """int64 `[I]`, the picture that the understanding path reads."""
+    """int64 `[I]`, the images that the understanding path reads."""
     image_tokens: torch.Tensor
-    """int64 `[I, image tokens]`, where it is in the flattened rows."""
+    """int64 `[I, image tokens]`, their places in the flattened rows."""
     slot_sequence: torch.Tensor
-    """int64 `[R, S]`, the sequence a denoised picture belongs to; `IGNORED` in an empty slot."""
+    """int64 `[R, S]`, the sequence of each denoised image; `IGNORED` in an empty slot."""
     slot_prefix: torch.Tensor
-    """int64 `[R, S]`, the picture sees its sequence up to this place of the row."""
+    """int64 `[R, S]`, the place in the row up to which the image sees its sequence."""
     slot_t: torch.Tensor
-    """int64 `[R, S]`, position t of the picture's tokens."""
+    """int64 `[R, S]`, position t of the image's tokens."""
     drawn_slot: torch.Tensor
-    """int64 `[D]`, the filled slots among all of them, flattened."""
+    """int64 `[D]`, the filled slots among all flattened slots."""
     drawn_scene: torch.Tensor
-    """int64 `[D]`, the picture of each."""
+    """int64 `[D]`, the image in each of them."""
 
 
 def sample_example(
@@ -110,7 +110,7 @@ def sample_example(
 def sample_sequence(
     rng: np.random.Generator, tokenizer: Tokenizer, config: PackingConfig, resolution: Resolution
 ) -> Sequence:
-    """Returns an example as one of the guidance branches sees it, mostly the conditional one."""
+    """Returns an example as a random guidance branch sees it, mostly the conditional one."""
     example = sample_example(rng, config, resolution)
     draw = rng.random()
     if draw < config.uncond:
@@ -121,7 +121,7 @@ def sample_sequence(
 
 
 def pack(sequences: Iterator[Sequence], config: PackingConfig) -> list[list[Sequence]]:
-    """Returns rows of sequences, first fit, until `patience` of them in a row fit nowhere."""
+    """Returns rows of sequences by first fit, until `patience` in succession fit nowhere."""
     rows: list[list[Sequence]] = [[] for _ in range(config.num_rows)]
     free_tokens = np.full(config.num_rows, config.row_tokens)
     free_slots = np.full(config.num_rows, config.row_slots)
@@ -155,7 +155,7 @@ def make_batch(seed: int, step: int, tokenizer: Tokenizer, config: PackingConfig
 
 
 def collate(rows: list[list[Sequence]], config: PackingConfig) -> PackedBatch:
-    """Returns rows of sequences, all with pictures of one size, as arrays."""
+    """Returns rows of sequences as arrays; all images have one size."""
     token_ids = np.zeros((len(rows), config.row_tokens), dtype=np.int64)
     sequence = np.full_like(token_ids, IGNORED)
     positions = np.zeros((3, *token_ids.shape), dtype=np.int64)
@@ -204,7 +204,7 @@ def _placed(rows: list[list[Sequence]]) -> Iterator[tuple[int, int, int, Sequenc
 def _collate_slots(
     rows: list[list[Sequence]], config: PackingConfig, scenes: dict[Scene, int]
 ) -> dict[str, Any]:
-    """Returns the fields of a batch that say what is denoised; numbers scenes that are new."""
+    """Returns the fields of a batch about denoised images, and numbers new scenes."""
     sequence = np.full((len(rows), config.row_slots), IGNORED, dtype=np.int64)
     prefix, t = np.zeros_like(sequence), np.zeros_like(sequence)
     used = [0] * len(rows)
@@ -229,15 +229,15 @@ def _collate_slots(
 
 
 class Batches(Dataset[bytes]):
-    """Batches by step, pickled, for worker processes.
+    """Makes batches by step in worker processes, and pickles them.
 
-    As tensors they would pass through shared memory, a file handle each, and run out of them.
+    Tensors would pass through shared memory and use up its file handles.
 
     Args:
-        seed: Of the run.
+        seed: The run's seed.
         first_step: The step of the first batch.
-        num_steps: Steps from there on.
-        tokenizer: Of the world.
+        num_steps: How many steps there are from then on.
+        tokenizer: The world's.
         config: What a batch holds.
     """
 

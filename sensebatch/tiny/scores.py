@@ -1,4 +1,4 @@
-"""How right answers are: the rates that docs/tiny.md reports. Pictures and text in, numbers out."""
+"""Scores answers: the rates that docs/tiny.md reports. Takes images and text, returns numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sensebatch.jobs import IMAGE_MARK
 from sensebatch.tiny.world.captions import read_things
 from sensebatch.tiny.world.checker import (
     Reading,
-    read_picture,
+    read_image,
     score_things,
     things_psnr,
     unchanged_psnr,
@@ -21,36 +21,36 @@ from sensebatch.tiny.world.draw import draw_uint8
 from sensebatch.tiny.world.examples import Example
 
 MIN_PSNR = 25.0
-"""dB from which a region counts as unchanged."""
+"""PSNR in dB from which a region counts as unchanged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What came back for an example."""
+    """The answer to an example."""
 
-    pictures: tuple[np.ndarray, ...]
+    images: tuple[np.ndarray, ...]
     """uint8 `[height, width, 3]`."""
     text: str | None
 
 
 @dataclass(slots=True)
 class Scores:
-    """Rates by name, each over as many cases as it was asked of."""
+    """Rates by name, each with its own number of cases."""
 
     right: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     asked: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
     def add(self, name: str, is_right: bool) -> None:
-        """Counts one case."""
+        """Counts a case."""
         self.right[name] += is_right
         self.asked[name] += 1
 
     def rate(self, name: str) -> float:
-        """Returns the part that was right."""
+        """Returns the share of cases that were right."""
         return self.right[name] / self.asked[name]
 
     def as_dict(self) -> dict[str, dict[str, float]]:
-        """Returns rate and number of cases by name."""
+        """Returns each rate and its number of cases by name."""
         return {
             name: {"rate": round(self.rate(name), 4), "cases": self.asked[name]}
             for name in self.asked
@@ -65,21 +65,21 @@ def score(kind: str, examples: Sequence[Example], answers: Sequence[Answer]) -> 
     """Returns the rates of one kind of `evaluate.KINDS`."""
     scores = Scores()
     for example, answer in zip(examples, answers, strict=True):
-        pictures, text = answer.pictures, answer.text
+        images, text = answer.images, answer.text
         if kind == "edit":
-            _score_edit(scores, example, pictures[0])
+            _score_edit(scores, example, images[0])
         elif kind == "interleave":
-            _score_story(scores, example, pictures, text or "")
+            _score_story(scores, example, images, text or "")
         else:
-            reading = _score_scene(scores, example, pictures[0])
+            reading = _score_scene(scores, example, images[0])
             if kind == "think":
                 _score_think(scores, example, reading, text or "")
     return scores
 
 
-def _score_scene(scores: Scores, example: Example, picture: np.ndarray) -> Reading:
-    (scene,) = example.pictures
-    reading = read_picture(picture)
+def _score_scene(scores: Scores, example: Example, image: np.ndarray) -> Reading:
+    (scene,) = example.images
+    reading = read_image(image)
     for thing in score_things(reading, scene):
         scores.add("colour", thing.colour)
         scores.add("shape", thing.shape)
@@ -99,19 +99,19 @@ def _score_think(scores: Scores, example: Example, reading: Reading, text: str) 
     said = Counter(read_things(text))
     agrees = bool(said) and reading.unclear == 0 and said == Counter(reading.things)
     scores.add("text_agrees", agrees)
-    scores.add("text_right", said == Counter(example.pictures[0].things))
+    scores.add("text_right", said == Counter(example.images[0].things))
 
 
-def _score_edit(scores: Scores, example: Example, picture: np.ndarray) -> None:
-    (target,), source = example.pictures, example.inputs[0]
-    reading = read_picture(picture)
+def _score_edit(scores: Scores, example: Example, image: np.ndarray) -> None:
+    (target,), source = example.images, example.inputs[0]
+    reading = read_image(image)
     original = draw_uint8(source)
     if example.kind == "edit-background":
         made = reading.background == target.background
-        kept = things_psnr(picture, original, source) >= MIN_PSNR and reading.shows(target)
+        kept = things_psnr(image, original, source) >= MIN_PSNR and reading.shows(target)
     elif example.kind == "edit-join":
         made = reading.background == target.background and reading.shows(target)
-        kept = things_psnr(picture, original, source) >= MIN_PSNR
+        kept = things_psnr(image, original, source) >= MIN_PSNR
     else:
         wanted = [thing for thing in example.changed if thing in target.things]
         unwanted = [thing for thing in example.changed if thing not in target.things]
@@ -121,7 +121,7 @@ def _score_edit(scores: Scores, example: Example, picture: np.ndarray) -> None:
             and all(thing in reading.things for thing in wanted)
             and not any(thing in reading.things for thing in unwanted)
         )
-        psnr = unchanged_psnr(picture, original, source, example.changed)
+        psnr = unchanged_psnr(image, original, source, example.changed)
         kept = psnr >= MIN_PSNR
     scores.add("made", made)
     scores.add("kept", kept)
@@ -130,12 +130,10 @@ def _score_edit(scores: Scores, example: Example, picture: np.ndarray) -> None:
     scores.add(f"kept:{example.kind.removeprefix('edit-')}", kept)
 
 
-def _score_story(
-    scores: Scores, example: Example, pictures: Sequence[np.ndarray], text: str
-) -> None:
-    wanted = example.pictures
-    readings = [read_picture(picture) for picture in pictures]
-    counted = len(pictures) == len(wanted)
+def _score_story(scores: Scores, example: Example, images: Sequence[np.ndarray], text: str) -> None:
+    wanted = example.images
+    readings = [read_image(image) for image in images]
+    counted = len(images) == len(wanted)
     right = counted and all(
         reading.shows(scene) for reading, scene in zip(readings, wanted, strict=True)
     )

@@ -1,6 +1,6 @@
-"""Pictures and their prompts on one sheet: `python -m sensebatch.tiny.sheet SHEET RUN [INPUT ...]`.
+"""Puts images and prompts on a sheet: `python -m sensebatch.tiny.sheet SHEET RUN [INPUT ...]`.
 
-Knows runs by their logs alone.
+Knows a run by its log alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import typer
 from PIL import Image, ImageDraw, ImageFont
 
 SIDE = 176
-"""Pixels of the square that a picture is brought to fit in."""
+"""Side of the square that every image is scaled to fit, in pixels."""
 MARGIN = 8
 COLUMNS = 8
 FONT_PIXELS = 10
@@ -27,14 +27,14 @@ PAPER, INK = (238, 238, 238), (40, 40, 40)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
-    """A picture and what stands below it."""
+    """An image with its caption."""
 
-    picture: Image.Image
+    image: Image.Image
     caption: str
 
 
 def contact_sheet(tiles: Sequence[Tile], columns: int = COLUMNS) -> Image.Image:
-    """Returns tiles in rows, in their order; a row is as tall as its pictures and captions."""
+    """Lays tiles out in rows, in their order; a row is as tall as its images and captions."""
     rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
     drawn = [_row(row, columns) for row in rows]
     sheet = Image.new("RGB", (drawn[0].width, sum(row.height for row in drawn)), PAPER)
@@ -46,25 +46,25 @@ def contact_sheet(tiles: Sequence[Tile], columns: int = COLUMNS) -> Image.Image:
 
 
 def _row(tiles: Sequence[Tile], columns: int) -> Image.Image:
-    pictures = [_fitted(tile.picture) for tile in tiles]
+    images = [_fitted(tile.image) for tile in tiles]
     captions = [_wrapped(tile.caption) for tile in tiles]
-    tallest = max(picture.height for picture in pictures)
+    tallest = max(image.height for image in images)
     lines = max(caption.count("\n") + 1 for caption in captions)
     cell = SIDE + MARGIN
     height = tallest + lines * (FONT_PIXELS + 4) + 2 * MARGIN
     row = Image.new("RGB", (columns * cell + MARGIN, height), PAPER)
     pen, font = ImageDraw.Draw(row), ImageFont.load_default(FONT_PIXELS)
-    for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+    for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
         left = MARGIN + index * cell
-        row.paste(picture, (left + (SIDE - picture.width) // 2, MARGIN + tallest - picture.height))
+        row.paste(image, (left + (SIDE - image.width) // 2, MARGIN + tallest - image.height))
         pen.multiline_text((left, MARGIN + tallest + 4), caption, INK, font, spacing=2)
     return row
 
 
-def _fitted(picture: Image.Image) -> Image.Image:
-    scale = SIDE / max(picture.size)
-    size = (round(picture.width * scale), round(picture.height * scale))
-    return picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+def _fitted(image: Image.Image) -> Image.Image:
+    scale = SIDE / max(image.size)
+    size = (round(image.width * scale), round(image.height * scale))
+    return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
 
 def _wrapped(caption: str) -> str:
@@ -73,24 +73,26 @@ def _wrapped(caption: str) -> str:
 
 
 def run_tiles(folder: Path) -> list[Tile]:
-    """Returns every picture of a run, in the order in which its jobs were done."""
+    """Returns every image of a run, in the order in which its jobs were done."""
     columns = ["task", "think", "prompt", "image_paths"]
     tiles = []
     for row in pq.read_table(folder / "log.parquet", columns=columns).to_pylist():
         for number, path in enumerate(row["image_paths"] or (), start=1):
             task = f"{row['task']}, think" if row["think"] else row["task"]
             caption = f"{task}: {row['prompt']}" if number == 1 else f"({number})"
-            tiles.append(Tile(picture=Image.open(folder / path), caption=caption))
+            tiles.append(Tile(image=Image.open(folder / path), caption=caption))
     return tiles
 
 
 def main(
-    sheet: Annotated[Path, typer.Argument(help="The picture to write; its suffix tells how.")],
+    sheet: Annotated[
+        Path, typer.Argument(help="The image to write; its suffix decides the format.")
+    ],
     run: Annotated[Path, typer.Argument(help="Folder of a run.")],
-    inputs: Annotated[list[Path] | None, typer.Argument(help="Pictures to show first.")] = None,
+    inputs: Annotated[list[Path] | None, typer.Argument(help="Images to show first.")] = None,
 ) -> None:
-    """Puts every picture of a run on one sheet, with its prompt."""
-    tiles = [Tile(picture=Image.open(f), caption=f"input: {f.name}") for f in inputs or ()]
+    """Puts every image of a run on one sheet, with its prompt."""
+    tiles = [Tile(image=Image.open(f), caption=f"input: {f.name}") for f in inputs or ()]
     contact_sheet([*tiles, *run_tiles(run)]).save(sheet, quality=85)
 
 

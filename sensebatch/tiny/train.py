@@ -1,8 +1,8 @@
 """Trains the embedded checkpoint: `python -m sensebatch.tiny.train --out DIR`.
 
-A run keeps its state in DIR and goes on from there when it is started again. At the end
+A run keeps its state in DIR and continues from there when it is started again. At the end,
 DIR/checkpoint is a checkpoint like any other, made of the averaged weights, and DIR/scores.json
-says what it can do.
+has its scores.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from sensebatch.tiny.vocabulary import WorldTokenizer
 
 STATE_FILE = "state.pt"
 LEARNING_RATE = 2e-3
-"""The highest of a run."""
+"""The highest learning rate of a run."""
 REPORTED = {"cfg 1": {"cfg_scale": 1.0}, "cfg 2": {"cfg_scale": 2.0}}
-"""Sampling settings that scores are reported with; the second for t2i and edit alone."""
+"""Sampling settings of the reported scores; the second are for t2i and edit alone."""
 GRID_COUNT = 64
-"""Samples of the grid."""
+"""How many samples the grid shows."""
 MAX_STEPS = 10_000_000
-"""Steps of a run that time alone ends."""
+"""Upper bound for the steps of a run that ends by the clock."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,12 +47,12 @@ class TrainConfig:
 
     seed: int = 0
     minutes: float = 17.0
-    """Of training, over all its starts; evaluation does not count."""
+    """Minutes of training over all starts; evaluation does not count."""
     steps: int | None = None
-    """Ends the run, and shapes its schedule, instead of `minutes`."""
+    """Number of steps that ends the run and shapes its schedule, instead of `minutes`."""
     learning_rate: float = LEARNING_RATE
     final_rate: float = 0.02
-    """The last learning rate as a part of the highest."""
+    """The last learning rate as a fraction of the highest."""
     warmup_steps: int = 400
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.02
@@ -65,11 +65,11 @@ class TrainConfig:
 
 
 class Trainer:
-    """A network, its average, and the state to go on from.
+    """A network, its average and the state to continue from.
 
     Args:
-        config: How it learns.
-        device: Where.
+        config: How the network learns.
+        device: Where it computes.
     """
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
@@ -93,7 +93,7 @@ class Trainer:
         )
         self.step = 0
         self.elapsed_s = 0.0
-        """Seconds of training, over all starts."""
+        """Seconds of training over all starts."""
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         decayed: list[nn.Parameter] = []
@@ -114,13 +114,13 @@ class Trainer:
 
     @property
     def progress(self) -> float:
-        """How much of the run is done, from 0 to 1."""
+        """The share of the run that is done, from 0 to 1."""
         if self.config.steps is not None:
             return min(1.0, self.step / self.config.steps)
         return min(1.0, self.elapsed_s / (60 * self.config.minutes))
 
     def learning_rate(self) -> float:
-        """Returns the rate of the next step: linear warmup, then half a cosine."""
+        """Returns the learning rate of the next step: linear warmup, then half a cosine."""
         config = self.config
         warm = min(1.0, (self.step + 1) / config.warmup_steps)
         fall = config.final_rate + (1 - config.final_rate) * 0.5 * (
@@ -157,7 +157,7 @@ class Trainer:
         )
 
     def save(self, folder: Path) -> None:
-        """Keeps the state; a kill at any moment leaves the old one or the new one."""
+        """Keeps the state. A kill at any moment leaves the old state or the new one."""
         state = {
             "network": self.network.state_dict(),
             "average": self.average.state_dict(),
@@ -171,10 +171,10 @@ class Trainer:
         temporary.replace(folder / STATE_FILE)
 
     def resume(self, folder: Path) -> bool:
-        """Goes on from a kept state; returns whether there was one.
+        """Continues from a kept state, and returns whether there was one.
 
         Raises:
-            ValueError: The state is of a run with another seed.
+            ValueError: The state belongs to a run with another seed.
         """
         file = folder / STATE_FILE
         if not file.exists():
@@ -217,7 +217,7 @@ class Trainer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunPlan:
-    """When a session does what."""
+    """When a session reports, keeps its state and evaluates."""
 
     session_s: float = math.inf
     """Seconds after which the session stops, with its state kept."""
@@ -233,20 +233,20 @@ class RunPlan:
 
 @dataclass(slots=True)
 class _Meter:
-    """Sums between two progress lines, kept on the device so that no step waits for them."""
+    """Sums up steps between two progress lines, on the device, so that no step waits for it."""
 
     sums: Tensor
     started: float
     steps: int = 0
-    pictures: int = 0
+    images: int = 0
     waited_s: float = 0.0
 
-    def add(self, losses: Losses, pictures: int) -> None:
+    def add(self, losses: Losses, images: int) -> None:
         self.sums += torch.stack(
             (losses.velocity.detach(), losses.image.detach(), losses.text.detach())
         )
         self.steps += 1
-        self.pictures += pictures
+        self.images += images
 
     def line(self, trainer: Trainer) -> str:
         velocity, image, text = (self.sums / self.steps).tolist()
@@ -254,17 +254,17 @@ class _Meter:
         return (
             f"step {trainer.step} {100 * trainer.progress:.1f}% velocity {velocity:.5f} "
             f"image {image:.5f} text {text:.4f} lr {trainer.learning_rate():.2e} "
-            f"{self.pictures / seconds:.0f} images/s waiting {100 * self.waited_s / seconds:.0f}%"
+            f"{self.images / seconds:.0f} images/s waiting {100 * self.waited_s / seconds:.0f}%"
         )
 
 
 def run(trainer: Trainer, folder: Path, plan: RunPlan) -> None:
-    """Trains to the end or for a session, keeping state, printing progress and scores.
+    """Trains to the end or for a session; keeps the state, prints progress and scores.
 
     Args:
-        trainer: New or resumed.
-        folder: Of the run.
-        plan: When to do what.
+        trainer: Is new or resumed.
+        folder: The run's folder.
+        plan: When to report, keep the state and evaluate.
     """
     meter = _new_meter(trainer)
     began = saved = evaluated = last = time.perf_counter()
@@ -275,7 +275,7 @@ def run(trainer: Trainer, folder: Path, plan: RunPlan) -> None:
             print(meter.line(trainer), flush=True)
             meter = _new_meter(trainer)
         now = time.perf_counter()
-        # A session's first step compiles, which teaches nothing.
+        # The first step of a session compiles; its time is not training.
         trainer.elapsed_s += 0.0 if last == began else now - last
         if trainer.progress >= 1 or now - began > plan.session_s:
             break
@@ -295,13 +295,13 @@ def _new_meter(trainer: Trainer) -> _Meter:
 
 
 def report(trainer: Trainer, folder: Path, count: int, *, square: bool) -> None:
-    """Exports the average; prints and writes its held-out scores, and a grid of samples.
+    """Exports the average, prints and writes its held-out scores, and draws a grid of samples.
 
     Args:
-        trainer: Of the run.
-        folder: Of the run.
+        trainer: The run's trainer.
+        folder: The run's folder.
         count: Examples of each kind.
-        square: Whether all are square, which is faster.
+        square: Whether all images are square, which is faster.
     """
     checkpoint = folder / "checkpoint"
     trainer.export(checkpoint)
@@ -324,10 +324,10 @@ def report(trainer: Trainer, folder: Path, count: int, *, square: bool) -> None:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder of the run; an unfinished one goes on.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run; an unfinished run continues.")],
     minutes: Annotated[float, typer.Option(help="Minutes of training, over all sessions.")] = 17.0,
     session_minutes: Annotated[
-        float, typer.Option(help="Minutes after which to stop, to be started again.")
+        float, typer.Option(help="Minutes after which to stop; start it again to continue.")
     ] = math.inf,
     steps: Annotated[int | None, typer.Option(help="Steps, instead of minutes.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
@@ -336,11 +336,13 @@ def main(
     workers: Annotated[int, typer.Option(help="Processes that make batches.")] = 14,
     compile_: Annotated[bool, typer.Option("--compile/--no-compile")] = True,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
-    evaluate_minutes: Annotated[float, typer.Option(help="Between short evaluations.")] = 4.0,
+    evaluate_minutes: Annotated[
+        float, typer.Option(help="Between short evaluations, minutes.")
+    ] = 4.0,
     short_count: Annotated[int, typer.Option(help="Examples of a short evaluation.")] = 48,
     final_count: Annotated[int, typer.Option(help="Examples of the last evaluation.")] = 100,
 ) -> None:
-    """Trains the embedded checkpoint on the small world and scores it."""
+    """Trains the embedded checkpoint on its small world and scores it."""
     config = TrainConfig(
         seed=seed,
         minutes=minutes,

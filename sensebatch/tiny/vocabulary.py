@@ -1,4 +1,4 @@
-"""The embedded checkpoint's tokenizer: every word of the world is one token, all else is bytes."""
+"""The embedded checkpoint's tokenizer: every word of its world is a token, other text is bytes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from sensebatch.tiny.world.scene import Split
 from sensebatch.tiny.world.stories import story
 
 GENERATION_PROMPT = "You draw and edit pictures."
-"""System prompt of t2i and edit that the embedded checkpoint is trained with."""
+"""The system prompt of t2i and edit in the embedded checkpoint's training."""
 INTERLEAVE_PROMPT = "You answer with words and pictures."
-"""System prompt of interleave that the embedded checkpoint is trained with."""
+"""The system prompt of interleave in the embedded checkpoint's training."""
 END_OF_TEXT = "<|endoftext|>"
 LAYOUT_TEXT = "system\nuser\nassistant\n\n\nImage-1:\nImage-2:\nImage-3:\nImage-4:\n"
 SURVEY_EXAMPLES = 6000
-"""Examples of each task whose words are collected."""
+"""How many examples of each task words are collected from."""
 _WORD_SCORE, _BYTE_SCORE = -1.0, -20.0
 
 
@@ -36,7 +36,7 @@ def example_texts(example: Example) -> list[str]:
 
 @lru_cache(maxsize=1)
 def world_words() -> tuple[str, ...]:
-    """Returns the world's words in the byte alphabet, with and without a space in front."""
+    """Returns the world's words in the byte alphabet, with and without a leading space."""
     splitter = pre_tokenizers.ByteLevel(add_prefix_space=False)
     rng = np.random.default_rng(0)
     size = BUCKETS_TINY["1:1"]
@@ -47,14 +47,14 @@ def world_words() -> tuple[str, ...]:
         for index in range(SURVEY_EXAMPLES):
             for text in example_texts(sample(rng, Split.TRAIN, size, think=index % 2 == 0)):
                 words.update(word for word, _ in splitter.pre_tokenize_str(text))
-    # A user may begin with any word, and write a capital where the world has none.
+    # A user may begin with any word, and with a capital where the world has none.
     for word in [w for w in words if re.fullmatch("Ġ?[a-z]+", w)]:
         words.add(word.removeprefix("Ġ"))
     return tuple(sorted(words))
 
 
 def build_tokenizer() -> Tokenizer:
-    """Returns the tokenizer; any text can be encoded and comes back as it was."""
+    """Returns the tokenizer, which encodes any text and decodes it unchanged."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [word for word in world_words() if len(word) > 1]
     pieces = [(byte, _BYTE_SCORE) for byte in alphabet] + [(word, _WORD_SCORE) for word in words]
@@ -62,14 +62,14 @@ def build_tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     for token in (*SPECIAL_TOKENS, END_OF_TEXT):
-        # Think tags are shown in decoded text, as the official tokenizer shows them.
+        # Decoded text shows think tags, as with the official tokenizer.
         special = token not in (THINK_START, THINK_END)
         tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)])
     return tokenizer
 
 
 class WorldTokenizer:
-    """The engine's `Tokenizer` without transformers, fast enough to feed a training run."""
+    """Implements the engine's `Tokenizer` without transformers, fast enough for training."""
 
     def __init__(self) -> None:
         self._tokenizer = build_tokenizer()
@@ -77,7 +77,7 @@ class WorldTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids."""
+        """The number of ids."""
         return len(self._ids)
 
     @property
@@ -86,7 +86,7 @@ class WorldTokenizer:
         return self._ids[IM_END]
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of plain text of the world, which spells out no special token."""
+        """Returns the ids of the world's plain text, which never spells out a special token."""
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def token_id(self, token: str) -> int:
@@ -94,5 +94,5 @@ class WorldTokenizer:
         return self._ids[token]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of ids, special tokens left out."""
+        """Returns the text of ids without special tokens."""
         return str(self._tokenizer.decode(list(ids)))

@@ -74,7 +74,7 @@ def _attention(fused: bool) -> Attention:
 
 
 def case_resolutions(case: Case) -> list[Resolution]:
-    """Returns the size of each picture of a case; the last holds for all that follow."""
+    """Returns the size of each image of a case; the last holds for all that follow."""
     sizes = case.params["image_size"]
     pairs = sizes if isinstance(sizes[0], list) else [sizes]
     return [Resolution(height=height, width=width) for width, height in pairs]
@@ -123,7 +123,7 @@ def case_patches(case: Case) -> list[Patches]:
 def draw_together(
     runner: Runner, jobs: Sequence[PreparedJob]
 ) -> tuple[torch.Tensor, list[Sequence[int] | None]]:
-    """Returns the exact pictures of t2i or edit jobs, drawn in one pass, and their thoughts."""
+    """Returns the exact images of t2i or edit jobs, drawn in one pass, and their thoughts."""
     running, thoughts = begin(runner, jobs)
     return draw(runner, running), thoughts
 
@@ -163,7 +163,7 @@ def prefill_text(runner: Runner, case: Case) -> tuple[KVCache, torch.Tensor]:
 
 
 class Step(NamedTuple):
-    """What one evaluation of a golden picture is made of."""
+    """What one evaluation of a golden image is made of."""
 
     z_JNx: torch.Tensor
     t: float
@@ -172,7 +172,7 @@ class Step(NamedTuple):
     condition_D: torch.Tensor
 
     def velocity(self, x_JNx: torch.Tensor) -> torch.Tensor:
-        """Returns the velocity towards a predicted picture."""
+        """Returns the velocity towards a predicted image."""
         return velocity_from_image(x_JNx, self.z_JNx, self.t)
 
 
@@ -187,7 +187,7 @@ def golden_step(runner: Runner, case: Case) -> Step:
 
 
 def predict(runner: Runner, step: Step) -> torch.Tensor:
-    """Returns the picture that the network predicts in a step."""
+    """Returns the image that the network predicts in a step."""
     return runner.network.predict_image(
         step.z_JNx, step.condition_D, [step.cache], step.positions, runner.attention
     )

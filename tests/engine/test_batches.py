@@ -57,7 +57,7 @@ def jobs_of(config: str, name: str) -> tuple[Runner, list[PreparedJob]]:
     first = build_job(case, system)
     prompt = first.job.prompt
     mark = "<image> " * prompt.count("<image>")
-    # The golden weights make <img> come up behind the golden prompt, so it is kept here.
+    # The golden weights make <img> come up after the golden prompt, so it is kept here.
     longer = prompt if interleave else f"{mark}a prompt of another length"
     runner = build_runner(case)
     other = partial(variant, runner, first, system=system)

@@ -62,7 +62,7 @@ def grown(runner: Runner, lengths: list[int]) -> list[KVCache]:
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_prompts_behind_a_prefix_are_counted_exactly(config: str) -> None:
+def test_prompts_after_a_prefix_are_counted_exactly(config: str) -> None:
     attention = CountingAttention()
     runner = Runner(network=build_network(config), tokenizer=ByteTokenizer(), attention=attention)
     caches = grown(runner, [3, 20])

@@ -78,7 +78,7 @@ def test_single_images_match_the_reference(config: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("config", "name"), [ids for ids in single_image_cases() if "think" not in ids[1]]
 )
-def test_pictures_follow_the_prefix_at_the_reference_position(config: str, name: str) -> None:
+def test_images_follow_the_prefix_at_the_reference_position(config: str, name: str) -> None:
     case = load_case(config, name)
     runner = build_runner(case)
     job = build_job(case, generation_prompt(case))

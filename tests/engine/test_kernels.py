@@ -251,7 +251,7 @@ def test_kernels_compile_for_gpus_without_one(tmp_path: Path, capability: int) -
 @pytest.mark.parametrize("room", [40, 1500])
 def test_a_new_token_attends_to_everything_before_it(room: int) -> None:
     heads, kv_heads, dim = 8, 2, 16
-    # What lies behind a sequence must not matter.
+    # What lies after a sequence must not matter.
     cache = torch.full((2, 3, room, kv_heads, dim), float("nan"), device=DEVICE)
     lengths = torch.tensor([0, 17, room - 1])
     for sequence, length in enumerate(lengths.tolist()):
@@ -316,7 +316,7 @@ def test_fused_networks_predict_the_reference_velocity(config: str, name: str) -
 def test_decoding_together_in_small_rooms_says_what_each_says_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Sequences end at different lengths, and the buffer is made anew on the way."""
+    """Sequences end at different lengths, and the buffer is replaced on the way."""
     config = next(config for config, _ in tileable_cases("think") if config != "moe")
     case = load_case(config, next(name for ids, name in case_ids("think") if ids == config))
     prompts = [(5, 9, 2), (7,) * 6, (3, 1, 4, 1, 5, 9, 2, 6)]
@@ -331,8 +331,8 @@ def test_decoding_together_in_small_rooms_says_what_each_says_alone(
         decoded = greedy_decode(first, limits, step, stop_before=frozenset())
         for index, cache in enumerate(caches):
             assert cache.length == len(prompts[index]) + limits[index] == cache.next_t
-        behind = runner.choose(runner.append_tokens([(cache, [1, 2]) for cache in caches]))
-        return [*(decoded[index].tokens for index in limits), behind]
+        following = runner.choose(runner.append_tokens([(cache, [1, 2]) for cache in caches]))
+        return [*(decoded[index].tokens for index in limits), following]
 
     monkeypatch.setattr("sensebatch.engine.decoding.ROOM_TOKENS", 4)
     with infer():

@@ -19,14 +19,14 @@ NUM_TOKENS = make_job("a").resolution.image_tokens
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two pictures in a part, and four in a pass but under `low`."""
+    """Two images in a part, and four in a pass but under `low`."""
     monkeypatch.setattr(passes, "ROWS", 2 * NUM_TOKENS)
     monkeypatch.setattr(passes, "LOW_TOKENS_PER_PASS", 2 * NUM_TOKENS)
     monkeypatch.setattr(passes, "TOKENS_PER_PASS", 5 * NUM_TOKENS)
 
 
 @pytest.mark.parametrize(("mode", "passes"), [("full", 1), ("balanced", 1), ("low", 2)])
-def test_low_draws_as_many_pictures_in_a_pass_as_share_a_part(mode: str, passes: int) -> None:
+def test_low_draws_as_many_images_in_a_pass_as_share_a_part(mode: str, passes: int) -> None:
     result = generate(load(make_config(vram_mode=mode)), *map(make_job, ("a", "bb", "ccc", "dddd")))
     assert result.metrics.num_denoise_steps == 2 * passes
 
@@ -35,7 +35,7 @@ def test_low_draws_as_many_pictures_in_a_pass_as_share_a_part(mode: str, passes:
     ("sampling", "interval"), [({"cfg_scale": 1.0}, (0.0, 1.0)), ({"cfg_scale": 4.0}, (0.3, 1.0))]
 )
 @pytest.mark.parametrize("num_jobs", [2, 3, 5, 7])
-def test_pictures_are_the_same_bytes_however_many_share_a_pass(
+def test_images_are_the_same_bytes_however_many_share_a_pass(
     sampling: dict[str, Any], interval: tuple[float, float], num_jobs: int
 ) -> None:
     """Products of matrices of another size would round otherwise, so that a level would change."""
@@ -78,7 +78,7 @@ def test_images_that_fill_a_part_keep_their_evaluations_to_themselves(
 
 
 @pytest.mark.parametrize(
-    ("image_tokens", "limit", "pictures"),
+    ("image_tokens", "limit", "images"),
     [
         (1, 1, 1),
         (1, 5, 5),
@@ -90,11 +90,9 @@ def test_images_that_fill_a_part_keep_their_evaluations_to_themselves(
         (50, 1, 1),
     ],
 )
-def test_a_pass_is_whole_parts_or_less_than_one(
-    image_tokens: int, limit: int, pictures: int
-) -> None:
+def test_a_pass_is_whole_parts_or_less_than_one(image_tokens: int, limit: int, images: int) -> None:
     size = Resolution(height=32, width=32 * image_tokens)
-    assert PassLimits(image_tokens=limit).together(size) == pictures
+    assert PassLimits(image_tokens=limit).together(size) == images
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_norm_is_computed_in_float32_and_cast_back_before_the_weight() -> None:
     assert_rounded_once(rms_norm(x, weight, 1e-6), weight.double() * normed.bfloat16().double())
 
 
-def test_angles_of_tokens_are_exact_far_behind_the_first() -> None:
+def test_angles_of_tokens_are_exact_far_from_the_first() -> None:
     t, h, w = positions = torch.tensor([[0, 257, 3001, 12289], [0, 0, 63, 85], [0, 1, 107, 31]])
     cos, sin = token_rotary(positions, head_dim=128, theta=5e6, theta_hw=1e4, dtype=torch.bfloat16)
     parts = []
@@ -89,7 +89,7 @@ def test_sinusoids_of_a_timestep_are_computed_in_float32() -> None:
 
 
 @pytest.mark.parametrize("best", range(4))
-def test_experts_are_told_apart_in_float32(best: int) -> None:
+def test_experts_are_chosen_in_float32(best: int) -> None:
     """Their probabilities are all a quarter in bfloat16."""
     moe = Moe(
         num_experts=4,
@@ -109,7 +109,7 @@ def test_experts_are_told_apart_in_float32(best: int) -> None:
     assert torch.equal(out, torch.nn.functional.silu(x[:, :1]).expand(1, 2))
 
 
-def test_a_picture_is_kept_in_float32_between_the_steps() -> None:
+def test_an_image_is_kept_in_float32_between_the_steps() -> None:
     """With one prediction for all steps, the last one ends at it, whatever the noise was."""
     arch = golden_architecture("dense_fm")
     network = Network(arch).requires_grad_(False).eval()

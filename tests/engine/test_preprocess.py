@@ -1,4 +1,4 @@
-"""Pictures to patches and back, against the golden vectors and by hand."""
+"""Images to patches and back, against the golden vectors and by hand."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def encode(image: Image.Image, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def picture(width: int = 64, height: int = 32) -> Image.Image:
+def make_image(width: int = 64, height: int = 32) -> Image.Image:
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
@@ -90,7 +90,7 @@ def test_patch_rows_are_channel_first_and_row_major() -> None:
 
 
 def test_drawn_image_is_normalised_without_clamping_or_rounding() -> None:
-    image = picture()
+    image = make_image()
     pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
     drawn = drawn_to_patches(pixels / 255 * 2 - 1)
     assert relative_error(drawn.rows_PD, image_to_patches(image).rows_PD) < 1e-5
@@ -102,14 +102,14 @@ def test_drawn_image_is_normalised_without_clamping_or_rounding() -> None:
 def test_corrections_are_those_that_were_found_when_the_manifest_was_read() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    data = encode(picture(64, 32), format="JPEG", exif=exif)
+    data = encode(make_image(64, 32), format="JPEG", exif=exif)
     assert decode_image(data, "x", corrections="").size == (64, 32)
     assert decode_image(data, "x", corrections="orientation").size == (32, 64)
     assert decode_image(data, "x").size == (32, 64)
 
 
 def test_grey_stays_one_channel_until_it_is_resized_with_the_same_result() -> None:
-    grey = picture(300, 200).convert("L")
+    grey = make_image(300, 200).convert("L")
     data = encode(grey)
     assert decode_image(data, "x").mode == "L"
     expected = resize_for_model(
@@ -125,7 +125,7 @@ def test_grey_stays_one_channel_until_it_is_resized_with_the_same_result() -> No
 def test_an_image_decoded_at_half_its_size_is_resized_by_the_rules_of_the_whole(
     first: int | None,
 ) -> None:
-    data = encode(picture(1001, 601), format="JPEG")
+    data = encode(make_image(1001, 601), format="JPEG")
     facts = InputImage(path="x", sha256="0", height=601, width=1001, corrections="reduced")
     grids = {
         load_input(
@@ -136,16 +136,16 @@ def test_an_image_decoded_at_half_its_size_is_resized_by_the_rules_of_the_whole(
     assert len(grids) == 1
 
 
-def test_first_resize_enlarges_and_leaves_a_fitting_picture_untouched() -> None:
-    image = picture(48, 48)
+def test_first_resize_enlarges_and_leaves_a_fitting_image_untouched() -> None:
+    image = make_image(48, 48)
     assert resize_input(image, 64 * 64).size == (64, 64)
-    fitting = picture(64, 64)
+    fitting = make_image(64, 64)
     assert resize_input(fitting, 64 * 64) is fitting
     assert resize_input(image, None) is image
 
 
 def test_first_resize_is_lanczos_and_the_models_own_bicubic() -> None:
-    image = picture(48, 48)
+    image = make_image(48, 48)
     first = resize_input(image, 64 * 64)
     assert first.tobytes() == image.resize((64, 64), Image.Resampling.LANCZOS).tobytes()
     own = resize_for_model(image, min_pixels=96 * 96, max_pixels=96 * 96)
@@ -155,13 +155,13 @@ def test_first_resize_is_lanczos_and_the_models_own_bicubic() -> None:
 def test_an_image_too_long_for_the_model_is_the_jobs_error() -> None:
     with pytest.raises(JobError, match="wide: expected an aspect ratio of at most 200"):
         load_input(
-            encode(picture(402, 2)), "wide", num_images=1, first_max_pixels=None, limits=LIMITS
+            encode(make_image(402, 2)), "wide", num_images=1, first_max_pixels=None, limits=LIMITS
         )
 
 
 @pytest.mark.parametrize("format_", ["PNG", "JPEG", "WEBP", "GIF"])
 def test_an_image_cut_short_is_the_jobs_error(format_: str) -> None:
-    data = encode(picture(), format=format_)
+    data = encode(make_image(), format=format_)
     decode_image(data, "whole")
     with pytest.raises(JobError, match="cut: expected a"):
         decode_image(data[: len(data) // 3], "cut")

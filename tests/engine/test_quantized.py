@@ -136,7 +136,7 @@ def test_one_velocity_stays_close_to_the_reference(
     [("dense_fm", "t2i_think_end"), ("dense_fm", "il_img_think"), ("moe", "t2i_think_end")],
 )
 @pytest.mark.parametrize("precision", [Precision.FP8, Precision.FP8_ALL])
-def test_float8_pictures_are_bit_identical_wherever_the_weights_are(
+def test_float8_images_are_bit_identical_wherever_the_weights_are(
     config: str, name: str, precision: Precision
 ) -> None:
     case = load_case(config, name)

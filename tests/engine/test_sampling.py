@@ -1,4 +1,4 @@
-"""Schedule, noise scale, guidance intervals and stops: also what no golden loop tells apart."""
+"""Schedule, noise scale, guidance intervals and stops, even where no golden loop covers them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Made-up weights keep to a script: what is decoded is what the settings say."""
+"""Synthetic weights keep to a script: what is decoded is what the settings say."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_thoughts_have_as_many_tokens_as_they_may(name: str) -> None:
 @pytest.mark.parametrize(
     ("max_new_tokens", "max_images", "share"), [(18, 3, 6), (19, 3, 6), (2, 3, 1)]
 )
-def test_stories_have_an_even_share_of_text_before_every_picture(
+def test_stories_have_an_even_share_of_text_before_every_image(
     max_new_tokens: int, max_images: int, share: int
 ) -> None:
     runner, job = runner_and_job(
@@ -100,7 +100,7 @@ def test_only_synthetic_weights_keep_to_a_script() -> None:
     think = make_job("a", think=True, sampling=sampling)
     tell = make_job("b", task=Task.INTERLEAVE, sampling=sampling)
     (thought,) = succeeded(generate(load(make_config(), "synthetic:tiny"), think).results)
-    (told,) = succeeded(generate(load(make_config(), "synthetic:tiny"), tell).results)
+    (result,) = succeeded(generate(load(make_config(), "synthetic:tiny"), tell).results)
     assert (thought.text, thought.think_tokens) == (7 * " and", 7)
-    assert (told.text, told.text_tokens) == (2 * (4 * " and" + "<image>"), 8)
+    assert (result.text, result.text_tokens) == (2 * (4 * " and" + "<image>"), 8)
     assert succeeded(generate(load(make_config()), think).results)[0].text != thought.text

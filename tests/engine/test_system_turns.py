@@ -1,4 +1,4 @@
-"""The system turn of a batch goes through the network once, and then not for the batches behind."""
+"""The system turn of a batch goes through the network once, and not again for later batches."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def prepared(
 
 
 def rest(job: PreparedJob) -> int:
-    """Returns the tokens of a job's conditional prompt behind its system turn."""
+    """Returns the tokens of a job's conditional prompt after its system turn."""
     return len(job.prompts[Branch.COND].token_ids) - TURN
 
 
@@ -123,8 +123,8 @@ def test_a_batch_of_several_system_prompts_computes_each_once_and_keeps_none() -
     states = start(runner, *jobs)
     turns = TURN + jobs[1].prompts[Branch.COND].num_system
     uncond = len(jobs[0].prompts[Branch.UNCOND].token_ids)
-    behind = sum(len(job.prompts[Branch.COND].after_system().token_ids) for job in jobs)
-    assert runner.passes == [turns, behind + uncond]
+    rests = sum(len(job.prompts[Branch.COND].after_system().token_ids) for job in jobs)
+    assert runner.passes == [turns, rests + uncond]
     assert runner.system_turns == {}
     for state, job in zip(states, jobs, strict=True):
         (alone,) = start(CountingRunner(), job)
@@ -164,7 +164,7 @@ def test_shared_tokens_count_where_prompts_are_cut_into_passes(
 
 
 @pytest.mark.parametrize("jobs", [1, 4])
-def test_prompts_behind_a_shared_turn_take_no_more_than_expected(jobs: int) -> None:
+def test_prompts_after_a_shared_turn_take_no_more_than_expected(jobs: int) -> None:
     network = small_network()
     runner = Runner(network=network, tokenizer=ByteTokenizer(), attention=sdpa)
     system = "x" * 600

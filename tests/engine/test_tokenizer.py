@@ -65,7 +65,7 @@ def test_lookalike_that_normalises_to_a_special_token_is_the_jobs_error(tmp_path
         HFTokenizer(folder).encode("\uff1cimg\uff1e")
 
 
-def test_nothing_is_put_before_or_behind_a_text(tmp_path: Path, tokenizer: HFTokenizer) -> None:
+def test_nothing_is_put_before_or_after_a_text(tmp_path: Path, tokenizer: HFTokenizer) -> None:
     folder = copied(tmp_path)
     content = json.loads((folder / "tokenizer.json").read_text())
     end = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}

@@ -32,8 +32,8 @@ DEADLINE_S = 120
 
 
 def _examples(kind: str) -> list[Example]:
-    # Any that are not scored elsewhere: settings were chosen on later ones, docs/tiny.md tells
-    # of earlier ones.
+    # Any that are not scored elsewhere: docs/tiny.md reports earlier ones, and settings were chosen
+    # on later ones.
     return held_out_examples(kind, NUM_JOBS, first=50_000)
 
 
@@ -43,7 +43,7 @@ def _assert_right(kind: str, examples: Sequence[Example], folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", RIGHT)
-def test_pictures_and_words_are_those_that_were_asked_for(tmp_path: Path, kind: str) -> None:
+def test_images_and_words_are_those_that_were_asked_for(tmp_path: Path, kind: str) -> None:
     examples = _examples(kind)
     manifest = write_manifest(examples, tmp_path)
     with pytest.raises(SystemExit) as ended:
@@ -52,7 +52,7 @@ def test_pictures_and_words_are_those_that_were_asked_for(tmp_path: Path, kind: 
     _assert_right(kind, examples, tmp_path / "run")
 
 
-def test_a_run_killed_in_the_middle_goes_on_to_the_right_pictures(tmp_path: Path) -> None:
+def test_a_run_killed_in_the_middle_resumes_to_the_right_images(tmp_path: Path) -> None:
     examples = _examples("t2i")
     manifest, folder = write_manifest(examples, tmp_path), tmp_path / "run"
     arguments = ["run", str(manifest), "--output-dir", str(folder), "--device", "cpu"]
@@ -66,7 +66,7 @@ def test_a_run_killed_in_the_middle_goes_on_to_the_right_pictures(tmp_path: Path
 
 
 def _kill_when_some_are_made(command: Sequence[str], folder: Path) -> list[Path]:
-    """Ends a run with SIGKILL as soon as it has made a picture; returns its pictures."""
+    """Ends a run with SIGKILL as soon as it has made an image; returns its images."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + DEADLINE_S

@@ -68,7 +68,7 @@ def _rows(tokenizer: WorldTokenizer, size: str) -> list[list[Sequence]]:
 def _by_engine(
     network: Network, tokenizer: WorldTokenizer, sequence: Sequence, noisy: list[torch.Tensor]
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Returns the predicted pictures and the last token's output, the way jobs are run."""
+    """Returns the predicted images and the last token's output, the way jobs are run."""
     runner = Runner(network=network, tokenizer=tokenizer, attention=sdpa)
 
     def embeds(prefix: int) -> tuple[list[Any], list[torch.Tensor]]:
@@ -143,7 +143,7 @@ def test_batches_depend_on_seed_and_step_alone(tokenizer: WorldTokenizer) -> Non
     assert not torch.equal(tokens(1, 5).token_ids, tokens(2, 5).token_ids)
 
 
-def test_a_clean_picture_is_seen_in_the_noisy_one(
+def test_a_clean_image_is_seen_in_the_noisy_one(
     network: Network, tokenizer: WorldTokenizer
 ) -> None:
     """The losses are finite and their gradient reaches both experts and both embedders."""

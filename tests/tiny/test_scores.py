@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 def _right(example: Example) -> Answer:
     said = "".join(part if isinstance(part, str) else "<image>" for part in example.answer)
     return Answer(
-        pictures=tuple(draw_uint8(scene) for scene in example.pictures),
+        images=tuple(draw_uint8(scene) for scene in example.images),
         text=example.think if example.think is not None else said,
     )
 
@@ -42,16 +42,16 @@ def test_answers_to_other_examples_score_nothing(kind: str, zero: str) -> None:
     assert score(kind, examples[:-1], answers).rate(zero) < 0.2
 
 
-def test_an_unchanged_picture_is_kept_but_not_made() -> None:
+def test_an_unchanged_image_is_kept_but_not_made() -> None:
     examples = [e for e in held_out_examples("edit", 40) if e.kind == "edit-colour"]
-    answers = [Answer(pictures=(draw_uint8(e.inputs[0]),), text=None) for e in examples]
+    answers = [Answer(images=(draw_uint8(e.inputs[0]),), text=None) for e in examples]
     scores = score("edit", examples, answers)
     assert (scores.rate("made"), scores.rate("kept")) == (0.0, 1.0)
 
 
-def test_a_story_with_a_picture_too_few_has_the_wrong_count() -> None:
+def test_a_story_with_an_image_too_few_has_the_wrong_count() -> None:
     examples = held_out_examples("interleave", 8)
-    answers = [Answer(pictures=_right(e).pictures[:-1], text="") for e in examples]
+    answers = [Answer(images=_right(e).images[:-1], text="") for e in examples]
     scores = score("interleave", examples, answers)
     assert (scores.rate("count"), scores.rate("content")) == (0.0, 0.0)
 
@@ -67,7 +67,7 @@ def test_held_out_examples_can_begin_anywhere() -> None:
 
 def test_held_out_prompts_ask_for_held_out_combinations_alone() -> None:
     examples = held_out_examples("t2i", 20)
-    assert all(thing.is_held_out for e in examples for thing in e.pictures[0].things)
+    assert all(thing.is_held_out for e in examples for thing in e.images[0].things)
 
 
 @pytest.mark.parametrize("kind", KINDS)

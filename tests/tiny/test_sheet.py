@@ -1,4 +1,4 @@
-"""A sheet shows every picture of a run, in order."""
+"""A sheet shows every image of a run, in order."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from sensebatch.tiny.sheet import MARGIN, SIDE, Tile, contact_sheet, run_tiles
 COLOURS = [(20 * index, 0, 0) for index in range(10)]
 
 
-def test_sheet_shows_every_picture_in_order() -> None:
+def test_sheet_shows_every_image_in_order() -> None:
     tiles = [
-        Tile(picture=Image.new("RGB", (64, 64), colour), caption="a line of text")
+        Tile(image=Image.new("RGB", (64, 64), colour), caption="a line of text")
         for colour in COLOURS
     ]
     sheet = contact_sheet(tiles, columns=4)
@@ -25,8 +25,8 @@ def test_sheet_shows_every_picture_in_order() -> None:
         assert sheet.getpixel(place) == colour
 
 
-def test_long_captions_stay_below_their_own_picture() -> None:
-    tile = Tile(picture=Image.new("RGB", (96, 32), "blue"), caption="words " * 200)
+def test_long_captions_stay_below_their_own_image() -> None:
+    tile = Tile(image=Image.new("RGB", (96, 32), "blue"), caption="words " * 200)
     sheet = contact_sheet([tile, tile], columns=2)
     assert sheet.width == 2 * (SIDE + MARGIN) + MARGIN
     assert sheet.height < 2 * SIDE
@@ -49,7 +49,7 @@ def test_tiles_of_a_run_are_those_of_its_log(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "log.parquet")
     tiles = run_tiles(tmp_path)
     assert [tile.caption for tile in tiles] == ["t2i, think: one", "interleave: two", "(2)"]
-    assert [tile.picture.getpixel((0, 0)) for tile in tiles] == [
+    assert [tile.image.getpixel((0, 0)) for tile in tiles] == [
         (255, 0, 0),
         (0, 0, 255),
         (255, 0, 0),

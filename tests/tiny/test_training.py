@@ -1,4 +1,4 @@
-"""A run learns, goes on from its state as if never stopped, and leaves a checkpoint that loads."""
+"""A run learns, resumes as if it had never stopped, and leaves a checkpoint that loads."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_state_of_another_seed_is_refused(tmp_path: Path) -> None:
         Trainer(replace(CONFIG, seed=7), torch.device("cpu")).resume(tmp_path)
 
 
-def test_pictures_are_learned() -> None:
+def test_images_are_learned() -> None:
     losses = _train(Trainer(CONFIG, torch.device("cpu")), 6)
     assert losses[-1] < 0.8 * losses[0]
 

@@ -1,7 +1,7 @@
-"""English for scenes: varied prompts as a user writes them, and one fixed form read back.
+"""Puts scenes into English: varied prompts, as users write them, and a fixed form to read back.
 
-Prompts leave out what has a default: a size that is not named is medium, a single thing
-without a place is in the centre, a background that is not named is plain white.
+Prompts may leave out what has a default: things are medium, a single thing is in the centre, and
+the background is plain white.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PLACES = {
     (2, 1): ("at the bottom", "at the bottom", "at the bottom center"),
     (2, 2): ("at the bottom right", "in the bottom right corner", "in the lower right corner"),
 }
-"""Phrases of each (row, column); the first is the fixed form."""
+"""Phrases for each (row, column); the first is the fixed form."""
 CENTRE = (1, 1)
 OPENINGS = (
     "",
@@ -65,7 +65,7 @@ OPENINGS = (
 
 
 def article(words: str) -> str:
-    """Returns the words with `a` or `an` in front."""
+    """Returns the words after `a` or `an`."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
@@ -87,7 +87,7 @@ def fixed_thing(thing: Thing) -> str:
 
 
 def fixed_scene(scene: Scene) -> str:
-    """Returns a sentence with every thing of a scene in the fixed form, in reading order."""
+    """Returns a sentence that names every thing of a scene in the fixed form, in reading order."""
     ordered = sorted(scene.things, key=lambda thing: thing.cell)
     text = join([fixed_thing(thing) for thing in ordered]) if ordered else "nothing"
     return f"{text[0].upper()}{text[1:]}."
@@ -101,7 +101,7 @@ _FIXED_THING = re.compile(
 
 
 def read_things(text: str) -> tuple[Thing, ...]:
-    """Returns the things that a text names in the fixed form, in its order."""
+    """Returns the things that a text names in the fixed form, in the text's order."""
     cells = {phrases[0]: cell for cell, phrases in PLACES.items()}
     return tuple(
         Thing(
@@ -116,7 +116,7 @@ def read_things(text: str) -> tuple[Thing, ...]:
 
 
 def name_thing(rng: np.random.Generator, thing: Thing, *, size: bool = True) -> str:
-    """Returns `small red circle`, without article; a medium size is mostly left out."""
+    """Returns `small red circle` or the like, mostly without a medium size."""
     word = pick(rng, SIZE_WORDS[thing.size]) if size else ""
     return f"{word} {thing.colour} {thing.shape}".strip()
 
@@ -162,7 +162,7 @@ def _background_ending(rng: np.random.Generator, background: Background) -> str:
 
 
 def _relation(rng: np.random.Generator, scene: Scene) -> str | None:
-    """Returns things described by one another, where the layout is one that reads so."""
+    """Returns things described relative to one another, if their layout allows it."""
     things = {thing.cell: thing for thing in scene.things}
 
     def name(cell: tuple[int, int]) -> str:
@@ -197,7 +197,7 @@ def _relation(rng: np.random.Generator, scene: Scene) -> str | None:
 
 
 def describe_things(rng: np.random.Generator, scene: Scene) -> str:
-    """Returns the things of a scene with their places, so that only one layout fits."""
+    """Returns the things of a scene with their places, such that only one layout fits."""
     related = _relation(rng, scene) if rng.random() < 0.6 else None
     if related is not None:
         return related
@@ -216,7 +216,7 @@ def describe_scene(rng: np.random.Generator, scene: Scene) -> str:
 
 
 def finish(rng: np.random.Generator, text: str) -> str:
-    """Returns the sentence with a capital, mostly, and a full stop, sometimes."""
+    """Returns the sentence, mostly with a capital and sometimes with a full stop."""
     if rng.random() < 0.7 or ". " in text:
         text = text[0].upper() + text[1:]
     return f"{text}." if rng.random() < 0.5 else text

@@ -1,7 +1,7 @@
-"""Reads a picture of the world back: which things, where, on what. Colours and outlines only.
+"""Reads an image of the world: which things are where, on which background.
 
-It allows for what a generator does to a picture: slight blur, noise and shifted colours. A region
-that is no thing of the world is counted rather than guessed at.
+Goes by colours and outlines, and tolerates what a generator does to them: slight blur, noise and
+shifted colours. A region that is not a thing of the world is counted, and not guessed at.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ from sensebatch.tiny.world.scene import (
 )
 
 BRIGHT = 0.52
-"""A pixel whose darkest channel is above this is background; between the two colour sets."""
+"""A pixel whose darkest channel is brighter than this, between the two sets of colours, is
+background."""
 SPECK = 0.25
-"""A region smaller than this part of the smallest thing is not looked at."""
+"""Regions smaller than this fraction of the smallest thing are ignored."""
 MIN_OVERLAP = 0.6
-"""Least intersection over union of a region and the shape it is taken for."""
+"""Smallest intersection over union of a region and the shape that it is taken for."""
 MIN_PURITY = 0.6
-"""Least part of a region's pixels that have its colour."""
+"""Smallest share of a region's pixels that must have its colour."""
 MIN_CONTRAST = 20 / 255
-"""Least distance of a background's two colours; below, it is plain."""
+"""Smallest distance of a background's two colours; below it, the background is plain."""
 
 Mask = npt.NDArray[np.bool_]
 Pixels = npt.NDArray[np.float32]
@@ -46,7 +47,7 @@ Pixels = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """What a picture shows."""
+    """The content of an image."""
 
     background: Background
     things: tuple[Thing, ...]
@@ -54,16 +55,16 @@ class Reading:
     """Regions that are neither background nor a thing of the world."""
 
     def shows(self, scene: Scene) -> bool:
-        """Whether exactly the scene's things are there, with colour, shape, size and place."""
+        """Whether the image shows exactly the scene's things: colours, shapes, sizes and places."""
         return self.unclear == 0 and Counter(self.things) == Counter(scene.things)
 
 
-def read_picture(picture: npt.NDArray[np.uint8]) -> Reading:
-    """Returns what an 8-bit RGB picture `[height, width, 3]` shows."""
-    smooth = Image.fromarray(picture).filter(ImageFilter.MedianFilter(3))
+def read_image(image: npt.NDArray[np.uint8]) -> Reading:
+    """Returns the content of an 8-bit RGB image `[height, width, 3]`."""
+    smooth = Image.fromarray(image).filter(ImageFilter.MedianFilter(3))
     pixels: Pixels = np.asarray(smooth, dtype=np.float32) / np.float32(255)
     dark = pixels.min(axis=-1) < BRIGHT
-    short_side = min(picture.shape[:2])
+    short_side = min(image.shape[:2])
     smallest = min(SIZES.values()) * short_side
     regions = [r for r in _regions(dark) if r[0].size >= SPECK * 1.5 * smallest**2]
     found = [_read_thing(pixels, region) for region in regions]
@@ -76,9 +77,9 @@ def read_picture(picture: npt.NDArray[np.uint8]) -> Reading:
 
 
 def _regions(mask: Mask) -> list[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]]:
-    """Returns (rows, columns) of the pixels of each connected region of a mask.
+    """Returns (rows, columns) of the pixels in each connected region of a mask.
 
-    Runs of pixels in a row are joined with the runs they touch in the row above (union-find).
+    Runs of pixels in a row are joined with the runs that they touch in the row above (union-find).
     """
     parent: list[int] = []
 
@@ -117,7 +118,7 @@ def _regions(mask: Mask) -> list[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp
 def _read_thing(
     pixels: Pixels, region: tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]
 ) -> Thing | None:
-    """Returns the thing that a region is, or None."""
+    """Returns the thing that a region shows, or None."""
     height, width = pixels.shape[:2]
     rows, columns = region
     colour = _read_colour(pixels[rows, columns])
@@ -135,9 +136,9 @@ def _read_thing(
 
 
 def _read_colour(pixels: Pixels) -> str | None:
-    """Returns the colour of a region's pixels `[pixels, 3]`; None where it has several.
+    """Returns the colour of a region's pixels `[pixels, 3]`, or None if it has several.
 
-    Only the darker half votes: at a blurred edge every colour turns into a brighter one.
+    Only the darker half counts, because a blurred edge makes every colour brighter.
     """
     palette = np.array(list(COLOURS.values()), dtype=np.float32) / 255
     pixels = pixels[np.argsort(pixels.min(axis=-1))[: max(1, len(pixels) // 2)]]
@@ -149,7 +150,7 @@ def _read_colour(pixels: Pixels) -> str | None:
 
 @lru_cache(maxsize=1)
 def _unit_areas() -> tuple[float, ...]:
-    """Returns the area of each shape of radius 1."""
+    """Returns the area of each shape with radius 1."""
     side = torch.linspace(-1.5, 1.5, 601)
     y, x = torch.meshgrid(side, side, indexing="ij")
     cell = (3 / 600) ** 2
@@ -159,9 +160,9 @@ def _unit_areas() -> tuple[float, ...]:
 
 
 def _read_shape(box: Mask) -> tuple[str, float, float]:
-    """Returns the shape, its radius in pixels and the overlap that fit a region's mask best.
+    """Returns the shape that fits a region's mask best, with its radius in pixels and overlap.
 
-    Each shape is drawn with the region's area in the middle of its box and compared.
+    Each shape is drawn in the middle of the region's box, with the region's area, and compared.
     """
     height, width = box.shape
     down = torch.arange(height, dtype=torch.float32) + 0.5 - height / 2
@@ -172,7 +173,7 @@ def _read_shape(box: Mask) -> tuple[str, float, float]:
     for index, (shape, unit) in enumerate(zip(SHAPES, _unit_areas(), strict=True)):
         radius = math.sqrt(area / unit)
         drawn = shape_distances(y, x, torch.tensor(radius))[index].numpy() < 0
-        # What the drawn shape has outside the region's box is missing from the region.
+        # Parts of the drawn shape outside the region's box are missing from the region.
         outside = max(0.0, area - float(drawn.sum()))
         union = float((drawn | box).sum()) + outside
         overlap = float((drawn & box).sum()) / union
@@ -182,7 +183,7 @@ def _read_shape(box: Mask) -> tuple[str, float, float]:
 
 
 def _read_background(pixels: Pixels, dark: Mask) -> Background:
-    """Returns the background that fits the pixels away from things best (least squares)."""
+    """Returns the background that best fits the pixels away from things, by least squares."""
     clear = ~_grow(dark, 3)
     if not clear.any():
         return Background()
@@ -214,42 +215,40 @@ def _soft(colour: npt.NDArray[np.float64]) -> str:
 
 
 def _grow(mask: Mask, reach: int) -> Mask:
-    """Returns a mask with everything within `reach` pixels, in a square, added."""
+    """Returns a mask grown by a square of `reach` pixels in every direction."""
     size = 2 * reach + 1
     image = Image.fromarray(mask.astype(np.uint8) * 255)
     return np.asarray(image.filter(ImageFilter.MaxFilter(size))) > 0
 
 
 def unchanged_psnr(
-    picture: npt.NDArray[np.uint8],
+    image: npt.NDArray[np.uint8],
     source: npt.NDArray[np.uint8],
     scene: Scene,
     changed: tuple[Thing, ...],
 ) -> float:
-    """Returns the PSNR in dB of a picture against its source outside the changed things' boxes.
+    """Returns the PSNR in dB of an image against its source, outside the boxes of changed things.
 
     Args:
-        picture: 8-bit RGB, of the source's size.
-        source: The picture that was edited.
-        scene: Of the source; gives the boxes their scale.
+        image: 8-bit RGB of the source's size.
+        source: The image that was edited.
+        scene: The source's scene, which gives the boxes their scale.
         changed: Things before and after the change.
     """
-    keep = np.ones(picture.shape[:2], dtype=np.bool_)
+    keep = np.ones(image.shape[:2], dtype=np.bool_)
     for thing in changed:
         top, left, bottom, right = scene.box(thing, margin=2)
         keep[top:bottom, left:right] = False
-    return _psnr(picture[keep], source[keep])
+    return _psnr(image[keep], source[keep])
 
 
-def things_psnr(
-    picture: npt.NDArray[np.uint8], source: npt.NDArray[np.uint8], scene: Scene
-) -> float:
-    """Returns the PSNR in dB of a picture against its source inside the scene's things.
+def things_psnr(image: npt.NDArray[np.uint8], source: npt.NDArray[np.uint8], scene: Scene) -> float:
+    """Returns the PSNR in dB of an image against its source, inside the scene's things.
 
-    For edits of the background, where everything else is the things themselves.
+    This is for edits of the background, which leave nothing else unchanged.
     """
-    y, x = np.indices(picture.shape[:2], dtype=np.float32) + 0.5
-    keep = np.zeros(picture.shape[:2], dtype=np.bool_)
+    y, x = np.indices(image.shape[:2], dtype=np.float32) + 0.5
+    keep = np.zeros(image.shape[:2], dtype=np.bool_)
     for thing in scene.things:
         centre_y, centre_x = scene.centre(thing)
         distances = shape_distances(
@@ -258,7 +257,7 @@ def things_psnr(
             torch.tensor(scene.radius(thing)),
         )
         keep |= distances[SHAPES.index(thing.shape)].numpy() < -2
-    return _psnr(picture[keep], source[keep])
+    return _psnr(image[keep], source[keep])
 
 
 def _psnr(a: npt.NDArray[np.uint8], b: npt.NDArray[np.uint8]) -> float:
@@ -268,7 +267,7 @@ def _psnr(a: npt.NDArray[np.uint8], b: npt.NDArray[np.uint8]) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThingScore:
-    """How one asked-for thing came out."""
+    """How one thing that was asked for came out."""
 
     colour: bool
     shape: bool
@@ -277,9 +276,9 @@ class ThingScore:
 
 
 def score_things(reading: Reading, scene: Scene) -> tuple[ThingScore, ...]:
-    """Returns a score for each thing of the scene, matched so that most is right.
+    """Returns a score for each thing of the scene, from the matching that gets most right.
 
-    Things are few, so every matching is tried. A thing that nothing is left for has no mark.
+    Things are few, so every matching is tried. A thing that is left without a match has no score.
     """
     wanted = scene.things
     candidates = [*reading.things[:6], *[None] * len(wanted)]

@@ -1,6 +1,6 @@
-"""Draws scenes with signed distances: one function for the CPU and, in batches, for a GPU.
+"""Draws scenes with signed distances, by one function for the CPU and, in batches, for a GPU.
 
-Knows the shapes' outlines; knows nothing of captions or of the network.
+Knows the outlines of shapes, but neither captions nor the network.
 """
 
 from __future__ import annotations
@@ -22,37 +22,38 @@ from sensebatch.tiny.world.scene import (
 )
 
 STRIPE_PIXELS = 16
-"""Width of a stripe."""
+"""Width of a stripe, in pixels."""
 RING_HOLE = 0.55
-"""Radius of a ring's hole, in radii."""
+"""Radius of a ring's hole, in units of the ring's."""
 SQUARE_HALF = 0.87
-"""Half the side of a square, in radii."""
+"""Half the side of a square, in units of its radius."""
 TRIANGLE_RADIUS = 1.25
-"""From a triangle's middle to its corners, in radii."""
+"""Distance of a triangle's corners from its middle, in units of its radius."""
 STAR_RADIUS, STAR_WAIST = 1.15, 0.47
-"""From a star's middle to its tips, in radii, and to its inner corners, in tips."""
+"""Distances from a star's middle: of its tips, in units of the radius, and of its inner corners, in
+units of the first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawing:
-    """Scenes of one size as arrays."""
+    """Scenes of one size, as arrays."""
 
     height: int
     width: int
     shape: np.ndarray
-    """int64 `[scenes, things]`; -1 where there is no thing."""
+    """int64 `[scenes, things]`, the shape; -1 where there is no thing."""
     geometry: np.ndarray
     """float32 `[scenes, things, (y, x, radius)]` in pixels."""
     colour: np.ndarray
     """float32 `[scenes, things, 3]` in [0, 1]."""
     pattern: np.ndarray
-    """int64 `[scenes]`, the background's place in `Pattern`."""
+    """int64 `[scenes]`, the index of the background's pattern in `Pattern`."""
     soft: np.ndarray
-    """float32 `[scenes, 2, 3]` in [0, 1]; both alike where the pattern is plain."""
+    """float32 `[scenes, 2, 3]` in [0, 1], the background's colours; equal if it is plain."""
 
 
 def plan_drawing(scenes: Sequence[Scene]) -> Drawing:
-    """Returns the arrays from which `draw` makes the scenes' pictures; all of one size."""
+    """Returns the arrays from which `draw` makes the images of scenes of one size."""
     count = len(scenes)
     shape = np.full((count, MAX_THINGS), -1, dtype=np.int64)
     geometry = np.ones((count, MAX_THINGS, 3), dtype=np.float32)
@@ -81,12 +82,12 @@ def plan_drawing(scenes: Sequence[Scene]) -> Drawing:
 
 
 def shape_distances(y: torch.Tensor, x: torch.Tensor, radius: torch.Tensor) -> list[torch.Tensor]:
-    """Returns the signed distance in pixels, negative inside, to each shape in turn.
+    """Returns the signed distance to each shape in turn, in pixels and negative inside.
 
     Args:
-        y: Pixels below the centre; any shape.
-        x: Pixels right of the centre; like `y`.
-        radius: Pixels; broadcasts against `y`.
+        y: Pixels below the centre, in any shape.
+        x: Pixels to the right of the centre, in the same shape.
+        radius: Radius in pixels; broadcasts against `y`.
     """
     length = torch.sqrt(x * x + y * y + 1e-6)
     circle = length - radius
@@ -130,7 +131,7 @@ def background_weight(pattern: Pattern, height: int, width: int) -> torch.Tensor
 
 
 def draw(drawing: Drawing) -> torch.Tensor:
-    """Returns the pictures, float32 `[scenes, 3, height, width]` in [0, 1], anti-aliased."""
+    """Returns the images, float32 `[scenes, 3, height, width]` in [0, 1], anti-aliased."""
     weights = torch.stack([background_weight(p, drawing.height, drawing.width) for p in Pattern])
     arrays = (drawing.soft, drawing.shape, drawing.geometry, drawing.colour)
     return paint(weights[torch.from_numpy(drawing.pattern)], *map(torch.from_numpy, arrays))
@@ -143,10 +144,10 @@ def paint(
     geometry: torch.Tensor,
     colour: torch.Tensor,
 ) -> torch.Tensor:
-    """Returns the pictures of a drawing whose arrays are already on one device.
+    """Returns the images of a drawing whose arrays are already on one device.
 
     Args:
-        weight: Of the background's second colour, `[scenes, height, width]`.
+        weight: Share of the background's second colour, `[scenes, height, width]`.
         soft: `[scenes, 2, 3]`.
         shape: `[scenes, things]`.
         geometry: `[scenes, things, 3]`.
@@ -156,7 +157,7 @@ def paint(
     y = torch.arange(height, device=weight.device, dtype=torch.float32)[:, None] + 0.5
     x = torch.arange(width, device=weight.device, dtype=torch.float32)[None, :] + 0.5
     second = weight[:, None]
-    picture = soft[:, 0, :, None, None] * (1 - second) + soft[:, 1, :, None, None] * second
+    image = soft[:, 0, :, None, None] * (1 - second) + soft[:, 1, :, None, None] * second
     for slot in range(shape.shape[1]):
         centre_y, centre_x, radius = geometry[:, slot, :, None, None].unbind(1)
         below, beside = torch.broadcast_tensors(y - centre_y, x - centre_x)
@@ -166,11 +167,11 @@ def paint(
             chosen = (shape[:, slot] == kind)[:, None, None]
             coverage = torch.where(chosen, (0.5 - distance).clamp(0, 1), coverage)
         coverage = coverage[:, None]
-        picture = picture * (1 - coverage) + colour[:, slot, :, None, None] * coverage
-    return picture
+        image = image * (1 - coverage) + colour[:, slot, :, None, None] * coverage
+    return image
 
 
 def draw_uint8(scene: Scene) -> np.ndarray:
-    """Returns one scene's picture as 8-bit RGB `[height, width, 3]`."""
-    picture = draw(plan_drawing([scene]))[0]
-    return (picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    """Returns the image of one scene as 8-bit RGB `[height, width, 3]`."""
+    image = draw(plan_drawing([scene]))[0]
+    return (image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()

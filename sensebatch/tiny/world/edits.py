@@ -1,4 +1,4 @@
-"""Edits: one change of a scene, everything else as it was, and joining two pictures."""
+"""Edits: one change of a scene that leaves everything else as it was, or joining two images."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Edit:
 
 
 def refer(rng: np.random.Generator, scene: Scene, thing: Thing) -> str:
-    """Returns `the red circle`, or `the circle` where there is only one."""
+    """Returns `the red circle`, or `the circle` if there is only one."""
     alone = sum(other.shape == thing.shape for other in scene.things) == 1
     if alone and rng.random() < 0.3:
         return f"the {thing.shape}"
@@ -167,9 +167,9 @@ _KINDS = {
 
 
 def edit(rng: np.random.Generator, split: Split, resolution: Resolution, *, think: bool) -> Example:
-    """Returns an edit example of a random kind; an eighth of them join two pictures.
+    """Returns an edit example of a random kind; an eighth of them join two images.
 
-    Held out means: the thing that is changed becomes a combination never trained on, or where
+    In held-out examples, the changed thing becomes a combination that is never trained on, or, if
     no thing changes its combination, every thing is one.
     """
     if rng.random() < 0.125:

@@ -1,4 +1,4 @@
-"""What an example is, and text to image with and without think."""
+"""What an example is, and examples of text to image with and without thinking."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from sensebatch.tiny.world.captions import describe_scene, fixed_scene
 from sensebatch.tiny.world.scene import Scene, Split, Thing, sample_scene
 
 Part = str | Scene
-"""Text, or a picture."""
+"""Text, or an image."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """A job of the world with its right answer; for training, manifests and scores alike."""
+    """A job of the world with its right answer, for training, manifests and scores."""
 
     task: Task
-    """Also says which system prompt the example has."""
+    """The task, which also decides the system prompt."""
     kind: str
-    """What is asked, such as `edit-move`; scores are kept by it."""
+    """The kind of question, such as `edit-move`; scores are kept by kind."""
     prompt: str
     inputs: tuple[Scene, ...] = ()
-    """Input images; the prompt has no marks for them."""
+    """Input images, for which the prompt has no marks."""
     think: str | None = None
-    """What stands inside the think block; None where the job does not think."""
+    """The text of the think block; None if the job does not think."""
     answer: tuple[Part, ...]
-    """One picture, or for interleave text and pictures in turn."""
+    """One image, or text and images in turn for interleave."""
     changed: tuple[Thing, ...] = ()
-    """Of an edit: the things, before and after, whose boxes may differ from the first input."""
+    """Of an edit, the things before and after it whose boxes may differ from the first input."""
 
     @property
-    def pictures(self) -> tuple[Scene, ...]:
-        """The pictures of the answer."""
+    def images(self) -> tuple[Scene, ...]:
+        """The images of the answer."""
         return tuple(part for part in self.answer if isinstance(part, Scene))
 
     @property
     def resolution(self) -> Resolution:
-        """Of every picture of the answer."""
-        return self.pictures[0].resolution
+        """The resolution of every image of the answer."""
+        return self.images[0].resolution
 
 
 def text_to_image(

@@ -1,8 +1,7 @@
-"""What a picture of the small world holds: flat shapes on a soft background. No pixels here.
+"""Scenes of the small world: flat shapes on a soft background. Knows no pixels.
 
-A scene has one to three things of different colours in different cells of a 3 by 3 layout. The
-colours of things and of backgrounds are two separate sets, so that a picture can be read back by
-colour alone.
+A scene has one to three things of different colours in different cells of a 3 by 3 layout. Things
+and backgrounds have separate sets of colours, so that an image can be read by colour alone.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ COLOURS = {
     "brown": (125, 70, 25),
     "black": (20, 20, 20),
 }
-"""Of things; 8-bit RGB, each with at least one dark channel."""
+"""Colours of things in 8-bit RGB, each with at least one dark channel."""
 SOFT_COLOURS = {
     "white": (252, 252, 252),
     "cream": (250, 240, 195),
@@ -45,15 +44,15 @@ SOFT_COLOURS = {
     "rose": (252, 200, 208),
     "silver": (208, 208, 210),
 }
-"""Of backgrounds; 8-bit RGB, every channel bright."""
+"""Colours of backgrounds in 8-bit RGB; every channel is bright."""
 SIZES = {"small": 0.08, "medium": 0.115, "large": 0.15}
-"""Radius as a fraction of the picture's shorter side."""
+"""Radius as a fraction of the image's shorter side."""
 EXTENT = 1.1
-"""Half the side of the box round any shape, in radii."""
+"""Half the side of the box around any shape, in radii."""
 GAP = 0.03
-"""Least distance between two things' boxes, as a fraction of the shorter side."""
+"""Smallest distance between the boxes of two things, as a fraction of the shorter side."""
 CELLS = tuple(itertools.product(range(3), range(3)))
-"""(row, column) of the layout's places."""
+"""(row, column) of each place of the layout."""
 MAX_THINGS = 3
 
 
@@ -72,7 +71,7 @@ class Pattern(StrEnum):
 
 
 class Split(StrEnum):
-    """Which combinations of shape, colour and place a sampled example may show."""
+    """Which combinations of shape, colour and place examples may show."""
 
     TRAIN = "train"
     HELD_OUT = "held_out"
@@ -95,7 +94,7 @@ class Thing:
 
     @property
     def is_held_out(self) -> bool:
-        """Whether this shape, colour and place are never trained on together (a tenth of all)."""
+        """Whether shape, colour and place are one of the tenth of combinations never trained on."""
         shape = SHAPES.index(self.shape)
         colour = list(COLOURS).index(self.colour)
         return (3 * shape + 5 * colour + 7 * (3 * self.row + self.column)) % 10 == 0
@@ -103,7 +102,7 @@ class Thing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Background:
-    """What lies behind the things; `PLAIN` has one colour, the other patterns two."""
+    """The background of a scene; `PLAIN` has one colour, the other patterns have two."""
 
     pattern: Pattern = Pattern.PLAIN
     colours: tuple[str, ...] = ("white",)
@@ -111,7 +110,7 @@ class Background:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """A picture's description."""
+    """The description of an image."""
 
     resolution: Resolution
     background: Background
@@ -119,7 +118,7 @@ class Scene:
 
     @property
     def short_side(self) -> int:
-        """Pixels of the shorter side, the unit of sizes."""
+        """The shorter side in pixels, the unit of sizes."""
         return min(self.resolution.height, self.resolution.width)
 
     def radius(self, thing: Thing) -> float:
@@ -132,7 +131,7 @@ class Scene:
         return (thing.row + 0.5) / 3 * size.height, (thing.column + 0.5) / 3 * size.width
 
     def box(self, thing: Thing, margin: float = 0.0) -> tuple[int, int, int, int]:
-        """Returns (top, left, bottom, right) round a thing, clipped to the picture."""
+        """Returns the box (top, left, bottom, right) around a thing, clipped to the image."""
         (y, x), reach = self.centre(thing), EXTENT * self.radius(thing) + margin
         size = self.resolution
         return (
@@ -144,7 +143,7 @@ class Scene:
 
     @property
     def is_valid(self) -> bool:
-        """Whether colours and places differ and no two things come near each other."""
+        """Whether colours and places differ and no two things are too close."""
         things = self.things
         if len({t.colour for t in things}) < len(things) or len(things) > MAX_THINGS:
             return False
@@ -162,14 +161,14 @@ def pick(rng: np.random.Generator, choices: Sequence[T]) -> T:
 
 
 def sample_resolution(rng: np.random.Generator) -> Resolution:
-    """Returns a size the tiny checkpoint draws; half of them square."""
+    """Returns a random size of the tiny checkpoint; half of them are square."""
     if rng.random() < 0.5:
         return BUCKETS_TINY["1:1"]
     return pick(rng, [size for name, size in BUCKETS_TINY.items() if name != "1:1"])
 
 
 def sample_background(rng: np.random.Generator) -> Background:
-    """Returns a background; half of them plain."""
+    """Returns a random background; half of them are plain."""
     names = tuple(SOFT_COLOURS)
     first = pick(rng, names)
     if rng.random() < 0.5:
@@ -186,7 +185,7 @@ def sample_thing(
     cells: Sequence[tuple[int, int]] = CELLS,
     without: Sequence[str] = (),
 ) -> Thing:
-    """Returns a thing of the split in one of the cells, in none of the colours `without`."""
+    """Returns a thing of the split in one of the cells, in a colour that is not in `without`."""
     while True:
         row, column = pick(rng, cells)
         thing = Thing(
@@ -206,7 +205,7 @@ LAYOUTS: tuple[tuple[tuple[int, int], ...], ...] = (
     ((1, 0), (1, 1), (1, 2)),
     ((0, 1), (1, 1), (2, 1)),
 )
-"""Places of things described by one another: left of, above, in a row, in a column."""
+"""Places of things that are described relative to one another, such as left of or in a row."""
 
 
 def sample_scene(

@@ -1,4 +1,4 @@
-"""Interleaved stories: pictures that change step by step, each behind a line about it."""
+"""Interleaved stories: images that change step by step, each after a line about it."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ NUMBERS = {2: "two", 3: "three", 4: "four"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Story:
-    """The frames of a story and how it is asked for."""
+    """The frames of a story, and the prompts that ask for it."""
 
     frames: tuple[tuple[Thing, ...], ...]
     from_text: str
-    """Asks for all frames."""
+    """A prompt for all frames."""
     from_image: str
-    """Asks for the frames behind the first, which is given."""
+    """A prompt for the frames after the first, which is given."""
 
 
 def _thing(rng: np.random.Generator) -> Thing:
@@ -101,7 +101,7 @@ def _resizing(rng: np.random.Generator) -> Story:
 
 
 def _where(rng: np.random.Generator, thing: Thing) -> str:
-    """Returns the place with a space in front; the centre may go unsaid."""
+    """Returns the place after a space; the centre may be left out."""
     if thing.cell == CENTRE and rng.random() < 0.6:
         return ""
     return f" {name_place(rng, thing.cell)}"
@@ -171,7 +171,7 @@ def story(
 ) -> Example:
     """Returns an interleave example; a third of them begin with an input image.
 
-    Held out means that at least one thing of one picture is a combination never trained on.
+    In held-out examples, at least one thing of one image is a combination never trained on.
     """
     while True:
         name = pick(rng, tuple(_STORIES))
@@ -214,17 +214,17 @@ def _ask(rng: np.random.Generator, text: str, count: int, background: Background
 
 
 def step_text(number: int, scene: Scene) -> str:
-    """Returns the line in front of a picture of a story."""
+    """Returns the line before an image of a story."""
     return f"Step {number}: {join([fixed_thing(thing) for thing in scene.things])}.\n"
 
 
 def plan_text(scenes: tuple[Scene, ...]) -> str:
-    """Returns the think text of a story: every picture in one line."""
+    """Returns the think text of a story: how many images it has, and what the last one shows."""
     return f"{len(scenes)} pictures. {fixed_scene(scenes[-1])}"
 
 
 def answer_parts(scenes: tuple[Scene, ...]) -> tuple[Part, ...]:
-    """Returns lines and pictures in turn; a new line leads from a picture to the next step."""
+    """Returns lines and images in turn, with a line break after each image but the last."""
     parts: list[Part] = []
     for number, scene in enumerate(scenes, start=1):
         text = step_text(number, scene)

@@ -216,7 +216,7 @@ def test_a_block_that_is_lent_is_not_replaced_by_the_one_that_is_to_stay_there()
             go_through(pool, order)
 
 
-def test_memory_is_let_go_once_every_copy_into_it_is_done() -> None:
+def test_memory_is_freed_once_every_copy_into_it_is_done() -> None:
     large = [plain_block(number, 1024) for number in range(4)]
     small = [plain_block(number, 512) for number in range(10, 14)]
     lane = LateLane()

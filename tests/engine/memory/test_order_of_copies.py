@@ -37,7 +37,7 @@ class Mark:
 
 
 class Streams:
-    """A computation and copies beside it, as a lane of a device; a seed says who goes on when."""
+    """A computation and the copies beside it, as a device's lane; a seed decides their order."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
@@ -47,7 +47,7 @@ class Streams:
 
     def compute(self, work: Callable[[], object]) -> None:
         self._computation.append(partial(self._do, work))
-        self._go_on()
+        self._continue()
 
     def new_mark(self) -> object:
         return Mark()
@@ -60,7 +60,7 @@ class Streams:
             self._wait(self._copies, after)
             self._copies.append(partial(self._do, partial(target.copy_, source)))
             self._set(self._copies, done)
-        self._go_on()
+        self._continue()
 
     def wait(self, mark: object) -> None:
         self._wait(self._computation, mark)
@@ -102,7 +102,7 @@ class Streams:
                 return True
         return False
 
-    def _go_on(self) -> None:
+    def _continue(self) -> None:
         with self._lock:
             streams = [self._computation, self._copies]
             # Often one stands still.

@@ -65,7 +65,7 @@ def test_a_cache_that_waits_goes_straight_to_a_shared_room() -> None:
         assert same(content(cache), before)
 
 
-def test_a_fork_of_a_cache_that_waits_goes_on_by_itself() -> None:
+def test_a_fork_of_a_cache_that_waits_continues_by_itself() -> None:
     pages = Pages(pin=False)
     cache = filled(5)
     expected = content(cache)
@@ -79,7 +79,7 @@ def test_a_fork_of_a_cache_that_waits_goes_on_by_itself() -> None:
     assert same(content(cache), expected)
 
 
-def test_pages_are_free_when_the_last_that_waits_there_is_gone() -> None:
+def test_pages_are_free_once_nothing_waits_in_them() -> None:
     pages = Pages(pin=False, page_bytes=64)
     cache = filled(5)
     cache.park(pages.take)
@@ -114,7 +114,7 @@ def test_pages_that_cannot_be_pinned_are_used_all_the_same(
 
 
 @pytest.mark.parametrize(("config", "name"), CASES)
-def test_pictures_behind_prefixes_that_waited_are_bit_identical(config: str, name: str) -> None:
+def test_images_after_prefixes_that_waited_are_bit_identical(config: str, name: str) -> None:
     case = load_case(config, name)
     expected = run_case(build_runner(case), case)
     runner = build_runner(case)

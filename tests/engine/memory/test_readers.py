@@ -1,4 +1,4 @@
-"""Reading with several threads: what fails, and what it leaves behind."""
+"""Reading with several threads: failures, and what they leave to the next call."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_no_task_of_a_failed_call_runs_on(monkeypatch: pytest.MonkeyPatch) -> No
 
     def broken() -> None:
         failing.set()
-        fail("the disk is gone")
+        fail("the disk was removed")
 
     def later() -> None:
         cancelled.wait(30)
@@ -51,7 +51,7 @@ def test_no_task_of_a_failed_call_runs_on(monkeypatch: pytest.MonkeyPatch) -> No
         return wait(tasks)
 
     monkeypatch.setattr(readers_module, "wait", wait_for)
-    with pytest.raises(CheckpointError, match="the disk is gone"):
+    with pytest.raises(CheckpointError, match="the disk was removed"):
         readers.run([broken, slow, *([later] * 100)])
     count = len(ended)
     assert "slow" in ended
@@ -60,11 +60,11 @@ def test_no_task_of_a_failed_call_runs_on(monkeypatch: pytest.MonkeyPatch) -> No
     readers.close()
 
 
-def test_a_failed_call_is_no_error_of_another() -> None:
+def test_a_failed_call_does_not_fail_another() -> None:
     readers = Readers()
     for _ in range(20):
         with pytest.raises(CheckpointError):
-            readers.run([partial(fail, "gone")] * 5)
+            readers.run([partial(fail, "removed")] * 5)
         done: list[int] = []
         readers.run([partial(done.append, number) for number in range(5)])
         assert sorted(done) == list(range(5))

@@ -64,7 +64,7 @@ class RuleWeights:
         assert target.is_contiguous()
         if self.fails or (self.failing and self.failing in name):
             self.failed.set()
-            raise CheckpointError(f"{name}: the disk is gone")
+            raise CheckpointError(f"{name}: the disk was removed")
         self.num_reads += 1
         weight = self.weights[name]
         target.copy_(weight if rows is None else weight[slice(*rows)])
@@ -105,7 +105,7 @@ def moving_runner(
 
 
 def run_case(runner: Runner, case: Case) -> list[torch.Tensor]:
-    """Returns the exact pictures of a case."""
+    """Returns the exact images of a case."""
     with infer():
         if case.kind == "interleave":
             kept = KeptImages(1)
@@ -120,7 +120,7 @@ def run_case(runner: Runner, case: Case) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     ("num_buffers", "host_block_bytes"), [(None, None), (2, None), (3, 0), (5, 300_000), (7, None)]
 )
-def test_pictures_are_bit_identical_wherever_the_weights_are(
+def test_images_are_bit_identical_wherever_the_weights_are(
     config: str, name: str, num_buffers: int | None, host_block_bytes: int | None
 ) -> None:
     case = load_case(config, name)
@@ -155,7 +155,7 @@ def test_a_failed_read_is_an_error_of_the_batch_and_not_of_the_next() -> None:
     expected = run_case(build_runner(case), case)
     runner, source, _ = moving_runner(case, 2, 0)
     source.fails = True
-    with pytest.raises(CheckpointError, match="the disk is gone"):
+    with pytest.raises(CheckpointError, match="the disk was removed"):
         run_case(runner, case)
     source.fails = False
     assert torch.equal(run_case(runner, case)[0], expected[0])
@@ -182,11 +182,11 @@ def test_a_read_that_fails_among_others_ends_the_load(
     reads = source.num_reads
     source.failing = ""
     loader.load(make_placement(num_buffers, host_block_bytes=budget))
-    # The load that failed reads nothing behind its error.
+    # The load that failed reads nothing after its error.
     assert source.num_reads > 2 * reads
 
 
-def test_pictures_do_not_depend_on_the_parts_weights_are_read_in(
+def test_images_do_not_depend_on_the_parts_weights_are_read_in(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     case = load_case("moe", "t2i_think_end")
@@ -204,7 +204,7 @@ def test_a_copy_ahead_that_failed_is_made_again_in_the_next_phase() -> None:
     generation = runner.network.generation
     residency.denoise()
     source.failing = ".layers.2."
-    # Layers 1 and 2 are copied ahead, while 0 is used and behind it.
+    # Layers 1 and 2 are copied ahead, while 0 is used and after it.
     with generation.lend(0):
         pass
     assert source.failed.wait(30)

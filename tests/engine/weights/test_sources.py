@@ -60,9 +60,9 @@ def test_rows_of_a_file_are_those_of_the_whole(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_of_made_up_weights_are_those_of_the_whole(dtype: torch.dtype) -> None:
+def test_rows_of_synthetic_weights_are_those_of_the_whole(dtype: torch.dtype) -> None:
     source = SyntheticWeights(dtype)
-    # More numbers than the table has, so that it is gone through more than once.
+    # More numbers than the table has, so that it is used more than once.
     whole = torch.empty(3000, 700, dtype=dtype)
     source.read_into("a.weight", None, whole)
     rows = torch.empty(1500, 700, dtype=dtype)

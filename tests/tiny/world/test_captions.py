@@ -66,8 +66,8 @@ def test_examples_are_valid_and_the_same_for_the_same_seed(sample: Any, split: S
     for seed in range(150):
         first = sample(np.random.default_rng(seed), split, SQUARE, think=seed % 2 == 0)
         assert first == sample(np.random.default_rng(seed), split, SQUARE, think=seed % 2 == 0)
-        assert all(scene.is_valid for scene in (*first.inputs, *first.pictures))
-        assert {scene.resolution for scene in (*first.inputs, *first.pictures)} == {SQUARE}
+        assert all(scene.is_valid for scene in (*first.inputs, *first.images))
+        assert {scene.resolution for scene in (*first.inputs, *first.images)} == {SQUARE}
 
 
 @pytest.mark.parametrize("sample", [text_to_image, edit, story])
@@ -75,7 +75,7 @@ def test_training_examples_show_no_held_out_combination(sample: Any) -> None:
     rng = np.random.default_rng(0)
     for _ in range(300):
         example = sample(rng, Split.TRAIN, SQUARE, think=False)
-        for scene in (*example.inputs, *example.pictures):
+        for scene in (*example.inputs, *example.images):
             assert not any(thing.is_held_out for thing in scene.things)
 
 
@@ -85,7 +85,7 @@ def test_an_edit_changes_only_what_it_says() -> None:
         example = edit(rng, Split.HELD_OUT, SQUARE, think=False)
         if example.kind in ("edit-background", "edit-join"):
             continue
-        (target,), source = example.pictures, example.inputs[0]
+        (target,), source = example.images, example.inputs[0]
         same = set(source.things) ^ set(target.things)
         assert same == set(example.changed), example
         assert source.background == target.background
@@ -93,7 +93,7 @@ def test_an_edit_changes_only_what_it_says() -> None:
             assert {thing.colour for thing in example.changed} <= set(COLOURS)
 
 
-def test_stories_say_how_many_pictures_follow_and_end_with_one() -> None:
+def test_stories_say_how_many_images_follow_and_end_with_one() -> None:
     rng = np.random.default_rng(0)
     numbers = {"one": 1, "two": 2, "three": 3, "four": 4}
     for _ in range(200):
@@ -102,11 +102,11 @@ def test_stories_say_how_many_pictures_follow_and_end_with_one() -> None:
         assert isinstance(example.answer[-1], Scene)
         asked = re.search(r" in (\w+) (?:steps?|pictures?)\b", example.prompt)
         if asked is not None:
-            assert numbers[asked[1]] == len(example.pictures)
+            assert numbers[asked[1]] == len(example.images)
         assert asked is not None or example.inputs
 
 
-def test_a_picture_is_the_same_every_time() -> None:
+def test_a_image_is_the_same_every_time() -> None:
     (_, scene), *_ = _scenes(1)
     assert np.array_equal(draw_uint8(scene), draw_uint8(scene))
     assert draw_uint8(scene).shape == (256, 256, 3)

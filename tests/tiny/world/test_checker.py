@@ -1,4 +1,4 @@
-"""The checker recovers what the world draws, also from pictures as a generator leaves them."""
+"""The checker recovers what the world draws, also from images as a generator leaves them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter
 
 from sensebatch.resolutions import BUCKETS_TINY
 from sensebatch.tiny.world.checker import (
-    read_picture,
+    read_image,
     score_things,
     things_psnr,
     unchanged_psnr,
@@ -62,19 +62,19 @@ SCENE = st.builds(
 @settings(deadline=None, max_examples=60)
 @given(SCENE)
 def test_recovers_every_scene_the_world_draws(scene: Scene) -> None:
-    reading = read_picture(draw_uint8(scene))
+    reading = read_image(draw_uint8(scene))
     assert reading.shows(scene)
     assert reading.background == scene.background
 
 
 @settings(deadline=None, max_examples=40)
 @given(SCENE, st.integers(0, 2**32 - 1))
-def test_recovers_scenes_from_blurred_noisy_shifted_pictures(scene: Scene, seed: int) -> None:
+def test_recovers_scenes_from_blurred_noisy_shifted_images(scene: Scene, seed: int) -> None:
     rng = np.random.default_rng(seed)
     blurred = Image.fromarray(draw_uint8(scene)).filter(ImageFilter.GaussianBlur(1.0))
     pixels = np.asarray(blurred, dtype=np.float64)
     pixels += rng.normal(0, 8, pixels.shape) + rng.uniform(-8, 8, 3)
-    reading = read_picture(pixels.clip(0, 255).round().astype(np.uint8))
+    reading = read_image(pixels.clip(0, 255).round().astype(np.uint8))
     assert reading.shows(scene)
 
 
@@ -96,29 +96,29 @@ BLUE = Thing(shape="star", colour="blue", size="medium", row=2, column=1)
     ],
 )
 def test_tells_a_scene_from_one_that_differs_in_one_respect(wrong: Thing) -> None:
-    reading = read_picture(draw_uint8(_scene(wrong, BLUE)))
+    reading = read_image(draw_uint8(_scene(wrong, BLUE)))
     assert not reading.shows(_scene(RED, BLUE))
     assert reading.shows(_scene(wrong, BLUE))
 
 
-def test_a_blank_or_noise_picture_shows_nothing_that_was_asked() -> None:
+def test_a_blank_or_noise_image_shows_nothing_that_was_asked() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
-    assert not read_picture(noise).shows(_scene(RED))
-    assert read_picture(np.full((256, 256, 3), 255, np.uint8)).things == ()
+    assert not read_image(noise).shows(_scene(RED))
+    assert read_image(np.full((256, 256, 3), 255, np.uint8)).things == ()
 
 
 def test_two_things_that_run_together_are_unclear() -> None:
-    picture = draw_uint8(_scene(replace(RED, shape="square")))
-    picture[40:80, 40:140] = COLOURS["blue"]
-    assert read_picture(picture).unclear == 1
+    image = draw_uint8(_scene(replace(RED, shape="square")))
+    image[40:80, 40:140] = COLOURS["blue"]
+    assert read_image(image).unclear == 1
 
 
 def test_scores_each_respect_of_each_thing() -> None:
-    reading = read_picture(draw_uint8(_scene(replace(RED, shape="ring"), BLUE)))
+    reading = read_image(draw_uint8(_scene(replace(RED, shape="ring"), BLUE)))
     first, second = score_things(reading, _scene(RED, BLUE))
     assert (first.colour, first.shape, first.place, first.size) == (True, False, True, True)
     assert (second.colour, second.shape, second.place, second.size) == (True, True, True, True)
-    missing = score_things(read_picture(draw_uint8(_scene(BLUE))), _scene(RED, BLUE))
+    missing = score_things(read_image(draw_uint8(_scene(BLUE))), _scene(RED, BLUE))
     assert [score.colour for score in missing] == [False, True]
 
 
