@@ -34,6 +34,7 @@ from sensebatch.settings import RUN_SECTION, dump_settings
 from sensebatch.store.attempts import Attempt
 from sensebatch.store.files import write_atomic
 from sensebatch.store.ingest import Changes
+from sensebatch.store.manifests import ManifestFiles
 from sensebatch.store.run_dir import RunDir
 from sensebatch.store.state import Counts
 from sensebatch.store.store import Store, open_store
@@ -268,6 +269,8 @@ class Request:
     """Reads the manifests; called once, while the folder is locked."""
     limit: int | None = None
     """The number of jobs after which `jobs` ends, even if the manifests have more."""
+    files: ManifestFiles | None = None
+    """What `jobs` reads and nothing else; None if the jobs have another source."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -309,7 +312,7 @@ def run_session(
         model = open_model(request.config.model, backend, observer)
         with open_store(request.root) as store:
             jobs = _with_inputs_apart(_until_stopped(request.jobs(), stop), store.run_dir.images)
-            changes = store.state.ingest(jobs, model.identity, request.root, limit=request.limit)
+            changes = store.ingest(jobs, model.identity, limit=request.limit, files=request.files)
             store.run_dir.write_settings(_settings_document(request))
             observer.jobs_read(request.root, changes)
             return _run_pending(request.config, store, model, backend, observer, stop)

@@ -51,6 +51,13 @@ Manifests = Annotated[
 ]
 RowTask = Annotated[Task | None, typer.Option(help="The task of rows that name none (JSONL).")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first N jobs.")]
+OtherManifest = Annotated[
+    bool,
+    typer.Option(
+        "--other-manifest",
+        help="Run other manifests than the folder's; it then belongs to both.",
+    ),
+]
 
 _ANOTHER_MODEL = "another model"
 _NOT_OF_MODEL = ("config", "vram_mode", "device_map", "max_memory", "vram_budget")

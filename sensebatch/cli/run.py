@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,11 +17,15 @@ from sensebatch.cli.options import (
     Limit,
     Manifests,
     ModelOptions,
+    OtherManifest,
     RowTask,
     ScreenOptions,
 )
 from sensebatch.cli.paths import path
 from sensebatch.jobs import Job
+
+if TYPE_CHECKING:
+    from sensebatch.store.manifests import ManifestFiles
 
 
 def run(
@@ -33,12 +38,12 @@ def run(
     output_dir: Annotated[
         Path | None,
         typer.Option(
-            parser=path,
-            help="The run's folder; outputs/NAME of the manifest if not given.",
+            parser=path, help="The run's folder; outputs/NAME of the manifest if not given."
         ),
     ] = None,
     task: RowTask = None,
     limit: Limit = None,
+    other_manifest: OtherManifest = False,
     profile: Annotated[
         bool, typer.Option("--profile", help="Print what this run cost, call by call.")
     ] = False,
@@ -55,11 +60,10 @@ def run(
     from sensebatch.cli.session import run_session
     from sensebatch.manifest.read import read_manifests, run_name
     from sensebatch.session import Request
-    from sensebatch.settings import resolve_settings
+    from sensebatch.settings import dump_settings, resolve_settings
 
     flags = model.flags() | batch.flags() | execution.flags() | images.flags()
     config = resolve_settings(config_file=model.config, flags=flags)
-
     voice = screen.voice()
 
     def jobs() -> Iterator[Job]:
@@ -72,7 +76,16 @@ def run(
         sources=tuple(str(path) for path in manifests),
         jobs=jobs,
         limit=limit,
+        files=_files(manifests, [task, limit, dump_settings(config)], is_other=other_manifest),
     )
     with closing(voice), telling_stops(root, voice, as_json=as_json):
         summary = run_session(request, voice)
         finish(root, summary, voice=voice, profile=profile, as_json=as_json)
+
+
+def _files(manifests: Sequence[Path], settings: list[object], *, is_other: bool) -> ManifestFiles:
+    """Returns the files of a run, with what else decides its jobs."""
+    from sensebatch.store.manifests import ManifestFiles
+
+    said = json.dumps(settings)
+    return ManifestFiles(paths=tuple(manifests), settings=said, is_other=is_other)

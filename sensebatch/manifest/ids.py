@@ -1,6 +1,7 @@
 """Job ids: which can name a file, when two name the same file, and how they are derived.
 
-A derived id depends on the fields of the job, never on its place.
+A derived id depends on the fields of the job and on the bytes of its input images, never on its
+place or on how a path is written.
 """
 
 from __future__ import annotations
@@ -105,16 +106,10 @@ def derived_id(task: Task, content: Mapping[str, Any]) -> str:
 
     Args:
         task: The job's task.
-        content: The row's own fields; bytes are replaced by their hash.
+        content: The row's own fields, with the hashes of its input images in place of their paths.
     """
-    canonical = json.dumps(content, sort_keys=True, ensure_ascii=False, default=_bytes_digest)
+    canonical = json.dumps(content, sort_keys=True, ensure_ascii=False)
     return f"{task}-{hashlib.sha256(canonical.encode()).hexdigest()[:16]}"
-
-
-def _bytes_digest(value: object) -> str:
-    if not isinstance(value, bytes):
-        raise TypeError(f"a validated row holds {type(value).__name__}")
-    return hashlib.sha256(value).hexdigest()
 
 
 def slug(value: object) -> str:

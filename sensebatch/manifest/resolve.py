@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import attrgetter
@@ -120,7 +120,7 @@ class JobResolver:
         sampling = self._sampling_of(fields, task, errors)
         metadata = metadata_of(fields, errors)
         system_prompt = system_prompt_of(fields, errors)
-        job_id = _id(fields, task, own, errors)
+        job_id = _id(fields, task, own, images or (), errors)
         if len(errors):
             return None
         job = Job(
@@ -311,11 +311,23 @@ def _check_marks(prompt: str, num_images: int | None, errors: RowErrors) -> None
         )
 
 
-def _id(fields: JobFields, task: Task, own: Mapping[str, Any], errors: RowErrors) -> str:
-    """Returns the job's id, given or derived."""
+def _id(
+    fields: JobFields,
+    task: Task,
+    own: Mapping[str, Any],
+    images: Sequence[InputImage],
+    errors: RowErrors,
+) -> str:
+    """Returns the job's id, given or derived from the row's fields and its images' bytes."""
     if fields.id is None:
+        if len(errors):
+            return ""
         content = {name: value for name, value in own.items() if name not in _UNNAMED}
-        return "" if len(errors) else derived_id(task, content)
+        if images and not IMAGE_FIELDS.isdisjoint(content):
+            for name in IMAGE_FIELDS:
+                content.pop(name, None)
+            content["images"] = [image.sha256 for image in images]
+        return derived_id(task, content)
     job_id = unicodedata.normalize("NFC", fields.id)
     if (message := id_error(job_id)) is not None:
         errors.add("id", message)

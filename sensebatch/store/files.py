@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,6 +54,18 @@ def storage_errors(path: Path, *, names_job: bool = False) -> Iterator[None]:
 def reason(error: OSError) -> str:
     """Returns what the operating system says of an error, without its number and path."""
     return error.strerror or str(error) or type(error).__name__
+
+
+def is_file(path: str) -> bool:
+    """Returns whether there is a file at a path.
+
+    Raises:
+        OSError: It cannot be told, which does not mean that there is none.
+    """
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)  # noqa: PTH116, hundreds of thousands of them
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def sha256_of(path: Path) -> str | None:

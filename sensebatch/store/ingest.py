@@ -1,11 +1,14 @@
-"""Reading manifests into the state: what is new, what changed, what is gone, what came back."""
+"""Reading manifests into the state: what is new, changed, removed, missing or back again."""
 
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,9 +18,14 @@ from sensebatch.plan.batches import plan_entry
 from sensebatch.store import tables
 from sensebatch.store.attempts import DONE, PENDING, digests_of, row_from_json
 from sensebatch.store.codec import group_to_json, job_from_json, job_to_json
-from sensebatch.store.files import sha256_of
+from sensebatch.store.files import is_file, sha256_of, storage_errors
+from sensebatch.store.manifests import Reading
+from sensebatch.tasks import Task
 
 _MAX_PROBLEMS = 100
+_CHUNK = 500
+"""Jobs that are compared with the state at a time."""
+_DERIVED_ID = re.compile(rf"({'|'.join(Task)})-[0-9a-f]{{16}}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +41,7 @@ class Changes:
     unread: int
     """Jobs of earlier readings that this one ended before; they stay as they are."""
     restored: int
-    """Done jobs whose files are gone; they run again."""
+    """Done jobs whose files are missing; they run again."""
     returned: int
     """Jobs that have a definition again which they were done with, and its files; they are done."""
 
@@ -41,6 +49,7 @@ class Changes:
 class _Row(NamedTuple):
     """What is read of a known job to see whether it changed."""
 
+    folded: str
     number: int
     id: str
     seen: int
@@ -52,94 +61,162 @@ class _Row(NamedTuple):
     outputs: str
 
 
-class Ingest:
-    """One reading of the manifests into the jobs table."""
+class _New(NamedTuple):
+    """A job as it was read."""
 
-    def __init__(self, db: sqlite3.Connection, identity: ModelIdentity) -> None:
+    folded: str
+    position: int
+    job: Job
+    key: str
+    definition: str
+
+
+class Ingest:
+    """One reading of the manifests into the jobs table.
+
+    Args:
+        db: Inside a transaction.
+        identity: The model, on which every key depends.
+        reading: What the jobs are read from.
+    """
+
+    def __init__(self, db: sqlite3.Connection, identity: ModelIdentity, reading: Reading) -> None:
         self._db = db
         self._identity = identity
-        self._number = tables.increment(db, "reading")
-        self._jobs = self._added = self._num_problems = 0
+        self._reading = reading
+        self._number = tables.latest_reading(db)
+        self._jobs = self._added = self._same = self._replaced = self._num_problems = 0
         self._changed: set[int] = set()
         self._problems: list[Problem] = []
         self._group_number = lru_cache(maxsize=None)(self._find_group)
 
-    def add(self, position: int, job: Job) -> None:
-        """Inserts, updates or confirms one job."""
+    def read(self, jobs: Iterable[Job]) -> None:
+        """Inserts, updates or confirms jobs, in their order; lets through what `jobs` raises.
+
+        Raises:
+            ManifestError: Two jobs have the same id, or ids that a disk which ignores case takes
+                for the same.
+        """
+        self._reading.begin()
+        self._number = tables.increment(self._db, "reading")
+        numbered = enumerate(jobs)
+        while chunk := list(islice(numbered, _CHUNK)):
+            self._compare([self._new(position, job) for position, job in chunk])
+        if self._problems:
+            raise ManifestError(self._problems, self._num_problems)
+
+    def confirm(self) -> None:
+        """Takes the jobs as the latest reading left them."""
+        query = "SELECT count(*) FROM jobs WHERE seen = ?"
+        (self._jobs,) = self._db.execute(query, (self._number,)).fetchone()
+
+    def _new(self, position: int, job: Job) -> _New:
         self._jobs += 1
-        key = job_key(job, self._identity)
-        definition = job_to_json(job)
-        folded = folded_id(job.id)
-        row = self._db.execute(
-            "SELECT number, id, seen, position, key, definition, wanted, attempts, outputs"
-            " FROM jobs WHERE folded = ?",
-            (folded,),
-        ).fetchone()
-        old = None if row is None else _Row._make(row)
-        if old is not None and old.id != job.id and self._is_forgotten(old):
-            self._db.execute("DELETE FROM jobs WHERE number = ?", (old.number,))
-            old = None
-        if old is None:
-            self._insert(position, job, key, definition, folded)
-        elif old.id != job.id or old.seen == self._number:
-            self._clash(job, old)
-        else:
-            self._update(position, job, key, definition, old)
+        return _New(
+            folded=folded_id(job.id),
+            position=position,
+            job=job,
+            key=job_key(job, self._identity),
+            definition=job_to_json(job),
+        )
+
+    def _compare(self, chunk: Sequence[_New]) -> None:
+        """Brings some jobs into the table."""
+        rows = self._db.execute(
+            f"SELECT {', '.join(_Row._fields)} FROM jobs"
+            f" WHERE folded IN ({', '.join('?' * len(chunk))})",
+            [new.folded for new in chunk],
+        )
+        known = {row.folded: row for row in map(_Row._make, rows)}
+        unchanged = []
+        for new in chunk:
+            old = known.get(new.folded)
+            if old is not None and old.id != new.job.id and self._is_forgotten(old):
+                self._db.execute("DELETE FROM jobs WHERE number = ?", (old.number,))
+                old = None
+            if old is None:
+                old = self._insert(new)
+            elif old.id != new.job.id or old.seen == self._number:
+                self._clash(new.job, old)
+            elif self._is_unchanged(new, old):
+                self._same += 1
+                unchanged.append((self._number, old.number))
+            else:
+                self._update(new, old)
+            known[new.folded] = old._replace(seen=self._number)
+            self._reading.add(image.path for image in new.job.images)
+        self._db.executemany("UPDATE jobs SET seen = ? WHERE number = ?", unchanged)
 
     def _is_forgotten(self, old: _Row) -> bool:
         """Whether a job of earlier manifests has made nothing that its name must keep."""
         return old.seen != self._number and old.outputs == "[]"
 
-    def _insert(self, position: int, job: Job, key: str, definition: str, folded: str) -> None:
-        entry = plan_entry(job)
+    def _is_unchanged(self, new: _New, old: _Row) -> bool:
+        """Whether the table says of a job what it says now."""
+        found = (old.position, old.key, old.definition, old.wanted)
+        return found == (new.position, new.key, new.definition, 1)
+
+    def _insert(self, new: _New) -> _Row:
+        entry = plan_entry(new.job)
         self._added += 1
-        self._db.execute(
+        number = self._db.execute(
             "INSERT INTO jobs VALUES (NULL, ?, ?, ?, ?, 1, ?, ?, ?, ?, ?, ?, ?, 0, 0, 0, '[]')",
             (
-                folded,
-                job.id,
-                position,
+                new.folded,
+                new.job.id,
+                new.position,
                 self._number,
-                key,
+                new.key,
                 self._group_number(entry.group),
                 entry.max_images,
                 entry.prompt_tokens,
                 entry.text_tokens,
-                definition,
+                new.definition,
                 PENDING,
             ),
+        ).lastrowid
+        assert number is not None
+        return _Row(
+            folded=new.folded,
+            number=number,
+            id=new.job.id,
+            seen=self._number,
+            position=new.position,
+            key=new.key,
+            definition=new.definition,
+            wanted=1,
+            attempts=0,
+            outputs="[]",
         )
 
-    def _update(self, position: int, job: Job, key: str, definition: str, old: _Row) -> None:
-        if (old.position, old.key, old.definition, old.wanted) == (position, key, definition, 1):
-            self._db.execute(
-                "UPDATE jobs SET seen = ? WHERE number = ?", (self._number, old.number)
-            )
-            return
-        entry = plan_entry(job)
+    def _update(self, new: _New, old: _Row) -> None:
+        entry = plan_entry(new.job)
         self._db.execute(
             "UPDATE jobs SET seen = ?, position = ?, wanted = 1, key = ?, group_number = ?,"
             " max_images = ?, prompt_tokens = ?, text_tokens = ?, definition = ?"
             " WHERE number = ?",
             (
                 self._number,
-                position,
-                key,
+                new.position,
+                new.key,
                 self._group_number(entry.group),
                 entry.max_images,
                 entry.prompt_tokens,
                 entry.text_tokens,
-                definition,
+                new.definition,
                 old.number,
             ),
         )
-        if key != old.key:
-            if old.attempts:
-                self._changed.add(old.number)
-            self._db.execute(
-                "UPDATE jobs SET status = ?, tries = 0, alone = 0 WHERE number = ?",
-                (PENDING, old.number),
-            )
+        if new.key == old.key:
+            self._same += 1
+            return
+        if old.attempts:
+            self._changed.add(old.number)
+        self._replaced += old.outputs != "[]"
+        self._db.execute(
+            "UPDATE jobs SET status = ?, tries = 0, alone = 0 WHERE number = ?",
+            (PENDING, old.number),
+        )
 
     def _clash(self, job: Job, old: _Row) -> None:
         self._num_problems += 1
@@ -167,14 +244,19 @@ class Ingest:
         return self._db.execute(query, (text,)).fetchone()[0]
 
     def finish(self, root: Path, limit: int | None) -> Changes:
-        """Marks the jobs that were not read, and those whose files are gone.
+        """Marks the jobs that were not read, and those whose files are missing.
 
         Args:
             root: The run's folder.
             limit: After how many jobs the reading ended; jobs that it did not reach stay wanted.
+
+        Raises:
+            RunFolderError: The folder belongs to other manifests.
+            StorageError: The folder cannot be read.
         """
-        if self._problems:
-            raise ManifestError(self._problems, self._num_problems)
+        if self._jobs != limit:
+            self._adopt()
+        self._reading.finish(same=self._same, replaced=self._replaced)
         removed = unread = 0
         if self._jobs == limit:
             unread = self._db.execute(
@@ -184,31 +266,67 @@ class Ingest:
             removed = self._db.execute(
                 "UPDATE jobs SET wanted = 0 WHERE wanted = 1 AND seen <> ?", (self._number,)
             ).rowcount
-        done = self._db.execute(
-            "SELECT number, outputs FROM jobs WHERE seen = ? AND status = ?", (self._number, DONE)
-        )
-        gone = [
-            (PENDING, number)
-            for number, outputs in done
-            if not all((root / path).is_file() for path in json.loads(outputs))
-        ]
-        self._db.executemany(
-            "UPDATE jobs SET status = ?, tries = 0, alone = 0 WHERE number = ?", gone
-        )
-        returned = self._returned(root)
-        self._db.executemany(
-            "UPDATE jobs SET status = ? WHERE number = ?", ((DONE, number) for number in returned)
-        )
-        self._drop_outdated_batches()
+        with storage_errors(root):
+            restored = self._without_files(root)
+            self._db.executemany(
+                "UPDATE jobs SET status = ?, tries = 0, alone = 0 WHERE number = ?",
+                ((PENDING, number) for number in restored),
+            )
+            returned = self._returned(root)
+            self._db.executemany(
+                "UPDATE jobs SET status = ? WHERE number = ?",
+                ((DONE, number) for number in returned),
+            )
+            self._drop_outdated_batches(root)
         return Changes(
             jobs=self._jobs,
             added=self._added,
             changed=len(self._changed - returned),
             removed=removed,
             unread=unread,
-            restored=len(gone),
+            restored=len(restored),
             returned=len(returned),
         )
+
+    def _adopt(self) -> None:
+        """Gives jobs that an earlier version derived another id for their new id.
+
+        Ids were once derived from the paths of input images, not from their bytes. A job that is
+        new only by its name is the one of its key that is no longer in the manifests. Its files
+        keep their names.
+        """
+        others = "SELECT 1 FROM jobs WHERE seen <> ? LIMIT 1"
+        if not self._added or not self._db.execute(others, (self._number,)).fetchone():
+            return
+        pairs = self._db.execute(
+            "SELECT new.number, new.id, old.number, old.id FROM jobs AS new JOIN jobs AS old"
+            " ON old.key = new.key WHERE new.seen = ? AND new.attempts = 0 AND old.seen <> ?"
+            " AND new.definition LIKE '%\"images\":[[%'",
+            (self._number, self._number),
+        ).fetchall()
+        names: dict[str, str] = {}
+        taken: set[str] = set()
+        for new, new_id, old, old_id in pairs:
+            is_derived = _DERIVED_ID.fullmatch(new_id) and _DERIVED_ID.fullmatch(old_id)
+            if is_derived and new_id not in taken and old_id not in names:
+                names[old_id] = new_id
+                taken.add(new_id)
+                tables.replace_job(self._db, old, by=new)
+        self._added -= len(names)
+        self._same += len(names)
+        tables.rename_jobs(self._db, names)
+
+    def _without_files(self, root: Path) -> list[int]:
+        """Returns done jobs of which a file is missing."""
+        folder = f"{root}/"
+        rows = self._db.execute(
+            "SELECT number, outputs FROM jobs WHERE seen = ? AND status = ?", (self._number, DONE)
+        )
+        return [
+            number
+            for number, outputs in rows
+            if not all(is_file(folder + path) for path in json.loads(outputs))
+        ]
 
     def _returned(self, root: Path) -> set[int]:
         """Returns jobs to be run whose last success was of their key, and left the files there are.
@@ -243,11 +361,16 @@ class Ingest:
             if files and all(sha256_of(root / path) == digest for path, digest in files)
         }
 
-    def _drop_outdated_batches(self) -> None:
-        """Forgets started batches of which a job changed or is no longer wanted."""
+    def _drop_outdated_batches(self, root: Path) -> None:
+        """Forgets started batches of which a job changed or is no longer wanted.
+
+        A process that was killed between the files of such a batch and its commit left files that
+        no row names, and that none may ever replace.
+        """
         query = "SELECT key FROM jobs WHERE folded = ? AND wanted = 1 AND status = ?"
         for batch in tables.started_batches(self._db):
             for job_id, key in batch.members:
                 if self._db.execute(query, (folded_id(job_id), PENDING)).fetchone() != (key,):
+                    tables.add_stale(self._db, tables.leftovers(self._db, root, batch))
                     self._db.execute("DELETE FROM batches WHERE seq = ?", (batch.seq,))
                     break

@@ -56,7 +56,14 @@ ALTER TABLE batches ADD COLUMN starts INTEGER NOT NULL DEFAULT 0;  -- not follow
 ALTER TABLE batches ADD COLUMN suspect INTEGER NOT NULL DEFAULT 0; -- a process may have died of it
 """
 
-STEPS = (_FIRST, _STARTS)
+_READING = """
+CREATE TABLE inputs (                -- files that the latest reading of manifests depended on
+    path TEXT PRIMARY KEY,
+    stamp TEXT NOT NULL              -- size and times; empty where they do not tell every change
+) WITHOUT ROWID;
+"""
+
+STEPS = (_FIRST, _STARTS, _READING)
 """SQL scripts, in order. `PRAGMA user_version` of a file says how many of them it has had."""
 
 

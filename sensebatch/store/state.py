@@ -17,7 +17,9 @@ from sensebatch.store import tables
 from sensebatch.store.attempts import DONE, FAILED, PENDING, Attempt
 from sensebatch.store.codec import group_from_json, job_from_json
 from sensebatch.store.database import Database
+from sensebatch.store.files import storage_errors
 from sensebatch.store.ingest import Changes, Ingest
+from sensebatch.store.manifests import ManifestFiles, Reading
 from sensebatch.store.tables import StartedBatch
 
 
@@ -80,7 +82,7 @@ class State:
     def run_id(self) -> str:
         """The folder's id: 12 hex digits, drawn when it was made."""
         with self._db.reading() as db:
-            return db.execute("SELECT value FROM meta WHERE name = 'run'").fetchone()[0]
+            return tables.get_meta(db, "run") or ""
 
     def next_session(self) -> int:
         """Returns a number for a process that works in the folder; the first is 1."""
@@ -94,6 +96,7 @@ class State:
         root: Path,
         *,
         limit: int | None = None,
+        files: ManifestFiles | None = None,
     ) -> Changes:
         """Makes `jobs` the run's manifest, in one transaction.
 
@@ -104,16 +107,23 @@ class State:
             limit: After how many jobs `jobs` ends although the manifests may go on. Jobs that it
                 did not reach are neither removed nor run until they are read again; only a batch
                 that was started with one that it did reach runs whole.
+            files: What `jobs` reads, and nothing else; it is not asked if they are as they were.
+                None where jobs have another source.
 
         Raises:
             ManifestError: Two jobs have the same id, or ids that a disk which ignores case takes
                 for the same.
+            RunFolderError: The folder belongs to other manifests.
+            StorageError: The folder cannot be read.
         """
         with self._db.transaction() as db:
-            reader = Ingest(db, identity)
-            for position, job in enumerate(jobs):
-                reader.add(position, job)
-            return reader.finish(root, limit)
+            reading = Reading(db, files, identity, root)
+            ingest = Ingest(db, identity, reading)
+            if reading.is_known():
+                ingest.confirm()
+            else:
+                ingest.read(jobs)
+            return ingest.finish(root, limit)
 
     def counts(self) -> Counts:
         """Returns the number of jobs in each state."""
@@ -281,6 +291,23 @@ class State:
         with self._db.transaction() as db:
             db.execute("UPDATE batches SET starts = max(starts - 1, 0) WHERE seq = ?", (seq,))
 
+    def write_as(self, extension: str, root: Path) -> None:
+        """Has started batches write images of this extension, and what they wrote removed.
+
+        Args:
+            extension: Of the images that this process writes.
+            root: The run's folder.
+
+        Raises:
+            StorageError: The folder cannot be read.
+        """
+        with self._db.transaction() as db, storage_errors(root):
+            if tables.get_meta(db, tables.EXTENSION) == extension:
+                return
+            for batch in tables.started_batches(db):
+                tables.add_stale(db, tables.leftovers(db, root, batch))
+            tables.set_meta(db, tables.EXTENSION, extension)
+
     def split(
         self, seq: int, parts: Sequence[Sequence[tuple[str, str]]], *, is_suspect: bool = False
     ) -> list[int]:
@@ -337,13 +364,12 @@ class State:
     def log_digest(self, name: str) -> str | None:
         """Returns the SHA-256 that a file of the log was written with."""
         with self._db.reading() as db:
-            row = db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
-        return None if row is None else row[0]
+            return tables.get_meta(db, name)
 
     def set_log_digest(self, name: str, digest: str) -> None:
         """Records the SHA-256 of a file of the log that was just written."""
         with self._db.transaction() as db:
-            db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, digest))
+            tables.set_meta(db, name, digest)
 
     def num_attempts(self) -> int:
         """Returns how many rows the log has."""

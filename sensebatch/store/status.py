@@ -109,8 +109,12 @@ def _recent(state: State) -> Iterator[PastBatch]:
             batches.setdefault((row["batch_id"], row["started_at"]), []).append(row)
     for members in batches.values():
         first = members[0]
+        try:
+            (stored,) = state.jobs([first["job_id"]])
+        except KeyError:  # the job has another derived id since
+            continue
         yield PastBatch(
-            group=group_key(state.jobs([first["job_id"]])[0].job),
+            group=group_key(stored.job),
             jobs=len(members),
             images=sum(row["num_images"] for row in members),
             kept_images=first.get("num_kept_images") or 0,

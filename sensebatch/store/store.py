@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from sensebatch.errors import RunFolderError, RunStoppedError
+from sensebatch.jobs import Job, ModelIdentity
 from sensebatch.store.attempts import Attempt
 from sensebatch.store.files import storage_errors
+from sensebatch.store.ingest import Changes
 from sensebatch.store.kept import KeptImages
 from sensebatch.store.log import Log
+from sensebatch.store.manifests import ManifestFiles
 from sensebatch.store.run_dir import RunDir
 from sensebatch.store.state import State
 
@@ -24,6 +27,34 @@ class Store:
     state: State
     kept: KeptImages
     log: Log
+
+    def ingest(
+        self,
+        jobs: Iterable[Job],
+        identity: ModelIdentity,
+        *,
+        limit: int | None = None,
+        files: ManifestFiles | None = None,
+    ) -> Changes:
+        """Makes `jobs` the run's manifest; see `State.ingest`.
+
+        Raises:
+            ManifestError: Two jobs have the same id.
+            RunFolderError: The folder belongs to other manifests.
+            StorageError: The folder cannot be read or written.
+        """
+        changes = self.state.ingest(jobs, identity, self.run_dir.root, limit=limit, files=files)
+        self.remove_stale(self.state.stale_files())
+        return changes
+
+    def write_as(self, extension: str) -> None:
+        """Says which images this process writes; removes those that a killed one wrote otherwise.
+
+        Raises:
+            StorageError: The folder cannot be read or written.
+        """
+        self.state.write_as(extension, self.run_dir.root)
+        self.remove_stale(self.state.stale_files())
 
     def commit(self, seq: int, attempts: Sequence[Attempt], *, max_attempts: int) -> None:
         """Commits a batch whose files are in place, then clears up behind it.
@@ -52,13 +83,16 @@ class Store:
         self.log.write()
 
     def remove_stale(self, names: Sequence[str]) -> None:
-        """Removes files that a job's earlier definition made and its new one replaced."""
+        """Removes files that a commit replaced, or that a batch without one left."""
         if not names:
             return
         for name in names:
             path = self.run_dir.root / PurePosixPath(name)
             with storage_errors(path):
                 path.unlink(missing_ok=True)
+            if path.parent.parent == self.run_dir.images:
+                with suppress(OSError):  # not empty
+                    path.parent.rmdir()
         self.state.forget_stale(names)
 
 

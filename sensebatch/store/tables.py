@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
 from sensebatch.jobs import folded_id
 from sensebatch.store.attempts import DONE, FAILED, PENDING, Attempt, attempt_to_json
+from sensebatch.store.files import is_file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +33,21 @@ class StartedBatch:
         return tuple(job_id for job_id, _ in self.members)
 
 
+EXTENSION = "extension"
+"""Name in `meta`: the extension of the images that started batches write."""
+
+
+def get_meta(db: sqlite3.Connection, name: str) -> str | None:
+    """Returns a value that is kept under a name; None where there is none."""
+    row = db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
+    return None if row is None else row[0]
+
+
+def set_meta(db: sqlite3.Connection, name: str, value: str) -> None:
+    """Keeps a value under a name."""
+    db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
+
+
 def increment(db: sqlite3.Connection, name: str) -> int:
     """Returns the next value of a counter; the first is 1."""
     row = db.execute(
@@ -42,8 +60,7 @@ def increment(db: sqlite3.Connection, name: str) -> int:
 
 def latest_reading(db: sqlite3.Connection) -> int:
     """Returns the number of the latest reading of the manifests; 0 before the first."""
-    row = db.execute("SELECT value FROM meta WHERE name = 'reading'").fetchone()
-    return 0 if row is None else int(row[0])
+    return int(get_meta(db, "reading") or 0)
 
 
 def is_read(db: sqlite3.Connection, job_id: str) -> bool:
@@ -83,6 +100,68 @@ def insert_batch(
     return seq
 
 
+def leftovers(db: sqlite3.Connection, root: Path, batch: StartedBatch) -> list[str]:
+    """Returns files of a batch that was never committed, as paths in the run's folder.
+
+    They have the names that the batch writes to, and no job is done with them.
+
+    Raises:
+        OSError: The folder cannot be read.
+    """
+    extension = get_meta(db, EXTENSION)
+    if extension is None:  # begun by an earlier version, which did not say
+        return []
+    found = []
+    for job_id in batch.ids:
+        query = "SELECT outputs FROM jobs WHERE folded = ?"
+        row = db.execute(query, (folded_id(job_id),)).fetchone()
+        named = set(json.loads(row[0])) if row else set()
+        names = [f"images/{job_id}.{extension}", f"text/{job_id}.txt"]
+        folder = root / "images" / job_id
+        if folder.is_dir():
+            several = re.compile(rf"[0-9]{{3,}}\.{extension}")
+            inside = (path.name.removeprefix(".").removesuffix(".tmp") for path in folder.iterdir())
+            names += [f"images/{job_id}/{name}" for name in inside if several.fullmatch(name)]
+        for name in names:
+            path = PurePosixPath(name)
+            unfinished = str(path.with_name(f".{path.name}.tmp"))
+            found += [one for one in (name, unfinished) if one not in named]
+    return sorted({name for name in found if is_file(f"{root}/{name}")})
+
+
+def add_stale(db: sqlite3.Connection, names: Iterable[str]) -> None:
+    """Records files that are to be removed."""
+    db.executemany("INSERT OR IGNORE INTO stale VALUES (?)", ((name,) for name in names))
+
+
+def replace_job(db: sqlite3.Connection, number: int, *, by: int) -> None:
+    """Gives a job the name and the place of another one, which disappears."""
+    names = (
+        "folded, id, position, seen, wanted, group_number, max_images, prompt_tokens, text_tokens,"
+        " definition"
+    )
+    values = db.execute(f"SELECT {names} FROM jobs WHERE number = ?", (by,)).fetchone()
+    db.execute("DELETE FROM jobs WHERE number = ?", (by,))
+    marks = ", ".join("?" * len(values))
+    db.execute(f"UPDATE jobs SET ({names}) = ({marks}) WHERE number = ?", (*values, number))
+
+
+def rename_jobs(db: sqlite3.Connection, names: Mapping[str, str]) -> None:
+    """Brings what is recorded of jobs to their new ids; the rows of the log stay as they are."""
+    if not names:
+        return
+    db.execute("CREATE TEMP TABLE renamed (old TEXT PRIMARY KEY, new TEXT NOT NULL)")
+    db.executemany("INSERT INTO renamed VALUES (?, ?)", names.items())
+    db.execute(
+        "UPDATE attempts SET job_id = (SELECT new FROM renamed WHERE old = job_id)"
+        " WHERE job_id IN (SELECT old FROM renamed)"
+    )
+    db.execute("DROP TABLE renamed")
+    for batch in started_batches(db):
+        members = json.dumps([[names.get(job_id, job_id), key] for job_id, key in batch.members])
+        db.execute("UPDATE batches SET members = ? WHERE seq = ?", (members, batch.seq))
+
+
 def record_attempts(
     db: sqlite3.Connection, attempts: Sequence[Attempt], max_attempts: int
 ) -> list[str]:
@@ -108,5 +187,5 @@ def record_attempts(
             " WHERE folded = ?",
             (DONE, json.dumps(attempt.outputs), *job),
         )
-    db.executemany("INSERT OR IGNORE INTO stale VALUES (?)", ((path,) for path in stale))
+    add_stale(db, stale)
     return stale

@@ -84,6 +84,7 @@ class BatchWriter:
         self._store = store
         self._output = output
         self._max_attempts = max_attempts
+        store.write_as(EXTENSIONS[output.image_format])
         self._context = RowContext(
             run=store.state.run_id,
             session=store.state.next_session(),

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from PIL import Image
 from safetensors.numpy import save_file
 
 from sensebatch.cli import session
@@ -507,3 +509,57 @@ def test_loading_says_what_compiling_took() -> None:
     assert loaded_line(replace(info, load_s=9.04)) == "loaded in 9.0 s"
     said = loaded_line(replace(info, load_s=9.04, compile_s=0.81))
     assert said == "loaded in 9.0 s, 0.8 s of it for kernels"
+
+
+def test_manifests_of_one_name_in_different_folders_do_not_share_one(
+    invoke: Invoke, tmp_path: Path
+) -> None:
+    """A row without an id, and images of one name."""
+    for day, colour in (("mon", "red"), ("tue", "blue")):
+        (tmp_path / day).mkdir()
+        Image.new("RGB", (64, 64), colour).save(tmp_path / day / "001.png")
+        row = '{"task": "edit", "prompt": "Make it green", "image": "001.png"}\n'
+        (tmp_path / day / "jobs.jsonl").write_text(row, encoding="utf-8")
+    assert invoke("run", "mon/jobs.jsonl").code == 0
+    (made,) = (tmp_path / "outputs/jobs/images").iterdir()
+    before = made.read_bytes()
+    refused = invoke("run", "tue/jobs.jsonl")
+    assert refused.code == 2
+    assert f"belongs to {tmp_path}/mon/jobs.jsonl, found another manifest" in refused.err
+    assert "--output-dir" in refused.err
+    assert "--other-manifest" in refused.err
+    assert made.read_bytes() == before
+    assert invoke("run", "tue/jobs.jsonl", "--other-manifest").code == 0
+    assert made.read_bytes() == before
+    assert len(list(made.parent.iterdir())) == 2
+    together = invoke("manifest", "validate", "mon/jobs.jsonl", "tue/jobs.jsonl")
+    assert together.code == 0
+
+
+def test_renamed_input_of_a_row_without_an_id_draws_nothing_again(
+    invoke: Invoke, backend: FakeBackend, tmp_path: Path
+) -> None:
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "x.png")
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"task": "edit", "prompt": "p", "image": "x.png"}\n', encoding="utf-8")
+    assert invoke("run", path, "--output-dir", "o").code == 0
+    (tmp_path / "x.png").rename(tmp_path / "y.png")
+    path.write_text('{"task": "edit", "prompt": "p", "image": "y.png"}\n', encoding="utf-8")
+    assert invoke("run", path, "--output-dir", "o").code == 0
+    assert len(backend.engine.batches) == 1
+    assert len(list((tmp_path / "o/images").iterdir())) == 1
+
+
+def test_unchanged_manifest_is_compared_in_bulk(
+    invoke: Invoke, manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sensebatch.store.manifests._SETTLED_S", -60.0)
+    assert invoke("run", manifest).code == 0
+
+    def read(*_: object, **__: object) -> Iterator[None]:
+        yield pytest.fail("the manifest was read again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sensebatch.manifest.read.read_manifests", read)
+        ended = invoke("run", manifest)
+        assert (ended.code, "5 of 5 jobs done" in ended.err) == (0, True)

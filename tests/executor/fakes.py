@@ -377,7 +377,7 @@ def run_store(
 ) -> Ran:
     """Ingests jobs into an open store and runs them."""
     engine, seen = engine or FakeEngine(), Recorder()
-    changes = store.state.ingest(jobs, IDENTITY, store.run_dir.root)
+    changes = store.ingest(jobs, IDENTITY)
     summary = execute(
         store=store,
         worker=EngineWorker(engine),

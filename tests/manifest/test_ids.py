@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -107,6 +109,37 @@ def test_a_derived_id_depends_on_content_and_not_on_place_or_passengers(
     assert moved == first
     assert first.startswith("t2i-")
     assert read_rows({**row, "num_steps": 3})[0].id != first
+
+
+def test_a_derived_id_depends_on_the_bytes_of_images_and_not_on_their_paths(
+    read_rows: ReadRows, draw_input: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "sub").mkdir()
+    red, blue = draw_input("red.png"), draw_input("sub/blue.png", colour="blue")
+    row = {"task": "edit", "prompt": "x"}
+
+    def id_of(**images: Any) -> str:
+        return read_rows({**row, **images})[0].id
+
+    first = id_of(image=red)
+    shutil.copyfile(tmp_path / "red.png", tmp_path / "sub/same.png")
+    assert id_of(image="sub/same.png") == first
+    assert id_of(image=f"./sub/../{red}") == first
+    assert id_of(images=[str(tmp_path / "red.png")]) == first
+    assert id_of(image=blue) != first
+    assert id_of(images=[red, blue]) != id_of(images=[blue, red])
+    shutil.copyfile(tmp_path / "sub/blue.png", tmp_path / "red.png")
+    assert id_of(image=red) == id_of(image=blue)
+
+
+def test_derived_ids_of_rows_without_images_are_those_of_earlier_versions(
+    read_rows: ReadRows,
+) -> None:
+    rows = [{"prompt": "x"}, {"prompt": "x", "images": [], "seed": 3, "width": 64, "height": 32}]
+    assert [job.id for job in read_rows(*rows)] == [
+        "t2i-9e63c87c67c4d4d8",
+        "t2i-b4a3368f45aca138",
+    ]
 
 
 json_values = st.recursive(

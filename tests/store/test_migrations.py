@@ -105,9 +105,12 @@ def test_interrupted_folder_of_the_first_format_goes_on_where_it_was(folders: Pa
     assert {name: after[name] for name in before} == before
     assert old_rows(root, columns)[: len(rows)] == rows
     new = read_log(root / "log.parquet").to_pylist()[len(rows) :]
-    assert sorted(row["job_id"] for row in new) == sorted(
-        ["edit-1649a193d96b009c", "stories-seed=1", "stories-seed=2"]
-    )
+    # The derived id of the edit is now one of its image's bytes; it is the same job all the same.
+    assert sorted((row["job_id"], row["attempt"]) for row in new) == [
+        ("edit-4b58378b21e59ba7", 2),
+        ("stories-seed=1", 1),
+        ("stories-seed=2", 1),
+    ]
     assert [row["num_kept_images"] for row in new if row["task"] == "interleave"] == [2, 2]
     assert not list((root / "checkpoints").iterdir())
 

@@ -35,7 +35,8 @@ try:
     sys.exit("can write")
 except OSError:
     pass
-print(json.dumps(dataclasses.asdict(status.read_status(Path(sys.argv[1])))))
+found = status.read_status(Path(sys.argv[1]))
+print(json.dumps({"counts": dataclasses.asdict(found.counts), "running": found.running}))
 """
 
 

@@ -14,6 +14,7 @@ from sensebatch.errors import ManifestError, RunFolderError
 from sensebatch.jobs import InputImage, Job, Source, group_key
 from sensebatch.store.codec import group_from_json, group_to_json, job_from_json, job_to_json
 from sensebatch.store.state import State
+from sensebatch.store.status import read_status
 from sensebatch.tasks import Task
 from tests.executor.fakes import IDENTITY, Flag, make_input, make_job, outcome, run_folder
 
@@ -200,3 +201,56 @@ def test_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"not a database, but long enough to be read as one" * 40)
     with pytest.raises(RunFolderError, match="not a database"):
         State(path)
+
+
+RED = InputImage(path="red.png", sha256="1" * 64, height=32, width=32)
+OLD, NEW = "edit-" + "0" * 16, "edit-" + "f" * 16
+
+
+def test_job_whose_id_earlier_versions_derived_otherwise_is_the_same_job(tmp_path: Path) -> None:
+    run_folder(tmp_path, [make_job(OLD, Task.EDIT, images=(RED,), prompt="p"), make_job("a")])
+    before = outcome(tmp_path)
+    renamed = [make_job("a"), make_job(NEW, Task.EDIT, images=(RED,), prompt="p")]
+    ran = run_folder(tmp_path, renamed)
+    assert (ran.changes.added, ran.changes.removed, ran.engine.batches) == (0, 0, [])
+    assert read_status(tmp_path).counts.done == 2
+    assert outcome(tmp_path) == before
+    # With another definition it is run under its new name; its former file is replaced by it.
+    again = make_job(NEW, Task.EDIT, images=(RED,), prompt="p", seed=8)
+    assert run_folder(tmp_path, [again, make_job("a")]).changes.changed == 1
+    assert [path.name for path in sorted((tmp_path / "images").iterdir())] == [
+        "a.png",
+        f"{NEW}.png",
+    ]
+
+
+def test_definition_that_comes_back_under_a_new_derived_id_is_known(tmp_path: Path) -> None:
+    run_folder(tmp_path, [make_job(OLD, Task.EDIT, images=(RED,), prompt="p")])
+    job = make_job(NEW, Task.EDIT, images=(RED,), prompt="p")
+    run_folder(tmp_path, [job])
+    run_folder(tmp_path, [replace(job, seed=8)], stop=Flag(after=0))
+    ran = run_folder(tmp_path, [job])
+    assert (ran.changes.returned, ran.engine.batches) == (1, [])
+
+
+def test_interrupted_batch_is_found_again_under_new_derived_ids(
+    state: State, tmp_path: Path
+) -> None:
+    old = [make_job("a", Task.EDIT, images=(RED,)), make_job(OLD, Task.EDIT, images=(RED,))]
+    state.ingest(old, IDENTITY, tmp_path)
+    state.begin([(one.job.id, one.key) for one in state.jobs(["a", OLD])])
+    new = replace(old[1], id=NEW)
+    state.ingest([old[0], new], IDENTITY, tmp_path)
+    assert [batch.ids for batch in state.started_batches()] == [("a", NEW)]
+
+
+@pytest.mark.parametrize("images", [(), (RED,)])
+def test_given_ids_and_jobs_without_images_are_jobs_of_their_own(
+    tmp_path: Path, images: tuple[InputImage, ...]
+) -> None:
+    task = Task.EDIT if images else Task.T2I
+    old, new = ("mine", "yours") if images else (f"t2i-{'0' * 16}", f"t2i-{'f' * 16}")
+    run_folder(tmp_path, [make_job(old, task, images=images, prompt="p")])
+    ran = run_folder(tmp_path, [make_job(new, task, images=images, prompt="p")])
+    assert ran.changes.added == 1
+    assert ran.engine.batches == [(new,)]
