@@ -330,7 +330,8 @@ def _channels(image: Image.Image, *, keyed: bool) -> tuple[Image.Image, Image.Im
         return _deep_channels(image, keyed=keyed)
     colours = _COLOUR_MODES[image.mode]
     if not image.has_transparency_data:
-        return image.convert(colours), None
+        # Converting to the same mode would copy what may be most of a gigabyte.
+        return image if image.mode == colours else image.convert(colours), None
     if image.mode == "La":
         image = image.convert("LA")
     with_alpha = image.convert("RGBA")
