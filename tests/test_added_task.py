@@ -50,7 +50,7 @@ from sensebatch.jobs import JobResult
 from sensebatch.tasks import Branch
 
 
-def run(runner, jobs, kept, channel, script=None):
+def run(runner, jobs, *, kept, channel, script=None):
     assert all(job.noise is None for job in jobs)
     running = start_jobs(runner, jobs, decodes=True)
     return [

@@ -328,7 +328,7 @@ class SenseNovaEngine:
         # Generators of this call's own, so that the call can be repeated.
         jobs = [replace(job, generator=job.generator.clone_state()) for job in prepared]
         run = runner_of(batch.group.task).run
-        return tuple(run(runner, jobs, kept, channel, script=self._script))
+        return tuple(run(runner, jobs, kept=kept, channel=channel, script=self._script))
 
 
 def synthetic_text(tokenizer: Tokenizer) -> Script:

@@ -108,10 +108,10 @@ def test_a_batch_of_interleave_jobs_equals_its_jobs_alone(config: str, name: str
     runner, jobs = jobs_of(config, name)
     kept = KeptImages(len(jobs))
     with infer():
-        results = succeeded(run_interleave(runner, fresh(jobs), (), kept))
+        results = succeeded(run_interleave(runner, fresh(jobs), kept=(), channel=kept))
         for index, job in enumerate(fresh(jobs)):
             alone = KeptImages(1)
-            (result,) = succeeded(run_interleave(runner, [job], (), alone))
+            (result,) = succeeded(run_interleave(runner, [job], kept=(), channel=alone))
             assert results[index].text == result.text
             assert len(kept.images[index]) == len(alone.images[0])
             for together, single in zip(kept.images[index], alone.images[0], strict=True):
@@ -137,7 +137,7 @@ def test_an_image_that_is_not_finite_fails_its_job_alone() -> None:
     runner.network.predict_image = poisoned
     try:
         with infer():
-            results = run_single_image(runner, fresh(jobs), (), Channel())
+            results = run_single_image(runner, fresh(jobs), kept=(), channel=Channel())
     finally:
         del runner.network.predict_image
     assert [isinstance(result, Failure) for result in results] == [False, True, False]

@@ -231,7 +231,7 @@ def test_interleave_matches_the_reference(config: str, name: str) -> None:
     job = build_job(case, case.params["system_message"])
     with infer():
         results = run_interleave(
-            runner, [job], kept.load(), kept, resolutions=[case_resolutions(case)]
+            runner, [job], kept=kept.load(), channel=kept, resolutions=[case_resolutions(case)]
         )
     (result,) = succeeded(results)
     assert result.text == case.outputs["generated_text"]
@@ -276,7 +276,9 @@ def test_what_interleave_jobs_read_and_choose_from_matches_the_reference(
     monkeypatch.setattr(interleave, "denoise", watched_denoise)
     job = build_job(case, case.params["system_message"])
     with infer():
-        run_interleave(runner, [job], (), Channel(), resolutions=[case_resolutions(case)])
+        run_interleave(
+            runner, [job], kept=(), channel=Channel(), resolutions=[case_resolutions(case)]
+        )
     for number, found in enumerate(embedded[len(job.images) :]):
         assert relative_error(found, case.tensor(f"reencoded_und_embeds_{number}")) < TOLERANCE
     assert len(embedded) == len(job.images) + case.outputs["num_images"]
@@ -294,12 +296,16 @@ def test_interleave_from_kept_images_ends_in_the_same_bytes(config: str, name: s
     whole = KeptImages(1)
     with infer():
         job = build_job(case, case.params["system_message"])
-        (expected,) = succeeded(run_interleave(runner, [job], (), whole, resolutions=sizes))
+        (expected,) = succeeded(
+            run_interleave(runner, [job], kept=(), channel=whole, resolutions=sizes)
+        )
         steps = runner.num_denoise_steps
         for count in range(1, len(whole.images[0]) + 1):
             job = build_job(case, case.params["system_message"])
             kept = [whole.images[0][:count]]
-            resumed_jobs = run_interleave(runner, [job], kept, Channel(), resolutions=sizes)
+            resumed_jobs = run_interleave(
+                runner, [job], kept=kept, channel=Channel(), resolutions=sizes
+            )
             (resumed,) = succeeded(resumed_jobs)
             assert resumed.text == expected.text
             assert [image.tobytes() for image in resumed.images] == [

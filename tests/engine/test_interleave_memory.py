@@ -79,7 +79,7 @@ def test_no_room_for_text_is_left_while_an_image_is_drawn(
     monkeypatch.setattr(interleave, "denoise", watched)
     jobs = [with_images(job, 2) for job in jobs]
     with infer():
-        run_interleave(runner, jobs, (), Channel(), script=script)
+        run_interleave(runner, jobs, kept=(), channel=Channel(), script=script)
     assert len(rooms) == 2
 
 
@@ -105,6 +105,6 @@ def test_finished_jobs_and_earlier_images_take_no_memory(
     monkeypatch.setattr(interleave, "denoise", watched)
     jobs = [with_images(first, 1), with_images(second, 3)]
     with infer():
-        results = succeeded(run_interleave(runner, jobs, (), Channel(), script=script))
+        results = succeeded(run_interleave(runner, jobs, kept=(), channel=Channel(), script=script))
     assert [len(result.images) for result in results] == [1, 3]
     assert [len(drawn) for drawn in caches] == [2, 1, 1]

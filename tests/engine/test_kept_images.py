@@ -33,7 +33,7 @@ def run(written: tuple[Runner, PreparedJob], kept: KeptImages) -> JobResult:
     runner, job = written
     runner.num_denoise_steps = 0
     with infer():
-        (result,) = succeeded(run_interleave(runner, fresh([job]), kept.load(), kept))
+        (result,) = succeeded(run_interleave(runner, fresh([job]), kept=kept.load(), channel=kept))
     return result
 
 
@@ -97,6 +97,8 @@ def test_each_image_of_a_job_has_its_own_size_and_later_ones_the_last(
     job = replace(job, job=replace(job.job, sampling=replace(job.job.sampling, max_images=3)))
     sizes = [Resolution(height=64, width=96), Resolution(height=32, width=64)]
     with infer():
-        results = run_interleave(runner, fresh([job]), (), Channel(), resolutions=[sizes])
+        results = run_interleave(
+            runner, fresh([job]), kept=(), channel=Channel(), resolutions=[sizes]
+        )
     (result,) = succeeded(results)
     assert [image.shape[:2] for image in result.images] == [(64, 96), (32, 64), (32, 64)]

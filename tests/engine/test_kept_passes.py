@@ -39,7 +39,7 @@ class Batch:
         self.runner.num_denoise_steps = 0
         self.runner.num_kept_images = 0
         with infer():
-            return run_single_image(self.runner, fresh(self.jobs), kept.load(), kept)
+            return run_single_image(self.runner, fresh(self.jobs), kept=kept.load(), channel=kept)
 
     @property
     def num_steps(self) -> int:

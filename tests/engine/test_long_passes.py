@@ -125,7 +125,7 @@ def test_each_interleave_job_says_its_own_text_where_prompts_take_several_passes
 
     def texts(jobs: list[PreparedJob]) -> list[str | None]:
         with infer():
-            results = run_interleave(runner, fresh(jobs), (), Channel())
+            results = run_interleave(runner, fresh(jobs), kept=(), channel=Channel())
         return [result.text for result in succeeded(results)]
 
     alone = [texts([job])[0] for job in jobs]

@@ -168,7 +168,7 @@ def test_an_interleave_job_stops_at_its_last_image() -> None:
     prepared = build_job(case, case.params["system_message"])
     job = replace(prepared.job, sampling=replace(prepared.job.sampling, max_images=1))
     with infer():
-        results = run_interleave(runner, [replace(prepared, job=job)], (), Channel())
+        results = run_interleave(runner, [replace(prepared, job=job)], kept=(), channel=Channel())
     (result,) = succeeded(results)
     assert case.outputs["num_images"] > 1
     assert len(result.images) == 1

@@ -41,7 +41,9 @@ def test_thoughts_have_as_many_tokens_as_they_may(name: str) -> None:
     steps: list[Progress] = []
     runner.progress = steps.append
     with infer():
-        results = succeeded(run_single_image(runner, fresh(jobs), (), Channel(), SCRIPT))
+        results = succeeded(
+            run_single_image(runner, fresh(jobs), kept=(), channel=Channel(), script=SCRIPT)
+        )
     assert [(result.think_tokens, result.text) for result in results] == [
         (9, 9 * AND),
         (4, 4 * AND),
@@ -59,7 +61,9 @@ def test_stories_have_an_even_share_of_text_before_every_image(
         "il_text_nothink", max_new_tokens=max_new_tokens, max_images=max_images
     )
     with infer():
-        (result,) = succeeded(run_interleave(runner, [job], (), Channel(), script=SCRIPT))
+        (result,) = succeeded(
+            run_interleave(runner, [job], kept=(), channel=Channel(), script=SCRIPT)
+        )
     assert result.text == max_images * (share * AND + "<image>")
     assert len(result.images) == max_images
     assert result.text_tokens == max_images * share
@@ -69,10 +73,14 @@ def test_an_interleave_job_continues_from_its_images_to_the_same_bytes() -> None
     runner, job = runner_and_job("il_text_nothink", max_new_tokens=9, max_images=3)
     whole = KeptImages(1)
     with infer():
-        (expected,) = succeeded(run_interleave(runner, fresh([job]), (), whole, script=SCRIPT))
+        (expected,) = succeeded(
+            run_interleave(runner, fresh([job]), kept=(), channel=whole, script=SCRIPT)
+        )
         kept = [whole.images[0][:2]]
         runner.num_denoise_steps = 0
-        (resumed,) = succeeded(run_interleave(runner, fresh([job]), kept, Channel(), script=SCRIPT))
+        (resumed,) = succeeded(
+            run_interleave(runner, fresh([job]), kept=kept, channel=Channel(), script=SCRIPT)
+        )
     assert runner.num_denoise_steps == 1
     assert [image.tobytes() for image in resumed.images] == [
         image.tobytes() for image in expected.images

@@ -261,8 +261,8 @@ def test_a_stop_in_the_text_after_the_last_image_is_not_heeded() -> None:
         stop=stop,
     )
     with infer():
-        expected = succeeded(run_interleave(runner, fresh(jobs), (), Channel()))
-        found = succeeded(run_interleave(watched, fresh(jobs), (), Channel()))
+        expected = succeeded(run_interleave(runner, fresh(jobs), kept=(), channel=Channel()))
+        found = succeeded(run_interleave(watched, fresh(jobs), kept=(), channel=Channel()))
     phases = [(phase, len(list(steps))) for phase, steps in itertools.groupby(stop.seen)]
     assert phases == [("think", 2), ("denoise", 3), ("think", 4), ("denoise", 3), ("think", 3)]
     assert [job.text for job in found] == [job.text for job in expected]

@@ -69,10 +69,10 @@ class InterleaveJob:
 def run_interleave(
     runner: Runner,
     jobs: Sequence[PreparedJob],
+    *,
     kept: Kept,
     channel: Channel,
     script: Script | None = None,
-    *,
     resolutions: Sequence[Sequence[Resolution]] | None = None,
 ) -> list[JobResult | Failure]:
     """Runs interleave jobs of one group.

@@ -22,6 +22,7 @@ class RunBatch(Protocol):
         self,
         runner: Runner,
         jobs: Sequence[PreparedJob],
+        *,
         kept: Kept,
         channel: Channel,
         script: Script | None = None,

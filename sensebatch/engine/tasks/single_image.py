@@ -38,6 +38,7 @@ Thought = Sequence[int] | None
 def run_single_image(
     runner: Runner,
     jobs: Sequence[PreparedJob],
+    *,
     kept: Kept,
     channel: Channel,
     script: Script | None = None,

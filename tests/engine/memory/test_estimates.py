@@ -306,7 +306,7 @@ def test_thoughts_leave_no_unused_room_while_images_are_drawn(
     monkeypatch.setattr(single_image, "denoise", measured)
     prepared = _prepared(runner, Task.T2I, size, think=True)
     with infer(), LiveBytes() as live:
-        single_image.run_single_image(runner, [prepared] * 3, (), Channel())
+        single_image.run_single_image(runner, [prepared] * 3, kept=(), channel=Channel())
     ((held, expected),) = found
     assert held == expected
 
@@ -326,7 +326,7 @@ def test_an_interleave_job_caches_no_more_than_is_expected(monkeypatch: pytest.M
     monkeypatch.setattr(interleave, "denoise", drawn)
     script = Script(word=5, image_start=runner.tokenizer.token_id(IMG_START))
     with infer():
-        interleave.run_interleave(runner, [prepared], (), Channel(), script=script)
+        interleave.run_interleave(runner, [prepared], kept=(), channel=Channel(), script=script)
     entry = plan_entry(prepared.job)
     load = group_load(make_plan([entry], MemoryConfig()).groups[0])
     prompts = [prepared.prompts[name] for name in (Branch.COND, Branch.IMG_COND)]
@@ -482,7 +482,7 @@ def test_images_of_finished_passes_take_no_memory(monkeypatch: pytest.MonkeyPatc
     )
     prepared = prepare_job(network.arch, runner.tokenizer, job, system_prompt="")
     with infer(), LiveBytes() as live:
-        single_image.run_single_image(runner, [prepared] * 4, (), Channel())
+        single_image.run_single_image(runner, [prepared] * 4, kept=(), channel=Channel())
     assert len(alive) == 4
     floats, pixels = 4 * prepared.noise.numel(), prepared.noise.numel()
     # What is being kept is in host memory, as finished pixels are, which is the device here.

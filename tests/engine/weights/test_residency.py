@@ -110,7 +110,9 @@ def run_case(runner: Runner, case: Case) -> list[torch.Tensor]:
         if case.kind == "interleave":
             kept = KeptImages(1)
             job = build_job(case, case.params["system_message"])
-            run_interleave(runner, [job], (), kept, resolutions=[case_resolutions(case)])
+            run_interleave(
+                runner, [job], kept=(), channel=kept, resolutions=[case_resolutions(case)]
+            )
             return [torch.from_numpy(drawn.image) for drawn in kept.images[0]]
         images, _ = draw_together(runner, [build_job(case, "You draw.")])
         return list(images)
