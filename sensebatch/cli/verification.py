@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,7 +28,7 @@ from sensebatch.verify.table import format_verdicts
 CHILD = "sensebatch.verify.child"
 TABLE_NAME = "promises.md"
 _FULL = Scale(model="synthetic:8b", side=2048)
-_SMALL = Scale(model="tiny", side=128)
+_SMALL = Scale(model="tiny", side=128, text_tokens=24)
 
 
 def check_options(options: VerifyOptions) -> None:
@@ -62,7 +63,9 @@ def run_verification(options: VerifyOptions, machine: Machine, *, as_json: bool)
     """
     trials = chosen_trials(options.only or ())
     default = _FULL if machine.has_gpu else _SMALL
-    scale = Scale(model=options.model or default.model, side=options.side or default.side)
+    scale = replace(
+        default, model=options.model or default.model, side=options.side or default.side
+    )
     folder = options.output_dir or _new_folder()
     with StopSignals("stopped at once").installed() as stop:
         child = partial(launch, CHILD, stop=stop, echo=lambda _: None)
@@ -101,8 +104,6 @@ def _told(verdict: Verdict) -> Verdict:
 
 
 def _as_json(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
-    from dataclasses import asdict
-
     return [
         {
             "run": verdict.trial.name,

@@ -30,13 +30,15 @@ def host_working_bytes(
     """Returns what a group takes of host memory besides weights and the program.
 
     These are prefixes that wait, noise and input images of a batch and of the one that is prepared
-    after it, what the sampler left of two passes, and pixels on their way to the disk.
+    after it, what the sampler left of two passes, and pixels on their way to the disk. Stories keep
+    the images of all their jobs together, whatever passes drew them.
     """
     jobs = load.jobs_per_pass(tokens_per_pass)
+    kept = load.batch_size if load.drawn_tokens else jobs
     image = TOKEN_NUMBERS * load.image_tokens
     inputs = TOKEN_NUMBERS * load.prompt_tokens
     drawn = image + TOKEN_NUMBERS * load.drawn_tokens
-    images = load.batch_size * (2 * 4 * (image + inputs) + 2 * drawn) + jobs * 2 * 4 * image
+    images = load.batch_size * (2 * 4 * (image + inputs) + 2 * drawn) + kept * 2 * 4 * image
     if not parked or not prefixes_wait(load.batch_size, jobs):
         return images
     return images + cache_bytes(computation, load.prefix_tokens * load.batch_size)

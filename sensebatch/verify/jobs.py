@@ -35,7 +35,7 @@ class Scale:
     side: int
     """Pixels of a large square image; a multiple of 128. Small ones have a quarter of it."""
     num_steps: int = 3
-    text_tokens: int = 24
+    text_tokens: int = 8
     """Most tokens of a thought, and of the text before each image of a story."""
 
 

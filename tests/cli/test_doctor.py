@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from sensebatch.cli import verification
 from sensebatch.cli.speed_cache import read_speeds, speeds_path
 from sensebatch.engine.device import machine
 from sensebatch.engine.device.machine import Gpu, Machine
+from sensebatch.verify.promises import TRIALS
 from tests.cli.conftest import Invoke
 
 GPU = Gpu(
@@ -25,23 +28,24 @@ GPU = Gpu(
     memory_bytes_per_s=9e11,
 )
 
+MACHINE = Machine(
+    sensebatch="0",
+    python="3.11",
+    torch="2.11.0",
+    cuda="13.0",
+    flash_obstacle=None,
+    kernels_obstacle=None,
+    fp8_obstacle="fp8 needs another GPU",
+    host_free_bytes=1 << 34,
+    host_total_bytes=1 << 35,
+    gpu=GPU,
+)
+
 
 @pytest.fixture
 def with_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that says it has a GPU."""
-    found = Machine(
-        sensebatch="0",
-        python="3.11",
-        torch="2.11.0",
-        cuda="13.0",
-        flash_obstacle=None,
-        kernels_obstacle=None,
-        fp8_obstacle="fp8 needs another GPU",
-        host_free_bytes=1 << 34,
-        host_total_bytes=1 << 35,
-        gpu=GPU,
-    )
-    monkeypatch.setattr(machine, "look_at_machine", lambda: found)
+    monkeypatch.setattr(machine, "look_at_machine", lambda: MACHINE)
 
 
 @pytest.mark.usefixtures("with_gpu")
@@ -177,3 +181,22 @@ def test_mistakes_are_reported_before_anything_is_run(
     assert ended.code == 2
     assert message in ended.err
     assert children == []
+
+
+@pytest.mark.usefixtures("backend")
+def test_every_run_of_a_gpu_is_a_command_that_can_be_run(
+    invoke: Invoke, children: list[Sequence[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = replace(MACHINE, fp8_obstacle=None, gpu=replace(GPU, free_bytes=130 << 30))
+    monkeypatch.setattr(machine, "look_at_machine", lambda: gpu)
+
+    def launch(_module: str, arguments: Sequence[str], *_: object, **__: object) -> int:
+        children.append(arguments)
+        return 0 if arguments[1] == "-" else -signal.SIGKILL
+
+    monkeypatch.setattr(verification, "launch", launch)
+    invoke("doctor", "--verify", "--side", "128")
+    commands = {tuple(words[2:]) for words in children}
+    assert len(commands) == len(TRIALS)
+    for command in commands:
+        assert invoke(*command).code == 0
