@@ -18,6 +18,7 @@ from sensebatch.executor.schedule import Recorded
 from sensebatch.jobs import Failure, group_key
 from sensebatch.plan.batches import batch_size
 from sensebatch.store.state import State
+from sensebatch.store.store import Store
 from sensebatch.store.tables import StartedBatch
 
 MAX_DEATHS = 2
@@ -40,26 +41,26 @@ class Recovered:
 
 
 def recover(
-    state: State, worker: Worker, memory: MemoryConfig, note: Callable[[str], None]
+    store: Store, worker: Worker, memory: MemoryConfig, note: Callable[[str], None]
 ) -> Recovered:
     """Returns what is on record, after taking apart what cannot run as it was.
 
     Args:
-        state: Of the run's folder.
+        store: The run's folder.
         worker: Says how many jobs fit together.
         memory: Likewise.
         note: Takes what a person may want to know.
     """
-    _take_apart(state, note)
-    _drop_too_large(state, worker, memory, note)
-    batches = state.started_batches()
+    _take_apart(store, note)
+    _drop_too_large(store.state, worker, memory, note)
+    batches = store.state.started_batches()
     others = [batch for batch in batches if not batch.is_suspect]
     suspects = [batch for batch in batches if batch.is_suspect]
     return Recovered(
         recorded=_recorded(others),
-        doubtful=frozenset(batch.seq for batch in others if batch.starts),
-        suspects=_recorded([batch for batch in suspects if batch.starts < MAX_DEATHS]),
-        given_up=_recorded([batch for batch in suspects if batch.starts >= MAX_DEATHS]),
+        doubtful=frozenset(batch.seq for batch in others if _deaths(store, batch)),
+        suspects=_recorded([one for one in suspects if _deaths(store, one) < MAX_DEATHS]),
+        given_up=_recorded([one for one in suspects if _deaths(store, one) >= MAX_DEATHS]),
     )
 
 
@@ -73,10 +74,17 @@ def death() -> Failure:
     )
 
 
-def _take_apart(state: State, note: Callable[[str], None]) -> None:
-    for batch in state.started_batches():
-        if batch.starts >= MAX_DEATHS and not batch.is_suspect:
-            state.split(batch.seq, [[member] for member in batch.members], is_suspect=True)
+def _deaths(store: Store, batch: StartedBatch) -> int:
+    """Returns how often in a row the process ended during a batch, for all that is known."""
+    has_progressed = store.kept.num_rounds(batch.seq) > batch.rounds
+    return 0 if has_progressed else batch.starts
+
+
+def _take_apart(store: Store, note: Callable[[str], None]) -> None:
+    for batch in store.state.started_batches():
+        if _deaths(store, batch) >= MAX_DEATHS and not batch.is_suspect:
+            parts = [[member] for member in batch.members]
+            store.state.split(batch.seq, parts, is_suspect=True)
             note(
                 f"the process was killed {batch.starts} times during a batch of "
                 f"{len(batch.members)} jobs: run one by one, after all others"

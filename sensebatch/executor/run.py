@@ -129,7 +129,7 @@ class _Run:
         self._blamed: set[int] = set()
         """Numbers of batches whose start counts against them if the process is killed."""
         self.tally = Tally(observer, config.execution)
-        found = recover(store.state, worker, config.memory, partial(report, observer.note))
+        found = recover(store, worker, config.memory, partial(report, observer.note))
         self._doubtful = found.doubtful
         plan = make_plan(store.state.entries(), config.memory, worker.largest_batch)
         self._schedule = Schedule(
@@ -212,7 +212,7 @@ class _Run:
         seq = assignment.seq
         if seq is not None:
             self._store.run_dir.require_in_place()
-            self._store.state.start(seq)
+            self._store.state.start(seq, self._store.kept.num_rounds(seq))
         elif not self._preparer.is_ahead_with(assignment):
             self._store.run_dir.require_in_place()
             seq = self._store.state.begin(_members(jobs))
@@ -234,7 +234,6 @@ class _Run:
         channel = _RunChannel(
             progress=partial(self._progress, begun),
             kept=kept,
-            made_progress=partial(self._forgive, begun.seq),
             stop=self._stop,
         )
         report(self._observer.batch_started, batch)
@@ -328,7 +327,7 @@ class _Run:
         """Blames no batch for the end of the process if the block ends as a run is meant to end."""
         try:
             yield
-        except (RunStoppedError, RunFolderError):
+        except (RunStoppedError, RunFolderError, KeyboardInterrupt):
             # If it is the disk that failed, the starts stay as they are.
             with suppress(RunStoppedError, RunFolderError):
                 self._forgive(*self._blamed)
@@ -371,7 +370,6 @@ class _RunChannel(Channel):
     Args:
         progress: Takes the progress.
         kept: Keeps finished images in the run's folder.
-        made_progress: Called once images are kept.
         stop: The run's.
     """
 
@@ -380,12 +378,10 @@ class _RunChannel(Channel):
         *,
         progress: Callable[[Progress], None],
         kept: KeptOfBatch,
-        made_progress: Callable[[], None],
         stop: Stop,
     ) -> None:
         self._progress = progress
         self._kept = kept
-        self._made_progress = made_progress
         self._stop = stop
 
     def progress(self, progress: Progress) -> None:
@@ -395,7 +391,6 @@ class _RunChannel(Channel):
     def keep(self, drawn: Drawn) -> None:
         """Writes the images to the disk."""
         self._kept.save(drawn)
-        self._made_progress()
 
     def is_stopped(self) -> bool:
         """Returns whether the run is to stop."""

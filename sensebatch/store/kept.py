@@ -56,6 +56,10 @@ class KeptImages:
         """Returns the kept images of the started batch with this number."""
         return KeptOfBatch(self, self._folder / str(seq), batch)
 
+    def num_rounds(self, seq: int) -> int:
+        """Returns how many rounds are kept of the batch with this number."""
+        return len(list((self._folder / str(seq)).glob("*.safetensors")))
+
     def discard(self, seq: int, is_needed: Callable[[int, Sequence[str]], bool]) -> None:
         """Removes what a committed batch kept, and what no job can still use.
 

@@ -53,6 +53,7 @@ CREATE TABLE stale (path TEXT PRIMARY KEY) WITHOUT ROWID;
 
 _STARTS = """
 ALTER TABLE batches ADD COLUMN starts INTEGER NOT NULL DEFAULT 0;  -- not followed by a clean stop
+ALTER TABLE batches ADD COLUMN rounds INTEGER NOT NULL DEFAULT 0;  -- kept when it last started
 ALTER TABLE batches ADD COLUMN suspect INTEGER NOT NULL DEFAULT 0; -- a process may have died of it
 """
 

@@ -281,10 +281,20 @@ class State:
                 return 0
             return tables.insert_batch(db, members, starts=starts, is_suspect=bool(is_suspect))
 
-    def start(self, seq: int) -> None:
-        """Counts that a batch on record starts again."""
+    def start(self, seq: int, rounds: int) -> None:
+        """Counts that a batch on record starts again.
+
+        Args:
+            seq: The batch's number.
+            rounds: Rounds of images that are kept of it. If there are more of them than at its last
+                start, the count begins again.
+        """
         with self._db.transaction() as db:
-            db.execute("UPDATE batches SET starts = starts + 1 WHERE seq = ?", (seq,))
+            db.execute(
+                "UPDATE batches SET rounds = ?,"
+                " starts = CASE WHEN ? > rounds THEN 1 ELSE starts + 1 END WHERE seq = ?",
+                (rounds, rounds, seq),
+            )
 
     def forgive(self, seq: int) -> None:
         """Takes back that a batch was started: what ends the process now is not its fault."""

@@ -23,7 +23,9 @@ class StartedBatch:
     members: tuple[tuple[str, str], ...]
     """(id, key) of each job, in the batch's order."""
     starts: int
-    """How often it was started without an end: a commit, a split, a clean stop, a kept image."""
+    """How often in a row it was started without an end: a commit, a split or a clean stop."""
+    rounds: int
+    """Rounds of kept images that it had when it was last started."""
     is_suspect: bool
     """Whether it is a single job of a batch that processes died of."""
 
@@ -71,15 +73,18 @@ def is_read(db: sqlite3.Connection, job_id: str) -> bool:
 
 def started_batches(db: sqlite3.Connection) -> list[StartedBatch]:
     """Returns the batches that were begun and not committed, in the order they were begun."""
-    rows = db.execute("SELECT seq, members, starts, suspect FROM batches ORDER BY seq").fetchall()
+    rows = db.execute(
+        "SELECT seq, members, starts, rounds, suspect FROM batches ORDER BY seq"
+    ).fetchall()
     return [
         StartedBatch(
             seq=seq,
             members=tuple((job_id, key) for job_id, key in json.loads(members)),
             starts=starts,
+            rounds=rounds,
             is_suspect=bool(suspect),
         )
-        for seq, members, starts, suspect in rows
+        for seq, members, starts, rounds, suspect in rows
     ]
 
 

@@ -1,8 +1,9 @@
 """Runs command lines in processes of their own that need not import everything each time.
 
 Reads a JSON list of arguments a line on stdin; says the process's id as it starts and how it
-ended, each on a line of stdout. Nothing is computed before a process is made. With the argument
-`alone`, vram_mode `low` draws small pictures one by one too.
+ended, each on a line of stdout. Nothing is computed before a process is made. A process may be
+killed from outside as often as a test likes, which says nothing of the batch it was at. With the
+argument `alone`, vram_mode `low` draws small images one by one too.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import transformers
 
 import sensebatch.engine.engine  # noqa: F401
 from sensebatch.cli.main import main
+from sensebatch.executor import recovery
 from sensebatch.plan import passes
 
 
@@ -35,6 +37,7 @@ def _serve() -> None:
 
 
 if __name__ == "__main__":
+    recovery.MAX_DEATHS = 1000
     if "alone" in sys.argv:
         passes.LOW_TOKENS_PER_PASS = 1
     _serve()

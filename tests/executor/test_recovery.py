@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,11 @@ class Killed(BaseException):
 
 def die() -> None:
     raise Killed
+
+
+def die_at(engine: FakeEngine, step: int) -> None:
+    if engine.steps == step:
+        raise Killed
 
 
 def live(root: Path, jobs: Sequence[Job], engine: FakeEngine | None = None, **options: Any) -> Ran:
@@ -170,6 +176,10 @@ def lose_device() -> None:
     raise DeviceError("cuda failed")
 
 
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
 def no_room(*_: object) -> None:
     raise OSError(28, "No space left on device")
 
@@ -177,7 +187,10 @@ def no_room(*_: object) -> None:
 def end_cleanly(root: Path, how: str, patch: pytest.MonkeyPatch) -> None:
     """Runs jobs in a process that ends in its second batch, but not for a fault of that."""
     stop = threading.Event()
-    if how == "device":
+    if how == "interrupt":
+        with pytest.raises(KeyboardInterrupt):
+            live(root, JOBS, Breaks(interrupt))
+    elif how == "device":
         with pytest.raises(DeviceError):
             live(root, JOBS, Breaks(lose_device))
     elif how == "disk":
@@ -193,7 +206,7 @@ def end_cleanly(root: Path, how: str, patch: pytest.MonkeyPatch) -> None:
             live(root, JOBS, engine, stop=stop)
 
 
-@pytest.mark.parametrize("how", ["device", "disk", "signal", "two signals"])
+@pytest.mark.parametrize("how", ["device", "disk", "interrupt", "signal", "two signals"])
 def test_clean_stop_is_not_a_death(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
@@ -208,14 +221,21 @@ def test_clean_stop_is_not_a_death(
 
 
 def test_batch_that_keeps_images_before_each_death_is_never_suspected(tmp_path: Path) -> None:
-    """As many kills as it has passes: each loses one pass, and the composition stays."""
-    for number in range(3):
+    """More kills than would be counted as deaths; the composition stays."""
+    jobs = [make_job(f"j{number}") for number in range(MAX_DEATHS + 2)]
+    config = make_config(max_batch_size=len(jobs))
+    on_records = []
+    for step in (1, *[2] * (MAX_DEATHS + 1)):
         engine = FakeEngine(a_pass=1)
-        engine.on_step = lambda engine=engine: die() if engine.steps == 2 else None  # type: ignore[misc]
-        killed(tmp_path / "a", JOBS, engine)
-        assert [batch.starts for batch in on_record(tmp_path / "a")] == [0 if number < 2 else 1]
-    live(tmp_path / "a", JOBS, FakeEngine(a_pass=1))
-    live(tmp_path / "b", JOBS, FakeEngine(a_pass=1))
+        engine.on_step = partial(die_at, engine, step)
+        with pytest.raises(Killed):
+            run_folder(tmp_path / "a", jobs, config, engine=engine)
+        (batch,) = on_record(tmp_path / "a")
+        on_records.append((batch.starts, batch.rounds))
+    # Of the first life nothing was kept; each of the others kept a round.
+    assert on_records == [(1, 0), (2, 0), *((1, number + 1) for number in range(MAX_DEATHS))]
+    run_folder(tmp_path / "a", jobs, config, engine=FakeEngine(a_pass=1))
+    run_folder(tmp_path / "b", jobs, config, engine=FakeEngine(a_pass=1))
     assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
 
 
