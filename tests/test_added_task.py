@@ -173,11 +173,12 @@ def test_the_command_of_the_task_has_its_options_and_writes_its_file(root: Path)
 
 
 def test_fields_of_other_tasks_are_refused(root: Path) -> None:
-    row: dict[str, Any] = {"task": "reply", "prompt": "a", "num_steps": 2, "think": True}
+    others: dict[str, Any] = {"num_steps": 2, "resolution": "1:1", "think": True}
+    row = {"task": "reply", "prompt": "a", **others}
     (root / "bad.jsonl").write_text(json.dumps(row), encoding="utf-8")
     words = json.dumps([["manifest", "validate", "bad.jsonl", "--json"]])
     ended = run_patched(root, "session.py", words)
     code, said = json.loads(ended)
     assert code == 2
     fields = [problem["field"] for problem in json.loads(said)["problems"]]
-    assert fields == ["num_steps", "think"]
+    assert fields == sorted(others)
