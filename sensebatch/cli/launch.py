@@ -40,14 +40,14 @@ def launch(
         subprocess.Popen(command, stdout=quiet, stderr=file, start_new_session=True) as process,
     ):
         said.seek(0, 2)
-        told = False
+        asked = False
         while process.poll() is None:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(_POLL_S)
             _echo(said, echo)
-            if stop.is_set() and not told:
+            if stop.is_set() and not asked:
                 process.terminate()
-                told = True
+                asked = True
         _echo(said, echo)
         return process.returncode
 
@@ -56,7 +56,7 @@ def _echo(said: IO[bytes], echo: Callable[[str], None]) -> None:
     """Passes on the lines that were written since it was last called."""
     while line := said.readline():
         if not line.endswith(b"\n"):
-            # The rest of it is still to be written.
+            # The rest of the line is still to be written.
             said.seek(-len(line), 1)
             return
         if text := line.decode("utf-8", errors="replace").strip():

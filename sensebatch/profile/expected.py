@@ -30,15 +30,15 @@ class Expectation:
     computation: Computation
     groups: Sequence[GroupPlan]
     loads: Sequence[Load]
-    """Of each group."""
+    """One for each group."""
     placements: Placements
     """Where weights are put for each group, and how much memory the case is expected to take."""
 
     def limits(self, speeds: Speeds, *, with_text: bool) -> tuple[float, float] | None:
-        """Returns the least seconds of the case, and of one denoising step of one picture.
+        """Returns the least seconds of the case, and of one denoising step of one image.
 
         Args:
-            speeds: Of the machine.
+            speeds: What the machine reaches at most.
             with_text: Whether every job writes as much text as it may.
 
         Returns:
@@ -77,7 +77,7 @@ def expectation(case: Case, model: str, manifest: Path, dtype: str) -> Expectati
         case: With its options.
         model: As `sensebatch run --model` takes it.
         manifest: The case's.
-        dtype: Of weights and activations.
+        dtype: The dtype of weights and activations, by name.
 
     Raises:
         ConfigError: The case does not fit its budget.

@@ -16,7 +16,7 @@ _OF_BATCH = ["total_s", "think_s", "denoise_s", "num_kept_images"]
 _OF_JOB = ["num_images", "image_tokens", "think_tokens", "text_tokens"]
 
 Batches = Sequence[Mapping[str, float]]
-"""Seconds and counts of each batch that made pictures, in the order they were run."""
+"""Seconds and counts of each batch that made images, in the order they were run."""
 
 
 def figures(log: pa.Table, *, num_steps: int) -> dict[str, Any]:
@@ -25,13 +25,13 @@ def figures(log: pa.Table, *, num_steps: int) -> dict[str, Any]:
     The steady figures leave out the first batch, which also pays for what a process does once.
 
     Args:
-        log: Of one run, with at least one row.
-        num_steps: Of every picture.
+        log: The log of one run, with at least one row.
+        num_steps: Denoising steps of every image.
     """
     summary = summarise(log)
     total = summary.total
     batches = _batches(log.filter(pc.field("status") == "done"))
-    # Pictures that were kept, when memory ran out, took none of their batch's seconds.
+    # Images kept when memory ran out took none of their batch's seconds.
     drawn, steady = (
         [batch for batch in some if not batch["num_kept_images"]] for some in (batches, batches[1:])
     )

@@ -22,7 +22,7 @@ class Forecast:
     Args:
         cases: In order.
         scale: How large they are.
-        folder: Of the suite; the cases' manifests are written there.
+        folder: The suite's; the cases' manifests are written there.
         speeds: What a GPU reaches at most, by its name; empty where none was measured.
         clock: Seconds that only grow.
     """

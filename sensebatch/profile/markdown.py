@@ -22,7 +22,7 @@ def format_markdown(rows: Sequence[Row], missing: Sequence[str] = ()) -> str:
     """Returns the results of one suite as a document.
 
     Args:
-        rows: Of `rows.with_ratios`, at least one; all of one suite.
+        rows: At least one, from `rows.with_ratios`; all of one suite.
         missing: Cases that were to be run and were not, or not to their end.
     """
     suite = Suite(rows[0].suite)

@@ -157,7 +157,7 @@ def _new_folder(folder: Path, name: str) -> Path:
 
 
 def _reason(log: pa.Table | None, messages: Path, code: int) -> str:
-    """Returns why a case is no success: the first failed job's error, or the run's last words."""
+    """Returns why a case failed: the first failed job's error, or the last line its run said."""
     if log is not None:
         failed = log.filter(pc.field("status") != DONE).slice(0, 1).to_pylist()
         if failed:

@@ -23,7 +23,7 @@ def night_parts(size: Resolution) -> tuple[Part, ...]:
     """Returns the parts of a night of 40 jobs.
 
     Args:
-        size: Of the larger pictures; the smaller ones have half its sides, those of stories are
+        size: Size of the larger images; the smaller ones have half its sides, those of stories are
             as wide and 9/16 as high.
     """
     half = Resolution(height=_part(size.height, 1, 2), width=_part(size.width, 1, 2))

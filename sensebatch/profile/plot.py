@@ -1,4 +1,4 @@
-"""A picture of speed against device memory, where matplotlib is installed."""
+"""A plot of speed against device memory, where matplotlib is installed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ published number of steps."""
 def measured_points(rows: Iterable[Row]) -> list[Point]:
     """Returns our points by memory; those without a device peak or with a host budget have none.
 
-    A picture of fewer steps than the published ones counts for as much less.
+    An image of fewer steps than the published ones counts for proportionally less.
     """
     points = []
     for row in rows:
@@ -45,7 +45,7 @@ def published_points(suite: Suite) -> list[Point]:
 def plot(folder: Path, rows: Sequence[Row]) -> str:
     """Draws speed against memory into a folder, and returns a line that says what became of it.
 
-    Suites whose cases differ in more than memory have no such picture.
+    Suites whose cases differ in more than memory have no such plot.
     """
     suite = Suite(rows[0].suite)
     ours = measured_points(rows)

@@ -43,7 +43,7 @@ class Published:
     seconds_per_image: float | None = None
     image_tok_per_s: float | None = None
     budget_gib: float | None = None
-    """Of the card's memory; None without a budget."""
+    """Budget of the card's memory; None without one."""
 
 
 def _task(case: str, peak: tuple[float, float], rss: float, s: float, tok: float) -> Published:

@@ -37,7 +37,7 @@ class Row:
     num_steps: int
     num_jobs: int
     scripted_tokens: int | None = None
-    """Tokens of a thought or before a picture, where weights are made up."""
+    """Tokens of a thought or before an image, where weights are synthetic."""
     model: str
     setting: str
     budget_bytes: int | None = None
@@ -97,7 +97,7 @@ _SAME = (
 
 
 def with_ratios(rows: Iterable[Row]) -> list[Row]:
-    """Returns the rows with speeds held against baselines, and estimates against peaks."""
+    """Returns the rows with ratios of speeds to baselines, and of estimates to peaks."""
     rows = list(rows)
     by_case = {row.case: row for row in rows}
     return [
@@ -154,7 +154,7 @@ def read_file(path: Path) -> list[Row]:
     """Returns the results in a file; columns that are younger than it are None.
 
     Raises:
-        RunFolderError: There is no such file, or it holds something else.
+        RunFolderError: There is no such file, or it is not one of ours.
     """
     names = {field.name for field in fields(Row)}
     try:

@@ -28,11 +28,11 @@ TIMESTEP_SHIFT = 3.0
 FIRST_SEED = 42
 STORY_IMAGES = 6
 TEXT_TOKENS = 300
-"""Of a think text, and before every picture of a story, where weights are made up."""
+"""Tokens of a thought, and before every image of a story, where weights are synthetic."""
 FP8_CASES = ("t2i", "balanced", "7gib")
 """Cases of suite `speed` that are also run with linear layers in float8."""
 MANY_JOBS = 16
-"""Of the cases that hold thinking against not thinking."""
+"""Jobs of the cases that compare thinking with not thinking."""
 PROMPTS = (
     "A studio portrait of an elderly fisherman with a grey beard and a dark blue knitted cap, "
     "soft window light from the left, shallow depth of field",
@@ -50,7 +50,7 @@ STORY_PROMPT = (
 
 
 class Suite(StrEnum):
-    """What the cases of a suite differ in."""
+    """A set of cases, named by what they differ in."""
 
     TASKS = "tasks"
     BUDGETS = "budgets"
@@ -67,17 +67,17 @@ class Scale:
     """As `sensebatch run --model` takes it."""
     num_steps: int = 50
     num_jobs: int = 8
-    """Of every case but those whose names say how many there are, interleave, whose one job makes
-    several pictures, and pictures of 1024x1024, of which there are four times as many."""
+    """Jobs of every case, except those whose names say how many there are, interleave, whose one
+    job makes several images, and images of 1024x1024, of which there are four times as many."""
     resolution: Resolution | None = None
-    """Of every picture; None for each case's own."""
+    """Size of every image; None for each case's own."""
     text_tokens: int = TEXT_TOKENS
-    """Tokens of a thought, and of the text before each picture of a story, where weights are made
-    up."""
+    """Tokens of a thought, and of the text before each image of a story, where weights are
+    synthetic."""
 
     @property
     def scripted(self) -> bool:
-        """Whether weights are made up, so that the settings decide how much text there is."""
+        """Whether weights are synthetic, so that the settings decide how much text there is."""
         return self.model.startswith(SYNTHETIC_PREFIX)
 
 
@@ -99,15 +99,15 @@ class Case:
     compile: bool = True
     """Whether kernels are compiled."""
     precision: str = "auto"
-    """Of linear layers; auto is that of the other weights."""
+    """Precision of linear layers; auto is that of the other weights."""
     baseline: str | None = None
-    """The case of the same suite that this one's speed is held against."""
+    """The case of the same suite that this one's speed is compared with."""
     parts: tuple[Case, ...] = ()
     """The cases whose jobs a mixed manifest holds; task, size and thinking are then theirs."""
 
     @property
     def max_images(self) -> int:
-        """Most pictures of all jobs."""
+        """The most images that all jobs make."""
         if self.parts:
             return sum(part.max_images for part in self.parts)
         return self.num_jobs * (STORY_IMAGES if self.tells_stories else 1)
@@ -204,7 +204,7 @@ def _task_cases(full: Case) -> list[Case]:
 
 
 def _speed_cases(full: Case) -> list[Case]:
-    """Returns cases, each followed by its variants, which are held against it."""
+    """Returns cases, each followed by its variants, which are compared with it."""
     plain = replace(full, name="t2i", baseline=None)
     # As many image tokens as the others, so that there are several batches of these as well.
     small = replace(plain, name="t2i-1024", resolution=SMALL, num_jobs=4 * full.num_jobs)
@@ -239,7 +239,7 @@ def chosen_cases(cases: tuple[Case, ...], only: list[str]) -> tuple[Case, ...]:
     """Returns the cases of these names, in the suite's order; all if no name is given.
 
     Raises:
-        ConfigError: There is no case of that name.
+        ConfigError: No case has that name.
     """
     names = [case.name for case in cases]
     for name in only:
@@ -249,7 +249,7 @@ def chosen_cases(cases: tuple[Case, ...], only: list[str]) -> tuple[Case, ...]:
 
 
 def write_manifest(case: Case, scale: Scale, folder: Path) -> Path:
-    """Writes a case's manifest, with its input picture if it has one, and returns its path."""
+    """Writes a case's manifest, with its input image if it has one, and returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     defaults: dict[str, Any] = {
         "num_steps": scale.num_steps,
@@ -295,7 +295,7 @@ def _job(
 
 
 def _draw_input(resolution: Resolution, folder: Path) -> Path:
-    """Draws a red disc on sand, so that no picture has to be shipped or fetched."""
+    """Draws a red disc on sand, so that no image has to be shipped or fetched."""
     from PIL import Image, ImageDraw
 
     path = folder / f"disc-{resolution}.png"
@@ -311,6 +311,6 @@ def _draw_input(resolution: Resolution, folder: Path) -> Path:
 
 
 def run_arguments(case: Case, scale: Scale, manifest: Path, output_dir: Path) -> list[str]:
-    """Returns what is typed behind `sensebatch` to run a case."""
+    """Returns what is typed after `sensebatch` to run a case."""
     words = ["run", str(manifest), "--model", scale.model, *case.setting.split()]
     return [*words, "--output-dir", str(output_dir), "--json"]

@@ -1,7 +1,7 @@
 """Runs the trials of the table of promises, and compares each with its reference.
 
-A process each, started by the caller, so that nothing of one run is left to the next. Knows what
-the machine has only from what it is told.
+A process each, started by the caller, so that nothing of one run is left to the next. What the
+machine has, the caller says.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Machine:
     fp8_obstacle: str | None = None
     """Why float8 matrices cannot be multiplied; None where they can."""
     free_bytes: int | None = None
-    """Of the GPU's memory."""
+    """Free memory of the GPU."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

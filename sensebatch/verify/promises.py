@@ -32,7 +32,7 @@ class Trial:
     like: str | None = None
     """The trial whose files this one's must equal; None for a reference."""
     mode: str = "full"
-    """Of `--vram-mode`."""
+    """The `--vram-mode`; `full` stands for the most that fits."""
     options: tuple[str, ...] = ()
     """Further options, as they are typed."""
     with_lora: bool = False
@@ -118,7 +118,7 @@ def chosen_trials(only: Sequence[str]) -> tuple[Trial, ...]:
     """Returns the trials of these names with their references; all if no name is given.
 
     Raises:
-        ConfigError: There is no trial of that name.
+        ConfigError: No trial has that name.
     """
     by_name = {trial.name: trial for trial in TRIALS}
     wanted: set[str] = set()

@@ -16,7 +16,7 @@ def format_verdicts(verdicts: Sequence[Verdict], trials: Sequence[Trial]) -> str
     """Returns a table of what was compared, and lines about what was not.
 
     Args:
-        verdicts: Of the trials that were run or skipped.
+        verdicts: Those of the trials that were run or skipped.
         trials: All that were asked for.
     """
     head = ("run", "compared with", *GROUPS, "largest difference")

@@ -47,7 +47,7 @@ def test_failed_cases_are_reported_and_decide_the_exit_code(
     assert Path("outputs/profile-modes/profile.md").read_text() == ended.out
 
 
-def test_made_up_weights_have_every_case(invoke: Invoke, launched: list[Sequence[str]]) -> None:
+def test_synthetic_weights_have_every_case(invoke: Invoke, launched: list[Sequence[str]]) -> None:
     invoke("profile", "--suite", "tasks", *SMALL)
     cases = suites.suite_cases(suites.Suite.TASKS, suites.Scale(model="some/checkpoint"))
     assert [Path(line[1]).stem for line in launched] == [case.name for case in cases]

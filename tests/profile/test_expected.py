@@ -41,8 +41,8 @@ def test_a_step_cannot_beat_the_products_and_attention_of_both_branches(tmp_path
     assert 8 * 50 * step < total < 8 * 50 * step * 1.03
 
 
-def test_a_step_of_a_story_is_one_of_one_picture(tmp_path: Path) -> None:
-    """A smaller picture behind longer prompts: less than in proportion, more than without them."""
+def test_a_step_of_a_story_is_one_of_one_image(tmp_path: Path) -> None:
+    """A smaller image after longer prompts: less than in proportion, more than without them."""
     _, square = _limits("t2i", tmp_path)
     _, wide = _limits("interleave", tmp_path)
     _, four = _limits("interleave-4", tmp_path)

@@ -33,7 +33,7 @@ def test_steady_figures_leave_out_the_batch_that_was_run_first() -> None:
     assert found["text_tok_per_s"] == pytest.approx(300 / 11)
 
 
-def test_no_speed_is_measured_by_pictures_that_were_kept() -> None:
+def test_kept_images_count_for_no_speed() -> None:
     kept = _batch("c", 4, 2, total_s=1.0, denoise_s=1.0, num_kept_images=2)
     found = figures(log_table(*FIRST, *SECOND, *THIRD, *kept), num_steps=2)
     without = figures(log_table(*FIRST, *SECOND, *THIRD), num_steps=2)

@@ -49,7 +49,7 @@ def test_no_plot_without_points(tmp_path: Path) -> None:
     assert plot(tmp_path, [result("full", image_tok_per_s=None)]).startswith("no plot: ")
 
 
-def test_a_plot_is_a_picture(tmp_path: Path) -> None:
+def test_a_plot_is_an_image_file(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     said = plot(tmp_path, [result("full"), result("9gib", **BUDGET)])
     assert said == f"plot {tmp_path / PLOT_NAME}"

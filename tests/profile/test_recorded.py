@@ -1,4 +1,4 @@
-"""The memory arithmetic held against peaks that were measured on GPUs."""
+"""The memory arithmetic compared with peaks that were measured on GPUs."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ FOLDER = Path(__file__).parents[2] / "docs" / "measured"
 LOWEST, HIGHEST = 0.97, 1.10
 """What is expected, by what was reserved or resident."""
 BLOCK_BYTES = 0.36 * GIB
-"""Of a layer: under a budget, the arithmetic of today may keep one more or less on the device than
-was kept when it was measured."""
+"""Bytes of a layer: under a budget, the arithmetic of today may keep one more or less on the device
+than when it was measured."""
 
 
 def recomputed(row: Row) -> Expectation:

@@ -33,7 +33,7 @@ NUM_JOBS = {
     "interleave": 1, "interleave-4": 4, "interleave-13gib": 1, "plain-16": 16, "think-16": 16,
     "think-16-7gib": 16, "t2i-1024": 32, "t2i-1024-no-compile": 32,
 }  # fmt: skip
-"""Of the cases that have not as many as the scale says."""
+"""Jobs of the cases that do not have as many as the scale says."""
 SETTINGS = {
     Suite.MODES: {
         "full": "--vram-mode full",
@@ -123,7 +123,7 @@ def test_a_night_has_jobs_of_all_kinds(
     assert night.max_images == 24 + 10 + 6 * 6
 
 
-def test_made_up_weights_think_and_write_exactly_so_much(tmp_path: Path) -> None:
+def test_synthetic_weights_think_and_write_exactly_so_much(tmp_path: Path) -> None:
     for case in suite_cases(Suite.TASKS, Scale()):
         for job in _jobs(case, Scale(), tmp_path):
             sampling = job.sampling

@@ -10,7 +10,7 @@ from torch import Tensor
 PIECES = 200
 LARGEST_PIECE = 64 << 20
 SHARE = 0.02
-"""Of what the device has free, the most that stays held; what is freed is reused by the run."""
+"""Largest share of the free memory that stays held; the run reuses what is freed."""
 CPU_BYTES = 256 << 20
 """What counts as free where the host is the device."""
 

@@ -24,14 +24,14 @@ from sensebatch.jobs import Precision
 MEASURED_S = 0.2
 """Seconds that each speed is measured for."""
 BURST = 8
-"""Computations that are launched together, so that launching them hides behind them."""
+"""Computations launched together, so that they hide the cost of launching."""
 COPY_BYTES = 256 << 20
 READ_BYTES = 1 << 30
 """Far more than any cache of a GPU holds."""
 GEMM_SIZE = 8192
 """Side of the square matrices; large enough for full speed."""
 ATTENTION_SHAPE = (32, 4096, 4416, 128)
-"""Heads, queries, keys and head size: one guidance branch of a picture of 2048x2048."""
+"""Heads, queries, keys and head size: one guidance branch of an image of 2048x2048."""
 ATTENTION_BACKENDS = (
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,

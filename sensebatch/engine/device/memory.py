@@ -70,7 +70,7 @@ def check_device(device: torch.device, error: RuntimeError) -> None:
     """Makes sure after an error that the device still computes.
 
     Some errors of a kernel leave a process nothing but errors; others, such as a launch that was
-    refused, concern the batch alone. A small computation tells which it was.
+    refused, concern the batch alone. A small computation shows which it was.
 
     Raises:
         DeviceError: It does not; names the error that came before.
@@ -83,7 +83,7 @@ def check_device(device: torch.device, error: RuntimeError) -> None:
     if not works:
         raise DeviceError(
             f"{device} failed and this process can no longer use it; what is done is kept, the "
-            f"same command goes on from here: {str(error).splitlines()[0]}"
+            f"same command resumes the run: {str(error).splitlines()[0]}"
         ) from error
 
 

@@ -39,8 +39,8 @@ def check_precision(precision: Precision | None, device: str, dtype: str) -> Non
 
     Args:
         precision: None for weights in the dtype.
-        device: Of `choice.resolve_runtime`.
-        dtype: Of activations.
+        device: As `choice.resolve_runtime` returns it.
+        dtype: The activations' dtype, by name.
 
     Raises:
         ConfigError: They cannot.
@@ -86,9 +86,9 @@ def new_attention(backend: str, device: str, *, fused: bool) -> Attention:
     """Returns how one run or image attends.
 
     Args:
-        backend: Of `resolve_attention`; attends long runs of image tokens.
-        device: Of `resolve_runtime`.
-        fused: Of `resolve_fused`; whether kernels attend the rest.
+        backend: As `resolve_attention` returns it; attends long runs of image tokens.
+        device: As `choice.resolve_runtime` returns it.
+        fused: As `resolve_fused` returns it; whether kernels attend the rest.
     """
     if device != "cuda":
         return BACKENDS[backend]

@@ -1,9 +1,9 @@
 """One token a sequence through a layer: kernels that read every weight once and little else.
 
 A decoding step is bound by reading weights, and its launches are so short that each counts. So
-the activation behind a matrix product and the residual's sum are part of the product's kernel. The
-norm before it is not: repeated in every program it costs more than a launch. All sums are in
-float32, and so are products of float32. Tiles are those that were the fastest on an H200 for the
+the activation after a matrix product and the sum with the residual are part of the product's
+kernel. The norm before it is not: repeated in every program, it would cost more than a launch. All
+sums are in float32, and so are products of float32. The tiles were the fastest on an H200 for the
 matrices of the 8B model.
 
 Needs Triton, as `kernels` does.
@@ -24,7 +24,7 @@ from sensebatch.engine.model import attention_kernels, kernels
 MAX_SEQUENCES = 64
 """Most sequences that share a step."""
 LEAST_ROWS = 16
-"""Of a tile in a product of tiles."""
+"""Rows of the smallest tile that can be multiplied."""
 WIDE_ROWS = 4096
 """Rows of a weight matrix up to which its tiles are wide, so that there are enough of them."""
 SHARED_REST = 1024
@@ -123,9 +123,9 @@ def tile(
 
     Args:
         height: Rows of the product.
-        sequences: Of a tile.
+        sequences: Sequences of a tile.
         swiglu: See `product`.
-        item_bytes: Of a number.
+        item_bytes: Bytes of a number.
         shared_bytes: Tiles are narrower than is best where all stages would take more.
     """
     if swiglu:

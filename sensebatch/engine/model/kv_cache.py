@@ -32,14 +32,14 @@ class KVCache:
     """The cached keys and values of one sequence; it only ever grows at the end.
 
     Each layer has memory of its own: where it must move or grow, one layer at a time does, so
-    that no more than one is there twice. A cache may wait in host memory; it is then brought back
-    before it is read or added to.
+    that no more than one exists twice. A cache may wait in host memory; it is brought back before
+    it is read or added to.
 
     Args:
         num_layers: Layers of the backbone.
         num_kv_heads: Key/value heads of a layer.
         head_dim: Channels of a head.
-        dtype: Of keys and values.
+        dtype: The dtype of keys and values.
         device: Where they are kept.
     """
 
@@ -63,11 +63,11 @@ class KVCache:
         """Position t of the next text token."""
 
     def reserve(self, num_tokens: int) -> None:
-        """Makes room for `num_tokens` behind the cached ones.
+        """Makes room for `num_tokens` after the cached ones.
 
         For one token it makes room for more, because text comes token by token.
         """
-        assert self._parcel is None, "a cache that waits is brought back first"
+        assert self._parcel is None, "a waiting cache must be brought back first"
         needed = self.length + num_tokens
         capacity = self._layers[0].shape[1]
         if needed <= capacity:
@@ -79,7 +79,7 @@ class KVCache:
             self._layers[index] = grown
 
     def write(self, layer: int, k_TKE: Tensor, v_TKE: Tensor) -> tuple[Tensor, Tensor]:
-        """Puts a layer's new keys and values behind the cached ones, in reserved room.
+        """Writes a layer's new keys and values after the cached ones, in reserved room.
 
         Returns:
             Keys and values of that layer, cached and new. `advance` makes the new ones count.
@@ -92,7 +92,7 @@ class KVCache:
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
         """Returns a layer's cached keys and values, each `[L, K, E]`."""
-        assert self._parcel is None, "a cache that waits is brought back first"
+        assert self._parcel is None, "a waiting cache must be brought back first"
         keys, values = self._layers[layer]
         return keys[: self.length], values[: self.length]
 
@@ -102,9 +102,9 @@ class KVCache:
         return self._empty.new_empty(shape), self._empty.new_empty(shape)
 
     def fork(self) -> KVCache:
-        """Returns a cache that begins with the same tokens and goes on by itself.
+        """Returns a cache that begins with the same tokens and grows independently.
 
-        It shares their memory until it is added to; it has no room behind them, so it then takes
+        It shares their memory until it is added to; there is no room after them, so it then takes
         memory of its own.
         """
         twin = copy.copy(self)
@@ -112,7 +112,7 @@ class KVCache:
         return twin
 
     def park(self, take: Callable[[int], Parcel]) -> None:
-        """Lets keys and values wait in host memory; nothing changes where they do.
+        """Moves keys and values to host memory; does nothing if they are there already.
 
         Args:
             take: Returns room for so many bytes.
@@ -153,14 +153,14 @@ class KVCache:
                 self._parcel.read(self._place(layer, half), target[half])
 
     def replace_layer(self, layer: int, room: Tensor) -> None:
-        """Puts a copy of a layer, with room behind it, in place of the layer itself."""
+        """Replaces a layer by a copy that has room after it."""
         self._layers[layer] = room
         if layer == self.num_layers - 1:
             self._parcel = None
 
     @property
     def _half_bytes(self) -> int:
-        """Of a layer's cached keys, and of its values."""
+        """Bytes of a layer's cached keys, and of its values."""
         return self.length * self._empty.shape[2:].numel() * self._empty.itemsize
 
     def _place(self, layer: int, half: int) -> int:
@@ -169,11 +169,11 @@ class KVCache:
 
     @property
     def num_layers(self) -> int:
-        """Layers that it caches."""
+        """The number of layers that it caches."""
         return len(self._layers)
 
     def trim(self, layer: int) -> None:
-        """Takes a layer to memory of its own, without room behind the cached tokens."""
+        """Moves a layer to memory of its own, without room after the cached tokens."""
         self._layers[layer] = self._layers[layer][:, : self.length].clone()
 
     def advance(self, num_tokens: int, next_t: int) -> None:
@@ -183,25 +183,25 @@ class KVCache:
 
 
 class SharedRoom:
-    """One buffer a layer for the caches of several sequences, with room behind each.
+    """One buffer for each layer for the caches of several sequences, with room after each.
 
-    The caches become views of it and stay so until they are moved or grow on.
+    The caches become views of it and stay so until they are moved or outgrow it.
 
     Args:
         caches: On the device or waiting.
-        num_tokens: Room behind the longest of them.
+        num_tokens: Room after the longest of them.
     """
 
     def __init__(self, caches: Sequence[KVCache], num_tokens: int) -> None:
         self.num_tokens = max(cache.length for cache in caches) + num_tokens + ROOM_SPARE
-        """Of one sequence."""
+        """Room of one sequence."""
         self._layers = []
         for index in range(caches[0].num_layers):
             keys, _ = caches[0].new_rows(0)
             room = keys.new_empty(2, len(caches), self.num_tokens, *keys.shape[1:])
             for row, cache in enumerate(caches):
                 cache.copy_layer(index, room[:, row, : cache.length])
-                # The old memory is gone before the next layer takes as much.
+                # Frees the old memory before the next layer takes as much.
                 cache.replace_layer(index, room[:, row])
             self._layers.append(room)
 
@@ -217,9 +217,9 @@ class SharedRoom:
 
 
 def part_caches(caches: Sequence[KVCache]) -> None:
-    """Gives caches memory of their own, one layer at a time, so that a room they share is gone.
+    """Gives caches memory of their own, one layer at a time, so that a shared room is freed.
 
-    Otherwise all of a room lives on until the last of its caches has grown out of it.
+    Otherwise the whole room stays until the last of its caches has outgrown it.
     """
     for layer in range(caches[0].num_layers):
         for cache in caches:
@@ -277,13 +277,13 @@ class GenerationContext:
     """Attention of image tokens being denoised: they see the prefix and their own image.
 
     Nothing is cached. Several images may share one cache, which is only read. Keys lie in one
-    buffer that all images and layers use in turn, the image's own first and its prefix behind
-    them: attention without a mask does not ask for an order, and a projection can put its keys
-    straight to where they are read.
+    buffer that all images and layers use in turn, the image's own first and its prefix after
+    them: attention without a mask does not depend on the order, and a projection can write its
+    keys where they are read.
 
     Args:
         caches: The prefix of each image.
-        num_tokens: Of one image.
+        num_tokens: Tokens of one image.
         parts: Which images go through half a layer together; see `passes.evaluation_parts`.
         attention: How one image attends.
     """

@@ -105,7 +105,7 @@ def test_the_newest_form_of_flash_attn_is_taken(
 def test_flash_attention_is_asked_for_one_sequence(
     monkeypatch: pytest.MonkeyPatch, installed: Installed, with_sums: bool
 ) -> None:
-    """Of the package only what is called is known here; the newer forms also return sums."""
+    """Only what is called of the package is known here; the newer forms also return sums."""
 
     def flash_attn_func(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> object:
         out = torch.stack([attention.sdpa(*of_one, causal) for of_one in zip(q, k, v, strict=True)])
