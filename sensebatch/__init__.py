@@ -1,7 +1,6 @@
 """Batch generation of image datasets with SenseNova-U1.
 
-The names below are the Python API, which docs/python.md describes; they are imported when they are
-first used.
+The names below are the Python API, which docs/python.md describes. They are imported on first use.
 """
 
 from typing import TYPE_CHECKING, Any

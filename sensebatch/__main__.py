@@ -21,21 +21,21 @@ def main() -> None:
 
 
 def _fill_standard_streams() -> None:
-    """Gives the numbers of standard streams that are closed to nothing.
+    """Opens standard streams that are closed, to the null device.
 
-    Otherwise the next file that is opened gets the number of standard error, and every library
-    that writes there writes into it.
+    Otherwise the next file that is opened would get the number of standard error, and libraries
+    that write there would write into that file.
     """
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
-            # Opens the lowest free number, which is this one.
+            # The lowest free number, which is this one, is used.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
 
 
 def _end_quietly_by_signals() -> None:
-    """Ends the process with the documented exit code by a signal that comes before a run begins."""
+    """Has a signal that arrives before a run begins end the process with the documented code."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:
@@ -43,7 +43,7 @@ def _end_quietly_by_signals() -> None:
 
 
 def _end(number: int, _: FrameType | None) -> None:
-    # The second one does not wait for what the first one has cleaned up.
+    # A second signal does not wait for the clean-up that the first one starts.
     signal.signal(number, lambda *_: os._exit(128 + number))
     raise SystemExit(128 + number)
 

@@ -1,8 +1,8 @@
-"""What `import sensebatch` gives to Python programs; docs/python.md shows how it is used.
+"""The Python API, which `import sensebatch` exports; docs/python.md shows how to use it.
 
-Jobs come from manifests or from rows in memory, by the same rules; a run is the session that the
-command line runs. Nothing here prints, handles signals or ends the process, and torch is imported
-only where an engine is needed. Everything that can be wrong is a child of `SensebatchError`.
+Jobs come from manifests or from rows in memory, by the same rules. A run is the same session that
+the command line runs. Nothing here prints, handles signals or ends the process, and torch is
+imported only when an engine is needed. Every error a user can fix is a `SensebatchError`.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ AnyPath = str | os.PathLike[str]
 Warn = Callable[[Problem], None]
 
 _ROWS = "rows"
-"""Stands for rows in memory where a manifest's file is named otherwise."""
+"""Stands for the file name of a manifest in messages about rows in memory."""
 
 
 def configure(
@@ -97,7 +97,7 @@ def configure(
         file: A YAML configuration file, or the `run.yaml` of an earlier run.
 
     Raises:
-        ConfigError: Every unknown name and unusable value.
+        ConfigError: Some names are unknown or some values invalid; it lists all of them.
     """
     config_file = None if file is None else Path(file)
     return resolve_settings(config_file=config_file, flags=settings, dashed=False)
@@ -112,17 +112,17 @@ def iter_jobs(
 ) -> Iterator[Job]:
     """Yields the jobs of manifests one by one, for manifests that are too long for a list.
 
-    A job can be trusted only when the iterator has ended: mistakes are raised at the end.
+    Jobs are valid only once the iterator has ended: mistakes are raised at the end.
 
     Args:
         manifests: YAML, Parquet or JSONL files, whose ids must differ.
-        config: Holds every default.
+        config: Provides the defaults; those of the embedded checkpoint if None.
         task: The task of rows that name none.
-        limit: Stops after so many jobs.
+        limit: The number of jobs to stop after.
         warn: Receives what is allowed but worth a look.
 
     Raises:
-        ManifestError: Every mistake there is, at the end.
+        ManifestError: Lists every mistake; raised at the end.
     """
     paths = [Path(path) for path in manifests]
     return read_manifests(paths, config or default_config(), task=task, limit=limit, warn=warn)
@@ -135,10 +135,10 @@ def read_jobs(
     limit: int | None = None,
     warn: Warn | None = None,
 ) -> list[Job]:
-    """Returns the jobs of manifests; see `iter_jobs`.
+    """Returns the jobs of manifests; see `iter_jobs` for the arguments.
 
     Raises:
-        ManifestError: Every mistake there is.
+        ManifestError: Lists every mistake.
     """
     return list(iter_jobs(*manifests, config=config, task=task, limit=limit, warn=warn))
 
@@ -154,21 +154,21 @@ def make_jobs(
     """Returns the jobs that rows describe, by the rules of a manifest.
 
     Args:
-        rows: Fields as in a manifest (docs/manifest.md), `n`, `seeds` and `matrix` included.
-        config: Holds every default.
+        rows: Fields as in a manifest (docs/manifest.md), including `n`, `seeds` and `matrix`.
+        config: Provides the defaults; those of the embedded checkpoint if None.
         task: The task of rows that name none.
-        base: Folder that relative paths of images start from; the current one if empty.
+        base: The folder that relative image paths start from; the current one if empty.
         warn: Receives what is allowed but worth a look.
 
     Raises:
-        ManifestError: Every mistake there is; rows are counted from 0.
+        ManifestError: Lists every mistake, with rows counted from 0.
     """
     path = Path(base) / _ROWS
     return list(read_rows(rows, config or default_config(), path=path, task=task, warn=warn))
 
 
 def make_plan(jobs: Iterable[Job], *, config: RunConfig | None = None) -> Plan:
-    """Returns which of the jobs would go through the network together, as if none were done."""
+    """Returns which jobs would go through the network together, as if none were done."""
     memory = (config or default_config()).memory
     return _make_plan((plan_entry(job) for job in jobs), memory)
 
@@ -176,8 +176,8 @@ def make_plan(jobs: Iterable[Job], *, config: RunConfig | None = None) -> Plan:
 def plan_summary(plan: Plan, *, config: RunConfig | None = None) -> dict[str, Any]:
     """Returns a plan as `sensebatch plan --json` prints it: batches by group, and memory.
 
-    `memory` is what each mode needs of GPU and host, or the one that a mode or a budget leaves;
-    None for a model that is not on the disk.
+    `memory` lists what each memory mode needs on the GPU and the host, or only the mode that the
+    settings leave; it is None for a model that is not on the disk.
 
     Raises:
         CheckpointError: The model's files cannot be read.
@@ -193,7 +193,7 @@ def open_engine(config: RunConfig | None = None) -> WarmEngine:
     The first run that has something to do loads the weights.
 
     Args:
-        config: Its model settings are those of every run that uses the engine.
+        config: Its model settings apply to every run that uses the engine.
 
     Raises:
         CheckpointError: The checkpoint, LoRA or prompt file cannot be used.
@@ -211,25 +211,25 @@ def run(
     observer: RunObserver | None = None,
     stop: Stop | None = None,
 ) -> Summary:
-    """Runs those of the jobs that the folder does not have yet, and returns what it came to.
+    """Runs the jobs that are not done yet in a folder, and returns what became of them.
 
-    It may be called from any thread; the observer is called from the same one.
+    It may be called from any thread, and calls the observer from the same one.
 
     Args:
         jobs: All jobs of the folder, in order. Jobs of earlier runs that are not among them keep
             their files.
-        folder: The run's folder; made where there is none.
+        folder: The run's folder; made if there is none.
         config: The run's settings; the engine's if None.
-        engine: Computes, and keeps its weights afterwards; None loads them for this run alone.
-        observer: Who watches.
-        stop: Once set, the run ends after the current images and can be resumed;
+        engine: Computes, and keeps its weights afterwards; None loads them for this run only.
+        observer: Watches the run.
+        stop: Once it is set, the run finishes the current images and ends, and can be resumed;
             `threading.Event` is one.
 
     Raises:
-        SensebatchError: Something that can be fixed, before any job was run.
+        SensebatchError: Something the user can fix, raised before any job runs.
         EngineError: The engine is closed, in use, or holds another model.
         RunStoppedError: The disk is full, or the device failed; the same call resumes the run.
-        StoppedError: The stop was set before any job was run.
+        StoppedError: The stop was set before any job ran.
     """
     if config is None:
         config = default_config() if engine is None else engine.config
@@ -239,10 +239,10 @@ def run(
 
 
 def _some(jobs: Iterable[Job]) -> Iterator[Job]:
-    """Yields the jobs; refuses an iterator that was used up, which would empty the folder's list.
+    """Yields the jobs, and refuses an exhausted iterator, which would remove all jobs of a folder.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There is no job.
     """
     count = 0
     for job in jobs:
@@ -253,7 +253,7 @@ def _some(jobs: Iterable[Job]) -> Iterator[Job]:
 
 
 def finished_jobs(folder: AnyPath) -> Iterator[FinishedJob]:
-    """Yields the jobs of a run's folder that are done, in order; works while a run goes on.
+    """Yields the jobs of a run's folder that are done, in order; works during a run.
 
     Raises:
         RunFolderError: It is not a run's folder.
@@ -262,7 +262,7 @@ def finished_jobs(folder: AnyPath) -> Iterator[FinishedJob]:
 
 
 def read_log(folder: AnyPath) -> pa.Table:
-    """Returns the log of a run's folder, a row for each attempt (docs/log.md).
+    """Returns the log of a run's folder, with one row for each attempt (docs/log.md).
 
     Raises:
         RunFolderError: There is no log, or it cannot be read.
@@ -271,7 +271,7 @@ def read_log(folder: AnyPath) -> pa.Table:
 
 
 def read_status(folder: AnyPath) -> RunStatus:
-    """Returns how many jobs of a run's folder are in which state; works while a run goes on.
+    """Returns the progress of a run's folder: jobs by state, and failures; works during a run.
 
     Raises:
         RunFolderError: It is not a run's folder.

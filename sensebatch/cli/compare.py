@@ -1,4 +1,4 @@
-"""Pictures for looking at: inputs, a line, outputs, and the prompt under them. Pillow only."""
+"""Composes images for people: inputs, a line, outputs, and the prompt below them. Pillow only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 MAX_HEIGHT = 1024
-"""Pixels; taller outputs are shown smaller."""
+"""In pixels; taller outputs are scaled down."""
 GAP = 16
 BACKGROUND = "white"
 INK = "black"
@@ -19,12 +19,12 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 def compose(
     inputs: Sequence[Image.Image], outputs: Sequence[Image.Image], prompt: str
 ) -> Image.Image:
-    """Returns one picture of a job: all pictures at one height, the prompt wrapped under them.
+    """Returns one image of a job: all images at one height, with the prompt wrapped below them.
 
     Args:
-        inputs: What the job started from; may be empty.
-        outputs: What it made; at least one.
-        prompt: Written in Pillow's own font, which has no letters beyond the Latin ones.
+        inputs: The images that the job started from; may be empty.
+        outputs: The images that it made; at least one.
+        prompt: Drawn in Pillow's own font, which has only Latin letters.
     """
     height = min(MAX_HEIGHT, max(image.height for image in outputs))
     left = [_at_height(image, height) for image in inputs]
@@ -49,7 +49,7 @@ def compose(
 
 
 def wrap(text: str, font: Font, width: float) -> Iterator[str]:
-    """Yields the lines of a text that are at most `width` pixels wide; too long words are cut."""
+    """Yields the lines of a text, at most `width` pixels wide; longer words are broken."""
     for paragraph in text.splitlines():
         line = ""
         for word in paragraph.split():
@@ -82,7 +82,7 @@ def _at_height(image: Image.Image, height: int) -> Image.Image:
 
 
 def _paste(sheet: Image.Image, images: Sequence[Image.Image], x: int) -> int:
-    """Pastes images beside one another and returns where the next would be."""
+    """Pastes images side by side, and returns where the next one would go."""
     for image in images:
         sheet.paste(image, (x, GAP))
         x += image.width + GAP

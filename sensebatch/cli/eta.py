@@ -1,4 +1,4 @@
-"""How long a run will still take, from the speed measured so far. Knows no clock and no screen."""
+"""Estimates how long a run still takes, from the speed measured so far; reads no clock itself."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from sensebatch.tasks import Task
 
 
 def job_cost(group: GroupKey) -> float:
-    """Returns what a job of a group costs, in tokens through the network for one image.
+    """Returns what a job of a group costs: the tokens that go through the network for one image.
 
-    Every job that draws nothing counts alike.
+    All jobs that draw nothing cost the same.
     """
     if group.drawing is None:
         return 1.0
@@ -22,10 +22,10 @@ def job_cost(group: GroupKey) -> float:
 
 
 class Speed:
-    """Seconds that jobs take, by their cost.
+    """Measures the seconds that jobs take, in proportion to their cost.
 
-    It is measured for each task, since an interleave job writes text and several images; a task
-    that has not run yet is taken to be as fast as the others.
+    Each task is measured on its own, because an interleave job writes text and several images. A
+    task that has not run yet is assumed to be as fast as the others.
     """
 
     def __init__(self) -> None:
@@ -33,12 +33,12 @@ class Speed:
         self._cost: dict[Task, float] = defaultdict(float)
 
     def measured(self, group: GroupKey, num_jobs: float, seconds: float) -> None:
-        """Takes account of so many jobs of a group that took so long together."""
+        """Adds a measurement: the seconds that some jobs of a group took together."""
         self._seconds[group.task] += seconds
         self._cost[group.task] += num_jobs * job_cost(group)
 
     def of(self, group: GroupKey, num_jobs: int) -> float | None:
-        """Returns the seconds that jobs should take, or None before anything was measured."""
+        """Returns the seconds that jobs should take; None until anything has been measured."""
         if self._cost[group.task]:
             by_cost = self._seconds[group.task] / self._cost[group.task]
         elif cost := sum(self._cost.values()):
@@ -48,7 +48,7 @@ class Speed:
         return num_jobs * job_cost(group) * by_cost
 
     def of_all(self, jobs: Mapping[GroupKey, int]) -> float | None:
-        """Returns the seconds that jobs of several groups should take; None likewise."""
+        """Returns the seconds that jobs of several groups should take; None as for `of`."""
         total = 0.0
         for group, num_jobs in jobs.items():
             seconds = self.of(group, num_jobs)
@@ -62,13 +62,13 @@ class RemainingTime:
     """Estimates the seconds a run still needs.
 
     Args:
-        plan: Batches that are to come; interrupted ones, which run before them, are not.
+        plan: The batches to come, without the interrupted ones that run before them.
     """
 
     def __init__(self, plan: Plan) -> None:
         self._jobs: dict[GroupKey, int] = defaultdict(int)
         self._to_come: dict[str, GroupKey] = {}
-        """By the job's id: some run more than once, and some never."""
+        """Groups by job id, because some jobs run more than once and some never."""
         for planned in plan.groups:
             self._jobs[planned.group] = planned.num_jobs
             for ids in planned.batches():
@@ -76,38 +76,38 @@ class RemainingTime:
         self._speed = Speed()
 
     def started(self, batch: Batch) -> None:
-        """Takes a batch out of what is to come."""
+        """Removes the jobs of a batch from those to come."""
         for job in batch.jobs:
-            self.gone(job.id)
+            self.remove(job.id)
 
-    def gone(self, job_id: str) -> None:
-        """Takes a job out of what is to come, if it was in it."""
+    def remove(self, job_id: str) -> None:
+        """Removes a job from those to come, if it is one of them."""
         group = self._to_come.pop(job_id, None)
         if group is not None:
             self._jobs[group] -= 1
 
     def put_back(self, batch: Batch) -> None:
-        """Lets the jobs of a started batch be to come again, in smaller ones."""
+        """Adds the jobs of a started batch to those to come again, in smaller batches."""
         self._to_come.update({job.id: batch.group for job in batch.jobs})
         self._jobs[batch.group] += len(batch.jobs)
 
     def measured(self, batch: Batch, seconds: float, share: float = 1.0) -> None:
-        """Takes account of a batch that took so long for this share of its images."""
+        """Adds a measurement: the seconds that a batch took for a share of its images."""
         self._speed.measured(batch.group, len(batch.jobs) * share, seconds)
 
     def of_batch(self, batch: Batch) -> float | None:
-        """Returns the seconds that a batch should take, or None before anything was measured."""
+        """Returns the seconds that a batch should take; None until anything has been measured."""
         return self._speed.of(batch.group, len(batch.jobs))
 
     def to_come(self) -> float | None:
-        """Returns the seconds of all batches not started, or None before anything was measured."""
+        """Returns the seconds of all batches to come; None until anything has been measured."""
         return self._speed.of_all(self._jobs)
 
 
 def pace(status: RunStatus) -> tuple[float | None, float | None]:
-    """Returns the wall seconds an image took lately, and those that the rest should take.
+    """Returns the wall seconds that an image took lately, and those that the rest should take.
 
-    Either is None where nothing was measured.
+    Either is None if nothing was measured.
     """
     if not status.recent:
         return None, None
@@ -120,7 +120,7 @@ def pace(status: RunStatus) -> tuple[float | None, float | None]:
     images = sum(batch.images - batch.kept_images for batch in status.recent)
     in_engine_s = sum(batch.total_s for batch in status.recent)
     left_s = speed.of_all(status.to_come)
-    # Between batches a run waits, for its disk for example.
+    # A run also waits between batches, for example for its disk.
     if left_s is not None and in_engine_s:
         left_s *= max(wall_s / in_engine_s, 1.0)
     return wall_s / images if images else None, left_s

@@ -1,4 +1,4 @@
-"""The exit codes that others script against."""
+"""The exit codes, which scripts rely on."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ DONE = 0
 FAILED = 1
 """Some jobs failed."""
 USAGE = 2
-"""A mistake in the command line, a manifest, a configuration or a checkpoint; nothing was run."""
+"""A mistake in the command line, a manifest, a configuration or a checkpoint; nothing ran."""
 UNWRITTEN = 74
-"""What a command had to print could not be written. Commands that run jobs do not use it."""
+"""The output could not be written. Commands that run jobs never end with this code."""
 RESUMABLE = 75
 """Stopped by a signal, a full disk or a failed device; the same command resumes the run."""
 INTERRUPTED = 130
-"""Ended at once by SIGINT: the second, or the first before there was a run to stop. SIGTERM ends
-with 143, SIGHUP with 129."""
+"""Ended at once by SIGINT: by the second one, or by one that arrived before a run had begun. The
+code for SIGTERM is 143, for SIGHUP 129."""

@@ -1,4 +1,4 @@
-"""How help is laid out: options by subject, names never cut, any width from 60 columns on."""
+"""Lays out help: options by subject, names never cut, for any width from 60 columns on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 import typer.core
 
 NAMES_WIDTH = 28
-"""Columns for names beside their words; a longer name has a line of its own."""
+"""Columns for names beside their descriptions; a longer name has a line of its own."""
 _ARGUMENTS, _OPTIONS, _COMMANDS = "Arguments", "Options", "Commands"
 
 
@@ -41,7 +41,7 @@ class HelpGroup(typer.core.TyperGroup):
 
 
 def new_app(**options: Any) -> typer.Typer:
-    """Returns an app whose help is laid out here; takes the options of `typer.Typer`."""
+    """Returns an app with the help of this module; accepts the options of `typer.Typer`."""
     return typer.Typer(cls=HelpGroup, rich_markup_mode=None, no_args_is_help=True, **options)
 
 
@@ -67,7 +67,7 @@ def _rows(command: Any, ctx: Any) -> Iterator[tuple[str, tuple[str, str]]]:
 
 
 def _text(subject: object) -> str:
-    """Returns a subject that was given; typer has a placeholder where none was."""
+    """Returns a subject; typer has a placeholder instead of one that was not given."""
     return subject if isinstance(subject, str) else ""
 
 

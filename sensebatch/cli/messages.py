@@ -1,4 +1,4 @@
-"""What a command prints: its result on stdout, and what is said to people on stderr."""
+"""Prints: the result of a command on stdout, and messages for people on stderr."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ class OutputError(Exception):
 
 
 def show(text: str) -> None:
-    """Prints a command's result, or a line of it, on stdout.
+    """Prints the result of a command, or a line of it, on stdout.
 
     Raises:
-        OutputError: It cannot be written; what follows is not shown either.
+        OutputError: It cannot be written; what follows is dropped.
     """
     try:
         print(text, flush=True)
     except OSError as error:
-        # Or the interpreter would try to write the rest at its end.
+        # Otherwise the interpreter would try to write the rest when it exits.
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
@@ -31,7 +31,7 @@ def show(text: str) -> None:
 
 
 def show_anyway(text: str) -> None:
-    """Prints on stdout; a failure changes no exit code, which says what became of the jobs."""
+    """Prints on stdout; a failure is only a warning, because the exit code is about the jobs."""
     try:
         show(text)
     except OutputError as error:
@@ -40,8 +40,8 @@ def show_anyway(text: str) -> None:
 
 
 def say(text: str) -> None:
-    """Prints a line for people; where nobody reads it any more, work goes on."""
-    # Without standard error, print would take standard output.
+    """Prints a line for people; if nobody reads it any more, the work continues."""
+    # Without standard error, print would use standard output.
     if sys.stderr is not None:
         with suppress(OSError):
             print(text, file=sys.stderr, flush=True)
@@ -53,10 +53,10 @@ def counted(count: int, noun: str) -> str:
 
 
 def warn(text: str) -> None:
-    """Prints something that deserves a look."""
+    """Prints a warning."""
     say(f"warning: {text}")
 
 
 def warn_of(problem: Problem) -> None:
-    """Prints what is allowed in a manifest but deserves a look."""
+    """Prints a warning about a manifest."""
     warn(str(problem))

@@ -1,4 +1,4 @@
-"""`sensebatch model inspect`: what a checkpoint is made of, from its headers."""
+"""`sensebatch model inspect`: prints what a checkpoint consists of, from its headers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from sensebatch.cli.options import with_options
 if TYPE_CHECKING:
     from sensebatch.checkpoint.summary import Summary
 
-app = new_app(add_completion=False, help="Look at checkpoints.")
+app = new_app(add_completion=False, help="Inspect checkpoints.")
 
 
 @app.callback()
 def _model() -> None:
-    """Look at checkpoints."""
+    """Inspect checkpoints."""
 
 
 @app.command(cls=HelpCommand)
@@ -36,7 +36,7 @@ def inspect(
         bool, typer.Option("--json", help="Print one JSON object instead of a table.")
     ] = False,
 ) -> None:
-    """Print configuration, parameters and bytes by group; no weights are loaded.
+    """Print the configuration, and parameters and bytes by group, without loading weights.
 
     A folder is read where it lies; a Hub id that is not in the cache is fetched first. The exit
     code is 2 for a checkpoint that no run would take: tensors are missing, extra or of another

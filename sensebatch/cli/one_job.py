@@ -1,4 +1,4 @@
-"""The one-job commands: a manifest of one job, or a JSONL file, through the same run as any."""
+"""Turns the command line of a one-job command into a run: of one job, or of a JSONL file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sensebatch.cli.compare import compose
 from sensebatch.cli.job_options import JobOptions
 from sensebatch.cli.messages import show_anyway
 from sensebatch.cli.options import ScreenOptions
-from sensebatch.cli.outcome import finish, telling_stops
+from sensebatch.cli.outcome import finish, reporting_stops
 from sensebatch.cli.session import run_session
 from sensebatch.cli.voice import Voice
 from sensebatch.config import ModelConfig, RunConfig
@@ -33,13 +33,14 @@ from sensebatch.store.images import EXTENSIONS
 from sensebatch.tasks import Output, SizeRule, Task
 
 RUNS_FOLDER = ".sensebatch"
-"""Where the runs of single jobs are kept, in the folder they write to."""
+"""The folder, inside the one written to, that holds the runs of single jobs."""
 
 STEM_DIGITS = 16
-"""Hex digits in the names that earlier versions gave to files without a name."""
+"""Hex digits in the names that earlier versions gave to unnamed files."""
 HASH_DIGITS = 12
+"""Hex digits in the name of an unnamed file."""
 MAX_STEM_BYTES = 40
-"""Most bytes of a prompt's words in such a name."""
+"""The most bytes that a prompt's words take in such a name."""
 
 _FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
 _OPTION_OF = {"id": "stem", "images": "image"}
@@ -47,14 +48,14 @@ _OPTION_OF = {"id": "stem", "images": "image"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """What a one-job command was told."""
+    """The options of a one-job command."""
 
     task: Task
     job: JobOptions
     fields: Mapping[str, object]
-    """What a manifest's row would say besides task, prompt and name; None is not given."""
+    """Fields of a manifest's row besides task, prompt and id; None if not given."""
     flags: Mapping[str, object]
-    """Settings by place; None is not given."""
+    """Settings by place; None if not given."""
     config_file: Path | None
     screen: ScreenOptions
     output: Path | None = None
@@ -63,20 +64,20 @@ class Command:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Made:
-    """What a command came to."""
+    """What a command made."""
 
     root: Path
     """The run's folder."""
     summary: Summary
     files: Sequence[Path]
-    """What was written where it was asked for."""
+    """Files written where they were asked for."""
 
 
 def run_command(command: Command) -> None:
-    """Runs the job of a command line, or those of its JSONL file, and ends the command.
+    """Runs the job of a command line, or the jobs of its JSONL file, and ends the command.
 
     Raises:
-        ConfigError: Options that are wrong or contradict one another.
+        ConfigError: Some options are wrong or contradict one another.
         typer.Exit: Otherwise, with the exit code.
     """
     job = command.job
@@ -111,12 +112,12 @@ def _run_prompt(command: Command, voice: Voice) -> _Made:
     request = Request(
         root=root, config=config, sources=(job.source.file,), jobs=lambda: iter([job])
     )
-    with telling_stops(root, voice, as_json=command.job.as_json):
-        summary = run_session(request, voice)
     written = []
-    for finished in finished_jobs(root):
-        written += _copy_out(finished, folder, suffix)
-        written += _extras(command.job, finished, folder / f"{job.id}_compare.png", voice)
+    with reporting_stops(root, voice, as_json=command.job.as_json):
+        summary = run_session(request, voice)
+        for finished in finished_jobs(root):
+            written += _copy_out(finished, folder, suffix)
+            written += _extras(command.job, finished, folder / f"{job.id}_compare.png", voice)
     return _Made(root=root, summary=summary, files=written)
 
 
@@ -144,17 +145,16 @@ def _run_jsonl(command: Command, path: Path, voice: Voice) -> _Made:
         sources=(str(path),),
         jobs=jobs,
     )
-    with telling_stops(root, voice, as_json=command.job.as_json):
-        summary = run_session(request, voice)
     written = []
-    if job.compare or job.print_think:
-        for finished in finished_jobs(root):
+    with reporting_stops(root, voice, as_json=command.job.as_json):
+        summary = run_session(request, voice)
+        for finished in finished_jobs(root) if job.compare or job.print_think else ():
             written += _extras(job, finished, root / "compare" / f"{finished.job.id}.png", voice)
     return _Made(root=root, summary=summary, files=written)
 
 
 def _place(command: Command) -> tuple[Path, str | None, RunConfig]:
-    """Returns the folder to write to, the files' stem if one was given, and the settings."""
+    """Returns the folder to write to, the stem of the files if one was given, and the settings."""
     job, output, flags = command.job, command.output, dict(command.flags)
     folder = Path("outputs") / command.task.value if job.output_dir is None else job.output_dir
     stem = job.stem
@@ -192,7 +192,7 @@ def _only_job(command: Command, stem: str | None, config: RunConfig, voice: Voic
 
 
 def _refuse_to_replace_inputs(job: Job, folder: Path, suffix: str) -> None:
-    """Makes sure that no file of a job takes the place of an image it starts from.
+    """Makes sure that no file of a job overwrites an image it starts from.
 
     Raises:
         ConfigError: One would.
@@ -205,15 +205,15 @@ def _refuse_to_replace_inputs(job: Job, folder: Path, suffix: str) -> None:
         if is_there and re.fullmatch(own, path.name.casefold()):
             raise ConfigError(
                 f"--output: expected a file other than the input image, found {path}, which would "
-                "be replaced"
+                "be overwritten"
             )
 
 
 def _unused_stem(job: Job, model: ModelConfig, runs: Path, suffix: str) -> str:
-    """Returns a name for files that were given none: words of the prompt, and a hash.
+    """Returns a name for files that were given none: the prompt's words and a hash.
 
-    It differs for every job and model, so that no file is written over. Names of earlier versions
-    are used again where their runs are.
+    It differs for every job and model, so that no file is overwritten. If an earlier version ran
+    the job, its name is used again.
     """
     digest = _digest(job, model)
     before = f"{job.task.value}-{digest[:STEM_DIGITS]}"
@@ -229,8 +229,8 @@ def _unused_stem(job: Job, model: ModelConfig, runs: Path, suffix: str) -> str:
 
 
 def _digest(job: Job, model: ModelConfig) -> str:
-    """Returns a hash of a job and of what the command line says of the model."""
-    told = ModelIdentity(
+    """Returns a hash of a job and of the model as the command line names it."""
+    named = ModelIdentity(
         checkpoint=f"{model.model}@{model.revision}",
         lora=model.lora_path,
         dtype=model.dtype,
@@ -238,11 +238,11 @@ def _digest(job: Job, model: ModelConfig) -> str:
         generation_prompt=str(model.system_prompt_file),
         interleave_prompt=str(model.system_prompt_file),
     )
-    return job_key(job, told)
+    return job_key(job, named)
 
 
 def _complaint(problem: Problem) -> str:
-    """Returns a manifest's complaint in the words of a command line."""
+    """Returns a mistake in a manifest's row as one in a command line."""
     name = re.sub(r"\W.*", "", problem.field)
     return f"--{_option(name)}: {problem.message}" if name else problem.message
 
@@ -252,10 +252,10 @@ def _option(name: str) -> str:
 
 
 def _size_flags(command: Command) -> dict[str, object]:
-    """Returns the size that the rows of a JSONL file get that have none.
+    """Returns the size for the rows of a JSONL file that have none of their own.
 
     Raises:
-        ConfigError: Half a size, or a size for edits, which follow their inputs.
+        ConfigError: Half a size was given, or a size for edits, which follow their inputs.
     """
     width, height, resolution = (
         command.fields.get(name) for name in ("width", "height", "resolution")
@@ -273,7 +273,7 @@ def _size_flags(command: Command) -> dict[str, object]:
 
 
 def _copy_out(finished: FinishedJob, folder: Path, suffix: str) -> list[Path]:
-    """Copies a job's files to where they were asked for, and returns their paths."""
+    """Copies a job's files to where they were asked for, and returns the copies' paths."""
     stem, copies = finished.job.id, []
     if finished.job.task.spec.output is Output.IMAGE:
         copies = [(path, folder / f"{stem}{suffix}") for path in finished.image_files]
@@ -288,7 +288,7 @@ def _copy_out(finished: FinishedJob, folder: Path, suffix: str) -> list[Path]:
 
 
 def _extras(job: JobOptions, finished: FinishedJob, compare: Path, voice: Voice) -> list[Path]:
-    """Prints the text and writes the comparison of a job, as asked for."""
+    """Prints the text of a job and writes its comparison, if asked for; returns what it wrote."""
     if job.print_think and (text := finished.read_text()) is not None:
         (voice.alert if job.as_json else show_anyway)(text)
     if not job.compare or not finished.image_files:

@@ -1,4 +1,4 @@
-"""How a run ends on screen, and which exit code it has."""
+"""Prints what became of a run, and maps it to an exit code."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def finish(
     as_json: bool,
     outputs: Sequence[Path] | None = None,
 ) -> None:
-    """Prints what a run came to and ends the command.
+    """Prints what became of a run and ends the command.
 
     Args:
         root: The run's folder.
-        summary: What the run came to.
-        voice: Says it.
-        profile: Whether to print what it cost.
-        as_json: Whether to print one object on stdout and nothing else there.
-        outputs: What a one-job command wrote where it was asked to.
+        summary: What became of the run.
+        voice: Prints it.
+        profile: Whether to print what the run cost.
+        as_json: Whether to print one object on stdout, and nothing else there.
+        outputs: Files that a one-job command wrote where they were asked for.
 
     Raises:
         typer.Exit: Always, with the exit code.
@@ -54,7 +54,7 @@ def finish(
         show_anyway(format_summary(report))
     code = exit_code(summary)
     first, *others = outcome_lines(root, summary)
-    # Also those who want to know little want to know this.
+    # Even --quiet prints this much of a run that failed.
     voice.tell(Level.INFO if code == exits.DONE else Level.ALERT, first)
     for line in others:
         voice.tell(Level.INFO if code == exits.DONE else Level.BRIEF, line)
@@ -64,8 +64,8 @@ def finish(
 
 
 @contextmanager
-def telling_stops(root: Path, voice: Voice, *, as_json: bool) -> Iterator[None]:
-    """Prints the object of `--json` also where an error stops the run of the block."""
+def reporting_stops(root: Path, voice: Voice, *, as_json: bool) -> Iterator[None]:
+    """Prints the object of `--json` even if an error stops the run of the block."""
     try:
         yield
     except RunStoppedError as error:
@@ -77,14 +77,14 @@ def telling_stops(root: Path, voice: Voice, *, as_json: bool) -> Iterator[None]:
 
 
 def exit_code(summary: Summary) -> int:
-    """Returns 0 where all jobs are done, 1 where some failed, 75 where a signal stopped the run."""
+    """Returns 0 if all jobs are done, 1 if some failed, 75 if a signal stopped the run."""
     if summary.stopped:
         return exits.RESUMABLE
     return exits.FAILED if summary.counts.failed or summary.too_many_failures else exits.DONE
 
 
 def outcome_lines(root: Path, summary: Summary) -> list[str]:
-    """Returns the last lines of a run: what became of the jobs, and where everything is."""
+    """Returns the last lines about a run: what became of the jobs, and where everything is."""
     counts, folder = summary.counts, RunDir(root)
     words = [f"{counts.done:,} of {counted(counts.jobs, 'job')} done"]
     if counts.failed:

@@ -1,4 +1,4 @@
-"""Paths on the command line."""
+"""Parses paths on the command line."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import typer
 
 
 def path(text: str) -> Path:
-    """Returns the path that an argument names; its name is what help calls such a value.
+    """Returns the path that an argument names. Help shows this function's name for such a value.
 
     Raises:
-        typer.BadParameter: It is empty, as of a variable that is not set; it would mean the
-            current folder.
+        typer.BadParameter: It is empty, for example because a variable is not set; it would mean
+            the current folder.
     """
     if not text.strip():
         raise typer.BadParameter("expected a path, found an empty text")

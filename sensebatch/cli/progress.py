@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live display on a terminal, lines with times elsewhere."""
+"""Shows a run: as a live display on a terminal, as lines with times elsewhere."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from sensebatch.units import duration
 
 MAX_BAR_WIDTH, MIN_BAR_WIDTH = 32, 10
 FIGURES_WIDTH = 56
-"""Columns for the words beside a bar, where a terminal has as many."""
+"""Columns for the text beside a bar, if the terminal is wide enough."""
 STYLES = {Level.ALERT: "red", Level.INFO: "dim"}
 
 
 class Tracker(RunObserver):
-    """Knows where a run is, and says so line by line.
+    """Keeps track of a run, and prints its progress line by line.
 
     Args:
-        stop: Lets the run end after the current images, once there are any to come.
-        voice: Says the lines.
-        clock: Seconds that only grow.
+        stop: Told once there are images to finish before the run ends.
+        voice: Prints the lines.
+        clock: Returns monotonic seconds.
     """
 
     def __init__(
@@ -57,18 +57,18 @@ class Tracker(RunObserver):
         self._root = Path()
 
     def warning(self, text: str) -> None:
-        """Something is allowed but deserves a look."""
+        """Takes a warning: something that is allowed but deserves a look."""
         self._voice.warn(text)
 
     def jobs_read(self, root: Path, changes: Changes) -> None:
-        """The run's folder is open and has the jobs of this run."""
+        """The run's folder is open, and its state has the jobs of this run."""
         self._root = root
         self._voice.keep(RunDir(root).messages)
         for line in change_lines(changes):
             self._voice.info(line)
 
     def loading(self, counts: Counts, model: Model) -> None:
-        """There are jobs to run, and the weights are loaded for them."""
+        """There are jobs to run, so the weights are about to be loaded."""
         jobs = counted(counts.jobs, "job")
         self._voice.info(f"{counts.remaining:,} of {jobs} to run in {self._root}")
         how = ", ".join(filter(None, (model.identity.dtype, model.identity.precision)))
@@ -85,7 +85,7 @@ class Tracker(RunObserver):
         self._remaining = RemainingTime(plan)
 
     def batch_started(self, batch: Batch) -> None:
-        """A batch goes into the engine; the one before is through."""
+        """A batch goes into the engine; the one before has left it."""
         now = self._clock()
         assert self._remaining is not None
         if self.batch is not None:
@@ -97,12 +97,12 @@ class Tracker(RunObserver):
     def progress(self, progress: Progress) -> None:
         """The batch in the engine advanced."""
         if progress.phase == "denoise" != self.step.phase:
-            # What an interrupted run has drawn says nothing of the speed of this one.
+            # What an interrupted run has drawn says nothing about the speed of this one.
             self._share = 1 - (progress.step - 1) / progress.num_steps
         self.step = progress
 
     def batch_split(self, batch: Batch) -> None:
-        """The batch in the engine made nothing; its jobs go into smaller ones."""
+        """The batch in the engine failed as a whole; its jobs will run in smaller batches."""
         assert self._remaining is not None
         self._remaining.put_back(batch)
         self._share = 0.0
@@ -129,15 +129,15 @@ class Tracker(RunObserver):
         """A job failed."""
         self.num_failed += not will_retry
         if attempt.batch_id is None and self._remaining is not None:
-            self._remaining.gone(attempt.job_id)
+            self._remaining.remove(attempt.job_id)
         self._voice.alert(failure_line(attempt, will_retry))
 
     def note(self, text: str) -> None:
-        """Something a person may want to know."""
+        """Takes something a person may want to know."""
         self._voice.info(text)
 
     def remaining_s(self) -> float | None:
-        """Returns the seconds the run still needs, or None before a batch was measured."""
+        """Returns the seconds the run still needs; None until a batch has been measured."""
         if self._remaining is None or self.batch is None:
             return None
         to_come, of_batch = self._remaining.to_come(), self._remaining.of_batch(self.batch)
@@ -147,7 +147,7 @@ class Tracker(RunObserver):
         return to_come + max(0.0, of_batch * self._share - elapsed)
 
     def batch_words(self) -> str:
-        """Returns what the batch is: `t2i 256x256, 8 jobs`."""
+        """Returns a description of the current batch: `t2i 256x256, 8 jobs`."""
         if self.batch is None:
             return ""
         group, num_jobs = self.batch.group, len(self.batch.jobs)
@@ -155,12 +155,12 @@ class Tracker(RunObserver):
 
 
 class LiveDisplay(Tracker):
-    """Two lines at the foot of a terminal, with failures and notes scrolling above them.
+    """Keeps two lines at the bottom of a terminal, with failures and notes scrolling above them.
 
     Args:
         console: Writes to the terminal.
-        stop: See `Tracker`; also says whether the run is about to stop.
-        voice: See `Tracker`; its lines are printed above while the display is shown.
+        stop: As for `Tracker`; also tells whether the run is about to stop.
+        voice: As for `Tracker`; its lines appear above the display while there is one.
     """
 
     def __init__(self, console: Console, stop: StopSignals, voice: Voice) -> None:
@@ -172,14 +172,14 @@ class LiveDisplay(Tracker):
     def run_started(self, counts: Counts, plan: Plan) -> None:
         """The first batch is next."""
         super().run_started(counts, plan)
-        # A terminal may close while the run continues; then there is nothing to show or tidy up.
+        # A terminal may close while the run continues; then there is nothing to draw or clear.
         self._stop.notice = False
         self._voice.printer = self._print
         with suppress(OSError):
             self._live.start()
 
     def close(self) -> None:
-        """Ends the display."""
+        """Clears the display."""
         with suppress(OSError):
             self._live.stop()
         self._voice.printer = self._before
@@ -224,7 +224,7 @@ class LiveDisplay(Tracker):
 
 @contextmanager
 def watch(stop: StopSignals, voice: Voice) -> Iterator[Tracker]:
-    """Shows a run on stderr while the block runs, and yields the observer that does."""
+    """Shows a run on stderr during the block, and yields the observer that does so."""
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal or console.is_dumb_terminal:
         voice.timed = True
@@ -244,11 +244,14 @@ def watch(stop: StopSignals, voice: Voice) -> Iterator[Tracker]:
 
 
 def change_lines(changes: Changes) -> Iterator[str]:
-    """Yields a line for each way in which the manifests changed since they were last read."""
+    """Yields one line for each way in which the manifests have changed since the last run."""
     for count, what in (
         (changes.changed, "with a changed definition, run again"),
-        (changes.restored, "done before, without its files now; run again"),
-        (changes.returned, "with a former definition whose files are still there; not run again"),
+        (changes.restored, "done before, but files are missing; run again"),
+        (
+            changes.returned,
+            "with a former definition again, whose files are there; not run again",
+        ),
         (changes.removed, "no longer in the manifest; files are kept"),
         (changes.unread, "not read because of --limit; left as they are"),
     ):
@@ -257,20 +260,20 @@ def change_lines(changes: Changes) -> Iterator[str]:
 
 
 def loaded_line(info: EngineInfo) -> str:
-    """Returns how long loading took, and how much of it compiling kernels."""
+    """Returns a line about the time that loading took, and compiling kernels as part of it."""
     compiling = f", {info.compile_s:.1f} s of it for kernels" if info.compile_s is not None else ""
     return f"loaded in {info.load_s:.1f} s{compiling}"
 
 
 def failure_line(attempt: Attempt, will_retry: bool) -> str:
     """Returns the line about a failed attempt: job, error, traceback file."""
-    what = "failed, to be tried again" if will_retry else "failed"
+    what = "failed, will be tried again" if will_retry else "failed"
     first = (attempt.error_message or "").partition("\n")[0]
     return f"{what}: {attempt.job_id}: {attempt.error_type}: {first} ({attempt.error_file})"
 
 
 def step_words(progress: Progress) -> str:
-    """Returns where a batch is: `denoise 7 of 50`, `think 212`."""
+    """Returns the progress of a batch in words: `denoise 7 of 50`, `think 212`."""
     if progress.phase is None:
         return "starting"
     if progress.num_steps:

@@ -1,4 +1,4 @@
-"""`sensebatch report`: the published summary of a run, from its log."""
+"""`sensebatch report`: prints the published summary of a run from its log."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def report(
         bool, typer.Option("--json", help="Print one JSON object: seconds, bytes, tokens.")
     ] = False,
     calls: Annotated[
-        bool, typer.Option("--calls", help=f"Print every call, not only the first {MAX_CALLS}.")
+        bool, typer.Option("--calls", help=f"Print every call, not just the first {MAX_CALLS}.")
     ] = False,
     show_timeline: Annotated[
         bool,
         typer.Option(
             "--timeline",
-            help="Print when each batch began, how long the device waited for it, and its phases,"
-            " as a Markdown table; with --json as a list.",
+            help="Print when each batch began, how long the device waited for it, and its phases, "
+            "as a Markdown table, or with --json as a list.",
         ),
     ] = False,
 ) -> None:
-    """Print what a run cost: load, seconds an image, throughput, peak memory, calls."""
+    """Print what a run cost: load time, seconds per image, throughput, peak memory, calls."""
     from sensebatch.cli.messages import show
     from sensebatch.cli.tables import print_report
     from sensebatch.report.summary import read_log, summarise, summary_json

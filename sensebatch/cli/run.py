@@ -56,7 +56,7 @@ def run(
     Exit codes: 0 all jobs done, 1 some failed, 2 nothing started because of an error, 75 stopped
     and resumable by the same command, 130 or 143 after a second signal.
     """
-    from sensebatch.cli.outcome import finish, telling_stops
+    from sensebatch.cli.outcome import finish, reporting_stops
     from sensebatch.cli.session import run_session
     from sensebatch.manifest.read import read_manifests, run_name
     from sensebatch.session import Request
@@ -78,7 +78,7 @@ def run(
         limit=limit,
         files=_files(manifests, [task, limit, dump_settings(config)], is_other=other_manifest),
     )
-    with closing(voice), telling_stops(root, voice, as_json=as_json):
+    with closing(voice), reporting_stops(root, voice, as_json=as_json):
         summary = run_session(request, voice)
         finish(root, summary, voice=voice, profile=profile, as_json=as_json)
 

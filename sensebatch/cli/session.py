@@ -15,11 +15,11 @@ from sensebatch.session import Request
 
 
 def run_session(request: Request, voice: Voice) -> Summary:
-    """Runs what is missing in a run's folder, shows how far it is, and returns what it came to.
+    """Runs what is missing in a run's folder, shows its progress, and returns what became of it.
 
     Args:
         request: What to run.
-        voice: Says how it goes.
+        voice: Prints how the run goes.
 
     Raises:
         SensebatchError: As `session.run_session` raises it.
@@ -35,10 +35,10 @@ def run_session(request: Request, voice: Voice) -> Summary:
 
 
 def _settle_allocator() -> None:
-    """Lets torch's allocator grow what it holds in place; it reads this when it is first used.
+    """Lets torch's allocator grow its segments in place; it reads this setting on first use.
 
-    Otherwise it keeps freed pieces of sizes that no later tensor has, and a budget holds less. A
-    setting of the user's own stays.
+    Otherwise it keeps freed segments of sizes that no later tensor has, so less fits a budget. A
+    setting of the user's own is left alone.
     """
     if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

@@ -1,4 +1,4 @@
-"""What SIGINT, SIGTERM and SIGHUP do to a run: the first stops it, the second ends it at once."""
+"""Handles SIGINT, SIGTERM and SIGHUP: the first one stops a run, the second one ends it at once."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from types import FrameType
 from typing import NoReturn
 
 FINISHING = "stopping after the current images; again to stop at once"
-"""What is said after the first signal, once jobs are running."""
+"""Printed after the first signal, once jobs are running."""
 LEAVING = "stopping; again to stop at once"
-"""What is said after the first signal before that."""
+"""Printed after the first signal before that."""
 RESUMABLE = "stopped at once; the same command resumes the run"
-"""What is said after the second signal."""
+"""Printed after the second signal."""
 
 _SHOW_CURSOR = b"\x1b[?25h"
 
 
 class Interrupt(KeyboardInterrupt):
-    """Ends what comes before a run.
+    """Ends what a command does before a run.
 
-    A type of its own, because Python ends a process by SIGINT, whatever its exit code, after a
-    plain KeyboardInterrupt has passed through `exec` of a text, as in the import of many libraries.
+    It has a type of its own because Python kills its process with SIGINT, whatever the exit code,
+    once a plain KeyboardInterrupt has passed through `exec` of a string, which imports often use.
     """
 
 
 class StopSignals:
-    """Whether a run was asked to stop; a run's `Stop` for the executor.
+    """Whether a run was asked to stop; the `Stop` of the executor.
 
-    Python runs a signal's handler between two of its own instructions, however many signals came
-    before, so that two of them during one long call would count as one. So the signals are counted
-    where they arrive: each one writes a byte to a socket, which a thread reads.
+    Python calls a signal's handler between two of its own instructions, once, however many signals
+    arrived in the meantime. Two signals during one long call would count as one, so each signal
+    also writes a byte to a socket, and a thread counts the bytes.
 
     Args:
-        ended: What is said after the second signal.
+        ended: Printed after the second signal.
     """
 
     def __init__(self, ended: str = RESUMABLE) -> None:
         self.notice = True
-        """Whether the first signal prints a line; a display shows it otherwise."""
+        """Whether the first signal prints a line; False if a display shows it."""
         self._ended = ended
         self._stop = threading.Event()
         self._numbers: tuple[int, ...] = ()
@@ -53,20 +53,20 @@ class StopSignals:
         self._speaking = threading.RLock()
 
     def is_set(self) -> bool:
-        """Returns whether a first signal came."""
+        """Returns whether a first signal has arrived."""
         return self._stop.is_set()
 
     def finish_images(self) -> None:
-        """Lets the run end, from now on, where it is resumed best after a first signal."""
+        """From now on, lets the run finish its current images after a first signal."""
         self._interrupts, self._finishes = False, True
 
     @contextmanager
     def installed(self, *, interrupts: bool = False) -> Iterator[StopSignals]:
-        """Handles the signals while the block runs; in the main thread alone.
+        """Handles the signals during the block, which must run in the main thread.
 
         Args:
-            interrupts: Whether the first signal raises `Interrupt` in the main thread, until
-                `finish_images` is called.
+            interrupts: Whether the first signal raises `Interrupt` in the main thread, as long as
+                `finish_images` has not been called.
         """
         self._interrupts, self._finishes = interrupts, not interrupts
         self._numbers = handled_signals()
@@ -96,7 +96,7 @@ class StopSignals:
             raise Interrupt
 
     def _count(self, arrived: socket.socket) -> None:
-        """Takes account of every signal that arrives, until the other end of the socket closes."""
+        """Counts the signals that arrive, until the other end of the socket is closed."""
         num_arrived = 0
         while numbers := arrived.recv(64):
             for number in numbers:
@@ -106,7 +106,7 @@ class StopSignals:
                 if num_arrived > 1:
                     self._end(number)
                 self._stop.set()
-                # Not after the last words, which the main thread may be saying.
+                # Never after the last line, which the main thread may be printing.
                 with self._speaking:
                     if self.notice:
                         _tell(FINISHING if self._finishes else LEAVING)
@@ -114,24 +114,23 @@ class StopSignals:
     def _end(self, number: int) -> NoReturn:
         with self._speaking:
             _tell(self._ended, show_cursor=True)
-            # Waiting for threads and buffers would not be at once, and nothing is lost: what
-            # counts is on the disk, as after a kill.
+            # Waiting for threads and buffers would take time, and nothing is lost without it: what
+            # matters is on the disk, as after a kill.
             os._exit(128 + number)
 
 
 def handled_signals() -> tuple[int, ...]:
-    """Returns the signals that stop a run: SIGINT, SIGTERM and, unless it is ignored, SIGHUP."""
+    """Returns the signals that stop a run: SIGINT, SIGTERM and, unless ignored, SIGHUP."""
     numbers = [int(signal.SIGINT), int(signal.SIGTERM)]
-    # Ignored under nohup, which is what it is for.
+    # nohup has it ignored, and it must stay so.
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         numbers.append(int(signal.SIGHUP))
     return tuple(numbers)
 
 
 def _tell(text: str, *, show_cursor: bool = False) -> None:
-    """Writes to standard error, if there is one; if nobody reads it any more, nothing stops."""
-    # A plain write, because the main thread may be in the middle of a print. Without standard
-    # error its number may be that of another file.
+    """Writes a line to standard error if it is open; nothing fails if nobody reads it any more."""
+    # A plain write, because the main thread may be in the middle of a print.
     if sys.stderr is not None:
         with suppress(OSError):
             cursor = _SHOW_CURSOR if show_cursor and sys.stderr.isatty() else b""

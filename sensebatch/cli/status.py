@@ -1,4 +1,4 @@
-"""`sensebatch status`: how far a run is, how fast, and what failed; works while the run goes on."""
+"""`sensebatch status`: prints the progress, speed and failures of a run, even while it runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ def status(
         bool, typer.Option("--json", help="Print one JSON object, with every failed job.")
     ] = False,
 ) -> None:
-    """Print how many jobs of a run are done, how fast it is, and which jobs failed and why."""
+    """Print how many jobs of a run are done, how fast it is, and which jobs failed and why.
+
+    It works while the run is going on.
+    """
     from sensebatch.cli.eta import pace
     from sensebatch.cli.messages import show
     from sensebatch.store.status import read_status

@@ -1,7 +1,7 @@
-"""Tables for people, on stdout: throughput by group and call, checkpoints.
+"""Prints tables for people on stdout: throughput by group and by call, and checkpoints.
 
-They fit 80 columns: titles of figures have two lines, and words wrap where a terminal is narrower.
-Nothing is cut.
+They fit 80 columns: titles of figures have two lines, and words wrap on narrower terminals. Nothing
+is cut.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
 MAX_NAMES = 5
 MEASURE_WIDTH = 1000
 FILE_WIDTH = 100
-"""Columns of what is not printed to a terminal."""
+"""The width of what is not printed to a terminal."""
 
 
 class FittingTable(Table):
-    """A table that leaves out its optional columns, one by one, where the terminal is too narrow.
+    """A table that drops optional columns, one by one, if the terminal is too narrow.
 
     Args:
-        columns: Titles; a line break keeps those of figures narrow.
-        words: The titles of columns of words, which stand on the left and may wrap.
+        columns: The titles; a line break keeps a column of figures narrow.
+        words: The titles of columns of words, which are left-aligned and may wrap.
         wrapping: The titles of columns of figures that may wrap as well.
-        optional: The titles of columns that may be left out, the first of them first.
+        optional: The titles of columns that may be dropped, in the order of dropping.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class FittingTable(Table):
         for title in columns:
             wraps = title in words or title in wrapping
             self.add_column(
-                # Titles stand at the foot, cells at the head of their line.
+                # Titles are aligned at the bottom, cells at the top.
                 "\n" * (num_lines - title.count("\n")) + title,
                 justify="left" if title in words else "right",
                 no_wrap=not wraps,
@@ -65,7 +65,7 @@ class FittingTable(Table):
                 self._optional.append((optional.index(title), self.columns[-1]))
 
     def fit(self, console: Console) -> None:
-        """Takes away padding and optional columns until the table is as narrow as the console."""
+        """Removes padding, then optional columns, until the table fits the console."""
         if self._measured(console).maximum > console.width:
             self.padding = (0, 0)
         for _, column in sorted(self._optional, key=itemgetter(0)):
@@ -74,7 +74,7 @@ class FittingTable(Table):
             self.columns.remove(column)
 
     def _measured(self, console: Console) -> Measurement:
-        # Asked for plenty of columns: in too few, a table says that it fits.
+        # Measured against a very wide console: a table claims to fit a narrow one.
         return Measurement.get(console, console.options.update(max_width=MEASURE_WIDTH), self)
 
 
@@ -97,7 +97,7 @@ def print_parts(*parts: object) -> None:
             console.print()
         if isinstance(part, FittingTable):
             part.fit(console)
-        # What a person may copy is not broken into lines.
+        # Paths, which people copy, are not broken into lines.
         console.print(part, soft_wrap=isinstance(part, str) and " " not in part)
         before = part
     show(printed.getvalue().removesuffix("\n"))
@@ -107,8 +107,8 @@ def print_report(summary: Summary, *, max_calls: int | None) -> None:
     """Prints the published summary: totals, then calls and groups as tables.
 
     Args:
-        summary: What a log says of a run.
-        max_calls: Most rows for single calls; None prints all.
+        summary: The summary of a log.
+        max_calls: The most rows for calls; None prints all.
     """
     from sensebatch.report.summary import format_totals
 
@@ -139,7 +139,7 @@ def _throughput_cells(group: Throughput) -> Iterable[str]:
 
 
 def _calls(calls: Sequence[Call]) -> FittingTable:
-    """Returns a row a call; memory of the device only where there was one."""
+    """Returns one row per call; memory of the device is included only if there was one."""
     on_device = any(call.peak.reserved_bytes for call in calls)
     peaks = ["peak\nGiB", "res.\nGiB", "rss\nGiB"] if on_device else ["rss\nGiB"]
     titles = ("jobs", "images", "wall s", "s/step", "tok/s", *peaks)
@@ -161,7 +161,7 @@ def _calls(calls: Sequence[Call]) -> FittingTable:
 
 
 def print_model(summary: ModelSummary) -> None:
-    """Prints a checkpoint's sizes, configuration and, if any, wrong tensors."""
+    """Prints a checkpoint's sizes, configuration and, if there are any, wrong tensors."""
     sizes = FittingTable("group", "tensors", "parameters", "GiB", words=["group"])
     for group, size in summary.groups.items():
         sizes.add_row(

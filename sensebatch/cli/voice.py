@@ -1,4 +1,4 @@
-"""What a run says to people: on stderr as much as they ask for, and with times in its log file."""
+"""Prints what happens during a run: as much as was asked for on stderr, and all in its log file."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ _PACKAGE = "sensebatch"
 
 
 class Level(IntEnum):
-    """How much a line matters."""
+    """How important a line is."""
 
     DETAIL = 0
-    """For `--verbose`."""
+    """Printed with `--verbose`."""
     INFO = 1
-    """The course of a run."""
+    """The progress of a run."""
     BRIEF = 2
-    """What a command that makes one job says of it."""
+    """What a command that runs one job prints about it."""
     ALERT = 3
-    """Warnings and failures; `--quiet` keeps them."""
+    """Warnings and failures, which `--quiet` prints as well."""
 
 
 Printer = Callable[[str, Level], None]
 
 
 class Voice:
-    """Says lines, from a level on; keeps those of a run's course in the run's log file.
+    """Prints lines from a level on, and writes those about a run to the run's log file.
 
     Args:
         least: The lowest level that is printed.
-        now: The time, with its zone.
+        now: Returns the time, with its zone.
     """
 
     def __init__(
@@ -47,16 +47,16 @@ class Voice:
     ) -> None:
         self.least = least
         self.printer: Printer = lambda text, _: say(text)
-        """Prints a line; a display takes its place while it is shown."""
+        """Prints a line; replaced by a display while there is one."""
         self.timed = False
-        """Whether lines are printed with the time of day."""
+        """Whether printed lines begin with the time of day."""
         self._now = now
         self._early: list[str] | None = []
-        """Lines from before there is a log file; None once there is one, or there can be none."""
+        """Lines from before the log file was opened; None once that was tried."""
         self._file: TextIO | None = None
 
     def tell(self, level: Level, text: str) -> None:
-        """Prints a line if its level asks for it, and writes it to the log file."""
+        """Prints a line if its level is high enough, and writes it to the log file."""
         if level >= self.least:
             clock = f"{self._now():%H:%M:%S} " if self.timed else ""
             self.printer(f"{clock}{text}", level)
@@ -64,37 +64,37 @@ class Voice:
             self.record(text)
 
     def record(self, text: str) -> None:
-        """Writes a line to the log file alone."""
+        """Writes a line to the log file only."""
         line = f"{self._now().isoformat(' ', 'seconds')} {text}\n"
         if self._file is not None:
-            # A run does not end because its messages cannot be kept.
+            # A run does not end because its messages cannot be written.
             with suppress(OSError):
                 self._file.write(line)
         elif self._early is not None:
             self._early.append(line)
 
     def detail(self, text: str) -> None:
-        """Says what only those want to know who ask for it."""
+        """Prints a line of detail."""
         self.tell(Level.DETAIL, text)
 
     def info(self, text: str) -> None:
-        """Says how a run goes."""
+        """Prints a line about the progress of a run."""
         self.tell(Level.INFO, text)
 
     def alert(self, text: str) -> None:
-        """Says what went wrong."""
+        """Prints a line about something that went wrong."""
         self.tell(Level.ALERT, text)
 
     def warn(self, text: str) -> None:
-        """Says what is allowed but deserves a look."""
+        """Prints a warning."""
         self.alert(f"warning: {text}")
 
     def warn_of(self, problem: Problem) -> None:
-        """Says what is allowed in a manifest but deserves a look."""
+        """Prints a warning about a manifest."""
         self.warn(str(problem))
 
     def keep(self, path: Path) -> None:
-        """Appends what was said so far, and everything from now on, to a log file."""
+        """Appends all lines so far, and all that follow, to a log file."""
         early, self._early = self._early, None
         with suppress(OSError):
             self._file = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
@@ -109,9 +109,9 @@ class Voice:
 
     @contextmanager
     def logging(self) -> Iterator[None]:
-        """Says what libraries and the package log, from warnings on, while the block runs.
+        """Prints what libraries and the package log during the block, from warnings on.
 
-        `--verbose` has the package say more.
+        With `--verbose`, the package logs more.
         """
         handler, package = _Handler(self), logging.getLogger(_PACKAGE)
         before, root = package.level, logging.getLogger()
@@ -125,7 +125,7 @@ class Voice:
 
 
 class _Handler(logging.Handler):
-    """Passes log records on to a voice."""
+    """Passes log records to a voice."""
 
     def __init__(self, voice: Voice) -> None:
         super().__init__()

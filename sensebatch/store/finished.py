@@ -1,4 +1,4 @@
-"""The jobs of a run that are done, with what they made; readable while the run goes on."""
+"""Reads the jobs of a run that are done, with what they made; works during the run."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class FinishedJob:
 
     job: Job
     key: str
-    """The hash of everything that decides its pixels and text."""
+    """The hash of everything that its pixels and text depend on."""
     image_files: tuple[Path, ...]
     """Its images, in the order drawn."""
     text_file: Path | None
     """Its think or interleave text; None without one."""
     row: Mapping[str, Any]
-    """The row of the log about the attempt that made them; docs/log.md has the columns."""
+    """The log's row about the attempt that made them; docs/log.md explains the columns."""
 
     def open_images(self) -> list[Image.Image]:
         """Returns the images, read from their files.

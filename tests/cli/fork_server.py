@@ -3,7 +3,7 @@
 Reads a JSON list of arguments a line on stdin; says the process's id as it starts and how it
 ended, each on a line of stdout. Nothing is computed before a process is made. A process may be
 killed from outside as often as a test likes, which says nothing of the batch it was at. With the
-argument `alone`, vram_mode `low` draws small images one by one too.
+argument `alone`, vram_mode `low` draws even small images one by one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Comparison pictures: everything side by side, nothing lost, nothing outside."""
+"""Comparisons: all images side by side, nothing lost, nothing outside."""
 
 from __future__ import annotations
 

@@ -141,9 +141,7 @@ DEFAULTS = {
     ("command", "option", "default"),
     [(command, *item) for command, found in DEFAULTS.items() for item in found.items()],
 )
-def test_help_says_what_a_setting_is_without_the_option(
-    command: str, option: str, default: str
-) -> None:
+def test_help_shows_the_default_of_a_setting(command: str, option: str, default: str) -> None:
     found = COMMANDS[command]
     context = found.make_context(command, [], resilient_parsing=True)
     (parameter,) = (item for item in found.params if option in item.opts)

@@ -28,7 +28,7 @@ def _opened(path: str) -> Image.Image:
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Path:
+def red(tmp_path: Path) -> Path:
     path = tmp_path / "in.png"
     Image.new("RGB", (64, 64), "red").save(path)
     return path
@@ -59,9 +59,9 @@ def test_published_t2i_command_line(invoke: Invoke) -> None:
     assert Path("dot_compare.png").is_file()
 
 
-def test_published_edit_command_line_with_two_images(invoke: Invoke, picture: Path) -> None:
+def test_published_edit_command_line_with_two_images(invoke: Invoke, red: Path) -> None:
     ended = invoke(
-        "edit", "--prompt", "both", "--image", picture, "--image", picture, "--output_dir", "out",
+        "edit", "--prompt", "both", "--image", red, "--image", red, "--output_dir", "out",
         "--stem", "both", "--img_cfg_scale", "1.5", "--target_pixels", "4096",
         "--input_max_pixels", "none", "--system_message", "Draw.", "--compare", "--json",
     )  # fmt: skip
@@ -103,7 +103,7 @@ def test_interleave_writes_numbered_images_and_the_text(invoke: Invoke) -> None:
     assert all(Path(path).is_file() for path in outputs)
 
 
-def test_same_command_again_draws_nothing_and_brings_the_file_back(
+def test_same_command_again_draws_nothing_and_restores_the_file(
     invoke: Invoke, backend: FakeBackend
 ) -> None:
     command = ["t2i", "--prompt", "a dot", "--output", "dot.png", *SMALL]
@@ -166,11 +166,11 @@ def test_run_of_an_earlier_version_keeps_its_name(
         (["interleave", "--image", "a_0.png", "--output-dir", ".", "--stem", "a"], "a_0.png"),
     ],
 )
-def test_input_image_is_not_replaced_by_what_is_made_of_it(
-    invoke: Invoke, picture: Path, backend: FakeBackend, command: list[str], output: str
+def test_input_image_is_not_overwritten(
+    invoke: Invoke, red: Path, backend: FakeBackend, command: list[str], output: str
 ) -> None:
-    target = picture.with_name(output)
-    target.write_bytes(picture.read_bytes())
+    target = red.with_name(output)
+    target.write_bytes(red.read_bytes())
     before = target.read_bytes()
     ended = invoke(*command, "--prompt", "blue")
     assert ended.code == 2
@@ -179,7 +179,7 @@ def test_input_image_is_not_replaced_by_what_is_made_of_it(
     assert backend.loaded == []
 
 
-def test_little_is_said_of_one_job(invoke: Invoke) -> None:
+def test_one_job_prints_little(invoke: Invoke) -> None:
     ended = invoke("t2i", "--prompt", "a dot", "--output", "dot.png", "--resolution", "1:1")
     lines = [re.sub(r"^\d\d:\d\d:\d\d ", "", line) for line in ended.err.splitlines()]
     assert lines == ["loading tiny on cpu (float32)", "wrote dot.png"]

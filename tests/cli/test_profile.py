@@ -90,7 +90,7 @@ def test_report_writes_the_document_again(invoke: Invoke, tmp_path: Path) -> Non
         (["--suite", "modes", "--model", "./none"], "./none: expected"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_run(
+def test_mistakes_are_reported_before_anything_runs(
     invoke: Invoke, launched: list[Sequence[str]], args: list[str], message: str
 ) -> None:
     ended = invoke("profile", *args)

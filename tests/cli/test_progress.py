@@ -71,7 +71,7 @@ class Terminal(io.StringIO):
     def write(self, text: str) -> int:
         self._left -= 1
         if self._left < 0:
-            raise OSError(errno.EIO, "the terminal is gone")
+            raise OSError(errno.EIO, "the terminal is closed")
         return super().write(text)
 
 
@@ -224,7 +224,9 @@ def test_steps_without_a_known_end_have_no_total() -> None:
 
 
 @pytest.mark.parametrize("writes", [0, 1, 2])
-def test_a_terminal_that_goes_ends_no_run(monkeypatch: pytest.MonkeyPatch, writes: int) -> None:
+def test_a_terminal_that_closes_does_not_end_a_run(
+    monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
     monkeypatch.setenv("TERM", "xterm")
     terminal = Terminal(writes)
     monkeypatch.setattr(sys, "stderr", terminal)

@@ -70,7 +70,7 @@ class Program:
         kill_at: Callable[[], bool] | None = None,
         by: signal.Signals = signal.SIGKILL,
     ) -> int:
-        """Runs a command line, told something by a signal or not; returns its exit status."""
+        """Runs a command line, sends it a signal if asked to, and returns its exit status."""
         assert self.server.stdin is not None
         assert self.server.stdout is not None
         print(json.dumps([str(arg) for arg in args]), file=self.server.stdin, flush=True)
@@ -113,7 +113,7 @@ def program() -> Iterator[Program]:
 
 @pytest.fixture(scope="module")
 def one_by_one() -> Iterator[Program]:
-    """The program, but that `low` draws small pictures one by one too."""
+    """The program, except that `low` draws even small images one by one."""
     with _started("alone") as program:
         yield program
 
@@ -153,13 +153,13 @@ def _file_count(pattern: str, count: int) -> Moment:
 
 MOMENTS: dict[str, Moment] = {
     "a batch is recorded": _file_count("state.db-wal", 1),
-    "the first picture is in place": _file_count("images/dots*.png", 1),
-    "all pictures of a batch are in place": _file_count("images/dots*.png", 3),
+    "the first image is in place": _file_count("images/dots*.png", 1),
+    "all images of a batch are in place": _file_count("images/dots*.png", 3),
     "a think text is in place": _file_count("text/planned.txt", 1),
     "an edit is in place": _file_count("images/edits*.png", 1),
     "the first round is kept": _file_count("checkpoints/*/0000.safetensors", 1),
     "the second round is kept": _file_count("checkpoints/*/0001.safetensors", 1),
-    "an interleave picture is in place": _file_count("images/stories*/*.png", 1),
+    "an interleave image is in place": _file_count("images/stories*/*.png", 1),
 }
 
 
@@ -198,7 +198,7 @@ def _kept_jobs(root: Path) -> list[list[int]]:
 
 
 def test_sigkill_between_passes_loses_no_finished_pass(one_by_one: Program, tmp_path: Path) -> None:
-    """Four passes of one job each, killed behind the first three; each is drawn once."""
+    """Four passes of one job each, killed after each of the first three; each is drawn once."""
     manifest = tmp_path / "passes.yaml"
     manifest.write_text(PASSES, encoding="utf-8")
     command = ("run", manifest, "--vram-mode", "low", "--output-dir")
@@ -218,7 +218,7 @@ def test_sigkill_between_passes_loses_no_finished_pass(one_by_one: Program, tmp_
 def test_first_signal_ends_a_run_between_passes_and_loses_none(
     one_by_one: Program, tmp_path: Path
 ) -> None:
-    """Twelve passes of one job each; stopped in the second and, gone on, behind the next one."""
+    """Twelve passes of one job each; stopped in the second, and again after the next one."""
     manifest = tmp_path / "passes.yaml"
     manifest.write_text(MORE_PASSES, encoding="utf-8")
     command = ("run", manifest, "--vram-mode", "low", "--output-dir")

@@ -54,7 +54,7 @@ def test_run_makes_the_folder_that_the_documentation_names(
     assert "5 of 5 jobs done" in ended.err
 
 
-def test_second_run_loads_nothing_and_says_so(
+def test_second_run_loads_nothing_and_reports_it(
     invoke: Invoke, manifest: Path, backend: FakeBackend
 ) -> None:
     invoke("run", manifest)
@@ -116,7 +116,7 @@ def test_failed_job_stays_failed_until_it_is_retried(
     assert [row["attempt"] for row in log if row["job_id"] == "b"] == [1, 2]
 
 
-def test_max_failures_ends_a_run_that_goes_on_later(invoke: Invoke, manifest: Path) -> None:
+def test_max_failures_ends_a_run_that_can_be_resumed(invoke: Invoke, manifest: Path) -> None:
     _failing(manifest)
     ended = invoke("run", manifest, "--max-failures", "1", "--max-batch-size", "1")
     assert ended.code == 1
@@ -124,7 +124,7 @@ def test_max_failures_ends_a_run_that_goes_on_later(invoke: Invoke, manifest: Pa
     assert invoke("run", manifest, "--json").json["remaining"] == 0
 
 
-def test_changed_job_is_run_again_and_said_so(invoke: Invoke, manifest: Path) -> None:
+def test_changed_job_runs_again_and_is_reported(invoke: Invoke, manifest: Path) -> None:
     invoke("run", manifest)
     manifest.write_text(manifest.read_text().replace("a line", "two lines"))
     ended = invoke("run", manifest)
@@ -132,7 +132,7 @@ def test_changed_job_is_run_again_and_said_so(invoke: Invoke, manifest: Path) ->
     assert "1 image made" in ended.err
 
 
-def test_another_precision_makes_every_picture_anew(invoke: Invoke, manifest: Path) -> None:
+def test_another_precision_makes_every_image_again(invoke: Invoke, manifest: Path) -> None:
     invoke("run", manifest)
     assert invoke("run", manifest, "--precision", "auto", "--json").json["this_run"]["done"] == 0
     ended = invoke("run", manifest, "--precision", "fp8")
@@ -168,7 +168,7 @@ def test_failed_jobs_beyond_the_limit_are_not_tried_again(
     assert len(backend.loaded) == 1
 
 
-def test_limit_beyond_the_last_job_tells_of_removed_jobs(invoke: Invoke, manifest: Path) -> None:
+def test_limit_beyond_the_last_job_reports_removed_jobs(invoke: Invoke, manifest: Path) -> None:
     invoke("run", manifest)
     manifest.write_text(manifest.read_text().replace("  - {id: b, prompt: a line}\n", ""))
     ended = invoke("run", manifest, "--limit", "9")
@@ -176,7 +176,7 @@ def test_limit_beyond_the_last_job_tells_of_removed_jobs(invoke: Invoke, manifes
 
 
 @pytest.mark.parametrize("args", [["run"], ["run", "--output-dir", "here"], ["plan"]])
-def test_all_mistakes_are_told_wherever_the_folder_gets_its_name(
+def test_all_mistakes_are_reported_wherever_the_folder_gets_its_name(
     invoke: Invoke, manifest: Path, args: list[str]
 ) -> None:
     text = manifest.read_text().replace("num_steps: 2", "num_steps: x").replace("a dot", "")
@@ -189,7 +189,7 @@ def test_all_mistakes_are_told_wherever_the_folder_gets_its_name(
     assert not Path("outputs/small").exists()
 
 
-def test_missing_manifest_is_told_as_validate_tells_it(invoke: Invoke) -> None:
+def test_missing_manifest_is_reported_as_by_validate(invoke: Invoke) -> None:
     expected = "none.yaml: manifest: expected a file, found none"
     assert expected in invoke("run", "none.yaml").err
     assert expected in invoke("manifest", "validate", "none.yaml").err
@@ -212,7 +212,7 @@ def test_flags_with_underscores_are_the_same_flags(invoke: Invoke, manifest: Pat
     assert resolve_settings(config_file=Path("here/run.yaml")).memory.max_batch_size == 3
 
 
-def test_mistakes_are_told_at_once_before_anything_is_loaded(
+def test_mistakes_are_reported_at_once_before_anything_is_loaded(
     invoke: Invoke, tmp_path: Path, backend: FakeBackend
 ) -> None:
     path = tmp_path / "wrong.yaml"
@@ -265,7 +265,7 @@ def test_a_lora_that_does_not_fit_is_found_before_any_work(
     assert not Path("outputs").exists()
 
 
-def test_a_lora_that_is_none_has_no_job_run_again(
+def test_a_file_that_is_not_a_lora_has_no_job_run_again(
     invoke: Invoke, manifest: Path, tmp_path: Path
 ) -> None:
     assert invoke("run", manifest).code == 0
@@ -280,7 +280,7 @@ def test_unknown_option_is_a_usage_error(invoke: Invoke, manifest: Path) -> None
     assert invoke("run", manifest, "--batchsize", "3").code == 2
 
 
-def test_mistake_leaves_no_folder_behind_and_nothing_in_one_that_was_there(
+def test_mistake_leaves_no_new_folder_and_nothing_in_an_old_one(
     invoke: Invoke, manifest: Path
 ) -> None:
     bad = manifest.with_name("bad.yaml")
@@ -351,9 +351,7 @@ def test_published_memory_budgets_become_settings(
 @pytest.mark.parametrize(
     "value", ["20GiB", "1=20GiB", "0=20", "0=20GiB,", "0=2GiB,0=3GiB", "0=0GiB"]
 )
-def test_memory_budgets_that_are_none_are_refused(
-    invoke: Invoke, manifest: Path, value: str
-) -> None:
+def test_invalid_memory_budgets_are_refused(invoke: Invoke, manifest: Path, value: str) -> None:
     ended = invoke("run", manifest, "--max-memory", value)
     assert ended.code == 2
     assert ended.err.startswith("sensebatch: --max-memory: expected")
@@ -376,7 +374,7 @@ def test_a_vram_budget_is_the_gpus_part_of_max_memory(
 
 
 @pytest.mark.parametrize("value", ["13", "13GB", "0GiB", "0=13GiB", "-1GiB", "1" * 400 + "GiB"])
-def test_a_vram_budget_that_is_none_is_refused(
+def test_an_invalid_vram_budget_is_refused(
     invoke: Invoke, manifest: Path, backend: FakeBackend, value: str
 ) -> None:
     ended = invoke("run", manifest, f"--vram-budget={value}")
@@ -410,7 +408,7 @@ def test_lines_of_a_run_have_the_time_of_day(invoke: Invoke, manifest: Path) -> 
     assert lines[len(timed)].startswith("5 of 5 jobs done")
 
 
-def test_quiet_keeps_failures_and_what_a_run_came_to_if_it_failed(
+def test_quiet_prints_failures_and_the_outcome_of_a_run_that_failed(
     invoke: Invoke, manifest: Path
 ) -> None:
     # A size of the model, so that there is nothing to warn of.
@@ -434,7 +432,7 @@ def test_quiet_and_verbose_exclude_each_other(invoke: Invoke, manifest: Path) ->
 
 
 @pytest.mark.parametrize("flags", [[], ["--quiet"]])
-def test_folder_keeps_a_log_of_what_was_said_with_times(
+def test_folder_keeps_a_log_of_what_was_printed_with_times(
     invoke: Invoke, manifest: Path, flags: list[str]
 ) -> None:
     _failing(manifest)
@@ -449,7 +447,7 @@ def test_folder_keeps_a_log_of_what_was_said_with_times(
         assert said in log
 
 
-def test_log_cannot_be_kept_and_the_run_goes_on(invoke: Invoke, manifest: Path) -> None:
+def test_run_continues_if_its_log_cannot_be_kept(invoke: Invoke, manifest: Path) -> None:
     invoke("run", manifest, "--limit", "1")
     log = Path("outputs/small/run.log")
     log.unlink()
@@ -457,7 +455,7 @@ def test_log_cannot_be_kept_and_the_run_goes_on(invoke: Invoke, manifest: Path) 
     assert invoke("run", manifest).code == 0
 
 
-def test_warnings_of_libraries_are_said_once_and_kept(
+def test_warnings_of_libraries_are_printed_once_and_kept(
     invoke: Invoke, manifest: Path, backend: FakeBackend
 ) -> None:
     logger, before = logging.getLogger("some.library"), list(logging.getLogger().handlers)
@@ -468,7 +466,7 @@ def test_warnings_of_libraries_are_said_once_and_kept(
     assert logging.getLogger().handlers == before
 
 
-def test_input_in_the_place_of_a_jobs_own_image_is_a_mistake(
+def test_job_whose_image_would_overwrite_its_input_is_a_mistake(
     invoke: Invoke, manifest: Path
 ) -> None:
     assert invoke("run", manifest, "--output-dir", "o").code == 0
@@ -490,7 +488,7 @@ def test_input_in_the_place_of_a_jobs_own_image_is_a_mistake(
     ("platform", "given", "expected"),
     [("linux", None, "expandable_segments:True"), ("linux", "x:1", None), ("win32", None, None)],
 )
-def test_the_allocator_is_told_to_grow_unless_the_user_says_otherwise(
+def test_the_allocator_may_grow_its_segments_unless_the_user_says_otherwise(
     monkeypatch: pytest.MonkeyPatch, platform: str, given: str | None, expected: str | None
 ) -> None:
     monkeypatch.setattr(sys, "platform", platform)
@@ -504,7 +502,7 @@ def test_the_allocator_is_told_to_grow_unless_the_user_says_otherwise(
     assert os.environ.get("PYTORCH_ALLOC_CONF") == expected
 
 
-def test_loading_says_what_compiling_took() -> None:
+def test_loaded_line_includes_the_time_of_compiling() -> None:
     info = FakeEngine().info
     assert loaded_line(replace(info, load_s=9.04)) == "loaded in 9.0 s"
     said = loaded_line(replace(info, load_s=9.04, compile_s=0.81))

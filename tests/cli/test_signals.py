@@ -100,7 +100,7 @@ def test_a_signal_while_the_program_is_imported_ends_it_quietly(
 
 
 @pytest.mark.parametrize("closed", [False, True])
-def test_a_signal_stops_a_run_that_can_tell_nobody(
+def test_a_signal_stops_a_run_that_cannot_print(
     monkeypatch: pytest.MonkeyPatch, closed: bool
 ) -> None:
     written: list[bytes] = []
@@ -119,7 +119,7 @@ def test_a_signal_stops_a_run_that_can_tell_nobody(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_first_signal_commits_a_batch_of_one_pass_and_the_same_command_goes_on(
+def test_first_signal_commits_a_batch_of_one_pass_and_the_same_command_resumes(
     invoke: Invoke, manifest: Path, backend: FakeBackend, number: signal.Signals
 ) -> None:
     backend.engine.on_step = _once(number)
@@ -133,7 +133,7 @@ def test_first_signal_commits_a_batch_of_one_pass_and_the_same_command_goes_on(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_first_signal_ends_a_run_between_two_passes_and_the_same_command_goes_on(
+def test_first_signal_ends_a_run_between_two_passes_and_the_same_command_resumes(
     invoke: Invoke, manifest: Path, backend: FakeBackend, number: signal.Signals
 ) -> None:
     backend.engine.a_pass, backend.engine.on_step = 1, _once(number)
@@ -150,8 +150,8 @@ def test_first_signal_ends_a_run_between_two_passes_and_the_same_command_goes_on
     counts = invoke("status", "outputs/small", "--json").json
     assert (counts["started"], counts["pending"], counts["failed"]) == (2, 3, 0)
     assert counts["kept_images"] == 1
-    told = invoke("status", "outputs/small").out
-    assert "0 of 5 jobs done, 0 failed, 3 to do, 2 interrupted, 1 image kept" in told
+    printed = invoke("status", "outputs/small").out
+    assert "0 of 5 jobs done, 0 failed, 3 to do, 2 interrupted, 1 image kept" in printed
     resumed = invoke("run", manifest, "--json").json
     assert (resumed["exit_code"], resumed["this_run"]["done"]) == (0, 5)
     assert backend.engine.drawn[:2] == [("a",), ("b",)]
@@ -211,7 +211,7 @@ def test_signal_in_the_last_batch_is_a_finished_run(
 
 @pytest.mark.parametrize(("number", "code"), ENDS)
 @pytest.mark.usefixtures("backend")
-def test_second_signal_ends_at_once_and_the_run_can_go_on(
+def test_second_signal_ends_at_once_and_the_run_can_be_resumed(
     invoke: Invoke, manifest: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     script = KILLED_TWICE.format(number=int(number))
@@ -249,7 +249,7 @@ def test_signal_while_weights_are_loaded_leaves_nothing_started(
 ) -> None:
     def interrupted(*_: object, **__: object) -> None:
         os.kill(os.getpid(), signal.SIGINT)
-        pytest.fail("the load went on")
+        pytest.fail("the load continued")
 
     with monkeypatch.context() as patch:
         patch.setattr(backend, "load_engine", interrupted)
@@ -260,7 +260,7 @@ def test_signal_while_weights_are_loaded_leaves_nothing_started(
     assert invoke("run", manifest, "--json").json["this_run"]["done"] == 5
 
 
-def test_handlers_are_put_back() -> None:
+def test_handlers_are_restored() -> None:
     before = signal.getsignal(signal.SIGINT)
     with StopSignals().installed():
         assert signal.getsignal(signal.SIGINT) != before

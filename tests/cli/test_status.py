@@ -1,4 +1,4 @@
-"""What `sensebatch status` says of a run, whether it goes on or not."""
+"""What `sensebatch status` prints about a run, whether it is still running or not."""
 
 from __future__ import annotations
 
@@ -107,9 +107,7 @@ def test_job_that_is_tried_again_is_no_longer_a_failure(invoke: Invoke, manifest
     assert "retry-failed" not in out
 
 
-def test_status_works_while_the_run_goes_on(
-    invoke: Invoke, manifest: Path, backend: FakeBackend
-) -> None:
+def test_status_works_during_the_run(invoke: Invoke, manifest: Path, backend: FakeBackend) -> None:
     seen: list[dict[str, object]] = []
 
     def look() -> None:

@@ -14,7 +14,7 @@ from tests.cli.conftest import Invoke
 
 
 @pytest.mark.parametrize("kind", [DeviceError, StorageFullError, RunFolderError])
-def test_run_that_cannot_go_on_is_resumable(
+def test_run_that_cannot_continue_is_resumable(
     invoke: Invoke,
     manifest: Path,
     backend: FakeBackend,
@@ -37,7 +37,7 @@ def test_run_that_cannot_go_on_is_resumable(
 
 
 @pytest.mark.parametrize("asked", [("--prompt", "a dot"), ("--jsonl", "one.jsonl")])
-def test_one_job_that_cannot_go_on_says_so_in_its_object(
+def test_one_job_that_cannot_continue_reports_it_in_its_object(
     invoke: Invoke,
     backend: FakeBackend,
     monkeypatch: pytest.MonkeyPatch,
@@ -59,12 +59,12 @@ def test_what_was_committed_is_in_the_log_and_the_summary(
 ) -> None:
     real = backend.engine.generate
 
-    def fail_behind_the_first(*args: Any, **options: Any) -> BatchResult:
+    def fail_after_the_first(*args: Any, **options: Any) -> BatchResult:
         if backend.engine.batches:
             raise DeviceError("it is gone")
         return real(*args, **options)
 
-    monkeypatch.setattr(backend.engine, "generate", fail_behind_the_first)
+    monkeypatch.setattr(backend.engine, "generate", fail_after_the_first)
     assert invoke("run", manifest).code == 75
     done = invoke("status", "outputs/small", "--json").json["done"]
     total = invoke("report", "outputs/small", "--json").json["total"]

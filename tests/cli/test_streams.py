@@ -47,7 +47,7 @@ needs_full = pytest.mark.skipif(not FULL.exists(), reason="there is no /dev/full
 
 @needs_full
 @pytest.mark.parametrize("more", [["--json"], ["--profile"]])
-def test_run_whose_output_cannot_be_written_is_done_all_the_same(
+def test_run_whose_output_cannot_be_written_is_still_done(
     manifest: Path, tmp_path: Path, more: list[str]
 ) -> None:
     ended = _shell('"$@" >/dev/full', "run", manifest, "--output-dir", tmp_path / "o", *more)
@@ -57,7 +57,7 @@ def test_run_whose_output_cannot_be_written_is_done_all_the_same(
     assert "Traceback" not in ended.stderr
 
 
-def test_run_whose_reader_has_ended_is_done_all_the_same(manifest: Path, tmp_path: Path) -> None:
+def test_run_whose_reader_has_ended_is_still_done(manifest: Path, tmp_path: Path) -> None:
     # The pipe is closed before the run begins.
     line = '{ sleep 0.2; "$@"; echo "code $?" >&2; } | true'
     ended = _shell(line, "run", manifest, "--output-dir", tmp_path / "o", "--json")
@@ -68,20 +68,18 @@ def test_run_whose_reader_has_ended_is_done_all_the_same(manifest: Path, tmp_pat
 
 @needs_full
 @pytest.mark.parametrize("args", [["manifest", "schema"], ["model", "inspect", "tiny"]])
-def test_output_that_is_all_a_command_does_is_missed(args: list[str]) -> None:
+def test_command_that_cannot_print_its_result_fails(args: list[str]) -> None:
     ended = _shell('"$@" >/dev/full', *args)
     assert ended.returncode == 74
     assert ended.stderr == "sensebatch: stdout: No space left on device\n"
 
 
-def test_reader_that_has_enough_is_no_error() -> None:
+def test_reader_that_has_enough_is_not_an_error() -> None:
     ended = _shell('{ sleep 0.2; "$@"; echo "code $?" >&2; } | true', "manifest", "schema")
     assert ended.stderr == "code 0\n"
 
 
-def test_what_is_said_to_people_never_comes_to_standard_output(
-    manifest: Path, tmp_path: Path
-) -> None:
+def test_messages_for_people_never_go_to_standard_output(manifest: Path, tmp_path: Path) -> None:
     root = tmp_path / "o"
     ended = _shell('"$@" 2>&-', "run", manifest, "--output-dir", root, "--json")
     assert ended.returncode == 0
@@ -107,7 +105,7 @@ main()
 
 
 @pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
-def test_closed_standard_error_is_no_file_of_the_run(tmp_path: Path, closed: str) -> None:
+def test_closed_standard_error_is_not_a_file_of_the_run(tmp_path: Path, closed: str) -> None:
     _shell(f'"$@" {closed}', tmp_path / "file", script=WRITES_TO_2)
     assert (tmp_path / "file").read_bytes() == b"mine"
 

@@ -54,7 +54,7 @@ def test_former_definition_that_failed_in_between_is_finished(tmp_path: Path) ->
     assert (finished.job.prompt, finished.row["status"]) == (good.prompt, "done")
 
 
-def test_finished_jobs_are_there_while_the_run_goes_on(tmp_path: Path) -> None:
+def test_finished_jobs_are_readable_during_the_run(tmp_path: Path) -> None:
     seen: list[list[str]] = []
     engine = FakeEngine(on_step=lambda: seen.append(_ids(tmp_path)))
     jobs: list[Job] = [make_job(f"t{i}") for i in range(6)]
