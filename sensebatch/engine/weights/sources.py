@@ -17,7 +17,7 @@ from torch import Tensor
 from sensebatch.checkpoint.files import Checkpoint
 from sensebatch.engine.weights.lora import Lora
 from sensebatch.engine.weights.tensor_files import FILE_DTYPES, read_bytes
-from sensebatch.errors import StoppedError
+from sensebatch.errors import CheckpointError, StoppedError
 
 SYNTHETIC_PERIOD = 1_048_583
 """Synthetic weights repeat after this many numbers: a prime, so that no two rows are equal."""
@@ -30,7 +30,7 @@ class WeightSource(Protocol):
         """Writes a tensor, or its rows from start to end, into contiguous host memory.
 
         Raises:
-            CheckpointError: The file has become shorter or cannot be read.
+            CheckpointError: The file became shorter or cannot be read, or a number is not finite.
         """
 
 
@@ -54,12 +54,24 @@ class FileWeights:
         changed = self._lora is not None and name in self._lora
         if FILE_DTYPES[tensor.dtype] == target.dtype and not changed:
             read_bytes(tensor, start, target)
-            return
-        weight = torch.empty((end - first, *tensor.shape[1:]), dtype=FILE_DTYPES[tensor.dtype])
-        read_bytes(tensor, start, weight)
-        if self._lora is not None:
-            weight = self._lora.apply(name, weight, first_row=first)
-        target.copy_(weight)
+        else:
+            weight = torch.empty((end - first, *tensor.shape[1:]), dtype=FILE_DTYPES[tensor.dtype])
+            read_bytes(tensor, start, weight)
+            if self._lora is not None:
+                weight = self._lora.apply(name, weight, first_row=first)
+            target.copy_(weight)
+        if not _is_finite(target):
+            raise CheckpointError(
+                f"{tensor.file}: {name}: expected numbers that are finite in "
+                f"{str(target.dtype).removeprefix('torch.')}, found NaN or infinite ones"
+            )
+
+
+def _is_finite(weight: Tensor) -> bool:
+    """Returns whether all numbers are finite, about as fast as they are read from memory."""
+    # NaN and infinity survive a sum, which costs a hundredth of looking at each number. A sum of
+    # finite numbers may become infinite as well.
+    return bool(torch.isfinite(weight.sum())) or bool(torch.isfinite(weight).all())
 
 
 class SyntheticWeights:

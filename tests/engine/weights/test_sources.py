@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from sensebatch.checkpoint.files import Checkpoint, open_checkpoint
+from sensebatch.checkpoint.files import Checkpoint, open_checkpoint, read_header
 from sensebatch.checkpoint.tensors import expected_tensors
 from sensebatch.engine.weights.lora import Lora
 from sensebatch.engine.weights.sources import FileWeights, SyntheticWeights, WeightSource
+from sensebatch.errors import CheckpointError
 
 GATE = "language_model.model.layers.0.mlp_mot_gen.gate_proj.weight"
 
@@ -84,3 +86,33 @@ def test_a_lora_is_merged_into_synthetic_weights_too(
     source = SyntheticWeights(torch.float32, lora)
     found = by_rows(source, GATE, tuple(plain.shape), 7)
     torch.testing.assert_close(found, merged, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_numbers_that_are_not_finite_are_found_where_they_are_read(
+    tmp_path: Path, dtype: torch.dtype, value: float
+) -> None:
+    weight = torch.zeros(40, 30, dtype=dtype)
+    weight[21, 17] = value
+    source = one_tensor(tmp_path, weight)
+    source.read_into("a.weight", (0, 21), torch.empty(21, 30))
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: a\.weight: .* NaN or infinite"):
+        source.read_into("a.weight", (14, 28), torch.empty(14, 30, dtype=dtype))
+
+
+def test_large_finite_numbers_are_read_and_those_too_large_for_the_dtype_are_not(
+    tmp_path: Path,
+) -> None:
+    # The sum of each row is infinite.
+    source = one_tensor(tmp_path, torch.full((4, 8), 3e38))
+    source.read_into("a.weight", None, torch.empty(4, 8))
+    source.read_into("a.weight", None, torch.empty(4, 8, dtype=torch.bfloat16))
+    with pytest.raises(CheckpointError, match="finite in float16, found NaN or infinite"):
+        source.read_into("a.weight", None, torch.empty(4, 8, dtype=torch.float16))
+
+
+def one_tensor(folder: Path, weight: torch.Tensor) -> FileWeights:
+    """Returns the weights of a checkpoint with this one alone."""
+    save_file({"a.weight": weight}, folder / "x.safetensors")
+    return FileWeights(Mock(tensors=read_header(folder / "x.safetensors")))
