@@ -1,4 +1,4 @@
-"""What this process uses of the machine."""
+"""What this process uses of the machine, and how one that it started ended."""
 
 from __future__ import annotations
 
@@ -24,3 +24,15 @@ def peak_rss_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def last_words(said: Path, code: int) -> str:
+    """Returns how a process ended: its exit code, and the last line that it said.
+
+    Args:
+        said: Where its standard error went; need not be there.
+        code: Its exit code.
+    """
+    text = said.read_text(encoding="utf-8", errors="replace") if said.exists() else ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return f"exit code {code}: {lines[-1] if lines else 'it said nothing'}"

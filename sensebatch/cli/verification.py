@@ -19,13 +19,14 @@ from sensebatch.cli.messages import say, show
 from sensebatch.cli.signals import StopSignals
 from sensebatch.errors import ConfigError
 from sensebatch.resolutions import ResolutionError
-from sensebatch.store.files import write_atomic
+from sensebatch.store.files import unused, write_atomic
 from sensebatch.verify.check import Machine, Verdict, verify
 from sensebatch.verify.jobs import Scale, check_side
 from sensebatch.verify.promises import Trial, chosen_trials
 from sensebatch.verify.table import format_verdicts
 
 CHILD = "sensebatch.verify.child"
+FOLDER = Path("outputs/verify")
 TABLE_NAME = "promises.md"
 _FULL = Scale(model="synthetic:8b", side=2048)
 _SMALL = Scale(model="tiny", side=128, text_tokens=24)
@@ -66,11 +67,11 @@ def run_verification(options: VerifyOptions, machine: Machine, *, as_json: bool)
     scale = replace(
         default, model=options.model or default.model, side=options.side or default.side
     )
-    folder = options.output_dir or _new_folder()
+    folder = options.output_dir or unused(FOLDER)
     with StopSignals("stopped at once").installed() as stop:
         child = partial(launch, CHILD, stop=stop, echo=lambda _: None)
         verdicts = [
-            _told(verdict)
+            _reported(verdict)
             for verdict in verify(
                 trials,
                 scale,
@@ -88,16 +89,7 @@ def run_verification(options: VerifyOptions, machine: Machine, *, as_json: bool)
     raise typer.Exit(_exit_code(verdicts, trials))
 
 
-def _new_folder() -> Path:
-    """Returns `outputs/verify`, or `outputs/verify-2` and so on: the first that is not there."""
-    path, number = Path("outputs/verify"), 1
-    while path.exists():
-        number += 1
-        path = path.with_name(f"verify-{number}")
-    return path
-
-
-def _told(verdict: Verdict) -> Verdict:
+def _reported(verdict: Verdict) -> Verdict:
     words = {True: "equal", False: "NOT EQUAL", None: "a reference for others"}[verdict.holds]
     say(f"{verdict.trial.name}: {verdict.error or verdict.skipped or words}")
     return verdict

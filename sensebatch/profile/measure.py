@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 import sensebatch
 from sensebatch.plan.work import Speeds
+from sensebatch.process import last_words
 from sensebatch.profile.expected import with_expectation
 from sensebatch.profile.figures import figures
 from sensebatch.profile.rows import (
@@ -30,6 +31,7 @@ from sensebatch.profile.rows import (
     write_rows,
 )
 from sensebatch.profile.suites import Case, Scale, Suite, in_bytes, run_arguments, write_manifest
+from sensebatch.store.files import unused
 from sensebatch.store.log import read_log
 from sensebatch.store.run_dir import RunDir
 
@@ -113,7 +115,7 @@ def _run_case(
     launch: Launch,
     speeds: Mapping[str, Speeds],
 ) -> Row:
-    root = _new_folder(folder, case.name)
+    root = unused(folder / case.name)
     manifest = write_manifest(case, scale, folder / "manifests")
     arguments = run_arguments(case, scale, manifest, root)
     row = Row(
@@ -148,20 +150,10 @@ def _run_case(
     return replace(row, error=_reason(log, messages, code))
 
 
-def _new_folder(folder: Path, name: str) -> Path:
-    """Returns `name` in a folder, or `name-2` and so on: the first that is not there."""
-    number = 1
-    while (path := folder / (name if number == 1 else f"{name}-{number}")).exists():
-        number += 1
-    return path
-
-
 def _reason(log: pa.Table | None, messages: Path, code: int) -> str:
     """Returns why a case failed: the first failed job's error, or the last line its run said."""
     if log is not None:
         failed = log.filter(pc.field("status") != DONE).slice(0, 1).to_pylist()
         if failed:
             return f"{failed[0]['job_id']}: {failed[0]['error_type']}: {failed[0]['error_message']}"
-    said = messages.read_text(encoding="utf-8", errors="replace") if messages.exists() else ""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    return f"exit code {code}: {lines[-1] if lines else 'it said nothing'}"
+    return last_words(messages, code)

@@ -112,6 +112,15 @@ def write_atomic(path: Path, data: bytes, *, names_job: bool = False) -> None:
         file.write(data)
 
 
+def unused(path: Path) -> Path:
+    """Returns a path, or the same with `-2`, `-3` and so on: the first that does not exist."""
+    found, number = path, 1
+    while found.exists():
+        number += 1
+        found = path.with_name(f"{path.name}-{number}")
+    return found
+
+
 def sync_folders(paths: Iterable[Path], root: Path) -> None:
     """Puts the names of files on the disk: every folder from each file up to `root`.
 

@@ -21,6 +21,7 @@ from sensebatch.plan.device import place
 from sensebatch.plan.host import ENOUGH_BYTES
 from sensebatch.plan.load import plan_loads
 from sensebatch.plan.placement import Placements
+from sensebatch.process import last_words
 from sensebatch.settings import resolve_settings
 from sensebatch.store.run_dir import RunDir
 from sensebatch.units import GIB
@@ -127,11 +128,7 @@ def _run(
         if code != -signal.SIGKILL:
             return f"it was to be killed, and ended with exit code {code}"
     code = launch([*words, NOWHERE, *arguments], messages)
-    if code == 0:
-        return None
-    said = messages.read_text(encoding="utf-8", errors="replace") if messages.exists() else ""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    return f"exit code {code}: {lines[-1] if lines else 'it said nothing'}"
+    return None if code == 0 else last_words(messages, code)
 
 
 class _Planner:
