@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -87,6 +89,30 @@ def test_no_more_than_one_batch_is_prepared_ahead(tmp_path: Path) -> None:
     jobs = edits("j0", "j1", "j2", "j3")
     ran = run_folder(tmp_path, jobs, make_config(max_batch_size=1), engine=Waits())
     assert ran.summary.done == 4
+
+
+def test_what_was_prepared_is_released_once_its_batch_is_through(tmp_path: Path) -> None:
+    class Held(list[bytes]):
+        """Stands for tensors; can be referred to weakly."""
+
+    alive: dict[str, weakref.ref[Held]] = {}
+
+    class Watches(Generating):
+        def prepare(self, job: Job, inputs: Sequence[bytes]) -> Any:
+            held = Held(super().prepare(job, inputs))
+            alive[job.id] = weakref.ref(held)
+            return held
+
+        def at_batch(self, number: int) -> None:
+            gc.collect()
+            held = {name for name, ref in list(alive.items()) if ref() is not None}
+            # Those of this batch, and the next ones as far as they are prepared.
+            assert held.isdisjoint(f"j{n}" for n in range(2 * number))
+            assert held >= {f"j{2 * number}", f"j{2 * number + 1}"}
+
+    ran = run_folder(tmp_path, edits(*(f"j{i}" for i in range(6))), engine=Watches())
+    assert ran.summary.done == 6
+    assert len(ran.engine.batches) == 3
 
 
 def test_the_first_batch_of_the_next_group_is_prepared_ahead(tmp_path: Path) -> None:

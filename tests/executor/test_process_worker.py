@@ -119,7 +119,7 @@ class StopsAt(Recorder):
             self.stop.set()
 
 
-@pytest.mark.parametrize("step", [2, 30])
+@pytest.mark.parametrize("step", [2, pytest.param(30, marks=pytest.mark.slow)])
 def test_stop_crosses_in_the_middle_of_a_batch_and_the_run_is_resumed(
     tmp_path: Path, within: Path, step: int
 ) -> None:
@@ -149,6 +149,7 @@ def broken_engine(_: Stop) -> Engine:
     return BrokenDevice(a_pass=1)
 
 
+@pytest.mark.slow
 def test_device_that_fails_in_another_process_stops_the_run(tmp_path: Path, within: Path) -> None:
     with ProcessWorker(broken_engine) as worker, pytest.raises(DeviceError, match="cuda failed"):
         run_worker(tmp_path, jobs(), CONFIG, worker=worker)

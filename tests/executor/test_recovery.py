@@ -78,7 +78,7 @@ def rows(root: Path) -> dict[str, dict[str, Any]]:
     return {row["job_id"]: row for row in pq.read_table(root / "log.parquet").to_pylist()}
 
 
-@pytest.mark.parametrize("word", ["kills", "overflows"])
+@pytest.mark.parametrize("word", ["kills", pytest.param("overflows", marks=pytest.mark.slow)])
 def test_job_that_kills_its_process_fails_alone_and_the_others_are_done(
     tmp_path: Path, word: str
 ) -> None:
