@@ -26,7 +26,7 @@ class VerifyOptions:
     model: Annotated[
         str | None,
         typer.Option(
-            help="As for run; synthetic:8b with a GPU, tiny without, if not given.",
+            help="As for run. [default: synthetic:8b with a GPU, tiny without]",
             rich_help_panel=_VERIFY,
         ),
     ] = None
@@ -34,8 +34,8 @@ class VerifyOptions:
         int | None,
         typer.Option(
             min=128,
-            help="Pixels of the largest images, a multiple of 128; 2048 with a GPU, 128 without, "
-            "if not given.",
+            help="Pixels of the largest images, a multiple of 128. [default: 2048 with a GPU, 128 "
+            "without]",
             rich_help_panel=_VERIFY,
         ),
     ] = None
@@ -51,7 +51,7 @@ class VerifyOptions:
         Path | None,
         typer.Option(
             parser=path,
-            help="A new folder for the runs; outputs/verify if not given.",
+            help="A new folder for the runs. [default: outputs/verify]",
             rich_help_panel=_VERIFY,
         ),
     ] = None

@@ -58,7 +58,7 @@ class JobOptions:
         Path | None,
         typer.Option(
             parser=path,
-            help="Folder to write to; outputs/TASK if not given.",
+            help="Folder to write to. [default: outputs/TASK]",
             rich_help_panel=_OUTPUT,
         ),
     ] = None

@@ -23,25 +23,25 @@ MARKDOWN_NAME = "profile.md"
 PROGRAM = "sensebatch"
 
 
-Steps = Annotated[int | None, typer.Option(min=1, help="Of denoising; 50 if not given.")]
-Jobs = Annotated[int | None, typer.Option(min=1, help="Of most cases; 8 if not given.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps. [default: 50]")]
+Jobs = Annotated[int | None, typer.Option(min=1, help="Jobs in most cases. [default: 8]")]
 Size = Annotated[
     str | None,
     typer.Option(
-        help="Of all images; each case's published size if not given.", metavar="WIDTHxHEIGHT"
+        help="Size of all images. [default: each case's published size]", metavar="WIDTHxHEIGHT"
     ),
 ]
 TextTokens = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Of a thought, or before each image of a story, where weights are synthetic; 300 if "
-        "not given.",
+        help="Text tokens of a thought, or before each image of interleave, with synthetic "
+        "weights. [default: 300]",
     ),
 ]
 Model = Annotated[
     str | None,
-    typer.Option(help="As for run; synthetic:8b (synthetic weights of full size) if not given."),
+    typer.Option(help="As for run. [default: synthetic:8b, synthetic weights of full size]"),
 ]
 Only = Annotated[
     list[str] | None, typer.Option(help="Run only this case; may be repeated.", metavar="CASE")
@@ -62,7 +62,7 @@ def profile(
     output_dir: Annotated[
         Path | None,
         typer.Option(
-            parser=path, help="Where runs and results go; outputs/profile-SUITE if not given."
+            parser=path, help="Where runs and results go. [default: outputs/profile-SUITE]"
         ),
     ] = None,
     report: Annotated[

@@ -37,9 +37,7 @@ def run(
     screen: ScreenOptions,
     output_dir: Annotated[
         Path | None,
-        typer.Option(
-            parser=path, help="The run's folder; outputs/NAME of the manifest if not given."
-        ),
+        typer.Option(parser=path, help="The run's folder. [default: outputs/NAME of the manifest]"),
     ] = None,
     task: RowTask = None,
     limit: Limit = None,
