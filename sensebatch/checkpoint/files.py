@@ -110,14 +110,14 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     if is_folder:
         if revision is not None:
             raise CheckpointError(
-                f"{model}: expected a Hub id beside revision {revision!r}, found a folder"
+                f"{shown(model)}: expected a Hub id beside revision {revision!r}, found a folder"
             )
         return read_folder(folder, name=model)
     if exists:
-        raise CheckpointError(f"{model}: expected a checkpoint folder, found a file")
+        raise CheckpointError(f"{shown(model)}: expected a checkpoint folder, found a file")
     if not is_hub_id(model):
         raise CheckpointError(
-            f"{model}: expected {TINY_MODEL!r}, a checkpoint folder or a Hub id owner/name; "
+            f"{shown(model)}: expected {TINY_MODEL!r}, a checkpoint folder or a Hub id owner/name; "
             "no such folder"
         )
     return read_folder(download(model, revision), name=model)
@@ -133,7 +133,7 @@ def _synthetic(model: str) -> Checkpoint:
     }
     if size not in configs:
         raise CheckpointError(
-            f"{model}: expected {' or '.join(SYNTHETIC_PREFIX + name for name in configs)}"
+            f"{shown(model)}: expected {' or '.join(SYNTHETIC_PREFIX + name for name in configs)}"
         )
     architecture = parse_architecture(configs[size])
     tensors = {
