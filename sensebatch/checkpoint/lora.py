@@ -345,7 +345,7 @@ class _Adapter:
     alpha: float
     ranks: Mapping[str, int]
     alphas: Mapping[str, float]
-    """Of some modules, by their path or its end."""
+    """Alphas of single modules, by their path or the end of it."""
     by_root: bool
     """Whether the product is divided by the root of the rank (rsLoRA)."""
 

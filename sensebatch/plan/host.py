@@ -30,8 +30,8 @@ def host_working_bytes(
     """Returns what a group takes of host memory besides weights and the program.
 
     These are prefixes that wait, noise and input images of a batch and of the one that is prepared
-    after it, what the sampler left of two passes, and pixels on their way to the disk. Stories keep
-    the images of all their jobs together, whatever passes drew them.
+    after it, what the sampler left of two passes, and pixels on their way to the disk. A batch of
+    interleave jobs keeps the images of all of them, in however many passes they were drawn.
     """
     jobs = load.jobs_per_pass(tokens_per_pass)
     kept = load.batch_size if load.drawn_tokens else jobs
