@@ -24,6 +24,7 @@ from sensebatch.cli import (
     model,
     plan,
     profile,
+    repair,
     report,
     run,
     status,
@@ -73,6 +74,7 @@ def _make_app() -> typer.Typer:
         plan.plan,
         status.status,
         report.report,
+        repair.repair,
         profile.profile,
         doctor.doctor,
     ):

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,21 +23,68 @@ def status(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object, with every failed job.")
     ] = False,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Read every image and text of the run and compare its SHA-256 with the log's.",
+        ),
+    ] = False,
 ) -> None:
     """Print how many jobs of a run are done, how fast it is, and which jobs failed and why.
 
-    It works while the run is going on.
+    It works while the run is going on. Exit code 1 if --verify finds files that are missing or have
+    changed.
     """
-    from sensebatch.cli.eta import pace
+    from sensebatch.cli import exits
     from sensebatch.cli.messages import show
     from sensebatch.store.status import read_status
 
     found = read_status(folder)
-    if not as_json:
-        show("\n".join(_lines(folder, found)))
+    verified = _verified(folder) if verify else None
+    if as_json:
+        show(json.dumps({**_values(found), **(verified or {})}))
+    else:
+        show("\n".join([*_lines(folder, found), *_verified_lines(verified)]))
+    if verified is not None and verified["wrong_files"]:
+        raise typer.Exit(exits.FAILED)
+
+
+def _verified(folder: Path) -> dict[str, Any]:
+    """Returns how many files were read, and those that are not as they were written."""
+    from sensebatch.store.verify import verify
+
+    num_files = 0
+    wrong = []
+    for file in verify(folder):
+        num_files += 1
+        if file.found != "whole":
+            wrong.append(asdict(file))
+    return {"verified_files": num_files, "wrong_files": wrong}
+
+
+def _verified_lines(verified: dict[str, Any] | None) -> Iterator[str]:
+    from sensebatch.cli.messages import counted
+
+    if verified is None:
         return
+    wrong = verified["wrong_files"]
+    num_files = verified["verified_files"]
+    whole = num_files - len(wrong)
+    yield f"  files  {whole:,} of {counted(num_files, 'file')} are as they were written"
+    for file in wrong[:MAX_FAILURES]:
+        yield f"  {file['path']}: {file['found']} (job {file['job_id']})"
+    if len(wrong) > MAX_FAILURES:
+        yield f"  ... and {len(wrong) - MAX_FAILURES:,} more; --json lists all"
+    if wrong:
+        yield "remove a file that has changed and run the same command again to draw it again"
+
+
+def _values(found: RunStatus) -> dict[str, Any]:
+    from sensebatch.cli.eta import pace
+
     seconds_per_image, left_s = pace(found)
-    values = {
+    return {
         **asdict(found.counts),
         "kept_images": found.kept_images,
         "running": found.running,
@@ -45,7 +92,6 @@ def status(
         "seconds_left": left_s,
         "failures": [asdict(failure) for failure in found.failures],
     }
-    show(json.dumps(values))
 
 
 def _lines(folder: Path, found: RunStatus) -> Iterator[str]:

@@ -201,9 +201,12 @@ class Attempt:
 
 def attempt_to_json(attempt: Attempt) -> str:
     """Returns an attempt as the state keeps it."""
-    values = {field.name: getattr(attempt, field.name) for field in fields(attempt)}
-    for name in _TIMES:
-        values[name] = values[name].isoformat()
+    return row_to_json({field.name: getattr(attempt, field.name) for field in fields(attempt)})
+
+
+def row_to_json(row: Mapping[str, Any]) -> str:
+    """Returns a row of the log as the state keeps it."""
+    values = {**row, **{name: row[name].isoformat() for name in _TIMES}}
     return json.dumps(values, separators=(",", ":"), ensure_ascii=False)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sensebatch.errors import RunFolderError, StorageError, StorageFullError
 from sensebatch.store import migrations
-from sensebatch.store.files import reason
+from sensebatch.store.files import reason, repair_command
 
 _BUSY_TIMEOUT_S = 30.0
 
@@ -75,7 +75,10 @@ class Database:
         try:
             missing = migrations.missing_steps(self.path, connection)
             if missing == len(migrations.STEPS):
-                raise RunFolderError(f"{self.path}: expected a state database, found an empty file")
+                raise RunFolderError(
+                    f"{self.path}: expected a state database, found an empty file; if this is a "
+                    f"run's folder, rebuild the file with: {repair_command(self.path.parent)}"
+                )
             if not missing:
                 return connection
             memory = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
@@ -143,7 +146,10 @@ class Database:
                 ) from error
             if isinstance(error, sqlite3.ProgrammingError | sqlite3.IntegrityError):
                 raise
-            raise RunFolderError(f"{self.path}: expected a state database: {error}") from error
+            raise RunFolderError(
+                f"{self.path}: expected a state database: {error}; if this is a run's folder, "
+                f"rebuild the file with: {repair_command(self.path.parent)}"
+            ) from error
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:

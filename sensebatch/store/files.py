@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shlex
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -54,6 +55,11 @@ def storage_errors(path: Path, *, names_job: bool = False) -> Iterator[None]:
 def reason(error: OSError) -> str:
     """Returns what the operating system says of an error, without its number and path."""
     return error.strerror or str(error) or type(error).__name__
+
+
+def repair_command(root: Path) -> str:
+    """Returns the command that rebuilds the state of a run's folder."""
+    return f"sensebatch repair {shlex.quote(str(root))}"
 
 
 def is_file(path: str) -> bool:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sensebatch.errors import RunFolderError
 from sensebatch.jobs import Job
 from sensebatch.store.attempts import row_from_json
 from sensebatch.store.codec import job_from_json
@@ -62,8 +61,7 @@ def finished_jobs(root: Path) -> Iterator[FinishedJob]:
         RunFolderError: It is not a run's folder.
     """
     run_dir = RunDir(root)
-    if not run_dir.state.is_file():
-        raise RunFolderError(f"{root}: expected a run's folder, found no state.db")
+    run_dir.require_state()
     state = State(run_dir.state, read_only=True)
     try:
         for definition, key, text in state.finished():

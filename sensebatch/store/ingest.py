@@ -7,17 +7,17 @@ import re
 import sqlite3
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 from sensebatch.errors import ManifestError, Problem
-from sensebatch.jobs import GroupKey, Job, ModelIdentity, folded_id, job_key
+from sensebatch.jobs import Job, ModelIdentity, folded_id, group_key, job_key
 from sensebatch.plan.batches import plan_entry
 from sensebatch.store import tables
 from sensebatch.store.attempts import DONE, PENDING, digests_of, row_from_json
-from sensebatch.store.codec import group_to_json, job_from_json, job_to_json
+from sensebatch.store.codec import job_from_json, job_to_json
 from sensebatch.store.files import is_file, sha256_of, storage_errors
 from sensebatch.store.manifests import Reading
 from sensebatch.tasks import Task
@@ -88,7 +88,7 @@ class Ingest:
         self._jobs = self._added = self._same = self._replaced = self._num_problems = 0
         self._changed: set[int] = set()
         self._problems: list[Problem] = []
-        self._group_number = lru_cache(maxsize=None)(self._find_group)
+        self._group_number = lru_cache(maxsize=None)(partial(tables.group_number, db))
 
     def read(self, jobs: Iterable[Job]) -> None:
         """Inserts, updates or confirms jobs, in their order; lets through what `jobs` raises.
@@ -157,25 +157,16 @@ class Ingest:
         return found == (new.position, new.key, new.definition, 1)
 
     def _insert(self, new: _New) -> _Row:
-        entry = plan_entry(new.job)
         self._added += 1
-        number = self._db.execute(
-            "INSERT INTO jobs VALUES (NULL, ?, ?, ?, ?, 1, ?, ?, ?, ?, ?, ?, ?, 0, 0, 0, '[]')",
-            (
-                new.folded,
-                new.job.id,
-                new.position,
-                self._number,
-                new.key,
-                self._group_number(entry.group),
-                entry.max_images,
-                entry.prompt_tokens,
-                entry.text_tokens,
-                new.definition,
-                PENDING,
-            ),
-        ).lastrowid
-        assert number is not None
+        number = tables.insert_job(
+            self._db,
+            new.job,
+            group_number=self._group_number(group_key(new.job)),
+            key=new.key,
+            definition=new.definition,
+            position=new.position,
+            seen=self._number,
+        )
         return _Row(
             folded=new.folded,
             number=number,
@@ -236,12 +227,6 @@ class Ingest:
                     message=f"expected an id of its own, found {found}",
                 )
             )
-
-    def _find_group(self, group: GroupKey) -> int:
-        text = group_to_json(group)
-        self._db.execute("INSERT OR IGNORE INTO groups VALUES (NULL, ?)", (text,))
-        query = "SELECT number FROM groups WHERE definition = ?"
-        return self._db.execute(query, (text,)).fetchone()[0]
 
     def finish(self, root: Path, limit: int | None) -> Changes:
         """Marks the jobs that were not read, and those whose files are missing.

@@ -96,6 +96,11 @@ class KeptImages:
                     best[member] = images
         return [best.get(member, []) for member in members]
 
+    def compositions(self) -> Iterator[tuple[int, list[tuple[str, str]]]]:
+        """Yields the number of each batch that kept images, and (id, key) of each of its jobs."""
+        for folder in self._folders():
+            yield int(folder.name), _members(folder)
+
     def num_images(self, is_to_run: Callable[[str, str], bool]) -> int:
         """Returns how many images are kept; reads none of them, and works while a run writes.
 

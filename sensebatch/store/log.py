@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -28,6 +29,9 @@ PART_ROWS = 4096
 _MIN_INTERVAL_S = 2.0
 _MAX_SHARE = 0.05
 """Share of the time that rewriting may take."""
+
+_RUN, _ROWS = "sensebatch.run", "sensebatch.rows"
+"""Names in a file's metadata: the folder's id, and which rows it has, counted from 1."""
 
 SCHEMA = arrow_schema(Attempt)
 """The columns, described one by one in docs/log.md."""
@@ -74,6 +78,13 @@ class Log:
         """Returns whether log.parquet is there, whole, and has every row."""
         return self._is_as_written(self._run_dir.log, 1, self._state.num_attempts())
 
+    def is_ahead(self) -> bool:
+        """Returns whether log.parquet has rows of this folder that the state does not know."""
+        found = stated_rows(self._run_dir.log)
+        if found is None or found.run != self._run_id:
+            return False
+        return found.num_rows > self._state.num_attempts()
+
     def _tables(self, last: int) -> Iterator[pa.Table]:
         """Yields all rows, part by part, and writes the parts that are not there yet."""
         complete = last // PART_ROWS
@@ -96,9 +107,7 @@ class Log:
 
     def _schema(self, first: int, last: int) -> pa.Schema:
         """Returns the columns, and whose rows the file has and which."""
-        return SCHEMA.with_metadata(
-            {"sensebatch.run": self._run_id, "sensebatch.rows": f"{first}-{last}"}
-        )
+        return SCHEMA.with_metadata({_RUN: self._run_id, _ROWS: f"{first}-{last}"})
 
     def _is_as_written(self, path: Path, first: int, last: int) -> bool:
         """Whether a file is the one that was written with these rows, in today's columns."""
@@ -123,6 +132,32 @@ class Log:
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self._run_dir.root).as_posix()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatedRows:
+    """Which rows a file of the log says it has."""
+
+    run: str
+    """Of the folder with this id."""
+    first: int | None
+    """The number of the first in the log, from 1; None in files of versions that did not say."""
+    num_rows: int
+
+
+def stated_rows(path: Path) -> StatedRows | None:
+    """Returns what a file of the log says of itself, or None where it cannot; reads no row."""
+    try:
+        metadata = pq.read_metadata(path)
+        said = metadata.metadata or {}
+        rows = said.get(_ROWS.encode())
+        return StatedRows(
+            run=said[_RUN.encode()].decode(),
+            first=None if rows is None else int(rows.partition(b"-")[0]),
+            num_rows=metadata.num_rows,
+        )
+    except (OSError, pa.ArrowException, KeyError, ValueError):
+        return None
 
 
 def read_log(path: Path, columns: Collection[str] = SCHEMA.names) -> pa.Table:

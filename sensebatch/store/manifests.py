@@ -22,7 +22,7 @@ from sensebatch.store import tables
 _SETTLED_S = 2.0
 """Age from which a file's times tell every later change of it, on every common file system."""
 
-_KNOWN, _READ = "manifests", "read"
+MANIFESTS, _READ = "manifests", "read"
 """Names in `meta`: the manifests of the folder, and what decided the latest reading."""
 
 
@@ -90,7 +90,7 @@ class Reading:
         """
         if self._files is None:
             return
-        known = json.loads(tables.get_meta(self._db, _KNOWN) or "[]")
+        known = json.loads(tables.get_meta(self._db, MANIFESTS) or "[]")
         own = [list(self._places(path)) for path in self._files.paths]
         if not _is_own(known, own) and not self._files.is_other and self._has_outputs():
             gone = not any(os.path.lexists(path) for path, _ in known)
@@ -100,7 +100,7 @@ class Reading:
             else:
                 raise self._refusal([path for path, _ in known])
         merged = [place for place in known if place not in own] + own
-        tables.set_meta(self._db, _KNOWN, json.dumps(merged))
+        tables.set_meta(self._db, MANIFESTS, json.dumps(merged))
         self.add(str(path) for path in self._files.paths)
         tables.set_meta(self._db, _READ, self._depends_on())
 

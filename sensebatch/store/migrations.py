@@ -68,6 +68,10 @@ STEPS = (_FIRST, _STARTS, _READING)
 """SQL scripts, in order. `PRAGMA user_version` of a file says how many of them it has had."""
 
 
+class NewerVersionError(RunFolderError):
+    """A state database that a newer version made."""
+
+
 def missing_steps(path: Path, db: sqlite3.Connection) -> int:
     """Returns how many steps a file has not had; all of them where it is empty.
 
@@ -76,7 +80,7 @@ def missing_steps(path: Path, db: sqlite3.Connection) -> int:
     """
     found = db.execute("PRAGMA user_version").fetchone()[0]
     if found > len(STEPS):
-        raise RunFolderError(
+        raise NewerVersionError(
             f"{path}: made by a newer sensebatch (state format {found}, this version reads up to "
             f"{len(STEPS)}); update sensebatch, or give another --output-dir"
         )

@@ -13,7 +13,7 @@ from sensebatch.jobs import BatchMetrics, EngineInfo, Failure, Sampling, group_k
 from sensebatch.store.attempts import DONE, FAILED, Attempt
 from sensebatch.store.state import StoredJob
 
-_SAMPLING_COLUMNS = declared(Sampling).keys() & {column.name for column in fields(Attempt)}
+SAMPLING_COLUMNS = declared(Sampling).keys() & {column.name for column in fields(Attempt)}
 """The sampling settings that are columns of the log."""
 
 
@@ -60,7 +60,7 @@ def job_columns(context: RowContext, stored: StoredJob) -> dict[str, Any]:
         "seed": job.seed,
         "width": None if job.resolution is None else job.resolution.width,
         "height": None if job.resolution is None else job.resolution.height,
-        **{name: plain(getattr(job.sampling, name)) for name in _SAMPLING_COLUMNS},
+        **{name: plain(getattr(job.sampling, name)) for name in SAMPLING_COLUMNS},
         "think": job.think,
         "num_input_images": len(job.images),
         "load_s": info.load_s,

@@ -23,7 +23,13 @@ except ImportError:  # Windows
 
 from sensebatch.bounded import is_unicode
 from sensebatch.errors import JobError, RunFolderError, StorageError
-from sensebatch.store.files import reason, storage_errors, sync_folders, write_atomic
+from sensebatch.store.files import (
+    reason,
+    repair_command,
+    storage_errors,
+    sync_folders,
+    write_atomic,
+)
 from sensebatch.yaml_values import dump_yaml
 
 _NO_FOLDER = frozenset(
@@ -90,8 +96,11 @@ class RunDir:
         return f"errors/{_checked(job_id)}-{attempt}.txt"
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, *, needs_state: bool = True) -> Iterator[None]:
         """Makes the folder and holds it for one process; the lock dies with the process.
+
+        Args:
+            needs_state: Whether images without a state database are refused.
 
         Raises:
             RunFolderError: Another process holds it, what is there is not a run's folder, or none
@@ -102,7 +111,8 @@ class RunDir:
         self._make()
         with storage_errors(self.root):
             self._require_parts()
-            self._require_own()
+            if needs_state and not self.state.exists():
+                self._refuse_if_any("images", "text", "log.parquet", how="without state.db")
         lock = FileLock(self._lock)
         with storage_errors(self._lock):
             try:
@@ -197,13 +207,18 @@ class RunDir:
         except (OSError, ValueError, KeyError, TypeError):
             return ""
 
-    def _require_own(self) -> None:
-        """Refuses a folder whose pictures no state database answers for."""
-        if not self.state.exists():
-            self._refuse_if_any("images", "text", "log.parquet", how="without state.db")
+    def require_state(self) -> None:
+        """Refuses to look at a folder without a state database.
+
+        Raises:
+            RunFolderError: There is none.
+        """
+        if not self.state.is_file():
+            hint = f"; rebuild it with: {repair_command(self.root)}" if self.has_outputs() else ""
+            raise RunFolderError(f"{self.root}: expected a run's folder, found no state.db{hint}")
 
     def require_no_outputs(self) -> None:
-        """Refuses a folder whose pictures a state database without a job cannot answer for.
+        """Refuses a folder whose images a state database without a job cannot answer for.
 
         Raises:
             RunFolderError: There are some: what the state database knew of them is lost.
@@ -215,8 +230,13 @@ class RunDir:
         if found:
             raise RunFolderError(
                 f"{self.root}: expected an empty folder or a run's, found {', '.join(found)} "
-                f"{how}; choose another folder, so that nothing is overwritten"
+                f"{how}; choose another folder, or rebuild state.db from what is there with: "
+                f"{repair_command(self.root)}"
             )
+
+    def has_outputs(self) -> bool:
+        """Returns whether there is anything that a run makes."""
+        return any(path.exists() for path in (self.images, self.text, self.log))
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
         """Writes run.yaml."""

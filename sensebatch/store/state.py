@@ -223,6 +223,18 @@ class State:
                 (DONE, DONE, tables.latest_reading(db)),
             )
 
+    def made(self) -> Iterator[tuple[str, str]]:
+        """Yields (id, row of the log) of the last success of each job that has files."""
+        with self._db.reading() as db:
+            yield from db.execute(
+                "WITH last AS (SELECT job_id, max(seq) AS seq FROM attempts"
+                " WHERE json_extract(row, '$.status') = ? GROUP BY job_id)"
+                " SELECT id, row FROM jobs JOIN last ON last.job_id = jobs.id"
+                " JOIN attempts ON attempts.seq = last.seq"
+                " WHERE outputs <> '[]' ORDER BY jobs.number",
+                (DONE,),
+            )
+
     def failed(self) -> Iterator[tuple[str, str]]:
         """Yields (id, row of the log) of each job that failed for good, in manifest order."""
         with self._db.reading() as db:

@@ -9,12 +9,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sensebatch.errors import RunFolderError
 from sensebatch.jobs import GroupKey, group_key
 from sensebatch.store.attempts import row_from_json
 from sensebatch.store.kept import KeptImages
 from sensebatch.store.run_dir import RunDir
 from sensebatch.store.state import Counts, State
+from sensebatch.store.store import require_whole
 
 NUM_RECENT = 2000
 """Most rows of the log that a speed is measured by."""
@@ -68,14 +68,15 @@ def read_status(root: Path) -> RunStatus:
     """Returns what the state of a run's folder says; works while another process runs.
 
     Raises:
-        RunFolderError: It is not a run's folder.
+        RunFolderError: It is not a run's folder, or its state has to be rebuilt.
     """
     run_dir = RunDir(root)
-    if not run_dir.state.is_file():
-        raise RunFolderError(f"{root}: expected a run's folder, found no state.db")
+    run_dir.require_state()
     running = run_dir.in_use()
     state = State(run_dir.state, read_only=True)
     try:
+        if not running:
+            require_whole(run_dir, state)
         return RunStatus(
             counts=state.counts(),
             kept_images=KeptImages(run_dir.kept_images).num_images(state.is_to_run),

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from sensebatch.errors import RunFolderError, RunStoppedError
 from sensebatch.jobs import Job, ModelIdentity
 from sensebatch.store.attempts import Attempt
-from sensebatch.store.files import storage_errors
+from sensebatch.store.files import repair_command, storage_errors
 from sensebatch.store.ingest import Changes
 from sensebatch.store.kept import KeptImages
 from sensebatch.store.log import Log
@@ -136,12 +136,26 @@ def open_store(root: Path) -> Iterator[Store]:
 
 
 def _open_state(run_dir: RunDir) -> State:
-    """Opens the state database; one that lost its jobs is not gone on with."""
+    """Opens the state database; one that lost what it knew is not continued with."""
     state = State(run_dir.state)
     try:
-        if not state.has_jobs():
-            run_dir.require_no_outputs()
+        require_whole(run_dir, state)
     except BaseException:
         state.close()
         raise
     return state
+
+
+def require_whole(run_dir: RunDir, state: State) -> None:
+    """Refuses a state that has lost what the folder shows it knew.
+
+    Raises:
+        RunFolderError: It has no job although there are images, or less rows than the log.
+    """
+    if not state.has_jobs():
+        run_dir.require_no_outputs()
+    if Log(run_dir, state).is_ahead():
+        raise RunFolderError(
+            f"{run_dir.state}: has lost rows that log.parquet has; rebuild it with: "
+            f"{repair_command(run_dir.root)}"
+        )

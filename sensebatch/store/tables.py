@@ -9,8 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from sensebatch.jobs import folded_id
+from sensebatch.jobs import GroupKey, Job, folded_id
+from sensebatch.plan.batches import plan_entry
 from sensebatch.store.attempts import DONE, FAILED, PENDING, Attempt, attempt_to_json
+from sensebatch.store.codec import group_to_json
 from sensebatch.store.files import is_file
 
 
@@ -94,12 +96,13 @@ def insert_batch(
     *,
     starts: int,
     is_suspect: bool = False,
+    seq: int | None = None,
 ) -> int:
-    """Records a batch of these (id, key); returns its number."""
+    """Records a batch of these (id, key); returns its number, a new one unless `seq` is given."""
     text = json.dumps([list(member) for member in members])
     seq = db.execute(
-        "INSERT INTO batches (members, starts, suspect) VALUES (?, ?, ?)",
-        (text, starts, is_suspect),
+        "INSERT INTO batches (seq, members, starts, suspect) VALUES (?, ?, ?, ?)",
+        (seq, text, starts, is_suspect),
     ).lastrowid
     assert seq is not None
     return seq
@@ -132,6 +135,57 @@ def leftovers(db: sqlite3.Connection, root: Path, batch: StartedBatch) -> list[s
             unfinished = str(path.with_name(f".{path.name}.tmp"))
             found += [one for one in (name, unfinished) if one not in named]
     return sorted({name for name in found if is_file(f"{root}/{name}")})
+
+
+def group_number(db: sqlite3.Connection, group: GroupKey) -> int:
+    """Returns the number of a group, which it gets if it has none."""
+    text = group_to_json(group)
+    db.execute("INSERT OR IGNORE INTO groups VALUES (NULL, ?)", (text,))
+    query = "SELECT number FROM groups WHERE definition = ?"
+    return db.execute(query, (text,)).fetchone()[0]
+
+
+def insert_job(
+    db: sqlite3.Connection,
+    job: Job,
+    *,
+    group_number: int,
+    key: str,
+    definition: str,
+    position: int,
+    seen: int,
+) -> int:
+    """Inserts a job that is to be run; returns its number.
+
+    Args:
+        db: Inside a transaction.
+        job: The job.
+        group_number: Its group's number.
+        key: Its key.
+        definition: The job as JSON.
+        position: Its place in the manifests.
+        seen: The number of the reading that has it; 0 for a job that no manifest is known to have.
+    """
+    entry = plan_entry(job)
+    number = db.execute(
+        "INSERT INTO jobs VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0, 0, 0, '[]')",
+        (
+            folded_id(job.id),
+            job.id,
+            position,
+            seen,
+            seen > 0,
+            key,
+            group_number,
+            entry.max_images,
+            entry.prompt_tokens,
+            entry.text_tokens,
+            definition,
+            PENDING,
+        ),
+    ).lastrowid
+    assert number is not None
+    return number
 
 
 def add_stale(db: sqlite3.Connection, names: Iterable[str]) -> None:
