@@ -18,7 +18,7 @@ run: $(VENV)/.installed
 	$(BIN)/sensebatch run manifests/catalog.yaml
 
 test: lint
-	$(BIN)/python -m pytest --cov
+	$(BIN)/python -m pytest --cov=sensebatch
 
 quick: lint
 	$(BIN)/python -m pytest -m "not slow"
