@@ -1,4 +1,4 @@
-"""Writing files so that they are whole or absent, and saying what is wrong with a disk."""
+"""Writing files so that they are whole or absent, and reporting what is wrong with a disk."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def is_file(path: str) -> bool:
     """Returns whether there is a file at a path.
 
     Raises:
-        OSError: It cannot be told, which does not mean that there is none.
+        OSError: Whether there is one cannot be found out.
     """
     try:
         return stat.S_ISREG(os.stat(path).st_mode)  # noqa: PTH116, hundreds of thousands of them

@@ -1,5 +1,7 @@
-"""Pictures as files: PNG, WebP or JPEG with the settings that made them. The same arrays give
-the same bytes: no times are written. Knows nothing of folders."""
+"""Images as files: PNG, WebP or JPEG with the settings that made them.
+
+The same arrays give the same bytes: no times are written. Knows nothing of folders.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +31,14 @@ _MAX_EXIF_PROMPT = 4000
 at worst."""
 
 
-def picture_metadata(job: Job, key: str, identity: ModelIdentity, index: int) -> dict[str, Any]:
-    """Returns what is embedded in a picture: the prompt, the seed and every setting.
+def image_metadata(job: Job, key: str, identity: ModelIdentity, index: int) -> dict[str, Any]:
+    """Returns what is embedded in an image: the prompt, the seed and every setting.
 
     Args:
         job: The job that made it.
         key: The job's key.
         identity: The model that drew it.
-        index: Which of the job's pictures it is, from 0.
+        index: Which of the job's images it is, from 0.
     """
     size = job.resolution
     assert size is not None
@@ -62,7 +64,7 @@ def picture_metadata(job: Job, key: str, identity: ModelIdentity, index: int) ->
 
 
 def encode_image(pixels: np.ndarray, output: OutputConfig, metadata: dict[str, Any]) -> bytes:
-    """Returns a picture as the bytes of a file.
+    """Returns an image as the bytes of a file.
 
     Args:
         pixels: uint8 `[height, width, 3]`.
@@ -70,7 +72,7 @@ def encode_image(pixels: np.ndarray, output: OutputConfig, metadata: dict[str, A
         metadata: What JSON can hold.
 
     Raises:
-        ValueError: The array is no picture.
+        ValueError: The array is not an image.
     """
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise ValueError(
@@ -99,7 +101,7 @@ def encode_image(pixels: np.ndarray, output: OutputConfig, metadata: dict[str, A
 
 
 def read_metadata(image: Image.Image) -> dict[str, Any] | None:
-    """Returns what `encode_image` embedded in a picture, or None."""
+    """Returns what `encode_image` embedded in an image, or None."""
     text = getattr(image, "text", {}).get(METADATA_KEY)
     if text is None:
         comment = image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT, b"")

@@ -20,7 +20,7 @@ from sensebatch.jobs import KEY_VERSION, ModelIdentity
 from sensebatch.store import tables
 
 _SETTLED_S = 2.0
-"""Age from which a file's times tell every later change of it, on every common file system."""
+"""Age from which every later change of a file shows in its times, on every common file system."""
 
 MANIFESTS, _READ = "manifests", "read"
 """Names in `meta`: the manifests of the folder, and what decided the latest reading."""

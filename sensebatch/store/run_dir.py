@@ -1,6 +1,6 @@
 """The run's folder: what lies where, who holds it, and the settings it was made with.
 
-Knows paths only; what is in `state.db` or in a picture is known elsewhere.
+Knows paths only; what is in `state.db` or in an image is known elsewhere.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class RunDir:
         self._holder = root / ".lock-holder.json"
 
     def image_name(self, job_id: str, extension: str, index: int | None = None) -> str:
-        """Returns a picture's path in the folder, with `/`; `index` is of an interleave job's.
+        """Returns an image's path in the folder, with `/`; an interleave job's has an `index`.
 
         Raises:
             JobError: The id would leave the folder.

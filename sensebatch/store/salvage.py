@@ -183,7 +183,7 @@ class FoundJob:
 
 
 def found_jobs(root: Path, claimed: Collection[str]) -> tuple[list[FoundJob], list[str]]:
-    """Returns the jobs whose images are all there, and the files that cannot be told whose.
+    """Returns the jobs whose images are all there, and the files of no known job.
 
     Args:
         root: The run's folder.

@@ -1,7 +1,7 @@
 """What is done and what is not: the truth of a run, in SQLite, in the run's folder.
 
 A job is done when its row here says so; its files are in place before that. Knows nothing of
-pictures, engines or Parquet.
+images, engines or Parquet.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class State:
         read_only: Reads beside the process that writes.
 
     Raises:
-        RunFolderError: The file is no state database of this version.
+        RunFolderError: The file is not a state database, or a newer version made it.
     """
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
@@ -104,9 +104,9 @@ class State:
             jobs: All jobs, in order; read once, one by one. Whatever it raises undoes all.
             identity: What the keys depend on besides the jobs.
             root: The run's folder, in which the files of done jobs are looked for.
-            limit: After how many jobs `jobs` ends although the manifests may go on. Jobs that it
-                did not reach are neither removed nor run until they are read again; only a batch
-                that was started with one that it did reach runs whole.
+            limit: The number of jobs after which `jobs` ends, even if the manifests have more. Jobs
+                that it did not reach are neither removed nor run until they are read again; only a
+                batch that was started with one that it did reach runs whole.
             files: What `jobs` reads, and nothing else; it is not asked if they are as they were.
                 None where jobs have another source.
 
@@ -364,7 +364,7 @@ class State:
             return [path for (path,) in db.execute("SELECT path FROM stale ORDER BY path")]
 
     def forget_stale(self, paths: Iterable[str]) -> None:
-        """Records that stale files are gone."""
+        """Records that stale files were removed."""
         with self._db.transaction() as db:
             db.executemany("DELETE FROM stale WHERE path = ?", ((path,) for path in paths))
 

@@ -57,7 +57,7 @@ class Store:
         self.remove_stale(self.state.stale_files())
 
     def commit(self, seq: int, attempts: Sequence[Attempt], *, max_attempts: int) -> None:
-        """Commits a batch whose files are in place, then clears up behind it.
+        """Commits a batch whose files are in place, then removes what it replaced.
 
         Raises:
             StorageFullError: The disk is full; either all of the batch is committed or nothing.
@@ -100,7 +100,7 @@ class Store:
 def open_store(root: Path) -> Iterator[Store]:
     """Opens a run's folder for one process, making it where there is none.
 
-    What an interrupted process left half cleared up is cleared up, and log.parquet is there.
+    What an interrupted process was about to remove is removed, and log.parquet is there.
     A new folder that an error leaves without a single job is removed again.
 
     Raises:
@@ -124,7 +124,7 @@ def open_store(root: Path) -> Iterator[Store]:
             if not store.log.is_current():
                 store.log.write()
             yield store
-            # A process that was killed behind its last commit left them, and none may follow.
+            # A process that was killed after its last commit left them, and none may follow.
             store.kept.discard_unneeded(state.needs_kept_images)
         except BaseException:
             is_used = state.has_jobs()
@@ -136,7 +136,7 @@ def open_store(root: Path) -> Iterator[Store]:
 
 
 def _open_state(run_dir: RunDir) -> State:
-    """Opens the state database; one that lost what it knew is not continued with."""
+    """Opens the state database; refuses one that lost what it knew."""
     state = State(run_dir.state)
     try:
         require_whole(run_dir, state)

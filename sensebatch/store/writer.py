@@ -1,6 +1,6 @@
 """Brings the results of a batch to the disk while the next batch runs, and commits them.
 
-Files first, all of them, then one transaction that names them. Pictures are encoded by several
+Files first, all of them, then one transaction that names them. Images are encoded by several
 threads; one more thread takes batches in their order, waits for the files and commits.
 """
 
@@ -24,7 +24,7 @@ from sensebatch.jobs import Batch, BatchMetrics, EngineInfo, Failure, JobResult
 from sensebatch.process import peak_rss_bytes
 from sensebatch.store.attempts import Attempt
 from sensebatch.store.files import storage_errors, sync_folders, write_atomic
-from sensebatch.store.images import EXTENSIONS, encode_image, picture_metadata
+from sensebatch.store.images import EXTENSIONS, encode_image, image_metadata
 from sensebatch.store.rows import (
     RowContext,
     WrittenJob,
@@ -240,7 +240,7 @@ class BatchWriter:
         if size is None or pixels.shape[:2] != (size.height, size.width):
             raise ValueError(f"expected an image of {size}, found an array {list(pixels.shape)}")
         identity = self._context.info.identity
-        metadata = picture_metadata(stored.job, stored.key, identity, index)
+        metadata = image_metadata(stored.job, stored.key, identity, index)
         return encode_image(pixels, self._output, metadata)
 
     def _write(self, name: str, data: bytes) -> str:

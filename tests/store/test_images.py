@@ -8,18 +8,18 @@ import pytest
 from PIL import Image
 
 from sensebatch.config import OutputConfig
-from sensebatch.store.images import encode_image, picture_metadata, read_metadata
+from sensebatch.store.images import encode_image, image_metadata, read_metadata
 from tests.executor.fakes import IDENTITY, SMALL, drawn_image, make_job, to_pixels
 
 PIXELS = to_pixels(drawn_image(SMALL, "pixels"))
 
 
 def metadata(prompt: str = "a cat") -> dict[str, Any]:
-    return picture_metadata(make_job("a", prompt=prompt), "k" * 64, IDENTITY, 0)
+    return image_metadata(make_job("a", prompt=prompt), "k" * 64, IDENTITY, 0)
 
 
 @pytest.mark.parametrize("image_format", ["png", "webp", "jpeg"])
-def test_same_picture_gives_the_same_bytes(image_format: str) -> None:
+def test_same_image_gives_the_same_bytes(image_format: str) -> None:
     output = OutputConfig(image_format=image_format)
     assert encode_image(PIXELS, output, metadata()) == encode_image(PIXELS, output, metadata())
 
@@ -39,7 +39,7 @@ def test_metadata_can_be_turned_off(image_format: str) -> None:
 
 
 @pytest.mark.parametrize("image_format", ["png", "webp", "jpeg"])
-def test_very_long_prompt_does_not_cost_the_picture(image_format: str) -> None:
+def test_very_long_prompt_does_not_cost_the_image(image_format: str) -> None:
     prompt = "\U0001f408" * 50_000
     data = encode_image(PIXELS, OutputConfig(image_format=image_format), metadata(prompt))
     with Image.open(io.BytesIO(data)) as image:
@@ -49,6 +49,6 @@ def test_very_long_prompt_does_not_cost_the_picture(image_format: str) -> None:
     assert len(found["prompt"]) >= 1000
 
 
-def test_array_that_is_no_picture_is_refused() -> None:
+def test_array_that_is_not_an_image_is_refused() -> None:
     with pytest.raises(ValueError, match="expected uint8 pixels"):
         encode_image(PIXELS.astype(np.float32), OutputConfig(), metadata())

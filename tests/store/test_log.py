@@ -80,7 +80,7 @@ def test_rows_say_what_was_made_and_what_it_cost(tmp_path: Path) -> None:
 
 
 class WrongSize(FakeEngine):
-    """Draws every picture too low by half."""
+    """Draws every image half as high as it should be."""
 
     def generate(self, *args: Any, **options: Any) -> BatchResult:
         done = super().generate(*args, **options)
@@ -94,7 +94,7 @@ class WrongSize(FakeEngine):
 
 
 @pytest.mark.parametrize("engine", [FakeEngine(), WrongSize()])
-def test_text_of_a_job_that_failed_behind_it_took_its_time(
+def test_text_of_a_job_that_failed_after_it_took_its_time(
     tmp_path: Path, engine: FakeEngine
 ) -> None:
     jobs = [make_job("a", think=True), make_job("fails", prompt="fails", think=True)]

@@ -41,7 +41,7 @@ class Manifest:
 
 @pytest.fixture(autouse=True)
 def _settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Takes the times of files that were just made for times that tell a later change."""
+    """Trusts the times of files that were just made."""
     monkeypatch.setattr("sensebatch.store.manifests._SETTLED_S", -60.0)
 
 

@@ -1,4 +1,4 @@
-"""Folders of earlier versions go on where they were, and newer ones are refused by name.
+"""Folders of earlier versions continue where they were, and newer ones are refused by name.
 
 `folders/format_1` holds two runs of `m/jobs.yaml` with the embedded checkpoint, made by version
 0.1.0 when the tables of state.db had their first form: one that is finished, and one that was
@@ -93,7 +93,7 @@ def test_columns_of_the_first_format_keep_their_types_and_later_ones_may_be_null
     assert all(field.nullable for field in SCHEMA if field.name not in found.names)
 
 
-def test_interrupted_folder_of_the_first_format_goes_on_where_it_was(folders: Path) -> None:
+def test_interrupted_folder_of_the_first_format_continues_where_it_was(folders: Path) -> None:
     root = folders / "interrupted"
     columns = pq.read_schema(root / "log.parquet").names
     before, rows = files_of(root), old_rows(root, columns)

@@ -46,7 +46,7 @@ def test_second_process_is_refused_by_a_lock_that_a_dead_one_does_not_keep(
         pass
 
 
-def test_pictures_without_a_state_are_not_written_over(tmp_path: Path) -> None:
+def test_images_without_a_state_are_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     with (
         pytest.raises(RunFolderError, match=r"found images without state\.db"),
@@ -55,7 +55,7 @@ def test_pictures_without_a_state_are_not_written_over(tmp_path: Path) -> None:
         pass
 
 
-def test_state_that_lost_its_jobs_costs_neither_pictures_nor_log(tmp_path: Path) -> None:
+def test_state_that_lost_its_jobs_costs_neither_images_nor_log(tmp_path: Path) -> None:
     run_folder(tmp_path, [make_job("a")])
     os.truncate(tmp_path / "state.db", 0)
     kept = [tmp_path / "images/a.png", tmp_path / "log.parquet"]

@@ -74,7 +74,7 @@ def test_changes_are_counted(tmp_path: Path) -> None:
     assert ran.engine.batches == [("new", "changed")]
 
 
-def test_renamed_tags_do_not_run_a_job_again(tmp_path: Path) -> None:
+def test_other_tags_do_not_run_a_job_again(tmp_path: Path) -> None:
     run_folder(tmp_path, [make_job("a")])
     moved = make_job("a", metadata={"tag": 1}, source=Source(file="other.yaml", row="line 9"))
     ran = run_folder(tmp_path, [moved])
@@ -119,7 +119,7 @@ def test_a_failure_of_another_definition_takes_nothing_from_the_first(tmp_path: 
 
 
 def test_only_the_files_of_a_definition_make_its_job_done(tmp_path: Path) -> None:
-    """One was replaced, one is gone, and one job was done with the other definition since."""
+    """One was replaced, one is missing, and one job was done with the other definition since."""
     jobs = [make_job("whole"), *STORIES]
     run_folder(tmp_path, jobs)
     run_folder(tmp_path, [jobs[0], *OTHERS[:1]])
