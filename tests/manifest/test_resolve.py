@@ -203,7 +203,7 @@ def test_only_jobs_whose_pixels_change_have_another_key(
 ) -> None:
     Image.new("RGB", (64, 32)).save(tmp_path / "plain.png")
     rows = [
-        {"prompt": "x", "image": image, "raw_inputs": raw}
+        {"prompt": "x", "image": image, "raw_inputs": raw, "width": 64, "height": 64}
         for image in ("plain.png", turned(tmp_path))
         for raw in (False, True)
     ]
