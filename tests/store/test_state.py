@@ -42,7 +42,9 @@ def test_job_is_read_back_as_it_was(
     job = make_job(
         "a", Task.EDIT, prompt=prompt, seed=seed, system_prompt=system, metadata=metadata
     )
-    member = InputImage(path="p", member=(3, "image", 0), sha256="0", height=1, width=2)
+    member = InputImage(
+        path="p", member=(3, "image", 0), sha256="0", height=1, width=2, corrections="orientation"
+    )
     job = replace(
         job,
         images=(make_input("x"), member),
