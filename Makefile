@@ -1,7 +1,7 @@
 # `make run` draws the catalog, `make test` checks the project. Both set up .venv first.
 #
 # PIP_FLAGS goes to every pip install: index options, a proxy, a wheel folder.
-# tools/install_torch.sh chooses the build of PyTorch; TORCH names one in its place.
+# .ci/install_torch.sh chooses the build of PyTorch; TORCH names one in its place.
 
 PYTHON ?= python3
 PIP_FLAGS ?=
@@ -46,7 +46,7 @@ $(BIN)/python:
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing sensebatch into $(VENV) (once; a few minutes)"
 	@if [ -n "$(TORCH)" ]; then $(PIP) "$(TORCH)"; \
-	  else PIP="$(PIP)" sh tools/install_torch.sh $(TORCH_VERSION); fi
+	  else PIP="$(PIP)" sh .ci/install_torch.sh $(TORCH_VERSION); fi
 	@$(PIP) hatchling
 	@$(PIP) --no-build-isolation --editable .
 	@touch $@

@@ -51,7 +51,7 @@ class Checkout:
         self.root = root
         for name in ("Makefile", "constraints.txt", "pyproject.toml"):
             shutil.copy(ROOT / name, root)
-        shutil.copytree(ROOT / "tools", root / "tools")
+        shutil.copytree(ROOT / ".ci", root / ".ci")
         _script(root / ".venv" / "bin" / "python", STUB)
         _script(root / ".venv" / "bin" / "sensebatch", '#!/bin/sh\necho "ran $*"\n')
         # Only these programs: the machine may have an NVIDIA driver of its own.
@@ -158,7 +158,7 @@ def test_pip_itself_goes_through_all_three_without_a_network(tmp_path: Path) -> 
         "TORCH_INDEX": "http://127.0.0.1:9/whl/cpu",
     }
     ended = subprocess.run(
-        ["sh", str(ROOT / "tools/install_torch.sh"), VERSION],
+        ["sh", str(ROOT / ".ci/install_torch.sh"), VERSION],
         env=environment,
         capture_output=True,
         text=True,
