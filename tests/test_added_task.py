@@ -13,6 +13,8 @@ from PIL import Image
 from sensebatch.tasks import Task
 from tests.patched import patched_package, run_patched
 
+pytestmark = pytest.mark.slow
+
 LAST_MEMBER = """
     EDIT = "edit"
     INTERLEAVE = "interleave"

@@ -40,6 +40,8 @@ from sensebatch.units import MIB
 from tests.checkpoint.folders import write_folder
 from tests.golden_data import CONFIGS, golden_config
 
+pytestmark = pytest.mark.slow
+
 MOST_BYTES = 256 * MIB
 """What reading a hostile checkpoint may take of memory."""
 

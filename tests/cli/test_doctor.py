@@ -17,6 +17,8 @@ from sensebatch.engine.device.machine import Gpu, Machine
 from sensebatch.verify.promises import TRIALS
 from tests.cli.conftest import Invoke
 
+pytestmark = pytest.mark.slow
+
 GPU = Gpu(
     name="NVIDIA Test",
     free_bytes=20 << 30,

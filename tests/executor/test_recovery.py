@@ -33,6 +33,8 @@ from tests.executor.fakes import (
 )
 from tests.executor.killed_run import jobs_with_a_killer
 
+pytestmark = pytest.mark.slow
+
 CONFIG = make_config(max_batch_size=3, execution=ExecutionConfig(max_attempts=3))
 JOBS = [make_job(f"j{number}") for number in range(7)]
 KILLER = [make_job("j4", prompt="kills") if job.id == "j4" else job for job in JOBS]

@@ -34,6 +34,8 @@ from tests.executor.fakes import (
 )
 from tests.store.test_reading import killed
 
+pytestmark = pytest.mark.slow
+
 JOBS = [make_job(f"j{i}") for i in range(5)]
 
 

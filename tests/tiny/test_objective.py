@@ -28,6 +28,8 @@ from sensebatch.tiny.world.examples import text_to_image
 from sensebatch.tiny.world.scene import Split
 from sensebatch.tiny.world.stories import story
 
+pytestmark = pytest.mark.slow
+
 PACKING = PackingConfig(num_rows=2)
 
 
