@@ -201,8 +201,12 @@ def _refuse_to_replace_inputs(job: Job, folder: Path, suffix: str) -> None:
     own = rf"{stem}{re.escape(suffix.casefold())}|{stem}_(\d+\.\w+|compare\.png)"
     for image in job.images:
         path = Path(image.path)
-        is_there = path.absolute().parent.resolve() == folder.absolute().resolve()
-        if is_there and re.fullmatch(own, path.name.casefold()):
+        # A link is replaced itself, and so is the file that one from elsewhere leads to.
+        places = (path.absolute().parent.resolve() / path.name, path.resolve())
+        if any(
+            place.parent == folder.resolve() and re.fullmatch(own, place.name.casefold())
+            for place in places
+        ):
             raise ConfigError(
                 f"--output: expected a file other than the input image, found {path}, which would "
                 "be overwritten"

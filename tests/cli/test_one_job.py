@@ -179,6 +179,16 @@ def test_input_image_is_not_overwritten(
     assert backend.loaded == []
 
 
+def test_input_image_is_not_overwritten_through_a_link(invoke: Invoke, red: Path) -> None:
+    before = red.read_bytes()
+    red.parent.joinpath("links").mkdir()
+    red.parent.joinpath("links/other.png").symlink_to(red)
+    ended = invoke("edit", "--image", "links/other.png", "--output", red.name, "--prompt", "blue")
+    assert ended.code == 2
+    assert "found links/other.png, which would be overwritten" in ended.err
+    assert red.read_bytes() == before
+
+
 def test_one_job_prints_little(invoke: Invoke) -> None:
     ended = invoke("t2i", "--prompt", "a dot", "--output", "dot.png", "--resolution", "1:1")
     lines = [re.sub(r"^\d\d:\d\d:\d\d ", "", line) for line in ended.err.splitlines()]
