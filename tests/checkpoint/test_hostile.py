@@ -14,9 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save
 
 from sensebatch.checkpoint.architecture import (
     MAX_EXPERTS,
@@ -33,12 +35,12 @@ from sensebatch.checkpoint.system_prompts import (
     MAX_SOURCE_BYTES,
     resolve_system_prompts,
 )
-from sensebatch.checkpoint.tensors import head_part_rows
+from sensebatch.checkpoint.tensors import expected_tensors, head_part_rows
 from sensebatch.errors import CheckpointError
 from sensebatch.tasks import Task
 from sensebatch.units import MIB
 from tests.checkpoint.folders import write_folder
-from tests.golden_data import CONFIGS, golden_config
+from tests.golden_data import CONFIGS, golden_architecture, golden_config
 
 pytestmark = pytest.mark.slow
 
@@ -296,6 +298,63 @@ def test_any_header_is_read_or_refused(
         except CheckpointError as error:
             message = str(error)
     assert file.name in message
+
+
+EXPECTED = expected_tensors(golden_architecture("dense_fm"))
+WEIGHT = "language_model.model.layers.0.self_attn.k_proj"
+KOHYA = "lora_unet_" + WEIGHT.replace(".", "_")
+ENDINGS = [".lora_down.weight", ".lora_up.weight", ".lora_A.weight", ".lora_B.weight", ".alpha"]
+LORA_KEYS = st.sampled_from(
+    [
+        f"{prefix}{WEIGHT}{ending}"
+        for prefix in ("", "diffusion_model.", "transformer.", "base_model.model.")
+        for ending in ENDINGS
+    ]
+    + [f"{KOHYA}{ending}" for ending in ENDINGS]
+)
+MATRICES = st.builds(
+    lambda shape, fill: np.full(shape, fill, np.float32),
+    st.sampled_from([(), (0,), (1,), (2, 64), (64, 2), (0, 64), (32, 2), (1, 1, 64, 64)]),
+    st.sampled_from([0.0, 1.0, float("nan"), float("inf")]),
+)
+ADAPTERS = st.dictionaries(
+    st.sampled_from(
+        ["r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "peft_type"]
+    ),
+    VALUES,
+)
+
+
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    tensors=st.dictionaries(LORA_KEYS | st.text(max_size=8), MATRICES, max_size=4),
+    adapter=st.none() | ADAPTERS | VALUES,
+    junk=st.none() | st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=6)),
+)
+def test_any_lora_is_read_or_refused(
+    tmp_path: Path,
+    tensors: dict[str, np.ndarray],
+    adapter: Any,
+    junk: tuple[float, bytes] | None,
+) -> None:
+    file, config = tmp_path / "lora.safetensors", tmp_path / "adapter_config.json"
+    content = save(tensors)
+    if junk is not None:
+        place = int(junk[0] * len(content))
+        content = content[:place] + junk[1] + content[place:]
+    file.write_bytes(content)
+    config.unlink(missing_ok=True)
+    if adapter is not None:
+        config.write_text(json.dumps(adapter), encoding="utf-8")
+    message = file.name
+    with bounded_memory():
+        try:
+            assert read_lora(file, EXPECTED).pairs
+        except CheckpointError as error:
+            message = str(error)
+    assert file.name in message or config.name in message
 
 
 GEN = "SYSTEM_MESSAGE_FOR_GEN"
