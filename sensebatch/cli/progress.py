@@ -17,7 +17,7 @@ from sensebatch.cli.eta import RemainingTime
 from sensebatch.cli.messages import counted
 from sensebatch.cli.signals import FINISHING, StopSignals
 from sensebatch.cli.voice import Level, Voice
-from sensebatch.contract import Progress
+from sensebatch.contract import Phase, Progress
 from sensebatch.jobs import Batch, EngineInfo
 from sensebatch.plan.batches import Plan
 from sensebatch.session import Model, RunObserver
@@ -37,7 +37,7 @@ class Tracker(RunObserver):
     """Keeps track of a run, and prints its progress line by line.
 
     Args:
-        stop: Told once there are images to finish before the run ends.
+        stop: Learns whether there are images to finish before the run ends.
         voice: Prints the lines.
         clock: Returns monotonic seconds.
     """
@@ -96,7 +96,7 @@ class Tracker(RunObserver):
 
     def progress(self, progress: Progress) -> None:
         """The batch in the engine advanced."""
-        if progress.phase == "denoise" != self.step.phase:
+        if progress.phase is Phase.DENOISE is not self.step.phase:
             # What an interrupted run has drawn says nothing about the speed of this one.
             self._share = 1 - (progress.step - 1) / progress.num_steps
         self.step = progress
@@ -159,7 +159,7 @@ class LiveDisplay(Tracker):
 
     Args:
         console: Writes to the terminal.
-        stop: As for `Tracker`; also tells whether the run is about to stop.
+        stop: As for `Tracker`; also says whether the run is about to stop.
         voice: As for `Tracker`; its lines appear above the display while there is one.
     """
 

@@ -75,7 +75,15 @@ def execute(
         BatchWriter(store, worker, config.output, max_attempts=max_attempts) as writer,
         Preparer(worker, read_image) as preparer,
     ):
-        run = _Run(store, worker, config, preparer, observer, writer, stop)
+        run = _Run(
+            store=store,
+            worker=worker,
+            config=config,
+            preparer=preparer,
+            observer=observer,
+            writer=writer,
+            stop=stop,
+        )
         # A batch that heeds the stop stays on record, as a kill would leave it.
         with run.forgiving():
             with suppress(BatchStoppedError):
@@ -110,6 +118,7 @@ class _Run:
 
     def __init__(
         self,
+        *,
         store: Store,
         worker: Worker,
         config: RunConfig,
