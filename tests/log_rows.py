@@ -12,7 +12,7 @@ from sensebatch.units import GIB
 
 
 def log_row(job_id: str, batch_id: str, **changes: Any) -> dict[str, Any]:
-    """Returns a row of the log: one 256x256 picture in a batch of 4 s on a GPU."""
+    """Returns a row of the log: one 256x256 image in a batch of 4 s on a GPU."""
     row: dict[str, Any] = {}
     for field in SCHEMA:
         if pa.types.is_string(field.type):

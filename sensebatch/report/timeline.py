@@ -61,7 +61,7 @@ class Batch:
     think_s: float
     denoise_s: float
     other_s: float
-    """Of the generation, in none of the phases: images copied back, and the like."""
+    """Generation outside the phases: copying images back, and the like."""
     total_s: float
 
 
@@ -71,9 +71,9 @@ class Waiting:
 
     seconds: float
     batches: int
-    """Batches that it is known of."""
+    """How many batches it is known for."""
     share: float
-    """Of the seconds of these batches' generation and the waiting together."""
+    """The waiting as a part of these batches' generation and waiting together."""
 
 
 def timeline(log: pa.Table) -> tuple[Batch, ...]:

@@ -18,7 +18,7 @@ from sensebatch.declarations import stated
 from sensebatch.jobs import Job, ModelIdentity
 
 EXTENSIONS = {"png": "png", "webp": "webp", "jpeg": "jpg"}
-"""Of each image format."""
+"""File name ending of each image format."""
 
 METADATA_KEY = "sensebatch"
 """Keyword of the PNG text chunk that holds the settings as JSON."""

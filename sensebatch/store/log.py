@@ -139,7 +139,7 @@ class StatedRows:
     """Which rows a file of the log says it has."""
 
     run: str
-    """Of the folder with this id."""
+    """Id of the folder that they belong to."""
     first: int | None
     """The number of the first in the log, from 1; None in files of versions that did not say."""
     num_rows: int

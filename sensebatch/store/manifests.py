@@ -93,8 +93,8 @@ class Reading:
         known = json.loads(tables.get_meta(self._db, MANIFESTS) or "[]")
         own = [list(self._places(path)) for path in self._files.paths]
         if not _is_own(known, own) and not self._files.is_other and self._has_outputs():
-            gone = not any(os.path.lexists(path) for path, _ in known)
-            if not known or (same and (gone or not replaced)):
+            missing = not any(os.path.lexists(path) for path, _ in known)
+            if not known or (same and (missing or not replaced)):
                 # The folder of an earlier version, or manifests that were moved or renamed.
                 known = [place for place in known if os.path.lexists(place[0])]
             else:

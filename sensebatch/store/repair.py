@@ -52,7 +52,7 @@ class Repaired:
     """What a new state has, and what could not be saved."""
 
     rows: int
-    """Of the log."""
+    """Rows of the log."""
     done: int
     """Jobs whose files are those that the log names."""
     restored: int

@@ -57,7 +57,7 @@ class RanBatch:
     node: str
     """Host of that worker."""
     info: EngineInfo
-    """Of the engine as it was for this batch."""
+    """The engine as it was for this batch."""
     queue_s: float
     """Seconds from the start of the run to the start of the batch."""
     started_at: datetime

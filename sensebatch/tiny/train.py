@@ -366,7 +366,7 @@ def main(
         run(trainer, out, plan)
     ended = trainer.progress >= 1
     report(trainer, out, final_count if ended else short_count, square=not ended)
-    print("ended" if ended else "stopped; start again to go on", flush=True)
+    print("ended" if ended else "stopped; start again to continue", flush=True)
 
 
 if __name__ == "__main__":

@@ -22,15 +22,15 @@ def test_run_that_cannot_continue_is_resumable(
     kind: type[SensebatchError],
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
-        raise kind("it is gone")
+        raise kind("it is unplugged")
 
     with monkeypatch.context() as patch:
         patch.setattr(backend.engine, "generate", fail)
         ended = invoke("run", manifest, "--json")
     assert ended.code == 75
     assert ended.json["stopped"]
-    assert (ended.json["exit_code"], ended.json["error"]) == (75, "it is gone")
-    assert "sensebatch: it is gone" in ended.err
+    assert (ended.json["exit_code"], ended.json["error"]) == (75, "it is unplugged")
+    assert "sensebatch: it is unplugged" in ended.err
     counts = invoke("status", "outputs/small", "--json").json
     assert (counts["failed"], counts["started"] + counts["pending"]) == (0, 5)
     assert invoke("run", manifest).code == 0
@@ -45,13 +45,13 @@ def test_one_job_that_cannot_continue_reports_it_in_its_object(
     asked: tuple[str, str],
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
-        raise DeviceError("it is gone")
+        raise DeviceError("it is unplugged")
 
     (tmp_path / "one.jsonl").write_text('{"prompt": "a dot"}\n', encoding="utf-8")
     monkeypatch.setattr(backend.engine, "generate", fail)
     ended = invoke("t2i", *asked, "--output-dir", "out", "--json")
     assert ended.code == 75
-    assert (ended.json["exit_code"], ended.json["error"]) == (75, "it is gone")
+    assert (ended.json["exit_code"], ended.json["error"]) == (75, "it is unplugged")
 
 
 def test_what_was_committed_is_in_the_log_and_the_summary(
@@ -61,7 +61,7 @@ def test_what_was_committed_is_in_the_log_and_the_summary(
 
     def fail_after_the_first(*args: Any, **options: Any) -> BatchResult:
         if backend.engine.batches:
-            raise DeviceError("it is gone")
+            raise DeviceError("it is unplugged")
         return real(*args, **options)
 
     monkeypatch.setattr(backend.engine, "generate", fail_after_the_first)

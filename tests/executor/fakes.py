@@ -61,7 +61,7 @@ def make_job(job_id: str, task: Task = Task.T2I, **changes: Any) -> Job:
     values: dict[str, Any] = {
         "id": job_id,
         "task": task,
-        "prompt": f"a picture of {job_id}",
+        "prompt": f"an image of {job_id}",
         "resolution": SMALL,
         "seed": 7,
         "think": task is Task.INTERLEAVE,
@@ -72,13 +72,13 @@ def make_job(job_id: str, task: Task = Task.T2I, **changes: Any) -> Job:
 
 
 def make_input(name: str) -> InputImage:
-    """Returns an input image that `read_input` reads, or cannot if its name begins with `gone`."""
+    """Returns an input image that `read_input` reads, unless its name begins with `missing`."""
     return InputImage(path=name, sha256=digest(name).hex(), height=32, width=32)
 
 
 def read_input(image: InputImage) -> bytes:
     """Stands in for the reader of input images."""
-    if image.path.startswith("gone"):
+    if image.path.startswith("missing"):
         raise JobError(f"{image.path}: expected an image, found nothing")
     return image.path.encode()
 
@@ -431,7 +431,7 @@ def mixed_jobs() -> list[Job]:
     jobs += [make_job(f"story{i}", Task.INTERLEAVE) for i in range(3)]
     jobs += [make_job("poison", prompt="poison"), make_job("t7")]
     jobs += [
-        make_job(f"edit{i}", Task.EDIT, images=(make_input("gone" if i == 1 else f"in{i}"),))
+        make_job(f"edit{i}", Task.EDIT, images=(make_input("missing" if i == 1 else f"in{i}"),))
         for i in range(4)
     ]
     jobs += [make_job(f"heavy{i}", Task.INTERLEAVE, prompt="heavy", seed=i) for i in range(2)]

@@ -133,7 +133,7 @@ def test_killed_at_any_step_and_resumed_equals_uninterrupted(
 
 
 SMALL_RUNS = {
-    "an input is missing": ["gone", "in1", "in2"],
+    "an input is missing": ["missing", "in1", "in2"],
     "a batch fails": ["poison", "in1", "in2"],
     "a batch grows": ["grows0", "grows1"],
 }

@@ -131,17 +131,17 @@ def test_every_job_is_prepared_once_in_a_thread_of_its_own(tmp_path: Path) -> No
     assert [name.split("_")[0] for name in engine.threads] == ["prepare"]
 
 
-@pytest.mark.parametrize("trouble", ["gone", "unusable"])
-def test_a_job_that_cannot_be_prepared_is_no_error_of_the_running_batch(
+@pytest.mark.parametrize("trouble", ["missing", "unusable"])
+def test_a_job_that_cannot_be_prepared_is_not_an_error_of_the_running_batch(
     tmp_path: Path, trouble: str
 ) -> None:
     class Waits(Generating):
         def at_batch(self, number: int) -> None:
-            # Behind the one in trouble, so that its failure is there.
+            # After the one in trouble, so that its failure is there.
             assert number or self.wait_for("d")
 
     jobs = edits("a", "b", "bad", "d")
-    image = make_input("gone" if trouble == "gone" else "in")
+    image = make_input("missing" if trouble == "missing" else "in")
     jobs[2] = make_job("bad", Task.EDIT, prompt=trouble, images=(image,))
     ran = run_folder(tmp_path, jobs, engine=Waits())
     assert ran.engine.batches == [("a", "b"), ("d",)]

@@ -84,7 +84,7 @@ def test_one_bad_job_is_one_failed_row_with_its_traceback(tmp_path: Path) -> Non
 
 def test_unreadable_input_leaves_the_rest_of_its_batch_together(tmp_path: Path) -> None:
     jobs = [
-        make_job(f"e{i}", Task.EDIT, images=(make_input("gone" if i == 1 else f"in{i}"),))
+        make_job(f"e{i}", Task.EDIT, images=(make_input("missing" if i == 1 else f"in{i}"),))
         for i in range(4)
     ]
     ran = run_folder(tmp_path, jobs, make_config(max_batch_size=3))
@@ -216,7 +216,7 @@ def test_folder_that_is_moved_under_a_run_stops_it_and_it_can_be_resumed(tmp_pat
 
 def test_inputs_that_vanish_with_the_folder_fail_no_job(tmp_path: Path) -> None:
     root, elsewhere = tmp_path / "run", tmp_path / "moved"
-    jobs = [make_job(f"e{i}", Task.EDIT, images=(make_input("gone"),)) for i in range(3)]
+    jobs = [make_job(f"e{i}", Task.EDIT, images=(make_input("missing"),)) for i in range(3)]
     with open_store(root) as store:
         root.rename(elsewhere)
         with pytest.raises(StorageError, match="moved, removed or unmounted"):

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 PATIENCE_S = 10.0
 CONFIG = make_config(max_batch_size=3)
 JOBS = [make_job(f"j{i}") for i in range(7)]
-STORIES = [make_job("story", Task.INTERLEAVE, prompt="grows to its last picture")]
+STORIES = [make_job("story", Task.INTERLEAVE, prompt="grows to its last image")]
 
 
 def stopped_at(step: int, a_pass: int | None = 1) -> tuple[FakeEngine, threading.Event]:

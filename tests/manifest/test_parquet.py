@@ -80,7 +80,7 @@ def test_images_may_be_inside_or_beside_the_manifest(
 ) -> None:
     content = encoded("JPEG")
     (tmp_path / "beside.jpg").write_bytes(content)
-    inside: Any = {"bytes": content, "path": "gone.jpg"}
+    inside: Any = {"bytes": content, "path": "missing.jpg"}
     beside: Any = {"bytes": None, "path": "beside.jpg"}
     values = [[inside], [beside]] if listed else [inside, beside]
     first, second = read_table({"prompt": ["a", "b"], column: values})

@@ -31,7 +31,7 @@ class Example:
     answer: tuple[Part, ...]
     """One image, or text and images in turn for interleave."""
     changed: tuple[Thing, ...] = ()
-    """Of an edit, the things before and after it whose boxes may differ from the first input."""
+    """In an edit, the things before and after it whose boxes may differ from the first input."""
 
     @property
     def images(self) -> tuple[Scene, ...]:

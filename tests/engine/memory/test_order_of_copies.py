@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 NUM_LAYERS = 6
 SIZES = [(1024, 1024, 512), (1024, 512, 1536), (512, 1024, 512)]
-"""Of a layer of understanding, one of generation, and a part of the head."""
+"""Matrices of an understanding layer, a generation layer, and a part of the head."""
 
 
 @dataclass(eq=False, slots=True)
