@@ -48,7 +48,11 @@ def _once(number: signal.Signals) -> Callable[[], None]:
 
 
 SIGNALLED_EARLY = """
-import os, sys
+import os, signal, sys
+
+# A shell that starts the tests in the background has the signal ignored, as nohup does.
+handler = signal.default_int_handler if {number} == signal.SIGINT else signal.SIG_DFL
+signal.signal({number}, handler)
 from sensebatch.__main__ import main
 
 class Signalled:
