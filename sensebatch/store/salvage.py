@@ -55,6 +55,7 @@ class OldState:
 
     def __init__(self, path: Path, folder: Path) -> None:
         self._path = path
+        self._copy = folder / path.name
         self._database: Database | None = None
         self.problems: list[str] = []
         """What could not be read; complete once everything else was."""
@@ -65,7 +66,7 @@ class OldState:
             if source.exists():
                 shutil.copyfile(source, folder / source.name)
         with self._reading():
-            self._database = Database(folder / path.name, read_only=True)
+            self._database = Database(self._copy, read_only=True)
 
     def close(self) -> None:
         """Closes the copy."""
@@ -111,10 +112,18 @@ class OldState:
             else:
                 with self._database.reading() as db:
                     yield db
-        except NewerVersionError:
-            raise
-        except (RunFolderError, StorageError, ValueError, KeyError) as error:
+        except NewerVersionError as error:
+            raise NewerVersionError(f"{self._path}: {self._reason(error)}") from error
+        except (RunFolderError, StorageError) as error:
+            # What to do about it is being done.
+            why, _, _ = self._reason(error).partition("; ")
+            self.problems.append(f"{self._path.name} is damaged: {why}")
+        except (ValueError, KeyError) as error:
             self.problems.append(f"{self._path.name} is damaged: {error}")
+
+    def _reason(self, error: Exception) -> str:
+        """Returns what an error says, without the path of the copy."""
+        return str(error).removeprefix(f"{self._copy}: ")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
