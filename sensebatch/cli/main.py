@@ -10,8 +10,9 @@ import io
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO, cast
 
 import typer
 
@@ -31,7 +32,15 @@ from sensebatch.cli import (
 )
 from sensebatch.cli.help import HelpCommand, new_app
 from sensebatch.cli.job_options import command_of
-from sensebatch.cli.messages import OutputError, counted, say, show, show_anyway
+from sensebatch.cli.messages import (
+    Output,
+    OutputError,
+    counted,
+    drop_output,
+    say,
+    show,
+    show_anyway,
+)
 from sensebatch.cli.options import UNUSED_BY_PLAN, with_options
 from sensebatch.errors import ManifestError, RunStoppedError, SensebatchError, StoppedError
 from sensebatch.tasks import Task
@@ -103,7 +112,9 @@ def main(args: Sequence[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Not every terminal can show every character.
         sys.stdout.reconfigure(errors="backslashreplace")
-    raise SystemExit(_run(sys.argv[1:] if args is None else list(args)))
+    with redirect_stdout(cast("TextIO", Output(sys.stdout))):
+        code = _run(sys.argv[1:] if args is None else list(args))
+    raise SystemExit(code)
 
 
 def _run(args: list[str]) -> int:
@@ -122,6 +133,7 @@ def _run(args: list[str]) -> int:
             _show_error(_usage_message(error))
         return exits.USAGE
     except OutputError as error:
+        drop_output()
         if not str(error):
             # The reader has seen enough, as in `sensebatch report DIR | head`.
             return exits.DONE

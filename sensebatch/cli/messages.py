@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import suppress
+from typing import Any, TextIO
 
 from sensebatch.errors import Problem
 
@@ -20,14 +21,46 @@ def show(text: str) -> None:
         OutputError: It cannot be written; what follows is dropped.
     """
     try:
-        print(text, flush=True)
-    except OSError as error:
-        # Otherwise the interpreter would try to write the rest when it exits.
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            raise OutputError("") from None
-        raise OutputError(f"stdout: {error.strerror}") from None
+        print(text, file=Output(sys.stdout), flush=True)
+    except OutputError:
+        drop_output()
+        raise
+
+
+class Output:
+    """Standard output that fails with an OutputError, also where a library prints."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Writes a text and returns its length."""
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            raise _output_error(error) from None
+
+    def flush(self) -> None:
+        """Writes what is buffered."""
+        try:
+            self._stream.flush()
+        except OSError as error:
+            raise _output_error(error) from None
+
+
+def _output_error(error: OSError) -> OutputError:
+    is_reader_done = isinstance(error, BrokenPipeError)
+    return OutputError("" if is_reader_done else f"stdout: {error.strerror}")
+
+
+def drop_output() -> None:
+    """Drops what standard output holds, and what follows."""
+    # Otherwise the interpreter would try to write the rest when it exits.
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def show_anyway(text: str) -> None:

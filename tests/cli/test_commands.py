@@ -57,10 +57,15 @@ def test_status_counts_jobs_by_state(invoke: Invoke, manifest: Path) -> None:
 
 
 @pytest.mark.usefixtures("backend")
-def test_demo_draws_the_catalog_wherever_it_is_started(invoke: Invoke) -> None:
-    ended = invoke("demo", "--output-dir", "drawn")
+@pytest.mark.parametrize(
+    ("args", "folder"), [([], "outputs/catalog"), (["--output-dir", "drawn"], "drawn")]
+)
+def test_demo_draws_the_catalog_wherever_it_is_started(
+    invoke: Invoke, args: list[str], folder: str
+) -> None:
+    ended = invoke("demo", *args)
     assert ended.code == 0
-    counts = invoke("status", "drawn", "--json").json
+    counts = invoke("status", folder, "--json").json
     assert counts["done"] == counts["jobs"] == 28
 
 

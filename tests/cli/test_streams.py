@@ -67,15 +67,25 @@ def test_run_whose_reader_has_ended_is_still_done(manifest: Path, tmp_path: Path
 
 
 @needs_full
-@pytest.mark.parametrize("args", [["manifest", "schema"], ["model", "inspect", "tiny"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["manifest", "schema"],
+        ["model", "inspect", "tiny"],
+        ["--help"],
+        ["run", "--help"],
+        ["--show-completion", "bash"],
+    ],
+)
 def test_command_that_cannot_print_its_result_fails(args: list[str]) -> None:
     ended = _shell('"$@" >/dev/full', *args)
     assert ended.returncode == 74
     assert ended.stderr == "sensebatch: stdout: No space left on device\n"
 
 
-def test_reader_that_has_enough_is_not_an_error() -> None:
-    ended = _shell('{ sleep 0.2; "$@"; echo "code $?" >&2; } | true', "manifest", "schema")
+@pytest.mark.parametrize("args", [["manifest", "schema"], ["run", "--help"]])
+def test_reader_that_has_enough_is_not_an_error(args: list[str]) -> None:
+    ended = _shell('{ sleep 0.2; "$@"; echo "code $?" >&2; } | true', *args)
     assert ended.stderr == "code 0\n"
 
 
