@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from sensebatch.errors import StorageError, StorageFullError
+from sensebatch.errors import JobError, StorageError, StorageFullError
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _BAD_NAME = frozenset({errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ})
@@ -33,11 +33,16 @@ def storage_errors(path: Path, *, names_job: bool = False) -> Iterator[None]:
             that job's mistake; the OSError is let through.
 
     Raises:
+        JobError: A job's name has a character that file names of this locale cannot have.
         StorageFullError: The disk or the quota is full.
         StorageError: Anything else that the file system raised.
     """
     try:
         yield
+    except UnicodeEncodeError as error:
+        if not names_job:
+            raise
+        raise JobError(f"{path}: {_not_encoded(error)}") from error
     except OSError as error:
         if error.errno in _FULL:
             raise StorageFullError(
@@ -50,6 +55,15 @@ def storage_errors(path: Path, *, names_job: bool = False) -> Iterator[None]:
         raise StorageError(
             f"{path}: {found}; run the same command again once that is fixed"
         ) from error
+
+
+def _not_encoded(error: UnicodeEncodeError) -> str:
+    """Returns why a path cannot be one, and what to do about it."""
+    found = error.object[error.start : error.end]
+    return (
+        f"file names of this locale are {error.encoding}, which has no {found!a}; set LC_ALL to a "
+        "UTF-8 locale such as C.UTF-8"
+    )
 
 
 def reason(error: OSError) -> str:
@@ -72,6 +86,17 @@ def is_file(path: str) -> bool:
         return stat.S_ISREG(os.stat(path).st_mode)  # noqa: PTH116, hundreds of thousands of them
     except (FileNotFoundError, NotADirectoryError):
         return False
+    except UnicodeEncodeError as error:
+        raise OSError(errno.EILSEQ, _not_encoded(error), path) from error
+
+
+def can_be_named(path: str) -> bool:
+    """Returns whether file names of this locale can have all characters of a path."""
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def sha256_of(path: Path) -> str | None:
@@ -79,7 +104,7 @@ def sha256_of(path: Path) -> str | None:
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
+    except (OSError, UnicodeEncodeError):
         return None
 
 

@@ -13,7 +13,7 @@ from sensebatch.jobs import GroupKey, Job, folded_id
 from sensebatch.plan.batches import plan_entry
 from sensebatch.store.attempts import DONE, FAILED, PENDING, Attempt, attempt_to_json
 from sensebatch.store.codec import group_to_json
-from sensebatch.store.files import is_file
+from sensebatch.store.files import can_be_named, is_file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +120,7 @@ def leftovers(db: sqlite3.Connection, root: Path, batch: StartedBatch) -> list[s
     if extension is None:  # begun by an earlier version, which did not say
         return []
     found = []
-    for job_id in batch.ids:
+    for job_id in filter(can_be_named, batch.ids):
         query = "SELECT outputs FROM jobs WHERE folded = ?"
         row = db.execute(query, (folded_id(job_id),)).fetchone()
         named = set(json.loads(row[0])) if row else set()

@@ -6,6 +6,8 @@ import errno
 import io
 import itertools
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,16 @@ def failing(
         return call(*args, **options)
 
     return fail
+
+
+def in_ascii(code: str, folder: Path) -> list[str]:
+    """Returns what a program prints in a locale whose file names are ASCII."""
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"}
+    ran = subprocess.run(
+        [sys.executable, "-c", code, folder], env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.splitlines()
 
 
 @pytest.mark.parametrize(
@@ -92,6 +104,53 @@ def test_name_that_the_file_system_does_not_take_fails_its_job_alone(
     assert [attempt.job_id for attempt in ran.seen.finished if attempt.status == "failed"] == [
         "story"
     ]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="file names of Windows are Unicode in every locale")
+def test_name_that_the_locale_does_not_have_fails_its_job_alone(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from tests.executor.fakes import make_job, run_folder
+
+for _ in range(2):
+    ran = run_folder(Path(sys.argv[1]), [make_job(id) for id in ("a", "\\u65e5\\u672c", "b")])
+    counts = ran.summary.counts
+    print(counts.done, counts.failed, counts.remaining)
+    for attempt in ran.seen.finished:
+        if attempt.status == "failed":
+            print(ascii(attempt.job_id), attempt.error_type, attempt.error_file)
+            print(ascii(attempt.error_message))
+"""
+    first, failed, message, second = in_ascii(code, tmp_path)
+    assert (first, second) == ("2 1 0", "2 1 0")
+    assert failed == r"'\u65e5\u672c' JobError None"
+    assert "file names of this locale are ascii" in message
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["a.png", "b.png"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="file names of Windows are Unicode in every locale")
+def test_finished_file_whose_name_the_locale_does_not_have_is_not_drawn_again(
+    tmp_path: Path,
+) -> None:
+    run_folder(tmp_path, [make_job("日本")])
+    code = """
+import sys
+from pathlib import Path
+from sensebatch.errors import StorageError
+from sensebatch.store.verify import verify
+from tests.executor.fakes import make_job, run_folder
+
+print([file.found for file in verify(Path(sys.argv[1]))])
+try:
+    run_folder(Path(sys.argv[1]), [make_job("\\u65e5\\u672c")])
+except StorageError as error:
+    print(ascii(error))
+"""
+    states, error = in_ascii(code, tmp_path)
+    assert states == "['missing']"
+    assert "file names of this locale are ascii" in error
+    assert run_folder(tmp_path, [make_job("日本")]).engine.batches == []
 
 
 @pytest.mark.parametrize("code", BAD_NAMES, ids=errno.errorcode.get)
