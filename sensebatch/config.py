@@ -14,9 +14,10 @@ from annotated_types import Interval
 
 from sensebatch.declarations import Setting
 from sensebatch.image_files import MAX_PIXELS
-from sensebatch.jobs import COUNT, MAX_SEED, CfgNorm, Precision, Sampling, VramMode
+from sensebatch.jobs import MAX_SEED, CfgNorm, Precision, Sampling, VramMode
 from sensebatch.resolutions import (
     BUCKETS_TINY,
+    MAX_SIDE,
     PixelLimits,
     Resolution,
 )
@@ -59,7 +60,7 @@ class TaskDefaults:
     ] = False
     target_pixels: Annotated[
         int,
-        COUNT,
+        Interval(ge=1, le=MAX_SIDE**2),
         Setting(
             help="Pixels of the image, in the aspect ratio of the first input.",
             of=_follows_target_pixels,

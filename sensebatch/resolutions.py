@@ -15,6 +15,8 @@ PATCH_PIXELS = 32
 TOKEN_NUMBERS = PATCH_PIXELS * PATCH_PIXELS * 3
 """Numbers of one image token: the channels of its pixels."""
 MAX_ASPECT_RATIO = 200
+MAX_SIDE = 16384
+"""Longest side that a user may ask for; eight times that of full-size images."""
 
 
 class ResolutionError(SensebatchError):
@@ -38,6 +40,18 @@ class Resolution:
                 raise ResolutionError(
                     f"expected {name} as a positive multiple of {PATCH_PIXELS}, found {side}"
                 )
+
+    @classmethod
+    def asked_for(cls, *, width: int, height: int) -> Resolution:
+        """Returns a size that a user gave.
+
+        Raises:
+            ResolutionError: A side is longer than `MAX_SIDE`, or is not a size at all.
+        """
+        for name, side in (("height", height), ("width", width)):
+            if side > MAX_SIDE:
+                raise ResolutionError(f"expected {name} as at most {MAX_SIDE}, found {side}")
+        return cls(width=width, height=height)
 
     @property
     def image_tokens(self) -> int:

@@ -67,7 +67,7 @@ def _parse_size(value: object) -> Resolution:
             f"expected WIDTHxHEIGHT in pixels or a bucket of the task, found {value!r}"
         )
     try:
-        return Resolution(width=int(match[1]), height=int(match[2]))
+        return Resolution.asked_for(width=int(match[1]), height=int(match[2]))
     except ResolutionError as error:
         raise ValueError(str(error)) from None
 

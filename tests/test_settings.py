@@ -232,6 +232,10 @@ def test_file_offers_exactly_the_settings_of_every_task(task: Task) -> None:
         ("zzz: 1", "FILE: line 1: zzz: unknown setting"),
         ("model: {model: ''}", "FILE: line 1: model.model: expected text, found ''"),
         (
+            "tasks: {t2i: {resolution: 99968x64}}",
+            "FILE: line 1: tasks.t2i.resolution: expected width as at most 16384, found 99968",
+        ),
+        (
             "tasks: {t2i: {num_steps: 2147483648}}",
             "FILE: line 1: tasks.t2i.num_steps: expected a number of at most "
             "2147483647, found 2147483648",

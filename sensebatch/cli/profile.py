@@ -116,7 +116,7 @@ def _parsed(size: str | None) -> Resolution | None:
     if match is None:
         raise ConfigError(f"--size: expected WIDTHxHEIGHT, found {size!r}")
     try:
-        return Resolution(width=int(match[1]), height=int(match[2]))
+        return Resolution.asked_for(width=int(match[1]), height=int(match[2]))
     except ResolutionError as error:
         raise ConfigError(f"--size: {error}") from None
 

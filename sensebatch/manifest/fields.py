@@ -15,14 +15,15 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag
 
 from sensebatch.config import TaskDefaults
 from sensebatch.declarations import declared
-from sensebatch.jobs import COUNT, MAX_COUNT, MAX_SEED, Sampling
+from sensebatch.jobs import COUNT, MAX_SEED, Sampling
+from sensebatch.resolutions import MAX_SIDE
 from sensebatch.tasks import Task, TaskSpec
 
 SKIP_RESIZE = "none"
 """The `input_max_pixels` that leaves inputs as they are; the readers turn null into it."""
 
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
-Side = Annotated[int, Field(gt=0, le=MAX_COUNT)]
+Side = Annotated[int, Field(gt=0, le=MAX_SIDE)]
 Count = Annotated[int, COUNT]
 
 

@@ -11,6 +11,7 @@ from sensebatch.manifest.fields import SIZE_FIELDS, SKIP_RESIZE, JobFields
 from sensebatch.manifest.problems import RowErrors, found, suggestion
 from sensebatch.resolutions import (
     MAX_ASPECT_RATIO,
+    MAX_SIDE,
     PixelLimits,
     Resolution,
     ResolutionError,
@@ -58,10 +59,14 @@ def _checked(width: int, height: int, by_side: bool, errors: RowErrors) -> Resol
     """Returns the resolution with these sides; errors are in each side or in `resolution`."""
     num_errors = len(errors)
     for name, side in (("width", width), ("height", height)):
+        label = "" if by_side else f"{name} as "
+        if side > MAX_SIDE:
+            message = f"expected {label}at most {MAX_SIDE}, found {side}"
+            errors.add(name if by_side else "resolution", message)
+            continue
         try:
             Resolution(width=side, height=side)
         except ResolutionError:
-            label = "" if by_side else f"{name} as "
             message = f"expected {label}a positive multiple of 32, found {side}"
             errors.add(name if by_side else "resolution", message)
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):

@@ -86,6 +86,7 @@ def test_report_writes_the_document_again(invoke: Invoke, tmp_path: Path) -> Non
         (["--report", "x"], "expected the results of a profile, found no file"),
         (["--suite", "modes", "--size", "big"], "--size: expected WIDTHxHEIGHT, found 'big'"),
         (["--suite", "modes", "--size", "33x32"], "--size: expected width as a positive multiple"),
+        (["--suite", "modes", "--size", "99968x64"], "--size: expected width as at most 16384, f"),
         (["--suite", "modes", "--only", "lean"], "--only: expected one of full"),
         (["--suite", "modes", "--model", "./none"], "./none: expected"),
     ],

@@ -38,7 +38,9 @@ T2I_MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"width": 64}, "height: expected a number of pixels beside width, found nothing"),
     ({"height": 64}, "width: expected a number of pixels beside height, found nothing"),
     ({"width": 33, "height": 64}, "width: expected a positive multiple of 32, found 33"),
-    ({"width": 2**31, "height": 64}, f"width: expected at most {2**31 - 1}, found {2**31}"),
+    ({"width": 16416, "height": 16384}, "width: expected at most 16384, found 16416"),
+    ({"width": 64, "height": 2**31}, f"height: expected at most 16384, found {2**31}"),
+    ({"resolution": "640x99968"}, "resolution: expected height as at most 16384, found 99968"),
     (
         {"width": 32, "height": 6432},
         "width: expected an aspect ratio of at most 200, found 32x6432",
@@ -96,7 +98,10 @@ EDIT_MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"input_max_pixels": 3}, "input_max_pixels: expected at least 16384 pixels, found 3"),
     ({"input_max_pixels": "3"}, "input_max_pixels: expected at least 16384 pixels, found 3"),
     ({"input_max_pixels": "9" * 11}, "input_max_pixels: expected a number of pixels, 'auto'"),
-    ({"target_pixels": 2**31}, f"target_pixels: expected at most {2**31 - 1}, found {2**31}"),
+    (
+        {"target_pixels": 16384**2 + 1},
+        f"target_pixels: expected at most {16384**2}, found {16384**2 + 1}",
+    ),
     ({"input_max_pixels": 0}, "input_max_pixels: expected at least 1, found 0"),
     ({"max_new_tokens": 3}, "max_new_tokens: expected a field of edit jobs, found one of other"),
 ]
