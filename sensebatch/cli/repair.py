@@ -23,26 +23,33 @@ def repair(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object, with every name.")
     ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Rebuild state.db even if nothing is damaged.")
+    ] = False,
 ) -> None:
     """Rebuild a run's state.db, lost or damaged, from the log, the images and their metadata.
 
-    Every file is checked by its SHA-256. Nothing is deleted: the former state.db is kept beside the
-    new one. `sensebatch status` says when this is needed.
+    Every file is checked by its SHA-256. If nothing is damaged, nothing is changed. Nothing is
+    deleted: the former state.db is kept beside the new one. `sensebatch status` says when this is
+    needed.
     """
     from sensebatch.cli.messages import show
     from sensebatch.store.repair import repair as rebuild
 
-    found = rebuild(folder)
+    found = rebuild(folder, is_forced=force)
     show(json.dumps(asdict(found)) if as_json else "\n".join(_lines(folder, found)))
 
 
 def _lines(folder: Path, found: Repaired) -> Iterator[str]:
     from sensebatch.cli.messages import counted
 
+    if not found.is_rebuilt:
+        yield f"{folder}: nothing is damaged, and nothing was changed; --force rebuilds state.db"
+        return
     yield f"{folder}: rebuilt from {counted(found.rows, 'row')} of the log"
     yield f"  done      {counted(found.done, 'job')}, with the files that the log names"
     if found.restored:
-        yield f"  restored  {counted(found.restored, 'job')} by their images alone"
+        yield f"  restored  {counted(found.restored, 'job')} from images alone"
     if found.failed:
         yield f"  failed    {counted(found.failed, 'job')}"
     if found.batches:
@@ -55,7 +62,8 @@ def _lines(folder: Path, found: Repaired) -> Iterator[str]:
         yield f"  unknown   {_some(found.unknown)}: kept, but no job is known for them"
     if found.former is not None:
         yield f"the former state.db is kept as {found.former}"
-    yield "run the same command again to run what is missing"
+    if found.to_run or found.batches or found.problems:
+        yield "run the manifest again with sensebatch run to run what is missing"
 
 
 def _some(names: Sequence[str]) -> str:

@@ -76,8 +76,10 @@ def _verified_lines(verified: dict[str, Any] | None) -> Iterator[str]:
         yield f"  {file['path']}: {file['found']} (job {file['job_id']})"
     if len(wrong) > MAX_FAILURES:
         yield f"  ... and {len(wrong) - MAX_FAILURES:,} more; --json lists all"
-    if wrong:
-        yield "remove a file that has changed and run the same command again to draw it again"
+    if any(file["found"] == "changed" for file in wrong):
+        yield "remove the files that have changed, then run the manifest again with sensebatch run"
+    elif wrong:
+        yield "run the manifest again with sensebatch run to make the missing files again"
 
 
 def _values(found: RunStatus) -> dict[str, Any]:

@@ -185,8 +185,8 @@ def read_log(path: Path, columns: Collection[str] = SCHEMA.names) -> pa.Table:
         raise RunFolderError(f"{path}: expected the log of a run, found no file") from None
     except (OSError, pa.ArrowException) as error:
         raise RunFolderError(
-            f"{path}: expected the log of a run: {error}; running the same command again writes "
-            "it again from the state"
+            f"{path}: expected the log of a run: {str(error).rstrip('.')}; the next sensebatch run "
+            "in this folder writes it again from the state"
         ) from error
     for field in later:
         if field.name in columns:

@@ -51,6 +51,8 @@ from sensebatch.tasks import Task
 class Repaired:
     """What a new state has, and what could not be saved."""
 
+    is_rebuilt: bool
+    """False if nothing was damaged; the folder is then as it was."""
     rows: int
     """Rows of the log."""
     done: int
@@ -70,8 +72,12 @@ class Repaired:
     """What the former state is called now; None where there was none."""
 
 
-def repair(root: Path) -> Repaired:
+def repair(root: Path, *, is_forced: bool = False) -> Repaired:
     """Rebuilds the state of a run's folder; the next run continues with it.
+
+    Args:
+        root: The folder.
+        is_forced: Whether the state is rebuilt even if nothing is damaged.
 
     Raises:
         RunFolderError: Another process works in the folder, a newer version made it, or there is
@@ -97,12 +103,14 @@ def repair(root: Path) -> Repaired:
                 rebuild.restore_jobs()
                 rebuild.restore_batches()
                 rebuild.require_any()
+            if not (is_forced or rebuild.is_needed()):
+                return rebuild.result(None, is_rebuilt=False)
             former = _put_in_place(run_dir, path, is_log_damaged=rebuild.is_log_damaged)
         finally:
             _remove(path)
         with closing(State(run_dir.state)) as state:
             Log(run_dir, state).write()
-    return rebuild.result(former)
+    return rebuild.result(former, is_rebuilt=True)
 
 
 class _Rebuild:
@@ -115,15 +123,22 @@ class _Rebuild:
         self._db = db
         self._files, self._problems = log_files(run_dir)
         self.is_log_damaged = bool(self._problems) and run_dir.log.exists()
-        self._num_rows = self._done = self._failed = self._num_batches = 0
+        self._num_rows = self._num_old_rows = self._done = self._failed = self._num_batches = 0
         self._claimed: set[str] = set()
         self._to_run: list[str] = []
         self._restored: list[str] = []
         self._unknown: list[str] = []
 
-    def result(self, former: Path | None) -> Repaired:
+    def is_needed(self) -> bool:
+        """Whether the former state is damaged, or lacks something that the folder has."""
+        is_behind = self._num_rows > self._num_old_rows
+        lost = [*self._old.problems, *self._problems, *self._to_run]
+        return is_behind or bool(lost)
+
+    def result(self, former: Path | None, *, is_rebuilt: bool) -> Repaired:
         """Returns what came of it."""
         return Repaired(
+            is_rebuilt=is_rebuilt,
             rows=self._num_rows,
             done=self._done,
             restored=len(self._restored),
@@ -139,6 +154,7 @@ class _Rebuild:
         """Adds the rows of the former state, then those that only the log has."""
         for row in self._old.rows():
             self._add_row(row)
+        self._num_old_rows = self._num_rows
         run = self._add_meta()
         for file in self._files:
             if file.run in (None, run):

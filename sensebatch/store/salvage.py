@@ -67,6 +67,10 @@ class OldState:
                 shutil.copyfile(source, folder / source.name)
         with self._reading():
             self._database = Database(self._copy, read_only=True)
+        with self._reading() as db:
+            found = "ok" if db is None else db.execute("PRAGMA integrity_check(1)").fetchone()[0]
+            if found != "ok":
+                raise ValueError(found)
 
     def close(self) -> None:
         """Closes the copy."""

@@ -33,7 +33,7 @@ def test_lost_state_is_reported_by_status_and_rebuilt_by_the_command_it_names(
         f"{ROOT}: rebuilt from 5 rows of the log",
         "  done      5 jobs, with the files that the log names",
         "  not read  state.db is missing",
-        "run the same command again to run what is missing",
+        "run the manifest again with sensebatch run to run what is missing",
     ]
     num_batches = len(backend.engine.batches)
     assert invoke("run", manifest).code == 0
@@ -53,6 +53,20 @@ def test_what_could_not_be_saved_is_listed(invoke: Invoke) -> None:
     assert (again["done"], again["to_run"], again["unknown"]) == (4, ["a"], ["images/extra.png"])
 
 
+@pytest.mark.usefixtures("_done")
+def test_whole_folder_is_left_alone_unless_forced(invoke: Invoke) -> None:
+    ended = invoke("repair", ROOT)
+    assert ended.code == 0
+    assert "nothing is damaged, and nothing was changed" in ended.out
+    assert not list(ROOT.glob("state.db.damaged-*"))
+    lines = invoke("repair", ROOT, "--force").out.splitlines()
+    assert lines == [
+        f"{ROOT}: rebuilt from 5 rows of the log",
+        "  done      5 jobs, with the files that the log names",
+        "the former state.db is kept as state.db.damaged-1",
+    ]
+
+
 def test_folder_without_anything_is_a_mistake(invoke: Invoke, tmp_path: Path) -> None:
     ended = invoke("repair", tmp_path / "nowhere")
     assert ended.code == 2
@@ -69,14 +83,17 @@ def test_verify_reads_every_file_and_names_those_that_changed(
     num_files = len([path for name in ("images", "text") for path in (ROOT / name).rglob("*.*")])
     assert f"  files  {num_files} of {num_files} files are as they were written" in whole.out
     assert "verified_files" not in invoke("status", ROOT, "--json").json
-    (ROOT / "images/a.png").write_bytes(b"overwritten")
     (ROOT / "text/c.txt").unlink()
+    hint = invoke("status", ROOT, "--verify").out.splitlines()[-1]
+    assert hint == "run the manifest again with sensebatch run to make the missing files again"
+    (ROOT / "images/a.png").write_bytes(b"overwritten")
     assert invoke("status", ROOT).code == 0
     ended = invoke("status", ROOT, "--verify")
     assert ended.code == 1
     assert f"  files  {num_files - 2} of {num_files} files are" in ended.out
     assert "  images/a.png: changed (job a)" in ended.out
     assert "  text/c.txt: missing (job c)" in ended.out
+    assert ended.out.splitlines()[-1].startswith("remove the files that have changed, then run")
     found = invoke("status", ROOT, "--verify", "--json")
     assert (found.code, found.json["verified_files"]) == (1, num_files)
     assert [file["path"] for file in found.json["wrong_files"]] == ["images/a.png", "text/c.txt"]

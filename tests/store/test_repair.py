@@ -311,11 +311,16 @@ def test_nothing_that_can_be_rebuilt_changes_nothing(tmp_path: Path) -> None:
         repair(tmp_path / "elsewhere")
 
 
-def test_whole_folder_is_rebuilt_to_itself(tmp_path: Path) -> None:
+def test_whole_folder_is_left_alone_or_rebuilt_to_itself(tmp_path: Path) -> None:
     run_folder(tmp_path, mixed_jobs())
     before = outcome(tmp_path)
     rows = pq.read_table(tmp_path / "log.parquet")
-    found = repair(tmp_path)
+    states = [path.name for path in tmp_path.glob("state.db*")]
+    state = (tmp_path / "state.db").read_bytes()
+    assert not repair(tmp_path).is_rebuilt
+    assert [path.name for path in tmp_path.glob("state.db*")] == states
+    assert (tmp_path / "state.db").read_bytes() == state
+    found = repair(tmp_path, is_forced=True)
     assert (found.to_run, found.problems, found.unknown) == ((), (), ())
     assert found.former == "state.db.damaged-1"
     assert pq.read_table(tmp_path / "log.parquet").equals(rows)
