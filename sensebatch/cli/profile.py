@@ -129,6 +129,7 @@ def _run(
     from sensebatch.cli.messages import say, warn
     from sensebatch.cli.signals import StopSignals
     from sensebatch.cli.speed_cache import read_speeds
+    from sensebatch.engine.device.choice import cuda_is_available
     from sensebatch.profile.forecast import Forecast
     from sensebatch.profile.measure import Hooks, run_suite
     from sensebatch.profile.suites import Scale, Suite, chosen_cases, suite_cases
@@ -140,8 +141,11 @@ def _run(
     machine, mistake = read_speeds()
     if mistake is not None:
         warn(mistake)
-    speeds = {} if machine is None else {machine.gpu: machine.machine.speeds}
-    forecast = Forecast(cases, scale, folder, speeds)
+    has_gpu = cuda_is_available()
+    if not has_gpu and not scale.is_small:
+        warn(_without_gpu(suite_name))
+    speeds = {machine.gpu: machine.machine.speeds} if machine is not None and has_gpu else {}
+    forecast = Forecast(cases, scale, folder, speeds, has_gpu=has_gpu)
     say(forecast.before())
     with StopSignals("stopped at once").installed() as stop:
         rows = run_suite(
@@ -158,6 +162,15 @@ def _run(
             speeds=speeds,
         )
     return rows, forecast.left
+
+
+def _without_gpu(suite_name: str) -> str:
+    """Returns what to expect of a suite that is not scaled down, and how to do that."""
+    return (
+        "found no GPU that torch can use; at full size a case takes hours on the CPU, or does not "
+        "fit its memory. Scaled down, the suite takes minutes: sensebatch profile --suite "
+        f"{suite_name} --model synthetic:tiny --steps 2 --jobs 2 --size 64x64"
+    )
 
 
 def _pass_on(line: str) -> None:

@@ -24,6 +24,7 @@ class Forecast:
         scale: How large they are.
         folder: The suite's; the cases' manifests are written there.
         speeds: What a GPU reaches at most, by its name; empty where none was measured.
+        has_gpu: Whether the cases run on a GPU, which `sensebatch doctor` can measure.
         clock: Seconds that only grow.
     """
 
@@ -34,7 +35,10 @@ class Forecast:
         folder: Path,
         speeds: Mapping[str, Speeds],
         clock: Callable[[], float] = time.monotonic,
+        *,
+        has_gpu: bool = True,
     ) -> None:
+        self._has_gpu = has_gpu
         self._gpu = next(iter(speeds), None)
         self._least = {
             case.name: _least_seconds(case, scale, folder, speeds[self._gpu]) if self._gpu else None
@@ -52,6 +56,8 @@ class Forecast:
     def before(self) -> str:
         """Returns a line that says how long the suite takes at least."""
         count = f"{len(self._least)} cases" if len(self._least) > 1 else "1 case"
+        if not self._has_gpu:
+            return f"{count}; how long they take is known for GPUs alone"
         if self._gpu is None:
             return f"{count}; sensebatch doctor measures what is needed to say how long they take"
         known = self._known(self._least)

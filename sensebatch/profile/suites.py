@@ -11,7 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from sensebatch.config import SYNTHETIC_PREFIX
+from sensebatch.config import SYNTHETIC_PREFIX, TINY_MODEL
 from sensebatch.errors import ConfigError
 from sensebatch.profile.night import night_parts
 from sensebatch.resolutions import Resolution
@@ -20,6 +20,7 @@ from sensebatch.tasks import Inputs, Output, Task
 from sensebatch.units import GIB
 from sensebatch.yaml_values import dump_yaml
 
+SMALL_MODEL = f"{SYNTHETIC_PREFIX}tiny"
 SQUARE = Resolution(height=2048, width=2048)
 WIDE = Resolution(height=1152, width=2048)
 SMALL = Resolution(height=1024, width=1024)
@@ -74,6 +75,11 @@ class Scale:
     text_tokens: int = TEXT_TOKENS
     """Tokens of a thought, and of the text before each image of a story, where weights are
     synthetic."""
+
+    @property
+    def is_small(self) -> bool:
+        """Whether a suite ends within minutes without a GPU, going by model and size."""
+        return self.resolution is not None and self.model in (TINY_MODEL, SMALL_MODEL)
 
     @property
     def scripted(self) -> bool:

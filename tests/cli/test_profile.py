@@ -53,6 +53,19 @@ def test_synthetic_weights_have_every_case(invoke: Invoke, launched: list[Sequen
     assert [Path(line[1]).stem for line in launched] == [case.name for case in cases]
 
 
+@pytest.mark.usefixtures("launched")
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_without_a_gpu_full_size_is_warned_of_with_the_small_form(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch, has_gpu: bool
+) -> None:
+    monkeypatch.setattr("sensebatch.engine.device.choice.cuda_is_available", lambda: has_gpu)
+    full = invoke("profile", "--suite", "modes", "--only", "low")
+    small = "--suite modes --model synthetic:tiny --steps 2 --jobs 2 --size 64x64"
+    assert ("warning: found no GPU" in full.err) == (small in full.err) == (not has_gpu)
+    assert ("sensebatch doctor measures" in full.err) == has_gpu
+    assert "found no GPU" not in invoke("profile", *small.split(), "--only", "low").err
+
+
 @pytest.mark.usefixtures("backend")
 def test_a_case_with_a_failed_job_is_failed_and_keeps_its_figures(
     invoke: Invoke, monkeypatch: pytest.MonkeyPatch

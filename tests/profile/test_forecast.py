@@ -56,6 +56,13 @@ def test_without_speeds_only_the_cases_are_counted(tmp_path: Path) -> None:
     assert forecast.after(cases[0]) == "1 of 1 cases after 0 s"
 
 
+def test_without_a_gpu_there_is_nothing_for_doctor_to_measure(tmp_path: Path) -> None:
+    scale = Scale(model="synthetic:tiny")
+    cases = suite_cases(Suite.MODES, scale)
+    line = Forecast(cases, scale, tmp_path, {}, has_gpu=False).before()
+    assert line == "4 cases; how long they take is known for GPUs alone"
+
+
 def test_a_case_without_known_seconds_is_left_out(tmp_path: Path) -> None:
     scale, names = Scale(), ("t2i", "t2i-fp8")
     cases = [case for case in suite_cases(Suite.SPEED, scale) if case.name in names]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sensebatch.errors import OutOfMemoryError
+from sensebatch.units import GIB
 
 ALIGNMENT = 256
 """Every tensor of a block starts at a multiple of this many bytes."""
@@ -97,7 +98,7 @@ def new_buffer(num_bytes: int, device: torch.device) -> Tensor:
         memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise OutOfMemoryError(
-            f"the host has no {num_bytes} bytes for weights: {error.strerror}"
+            f"the host has no {num_bytes / GIB:.2f} GiB for weights: {error.strerror}"
         ) from error
     with contextlib.suppress(OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -14,6 +15,7 @@ from sensebatch.engine.memory.host import CPU, HostStore
 from sensebatch.engine.memory.lanes import CpuLane
 from sensebatch.engine.memory.pool import Pool
 from sensebatch.engine.memory.readers import Readers
+from sensebatch.errors import OutOfMemoryError
 
 DTYPES = [torch.bfloat16, torch.float8_e4m3fn, torch.float32, torch.float16]
 
@@ -229,3 +231,11 @@ def test_memory_is_freed_once_every_copy_into_it_is_done() -> None:
         assert lane.under_way
         pool.release()
         assert not lane.under_way
+
+
+@pytest.mark.skipif(
+    not hasattr(mmap, "MADV_HUGEPAGE"), reason="torch allocates, and raises its own"
+)
+def test_memory_that_the_host_does_not_have_is_named_in_gib() -> None:
+    with pytest.raises(OutOfMemoryError, match=r"the host has no 1048576\.00 GiB for weights: "):
+        new_buffer(1 << 50, CPU)
