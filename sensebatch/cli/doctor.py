@@ -78,7 +78,8 @@ def doctor(
 
     With --verify the same jobs of every task are then run again and again, in every memory mode
     and precision, with memory in disorder, killed and resumed, and their files compared. Exit
-    codes: 0 all promises hold, 1 one does not or could not be checked, 75 stopped.
+    codes: 0 all promises hold that this machine can check, 1 one does not hold or a run failed, 75
+    stopped. Runs that this machine cannot make, and why, are printed.
     """
     from dataclasses import asdict
 

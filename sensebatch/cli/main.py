@@ -15,6 +15,7 @@ from dataclasses import asdict
 from typing import Annotated, Any, TextIO, cast
 
 import typer
+from pydantic import ValidationError
 
 import sensebatch
 from sensebatch.cli import (
@@ -50,6 +51,12 @@ _USAGE_ERRORS: tuple[type[Exception], ...] = tuple(
     kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
 )
 """The library's errors about a command line; typer has no public name for their base class."""
+_EXPECTED_NUMBERS = {
+    "float_parsing": "a number",
+    "greater_than_equal": "a number of at least {ge}",
+    "int_parsing": "a whole number",
+}
+"""What was expected, by pydantic's type of error."""
 _SETTINGS = {
     # cfg_scale and cfg-scale are the same option; values stay as they are.
     "token_normalize_func": lambda token: token.replace("_", "-"),
@@ -175,11 +182,25 @@ def _details(error: SensebatchError) -> dict[str, Any]:
     return {"num_problems": error.num_problems, "problems": problems}
 
 
+def _value_message(error: Any) -> str | None:
+    """Returns what is wrong with a number, in the words of settings; None for anything else."""
+    cause = error.__cause__
+    if not isinstance(cause, ValidationError):
+        return None
+    record = cause.errors()[0]
+    expected = _EXPECTED_NUMBERS.get(record["type"])
+    if expected is None:
+        return None
+    words = expected.format(**record.get("ctx", {}))
+    return f"{error.param.opts[0]}: expected {words}, found {record['input']}"
+
+
 def _usage_message(error: Any) -> str:
     """Returns what is wrong with a command line."""
     if type(error).__name__ == "NoArgsIsHelpError":
         return str(error.ctx.get_help())
     # Pydantic puts this before a word that a flag does not take.
-    text = f"{_NAME}: {error.format_message()}".replace(": Value error, ", ": ")
+    message = _value_message(error) or error.format_message()
+    text = f"{_NAME}: {message}".replace(": Value error, ", ": ")
     context = getattr(error, "ctx", None)
     return text if context is None else f"{text}\nsee {context.command_path} --help"

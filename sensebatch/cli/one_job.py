@@ -131,7 +131,7 @@ def _run_jsonl(command: Command, path: Path, voice: Voice) -> _Made:
         ("image", command.fields.get("image")),
     ):
         if value is not None:
-            raise ConfigError(f"--{_option(name)}: expected no such option beside --jsonl")
+            raise ConfigError(f"--{_option(name)}: cannot be combined with --jsonl")
     flags = {**command.flags, **_size_flags(command)}
     config = resolve_settings(config_file=command.config_file, flags=flags)
 

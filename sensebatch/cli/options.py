@@ -24,7 +24,7 @@ from typing import (
 
 import typer
 
-from sensebatch.cli.paths import path
+from sensebatch.cli.paths import path, path_text
 from sensebatch.config import TINY_MODEL, default_config
 from sensebatch.errors import ConfigError
 from sensebatch.jobs import Precision, VramMode
@@ -90,6 +90,8 @@ class ModelOptions:
     lora_path: Annotated[
         str | None,
         typer.Option(
+            parser=path_text,
+            metavar="PATH",
             help="LoRA to merge into the weights: a safetensors file, or a PEFT folder.",
             rich_help_panel=_MODEL,
         ),
@@ -159,7 +161,10 @@ class ModelOptions:
     system_prompt_file: Annotated[
         str | None,
         typer.Option(
-            help="JSON with generation and interleave system prompts.", rich_help_panel=_MODEL
+            parser=path_text,
+            metavar="PATH",
+            help="JSON with generation and interleave system prompts.",
+            rich_help_panel=_MODEL,
         ),
     ] = None
 

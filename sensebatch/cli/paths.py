@@ -20,3 +20,13 @@ def path(text: str | Path) -> Path:
     if not str(text).strip():
         raise typer.BadParameter("expected a path, found an empty text")
     return Path(text)
+
+
+def path_text(text: str) -> str:
+    """Returns a path as it was given, for a setting that keeps its text.
+
+    Raises:
+        typer.BadParameter: It is empty.
+    """
+    path(text)
+    return text

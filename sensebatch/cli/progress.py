@@ -246,11 +246,11 @@ def watch(stop: StopSignals, voice: Voice) -> Iterator[Tracker]:
 def change_lines(changes: Changes) -> Iterator[str]:
     """Yields one line for each way in which the manifests have changed since the last run."""
     for count, what in (
-        (changes.changed, "with a changed definition, run again"),
-        (changes.restored, "done before, but files are missing; run again"),
+        (changes.changed, "with a changed definition, will be run again"),
+        (changes.restored, "done before, but files are missing; will be run again"),
         (
             changes.returned,
-            "with a former definition again, whose files are there; not run again",
+            "with a former definition again, whose files are there; will not be run again",
         ),
         (changes.removed, "no longer in the manifest; files are kept"),
         (changes.unread, "not read because of --limit; left as they are"),

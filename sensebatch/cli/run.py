@@ -52,7 +52,8 @@ def run(
     """Run the jobs of one or more manifests that are not done yet.
 
     Exit codes: 0 all jobs done, 1 some failed, 2 nothing started because of an error, 75 stopped
-    and resumable by the same command, 130 or 143 after a second signal.
+    and resumable by the same command. 129, 130 and 143: ended at once by SIGHUP, SIGINT or
+    SIGTERM, the second one or one that came before there was a run.
     """
     from sensebatch.cli.outcome import finish, reporting_stops
     from sensebatch.cli.session import run_session

@@ -155,6 +155,10 @@ def read_rows(
     reader.problems.raise_any()
 
 
+class NotAManifestError(Exception):
+    """A file whose name says that it is something else."""
+
+
 class ManifestReader:
     """Reads manifests that belong together.
 
@@ -210,6 +214,8 @@ class ManifestReader:
                 num_rows += 1
                 place = f"{unit} {row.number}"
                 yield from self._row(path, place, manifest, per_task, row)
+        except NotAManifestError as error:
+            self._add(path, "manifest", (), str(error))
         except FileNotFoundError:
             self._add(path, "manifest", (), "expected a file, found none")
         except OSError as error:
@@ -366,6 +372,7 @@ def open_rows(path: Path, report: Report) -> ManifestRows:
 
     Raises:
         OSError: The file cannot be read.
+        NotAManifestError: Its name has no suffix of a manifest.
     """
     suffix = path.suffix.lower()
     if suffix in YAML_SUFFIXES:
@@ -379,8 +386,7 @@ def open_rows(path: Path, report: Report) -> ManifestRows:
 
         return ManifestRows(rows=parquet_rows(path, report), stores_images=True)
     known = ", ".join(SUFFIXES)
-    report(1, (), f"expected a manifest that ends in one of {known}, found {path.name!r}")
-    return ManifestRows(rows=iter(()))
+    raise NotAManifestError(f"expected a manifest that ends in one of {known}, found {path.name!r}")
 
 
 def manifest_name(paths: Sequence[Path]) -> str:

@@ -305,7 +305,7 @@ def _check_marks(prompt: str, num_images: int | None, errors: RowErrors) -> None
     """Checks that there is an image for every `<image>` mark of a prompt."""
     num_marks = prompt.count(IMAGE_MARK)
     if num_images is not None and num_marks > num_images:
-        found_images = f"{num_marks} marks and {num_images} images"
+        found_images = f"{_counted(num_marks, 'mark')} and {_counted(num_images, 'image')}"
         errors.add(
             "prompt", f"expected at most one {IMAGE_MARK} mark per image, found {found_images}"
         )
@@ -347,3 +347,7 @@ def _sampling(defaults: Sampling, given: tuple[Any, ...]) -> Sampling:
         if value is not None
     }
     return replace(defaults, **changes)
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

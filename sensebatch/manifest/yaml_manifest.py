@@ -58,6 +58,9 @@ def read_yaml_manifest(path: Path, report: Report) -> YamlManifest:
         return nothing
     errors = RowErrors()
     header = {name: value for name, value in top.items() if name not in ("defaults", "jobs")}
+    if header.keys() <= set(_TOP_NAMES):
+        # The error then says which value is expected.
+        header.setdefault("version", None)
     _validate(ManifestHeader, header, _TOP_NAMES, errors)
     name = top.get("name")
     if isinstance(name, str) and (message := id_error(name)) is not None:

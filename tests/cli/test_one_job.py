@@ -240,7 +240,7 @@ def test_jsonl_is_a_run_whose_rows_win_over_flags(invoke: Invoke, tmp_path: Path
     ("args", "message"),
     [
         (["t2i"], "expected --prompt or --jsonl, found neither"),
-        (["t2i", "--prompt", "a", "--jsonl", "b"], "--prompt: expected no such option"),
+        (["t2i", "--prompt", "a", "--jsonl", "b"], "--prompt: cannot be combined with --jsonl"),
         (["t2i", "--prompt", "a", "--width", "33", "--height", "32"], "--width: "),
         (
             ["t2i", "--prompt", "a", "--num-steps", "0"],

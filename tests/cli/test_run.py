@@ -128,7 +128,7 @@ def test_changed_job_runs_again_and_is_reported(invoke: Invoke, manifest: Path) 
     invoke("run", manifest)
     manifest.write_text(manifest.read_text().replace("a line", "two lines"))
     ended = invoke("run", manifest)
-    assert "1 job with a changed definition, run again" in ended.err
+    assert "1 job with a changed definition, will be run again" in ended.err
     assert "1 image made" in ended.err
 
 
@@ -136,7 +136,7 @@ def test_another_precision_makes_every_image_again(invoke: Invoke, manifest: Pat
     invoke("run", manifest)
     assert invoke("run", manifest, "--precision", "auto", "--json").json["this_run"]["done"] == 0
     ended = invoke("run", manifest, "--precision", "fp8")
-    assert "5 jobs with a changed definition, run again" in ended.err
+    assert "5 jobs with a changed definition, will be run again" in ended.err
     assert "loading tiny on cpu (float32, fp8)" in ended.err
 
 

@@ -127,6 +127,19 @@ def test_closed_standard_error_is_not_a_file_of_the_run(tmp_path: Path, closed: 
         (["run", "MANIFEST", "--model", "nowhere/at/all"], "sensebatch: nowhere/at/all: "),
         (["run", "MANIFEST", "--batch", "1"], "sensebatch: No such option: --batch"),
         (["run"], "sensebatch: Missing argument 'MANIFEST...'"),
+        (["run", "MANIFEST", "--limit", "0"], "sensebatch: --limit: expected a number of at least"),
+        (
+            ["run", "MANIFEST", "--limit", "x"],
+            "sensebatch: --limit: expected a whole number, found",
+        ),
+        (
+            ["run", "MANIFEST", "--lora-path", ""],
+            "sensebatch: Invalid value for '--lora-path': exp",
+        ),
+        (
+            ["run", "MANIFEST", "--system-prompt-file", ""],
+            "sensebatch: Invalid value for '--system",
+        ),
         (["run", "MANIFEST", "--device", "tpu"], "sensebatch: Invalid value for '--device'"),
         (["t2i", "--prompt", "a", "--num-steps", "0"], "sensebatch: --num-steps: "),
         (["manifest", "validate", "none.yaml"], "none.yaml: manifest: "),
