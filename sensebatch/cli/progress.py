@@ -269,7 +269,8 @@ def failure_line(attempt: Attempt, will_retry: bool) -> str:
     """Returns the line about a failed attempt: job, error, traceback file."""
     what = "failed, will be tried again" if will_retry else "failed"
     first = (attempt.error_message or "").partition("\n")[0]
-    return f"{what}: {attempt.job_id}: {attempt.error_type}: {first} ({attempt.error_file})"
+    file = f" ({attempt.error_file})" if attempt.error_file else ""
+    return f"{what}: {attempt.job_id}: {attempt.error_type}: {first}{file}"
 
 
 def step_words(progress: Progress) -> str:

@@ -32,13 +32,19 @@ def report(
     ] = False,
 ) -> None:
     """Print what a run cost: load time, seconds per image, throughput, peak memory, calls."""
-    from sensebatch.cli.messages import show
+    from sensebatch.cli.messages import counted, show, warn
     from sensebatch.cli.tables import print_report
     from sensebatch.report.summary import read_log, summarise, summary_json
     from sensebatch.report.timeline import format_timeline, timeline
     from sensebatch.store.run_dir import RunDir
+    from sensebatch.store.status import num_unlogged
 
     log = read_log(RunDir(folder).log)
+    if missing := num_unlogged(folder, log.num_rows):
+        warn(
+            f"log.parquet lacks the latest {counted(missing, 'row')}, which are written when the "
+            "run ends or is resumed"
+        )
     if show_timeline:
         batches = timeline(log)
         if as_json:

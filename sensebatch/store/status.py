@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from sensebatch.errors import RunFolderError, StorageError
 from sensebatch.jobs import GroupKey, group_key
 from sensebatch.store.attempts import row_from_json
 from sensebatch.store.kept import KeptImages
@@ -27,8 +29,8 @@ class FailedJob:
     job_id: str
     error_type: str
     error_message: str
-    error_file: str
-    """Path of the traceback, in the run's folder."""
+    error_file: str | None
+    """Path of the traceback, in the run's folder; None where no file can have its name."""
     attempts: int
 
 
@@ -62,6 +64,23 @@ class RunStatus:
     """Jobs that are still to be run, by group."""
     recent: tuple[PastBatch, ...]
     """The last batches of the latest process, in the order they were committed."""
+
+
+def num_unlogged(root: Path, num_rows: int) -> int:
+    """Returns how many attempts of a run log.parquet lacks; 0 where no state can be asked.
+
+    Args:
+        root: The run's folder.
+        num_rows: The rows of log.parquet.
+    """
+    run_dir = RunDir(root)
+    if not run_dir.state.is_file():
+        return 0
+    try:
+        with closing(State(run_dir.state, read_only=True)) as state:
+            return max(state.num_attempts() - num_rows, 0)
+    except (RunFolderError, StorageError):
+        return 0
 
 
 def read_status(root: Path) -> RunStatus:

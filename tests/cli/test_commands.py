@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 import sensebatch
@@ -83,6 +84,18 @@ def test_report_prints_the_summary_and_groups_or_json(invoke: Invoke, manifest: 
     assert ended.out.startswith("config          vram_mode=full  attn_backend=sdpa  dtype=float32")
     assert "interleave 64x32" in ended.out
     assert invoke("report", "outputs/small", "--json").json["total"]["calls"] == 4
+
+
+def test_report_says_how_many_rows_the_log_lacks(invoke: Invoke, manifest: Path) -> None:
+    invoke("run", manifest)
+    log = Path("outputs/small/log.parquet")
+    assert "lacks" not in invoke("report", "outputs/small").err
+    rows = pq.read_table(log)
+    pq.write_table(rows.slice(0, 3), log)
+    assert "log.parquet lacks the latest 2 rows" in invoke("report", "outputs/small").err
+    Path("outputs/small/state.db").write_bytes(b"damaged")
+    ended = invoke("report", "outputs/small")
+    assert (ended.code, "lacks" in ended.err) == (0, False)
 
 
 def test_validate_counts_jobs_or_reports_every_error(

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from sensebatch.cli.eta import pace
-from sensebatch.errors import DeviceError
+from sensebatch.errors import DeviceError, JobError
 from sensebatch.jobs import GroupKey, group_key
+from sensebatch.store.run_dir import RunDir
 from sensebatch.store.state import Counts
 from sensebatch.store.status import PastBatch, RunStatus
 from sensebatch.tasks import Task
@@ -84,6 +85,22 @@ def test_failed_jobs_are_named_with_their_reasons(invoke: Invoke, manifest: Path
         "ValueError",
         1,
     )
+
+
+@pytest.mark.usefixtures("backend")
+def test_failed_job_without_a_file_of_its_error_names_none(
+    invoke: Invoke, manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def error_name(*_: object) -> str:
+        raise JobError("no file can have this name")
+
+    _failing(manifest, ["bad"])
+    monkeypatch.setattr(RunDir, "error_name", error_name)
+    assert "failed: bad: ValueError: NaN in the output\n" in invoke("run", manifest).err
+    out = invoke("status", "outputs/small").out
+    assert "\n  bad: ValueError: NaN in the output\n" in out
+    (failure,) = invoke("status", "outputs/small", "--json").json["failures"]
+    assert failure["error_file"] is None
 
 
 @pytest.mark.usefixtures("backend")
