@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, get_origin
 
 from sensebatch.config import RunConfig
-from sensebatch.errors import ManifestError, Problem
+from sensebatch.errors import ConfigError, StorageError
 from sensebatch.jobs import InputImage
 from sensebatch.manifest.fields import EXPANSION_FIELDS, IMAGE_FIELDS, SETTINGS
 from sensebatch.manifest.inputs import InputReader
@@ -60,7 +60,9 @@ def convert_manifest(
         embed_images: Whether images are stored inside `dst`, which must then be Parquet.
 
     Raises:
-        ManifestError: Something is wrong in `src`, or `dst` cannot be written like this.
+        ManifestError: Something is wrong in `src`.
+        ConfigError: `dst` has no name for this, or is `src`.
+        StorageError: `dst` cannot be written.
         JobError: An image changed while it was being copied.
     """
     suffix = dst.suffix.lower()
@@ -86,9 +88,7 @@ def convert_manifest(
                 )
         temporary.replace(dst)
     except OSError as error:
-        raise _problem(
-            dst, f"expected a place that can be written, found: {error.strerror}"
-        ) from error
+        raise StorageError(f"{dst}: cannot be written: {error.strerror or error}") from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -105,11 +105,7 @@ def _check_destination(src: Path, dst: Path, suffix: str, embed_images: bool) ->
     elif src.exists() and dst.exists() and dst.samefile(src):
         message = "expected another file than the one that is read, found the same"
     if message:
-        raise _problem(dst, message)
-
-
-def _problem(dst: Path, message: str) -> ManifestError:
-    return ManifestError([Problem(file=str(dst), row="manifest", field="", message=message)])
+        raise ConfigError(f"{dst}: {message}")
 
 
 def _row(read: ReadJob, dst: Path, reader: InputReader, embed_images: bool) -> Row:

@@ -210,3 +210,11 @@ def test_plans_and_checks_of_yaml_do_without_arrow() -> None:
 def test_help_imports_no_library_for_data() -> None:
     names = ("torch", "pyarrow", "numpy", "PIL", "typer")
     assert _imported([["--help"], ["edit", "--help"]], names) == ["typer"]
+
+
+def test_convert_to_a_place_that_cannot_be_written_is_one_line(
+    invoke: Invoke, manifest: Path
+) -> None:
+    ended = invoke("manifest", "convert", manifest, manifest / "out.jsonl")
+    assert ended.code == 75
+    assert ended.err == f"sensebatch: {manifest}/out.jsonl: cannot be written: File exists\n"

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sensebatch.config import RunConfig, default_config
-from sensebatch.errors import ManifestError
+from sensebatch.errors import ConfigError, ManifestError, StorageError
 from sensebatch.jobs import Job, Source
 from sensebatch.manifest.convert import convert_manifest
 from sensebatch.manifest.inputs import read_input_image
@@ -157,10 +157,9 @@ def test_a_bad_manifest_leaves_the_target_as_it_was(
         ("a.csv", False, "expected a name that ends in one of .yaml"),
         ("a.yaml", True, "expected a Parquet manifest to store images in, found 'a.yaml'"),
         ("jobs.jsonl", False, "expected another file than the one that is read"),
-        ("jobs.jsonl/a.yaml", False, "expected a place that can be written, found: File exists"),
     ],
 )
-def test_a_target_that_cannot_be_written_is_refused(
+def test_a_target_of_another_kind_is_refused(
     tmp_path: Path,
     config: RunConfig,
     write_jsonl: WriteJsonl,
@@ -170,6 +169,27 @@ def test_a_target_that_cannot_be_written_is_refused(
 ) -> None:
     source = write_jsonl({"prompt": "x"})
     content = source.read_bytes()
-    with pytest.raises(ManifestError, match=message):
+    with pytest.raises(ConfigError, match=message):
         convert_manifest(source, tmp_path / name, config, embed_images=embed)
     assert source.read_bytes() == content
+
+
+def test_a_target_in_the_place_of_a_file_cannot_be_written(
+    config: RunConfig, write_jsonl: WriteJsonl
+) -> None:
+    source = write_jsonl({"prompt": "x"})
+    with pytest.raises(StorageError, match=r"jobs.jsonl/a.yaml: cannot be written: File exists"):
+        convert_manifest(source, source / "a.yaml", config)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("suffix", ["jsonl", "yaml", "parquet"])
+def test_a_full_disk_is_not_a_mistake_in_the_manifest(
+    tmp_path: Path, config: RunConfig, write_jsonl: WriteJsonl, suffix: str
+) -> None:
+    source = write_jsonl({"prompt": "x"})
+    target = tmp_path / f"other.{suffix}"
+    target.with_name(f".{target.name}.tmp").symlink_to("/dev/full")
+    with pytest.raises(StorageError, match=f"other.{suffix}: cannot be written: No space left"):
+        convert_manifest(source, target, config)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["jobs.jsonl"]
