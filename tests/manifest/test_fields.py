@@ -54,7 +54,10 @@ T2I_MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"image": "a.png"}, "image: expected a field of t2i jobs, found one of other tasks"),
     ({"max_images": 2}, "max_images: expected a field of t2i jobs, found one of other tasks"),
     ({"img_cfg_scale": 2}, "img_cfg_scale: expected a field of t2i jobs, found one of other tasks"),
-    ({"prompt": "<image> x"}, "prompt: expected at most one <image> mark per image, found 1 marks"),
+    (
+        {"prompt": "<image> x"},
+        "prompt: expected at most one <image> mark per image, found 1 mark and",
+    ),
     ({"tags": "a"}, "tags: expected a list, found 'a'"),
     ({"metadata": "a"}, "metadata: expected a mapping, found 'a'"),
     ({"tags": ["a"], "metadata": {"tags": 1}}, "metadata.tags: expected tags once, found it as a"),
