@@ -99,6 +99,8 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
         return read_folder(TINY_FOLDER, name=model)
     if model.startswith(SYNTHETIC_PREFIX):
         return _synthetic(model)
+    if not model.strip():
+        raise CheckpointError("expected a checkpoint folder, a Hub id or tiny, found an empty text")
     try:
         folder = Path(model).expanduser()
         is_folder, exists = folder.is_dir(), folder.exists()

@@ -222,3 +222,9 @@ def test_synthetic_checkpoints_have_both_heads() -> None:
     assert (mlp.architecture.head, pixel.architecture.head) == (HeadKind.MLP, HeadKind.PIXEL)
     assert replace(pixel.architecture, head=HeadKind.MLP) == mlp.architecture
     assert "fm_modules.fm_head.conv2.weight" in set(pixel.tensors) - set(mlp.tensors)
+
+
+@pytest.mark.parametrize("model", ["", " "])
+def test_empty_name_is_not_the_current_folder(model: str) -> None:
+    with pytest.raises(CheckpointError, match="found an empty text"):
+        open_checkpoint(model)
