@@ -176,7 +176,9 @@ def test_what_is_not_a_log_is_named(tmp_path: Path, content: bytes | None) -> No
     path = tmp_path / "log.parquet"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(RunFolderError, match=r"expected the log of a run: .*[^.]; the next"):
+    with pytest.raises(
+        RunFolderError, match=r"expected the log of a run(: .*[^.]; the next|, found)"
+    ):
         read_log(path)
 
 
