@@ -22,6 +22,8 @@ HERE = Path(__file__).parent
 CATALOG = HERE.parent / "manifests" / "catalog.yaml"
 CATALOG_KEYS = HERE / "catalog_keys.json"
 """By id, as version 0.1.0 logged them for the embedded checkpoint in float32."""
+PROMPT = "a picture of a"
+"""Part of the pinned keys, so its words stay what they are."""
 X, Y = make_input("x"), make_input("y")
 
 OF_TASKS: list[tuple[Task, dict[str, Any], str]] = [
@@ -48,7 +50,7 @@ OF_TASKS: list[tuple[Task, dict[str, Any], str]] = [
         "ad1daf19f694b175374ff0b9e6bb43f0b8c929eb6911ce3db1dceac2ba13eb81",
     ),
 ]
-"""The keys of `make_job` with some fields changed, for `IDENTITY`."""
+"""The keys of `make_job` with `PROMPT` and some fields changed, for `IDENTITY`."""
 
 
 def test_jobs_of_the_catalog_have_the_keys_they_always_had() -> None:
@@ -70,7 +72,7 @@ def test_jobs_of_the_catalog_have_the_keys_they_always_had() -> None:
 def test_jobs_of_every_task_have_the_keys_they_always_had(
     task: Task, changes: dict[str, Any], expected: str
 ) -> None:
-    assert job_key(make_job("a", task, **changes), IDENTITY) == expected
+    assert job_key(make_job("a", task, prompt=PROMPT, **changes), IDENTITY) == expected
 
 
 def test_no_task_is_without_a_pinned_key() -> None:
@@ -78,7 +80,7 @@ def test_no_task_is_without_a_pinned_key() -> None:
 
 
 def test_another_model_and_other_settings_give_the_keys_they_always_gave() -> None:
-    job = make_job("a")
+    job = make_job("a", prompt=PROMPT)
     identity = replace(IDENTITY, lora="l" * 64, dtype="bfloat16", precision=Precision.FP8)
     assert job_key(job, identity) == (
         "d415b18dc46e2e6c1deeedbbc7882ef3c8d7ee35fc7c9458410b7d09012f8849"
