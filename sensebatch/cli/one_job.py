@@ -160,7 +160,7 @@ def _place(command: Command) -> tuple[Path, str | None, RunConfig]:
     stem = job.stem
     if output is not None:
         if stem is not None:
-            raise ConfigError("--stem: expected no such option beside --output")
+            raise ConfigError("--stem: cannot be combined with --output")
         image_format = _FORMATS.get(output.suffix.lower())
         if image_format is None:
             raise ConfigError(
