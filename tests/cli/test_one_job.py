@@ -247,7 +247,10 @@ def test_jsonl_is_a_run_whose_rows_win_over_flags(invoke: Invoke, tmp_path: Path
             "--num-steps: expected a number of at least 1",
         ),
         (["t2i", "--prompt", "a", "--output", "a.gif"], "--output: expected a file that ends in"),
-        (["t2i", "--prompt", "a", "--output", "a.png", "--stem", "b"], "--stem: expected no such"),
+        (
+            ["t2i", "--prompt", "a", "--output", "a.png", "--stem", "b"],
+            "--stem: cannot be combined with --output",
+        ),
         (["t2i", "--prompt", "a", "--stem", "../b"], "--stem: "),
         (["edit", "--prompt", "a"], "--image: expected at least one input image"),
         (["edit", "--prompt", "a", "--image", "none.png"], "--image: "),
