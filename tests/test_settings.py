@@ -19,6 +19,7 @@ from sensebatch.jobs import CfgNorm, Sampling
 from sensebatch.resolutions import PixelLimits, Resolution
 from sensebatch.settings import amount_bytes, dump_settings, resolve_settings
 from sensebatch.tasks import Task
+from sensebatch.yaml_values import dump_yaml
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -146,7 +147,7 @@ def test_any_settings_survive_dump_and_read(
             ),
         },
     )
-    path = _file(tmp_path_factory.mktemp("settings"), yaml.safe_dump(dump_settings(changed)))
+    path = _file(tmp_path_factory.mktemp("settings"), dump_yaml(dump_settings(changed)))
     assert resolve_settings(config_file=path) == changed
 
 
