@@ -187,6 +187,7 @@ def _built(folder: Path) -> Path:
     return folder / built.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_the_wheel_carries_the_catalog_and_all_that_it_is_drawn_with(tmp_path: Path) -> None:
     pytest.importorskip("hatchling")
     installed = tmp_path / "installed"

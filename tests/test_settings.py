@@ -119,6 +119,7 @@ def test_settings_of_a_run_can_be_given_to_another(tmp_path: Path) -> None:
     assert resolve_settings(config_file=_file(tmp_path, yaml.safe_dump(run))) == resolved
 
 
+@pytest.mark.slow
 @given(
     attempts=st.integers(1, 100),
     interval=st.tuples(st.floats(0, 0.5), st.floats(0.5, 1)),

@@ -86,6 +86,7 @@ def test_report_prints_the_summary_and_groups_or_json(invoke: Invoke, manifest: 
     assert invoke("report", "outputs/small", "--json").json["total"]["calls"] == 4
 
 
+@pytest.mark.slow
 def test_report_says_how_many_rows_the_log_lacks(invoke: Invoke, manifest: Path) -> None:
     invoke("run", manifest)
     log = Path("outputs/small/log.parquet")

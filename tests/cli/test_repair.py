@@ -53,6 +53,7 @@ def test_what_could_not_be_saved_is_listed(invoke: Invoke) -> None:
     assert (again["done"], again["to_run"], again["unknown"]) == (4, ["a"], ["images/extra.png"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_done")
 def test_whole_folder_is_left_alone_unless_forced(invoke: Invoke) -> None:
     ended = invoke("repair", ROOT)
@@ -74,6 +75,7 @@ def test_folder_without_anything_is_a_mistake(invoke: Invoke, tmp_path: Path) ->
     assert not (tmp_path / "nowhere").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_done")
 def test_verify_reads_every_file_and_names_those_that_changed(
     invoke: Invoke, manifest: Path

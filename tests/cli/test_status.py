@@ -124,6 +124,7 @@ def test_job_that_is_tried_again_is_no_longer_a_failure(invoke: Invoke, manifest
     assert "retry-failed" not in out
 
 
+@pytest.mark.slow
 def test_status_works_during_the_run(invoke: Invoke, manifest: Path, backend: FakeBackend) -> None:
     seen: list[dict[str, object]] = []
 

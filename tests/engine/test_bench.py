@@ -19,6 +19,7 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> Runner:
     return Runner(network=build_network("dense_fm"), tokenizer=ByteTokenizer(), attention=sdpa)
 
 
+@pytest.mark.slow
 def test_every_part_is_measured(runner: Runner) -> None:
     with infer():
         measured = dict(bench.rows(runner, bench.SMALL))

@@ -13,6 +13,7 @@ from sensebatch.engine.model.tokenizer import HFTokenizer
 from sensebatch.engine.weights.sources import FileWeights, SyntheticWeights
 
 
+@pytest.mark.slow
 def test_written_files_are_the_synthetic_weights(tmp_path: Path) -> None:
     synthetic = open_checkpoint("synthetic:tiny")
     bench_loading.write_files(synthetic, tmp_path, shard_bytes=1 << 21)
@@ -27,6 +28,7 @@ def test_written_files_are_the_synthetic_weights(tmp_path: Path) -> None:
         assert torch.equal(*weights), name
 
 
+@pytest.mark.slow
 def test_every_mode_is_timed_and_files_are_written_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,6 +61,7 @@ def test_a_device_that_failed_between_batches_is_noticed_while_weights_are_place
         generate(engine, make_job("a"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

@@ -103,6 +103,7 @@ def test_choices_are_replaced_and_passes_are_not() -> None:
     assert taken == [[(0, 1), (1, 5)], [(0, 2)], [(0, 3)]]
 
 
+@pytest.mark.slow
 def test_only_synthetic_weights_keep_to_a_script() -> None:
     sampling = replace(make_job("a").sampling, max_think_tokens=7, max_new_tokens=8, max_images=2)
     think = make_job("a", think=True, sampling=sampling)

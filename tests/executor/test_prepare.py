@@ -91,6 +91,7 @@ def test_no_more_than_one_batch_is_prepared_ahead(tmp_path: Path) -> None:
     assert ran.summary.done == 4
 
 
+@pytest.mark.slow
 def test_what_was_prepared_is_released_once_its_batch_is_through(tmp_path: Path) -> None:
     class Held(list[bytes]):
         """Stands for tensors; can be referred to weakly."""

@@ -241,6 +241,7 @@ def measured_kib_per_row(path: Path, num_rows: int) -> float:
     return int(growth_kib) / num_rows
 
 
+@pytest.mark.slow
 def test_memory_grows_by_little_more_than_a_digest_a_row(tmp_path: Path) -> None:
     # Holding the jobs takes half as much again; this leaves room for reading ahead.
     assert measured_kib_per_row(tmp_path / "some.parquet", 60_000) < 0.6

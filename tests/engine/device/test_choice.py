@@ -110,6 +110,7 @@ def test_what_torch_was_built_for_is_read_from_its_files() -> None:
     assert found["hip"] == torch.version.hip
 
 
+@pytest.mark.slow
 def test_a_fresh_process_says_what_torch_says() -> None:
     """On every machine that runs the tests, with a GPU or without."""
     ended = subprocess.run(

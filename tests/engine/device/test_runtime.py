@@ -122,6 +122,7 @@ def test_flash_attention_is_asked_for_one_sequence(
         assert torch.equal(attention.flash(q, k, v, causal), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 30), (2, 3), (8, 30), (9, 30), (29, 30), (5, 5)])
 def test_queries_after_earlier_keys_need_no_mask(

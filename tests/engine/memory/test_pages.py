@@ -113,6 +113,7 @@ def test_pages_that_cannot_be_pinned_are_used_all_the_same(
     assert same(content(cache.brought()), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "name"), CASES)
 def test_images_after_prefixes_that_waited_are_bit_identical(config: str, name: str) -> None:
     case = load_case(config, name)
