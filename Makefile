@@ -18,7 +18,7 @@ run: $(VENV)/.installed
 	$(BIN)/sensebatch run manifests/catalog.yaml
 
 test: lint
-	$(BIN)/python -m pytest --cov=sensebatch
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --cov=sensebatch
 
 quick: lint
 	$(BIN)/python -m pytest -m "not slow"

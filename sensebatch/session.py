@@ -89,6 +89,7 @@ class ReusableEngine(Engine, Protocol):
     def replan(
         self,
         config: RunConfig,
+        *,
         checkpoint: Checkpoint,
         loads: Sequence[Load],
         stop: Callable[[], bool],
@@ -194,7 +195,7 @@ class WarmEngine:
             )
         self._is_lent = True
         if self._engine is not None and model.checkpoint == self._model.checkpoint:
-            self._engine.replan(config, model.checkpoint, loads, stop.is_set)
+            self._engine.replan(config, checkpoint=model.checkpoint, loads=loads, stop=stop.is_set)
             return self._engine
         # The same weights, but in other files: a copy, or other shards.
         self._discard()
@@ -315,7 +316,14 @@ def run_session(
             changes = store.ingest(jobs, model.identity, limit=request.limit, files=request.files)
             store.run_dir.write_settings(_settings_document(request))
             observer.jobs_read(request.root, changes)
-            return _run_pending(request.config, store, model, backend, observer, stop)
+            return _run_pending(
+                config=request.config,
+                store=store,
+                model=model,
+                backend=backend,
+                observer=observer,
+                stop=stop,
+            )
 
 
 @contextmanager
@@ -372,6 +380,7 @@ def _settings_document(request: Request) -> dict[str, Any]:
 
 
 def _run_pending(
+    *,
     config: RunConfig,
     store: Store,
     model: Model,

@@ -149,7 +149,7 @@ class SenseNovaEngine:
         idle_since, self._idle_since = self._idle_since, None
         try:
             with torch.inference_mode():
-                results = self._run(runner, batch, prepared, kept, channel)
+                results = self._run(runner, batch, prepared, kept=kept, channel=channel)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 check_device(device, error)
@@ -238,6 +238,7 @@ class SenseNovaEngine:
     def replan(
         self,
         config: RunConfig,
+        *,
         checkpoint: Checkpoint,
         loads: Sequence[Load],
         stop: Callable[[], bool],
@@ -264,7 +265,12 @@ class SenseNovaEngine:
         empty_cache(device)
         held = self._residency.host_bytes
         placements = plan_placements(
-            config, checkpoint, identity, device, loads, held_host_bytes=held
+            config,
+            checkpoint=checkpoint,
+            identity=identity,
+            device=device,
+            loads=loads,
+            held_host_bytes=held,
         )
         fitted = [placements.of(load.group).fitted(load) for load in loads]
         self._pixel_limits = config.pixel_limits
@@ -322,6 +328,7 @@ class SenseNovaEngine:
         runner: Runner,
         batch: Batch,
         prepared: Sequence[PreparedJob],
+        *,
         kept: Kept,
         channel: Channel,
     ) -> tuple[JobResult | Failure, ...]:
@@ -368,9 +375,11 @@ def load_engine(
     start = time.perf_counter()
     where = torch.device(device)
     backend = resolve_attention(config.model.attn_backend, device, identity.dtype)
-    placements = plan_placements(config, checkpoint, identity, where, loads)
+    placements = plan_placements(
+        config, checkpoint=checkpoint, identity=identity, device=where, loads=loads
+    )
     tokenizer = HFTokenizer(checkpoint.path)
-    loader = _new_loader(config, checkpoint, where, identity)
+    loader = _new_loader(config, checkpoint=checkpoint, device=where, identity=identity)
     cap_device_memory(where, config.memory.vram_budget_bytes)
     fitted = [placements.of(load.group).fitted(load) for load in loads]
     attention = new_attention(backend, device, fused=loader.fused)
@@ -414,7 +423,7 @@ def _load_figures(start: float, peak: DevicePeak) -> dict[str, Any]:
 
 
 def _new_loader(
-    config: RunConfig, checkpoint: Checkpoint, device: torch.device, identity: ModelIdentity
+    config: RunConfig, *, checkpoint: Checkpoint, device: torch.device, identity: ModelIdentity
 ) -> NetworkLoader:
     check_precision(identity.precision, device.type, identity.dtype)
     dtype = DTYPES[identity.dtype]

@@ -155,6 +155,7 @@ class FakeEngine:
     def replan(
         self,
         _config: RunConfig,
+        *,
         checkpoint: Checkpoint,
         loads: Sequence[Load],
         stop: Callable[[], bool],

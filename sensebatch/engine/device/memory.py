@@ -118,11 +118,11 @@ def cap_device_memory(device: torch.device, budget_bytes: int | None) -> None:
 
 def plan_placements(
     config: RunConfig,
+    *,
     checkpoint: Checkpoint,
     identity: ModelIdentity,
     device: torch.device,
     loads: Sequence[Load],
-    *,
     held_host_bytes: int = 0,
 ) -> Placements:
     """Returns where the weights go for each group, given what is free now; see `plan.device.place`.

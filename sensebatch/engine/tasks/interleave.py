@@ -191,7 +191,7 @@ def _draw(runner: Runner, jobs: Sequence[InterleaveJob], channel: Channel) -> No
             job.num_kept += 1
             _finish_image(job, image.to(runner.network.device))
     for resolution, group in by_size.items():
-        _denoise_group(runner, group, resolution, channel)
+        _denoise_group(runner, group, resolution, channel=channel)
 
 
 def _tokens_read_back(runner: Runner, jobs: Sequence[InterleaveJob]) -> int:
@@ -222,11 +222,13 @@ def _denoise_group(
     runner: Runner,
     group: Sequence[tuple[InterleaveJob, Tensor]],
     resolution: Resolution,
+    *,
     channel: Channel,
 ) -> None:
     together = passes(runner, len(group), resolution)
     for number, members in enumerate(together):
-        _denoise_pass(runner, group[members], resolution, (number, len(together)))
+        place = (number, len(together))
+        _denoise_pass(runner, group[members], resolution, place=place)
     drawn = []
     for job, _ in group:
         if job.last is not None:
@@ -240,6 +242,7 @@ def _denoise_pass(
     runner: Runner,
     group: Sequence[tuple[InterleaveJob, Tensor]],
     resolution: Resolution,
+    *,
     place: tuple[int, int],
 ) -> None:
     """Draws the images of a pass and leaves nothing of it on the device."""

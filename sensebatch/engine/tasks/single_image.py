@@ -77,7 +77,7 @@ def run_single_image(
                 continue
             runner.heed_stop()
             place = (number, len(together))
-            pixels, drawn = _draw(runner, running[members], thoughts[members], place)
+            pixels, drawn = _draw(runner, running[members], thoughts[members], place=place)
             finished += pixels
             if drawn:
                 keeper.keep(list(enumerate(drawn, start=members.start)))
@@ -117,6 +117,7 @@ def _draw(
     runner: Runner,
     running: Sequence[RunningJob],
     thoughts: Sequence[Thought],
+    *,
     place: tuple[int, int],
 ) -> tuple[list[np.ndarray | Failure], list[KeptImage]]:
     """Draws a pass and leaves nothing of it on the device.
