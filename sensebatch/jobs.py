@@ -444,6 +444,8 @@ class EngineInfo:
     identity: ModelIdentity
     model: str
     """As the user named it."""
+    model_license: str | None
+    """The licence that the checkpoint's model card names; None where it names none."""
     system_prompt_source: Mapping[Task, str]
     """Where the run's system prompt for each task was found."""
     device: str

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from sensebatch.checkpoint.card import CARD
 from sensebatch.errors import CheckpointError
 
 FILE_PATTERNS = (
@@ -20,8 +21,10 @@ FILE_PATTERNS = (
     "added_tokens.json",
     "special_tokens_map.json",
     "*.py",
+    CARD,
 )
-"""The files that are downloaded: weights, tokenizer, and Python that may hold system prompts."""
+"""The files that are downloaded: weights, tokenizer, Python that may hold system prompts, and the
+model card, which names the licence."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

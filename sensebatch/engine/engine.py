@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from sensebatch.checkpoint.card import model_license
 from sensebatch.checkpoint.files import Checkpoint
 from sensebatch.checkpoint.tokenizer import IMG_START
 from sensebatch.config import RunConfig
@@ -389,6 +390,7 @@ def load_engine(
     info = EngineInfo(
         identity=identity,
         model=config.model.model,
+        model_license=model_license(checkpoint.path),
         system_prompt_source=system_prompt_source,
         device=torch.cuda.get_device_name() if device == "cuda" else device,
         dtype=identity.dtype,

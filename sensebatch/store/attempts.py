@@ -168,6 +168,9 @@ class Attempt:
     """Version of torch."""
     model: str
     """The checkpoint, as the user named it."""
+    model_license: str | None = None
+    """The licence that its model card names; null where it names none, and in rows of versions that
+    did not record it."""
     checkpoint: str
     """Fingerprint of its tensors, configuration and tokenizer."""
     lora: str | None

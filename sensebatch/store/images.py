@@ -1,4 +1,4 @@
-"""Images as files: PNG, WebP or JPEG with the settings that made them.
+"""Images as files: PNG, WebP or JPEG with the settings that made them and where they come from.
 
 The same arrays give the same bytes: no times are written. Knows nothing of folders.
 """
@@ -15,13 +15,16 @@ from PIL.PngImagePlugin import PngInfo
 
 from sensebatch.config import OutputConfig
 from sensebatch.declarations import stated
-from sensebatch.jobs import Job, ModelIdentity
+from sensebatch.jobs import EngineInfo, Job
+from sensebatch.store.provenance import SOFTWARE, public_name, xmp_packet
 
 EXTENSIONS = {"png": "png", "webp": "webp", "jpeg": "jpg"}
 """File name ending of each image format."""
 
 METADATA_KEY = "sensebatch"
 """Keyword of the PNG text chunk that holds the settings as JSON."""
+XMP_KEY = "XML:com.adobe.xmp"
+"""Keyword of the one that holds XMP."""
 
 _USER_COMMENT = 0x9286
 _EXIF_IFD = 0x8769
@@ -31,16 +34,16 @@ _MAX_EXIF_PROMPT = 4000
 at worst."""
 
 
-def image_metadata(job: Job, key: str, identity: ModelIdentity, index: int) -> dict[str, Any]:
+def image_metadata(job: Job, key: str, info: EngineInfo, index: int) -> dict[str, Any]:
     """Returns what is embedded in an image: the prompt, the seed and every setting.
 
     Args:
         job: The job that made it.
         key: The job's key.
-        identity: The model that drew it.
+        info: What drew it.
         index: Which of the job's images it is, from 0.
     """
-    size = job.resolution
+    size, identity = job.resolution, info.identity
     assert size is not None
     return {
         "id": job.id,
@@ -55,6 +58,9 @@ def image_metadata(job: Job, key: str, identity: ModelIdentity, index: int) -> d
         "input_sha256": [image.sha256 for image in job.images],
         "image_index": index,
         "sampling": stated(job.sampling),
+        "software": SOFTWARE,
+        "model": public_name(info.model),
+        "model_license": info.model_license,
         "checkpoint": identity.checkpoint,
         "lora": identity.lora,
         "dtype": identity.dtype,
@@ -90,10 +96,16 @@ def encode_image(pixels: np.ndarray, output: OutputConfig, metadata: dict[str, A
             quality=output.image_quality,
             lossless=output.image_quality == 100,
             exif=_exif(embedded),
+            xmp=_xmp(embedded),
         )
     elif output.image_format == "jpeg":
         image.save(
-            buffer, "JPEG", quality=output.image_quality, subsampling=0, exif=_exif(embedded)
+            buffer,
+            "JPEG",
+            quality=output.image_quality,
+            subsampling=0,
+            exif=_exif(embedded),
+            xmp=_xmp(embedded),
         )
     else:
         raise ValueError(f"expected png, webp or jpeg, found {output.image_format!r}")
@@ -115,8 +127,13 @@ def _png_text(metadata: dict[str, Any] | None) -> PngInfo | None:
     if metadata is None:
         return None
     info = PngInfo()
+    info.add_itxt(XMP_KEY, _xmp(metadata).decode())
     info.add_itxt(METADATA_KEY, json.dumps(metadata, ensure_ascii=False))
     return info
+
+
+def _xmp(metadata: dict[str, Any] | None) -> bytes:
+    return b"" if metadata is None else xmp_packet(metadata)
 
 
 def _exif(metadata: dict[str, Any] | None) -> bytes:

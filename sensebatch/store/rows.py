@@ -76,6 +76,7 @@ def job_columns(context: RowContext, stored: StoredJob) -> dict[str, Any]:
         "device": info.device,
         "torch_version": info.torch_version,
         "model": info.model,
+        "model_license": info.model_license,
         "checkpoint": info.identity.checkpoint,
         "lora": info.identity.lora,
         "system_prompt_source": "job" if own_prompt else info.system_prompt_source[job.task],

@@ -239,8 +239,7 @@ class BatchWriter:
         size = stored.job.resolution
         if size is None or pixels.shape[:2] != (size.height, size.width):
             raise ValueError(f"expected an image of {size}, found an array {list(pixels.shape)}")
-        identity = self._context.info.identity
-        metadata = image_metadata(stored.job, stored.key, identity, index)
+        metadata = image_metadata(stored.job, stored.key, self._context.info, index)
         return encode_image(pixels, self._output, metadata)
 
     def _write(self, name: str, data: bytes) -> str:

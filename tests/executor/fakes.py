@@ -172,6 +172,7 @@ class FakeEngine:
         return EngineInfo(
             identity=IDENTITY,
             model="fake",
+            model_license="apache-2.0",
             system_prompt_source=dict.fromkeys(Task, "default"),
             device="cpu",
             dtype="float32",

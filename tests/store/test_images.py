@@ -9,13 +9,13 @@ from PIL import Image
 
 from sensebatch.config import OutputConfig
 from sensebatch.store.images import encode_image, image_metadata, read_metadata
-from tests.executor.fakes import IDENTITY, SMALL, drawn_image, make_job, to_pixels
+from tests.executor.fakes import SMALL, FakeEngine, drawn_image, make_job, to_pixels
 
 PIXELS = to_pixels(drawn_image(SMALL, "pixels"))
 
 
 def metadata(prompt: str = "a cat") -> dict[str, Any]:
-    return image_metadata(make_job("a", prompt=prompt), "k" * 64, IDENTITY, 0)
+    return image_metadata(make_job("a", prompt=prompt), "k" * 64, FakeEngine().info, 0)
 
 
 @pytest.mark.parametrize("image_format", ["png", "webp", "jpeg"])
