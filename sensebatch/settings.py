@@ -58,6 +58,8 @@ RUN_SECTION = "config"
 """The key that holds the settings in `run.yaml`, which is a valid configuration file too."""
 
 _COMMAND_LINE = "command line"
+_FLAGS = {"inputs.max_pixels": "max-image-pixels"}
+"""The flags that are not named like their setting."""
 
 
 def _parse_size(value: object) -> Resolution:
@@ -251,7 +253,8 @@ def resolve_settings(
         def place(path: list[str]) -> str:
             name = ".".join(path)
             if list(_existing(from_flags, path)) == path:
-                return f"--{path[-1].replace('_', '-')}" if dashed else name
+                flag = _FLAGS.get(name, path[-1].replace("_", "-"))
+                return f"--{flag}" if dashed else name
             if document is None:
                 return f"{_COMMAND_LINE}: {name}" if dashed else name
             return f"{config_file}: line {document.line_of(path)}: {name}"

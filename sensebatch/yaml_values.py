@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from yaml.reader import ReaderError
 
-from sensebatch.bounded import MAX_DEPTH, MAX_DIGITS, is_unicode, read_file
+from sensebatch.bounded import MAX_DEPTH, MAX_DIGITS, is_unicode, read_file, shown
 
 try:
     from yaml import CSafeLoader as _Loader
@@ -46,6 +46,28 @@ _PLAIN_WORDS = (
     (_MERGE, r"<<", ["<"]),
 )
 
+
+_MAX_SHOWN = 40
+"""The most characters of a line that a message repeats."""
+_MISTAKES = (
+    ("cannot start any token", "expected quotes around text that begins so, found {found}"),
+    ("undefined alias", "expected quotes around text that begins so, found {found}"),
+    (
+        "mapping values are not allowed",
+        "expected one 'name: value' on a line, or quotes around text with ': ', found {found}",
+    ),
+    ("escape", "expected two backslashes for one in double quotes, found {found}"),
+    ("quoted scalar", "expected a closing quote, found none"),
+    ("flow sequence", "expected ',' or ']' for the '[' on line {opened}, found {found}"),
+    ("flow mapping", "expected ',' or '}}' for the '{{' on line {opened}, found {found}"),
+    (
+        "a block ",
+        "expected 'name: value' or '- item', as far in as on line {opened}, found {found}",
+    ),
+    ("could not find expected ':'", "expected 'name: value', found {found}"),
+    ("another document", "expected one document, found '---' and another one"),
+)
+"""What the library says of a mistake, and what the message says instead."""
 
 _WORDS = {tag: re.compile(pattern) for tag, pattern, _ in _PLAIN_WORDS}
 _COLLECTIONS = frozenset(["tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"])
@@ -196,16 +218,33 @@ def load_yaml(text: str) -> YamlValue:
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        parts = [part for part in (error.context, error.problem) if part]
-        line = 1 if mark is None else mark.line + 1
-        raise YamlTextError(f"expected YAML, found an error: {', '.join(parts)}", line) from error
+        raise _syntax_error(error, text.splitlines()) from error
     except ReaderError as error:
         line = _line_at(text.encode(errors="surrogatepass"), error.position)
         message = f"expected YAML, found character #x{error.character:04x}: {error.reason}"
         raise YamlTextError(message, line) from error
     except (yaml.YAMLError, ValueError) as error:
         raise YamlTextError(f"expected YAML, found an error: {error}", 1) from error
+
+
+def _syntax_error(error: yaml.MarkedYAMLError, lines: Sequence[str]) -> YamlTextError:
+    """Returns what is wrong with a text, in words for the mistakes that people make."""
+    said = ", ".join(part for part in (error.context, error.problem) if part)
+    mark = error.problem_mark or error.context_mark
+    if mark is None:
+        return YamlTextError(f"expected YAML, found an error: {said}", 1)
+    line = mark.line
+    rest = lines[line][mark.column :] if line < len(lines) else ""
+    opened = line if error.context_mark is None else error.context_mark.line
+    words = {"found": shown(rest[:_MAX_SHOWN]) if rest else "the end", "opened": opened + 1}
+    if rest.startswith("\t"):
+        return YamlTextError("expected spaces, which indent YAML, found a tab", line + 1)
+    for phrase, message in _MISTAKES:
+        if phrase in said:
+            # What is never closed is best looked for where it begins.
+            at = opened if "closing" in message else line
+            return YamlTextError(message.format(**words), at + 1)
+    return YamlTextError(f"expected YAML, found an error: {said}", line + 1)
 
 
 def _check_depth(text: str) -> None:

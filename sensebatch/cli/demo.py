@@ -13,6 +13,7 @@ from sensebatch.cli.options import (
     ExecutionOptions,
     ImageOptions,
     ModelOptions,
+    ReadingOptions,
     ScreenOptions,
 )
 from sensebatch.cli.paths import path
@@ -43,5 +44,6 @@ def demo(
         ExecutionOptions(),
         ImageOptions(),
         ScreenOptions(),
+        ReadingOptions(),
         output_dir=output_dir,
     )

@@ -20,6 +20,7 @@ from sensebatch.cli.options import (
     ExecutionOptions,
     ImageOptions,
     ModelOptions,
+    ReadingOptions,
     ScreenOptions,
 )
 from sensebatch.cli.paths import path
@@ -66,6 +67,14 @@ class JobOptions:
         str | None,
         typer.Option(help="Name of the files without suffix.", rich_help_panel=_OUTPUT),
     ] = None
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace files that something else wrote.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = False
     compare: Annotated[
         bool,
         typer.Option(
@@ -190,7 +199,7 @@ def one_job_command(task: Task, about: str) -> Callable[..., None]:
     spec = task.spec
     groups: dict[str, type[Any]] = {"job": JobOptions}
     if spec.takes_images:
-        groups["inputs"] = InputOptions
+        groups |= {"inputs": InputOptions, "reading": ReadingOptions}
     if spec.drawing is not None:
         groups["size"] = SizeOptions
     groups["settings"] = setting_options(task)
@@ -211,8 +220,8 @@ def one_job_command(task: Task, about: str) -> Callable[..., None]:
         flags: dict[str, object] = {}
         for name in ("inputs", "size"):
             fields |= given[name].fields() if name in given else {}
-        for name in ("model", "batch", "execution", "images"):
-            flags |= given[name].flags()
+        for name in ("model", "batch", "execution", "images", "reading"):
+            flags |= given[name].flags() if name in given else {}
         for name, place in groups["settings"].places().items():
             flags[place] = getattr(given["settings"], name)
         run_command(

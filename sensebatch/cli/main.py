@@ -18,6 +18,7 @@ import typer
 from pydantic import ValidationError
 
 import sensebatch
+from sensebatch.bounded import shown
 from sensebatch.cli import (
     demo,
     doctor,
@@ -43,6 +44,7 @@ from sensebatch.cli.messages import (
     show_anyway,
 )
 from sensebatch.cli.options import UNUSED_BY_PLAN, with_options
+from sensebatch.cli.suggestions import advice
 from sensebatch.errors import ManifestError, RunStoppedError, SensebatchError, StoppedError
 from sensebatch.tasks import Task
 
@@ -195,12 +197,27 @@ def _value_message(error: Any) -> str | None:
     return f"{error.param.opts[0]}: expected {words}, found {record['input']}"
 
 
+def _option_message(error: Any) -> str | None:
+    """Returns what to do about an option that a command does not have; None for anything else."""
+    if type(error).__name__ != "NoSuchOption":
+        return None
+    from sensebatch.manifest.fields import JOB_FIELD_NAMES
+
+    parameters = error.ctx.command.get_params(error.ctx)
+    known = {name for p in parameters if p.param_type_name == "option" for name in p.opts}
+    reads_manifest = any(p.name in ("manifests", "source") for p in parameters)
+    said = advice(error.option_name, known, JOB_FIELD_NAMES if reads_manifest else ())
+    found = f"found {shown(error.option_name)}"
+    expected = f"expected an option of {error.ctx.command_path}"
+    return f"{expected}, {found}; {said}" if said else f"{expected}, {found}"
+
+
 def _usage_message(error: Any) -> str:
     """Returns what is wrong with a command line."""
     if type(error).__name__ == "NoArgsIsHelpError":
         return str(error.ctx.get_help())
-    # Pydantic puts this before a word that a flag does not take.
-    message = _value_message(error) or error.format_message()
-    text = f"{_NAME}: {message}".replace(": Value error, ", ": ")
     context = getattr(error, "ctx", None)
+    message = _option_message(error) or _value_message(error) or error.format_message()
+    # Pydantic puts this before a word that a flag does not take.
+    text = f"{_NAME}: {message}".replace(": Value error, ", ": ")
     return text if context is None else f"{text}\nsee {context.command_path} --help"

@@ -14,7 +14,9 @@ from sensebatch.cli.options import (
     UNUSED_WITHOUT_WEIGHTS,
     Manifests,
     ModelOptions,
+    ReadingOptions,
     RowTask,
+    flags_of,
     with_options,
 )
 from sensebatch.cli.paths import path
@@ -28,6 +30,7 @@ app = new_app(add_completion=False, help="Check, describe and convert manifests.
 def validate(
     manifests: Manifests,
     model: ModelOptions,
+    reading: ReadingOptions,
     task: RowTask = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object: jobs by task.")
@@ -38,7 +41,7 @@ def validate(
     from sensebatch.manifest.read import read_manifests
     from sensebatch.settings import resolve_settings
 
-    config = resolve_settings(config_file=model.config, flags=model.flags())
+    config = resolve_settings(config_file=model.config, flags=flags_of(model, reading))
     jobs = read_manifests(manifests, config, task=task, warn=warn_of)
     by_task = Counter(job.task for job in jobs)
     if as_json:
@@ -72,6 +75,7 @@ def convert(
         ),
     ],
     model: ModelOptions,
+    reading: ReadingOptions,
     task: RowTask = None,
     embed_images: Annotated[
         bool, typer.Option("--embed-images", help="Store the images inside DEST (Parquet).")
@@ -82,6 +86,6 @@ def convert(
     from sensebatch.manifest.convert import convert_manifest
     from sensebatch.settings import resolve_settings
 
-    config = resolve_settings(config_file=model.config, flags=model.flags())
+    config = resolve_settings(config_file=model.config, flags=flags_of(model, reading))
     num_jobs = convert_manifest(source, destination, config, task=task, embed_images=embed_images)
     show(f"{counted(num_jobs, 'job')} written to {destination}")

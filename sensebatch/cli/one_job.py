@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from sensebatch.cli.compare import compose
@@ -27,13 +29,16 @@ from sensebatch.manifest.one import job_from_fields
 from sensebatch.manifest.read import read_manifests, run_name
 from sensebatch.session import Request
 from sensebatch.settings import resolve_settings
-from sensebatch.store.files import write_atomic
+from sensebatch.store.files import sha256_of, write_atomic
 from sensebatch.store.finished import FinishedJob, finished_jobs
 from sensebatch.store.images import EXTENSIONS
 from sensebatch.tasks import Output, SizeRule, Task
 
 RUNS_FOLDER = ".sensebatch"
 """The folder, inside the one written to, that holds the runs of single jobs."""
+
+WRITTEN_NAME = "written.json"
+"""The file, in such a run's folder, with the hashes of what was written for the user."""
 
 STEM_DIGITS = 16
 """Hex digits in the names that earlier versions gave to unnamed files."""
@@ -107,8 +112,11 @@ def _run_prompt(command: Command, voice: Voice) -> _Made:
         suffix = command.output.suffix
     if stem is None:
         job = replace(job, id=_unused_stem(job, config.model, folder / RUNS_FOLDER, suffix))
-    _refuse_to_replace_inputs(job, folder, suffix)
+    is_of_job = partial(_is_of_job, job=job, suffix=suffix, compare=command.job.compare)
+    _refuse_to_replace_inputs(job, folder, is_of_job)
     root = folder / RUNS_FOLDER / f"{job.id}{suffix}"
+    if not command.job.overwrite:
+        _refuse_to_replace_others(folder, root, is_of_job)
     request = Request(
         root=root, config=config, sources=(job.source.file,), jobs=lambda: iter([job])
     )
@@ -118,6 +126,9 @@ def _run_prompt(command: Command, voice: Voice) -> _Made:
         for finished in finished_jobs(root):
             written += _copy_out(finished, folder, suffix)
             written += _extras(command.job, finished, folder / f"{job.id}_compare.png", voice)
+            if command.job.print_think and finished.text_file is None:
+                voice.warn("--print-think: the job wrote no text; with --think it thinks first")
+        _remember(root, written)
     return _Made(root=root, summary=summary, files=written)
 
 
@@ -127,6 +138,7 @@ def _run_jsonl(command: Command, path: Path, voice: Voice) -> _Made:
         ("prompt", job.prompt),
         ("stem", job.stem),
         ("output", command.output),
+        ("overwrite", job.overwrite or None),
         ("system_prompt", job.system_prompt),
         ("image", command.fields.get("image")),
     ):
@@ -191,26 +203,70 @@ def _only_job(command: Command, stem: str | None, config: RunConfig, voice: Voic
         raise ConfigError("\n".join(_complaint(problem) for problem in error.problems)) from None
 
 
-def _refuse_to_replace_inputs(job: Job, folder: Path, suffix: str) -> None:
+def _refuse_to_replace_inputs(job: Job, folder: Path, is_of_job: Callable[[Path], bool]) -> None:
     """Makes sure that no file of a job overwrites an image it starts from.
 
     Raises:
         ConfigError: One would.
     """
-    stem = re.escape(job.id.casefold())
-    own = rf"{stem}{re.escape(suffix.casefold())}|{stem}_(\d+\.\w+|compare\.png)"
     for image in job.images:
         path = Path(image.path)
         # A link is replaced itself, and so is the file that one from elsewhere leads to.
         places = (path.absolute().parent.resolve() / path.name, path.resolve())
-        if any(
-            place.parent == folder.resolve() and re.fullmatch(own, place.name.casefold())
-            for place in places
-        ):
+        if any(place.parent == folder.resolve() and is_of_job(place) for place in places):
             raise ConfigError(
                 f"--output: expected a file other than the input image, found {path}, which would "
                 "be overwritten"
             )
+
+
+def _is_of_job(path: Path, job: Job, suffix: str, *, compare: bool) -> bool:
+    """Returns whether a file has the name of one that a job writes."""
+    stem = re.escape(job.id.casefold())
+    own = stem + re.escape(suffix.casefold())
+    if job.task.spec.output is Output.IMAGES:
+        own = rf"{stem}_\d+\.\w+|{stem}\.txt"
+    if compare:
+        own += rf"|{stem}_compare\.png"
+    return re.fullmatch(own, path.name.casefold()) is not None
+
+
+def _refuse_to_replace_others(folder: Path, root: Path, is_of_job: Callable[[Path], bool]) -> None:
+    """Makes sure that the files a job would replace are those that its command wrote before.
+
+    Args:
+        folder: Where the files are written.
+        root: The run's folder.
+        is_of_job: Whether a file has the name of one that the job writes.
+
+    Raises:
+        ConfigError: Others are in their places.
+    """
+    if not folder.is_dir():
+        return
+    there = sorted(path for path in folder.iterdir() if is_of_job(path) and path.is_file())
+    known = _written_before(root) if there else frozenset()
+    for path in there:
+        if sha256_of(path) not in known:
+            raise ConfigError(
+                f"{path}: expected no file, or one that this command wrote, found another one; "
+                "--overwrite replaces it"
+            )
+
+
+def _written_before(root: Path) -> frozenset[str | None]:
+    """Returns the hashes of the files that a run's command has written for the user."""
+    made = [path for name in ("images", "text") for path in (root / name).rglob("*")]
+    hashes = {sha256_of(path) for path in made if path.is_file()}
+    with suppress(OSError, ValueError):
+        hashes |= set(json.loads((root / WRITTEN_NAME).read_text()))
+    return frozenset(hashes)
+
+
+def _remember(root: Path, written: Sequence[Path]) -> None:
+    """Notes the files that were written, so that the same command may replace them."""
+    hashes = _written_before(root).union(map(sha256_of, written))
+    write_atomic(root / WRITTEN_NAME, json.dumps(sorted(filter(None, hashes))).encode())
 
 
 def _unused_stem(job: Job, model: ModelConfig, runs: Path, suffix: str) -> str:

@@ -16,6 +16,7 @@ from typing import (
     Annotated,
     Any,
     Literal,
+    Protocol,
     Union,
     get_args,
     get_origin,
@@ -219,6 +220,39 @@ def _budgets(max_memory: str | None, vram_budget: str | None) -> tuple[int | Non
             f"{vram_budget!r} and {max_memory!r}"
         )
     return device, amounts.get("cpu")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadingOptions:
+    """What input images are accepted."""
+
+    max_image_pixels: Annotated[
+        int | None,
+        typer.Option(
+            help="Refuse input images of more pixels, which bounds the memory of decoding.",
+        ),
+    ] = None
+
+    @classmethod
+    def places(cls) -> dict[str, str]:
+        """Returns the settings that options are, by their place."""
+        return {"max_image_pixels": "inputs.max_pixels"}
+
+    def flags(self) -> dict[str, object]:
+        """Returns what was given, by place in the settings."""
+        return _given(self)
+
+
+class SettingOptions(Protocol):
+    """A group of options that are settings."""
+
+    def flags(self) -> dict[str, object]:
+        """Returns what was given, by place in the settings."""
+
+
+def flags_of(*groups: SettingOptions) -> dict[str, object]:
+    """Returns what was given of several groups of options, by place in the settings."""
+    return {place: value for group in groups for place, value in group.flags().items()}
 
 
 UNUSED_WITHOUT_WEIGHTS = frozenset(field.name for field in fields(ModelOptions)) - {

@@ -7,13 +7,22 @@ from typing import Annotated
 
 import typer
 
-from sensebatch.cli.options import BatchOptions, Limit, Manifests, ModelOptions, RowTask
+from sensebatch.cli.options import (
+    BatchOptions,
+    Limit,
+    Manifests,
+    ModelOptions,
+    ReadingOptions,
+    RowTask,
+    flags_of,
+)
 
 
 def plan(
     manifests: Manifests,
     model: ModelOptions,
     batch: BatchOptions,
+    reading: ReadingOptions,
     task: RowTask = None,
     limit: Limit = None,
     as_json: Annotated[
@@ -33,7 +42,8 @@ def plan(
     from sensebatch.plan.summary import memory_summary, plan_summary
     from sensebatch.settings import resolve_settings
 
-    config = resolve_settings(config_file=model.config, flags=model.flags() | batch.flags())
+    flags = flags_of(model, batch, reading)
+    config = resolve_settings(config_file=model.config, flags=flags)
     jobs = read_manifests(manifests, config, task=task, limit=limit, warn=warn_of)
     made = make_plan((plan_entry(job) for job in jobs), config.memory)
     machine, problem = (None, None) if config.model.device == "cpu" else read_speeds()

@@ -32,8 +32,8 @@ def print_plan(summary: Summary) -> None:
     at_most = "" if summary["images_exact"] else "at most "
     tokens = sum(group["image_tokens"] for group in summary["groups"])
     total = (
-        f"{counted(summary['jobs'], 'job')}, {at_most}{counted(summary['images'], 'image')} of "
-        f"{counted(tokens, 'token')}, {summary['batches']:,} "
+        f"{counted(summary['jobs'], 'job')}, {at_most}{counted(summary['images'], 'image')} "
+        f"({counted(tokens, 'token')} in all), {summary['batches']:,} "
         f"{'batch' if summary['batches'] == 1 else 'batches'}"
     )
     more = len(summary["groups"]) - MAX_GROUPS
@@ -147,7 +147,7 @@ def _of_placement(placement: Summary, groups: Sequence[Summary]) -> FittingTable
 def _cells(needs: Summary, *, timed: bool, texts: bool, bound: str) -> list[str]:
     cells = [f"{needs[name] / GIB:.2f}" for name in ("device_bytes", "host_bytes")]
     if timed:
-        cells.append(f"{bound}{needs['seconds']['pictures']:,.1f}")
+        cells.append(f"{bound}{needs['seconds']['images']:,.1f}")
     if texts:
         text = needs["seconds"]["text"]
         cells.append(f"<= {text:,.1f}" if text else "")
@@ -158,4 +158,4 @@ def _least_time(seconds: Mapping[str, float], summary: Summary) -> str:
     most = "" if summary["images_exact"] else " if all images are drawn"
     text = seconds["text"]
     more = f", and {duration(text)} more if all text is written" if text else ""
-    return f"At least {duration(seconds['pictures'])}{most}{more}."
+    return f"At least {duration(seconds['images'])}{most}{more}."

@@ -174,10 +174,14 @@ def _without_gpu(suite_name: str) -> str:
 
 
 def _pass_on(line: str) -> None:
-    """Shows what a case says of its progress; its warnings are the same for all cases."""
-    from sensebatch.cli.messages import say
+    """Shows what a case says of its progress.
 
-    if not line.startswith("warning"):
+    Its warnings are the same for all cases, and its stop is that of the suite, which said so.
+    """
+    from sensebatch.cli.messages import say
+    from sensebatch.cli.signals import FINISHING, LEAVING
+
+    if not line.startswith("warning") and line not in (FINISHING, LEAVING):
         say(f"  {line}")
 
 

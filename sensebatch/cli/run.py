@@ -18,8 +18,10 @@ from sensebatch.cli.options import (
     Manifests,
     ModelOptions,
     OtherManifest,
+    ReadingOptions,
     RowTask,
     ScreenOptions,
+    flags_of,
 )
 from sensebatch.cli.paths import path
 from sensebatch.jobs import Job
@@ -35,6 +37,7 @@ def run(
     execution: ExecutionOptions,
     images: ImageOptions,
     screen: ScreenOptions,
+    reading: ReadingOptions,
     output_dir: Annotated[
         Path | None,
         typer.Option(parser=path, help="The run's folder. [default: outputs/NAME of the manifest]"),
@@ -61,7 +64,7 @@ def run(
     from sensebatch.session import Request
     from sensebatch.settings import dump_settings, resolve_settings
 
-    flags = model.flags() | batch.flags() | execution.flags() | images.flags()
+    flags = flags_of(model, batch, execution, images, reading)
     config = resolve_settings(config_file=model.config, flags=flags)
     voice = screen.voice()
 

@@ -227,8 +227,8 @@ def _place_images(task: Task, prompt: str, grids: Sequence[Grid]) -> list[Piece]
     num_marks = prompt.count(IMAGE_MARK)
     if num_marks > len(grids):
         raise JobError(
-            f"prompt: expected at most {len(grids)} {IMAGE_MARK} marks, one for each image, "
-            f"found {num_marks}"
+            f"prompt: expected at most one {IMAGE_MARK} mark per image, found {num_marks} for "
+            f"{len(grids)}"
         )
     if task.spec.prompt.numbered and num_marks == 0 and len(grids) > 1:
         prefix = "".join(f"Image-{i}:{IMAGE_MARK}\n" for i in range(1, len(grids) + 1))

@@ -180,4 +180,4 @@ class _Summary:
 
 
 def _seconds(seconds: GroupSeconds | None) -> dict[str, float] | None:
-    return None if seconds is None else {"pictures": seconds.images, "text": seconds.text}
+    return None if seconds is None else {"images": seconds.images, "text": seconds.text}

@@ -20,7 +20,7 @@ from sensebatch.resolutions import PATCH_PIXELS
 from sensebatch.store import log as run_log
 from sensebatch.units import GIB
 
-_CALL = ["session", "worker", "batch_id", "started_at", "task", "width", "height"]
+_CALL = ["session", "worker", "batch_id", "started_at", "task", "width", "height", "think"]
 """Identical jobs make batches of the same id; no two of a worker start at the same time."""
 _MOST = [
     "total_s",
@@ -63,6 +63,7 @@ class Call:
     task: str
     width: int | None
     height: int | None
+    think: bool
     jobs: int
     """Jobs that were done; the batch may have had others."""
     images: int
@@ -77,7 +78,7 @@ class Call:
     @property
     def group(self) -> str:
         """What a report calls the jobs of the call and those like them."""
-        return group_name(self.task, self.width, self.height)
+        return group_name(self.task, self.width, self.height, think=self.think)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,6 +210,7 @@ def _calls(done: pa.Table) -> list[Call]:
             task=row["task"],
             width=row["width"],
             height=row["height"],
+            think=row["think"],
             jobs=row["job_id_count"],
             images=row["num_images_sum"],
             kept_images=row["num_kept_images_max"] or 0,
@@ -226,9 +228,12 @@ def _calls(done: pa.Table) -> list[Call]:
 
 
 def _text_tokens(done: pa.Table) -> dict[str, int]:
-    table = done.group_by(["task", "width", "height"]).aggregate([(name, "sum") for name in _TEXT])
+    sums = [(name, "sum") for name in _TEXT]
+    table = done.group_by(["task", "width", "height", "think"]).aggregate(sums)
     return {
-        group_name(row["task"], row["width"], row["height"]): row["think_tokens_sum"]
+        group_name(row["task"], row["width"], row["height"], think=row["think"]): row[
+            "think_tokens_sum"
+        ]
         + row["text_tokens_sum"]
         for row in table.to_pylist()
     }

@@ -19,6 +19,7 @@ _SHARED = [
     "task",
     "width",
     "height",
+    "think",
     "queue_s",
     "wait_s",
     "prefill_s",
@@ -34,9 +35,10 @@ _SECONDS = ("start", "waited", "prefill", "think", "denoise", "other")
 """Columns of the printed table."""
 
 
-def group_name(task: str, width: int | None, height: int | None) -> str:
-    """Returns what a report calls jobs that make the same: the task, and the size of its images."""
-    return task if width is None else f"{task} {width}x{height}"
+def group_name(task: str, width: int | None, height: int | None, *, think: bool) -> str:
+    """Returns what a report calls jobs of a kind: the task, the size, and whether they think."""
+    size = "" if width is None else f" {width}x{height}"
+    return f"{task}{size}{' with thinking' if think else ''}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +53,7 @@ class Batch:
     width: int | None
     """Pixels; None for jobs that make no images."""
     height: int | None
+    think: bool
     jobs: int
     images: int
     start_s: float
@@ -88,6 +91,7 @@ def timeline(log: pa.Table) -> tuple[Batch, ...]:
             task=row["task"],
             width=row["width"],
             height=row["height"],
+            think=row["think"],
             jobs=row["job_id_count"],
             images=row["num_images_sum"],
             start_s=row["queue_s"],
@@ -148,7 +152,7 @@ def _row(batch: Batch) -> list[str]:
         *(f"{value:.3f}" for value in seconds),
         str(batch.jobs),
         str(batch.images),
-        group_name(batch.task, batch.width, batch.height),
+        group_name(batch.task, batch.width, batch.height, think=batch.think),
     ]
 
 

@@ -77,7 +77,7 @@ def test_plan_uses_what_doctor_kept(invoke: Invoke, manifest: Path) -> None:
     invoke("doctor")
     plan = invoke("plan", manifest, "--json").json
     assert plan["machine"]["gpu"] == GPU.name
-    assert plan["memory"][0]["seconds"]["pictures"] > 0
+    assert plan["memory"][0]["seconds"]["images"] > 0
 
 
 @pytest.mark.usefixtures("with_gpu")

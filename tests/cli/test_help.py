@@ -60,6 +60,42 @@ def test_help_names_both_ends_of_the_guidance_interval(invoke: Invoke) -> None:
     assert re.search(r"--cfg-interval +FROM TO ", line)
 
 
+@pytest.mark.parametrize(
+    ("args", "advice"),
+    [
+        (["run", "a.yaml", "--output", "b"], "; did you mean --output-dir?"),
+        (["t2i", "--out", "b"], "; did you mean --output?"),
+        (["run", "a.yaml", "--batch_size", "2"], "; did you mean --max-batch-size?"),
+        (["run", "a.yaml", "--modle", "b"], "; did you mean --model?"),
+        (["run", "a.yaml", "--steps", "2"], "; num_steps is a field of the manifest's jobs"),
+        (["run", "a.yaml", "--num-stps", "2"], "; num_steps is a field of the manifest's jobs"),
+        (["manifest", "convert", "--width", "2"], "; width is a field of the manifest's jobs"),
+        (["t2i", "--guidance", "2"], "; did you mean --cfg-scale?"),
+        (["t2i", "--negative-prompt", "b"], "; there are no negative prompts: say what to show, "),
+        (["run", "a.yaml", "--resume"], "; the same command resumes a run"),
+        (["status", "a", "--width", "2"], ""),
+        (["run", "a.yaml", "--something"], ""),
+    ],
+)
+def test_unknown_option_is_answered_with_what_helps(
+    invoke: Invoke, args: list[str], advice: str
+) -> None:
+    ended = invoke(*args)
+    assert ended.code == 2
+    line, see = ended.err.splitlines()
+    assert re.search(
+        rf": expected an option of sensebatch \w.*, found --[-\w]+{re.escape(advice)}", line
+    )
+    assert (";" in line) == bool(advice)
+    assert see.startswith("see sensebatch ")
+
+
+def test_wrong_value_is_reported_with_the_name_of_its_option(invoke: Invoke) -> None:
+    ended = invoke("manifest", "validate", "a.yaml", "--max-image-pixels", "0")
+    assert ended.code == 2
+    assert "--max-image-pixels: expected a number greater than 0, found 0" in ended.err
+
+
 @pytest.mark.parametrize("args", [["run", "a.yaml"], ["manifest", "validate", "a.yaml"]])
 def test_a_wrong_word_is_reported_in_our_own_words(invoke: Invoke, args: list[str]) -> None:
     ended = invoke(*args, "--vram-mode", "quick")
@@ -155,7 +191,8 @@ def test_commands_list_only_the_options_that_change_what_they_do(
 ) -> None:
     shown = set(re.findall(r"--[a-z][a-z-]+", invoke(*name.split(), "--help").out))
     own = {"--json"} if name == "manifest validate" else {"--embed-images"}
-    assert shown == {"--config", "--model", "--model-path", "--task", "--help"} | own
+    both = {"--config", "--model", "--model-path", "--max-image-pixels", "--task", "--help"}
+    assert shown == both | own
     # The options of the run are taken all the same.
     target = [] if name == "manifest validate" else ["out.jsonl"]
     assert invoke(*name.split(), manifest, *target, "--dtype", "float32").code == 0

@@ -189,6 +189,63 @@ def test_input_image_is_not_overwritten_through_a_link(invoke: Invoke, red: Path
     assert red.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (["t2i", "--output", "a.png"], "a.png"),
+        (["t2i", "--output-dir", ".", "--stem", "A"], "a.png"),
+        (["t2i", "--output", "a.png", "--compare"], "a_compare.png"),
+        (["interleave", "--output-dir", ".", "--stem", "a"], "a_7.png"),
+        (["interleave", "--output-dir", ".", "--stem", "a"], "a.txt"),
+    ],
+)
+def test_file_that_something_else_wrote_is_replaced_only_if_asked(
+    invoke: Invoke, backend: FakeBackend, command: list[str], name: str
+) -> None:
+    Path(name).write_bytes(b"mine")
+    command = [*command, "--prompt", "a dot", *SMALL]
+    ended = invoke(*command)
+    assert ended.code == 2
+    assert f"{name}: expected no file, or one that this command wrote, found" in ended.err
+    assert Path(name).read_bytes() == b"mine"
+    assert backend.loaded == []
+    assert invoke(*command, "--overwrite").code == 0
+
+
+def test_file_that_a_command_does_not_write_stays_beside_its_own(invoke: Invoke) -> None:
+    for name in ("a_0.png", "a_compare.png", "a.txt", "a.webp"):
+        Path(name).write_bytes(b"mine")
+    assert invoke("t2i", "--output", "a.png", "--prompt", "a dot", *SMALL).code == 0
+    assert Path("a_0.png").read_bytes() == Path("a_compare.png").read_bytes() == b"mine"
+
+
+def test_command_replaces_its_own_file_until_somebody_edits_it(invoke: Invoke) -> None:
+    def draw(prompt: str) -> int:
+        return invoke("t2i", "--output", "a.png", "--prompt", prompt, *SMALL, "--compare").code
+
+    assert draw("a dot") == 0
+    first = Path("a.png").read_bytes()
+    assert draw("a line") == 0
+    second = Path("a.png").read_bytes()
+    assert second != first
+    # As a run that was killed before it had copied its image leaves it.
+    Path("a.png").write_bytes(first)
+    assert draw("a line") == 0
+    assert Path("a.png").read_bytes() == second
+    Path("a.png").write_bytes(b"edited")
+    assert draw("a line") == 2
+    assert Path("a.png").read_bytes() == b"edited"
+
+
+@pytest.mark.parametrize(("flags", "warns"), [([], True), (["--think"], False)])
+def test_text_that_was_not_written_is_not_printed_in_silence(
+    invoke: Invoke, flags: list[str], warns: bool
+) -> None:
+    ended = invoke("t2i", "--prompt", "a dot", "--print-think", *SMALL, *flags)
+    assert ended.code == 0
+    assert ("warning: --print-think: the job wrote no text" in ended.err) is warns
+
+
 def test_one_job_prints_little(invoke: Invoke) -> None:
     ended = invoke("t2i", "--prompt", "a dot", "--output", "dot.png", "--resolution", "1:1")
     lines = [re.sub(r"^\d\d:\d\d:\d\d ", "", line) for line in ended.err.splitlines()]

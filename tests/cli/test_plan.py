@@ -133,10 +133,10 @@ def test_plan_takes_what_fits_the_measured_gpu_and_times_it(invoke: Invoke, larg
     assert plan["machine"] == SPEEDS
     (mode,) = plan["memory"]
     assert mode["vram_mode"] == "full"
-    pictures = [group["seconds"]["pictures"] for group in mode["groups"]]
+    images = [group["seconds"]["images"] for group in mode["groups"]]
     # Four images of 50 steps, of which none can be faster than this on that machine.
-    assert pictures[0] == pytest.approx(4 * 50 * 0.222, rel=0.02)
-    assert sum(pictures) == pytest.approx(mode["seconds"]["pictures"])
+    assert images[0] == pytest.approx(4 * 50 * 0.222, rel=0.02)
+    assert sum(images) == pytest.approx(mode["seconds"]["images"])
     assert mode["seconds"]["text"] == 0
 
 
@@ -144,7 +144,7 @@ def test_plan_takes_what_fits_the_measured_gpu_and_times_it(invoke: Invoke, larg
 def test_streaming_one_job_at_a_time_takes_longer(invoke: Invoke, large: Path) -> None:
     def least(mode: str) -> float:
         plan = invoke("plan", large, *MODEL, "--vram-mode", mode, "--json").json
-        return plan["memory"][0]["seconds"]["pictures"]
+        return plan["memory"][0]["seconds"]["images"]
 
     assert least("full") < least("balanced") < least("low")
 

@@ -125,7 +125,7 @@ def test_closed_standard_error_is_not_a_file_of_the_run(tmp_path: Path, closed: 
     [
         (["run", "none.yaml"], "none.yaml: manifest: expected a file, found none"),
         (["run", "MANIFEST", "--model", "nowhere/at/all"], "sensebatch: nowhere/at/all: "),
-        (["run", "MANIFEST", "--batch", "1"], "sensebatch: No such option: --batch"),
+        (["run", "MANIFEST", "--batch", "1"], "sensebatch: expected an option of sensebatch run"),
         (["run"], "sensebatch: Missing argument 'MANIFEST...'"),
         (["run", "MANIFEST", "--limit", "0"], "sensebatch: --limit: expected a number of at least"),
         (

@@ -56,6 +56,7 @@ def test_report_of_a_gpu_fits(capfd: pytest.CaptureFixture[str], width: int) -> 
             task=task,
             width=2048,
             height=2048,
+            think=False,
             total_s=12345.678,
             peak_allocated_bytes=134 * GIB,
             peak_reserved_bytes=135 * GIB,

@@ -50,7 +50,7 @@ def test_summary_counts_interleave_with_the_most_it_may_draw() -> None:
 
 def test_the_seconds_of_a_run_are_those_of_its_groups() -> None:
     (placement,) = memory_summary(plan_of_sizes(3), NIGHT, GPU) or []
-    for name in ("pictures", "text"):
+    for name in ("images", "text"):
         own = [group["seconds"][name] for group in placement["groups"]]
         assert min(own) > 0
         assert placement["seconds"][name] == pytest.approx(sum(own))

@@ -136,6 +136,17 @@ def test_groups_are_by_task_and_size() -> None:
     assert (groups["t2i 256x256"].jobs, groups["interleave 256x256"].text_tokens) == (2, 20)
 
 
+def test_jobs_that_think_are_a_group_of_their_own() -> None:
+    plain = log_row(job_id="a", batch_id="x")
+    thinking = log_row(job_id="b", batch_id="y", think=True, think_tokens=70)
+    groups = summarise(log_table(plain, thinking)).by_group
+    assert {name: group.jobs for name, group in groups.items()} == {
+        "t2i 256x256": 1,
+        "t2i 256x256 with thinking": 1,
+    }
+    assert [group.text_tokens for group in groups.values()] == [0, 70]
+
+
 def test_log_without_rows_is_an_empty_summary() -> None:
     summary = summarise(log_table())
     assert summary.total.seconds_per_image is None
