@@ -105,6 +105,16 @@ class Channel:
         return False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostShare:
+    """How the workers of one host share it: weights that are streamed are there once."""
+
+    name: str
+    """The run's, and no other run's: workers of the host find each other by it."""
+    num_workers: int
+    """How many there are; the host's memory is planned for all of them."""
+
+
 class Concerns(StrEnum):
     """What an exception concerns."""
 

@@ -90,7 +90,6 @@ class ReusableEngine(Engine, Protocol):
         self,
         config: RunConfig,
         *,
-        checkpoint: Checkpoint,
         loads: Sequence[Load],
         stop: Callable[[], bool],
     ) -> None:
@@ -195,7 +194,7 @@ class WarmEngine:
             )
         self._is_lent = True
         if self._engine is not None and model.checkpoint == self._model.checkpoint:
-            self._engine.replan(config, checkpoint=model.checkpoint, loads=loads, stop=stop.is_set)
+            self._engine.replan(config, loads=loads, stop=stop.is_set)
             return self._engine
         # The same weights, but in other files: a copy, or other shards.
         self._discard()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -14,7 +15,7 @@ from sensebatch.checkpoint.card import model_license
 from sensebatch.checkpoint.files import Checkpoint
 from sensebatch.checkpoint.tokenizer import IMG_START
 from sensebatch.config import RunConfig
-from sensebatch.contract import Channel, Kept, Phase
+from sensebatch.contract import Channel, HostShare, Kept, Phase
 from sensebatch.engine.device.memory import (
     DevicePeak,
     cap_device_memory,
@@ -30,7 +31,9 @@ from sensebatch.engine.device.runtime import (
     resolve_attention,
     resolve_fused,
 )
+from sensebatch.engine.memory.host import BLOCKS
 from sensebatch.engine.memory.pages import Pages
+from sensebatch.engine.memory.shared import can_share, taken_bytes
 from sensebatch.engine.model.attention import Attention
 from sensebatch.engine.model.kv_cache import KVCache
 from sensebatch.engine.model.network import Network
@@ -41,7 +44,7 @@ from sensebatch.engine.sampling.text import Script
 from sensebatch.engine.tasks.registry import runner_of
 from sensebatch.engine.tasks.state import PreparedJob, prepare_job
 from sensebatch.engine.weights.loader import NetworkLoader, open_weights, warm_up
-from sensebatch.engine.weights.residency import Residency
+from sensebatch.engine.weights.residency import EMBEDDINGS, Residency
 from sensebatch.errors import (
     CheckpointError,
     OutOfMemoryError,
@@ -240,7 +243,6 @@ class SenseNovaEngine:
         self,
         config: RunConfig,
         *,
-        checkpoint: Checkpoint,
         loads: Sequence[Load],
         stop: Callable[[], bool],
     ) -> None:
@@ -250,7 +252,6 @@ class SenseNovaEngine:
 
         Args:
             config: The run's memory settings and the sizes of its input images.
-            checkpoint: The one that is loaded.
             loads: One for each group of the run.
             stop: Whether to stop loading.
 
@@ -261,17 +262,15 @@ class SenseNovaEngine:
             OutOfMemoryError: The device has less memory than it said; likewise.
         """
         start = time.perf_counter()
-        device, identity = self._loader.device, self._info.identity
+        device = self._loader.device
         self._system_turns.clear()
         empty_cache(device)
-        held = self._residency.host_bytes
         placements = plan_placements(
-            config,
-            checkpoint=checkpoint,
-            identity=identity,
+            self._loader.computation,
+            memory=config.memory,
             device=device,
             loads=loads,
-            held_host_bytes=held,
+            held_host_bytes=self._residency.host_bytes,
         )
         fitted = [placements.of(load.group).fitted(load) for load in loads]
         self._pixel_limits = config.pixel_limits
@@ -354,6 +353,7 @@ def load_engine(
     device: str,
     loads: Sequence[Load] = (),
     stop: Callable[[], bool] = lambda: False,
+    share: HostShare | None = None,
 ) -> SenseNovaEngine:
     """Loads a model for a run.
 
@@ -365,6 +365,7 @@ def load_engine(
         device: What `choice.resolve_runtime` returned.
         loads: One for each group of the run; memory is planned for them.
         stop: Whether to stop loading.
+        share: How the host is shared with the run's other workers on it; None without any.
 
     Raises:
         StoppedError: The load was stopped.
@@ -376,11 +377,10 @@ def load_engine(
     start = time.perf_counter()
     where = torch.device(device)
     backend = resolve_attention(config.model.attn_backend, device, identity.dtype)
-    placements = plan_placements(
-        config, checkpoint=checkpoint, identity=identity, device=where, loads=loads
-    )
+    key = _share_key(share, identity)
+    loader = _new_loader(config, checkpoint=checkpoint, device=where, identity=identity, share=key)
+    placements = _first_placements(loader, config, loads, share)
     tokenizer = HFTokenizer(checkpoint.path)
-    loader = _new_loader(config, checkpoint=checkpoint, device=where, identity=identity)
     cap_device_memory(where, config.memory.vram_budget_bytes)
     fitted = [placements.of(load.group).fitted(load) for load in loads]
     attention = new_attention(backend, device, fused=loader.fused)
@@ -413,6 +413,19 @@ def load_engine(
     )
 
 
+def _first_placements(
+    loader: NetworkLoader, config: RunConfig, loads: Sequence[Load], share: HostShare | None
+) -> Placements:
+    return plan_placements(
+        loader.computation,
+        memory=config.memory,
+        device=loader.device,
+        loads=loads,
+        num_workers=1 if share is None else share.num_workers,
+        held_host_bytes=taken_bytes(loader.share, BLOCKS, EMBEDDINGS),
+    )
+
+
 def _load_figures(start: float, peak: DevicePeak) -> dict[str, Any]:
     """Returns what the log says of a load that began at `start`."""
     allocated, reserved = peak.read()
@@ -424,8 +437,21 @@ def _load_figures(start: float, peak: DevicePeak) -> dict[str, Any]:
     }
 
 
+def _share_key(share: HostShare | None, identity: ModelIdentity) -> str | None:
+    """Returns what workers have in common if they share a host and stream the same weights."""
+    if share is None or not can_share():
+        return None
+    content = (share.name, identity.checkpoint, identity.lora, identity.dtype, identity.precision)
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:32]
+
+
 def _new_loader(
-    config: RunConfig, *, checkpoint: Checkpoint, device: torch.device, identity: ModelIdentity
+    config: RunConfig,
+    *,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    identity: ModelIdentity,
+    share: str | None,
 ) -> NetworkLoader:
     check_precision(identity.precision, device.type, identity.dtype)
     dtype = DTYPES[identity.dtype]
@@ -436,4 +462,5 @@ def _new_loader(
         dtype=dtype,
         fused=resolve_fused(config.model.compile, device.type, checkpoint.architecture),
         precision=identity.precision,
+        share=share,
     )

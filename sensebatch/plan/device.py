@@ -28,6 +28,7 @@ def place(
     loads: Sequence[Load],
     device_free: int | None,
     host_free: int,
+    num_workers: int = 1,
 ) -> Placements:
     """Returns for each group the fastest placement that fits, or the one that was asked for.
 
@@ -37,6 +38,8 @@ def place(
         loads: One for every group of the run.
         device_free: Bytes the device has free; None where the host is the device.
         host_free: Bytes the host has free.
+        num_workers: Processes that run the groups on this host at the same time, each on a device
+            of its own. They share the host's budget and its copy of the weights.
 
     Raises:
         ConfigError: It cannot fit; the message says the smallest budget that would.
@@ -51,6 +54,7 @@ def place(
             free_bytes=host_free,
             process_bytes=memory.host_budget_bytes,
             is_apart=device_free is not None or budget is not None,
+            num_workers=num_workers,
         ),
         limit=device_free if budget is None else budget,
         asked=budget is not None,

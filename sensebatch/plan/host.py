@@ -1,4 +1,8 @@
-"""What a run takes of host memory, and how weights and jobs share it. Integers only, no torch."""
+"""What a run takes of host memory, and how weights and jobs share it. Integers only, no torch.
+
+A run's workers on one host share the weights that are streamed from it; everything else each of
+them has for itself.
+"""
 
 from __future__ import annotations
 
@@ -51,9 +55,11 @@ class HostMemory:
     weights: WeightBytes
     free_bytes: int
     process_bytes: int | None
-    """The user's budget for the whole process; None where none was given."""
+    """The user's budget for all processes of the run on this host; None where none was given."""
     is_apart: bool
     """Whether the device has memory of its own."""
+    num_workers: int = 1
+    """How many processes there are."""
 
     def holds(self, working: int, *, streams: bool) -> bool:
         """Returns whether a batch leaves weights the memory they need, or had better have.
@@ -64,37 +70,48 @@ class HostMemory:
         """
         if not streams:
             capped = self.process_bytes is not None and self.is_apart
-            return not capped or PROGRAM_BYTES + working <= (self.process_bytes or 0)
+            return not capped or self._besides(working) <= (self.process_bytes or 0)
         if self.process_bytes is not None:
-            return PROGRAM_BYTES + working + self._least_weights <= self.process_bytes
+            return self._besides(working) + self._least_weights <= self.process_bytes
         weights = min(self.weights.blocks + self.weights.embeddings, self._free_for_weights)
-        return weights + working <= int(self.free_bytes * RUN_SHARE)
+        return weights + self.num_workers * working <= int(self.free_bytes * RUN_SHARE)
 
     def least_bytes(self, working: int, *, streams: bool) -> int:
-        """Returns the smallest budget for the process that would do."""
-        return PROGRAM_BYTES + working + (self._least_weights if streams else 0)
+        """Returns the smallest budget that would do."""
+        return self._besides(working) + (self._least_weights if streams else 0)
 
     def block_bytes(self, working: int) -> int:
         """Returns what is left for blocks beside the run's most demanding batch."""
         left = self._free_for_weights
         if self.process_bytes is not None:
-            left = self.process_bytes - PROGRAM_BYTES - working
+            left = self.process_bytes - self._besides(working)
         # Embeddings are looked up in host memory, whatever is left for blocks.
-        return max(left - self.weights.embeddings, 0)
+        left -= self.weights.embeddings
+        if left < self.weights.blocks:
+            # Each process takes its own staging buffers out of this, but not those of the others.
+            left -= (self.num_workers - 1) * self._staging
+        return max(left, 0)
 
     def peak_bytes(self, working: int, blocks: int, *, streams: bool) -> int:
-        """Returns the expected peak of the process.
+        """Returns the expected peak of all processes together.
 
         Args:
             working: `host_working_bytes` of a batch.
             blocks: What `block_bytes` returns.
             streams: See `holds`.
         """
-        all_fit = self.weights.blocks <= blocks
-        kept = self.weights.blocks if all_fit else max(blocks, self._staging)
+        kept = self.weights.blocks
+        if kept > blocks:
+            others = (self.num_workers - 1) * self._staging
+            kept = max(blocks, self._staging) + others
         # With all weights on the device the program is largest while embeddings pass through.
         held = self.weights.embeddings + kept if streams else 0
-        return max(PROGRAM_BYTES + held + working, LOADING_BYTES + self.weights.embeddings)
+        loading = LOADING_BYTES + self.weights.embeddings
+        return max(self._besides(working) + held, self.num_workers * loading)
+
+    def _besides(self, working: int) -> int:
+        """Returns what the processes take besides weights."""
+        return self.num_workers * (PROGRAM_BYTES + working)
 
     @property
     def _free_for_weights(self) -> int:
@@ -107,4 +124,4 @@ class HostMemory:
     @property
     def _least_weights(self) -> int:
         """Weights that are streamed take at least this much."""
-        return self.weights.embeddings + self._staging
+        return self.weights.embeddings + self.num_workers * self._staging

@@ -36,7 +36,7 @@ def _loads(config: RunConfig) -> list[Load]:
 
 def _replan(engine: SenseNovaEngine, **memory: Any) -> None:
     config = make_config(**memory)
-    engine.replan(config, checkpoint=CHECKPOINT, loads=_loads(config), stop=lambda: False)
+    engine.replan(config, loads=_loads(config), stop=lambda: False)
 
 
 def _weights_of(engine: SenseNovaEngine) -> object:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from sensebatch.checkpoint.files import Checkpoint
 from sensebatch.config import ExecutionConfig, MemoryConfig, OutputConfig, RunConfig, default_config
 from sensebatch.contract import Channel, Kept, KeptImage, Phase, Progress, Stop, Worker
 from sensebatch.errors import BatchStoppedError, JobError, OutOfMemoryError
@@ -156,11 +155,9 @@ class FakeEngine:
         self,
         _config: RunConfig,
         *,
-        checkpoint: Checkpoint,
         loads: Sequence[Load],
         stop: Callable[[], bool],
     ) -> None:
-        assert checkpoint.tensors
         assert not stop()
         self.replanned.append([load.group.task for load in loads])
 

@@ -57,6 +57,7 @@ def place_all(
     host_free: int = 200 * GIB,
     precision: Precision | None = None,
     vram_mode: str = "auto",
+    num_workers: int = 1,
     **budgets: int,
 ) -> Placements:
     return place(
@@ -65,6 +66,7 @@ def place_all(
         loads=[make_load()] if loads is None else loads,
         device_free=device_free,
         host_free=host_free,
+        num_workers=num_workers,
     )
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from sensebatch.errors import ConfigError
 from sensebatch.plan.host import PROGRAM_BYTES
+from sensebatch.plan.passes import NUM_STAGING
 from sensebatch.plan.weight_bytes import weight_bytes
 from sensebatch.tasks import Branch
 from sensebatch.units import GIB
@@ -54,6 +55,37 @@ def test_the_host_keeps_what_its_budget_allows() -> None:
     assert placed(vram_mode="full").host_bytes < PROGRAM_BYTES + 2 * GIB
 
 
+@pytest.mark.parametrize("budget", [None, 60 * GIB])
+def test_workers_of_a_host_have_one_copy_of_streamed_weights(budget: int | None) -> None:
+    alone, both = [
+        placed(vram_mode="balanced", host_budget_bytes=budget, num_workers=count)
+        for count in (1, 2)
+    ]
+    weights = weight_bytes(COMPUTATION)
+    besides = alone.host_bytes - weights.blocks - weights.embeddings
+    assert besides > PROGRAM_BYTES
+    assert both.host_bytes == alone.host_bytes + besides
+    assert both.device_bytes == alone.device_bytes
+
+
+def test_workers_of_a_host_share_its_budget() -> None:
+    memory: dict[str, Any] = {"vram_mode": "balanced", "host_budget_bytes": 20 * GIB}
+    alone, both = [placed(num_workers=count, **memory) for count in (1, 2)]
+    weights = weight_bytes(COMPUTATION)
+    assert both.host_bytes == alone.host_bytes == 20 * GIB
+    assert alone.host_block_bytes is not None
+    assert both.host_block_bytes is not None
+    # A second program, and staging buffers of its own.
+    less = alone.host_block_bytes - both.host_block_bytes
+    besides = 20 * GIB - weights.embeddings - alone.host_block_bytes
+    assert less == besides + NUM_STAGING * weights.block
+    whole: dict[str, Any] = {"vram_mode": "full", "device_free": 80 * GIB}
+    enough = placed(**whole).host_bytes
+    with pytest.raises(ConfigError, match="expected cpu to be at least"):
+        placed(num_workers=2, host_budget_bytes=enough, **whole)
+    placed(num_workers=2, host_budget_bytes=2 * enough, **whole)
+
+
 def test_a_host_budget_must_cover_the_program_with_all_weights_on_the_device() -> None:
     with pytest.raises(ConfigError, match=r"max_memory: expected cpu to be at least 1\.\d\d GiB"):
         place_all(vram_mode="full", device_free=80 * GIB, host_budget_bytes=GIB)
@@ -62,10 +94,21 @@ def test_a_host_budget_must_cover_the_program_with_all_weights_on_the_device() -
 
 
 @settings(max_examples=25)
-@given(budget=st.integers(0, 60 * GIB), jobs=st.integers(1, 16), prompt=st.integers(1, 9000))
-def test_a_host_budget_is_never_exceeded(budget: int, jobs: int, prompt: int) -> None:
+@given(
+    budget=st.integers(0, 60 * GIB),
+    jobs=st.integers(1, 16),
+    prompt=st.integers(1, 9000),
+    num_workers=st.integers(1, 8),
+)
+def test_a_host_budget_is_never_exceeded(
+    budget: int, jobs: int, prompt: int, num_workers: int
+) -> None:
     loads = [make_load(jobs, prompt=prompt), make_interleave(2)]
-    memory: dict[str, Any] = {"vram_mode": "balanced", "host_budget_bytes": budget}
+    memory: dict[str, Any] = {
+        "vram_mode": "balanced",
+        "host_budget_bytes": budget,
+        "num_workers": num_workers,
+    }
     try:
         chosen = place_all(loads, **memory)
     except ConfigError as error:

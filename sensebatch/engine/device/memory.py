@@ -9,11 +9,8 @@ from contextlib import contextmanager
 import psutil
 import torch
 
-from sensebatch.checkpoint.files import Checkpoint
-from sensebatch.config import RunConfig
-from sensebatch.engine.device.runtime import DTYPES, resolve_fused
+from sensebatch.config import MemoryConfig
 from sensebatch.errors import DeviceError, OutOfMemoryError
-from sensebatch.jobs import ModelIdentity
 from sensebatch.plan.computation import Computation
 from sensebatch.plan.device import place
 from sensebatch.plan.load import Load
@@ -117,37 +114,32 @@ def cap_device_memory(device: torch.device, budget_bytes: int | None) -> None:
 
 
 def plan_placements(
-    config: RunConfig,
+    computation: Computation,
     *,
-    checkpoint: Checkpoint,
-    identity: ModelIdentity,
+    memory: MemoryConfig,
     device: torch.device,
     loads: Sequence[Load],
+    num_workers: int = 1,
     held_host_bytes: int = 0,
 ) -> Placements:
     """Returns where the weights go for each group, given what is free now; see `plan.device.place`.
 
     Args:
-        config: Memory settings.
-        checkpoint: Says the network's shape.
-        identity: Says the dtype and precision.
+        computation: The network, and how it is computed.
+        memory: Mode and budgets.
         device: Where the network computes. What torch holds of its memory counts as free.
         loads: One for every group of the run.
+        num_workers: Processes that share the host and its copy of the weights.
         held_host_bytes: Host memory of weights that are loaded already; counts as free.
     """
     device_free = None
     if device.type == "cuda":
         device_free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    computation = Computation(
-        arch=checkpoint.architecture,
-        item_bytes=DTYPES[identity.dtype].itemsize,
-        precision=identity.precision,
-        fused=resolve_fused(config.model.compile, device.type, checkpoint.architecture),
-    )
     return place(
         computation,
-        memory=config.memory,
+        memory=memory,
         loads=loads,
         device_free=device_free,
         host_free=psutil.virtual_memory().available + held_host_bytes,
+        num_workers=num_workers,
     )

@@ -2,14 +2,15 @@
 
 Kept blocks are pinned if the device is a GPU, so that copies overlap with the computation. The
 others are read ahead of use, into a few pinned staging buffers. Several threads read a block, and
-begin the next one before the last is done.
+begin the next one before the last is done. Processes that compute with the same weights may share
+the kept blocks; each pins them for itself.
 """
 
 from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -21,12 +22,15 @@ from torch import Tensor
 from sensebatch.engine.memory.blocks import Block, new_buffer
 from sensebatch.engine.memory.lanes import Lane
 from sensebatch.engine.memory.readers import Readers
+from sensebatch.engine.memory.shared import SharedBuffers
 from sensebatch.errors import OutOfMemoryError
 from sensebatch.plan.passes import NUM_STAGING
 
 NUM_KEEPERS = 4
 """How many kept blocks are read and pinned at the same time."""
 CPU = torch.device("cpu")
+BLOCKS = "blocks"
+"""What kept blocks are called where they are shared."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,11 +48,14 @@ class HostStore:
     Args:
         readers: Threads that read parts of blocks; the caller closes them.
         pin: Whether host memory is pinned for copies to a GPU.
+        shared: What kept blocks lie in if other processes use them too; None for memory of this
+            process.
     """
 
-    def __init__(self, readers: Readers, *, pin: bool) -> None:
+    def __init__(self, readers: Readers, *, pin: bool, shared: SharedBuffers | None = None) -> None:
         self._readers = readers
         self._pin = pin
+        self._shared = shared
         self._pins: list[PinnedMemory] = []
         self._kept: dict[Block, Tensor] = {}
         self._staging: list[_Staging] = []
@@ -64,6 +71,8 @@ class HostStore:
 
     def keep(self, blocks: Sequence[Block], room_bytes: int | None, lane: Lane) -> None:
         """Reads as many blocks into host memory as there is room for, in order.
+
+        Where blocks are shared, those are kept that the first process had room for.
 
         Args:
             blocks: All blocks that may be needed more than once.
@@ -85,8 +94,11 @@ class HostStore:
                     kept.append(block)
                     left -= size
         with ThreadPoolExecutor(NUM_KEEPERS) as keepers:
-            self._kept = dict(zip(kept, keepers.map(self._read, kept), strict=True))
-        if len(kept) < len(blocks):
+            if self._shared is None:
+                self._kept = dict(zip(kept, keepers.map(self._read, kept), strict=True))
+            else:
+                self._kept = self._share(self._shared, kept, blocks, keepers)
+        if len(self._kept) < len(blocks):
             for _ in range(NUM_STAGING):
                 staging = _Staging(self._pinned(new_buffer(largest, CPU)), lane.new_mark())
                 self._staging.append(staging)
@@ -151,6 +163,24 @@ class HostStore:
         buffer = new_buffer(block.layout.num_bytes, CPU)
         self._fill(block, buffer)
         return self._pinned(buffer)
+
+    def _share(
+        self,
+        shared: SharedBuffers,
+        kept: Sequence[Block],
+        blocks: Sequence[Block],
+        keepers: ThreadPoolExecutor,
+    ) -> dict[Block, Tensor]:
+        """Returns the shared blocks, pinned; they are `kept` if this process is the first."""
+
+        def fill(buffers: Mapping[str, Tensor]) -> None:
+            list(keepers.map(lambda block: self._fill(block, buffers[block.name]), kept))
+
+        sizes = {block.name: block.layout.num_bytes for block in kept}
+        buffers = shared.get(BLOCKS, sizes, fill)
+        there = [block for block in blocks if block.name in buffers]
+        pinned = keepers.map(self._pinned, (buffers[block.name] for block in there))
+        return dict(zip(there, pinned, strict=True))
 
     def _fill(self, block: Block, flat: Tensor) -> None:
         self._readers.run(partial(part, flat) for part in block.parts)

@@ -15,6 +15,7 @@ from sensebatch.checkpoint.files import Checkpoint, check_tensors
 from sensebatch.checkpoint.tensors import expected_tensors
 from sensebatch.engine.decoding import decoding_operations
 from sensebatch.engine.device.memory import empty_cache, translated_out_of_memory
+from sensebatch.engine.memory.shared import SharedBuffers
 from sensebatch.engine.model.attention import LONG_RUN, Attention
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.operations import choose_operations
@@ -63,6 +64,8 @@ class NetworkLoader:
     """Whether chains of small operations are one kernel each."""
     precision: Precision | None = None
     """Precision of linear layers in float8; None if there are none."""
+    share: str | None = None
+    """The key under which other processes share weights in host memory; None if none does."""
 
     @property
     def computation(self) -> Computation:
@@ -89,9 +92,10 @@ class NetworkLoader:
             OutOfMemoryError: The device or the host has less memory than planned.
         """
         network = self.new_network()
+        shared = None if self.share is None else SharedBuffers(self.share, stop)
         source = StoppableWeights(self.source, stop)
         with translated_out_of_memory(f"the weights did not fit {self.device}"):
-            residency = Residency(network, source, placement, self.device)
+            residency = Residency(network, source, placement, self.device, shared)
         source.loaded()
         return network, residency
 

@@ -22,6 +22,7 @@ from sensebatch.engine.memory.host import CPU, HostStore
 from sensebatch.engine.memory.lanes import Lane, lane_for
 from sensebatch.engine.memory.pool import Pool
 from sensebatch.engine.memory.readers import Readers
+from sensebatch.engine.memory.shared import SharedBuffers
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.quantized import FP8, quantise_rows, scale_of
 from sensebatch.engine.model.state_dict_adapter import Slot, checkpoint_slots
@@ -30,7 +31,10 @@ from sensebatch.errors import OutOfMemoryError
 from sensebatch.plan.passes import RING
 from sensebatch.plan.placement import Placement
 
+EMBEDDING_PREFIX = "embed_tokens."
 BLOCK_PREFIXES = ("understanding.layers.", "generation.layers.", "lm_head.parts.")
+EMBEDDINGS = "embeddings"
+"""What token embeddings are called where they are shared."""
 PART_BYTES = 16 << 20
 """About how much of a tensor one thread reads at a time."""
 CACHED_BYTES = 1 << 20
@@ -49,10 +53,13 @@ class Residency:
         source: Supplies the weights.
         placement: How much memory they take.
         device: The device that the network computes on.
+        shared: What weights in host memory lie in if other processes stream them too; None for
+            memory of this process.
 
     Raises:
         CheckpointError: A file cannot be read.
         OutOfMemoryError: The host has less memory than planned.
+        StoppedError: A stop was set while another process read the weights.
     """
 
     def __init__(
@@ -61,6 +68,7 @@ class Residency:
         source: WeightSource,
         placement: Placement,
         device: torch.device,
+        shared: SharedBuffers | None = None,
     ) -> None:
         self._device = device
         pieces = _pieces_by_parameter(network.arch)
@@ -74,8 +82,10 @@ class Residency:
         self._embed_on_device = placement.embed_on_device
         lane = lane_for(device)
         self._readers = Readers()
-        _load_rest(network, pieces, source, self._readers, placement.embed_on_device, device)
-        self._host = HostStore(self._readers, pin=device.type == "cuda")
+        _load_rest(
+            network, pieces, source, self._readers, placement.embed_on_device, device, shared
+        )
+        self._host = HostStore(self._readers, pin=device.type == "cuda", shared=shared)
         self._host.keep(blocks, 0 if self._whole else placement.host_block_bytes, lane)
         if self._whole:
             self._pool = Pool(new_buffer(sum(sizes), device), self._host, lane, sizes)
@@ -283,20 +293,42 @@ def _load_rest(
     readers: Readers,
     embed_on_device: bool,
     device: torch.device,
+    shared: SharedBuffers | None,
 ) -> None:
     """Gives parameters outside the blocks their memory: on the device, except embeddings."""
     for name, parameter in list(network.named_parameters()):
         if name.startswith(BLOCK_PREFIXES):
             continue
         entry = Entry(name, parameter.dtype, tuple(parameter.shape), 0)
-        flat = new_buffer(parameter.nbytes, CPU)
-        readers.run(
-            partial(part, flat)
+        layout = Layout((entry,), parameter.nbytes)
+        parts = [
+            part
             for tensor, slot in pieces[name]
-            for part in _parts(Layout((entry,), 0), entry, tensor, slot, source, parameter.dtype)
-        )
-        value = entry.view(flat)
-        if embed_on_device or not name.startswith("embed_tokens."):
+            for part in _parts(layout, entry, tensor, slot, source, parameter.dtype)
+        ]
+        stays = not embed_on_device and name.startswith(EMBEDDING_PREFIX)
+        value = entry.view(_read(layout, parts, readers, shared if stays else None))
+        if not stays:
             value = value.to(device)
         owner, _, attribute = name.rpartition(".")
         setattr(network.get_submodule(owner), attribute, nn.Parameter(value, requires_grad=False))
+
+
+def _read(
+    layout: Layout,
+    parts: Sequence[Callable[[Tensor], None]],
+    readers: Readers,
+    shared: SharedBuffers | None,
+) -> Tensor:
+    """Returns token embeddings, or another parameter, in host memory that may be shared."""
+
+    def fill(flat: Tensor) -> None:
+        readers.run(partial(part, flat) for part in parts)
+
+    if shared is None:
+        flat = new_buffer(layout.num_bytes, CPU)
+        fill(flat)
+        return flat
+    sizes = {EMBEDDINGS: layout.num_bytes}
+    buffers = shared.get(EMBEDDINGS, sizes, lambda buffers: fill(buffers[EMBEDDINGS]))
+    return buffers[EMBEDDINGS]
