@@ -36,6 +36,7 @@ from sensebatch.store.files import write_atomic
 from sensebatch.store.ingest import Changes
 from sensebatch.store.manifests import ManifestFiles
 from sensebatch.store.run_dir import RunDir
+from sensebatch.store.shards import SHARD, Shard
 from sensebatch.store.state import Counts
 from sensebatch.store.store import Store, open_store
 from sensebatch.tasks import Task
@@ -271,6 +272,8 @@ class Request:
     """The number of jobs after which `jobs` ends, even if the manifests have more."""
     files: ManifestFiles | None = None
     """What `jobs` reads and nothing else; None if the jobs have another source."""
+    shard: Shard | None = None
+    """The shard of the jobs that the folder is for; None for all of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -312,7 +315,13 @@ def run_session(
         model = open_model(request.config.model, backend, observer)
         with open_store(request.root) as store:
             jobs = _with_inputs_apart(_until_stopped(request.jobs(), stop), store.run_dir.images)
-            changes = store.ingest(jobs, model.identity, limit=request.limit, files=request.files)
+            changes = store.ingest(
+                jobs,
+                model.identity,
+                limit=request.limit,
+                files=request.files,
+                shard=request.shard,
+            )
             store.run_dir.write_settings(_settings_document(request))
             observer.jobs_read(request.root, changes)
             return _run_pending(
@@ -332,12 +341,18 @@ def _summarised(root: Path) -> Iterator[None]:
         yield
     except RunStoppedError:
         with suppress(RunStoppedError, RunFolderError):
-            _write_summary(root)
+            write_summary(root)
         raise
-    _write_summary(root)
+    write_summary(root)
 
 
-def _write_summary(root: Path) -> None:
+def write_summary(root: Path) -> None:
+    """Writes the summary of a run's log.
+
+    Raises:
+        RunFolderError: There is no log.
+        StorageError: The folder cannot be written.
+    """
     run_dir = RunDir(root)
     log = summarise(read_log(run_dir.log))
     write_atomic(run_dir.summary, f"{format_summary(log)}\n".encode())
@@ -371,9 +386,11 @@ def open_model(config: ModelConfig, backend: Backend, observer: RunObserver) -> 
 
 def _settings_document(request: Request) -> dict[str, Any]:
     """Returns the content of run.yaml: the version, the manifests and every resolved setting."""
+    shard = {} if request.shard is None else {SHARD: str(request.shard)}
     return {
         "sensebatch": sensebatch.__version__,
         "manifests": list(request.sources),
+        **shard,
         RUN_SECTION: dump_settings(request.config),
     }
 

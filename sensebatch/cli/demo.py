@@ -11,6 +11,7 @@ import sensebatch
 from sensebatch.cli.options import (
     BatchOptions,
     ExecutionOptions,
+    FolderOptions,
     ImageOptions,
     ModelOptions,
     ReadingOptions,
@@ -45,5 +46,5 @@ def demo(
         ImageOptions(),
         ScreenOptions(),
         ReadingOptions(),
-        output_dir=output_dir,
+        FolderOptions(output_dir=output_dir),
     )

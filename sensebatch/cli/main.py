@@ -24,6 +24,7 @@ from sensebatch.cli import (
     doctor,
     exits,
     manifest,
+    merge,
     model,
     plan,
     profile,
@@ -93,6 +94,7 @@ def _make_app() -> typer.Typer:
         status.status,
         report.report,
         repair.repair,
+        merge.merge,
         profile.profile,
         doctor.doctor,
     ):

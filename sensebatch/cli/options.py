@@ -41,6 +41,7 @@ from sensebatch.tasks import Task
 
 if TYPE_CHECKING:
     from sensebatch.cli.voice import Voice
+    from sensebatch.store.shards import Shard
 
 _MODEL = "Model"
 _OUTPUT = "Output"
@@ -52,14 +53,6 @@ Manifests = Annotated[
 ]
 RowTask = Annotated[Task | None, typer.Option(help="The task of rows that name none (JSONL).")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first N jobs.")]
-OtherManifest = Annotated[
-    bool,
-    typer.Option(
-        "--other-manifest",
-        help="Run other manifests than the folder's; it then belongs to both.",
-    ),
-]
-
 _ANOTHER_MODEL = "another model"
 _NOT_OF_MODEL = ("config", "vram_mode", "device_map", "max_memory", "vram_budget")
 
@@ -358,6 +351,52 @@ class ImageOptions:
     def flags(self) -> dict[str, object]:
         """Returns what was given, by place in the settings."""
         return _given(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FolderOptions:
+    """Which folder a run writes to, and for which part of the manifests."""
+
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(parser=path, help="The run's folder. [default: outputs/NAME of the manifest]"),
+    ] = None
+    other_manifest: Annotated[
+        bool,
+        typer.Option(
+            "--other-manifest",
+            help="Run other manifests than the folder's; it then belongs to both.",
+        ),
+    ] = False
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Run the I-th of N parts of the batches, in a folder of its own; sensebatch merge "
+            "joins the folders.",
+        ),
+    ] = None
+
+    def part(self) -> Shard | None:
+        """Returns the shard that was given.
+
+        Raises:
+            ConfigError: It names none.
+        """
+        from sensebatch.store.shards import Shard
+
+        return None if self.shard is None else Shard.parse(self.shard)
+
+    def root(self, name: Callable[[], str]) -> Path:
+        """Returns the run's folder.
+
+        Args:
+            name: Returns the name of the manifests, where no folder was given.
+        """
+        if self.output_dir is not None:
+            return self.output_dir
+        part = self.part()
+        return Path("outputs") / f"{name()}{'' if part is None else part.suffix}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,12 +32,12 @@ def report(
     ] = False,
 ) -> None:
     """Print what a run cost: load time, seconds per image, throughput, peak memory, calls."""
-    from sensebatch.cli.messages import counted, show, warn
+    from sensebatch.cli.messages import counted, say, show, warn
     from sensebatch.cli.tables import print_report
     from sensebatch.report.summary import read_log, summarise, summary_json
     from sensebatch.report.timeline import format_timeline, timeline
     from sensebatch.store.run_dir import RunDir
-    from sensebatch.store.status import num_unlogged
+    from sensebatch.store.status import folder_shard, num_unlogged
 
     log = read_log(RunDir(folder).log)
     if missing := num_unlogged(folder, log.num_rows):
@@ -45,6 +45,9 @@ def report(
             f"log.parquet lacks the latest {counted(missing, 'row')}, which are written when the "
             "run ends or is resumed"
         )
+    shard = folder_shard(folder)
+    if shard is not None and not as_json:
+        say(f"{folder}: {shard.words}")
     if show_timeline:
         batches = timeline(log)
         if as_json:
@@ -54,6 +57,7 @@ def report(
         return
     summary = summarise(log)
     if as_json:
-        show(json.dumps(summary_json(summary)))
+        part = None if shard is None else str(shard)
+        show(json.dumps({"shard": part, **summary_json(summary)}))
         return
     print_report(summary, max_calls=None if calls else MAX_CALLS)

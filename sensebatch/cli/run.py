@@ -13,17 +13,16 @@ import typer
 from sensebatch.cli.options import (
     BatchOptions,
     ExecutionOptions,
+    FolderOptions,
     ImageOptions,
     Limit,
     Manifests,
     ModelOptions,
-    OtherManifest,
     ReadingOptions,
     RowTask,
     ScreenOptions,
     flags_of,
 )
-from sensebatch.cli.paths import path
 from sensebatch.jobs import Job
 
 if TYPE_CHECKING:
@@ -38,13 +37,9 @@ def run(
     images: ImageOptions,
     screen: ScreenOptions,
     reading: ReadingOptions,
-    output_dir: Annotated[
-        Path | None,
-        typer.Option(parser=path, help="The run's folder. [default: outputs/NAME of the manifest]"),
-    ] = None,
+    folder: FolderOptions,
     task: RowTask = None,
     limit: Limit = None,
-    other_manifest: OtherManifest = False,
     profile: Annotated[
         bool, typer.Option("--profile", help="Print what this run cost, call by call.")
     ] = False,
@@ -71,14 +66,17 @@ def run(
     def jobs() -> Iterator[Job]:
         return read_manifests(manifests, config, task=task, limit=limit, warn=voice.warn_of)
 
-    root = Path("outputs") / run_name(manifests, jobs) if output_dir is None else output_dir
+    root = folder.root(lambda: run_name(manifests, jobs))
     request = Request(
         root=root,
         config=config,
         sources=tuple(str(path) for path in manifests),
         jobs=jobs,
         limit=limit,
-        files=_files(manifests, [task, limit, dump_settings(config)], is_other=other_manifest),
+        files=_files(
+            manifests, [task, limit, dump_settings(config)], is_other=folder.other_manifest
+        ),
+        shard=folder.part(),
     )
     with closing(voice), reporting_stops(root, voice, as_json=as_json):
         summary = run_session(request, voice)

@@ -87,6 +87,7 @@ def _values(found: RunStatus) -> dict[str, Any]:
 
     seconds_per_image, left_s = pace(found)
     return {
+        "shard": None if found.shard is None else str(found.shard),
         **asdict(found.counts),
         "kept_images": found.kept_images,
         "running": found.running,
@@ -122,6 +123,8 @@ def _count_words(found: RunStatus) -> Iterator[str]:
     from sensebatch.cli.messages import counted
 
     counts = found.counts
+    if found.shard is not None:
+        yield found.shard.words
     yield f"{counts.done:,} of {counted(counts.jobs, 'job')} done"
     yield f"{counts.failed:,} failed"
     yield f"{counts.pending:,} to do"
@@ -132,4 +135,6 @@ def _count_words(found: RunStatus) -> Iterator[str]:
         yield f"{counts.removed:,} no longer in the manifest"
     if counts.unread:
         yield f"{counts.unread:,} not read because of --limit"
+    if counts.elsewhere:
+        yield f"{counts.elsewhere:,} in other shards"
     yield "running now" if found.running else "not running"

@@ -19,6 +19,7 @@ from functools import partial
 from sensebatch.config import RunConfig
 from sensebatch.contract import Channel, Concerns, Drawn, Progress, Raised, Stop, Worker
 from sensebatch.errors import BatchStoppedError, RunFolderError, RunStoppedError
+from sensebatch.executor.claim import claim_batches
 from sensebatch.executor.guard import raise_again
 from sensebatch.executor.observer import Observer, Summary, Tally, report
 from sensebatch.executor.prepare import Preparer
@@ -140,6 +141,7 @@ class _Run:
         self.tally = Tally(observer, config.execution)
         found = recover(store, worker, config.memory, partial(report, observer.note))
         self._doubtful = found.doubtful
+        claim_batches(store, config, worker.largest_batch, partial(report, observer.note))
         plan = make_plan(store.state.entries(), config.memory, worker.largest_batch)
         self._schedule = Schedule(
             recorded=found.recorded,

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 DONE = "done"
 FAILED = "failed"
 PENDING = "pending"
+ELSEWHERE = "elsewhere"
+"""Status of a job that another shard runs."""
 
 _TIMES = ("started_at", "finished_at")
 

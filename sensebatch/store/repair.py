@@ -41,8 +41,9 @@ from sensebatch.store.files import sha256_of, storage_errors, sync_folders
 from sensebatch.store.kept import KeptImages
 from sensebatch.store.log import Log
 from sensebatch.store.rows import SAMPLING_COLUMNS
-from sensebatch.store.run_dir import RunDir
+from sensebatch.store.run_dir import RunDir, read_settings
 from sensebatch.store.salvage import RUN, FoundJob, OldState, found_jobs, log_files
+from sensebatch.store.shards import SHARD
 from sensebatch.store.state import State
 from sensebatch.tasks import Task
 
@@ -173,6 +174,9 @@ class _Rebuild:
             meta.pop(RUN, None)
         stated = (file.run for file in self._files if file.run)
         run = meta.setdefault(RUN, next(stated, uuid.uuid4().hex[:12]))
+        if shard := read_settings(self._run_dir.settings).get(SHARD):
+            # The next run decides again which batches are its own, and alike.
+            meta.setdefault(SHARD, str(shard))
         for name, value in meta.items():
             tables.set_meta(self._db, name, value)
         return run

@@ -30,7 +30,7 @@ from sensebatch.store.files import (
     sync_folders,
     write_atomic,
 )
-from sensebatch.yaml_values import dump_yaml
+from sensebatch.yaml_values import YamlTextError, dump_yaml, read_yaml
 
 _NO_FOLDER = frozenset(
     {
@@ -131,6 +131,30 @@ class RunDir:
                     self._holder.unlink(missing_ok=True)
             finally:
                 lock.release()
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Keeps processes from working in the folder during the block, if this user may.
+
+        Raises:
+            RunFolderError: One works in it.
+        """
+        lock = FileLock(self._lock)
+        try:
+            lock.acquire(timeout=LOCK_WAIT_S)
+        except Timeout:  # an OSError as well
+            raise RunFolderError(
+                f"{self.root}: in use by a run{self._held_by()}; wait for it or stop it"
+            ) from None
+        except (OSError, NotImplementedError):
+            if self.in_use():
+                raise RunFolderError(
+                    f"{self.root}: in use by a run{self._held_by()}; wait for it or stop it"
+                ) from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _make(self) -> None:
         """Makes the folder if it is not there."""
@@ -242,6 +266,15 @@ class RunDir:
         """Writes run.yaml."""
         write_atomic(self.settings, dump_yaml(dict(settings)).encode())
         sync_folders([self.settings], self.root)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Returns the content of a run.yaml, or nothing if it cannot be read."""
+    try:
+        found = read_yaml(path).value
+    except (OSError, YamlTextError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _is_locked(path: Path) -> bool:

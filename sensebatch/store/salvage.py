@@ -29,6 +29,7 @@ from sensebatch.store.log import PART_ROWS, stated_rows
 from sensebatch.store.manifests import MANIFESTS
 from sensebatch.store.migrations import NewerVersionError
 from sensebatch.store.run_dir import RunDir
+from sensebatch.store.shards import SHARD
 from sensebatch.tasks import Task
 
 _FORMATS = ("PNG", "WEBP", "JPEG")
@@ -83,7 +84,8 @@ class OldState:
         with self._reading() as db:
             if db is not None:
                 found.update(db.execute("SELECT name, value FROM meta"))
-        return {name: found[name] for name in (RUN, MANIFESTS, tables.EXTENSION) if name in found}
+        known = (RUN, MANIFESTS, tables.EXTENSION, SHARD)
+        return {name: found[name] for name in known if name in found}
 
     def batches(self) -> dict[int, Sequence[tuple[str, str]]]:
         """Returns the members of each batch that was begun and not committed, by its number."""

@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sensebatch.jobs import Job, ModelIdentity, folded_id
-from sensebatch.plan.batches import PlanEntry
-from sensebatch.store import tables
-from sensebatch.store.attempts import DONE, FAILED, PENDING, Attempt
+from sensebatch.plan.batches import PlanEntry, plan_entry
+from sensebatch.store import shards, tables
+from sensebatch.store.attempts import DONE, ELSEWHERE, FAILED, PENDING, Attempt
 from sensebatch.store.codec import group_from_json, job_from_json
 from sensebatch.store.database import Database
 from sensebatch.store.files import storage_errors
 from sensebatch.store.ingest import Changes, Ingest
 from sensebatch.store.manifests import ManifestFiles, Reading
+from sensebatch.store.shards import Shard
 from sensebatch.store.tables import StartedBatch
 
 
@@ -38,6 +39,8 @@ class Counts:
     """Jobs of earlier manifests that the latest no longer has; not among `jobs`."""
     unread: int
     """Jobs that the latest reading ended before, because of its limit; not among `jobs`."""
+    elsewhere: int = 0
+    """Jobs that other shards run; not among `jobs`."""
 
     @property
     def remaining(self) -> int:
@@ -97,6 +100,7 @@ class State:
         *,
         limit: int | None = None,
         files: ManifestFiles | None = None,
+        shard: Shard | None = None,
     ) -> Changes:
         """Makes `jobs` the run's manifest, in one transaction.
 
@@ -109,21 +113,48 @@ class State:
                 batch that was started with one that it did reach runs whole.
             files: What `jobs` reads, and nothing else; it is not asked if they are as they were.
                 None where jobs have another source.
+            shard: The shard that the folder is; None if it is none.
 
         Raises:
             ManifestError: Two jobs have the same id, or ids that a disk which ignores case takes
                 for the same.
-            RunFolderError: The folder belongs to other manifests.
+            RunFolderError: The folder belongs to other manifests or to another shard, or the jobs
+                are not those that the shard was planned with.
             StorageError: The folder cannot be read.
         """
         with self._db.transaction() as db:
+            shards.require_shard(db, shard, root)
             reading = Reading(db, files, identity, root)
             ingest = Ingest(db, identity, reading)
             if reading.is_known():
                 ingest.confirm()
             else:
                 ingest.read(jobs)
-            return ingest.finish(root, limit)
+            changes = ingest.finish(root, limit)
+            shards.require_same_jobs(db, root)
+            return changes
+
+    def shard(self) -> Shard | None:
+        """Returns which shard the folder is; None if it is none."""
+        with self._db.reading() as db:
+            return shards.shard_of(db)
+
+    def is_claimed(self) -> bool:
+        """Returns whether it is on record which batches are the shard's own."""
+        with self._db.reading() as db:
+            return shards.claimed(db) is not None
+
+    def claim(
+        self,
+        batches: Sequence[Sequence[str]],
+        owners: Iterable[int],
+        *,
+        cut: str,
+        output: str,
+    ) -> int:
+        """Records which batches are the shard's own; returns how many; see `shards.claim`."""
+        with self._db.transaction() as db:
+            return shards.claim(db, batches, owners, cut=cut, output=output)
 
     def counts(self) -> Counts:
         """Returns the number of jobs in each state."""
@@ -138,6 +169,7 @@ class State:
                 for job_id in batch.ids
             )
         wanted = {status: count for is_wanted, seen, status, count in rows if is_wanted and seen}
+        elsewhere = wanted.pop(ELSEWHERE, 0)
         return Counts(
             jobs=sum(wanted.values()),
             pending=wanted.get(PENDING, 0) - started,
@@ -146,6 +178,7 @@ class State:
             failed=wanted.get(FAILED, 0),
             removed=sum(count for is_wanted, _, _, count in rows if not is_wanted),
             unread=sum(count for is_wanted, seen, _, count in rows if is_wanted and not seen),
+            elsewhere=elsewhere,
         )
 
     def has_jobs(self) -> bool:
@@ -188,6 +221,16 @@ class State:
                         text_tokens=text_tokens,
                         alone=bool(alone),
                     )
+
+    def whole_manifest(self) -> Iterator[PlanEntry]:
+        """Yields what the plan needs of every job, as if none had been tried."""
+        with self._db.reading() as db:
+            rows = db.execute(
+                "SELECT definition FROM jobs WHERE wanted = 1 AND seen = ? ORDER BY position",
+                (tables.latest_reading(db),),
+            )
+            for (definition,) in rows:
+                yield plan_entry(job_from_json(definition))
 
     def jobs(self, ids: Sequence[str]) -> list[StoredJob]:
         """Returns jobs by id, in the order asked for.

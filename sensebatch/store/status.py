@@ -15,6 +15,7 @@ from sensebatch.jobs import GroupKey, group_key
 from sensebatch.store.attempts import row_from_json
 from sensebatch.store.kept import KeptImages
 from sensebatch.store.run_dir import RunDir
+from sensebatch.store.shards import Shard
 from sensebatch.store.state import Counts, State
 from sensebatch.store.store import require_whole
 
@@ -64,6 +65,8 @@ class RunStatus:
     """Jobs that are still to be run, by group."""
     recent: tuple[PastBatch, ...]
     """The last batches of the latest process, in the order they were committed."""
+    shard: Shard | None = None
+    """Which shard the folder is; None if it is none."""
 
 
 def num_unlogged(root: Path, num_rows: int) -> int:
@@ -81,6 +84,18 @@ def num_unlogged(root: Path, num_rows: int) -> int:
             return max(state.num_attempts() - num_rows, 0)
     except (RunFolderError, StorageError):
         return 0
+
+
+def folder_shard(root: Path) -> Shard | None:
+    """Returns which shard a run's folder is; None if it is none, or no state can be asked."""
+    run_dir = RunDir(root)
+    if not run_dir.state.is_file():
+        return None
+    try:
+        with closing(State(run_dir.state, read_only=True)) as state:
+            return state.shard()
+    except (RunFolderError, StorageError):
+        return None
 
 
 def read_status(root: Path) -> RunStatus:
@@ -103,6 +118,7 @@ def read_status(root: Path) -> RunStatus:
             failures=tuple(_failures(state)),
             to_come=Counter(entry.group for entry in state.entries(with_started=True)),
             recent=tuple(_recent(state)),
+            shard=state.shard(),
         )
     finally:
         state.close()

@@ -16,6 +16,7 @@ from sensebatch.store.kept import KeptImages
 from sensebatch.store.log import Log
 from sensebatch.store.manifests import ManifestFiles
 from sensebatch.store.run_dir import RunDir
+from sensebatch.store.shards import Shard
 from sensebatch.store.state import State
 
 
@@ -35,15 +36,17 @@ class Store:
         *,
         limit: int | None = None,
         files: ManifestFiles | None = None,
+        shard: Shard | None = None,
     ) -> Changes:
         """Makes `jobs` the run's manifest; see `State.ingest`.
 
         Raises:
             ManifestError: Two jobs have the same id.
-            RunFolderError: The folder belongs to other manifests.
+            RunFolderError: The folder belongs to other manifests, or to another shard.
             StorageError: The folder cannot be read or written.
         """
-        changes = self.state.ingest(jobs, identity, self.run_dir.root, limit=limit, files=files)
+        root = self.run_dir.root
+        changes = self.state.ingest(jobs, identity, root, limit=limit, files=files, shard=shard)
         self.remove_stale(self.state.stale_files())
         return changes
 

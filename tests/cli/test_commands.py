@@ -174,6 +174,7 @@ WITHOUT_MODEL = [
     ["model", "inspect", "tiny"],
     ["status", "outputs/none"],
     ["report", "outputs/none"],
+    ["merge", "outputs/none-1-of-2"],
     ["profile", "--report", "outputs/none"],
     ["profile", "--suite", "modes", "--only", "none"],
 ]

@@ -50,7 +50,7 @@ def test_the_commands_are_those_that_scripts_know() -> None:
     assert set(COMMANDS) == {
         "run", "plan", "status", "report", "t2i", "edit", "interleave",
         "manifest validate", "manifest schema", "manifest convert", "model inspect",
-        "profile", "doctor", "demo", "repair",
+        "profile", "doctor", "demo", "repair", "merge",
     }  # fmt: skip
 
 
@@ -115,6 +115,7 @@ def test_a_wrong_word_is_reported_in_our_own_words(invoke: Invoke, args: list[st
         ["t2i", "--jsonl", ""],
         ["status", ""],
         ["report", ""],
+        ["merge", ""],
         ["plan", ""],
         ["profile", "--report", ""],
         ["manifest", "convert", "", "b.yaml"],
