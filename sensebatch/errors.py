@@ -45,6 +45,10 @@ class DeviceError(RunStoppedError):
     """The device failed; this process cannot use it any more."""
 
 
+class WorkersLostError(RunStoppedError):
+    """No worker of the run is left; none could be started again."""
+
+
 class StoppedError(RunStoppedError):
     """The run was asked to stop before any job had run; nothing was changed."""
 

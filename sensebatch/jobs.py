@@ -376,6 +376,20 @@ class JobResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedJob:
+    """What the engine made for one job, with its images as the bytes of their files."""
+
+    images: tuple[bytes, ...]
+    """In the order drawn."""
+    text: str | None
+    """See `JobResult`."""
+    think_tokens: int
+    text_tokens: int
+    encode_s: float
+    """Seconds that encoding took."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
     """Why a job failed: an exception as text, because its frames would keep tensors alive."""
 

@@ -21,7 +21,7 @@ from sensebatch.checkpoint.system_prompts import resolve_system_prompts
 from sensebatch.config import ModelConfig, RunConfig
 from sensebatch.contract import Engine, Progress, Stop
 from sensebatch.errors import EngineError, Problem, RunFolderError, RunStoppedError, StoppedError
-from sensebatch.executor.observer import Summary
+from sensebatch.executor.observer import Summary, WorkerState
 from sensebatch.executor.run import execute
 from sensebatch.executor.worker import EngineWorker
 from sensebatch.jobs import Batch, EngineInfo, Job, ModelIdentity
@@ -235,6 +235,9 @@ class RunObserver:
 
     def progress(self, progress: Progress) -> None:
         """The batch in the engine advanced."""
+
+    def worker_changed(self, worker: WorkerState) -> None:
+        """A worker in a process of its own began a batch, advanced, ended one, or died."""
 
     def batch_split(self, batch: Batch) -> None:
         """The batch in the engine failed as a whole; its jobs will run in smaller batches."""

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Protocol
 
 from sensebatch.config import ExecutionConfig
-from sensebatch.contract import Progress, Raised
+from sensebatch.contract import Progress, Raised, Stop
 from sensebatch.executor.guard import guarded
 from sensebatch.jobs import Batch
 from sensebatch.plan.batches import Plan
@@ -19,8 +19,30 @@ from sensebatch.store.state import Counts, StoredJob
 _LOGGER = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerState:
+    """What a worker in a process of its own is at."""
+
+    number: int
+    """Its number in the run, from 0."""
+    node: str
+    """Name of its host."""
+    device: str
+    """What it computes on, for people."""
+    life: str
+    """`ready` while it works, `dead` until it is started again, or `given up`."""
+    batch: Batch | None
+    """The batch in its engine."""
+    progress: Progress | None
+    """Where that batch is."""
+
+
 class Observer(Protocol):
-    """Who watches a run; every method is called from the thread that called `execute`."""
+    """Who watches a run; every method is called from the thread that called `execute`.
+
+    With one engine in this process, `batch_started` and `progress` say what it is at. With workers
+    in processes of their own, `worker_changed` does, for each of them.
+    """
 
     def run_started(self, counts: Counts, plan: Plan) -> None:
         """The first batch is next; interrupted batches, counted as started, precede the plan."""
@@ -30,6 +52,9 @@ class Observer(Protocol):
 
     def progress(self, progress: Progress) -> None:
         """The batch in the engine advanced."""
+
+    def worker_changed(self, worker: WorkerState) -> None:
+        """A worker in a process of its own began a batch, advanced, ended one, or died."""
 
     def batch_split(self, batch: Batch) -> None:
         """The batch in the engine failed as a whole; its jobs are run in smaller ones."""
@@ -81,6 +106,24 @@ class Tally:
         """Whether the run is to stop because of failed jobs."""
         limit = self._execution.max_failures
         return limit is not None and self.failed >= limit
+
+    def summary(self, counts: Counts, stop: Stop, seconds: float) -> Summary:
+        """Returns what the run came to.
+
+        Args:
+            counts: Jobs of the folder, at the end.
+            stop: The run's.
+            seconds: From the start of the run.
+        """
+        return Summary(
+            counts=counts,
+            done=self.done,
+            failed=self.failed,
+            images=self.images,
+            stopped=stop.is_set() and counts.remaining > 0,
+            too_many_failures=self.too_many_failures and counts.remaining > 0,
+            seconds=seconds,
+        )
 
     def attempted(self, stored: StoredJob, attempt: Attempt, *, is_final: bool = False) -> bool:
         """Counts an attempt that is on record; returns whether its job is to be tried again.

@@ -64,7 +64,12 @@ class Preparer:
         return [self._prepare(number, job) for job in jobs if not self._closing.is_set()]
 
     def _prepare(self, number: int, job: Job) -> Raised | None:
-        inputs = guarded(lambda: [self._read_image(image) for image in job.images])
+        inputs = read_inputs(job, self._read_image)
         if isinstance(inputs, Raised):
             return inputs
         return self._worker.prepare(number, job, inputs)
+
+
+def read_inputs(job: Job, read_image: Callable[[InputImage], bytes]) -> list[bytes] | Raised:
+    """Returns the encoded input images of a job, or why they cannot be read."""
+    return guarded(lambda: [read_image(image) for image in job.images])

@@ -12,10 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sensebatch.config import MemoryConfig
-from sensebatch.contract import Worker
 from sensebatch.errors import ProcessDiedError
 from sensebatch.executor.schedule import Recorded
-from sensebatch.jobs import Failure, group_key
+from sensebatch.jobs import Failure, GroupKey, group_key
 from sensebatch.plan.batches import batch_size
 from sensebatch.store.state import State
 from sensebatch.store.store import Store
@@ -41,18 +40,21 @@ class Recovered:
 
 
 def recover(
-    store: Store, worker: Worker, memory: MemoryConfig, note: Callable[[str], None]
+    store: Store,
+    fitting: Callable[[GroupKey], int | None],
+    memory: MemoryConfig,
+    note: Callable[[str], None],
 ) -> Recovered:
     """Returns what is on record, after taking apart what cannot run as it was.
 
     Args:
         store: The run's folder.
-        worker: Says how many jobs fit together.
-        memory: Likewise.
+        fitting: How many jobs of a group fit the device's memory; None for any number.
+        memory: How many jobs of a group are wanted in a batch.
         note: Takes what a person may want to know.
     """
     _take_apart(store, note)
-    _drop_too_large(store.state, worker, memory, note)
+    _drop_too_large(store.state, fitting, memory, note)
     batches = store.state.started_batches()
     others = [batch for batch in batches if not batch.is_suspect]
     suspects = [batch for batch in batches if batch.is_suspect]
@@ -70,6 +72,16 @@ def death() -> Failure:
         ProcessDiedError(
             f"the process was killed {MAX_DEATHS} times while this job ran alone, perhaps because "
             "the host ran out of memory; --retry-failed runs the job again"
+        )
+    )
+
+
+def worker_death() -> Failure:
+    """Returns why a job is given up that workers died of."""
+    return Failure.of(
+        ProcessDiedError(
+            f"{MAX_DEATHS} workers died while they ran this job alone, perhaps because their host "
+            "ran out of memory; --retry-failed runs the job again"
         )
     )
 
@@ -92,12 +104,15 @@ def _take_apart(store: Store, note: Callable[[str], None]) -> None:
 
 
 def _drop_too_large(
-    state: State, worker: Worker, memory: MemoryConfig, note: Callable[[str], None]
+    state: State,
+    fitting: Callable[[GroupKey], int | None],
+    memory: MemoryConfig,
+    note: Callable[[str], None],
 ) -> None:
     too_large = []
     for batch in state.started_batches():
         group = group_key(state.jobs(batch.ids[:1])[0].job)
-        if len(batch.members) > batch_size(group, memory, worker.largest_batch(group)):
+        if len(batch.members) > batch_size(group, memory, fitting(group)):
             too_large.append(batch.seq)
             note(f"batch of {len(batch.members)} jobs is planned again")
     state.drop_batches(too_large)

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 
@@ -21,25 +20,22 @@ from sensebatch.contract import Channel, Concerns, Drawn, Progress, Raised, Stop
 from sensebatch.errors import BatchStoppedError, RunFolderError, RunStoppedError
 from sensebatch.executor.claim import claim_batches
 from sensebatch.executor.guard import raise_again
+from sensebatch.executor.ledger import Begun, Ledger, members_of
 from sensebatch.executor.observer import Observer, Summary, Tally, report
 from sensebatch.executor.prepare import Preparer
 from sensebatch.executor.recovery import death, recover
-from sensebatch.executor.schedule import Assignment, Idle, Recorded, Schedule
+from sensebatch.executor.schedule import Assignment, Idle, Schedule
 from sensebatch.jobs import (
-    Batch,
     BatchMetrics,
     BatchResult,
-    Failure,
     InputImage,
-    batch_id,
-    group_key,
 )
 from sensebatch.plan.batches import make_plan
 from sensebatch.store.attempts import Attempt
 from sensebatch.store.kept import KeptOfBatch
 from sensebatch.store.state import StoredJob
 from sensebatch.store.store import Store
-from sensebatch.store.writer import BatchWriter, RanBatch
+from sensebatch.store.writer import BatchWriter, RanBy
 
 
 def execute(
@@ -73,7 +69,7 @@ def execute(
     max_attempts = config.execution.max_attempts
     with (
         store.complete_log(),
-        BatchWriter(store, worker, config.output, max_attempts=max_attempts) as writer,
+        BatchWriter(store, config.output, max_attempts=max_attempts) as writer,
         Preparer(worker, read_image) as preparer,
     ):
         run = _Run(
@@ -90,28 +86,7 @@ def execute(
             with suppress(BatchStoppedError):
                 run.loop()
             run.settle()
-    counts, tally = store.state.counts(), run.tally
-    return Summary(
-        counts=counts,
-        done=tally.done,
-        failed=tally.failed,
-        images=tally.images,
-        stopped=stop.is_set() and counts.remaining > 0,
-        too_many_failures=tally.too_many_failures and counts.remaining > 0,
-        seconds=time.monotonic() - start,
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Begun:
-    """An assignment whose batch is on record."""
-
-    assignment: Assignment
-    seq: int
-    batch: Batch
-    jobs: tuple[StoredJob, ...]
-    queue_s: float
-    started_at: datetime
+    return run.tally.summary(store.state.counts(), stop, time.monotonic() - start)
 
 
 class _Run:
@@ -135,11 +110,11 @@ class _Run:
         self._writer = writer
         self._stop = stop
         self._start = time.monotonic()
-        self._writing: tuple[_Begun, Future[tuple[Attempt, ...]]] | None = None
+        self._writing: tuple[Begun, Future[tuple[Attempt, ...]]] | None = None
         self._blamed: set[int] = set()
         """Numbers of batches whose start counts against them if the process is killed."""
         self.tally = Tally(observer, config.execution)
-        found = recover(store, worker, config.memory, partial(report, observer.note))
+        found = recover(store, worker.largest_batch, config.memory, partial(report, observer.note))
         self._doubtful = found.doubtful
         claim_batches(store, config, worker.largest_batch, partial(report, observer.note))
         plan = make_plan(store.state.entries(), config.memory, worker.largest_batch)
@@ -148,8 +123,16 @@ class _Run:
             groups=(group.batches() for group in plan.groups),
             last=found.suspects,
         )
+        self._ledger = Ledger(
+            store=store,
+            writer=writer,
+            schedule=self._schedule,
+            observer=observer,
+            tally=self.tally,
+        )
         report(observer.run_started, store.state.counts(), plan)
-        self._give_up(found.given_up)
+        for batch in found.given_up:
+            self._ledger.give_up(batch, self._by(), death())
 
     def loop(self) -> None:
         """Runs one assignment after the other until all are done or the run is to stop.
@@ -177,42 +160,29 @@ class _Run:
             if alone:
                 self.settle()
 
-    def _begin(self, assignment: Assignment) -> _Begun | None:
-        """Records a batch; returns None if none of its jobs could be prepared.
-
-        Jobs that could not are on record as failed before the batch begins.
-        """
+    def _begin(self, assignment: Assignment) -> Begun | None:
+        """Records a batch; returns None if none of its jobs could be prepared."""
         queue_s, started_at = time.monotonic() - self._start, datetime.now(UTC)
-        ready: list[StoredJob] = []
-        failed: list[tuple[StoredJob, Failure]] = []
         jobs = self._store.state.jobs(assignment.ids)
         seq = self._record(assignment, jobs)
         prepared = self._preparer.take(assignment, [stored.job for stored in jobs])
-        for stored, raised in zip(jobs, prepared, strict=True):
-            if raised is None:
-                ready.append(stored)
-            elif raised.concerns is Concerns.RUN:
-                raise_again(raised)
-            else:
-                failed.append((stored, raised.failure))
-        if seq is None or failed:
-            self._blamed.discard(seq or 0)
-            seq, attempts = self._writer.fail_early(
-                _members(ready), failed, replacing=seq, queue_s=queue_s
-            )
-            self._account([stored for stored, _ in failed], attempts)
-        if not ready:
-            self._schedule.done(assignment)
-            return None
-        self._blamed.add(seq)
-        return _Begun(
-            assignment=assignment,
-            seq=seq,
-            batch=_batch_of(ready),
-            jobs=tuple(ready),
+        begun = self._ledger.begin(
+            assignment,
+            seq,
+            jobs,
+            prepared,
+            by=self._by(),
             queue_s=queue_s,
             started_at=started_at,
         )
+        self._blamed.discard(seq or 0)
+        if begun is not None:
+            self._blamed.add(begun.seq)
+        return begun
+
+    def _by(self) -> RanBy:
+        worker = self._worker
+        return RanBy(worker=worker.number, node=worker.node, info=worker.info)
 
     def _record(self, assignment: Assignment, jobs: Sequence[StoredJob]) -> int | None:
         """Counts the start of an assignment, before anything is done that may kill the process.
@@ -226,7 +196,7 @@ class _Run:
             self._store.state.start(seq, self._store.kept.num_rounds(seq))
         elif not self._preparer.is_ahead_with(assignment):
             self._store.run_dir.require_in_place()
-            seq = self._store.state.begin(_members(jobs))
+            seq = self._store.state.begin(members_of(jobs))
         if seq is not None:
             self._blamed.add(seq)
         return seq
@@ -238,7 +208,7 @@ class _Run:
             jobs = self._store.state.jobs(expected.ids)
             self._preparer.start(expected, [stored.job for stored in jobs])
 
-    def _generate(self, begun: _Begun) -> BatchResult | Raised:
+    def _generate(self, begun: Begun) -> BatchResult | Raised:
         """Runs a batch; a single job that does not fit is tried with less and less memory."""
         batch, number = begun.batch, begun.assignment.number
         kept = self._store.kept.of_batch(begun.seq, batch)
@@ -271,51 +241,17 @@ class _Run:
         report(self._observer.note, found)
         return True
 
-    def _end(self, begun: _Begun, outcome: BatchResult | Raised) -> None:
+    def _end(self, begun: Begun, outcome: BatchResult | Raised) -> None:
         """Hands results to the writer, or splits a batch that failed as a whole."""
         if isinstance(outcome, Raised):
-            self._split(begun, outcome)
+            self._blamed.discard(begun.seq)
+            self._ledger.split(begun, outcome)
             return
         self.settle()
-        ran = RanBatch(
-            seq=begun.seq,
-            batch=begun.batch,
-            jobs=begun.jobs,
-            results=outcome.results,
-            metrics=outcome.metrics,
-            worker=self._worker.number,
-            node=self._worker.node,
-            info=self._worker.info,
-            queue_s=begun.queue_s,
-            started_at=begun.started_at,
-        )
-        if ran.has_failures:
-            self._schedule.hold(begun.assignment)
-        self._writing = (begun, self._writer.submit(ran))
+        future = self._ledger.write(begun, outcome.results, outcome.metrics, self._by())
+        self._writing = (begun, future)
         if begun.assignment.is_retry:
             self.settle()
-
-    def _split(self, begun: _Begun, raised: Raised) -> None:
-        """Halves a batch that did not fit; takes one that failed otherwise apart."""
-        members = _members(begun.jobs)
-        does_not_fit = raised.concerns is Concerns.MEMORY
-        size = -(-len(members) // 2) if does_not_fit else 1
-        parts = [members[start : start + size] for start in range(0, len(members), size)]
-        why = "does not fit" if does_not_fit else f"failed ({raised.failure.type})"
-        report(
-            self._observer.note,
-            f"batch of {len(members)} jobs {why}: run as {len(parts)} batches",
-        )
-        seqs = self._store.state.split(begun.seq, parts)
-        self._blamed.discard(begun.seq)
-        self._schedule.split(
-            begun.assignment,
-            [
-                (seq, tuple(job_id for job_id, _ in part))
-                for seq, part in zip(seqs, parts, strict=True)
-            ],
-        )
-        report(self._observer.batch_split, begun.batch)
 
     def settle(self) -> None:
         """Waits until the batch that is being written is committed, and takes account of it.
@@ -329,9 +265,7 @@ class _Run:
         (begun, future), self._writing = self._writing, None
         attempts = future.result()
         self._blamed.discard(begun.seq)
-        report(self._observer.batch_finished, begun.batch, attempts)
-        self._account(begun.jobs, attempts)
-        self._schedule.done(begun.assignment)
+        self._ledger.committed(begun, attempts)
 
     @contextmanager
     def forgiving(self) -> Iterator[None]:
@@ -350,7 +284,7 @@ class _Run:
             self._blamed.discard(seq)
             self._store.state.forgive(seq)
 
-    def _progress(self, begun: _Begun, progress: Progress) -> None:
+    def _progress(self, begun: Begun, progress: Progress) -> None:
         report(self._observer.progress, progress)
         if self._stop.is_set():
             # A second signal ends the process at once, whatever the batch is doing.
@@ -359,20 +293,6 @@ class _Run:
             future = self._writing[1]
             if future.done() and future.exception() is None:
                 self.settle()
-
-    def _give_up(self, batches: Sequence[Recorded]) -> None:
-        """Fails the jobs that processes died of when they ran alone."""
-        for seq, ids in batches:
-            (stored,) = self._store.state.jobs(ids)
-            _, (attempt,) = self._writer.fail_early(
-                [], [(stored, death())], replacing=seq, queue_s=0.0, is_final=True
-            )
-            self.tally.attempted(stored, attempt, is_final=True)
-
-    def _account(self, jobs: Sequence[StoredJob], attempts: Sequence[Attempt]) -> None:
-        for stored, attempt in zip(jobs, attempts, strict=True):
-            if self.tally.attempted(stored, attempt):
-                self._schedule.retry(stored.job.id)
 
 
 class _RunChannel(Channel):
@@ -406,17 +326,3 @@ class _RunChannel(Channel):
     def is_stopped(self) -> bool:
         """Returns whether the run is to stop."""
         return self._stop.is_set()
-
-
-def _members(jobs: Sequence[StoredJob]) -> list[tuple[str, str]]:
-    return [(stored.job.id, stored.key) for stored in jobs]
-
-
-def _batch_of(jobs: Sequence[StoredJob]) -> Batch:
-    keys = tuple(stored.key for stored in jobs)
-    return Batch(
-        id=batch_id(keys),
-        group=group_key(jobs[0].job),
-        jobs=tuple(stored.job for stored in jobs),
-        keys=keys,
-    )

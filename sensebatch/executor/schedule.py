@@ -119,6 +119,11 @@ class Schedule:
         self._held.discard(assignment.number)
 
     @property
+    def is_finished(self) -> bool:
+        """Whether nothing is in flight and nothing is left to be handed out."""
+        return not self._in_flight and self.peek() is None
+
+    @property
     def _is_at_end_of_group(self) -> bool:
         """Whether what is handed out now belongs to another section than what was before."""
         return self._head is None or self._head[0] != self._section

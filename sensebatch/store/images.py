@@ -69,6 +69,34 @@ def image_metadata(job: Job, key: str, info: EngineInfo, index: int) -> dict[str
     }
 
 
+def encode_job_image(
+    job: Job,
+    key: str,
+    pixels: np.ndarray,
+    index: int,
+    *,
+    output: OutputConfig,
+    info: EngineInfo,
+) -> bytes:
+    """Returns one image of a job as the bytes of its file.
+
+    Args:
+        job: The job that made it.
+        key: The job's key.
+        pixels: uint8 `[height, width, 3]`.
+        index: Which of the job's images it is, from 0.
+        output: How images are written.
+        info: The engine that drew it.
+
+    Raises:
+        ValueError: The array is not an image of the job's size.
+    """
+    size = job.resolution
+    if size is None or pixels.shape[:2] != (size.height, size.width):
+        raise ValueError(f"expected an image of {size}, found an array {list(pixels.shape)}")
+    return encode_image(pixels, output, image_metadata(job, key, info, index))
+
+
 def encode_image(pixels: np.ndarray, output: OutputConfig, metadata: dict[str, Any]) -> bytes:
     """Returns an image as the bytes of a file.
 

@@ -313,6 +313,7 @@ class State:
         replacing: int | None = None,
         failed: Sequence[Attempt] = (),
         max_attempts: int = 1,
+        starts: int = 1,
     ) -> int:
         """Records the composition of a batch that starts, and returns its number.
 
@@ -324,8 +325,10 @@ class State:
             replacing: The number of the batch this one takes the place of, with its starts.
             failed: Attempts of jobs that failed before the batch began.
             max_attempts: Tries after which a job counts as failed.
+            starts: Starts that count against it; none where it is handed to another process, whose
+                death is noticed.
         """
-        starts, is_suspect = 1, False
+        is_suspect = False
         with self._db.transaction() as db:
             if replacing is not None:
                 starts, is_suspect = db.execute(
@@ -336,8 +339,8 @@ class State:
                 return 0
             return tables.insert_batch(db, members, starts=starts, is_suspect=bool(is_suspect))
 
-    def start(self, seq: int, rounds: int) -> None:
-        """Counts that a batch on record starts again.
+    def start(self, seq: int, rounds: int) -> int:
+        """Counts that a batch on record starts again, and returns how often it was in a row.
 
         Args:
             seq: The batch's number.
@@ -345,11 +348,13 @@ class State:
                 start, the count begins again.
         """
         with self._db.transaction() as db:
-            db.execute(
+            row = db.execute(
                 "UPDATE batches SET rounds = ?,"
-                " starts = CASE WHEN ? > rounds THEN 1 ELSE starts + 1 END WHERE seq = ?",
+                " starts = CASE WHEN ? > rounds THEN 1 ELSE starts + 1 END WHERE seq = ?"
+                " RETURNING starts",
                 (rounds, rounds, seq),
-            )
+            ).fetchone()
+        return row[0]
 
     def forgive(self, seq: int) -> None:
         """Takes back that a batch was started: what ends the process now is not its fault."""

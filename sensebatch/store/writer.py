@@ -9,22 +9,19 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
 
-import numpy as np
-
 from sensebatch.config import OutputConfig
-from sensebatch.contract import Worker
 from sensebatch.errors import JobError, RunFolderError, RunStoppedError
-from sensebatch.jobs import Batch, BatchMetrics, EngineInfo, Failure, JobResult
+from sensebatch.jobs import Batch, BatchMetrics, EncodedJob, EngineInfo, Failure, JobResult
 from sensebatch.process import peak_rss_bytes
 from sensebatch.store.attempts import Attempt
 from sensebatch.store.files import storage_errors, sync_folders, write_atomic
-from sensebatch.store.images import EXTENSIONS, encode_image, image_metadata
+from sensebatch.store.images import EXTENSIONS, encode_job_image
 from sensebatch.store.rows import (
     RowContext,
     WrittenJob,
@@ -42,6 +39,20 @@ MIN_WRITERS, MAX_WRITERS = 2, 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RanBy:
+    """The worker that ran a batch, or prepared its jobs."""
+
+    worker: int
+    """Its number."""
+    node: str
+    """Its host."""
+    info: EngineInfo
+    """Its engine, as it was for this batch."""
+    peak_rss_bytes: int | None = None
+    """Most host memory that its process had held; None where that is this process."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RanBatch:
     """A batch that the engine is through with."""
 
@@ -49,15 +60,10 @@ class RanBatch:
     """Its number in the state."""
     batch: Batch
     jobs: tuple[StoredJob, ...]
-    results: tuple[JobResult | Failure, ...]
+    results: Sequence[JobResult | EncodedJob | Failure]
     """What became of each job."""
     metrics: BatchMetrics
-    worker: int
-    """Number of the worker that ran it."""
-    node: str
-    """Host of that worker."""
-    info: EngineInfo
-    """The engine as it was for this batch."""
+    by: RanBy
     queue_s: float
     """Seconds from the start of the run to the start of the batch."""
     started_at: datetime
@@ -73,25 +79,16 @@ class BatchWriter:
 
     Args:
         store: The run's folder.
-        worker: What runs the batches; the log says which it was.
         output: How images are written.
         max_attempts: Tries after which a job counts as failed.
     """
 
-    def __init__(
-        self, store: Store, worker: Worker, output: OutputConfig, *, max_attempts: int
-    ) -> None:
+    def __init__(self, store: Store, output: OutputConfig, *, max_attempts: int) -> None:
         self._store = store
         self._output = output
         self._max_attempts = max_attempts
         store.write_as(EXTENSIONS[output.image_format])
-        self._context = RowContext(
-            run=store.state.run_id,
-            session=store.state.next_session(),
-            worker=worker.number,
-            node=worker.node,
-            info=worker.info,
-        )
+        self._run, self._session = store.state.run_id, store.state.next_session()
         self._encoders = ThreadPoolExecutor(
             output.num_writers or _default_writers(), thread_name_prefix="encode"
         )
@@ -117,6 +114,7 @@ class BatchWriter:
         members: Sequence[tuple[str, str]],
         failed: Sequence[tuple[StoredJob, Failure]],
         *,
+        by: RanBy,
         replacing: int | None,
         queue_s: float,
         is_final: bool = False,
@@ -126,6 +124,7 @@ class BatchWriter:
         Args:
             members: (id, key) of each job of the batch.
             failed: The other jobs, and why they cannot be in it.
+            by: The worker that they were given to.
             replacing: Number of the batch on record that this one takes the place of.
             queue_s: Seconds from the start of the run.
             is_final: Whether the failed jobs have no further attempts.
@@ -141,12 +140,12 @@ class BatchWriter:
         now = datetime.now(UTC)
         attempts = [
             early_failure(
-                self._context,
+                self._context(by),
                 stored,
                 self._write_failure(stored, failure),
                 queue_s=queue_s,
                 at=now,
-                rss_bytes=peak_rss_bytes(),
+                rss_bytes=_peak_rss_bytes(by),
             )
             for stored, failure in failed
         ]
@@ -162,7 +161,7 @@ class BatchWriter:
     def _write_batch(self, ran: RanBatch) -> tuple[Attempt, ...]:
         self._store.run_dir.require_in_place()
         futures = [
-            self._encoders.submit(self._write_job, stored, result)
+            self._encoders.submit(self._write_job, stored, result, ran.by.info)
             for stored, result in zip(ran.jobs, ran.results, strict=True)
         ]
         written = [
@@ -175,7 +174,10 @@ class BatchWriter:
         return attempts
 
     def _settled(
-        self, stored: StoredJob, result: JobResult | Failure, future: Future[WrittenJob]
+        self,
+        stored: StoredJob,
+        result: JobResult | EncodedJob | Failure,
+        future: Future[WrittenJob],
     ) -> WrittenJob:
         """Returns what was written; an error that concerns one job alone is that job's failure."""
         error = future.exception()
@@ -185,14 +187,16 @@ class BatchWriter:
             raise error
         return self._write_failure(stored, _failure(error, result))
 
-    def _write_job(self, stored: StoredJob, result: JobResult | Failure) -> WrittenJob:
+    def _write_job(
+        self, stored: StoredJob, result: JobResult | EncodedJob | Failure, info: EngineInfo
+    ) -> WrittenJob:
         if isinstance(result, Failure):
             return self._write_failure(stored, result)
         start = time.monotonic()
         names = self._image_names(stored, len(result.images))
         digests = [
-            self._write(name, self._encode(stored, pixels, index))
-            for index, (name, pixels) in enumerate(zip(names, result.images, strict=True))
+            self._write(name, data)
+            for name, data in zip(names, self._encoded(stored, result, info), strict=True)
         ]
         text_path, text_sha256 = None, None
         if result.text is not None:
@@ -205,7 +209,7 @@ class BatchWriter:
             text_sha256=text_sha256,
             think_tokens=result.think_tokens,
             text_tokens=result.text_tokens,
-            encode_s=time.monotonic() - start,
+            encode_s=time.monotonic() - start + _encode_s(result),
         )
 
     def _write_failure(self, stored: StoredJob, failure: Failure) -> WrittenJob:
@@ -235,12 +239,22 @@ class BatchWriter:
             )
         return [run_dir.image_name(job.id, extension)] * num_images
 
-    def _encode(self, stored: StoredJob, pixels: np.ndarray, index: int) -> bytes:
-        size = stored.job.resolution
-        if size is None or pixels.shape[:2] != (size.height, size.width):
-            raise ValueError(f"expected an image of {size}, found an array {list(pixels.shape)}")
-        metadata = image_metadata(stored.job, stored.key, self._context.info, index)
-        return encode_image(pixels, self._output, metadata)
+    def _encoded(
+        self, stored: StoredJob, result: JobResult | EncodedJob, info: EngineInfo
+    ) -> Iterator[bytes]:
+        """Yields the files of a job's images, encoded one by one where they are not yet."""
+        if isinstance(result, EncodedJob):
+            yield from result.images
+            return
+        for index, pixels in enumerate(result.images):
+            yield encode_job_image(
+                stored.job,
+                stored.key,
+                pixels,
+                index,
+                output=self._output,
+                info=info,
+            )
 
     def _write(self, name: str, data: bytes) -> str:
         """Writes one file of the run's folder and returns its SHA-256."""
@@ -261,15 +275,29 @@ class BatchWriter:
             **batch_figures(ran.metrics, ran.jobs, written),
             "batch_id": ran.batch.id,
             "queue_s": ran.queue_s,
-            "peak_rss_bytes": peak_rss_bytes(),
+            "peak_rss_bytes": _peak_rss_bytes(ran.by),
             "started_at": ran.started_at,
             "finished_at": datetime.now(UTC),
         }
-        context = replace(self._context, worker=ran.worker, node=ran.node, info=ran.info)
+        context = self._context(ran.by)
         return tuple(
             Attempt(**job_columns(context, stored), **job_figures(stored, own), **shared)
             for stored, own in zip(ran.jobs, written, strict=True)
         )
+
+    def _context(self, by: RanBy) -> RowContext:
+        return RowContext(
+            run=self._run, session=self._session, worker=by.worker, node=by.node, info=by.info
+        )
+
+
+def _peak_rss_bytes(by: RanBy) -> int:
+    return peak_rss_bytes() if by.peak_rss_bytes is None else by.peak_rss_bytes
+
+
+def _encode_s(result: JobResult | EncodedJob) -> float:
+    """Returns the seconds that the images of a job had taken before they came here."""
+    return result.encode_s if isinstance(result, EncodedJob) else 0.0
 
 
 def _default_writers() -> int:
@@ -277,5 +305,5 @@ def _default_writers() -> int:
     return min(max((os.cpu_count() or 1) // 2, MIN_WRITERS), MAX_WRITERS)
 
 
-def _failure(error: BaseException, result: JobResult | Failure) -> Failure:
+def _failure(error: BaseException, result: JobResult | EncodedJob | Failure) -> Failure:
     return Failure.of(error, think_tokens=result.think_tokens, text_tokens=result.text_tokens)

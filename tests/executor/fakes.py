@@ -17,7 +17,7 @@ import numpy as np
 from sensebatch.config import ExecutionConfig, MemoryConfig, OutputConfig, RunConfig, default_config
 from sensebatch.contract import Channel, Kept, KeptImage, Phase, Progress, Stop, Worker
 from sensebatch.errors import BatchStoppedError, JobError, OutOfMemoryError
-from sensebatch.executor.observer import Summary
+from sensebatch.executor.observer import Summary, WorkerState
 from sensebatch.executor.run import execute
 from sensebatch.executor.worker import EngineWorker
 from sensebatch.jobs import (
@@ -317,6 +317,7 @@ class Recorder:
     finished: list[Attempt] = field(default_factory=list)
     failures: list[tuple[str, bool]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    workers: list[WorkerState] = field(default_factory=list)
     splits: list[tuple[str, ...]] = field(default_factory=list)
     plan: Plan | None = None
     counts: Counts | None = None
@@ -329,6 +330,9 @@ class Recorder:
 
     def progress(self, progress: Progress) -> None:
         pass
+
+    def worker_changed(self, worker: WorkerState) -> None:
+        self.workers.append(worker)
 
     def batch_split(self, batch: Batch) -> None:
         self.splits.append(tuple(job.id for job in batch.jobs))

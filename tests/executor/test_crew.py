@@ -1,0 +1,312 @@
+"""Several workers make the same store as one, whatever becomes of them."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sensebatch.config import ExecutionConfig
+from sensebatch.errors import DeviceError, WorkersLostError
+from sensebatch.executor import roster
+from sensebatch.executor.messages import Began, Drew, Ended, Joined, News, Prepared, Run
+from sensebatch.executor.worker import EngineWorker
+from sensebatch.jobs import Batch, Job, group_key
+from sensebatch.resolutions import Resolution
+from sensebatch.store.attempts import Attempt
+from sensebatch.tasks import Task
+from tests.executor.crews import ThreadCrew, run_crew
+from tests.executor.fakes import (
+    FakeEngine,
+    Recorder,
+    make_config,
+    make_job,
+    mixed_jobs,
+    outcome,
+    run_worker,
+)
+
+CONFIG = make_config(max_batch_size=3, execution=ExecutionConfig(max_attempts=2))
+
+
+def all_jobs() -> list[Job]:
+    """Returns jobs that fail in every way, within the engine and before it."""
+    grown = [make_job(f"grows{i}", Task.INTERLEAVE, prompt="grows", seed=i) for i in (2, 3)]
+    # The last group, since the room that is made for it changes the rows of what follows.
+    huge = make_job("huge", prompt="huge", resolution=Resolution(height=32, width=32))
+    return [*mixed_jobs(), *grown, make_job("unusable", prompt="unusable"), huge]
+
+
+def files_and_rows(root: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
+    """Returns what a run made, without which worker made it and what room it had then."""
+    files, rows = outcome(root)
+    return files, [
+        {name: value for name, value in row.items() if name not in ("worker", "vram_mode")}
+        for row in rows
+    ]
+
+
+@pytest.fixture(scope="module")
+def within(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the folder of a run with one engine in this process."""
+    root = tmp_path_factory.mktemp("within")
+    run_worker(root, all_jobs(), CONFIG, worker=EngineWorker(FakeEngine(a_pass=1)))
+    return root
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 4])
+def test_any_number_of_workers_makes_the_same(
+    tmp_path: Path, within: Path, num_workers: int
+) -> None:
+    crew = ThreadCrew(num_workers, CONFIG, all_jobs())
+    summary = run_crew(tmp_path, all_jobs(), CONFIG, crew)
+    assert files_and_rows(tmp_path) == files_and_rows(within)
+    assert not summary.counts.remaining
+
+
+class Killer:
+    """Kills a worker when it says something for the n-th time."""
+
+    def __init__(self, crew: ThreadCrew, kind: type, *counts: int, **options: Any) -> None:
+        self.killed: list[int] = []
+        self._crew, self._kind, self._counts, self._options = crew, kind, counts, options
+        self._lock, self._num = threading.Lock(), 0
+        crew.on_said = self._heard
+
+    def _heard(self, worker: int, news: News) -> None:
+        if not isinstance(news, self._kind):
+            return
+        with self._lock:
+            self._num += 1
+            if self._num not in self._counts:
+                return
+        self.killed.append(worker)
+        self._crew.kill(worker, **self._options)
+
+
+class Sets:
+    """Sets an event when a worker says something."""
+
+    def __init__(self, crew: ThreadCrew, kind: type, event: threading.Event) -> None:
+        self._kind, self._event = kind, event
+        crew.on_said = self._heard
+
+    def _heard(self, _: int, news: News) -> None:
+        if isinstance(news, self._kind):
+            self._event.set()
+
+
+def _wait_for(event: threading.Event) -> None:
+    event.wait()
+
+
+@pytest.fixture(autouse=True)
+def _without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roster, "FIRST_PAUSE_S", 0.0)
+
+
+@pytest.mark.parametrize(("kind", "second"), [(Prepared, 9), (Began, 5), (Drew, 5), (Ended, 5)])
+def test_batches_of_a_worker_that_dies_go_to_the_others(
+    tmp_path: Path, within: Path, kind: type, second: int
+) -> None:
+    crew = ThreadCrew(2, CONFIG, all_jobs())
+    # Not the same batch twice, which would then be taken apart.
+    killer = Killer(crew, kind, 2, second)
+    seen = Recorder()
+    run_crew(tmp_path, all_jobs(), CONFIG, crew, seen=seen)
+    assert len(killer.killed) == 2
+    assert len(crew.lives) == 4
+    assert [note for note in seen.notes if "died and is started again: killed" in note]
+    assert files_and_rows(tmp_path) == files_and_rows(within)
+
+
+def test_kept_images_go_to_the_next_worker_with_the_batch(tmp_path: Path) -> None:
+    jobs = [make_job(f"j{i}", seed=i) for i in range(3)]
+    crew = ThreadCrew(1, CONFIG, jobs)
+    Killer(crew, Drew, 2)
+    run_crew(tmp_path, jobs, CONFIG, crew)
+    given = [order for _, order in crew.orders if isinstance(order, Run)]
+    assert [len(list(filter(None, order.kept))) for order in given] == [0, 2]
+    assert crew.actors[0].engine.drawn == [("j2",)]
+
+
+def kills(crew: ThreadCrew, worker: int) -> FakeEngine:
+    """Returns an engine whose jobs that kill end a worker, and are then at work for good."""
+    engine = FakeEngine()
+
+    def kill() -> None:
+        crew.kill(worker)
+        raise SystemExit
+
+    engine.kill = kill
+    return engine
+
+
+def test_job_that_kills_workers_fails_as_a_row_and_the_others_are_done(tmp_path: Path) -> None:
+    jobs = [make_job("a"), make_job("bad", prompt="kills"), make_job("c"), make_job("d")]
+    crew = ThreadCrew(2, CONFIG, jobs, lambda worker, crew: kills(crew, worker))
+    seen = Recorder()
+    summary = run_crew(tmp_path, jobs, CONFIG, crew, seen=seen)
+    assert (summary.done, summary.failed) == (3, 1)
+    (failed,) = [row for row in outcome(tmp_path)[1] if row["status"] == "failed"]
+    assert (failed["job_id"], failed["error_type"]) == ("bad", "ProcessDiedError")
+    assert "2 workers died during a batch of 3 jobs: run one by one" in seen.notes
+    assert len(crew.lives) == 2 + 4
+
+
+def test_death_of_a_machine_is_no_batch_s_fault(tmp_path: Path) -> None:
+    jobs = [make_job(f"j{i}") for i in range(3)]
+    crew = ThreadCrew(1, CONFIG, jobs)
+    killer = Killer(crew, Began, 1, 2, 3, 4, is_of_node=True)
+    seen = Recorder()
+    summary = run_crew(tmp_path, jobs, CONFIG, crew, seen=seen)
+    assert len(killer.killed) == 4
+    assert summary.done == 3
+    assert not [note for note in seen.notes if "one by one" in note]
+
+
+def test_worker_that_cannot_be_started_is_given_up_and_the_others_continue(
+    tmp_path: Path,
+) -> None:
+    def make_engine(worker: int, _: ThreadCrew) -> FakeEngine:
+        if worker == 1:
+            raise DeviceError("the GPU is broken")
+        return FakeEngine(a_pass=1)
+
+    jobs = [make_job(f"j{i}") for i in range(7)]
+    crew, seen = ThreadCrew(2, CONFIG, jobs, make_engine), Recorder()
+    assert run_crew(tmp_path, jobs, CONFIG, crew, seen=seen).done == 7
+    assert crew.lives.count(1) == 3
+    assert seen.notes == ["worker 1 is given up: the GPU is broken"]
+
+
+def test_run_without_a_worker_stops_and_can_be_resumed(tmp_path: Path) -> None:
+    def make_engine(_worker: int, _crew: ThreadCrew) -> FakeEngine:
+        raise DeviceError("the GPU is broken")
+
+    jobs = [make_job(f"j{i}") for i in range(3)]
+    with pytest.raises(WorkersLostError, match="no worker is left: the GPU is broken"):
+        run_crew(tmp_path, jobs, CONFIG, ThreadCrew(2, CONFIG, jobs, make_engine))
+    assert run_crew(tmp_path, jobs, CONFIG, ThreadCrew(1, CONFIG, jobs)).done == 3
+
+
+def test_silent_worker_counts_as_dead(tmp_path: Path) -> None:
+    asleep = threading.Event()
+
+    def make_engine(_: int, crew: ThreadCrew) -> FakeEngine:
+        engine = FakeEngine()
+        if crew.lives == [0]:
+            engine.on_step = partial(_wait_for, asleep)
+        return engine
+
+    jobs = [make_job(f"j{i}") for i in range(3)]
+    crew, seen = ThreadCrew(1, CONFIG, jobs, make_engine), Recorder()
+    summary = run_crew(tmp_path, jobs, CONFIG, _woken(crew, asleep), seen=seen, patience_s=_short)
+    assert summary.done == 3
+    assert seen.notes == [f"worker 0 ({_node()}) died and is started again: no news of it for 0 s"]
+
+
+def _short(_: Batch) -> float:
+    return 0.3
+
+
+def _node() -> str:
+    return socket.gethostname()
+
+
+def _woken(crew: ThreadCrew, asleep: threading.Event) -> ThreadCrew:
+    """Returns the crew, whose threads are woken before they are joined."""
+    close = crew.close
+
+    def wake() -> None:
+        asleep.set()
+        close()
+
+    crew.close = wake
+    return crew
+
+
+def test_stop_ends_all_batches_and_the_run_is_resumed(tmp_path: Path, within: Path) -> None:
+    crew = ThreadCrew(2, CONFIG, all_jobs())
+    stop = threading.Event()
+    Sets(crew, Drew, stop)
+    summary = run_crew(tmp_path, all_jobs(), CONFIG, crew, stop=stop)
+    assert summary.stopped
+    assert summary.counts.started
+    run_crew(tmp_path, all_jobs(), CONFIG, ThreadCrew(2, CONFIG, all_jobs()))
+    assert files_and_rows(tmp_path) == files_and_rows(within)
+
+
+def test_run_of_workers_is_resumed_by_one_engine(tmp_path: Path, within: Path) -> None:
+    crew = ThreadCrew(3, CONFIG, all_jobs())
+    stop = threading.Event()
+    Sets(crew, Ended, stop)
+    run_crew(tmp_path, all_jobs(), CONFIG, crew, stop=stop)
+    run_worker(tmp_path, all_jobs(), CONFIG, worker=EngineWorker(FakeEngine(a_pass=1)))
+    assert files_and_rows(tmp_path) == files_and_rows(within)
+
+
+def test_batches_are_as_large_as_the_smallest_worker_allows(tmp_path: Path) -> None:
+    jobs = [make_job(f"j{i}") for i in range(6)]
+    tokens = group_key(jobs[0]).image_tokens
+
+    def make_engine(worker: int, _: ThreadCrew) -> FakeEngine:
+        return FakeEngine(fitting={tokens: 3 - worker})
+
+    run_crew(tmp_path, jobs, CONFIG, ThreadCrew(2, CONFIG, jobs, make_engine))
+    assert {row["batch_size"] for row in outcome(tmp_path)[1]} == {2}
+
+
+def test_worker_that_joins_takes_part_unless_it_is_too_small(tmp_path: Path) -> None:
+    jobs = [make_job(f"j{i}", seed=i) for i in range(12)]
+    tokens = group_key(jobs[0]).image_tokens
+
+    def make_engine(worker: int, _: ThreadCrew) -> FakeEngine:
+        return FakeEngine(fitting={tokens: {0: 2, 1: 1, 2: 2}[worker]})
+
+    crew, seen = ThreadCrew(1, CONFIG, jobs, make_engine), Recorder()
+    joined = threading.Event()
+
+    def heard(worker: int, news: News) -> None:
+        if worker == 0 and isinstance(news, Began):
+            for number in (1, 2):
+                if not joined.is_set():
+                    crew.said(number, 0, Joined())
+            joined.set()
+            while not any(number == 2 and isinstance(o, Run) for number, o in list(crew.orders)):
+                time.sleep(0.001)
+
+    crew.on_said = heard
+    run_crew(tmp_path, jobs, CONFIG, crew, seen=seen)
+    assert {row["worker"] for row in outcome(tmp_path)[1]} == {0, 2}
+    assert [note for note in seen.notes if note.startswith("worker 1") and "given up" in note]
+
+
+def test_waiting_batches_go_to_a_worker_that_has_nothing(tmp_path: Path) -> None:
+    """Two workers, of which one waits at its first batch: the other takes all the rest."""
+    release = threading.Event()
+
+    def make_engine(worker: int, _: ThreadCrew) -> FakeEngine:
+        engine = FakeEngine()
+        if worker == 0:
+            engine.on_step = partial(_wait_for, release)
+        return engine
+
+    jobs = [make_job(f"j{i}") for i in range(15)]
+    crew, seen = ThreadCrew(2, CONFIG, jobs, make_engine), Recorder()
+
+    def finished(_: Batch, attempts: Sequence[Attempt]) -> None:
+        seen.finished += attempts
+        if len(seen.finished) == 12:
+            release.set()
+
+    seen.batch_finished = finished
+    run_crew(tmp_path, jobs, CONFIG, crew, seen=seen)
+    rows = outcome(tmp_path)[1]
+    assert sum(row["worker"] == 0 for row in rows) == 3
