@@ -165,6 +165,9 @@ class ExecutionConfig:
     """The number of failed jobs after which the run stops; None for no limit."""
     retry_failed: bool = False
     """Whether jobs that failed in an earlier run are tried again."""
+    fail_truncated: bool = False
+    """Whether a job fails whose text is truncated: cut at its token limit, ended within a thought,
+    or a story without an image. It is not tried again, since the same text would come out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -61,6 +61,10 @@ class JobError(SensebatchError):
     """One job cannot be done; the others are not affected."""
 
 
+class TruncatedError(JobError):
+    """A job's text ended before it was complete, and the run counts that as a failure."""
+
+
 class ProcessDiedError(JobError):
     """A job that processes died of again and again while it ran alone."""
 

@@ -58,6 +58,26 @@ class Precision(StrEnum):
     """Those of both experts in float8."""
 
 
+class FinishReason(StrEnum):
+    """Why a job's text ended, and with it the job."""
+
+    COMPLETE = "complete"
+    """The model ended the text itself, and made what the task asks for."""
+    TOKEN_LIMIT = "token_limit"
+    """The text was cut at `max_think_tokens` or `max_new_tokens`."""
+    MAX_IMAGES = "max_images"
+    """The job has as many images as `max_images` allows; the model was not asked for more."""
+    STOPPED_EMPTY = "stopped_empty"
+    """The model ended a text with images before it drew one."""
+    UNFINISHED_THOUGHT = "unfinished_thought"
+    """The model ended its text within the thought, before the image."""
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether something is missing of what the task asks for."""
+        return self not in (FinishReason.COMPLETE, FinishReason.MAX_IMAGES)
+
+
 class VramMode(StrEnum):
     """How much of the weights stays on the device."""
 
@@ -169,6 +189,13 @@ class InputImage:
     """What decoding does to the stored pixels; see `image_files.ImageFacts`."""
 
     @property
+    def place(self) -> str:
+        """Where the bytes are, as one word: a path, or `FILE#ROW/COLUMN/INDEX`."""
+        if self.member is None:
+            return self.path
+        return f"{self.path}#{'/'.join(map(str, self.member))}"
+
+    @property
     def key(self) -> str:
         """What decides the pixels: the hash of the bytes, and what is done to them."""
         return f"{self.sha256}+{self.corrections}" if self.corrections else self.sha256
@@ -214,6 +241,8 @@ class Job:
     sampling: Sampling
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """Passed through to the log; has no effect on the job."""
+    matrix: Mapping[str, Any] = field(default_factory=dict)
+    """The values of the row's matrix that made this job of it, by name; likewise."""
     source: Source
 
     @property
@@ -281,9 +310,9 @@ class ModelIdentity:
 def job_key(job: Job, identity: ModelIdentity) -> str:
     """Returns the hash (64 hex digits) of everything that decides the job's pixels and text.
 
-    The id, the place in the manifest, the metadata and the paths of inputs are left out: renaming
-    a job or moving its inputs does not make it another job. So is every setting at its neutral
-    value (`declarations.stated`): a version that adds a setting keeps all keys.
+    The id, the place in the manifest, metadata, matrix and the paths of inputs are left out:
+    renaming a job or moving its inputs does not make it another job. So is every setting at its
+    neutral value (`declarations.stated`): a version that adds a setting keeps all keys.
     """
     prompt = job.system_prompt
     content = {
@@ -373,6 +402,7 @@ class JobResult:
     think_tokens: int = 0
     text_tokens: int = 0
     """Decoded tokens that are not think tokens."""
+    finish_reason: FinishReason = FinishReason.COMPLETE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -385,6 +415,9 @@ class EncodedJob:
     """See `JobResult`."""
     think_tokens: int
     text_tokens: int
+    finish_reason: FinishReason
+    image_phash: tuple[str, ...]
+    """Perceptual hash of each image."""
     encode_s: float
     """Seconds that encoding took."""
 
@@ -400,6 +433,8 @@ class Failure:
     """Tokens that the job had decoded by then; they took time all the same."""
     text_tokens: int = 0
     """Likewise."""
+    finish_reason: FinishReason | None = None
+    """Of a job that failed because its text is truncated."""
 
     @classmethod
     def of(cls, error: BaseException, *, think_tokens: int = 0, text_tokens: int = 0) -> Failure:

@@ -157,6 +157,7 @@ class ExecutionSection(_Section):
     max_attempts: Count
     max_failures: Count | None
     retry_failed: bool
+    fail_truncated: bool
 
 
 class PixelLimitsSection(_Section):

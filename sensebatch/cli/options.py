@@ -309,6 +309,15 @@ class ExecutionOptions:
             rich_help_panel=_EXECUTION,
         ),
     ] = None
+    fail_truncated: Annotated[
+        bool | None,
+        typer.Option(
+            "--fail-truncated/--no-fail-truncated",
+            help="Fail jobs whose text is truncated: cut at its token limit, ended within its "
+            "thought, or a story without an image.",
+            rich_help_panel=_EXECUTION,
+        ),
+    ] = None
 
     @classmethod
     def places(cls) -> dict[str, str]:

@@ -152,10 +152,9 @@ def execute_crew(
     start = time.monotonic()
     if config.execution.retry_failed:
         store.state.retry_failed()
-    max_attempts = config.execution.max_attempts
     with (
         store.complete_log(),
-        BatchWriter(store, config.output, max_attempts=max_attempts) as writer,
+        BatchWriter(store, config.output, config.execution) as writer,
         ThreadPoolExecutor(NUM_READERS, thread_name_prefix="read") as readers,
         ThreadPoolExecutor(NUM_READERS, thread_name_prefix="keep") as keepers,
     ):

@@ -48,6 +48,7 @@ from sensebatch.jobs import (
 )
 from sensebatch.process import peak_rss_bytes
 from sensebatch.store.images import encode_job_image
+from sensebatch.store.phash import phash
 
 
 class Outbox:
@@ -257,6 +258,8 @@ class WorkerHost:
             text=result.text,
             think_tokens=result.think_tokens,
             text_tokens=result.text_tokens,
+            finish_reason=result.finish_reason,
+            image_phash=tuple(map(phash, result.images)),
             encode_s=time.monotonic() - start,
         )
 

@@ -137,6 +137,7 @@ class Tally:
         if attempt.status == DONE:
             self.done += 1
             return False
+        is_final |= attempt.is_truncated
         will_retry = not is_final and stored.tries + 1 < self._execution.max_attempts
         self.failed += not will_retry
         report(self._observer.job_failed, attempt, will_retry)

@@ -66,10 +66,9 @@ def execute(
     start = time.monotonic()
     if config.execution.retry_failed:
         store.state.retry_failed()
-    max_attempts = config.execution.max_attempts
     with (
         store.complete_log(),
-        BatchWriter(store, config.output, max_attempts=max_attempts) as writer,
+        BatchWriter(store, config.output, config.execution) as writer,
         Preparer(worker, read_image) as preparer,
     ):
         run = _Run(

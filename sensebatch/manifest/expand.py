@@ -6,6 +6,7 @@ a list, so adding or moving values renames nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -44,6 +45,8 @@ class Expanded:
     """The fields of the row and the defaults, without `seeds`, `n` and `matrix`."""
     own: frozenset[str]
     """The names in `fields` that come from the row itself."""
+    matrix: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The values of the matrix that the job has, by name."""
 
 
 def expand(
@@ -68,12 +71,13 @@ def expand(
         return
     names = frozenset(name for name, _ in axes)
     base = without_expansion(fields)
-    in_matrix = "matrix" in fields
+    matrix = fields.get("matrix")
     for values in itertools.product(*(values for _, values in axes)):
         combination = dict(zip((name for name, _ in axes), values, strict=True))
         yield Expanded(
-            fields=_combined(base, combination, in_matrix=in_matrix),
+            fields=_combined(base, combination, in_matrix=matrix is not None),
             own=(own | (names & MATRIX_FIELDS)) - EXPANSION_FIELDS,
+            matrix={name: combination[name] for name in matrix or ()},
         )
 
 

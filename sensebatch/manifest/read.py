@@ -6,7 +6,7 @@ Memory grows by an id's digest a row. Nothing is loaded and nothing is written.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -330,7 +330,9 @@ def job_of(
         fields, unknown = JobFields.model_validate(values), unknown | bad
     own = {name: values[name] for name in expanded.own if name in values}
     job = resolver.resolve(fields, task, origin, own, errors, unknown=unknown)
-    return None if job is None else ReadJob(job=job, fields=fields)
+    if job is None:
+        return None
+    return ReadJob(job=replace(job, matrix=expanded.matrix), fields=fields)
 
 
 def _check_null_images(fields: Mapping[str, Any], errors: RowErrors) -> None:

@@ -55,6 +55,12 @@ class Attempt:
     """Its message; else null."""
     error_file: str | None = None
     """Path, in the folder, of its traceback; else null."""
+    finish_reason: str | None = None
+    """Why the job's text ended: `complete`, `token_limit` (cut at `max_think_tokens` or
+    `max_new_tokens`), `max_images` (the job has all images it may have), `stopped_empty` (a story
+    without an image) or `unfinished_thought` (a text that ended within its thought). `complete` for
+    a job without text. Null for a failed attempt, unless `--fail-truncated` made it one, and in
+    rows of versions that did not record it."""
     prompt: str
     """The job's prompt."""
     seed: int
@@ -79,6 +85,11 @@ class Attempt:
     """Whether the model thinks before it draws."""
     num_input_images: Int32
     """Input images of the job."""
+    input_image_paths: tuple[str, ...] | None = None
+    """Their paths, as the manifest led to them; `FILE#ROW/COLUMN/INDEX` for one inside a Parquet
+    manifest. Null in rows of versions that did not record them."""
+    input_image_sha256: tuple[str, ...] | None = None
+    """SHA-256 of each of their files; likewise."""
     num_images: Int32 = 0
     """Images the attempt made; 0 if it failed."""
     image_tokens: int = 0
@@ -183,10 +194,15 @@ class Attempt:
     """Paths of the images, in the folder, in the order drawn."""
     image_sha256: tuple[str, ...] = ()
     """SHA-256 of each of these files."""
+    image_phash: tuple[str, ...] | None = None
+    """Perceptual hash of each image, 16 hex digits: images that look alike differ in few of its 64
+    bits (dataset.md). Null in rows of versions that did not record it."""
     text_path: str | None = None
     """Path of the think or interleave text; null without one."""
     text_sha256: str | None = None
     """SHA-256 of that file."""
+    text_chars: Int32 | None = None
+    """Characters of that text; null without one, and in rows of versions that did not record it."""
     started_at: datetime
     """UTC, when the batch began."""
     finished_at: datetime
@@ -197,11 +213,35 @@ class Attempt:
     """Line or row of the job in it."""
     metadata: str
     """The job's tags and metadata, as a JSON object."""
+    matrix: str | None = None
+    """The values of the row's matrix that made this job of it, as a JSON object; null in rows of
+    versions that did not record it."""
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether it failed because its text is truncated, which would only come again."""
+        return self.status == FAILED and self.finish_reason is not None
 
     @property
     def outputs(self) -> tuple[str, ...]:
         """Paths, in the run's folder, of every file the attempt made for its job."""
         return self.image_paths if self.text_path is None else (*self.image_paths, self.text_path)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Marks:
+    """What later attempts and manifests make of a row; the last columns of `log.parquet`.
+
+    They change, so that they are in no row that the state keeps and in no finished part of the log.
+    """
+
+    current: bool | None
+    """Whether the row says what its job is now. False if the job was tried again since, was edited
+    and is still to be drawn, or if its files are missing: the row is superseded. Null in logs of
+    versions that did not mark rows."""
+    in_manifest: bool | None
+    """Whether the job is still in the manifests. If not, its files are still there. Null
+    likewise."""
 
 
 def attempt_to_json(attempt: Attempt) -> str:

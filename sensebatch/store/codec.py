@@ -19,8 +19,10 @@ def job_to_json(job: Job) -> str:
     """Returns a job as canonical JSON.
 
     Raises:
-        TypeError: The metadata holds something that JSON has no word for.
+        TypeError: The metadata or the matrix holds something that JSON has no word for.
     """
+    # A later field, which is there only if it is used.
+    matrix = {"matrix": dict(job.matrix)} if job.matrix else {}
     return _dumps(
         {
             "id": job.id,
@@ -34,6 +36,7 @@ def job_to_json(job: Job) -> str:
             "input_max_pixels": job.input_max_pixels,
             "sampling": stated(job.sampling),
             "metadata": dict(job.metadata),
+            **matrix,
             "source": [job.source.file, job.source.row],
         }
     )
@@ -79,6 +82,7 @@ def job_from_json(text: str) -> Job:
         input_max_pixels=values["input_max_pixels"],
         sampling=restored(Sampling, values["sampling"]),
         metadata=values["metadata"],
+        matrix=values.get("matrix", {}),
         source=Source(file=values["source"][0], row=values["source"][1]),
     )
 

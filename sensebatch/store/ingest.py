@@ -87,6 +87,8 @@ class Ingest:
         self._number = tables.latest_reading(db)
         self._jobs = self._added = self._same = self._replaced = self._num_problems = 0
         self._changed: set[int] = set()
+        self._is_other = False
+        """Whether a job that was known is another one now, or has another place."""
         self._problems: list[Problem] = []
         self._group_number = lru_cache(maxsize=None)(partial(tables.group_number, db))
 
@@ -181,6 +183,7 @@ class Ingest:
         )
 
     def _update(self, new: _New, old: _Row) -> None:
+        self._is_other = True
         entry = plan_entry(new.job)
         self._db.execute(
             "UPDATE jobs SET seen = ?, position = ?, wanted = 1, key = ?, group_number = ?,"
@@ -205,7 +208,7 @@ class Ingest:
             self._changed.add(old.number)
         self._replaced += old.outputs != "[]"
         self._db.execute(
-            "UPDATE jobs SET status = ?, tries = 0, alone = 0 WHERE number = ?",
+            "UPDATE jobs SET status = ?, tries = 0, alone = 0, current = NULL WHERE number = ?",
             (PENDING, old.number),
         )
 
@@ -254,19 +257,23 @@ class Ingest:
         with storage_errors(root):
             restored = self._without_files(root)
             self._db.executemany(
-                "UPDATE jobs SET status = ?, tries = 0, alone = 0 WHERE number = ?",
+                "UPDATE jobs SET status = ?, tries = 0, alone = 0, current = NULL WHERE number = ?",
                 ((PENDING, number) for number in restored),
             )
             returned = self._returned(root)
             self._db.executemany(
-                "UPDATE jobs SET status = ? WHERE number = ?",
-                ((DONE, number) for number in returned),
+                "UPDATE jobs SET status = ?, current = ?, finish_reason = (SELECT"
+                " json_extract(row, '$.finish_reason') FROM attempts WHERE seq = ?)"
+                " WHERE number = ?",
+                ((DONE, seq, seq, number) for number, seq in returned.items()),
             )
             self._drop_outdated_batches(root)
+        if self._is_other or self._number == 1 or removed or restored or returned:
+            tables.forget_log(self._db)
         return Changes(
             jobs=self._jobs,
             added=self._added,
-            changed=len(self._changed - returned),
+            changed=len(self._changed - returned.keys()),
             removed=removed,
             unread=unread,
             restored=len(restored),
@@ -299,6 +306,7 @@ class Ingest:
                 tables.replace_job(self._db, old, by=new)
         self._added -= len(names)
         self._same += len(names)
+        self._is_other |= bool(names)
         tables.rename_jobs(self._db, names)
 
     def _without_files(self, root: Path) -> list[int]:
@@ -313,8 +321,10 @@ class Ingest:
             if not all(is_file(folder + path) for path in json.loads(outputs))
         ]
 
-    def _returned(self, root: Path) -> set[int]:
+    def _returned(self, root: Path) -> dict[int, int]:
         """Returns jobs to be run whose last success was of their key, and left the files there are.
+
+        Each comes with the number of that success among the attempts.
 
         A run of another definition, such as one that was started by mistake, may have ended before
         it made anything of them; or after it replaced a file, so that a key alone says too little.
@@ -328,21 +338,21 @@ class Ingest:
             )
         }
         if not keys:
-            return set()
-        made: dict[str, list[tuple[str, str]]] = {}
+            return {}
+        made: dict[str, tuple[int, list[tuple[str, str]]]] = {}
         attempts = self._db.execute(
-            "SELECT job_id, row FROM attempts"
+            "SELECT seq, job_id, row FROM attempts"
             f" WHERE job_id IN (SELECT id FROM jobs WHERE {to_run}) ORDER BY seq",
             values,
         )
-        for job_id, text in attempts:
+        for seq, job_id, text in attempts:
             row = row_from_json(text)
             if row["status"] == DONE:
                 is_own = row["key"] == keys[job_id][1]
-                made[job_id] = digests_of(row) if is_own else []
+                made[job_id] = (seq, digests_of(row) if is_own else [])
         return {
-            keys[job_id][0]
-            for job_id, files in made.items()
+            keys[job_id][0]: seq
+            for job_id, (seq, files) in made.items()
             if files and all(sha256_of(root / path) == digest for path, digest in files)
         }
 

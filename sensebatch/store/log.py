@@ -1,8 +1,9 @@
 """log.parquet: one row per attempt, which can always be written again from the state database.
 
 The file is rewritten as a whole and replaced, so that it can be read at any moment. Rows that no
-longer change are kept in parts of a fixed number, so that a rewrite only copies them. The state
-has the SHA-256 of every file: one that is damaged, swapped or of another folder is written again.
+longer change are kept in parts of a fixed number, so that a rewrite only copies them and marks
+which of them are current. The state has the SHA-256 of every file: one that is damaged, swapped or
+of another folder is written again, and the state forgets that of log.parquet when marks change.
 Knows the columns and the files; what a row says is decided in `rows`.
 """
 
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sensebatch.errors import RunFolderError
-from sensebatch.store.attempts import Attempt, row_from_json
+from sensebatch.store.attempts import Attempt, Marks, row_from_json
 from sensebatch.store.columns import arrow_schema
 from sensebatch.store.files import atomic_file, sha256_of, sync_folders
 from sensebatch.store.run_dir import RunDir
@@ -33,8 +34,10 @@ _MAX_SHARE = 0.05
 _RUN, _ROWS = "sensebatch.run", "sensebatch.rows"
 """Names in a file's metadata: the folder's id, and which rows it has, counted from 1."""
 
-SCHEMA = arrow_schema(Attempt)
-"""The columns, described one by one in docs/log.md."""
+ROW_SCHEMA = arrow_schema(Attempt)
+"""The columns of the parts: what an attempt was, which never changes."""
+SCHEMA = pa.schema([*ROW_SCHEMA, *arrow_schema(Marks)])
+"""The columns of log.parquet, described one by one in docs/log.md."""
 
 
 class Log:
@@ -70,7 +73,7 @@ class Log:
         """
         start = time.monotonic()
         last = self._state.num_attempts()
-        self._write(self._run_dir.log, self._tables(last), 1, last)
+        self._write(self._run_dir.log, self._marked(last), 1, last)
         end = time.monotonic()
         self._due = end + max(_MIN_INTERVAL_S, (end - start) / _MAX_SHARE)
 
@@ -84,6 +87,18 @@ class Log:
         if found is None or found.run != self._run_id:
             return False
         return found.num_rows > self._state.num_attempts()
+
+    def _marked(self, last: int) -> Iterator[pa.Table]:
+        """Yields all rows, part by part, with their marks."""
+        marks = self._state.marks()
+        first = 0
+        for table in self._tables(last):
+            own = marks[first : first + table.num_rows]
+            first += table.num_rows
+            columns = [list(column) for column in zip(*own, strict=True)] or [[], []]
+            for field, values in zip(arrow_schema(Marks), columns, strict=True):
+                table = table.append_column(field, pa.array(values, field.type))
+            yield table
 
     def _tables(self, last: int) -> Iterator[pa.Table]:
         """Yields all rows, part by part, and writes the parts that are not there yet."""
@@ -103,24 +118,25 @@ class Log:
 
     def _rows(self, first: int, last: int) -> pa.Table:
         rows = [row_from_json(text) for text in self._state.attempt_rows(first, last)]
-        return pa.Table.from_pylist(rows, schema=SCHEMA)
+        return pa.Table.from_pylist(rows, schema=ROW_SCHEMA)
 
-    def _schema(self, first: int, last: int) -> pa.Schema:
-        """Returns the columns, and whose rows the file has and which."""
-        return SCHEMA.with_metadata({_RUN: self._run_id, _ROWS: f"{first}-{last}"})
+    def _schema(self, path: Path, first: int, last: int) -> pa.Schema:
+        """Returns the columns of a file, and whose rows it has and which."""
+        schema = SCHEMA if path == self._run_dir.log else ROW_SCHEMA
+        return schema.with_metadata({_RUN: self._run_id, _ROWS: f"{first}-{last}"})
 
     def _is_as_written(self, path: Path, first: int, last: int) -> bool:
         """Whether a file is the one that was written with these rows, in today's columns."""
         # Page checksums leave out headers and the footer, so that they alone are not enough.
-        digest = sha256_of(path)
-        if digest is None or digest != self._state.log_digest(self._name(path)):
+        expected_digest = self._state.log_digest(self._name(path))
+        if expected_digest is None or sha256_of(path) != expected_digest:
             return False
         # Not equal with metadata checked: a list's items have another name once they were written.
-        found, expected = pq.read_schema(path), self._schema(first, last)
+        found, expected = pq.read_schema(path), self._schema(path, first, last)
         return found.equals(expected) and found.metadata == expected.metadata
 
     def _write(self, path: Path, tables: Iterator[pa.Table], first: int, last: int) -> None:
-        schema = self._schema(first, last)
+        schema = self._schema(path, first, last)
         with (
             atomic_file(path) as file,
             pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer,

@@ -273,6 +273,7 @@ class _Merge:
         groups = source.execute("SELECT number, definition FROM groups").fetchall()
         db.executemany("INSERT INTO groups VALUES (?, ?)", groups)
         fresh = {"seen": 1, "status": PENDING, "attempts": 0, "tries": 0, "alone": 0}
+        fresh |= {"current": None, "finish_reason": None}
         rows = source.execute(
             "SELECT * FROM jobs WHERE wanted = 1 AND seen = ? ORDER BY position",
             (tables.latest_reading(source),),
@@ -336,13 +337,17 @@ class _Merge:
         names += [name for job in jobs for name in json.loads(job["outputs"])]
         self._place(source, names)
         with self._database.transaction() as db:
-            for (_, job_id, _), row in zip(rows, read, strict=True):
+            seqs: dict[int | None, int | None] = {None: None}
+            for (seq, job_id, _), row in zip(rows, read, strict=True):
                 row["session"] = self._session(db, progress, row["session"])
-                db.execute(
+                seqs[seq] = db.execute(
                     "INSERT INTO attempts (job_id, row) VALUES (?, ?)", (job_id, row_to_json(row))
-                )
+                ).lastrowid
             for job in jobs:
                 values = {name: value for name, value in job.items() if name not in _OWN}
+                if (current := values.pop("current")) in seqs:
+                    # Otherwise it came with earlier rows, or comes with later ones.
+                    values["current"] = seqs[current]
                 setting = ", ".join(f"{name} = ?" for name in values)
                 db.execute(
                     f"UPDATE jobs SET {setting} WHERE folded = ?",

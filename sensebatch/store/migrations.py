@@ -64,7 +64,17 @@ CREATE TABLE inputs (                -- files that the latest reading of manifes
 ) WITHOUT ROWID;
 """
 
-STEPS = (_FIRST, _STARTS, _READING)
+_CURRENT = """
+ALTER TABLE jobs ADD COLUMN current INTEGER;    -- the attempt that says what the job is now
+ALTER TABLE jobs ADD COLUMN finish_reason TEXT; -- of that attempt
+CREATE INDEX attempts_of_job ON attempts (job_id);
+UPDATE jobs SET current = (
+    SELECT max(seq) FROM attempts WHERE job_id = jobs.id
+    AND json_extract(row, '$.key') = jobs.key AND json_extract(row, '$.status') = jobs.status
+);
+"""
+
+STEPS = (_FIRST, _STARTS, _READING, _CURRENT)
 """SQL scripts, in order. `PRAGMA user_version` of a file says how many of them it has had."""
 
 

@@ -196,11 +196,11 @@ class _Rebuild:
             files = digests_of(row)
             if success is None:
                 self._failed += 1
-                self._insert_job(row, FAILED, count)
+                self._insert_job(row, FAILED, count, last)
             elif all(sha256_of(self._root / name) == digest for name, digest in files):
                 self._done += 1
                 self._claimed.update(name for name, _ in files)
-                self._insert_job(row, DONE, count)
+                self._insert_job(row, DONE, count, success)
             else:
                 self._to_run.append(row["job_id"])
                 self._insert_job(row, PENDING, count)
@@ -225,7 +225,7 @@ class _Rebuild:
                 self._failed -= status == FAILED
             row = self._row(one, session, attempts + 1)
             self._add_row(row)
-            self._insert_job(row, DONE, attempts + 1)
+            self._insert_job(row, DONE, attempts + 1, self._num_rows)
             self._restored.append(job_id)
 
     def restore_batches(self) -> None:
@@ -259,7 +259,9 @@ class _Rebuild:
             for job_id, key in members
         )
 
-    def _insert_job(self, row: Mapping[str, Any], status: str, attempts: int) -> None:
+    def _insert_job(
+        self, row: Mapping[str, Any], status: str, attempts: int, current: int | None = None
+    ) -> None:
         job = _job_of(row)
         number = tables.insert_job(
             self._db,
@@ -272,8 +274,9 @@ class _Rebuild:
         )
         outputs = json.dumps([name for name, _ in digests_of(row)])
         self._db.execute(
-            "UPDATE jobs SET status = ?, attempts = ?, outputs = ? WHERE number = ?",
-            (status, attempts, outputs, number),
+            "UPDATE jobs SET status = ?, attempts = ?, outputs = ?, current = ?,"
+            " finish_reason = ? WHERE number = ?",
+            (status, attempts, outputs, current, row.get("finish_reason"), number),
         )
 
     def _add_row(self, row: Mapping[str, Any]) -> None:
@@ -365,6 +368,7 @@ def _job_of(row: Mapping[str, Any]) -> Job:
         think=row["think"],
         sampling=restored(Sampling, {**sampling, **given}),
         metadata=json.loads(row["metadata"]),
+        matrix=json.loads(row.get("matrix") or "{}"),
         source=Source(file=row["source_file"], row=row["source_row"]),
     )
 

@@ -9,7 +9,15 @@ from datetime import datetime
 from typing import Any
 
 from sensebatch.declarations import declared, plain
-from sensebatch.jobs import BatchMetrics, EngineInfo, Failure, Sampling, group_key
+from sensebatch.jobs import (
+    BatchMetrics,
+    EngineInfo,
+    Failure,
+    FinishReason,
+    Job,
+    Sampling,
+    group_key,
+)
 from sensebatch.store.attempts import DONE, FAILED, Attempt
 from sensebatch.store.state import StoredJob
 
@@ -27,6 +35,9 @@ class WrittenJob:
     text_sha256: str | None = None
     think_tokens: int = 0
     text_tokens: int = 0
+    text_chars: int | None = None
+    image_phash: tuple[str, ...] = ()
+    finish_reason: FinishReason | None = None
     encode_s: float = 0.0
     failure: Failure | None = None
     error_file: str | None = None
@@ -63,6 +74,8 @@ def job_columns(context: RowContext, stored: StoredJob) -> dict[str, Any]:
         **{name: plain(getattr(job.sampling, name)) for name in SAMPLING_COLUMNS},
         "think": job.think,
         "num_input_images": len(job.images),
+        "input_image_paths": tuple(image.place for image in job.images),
+        "input_image_sha256": tuple(image.sha256 for image in job.images),
         "load_s": info.load_s,
         "load_peak_allocated_bytes": info.load_peak_allocated_bytes,
         "load_peak_reserved_bytes": info.load_peak_reserved_bytes,
@@ -83,6 +96,7 @@ def job_columns(context: RowContext, stored: StoredJob) -> dict[str, Any]:
         "source_file": job.source.file,
         "source_row": job.source.row,
         "metadata": json.dumps(dict(job.metadata), ensure_ascii=False, sort_keys=True),
+        "matrix": json.dumps(dict(job.matrix), ensure_ascii=False),
     }
 
 
@@ -95,6 +109,7 @@ def job_figures(stored: StoredJob, written: WrittenJob) -> dict[str, Any]:
         "error_type": None if failure is None else failure.type,
         "error_message": None if failure is None else failure.message,
         "error_file": written.error_file,
+        "finish_reason": written.finish_reason,
         "num_images": num_images,
         "image_tokens": num_images * group_key(stored.job).image_tokens,
         "think_tokens": written.think_tokens,
@@ -102,9 +117,22 @@ def job_figures(stored: StoredJob, written: WrittenJob) -> dict[str, Any]:
         "encode_s": written.encode_s,
         "image_paths": written.image_paths,
         "image_sha256": written.image_sha256,
+        "image_phash": written.image_phash,
         "text_path": written.text_path,
         "text_sha256": written.text_sha256,
+        "text_chars": written.text_chars,
     }
+
+
+def truncation(job: Job, reason: FinishReason) -> str:
+    """Returns what is wrong with the text of a job that is not complete, and what may help."""
+    limit = job.task.spec.text.limit
+    found = {
+        FinishReason.TOKEN_LIMIT: f"one cut at {limit} ({getattr(job.sampling, limit)})",
+        FinishReason.STOPPED_EMPTY: "one that ended without an image",
+        FinishReason.UNFINISHED_THOUGHT: "one that ended within its thought",
+    }[reason]
+    return f"expected a complete text, found {found}; without --fail-truncated the job is done"
 
 
 def batch_figures(

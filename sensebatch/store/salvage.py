@@ -10,7 +10,7 @@ import shutil
 import sqlite3
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from PIL import Image
 from sensebatch.errors import RunFolderError, StorageError
 from sensebatch.jobs import IMAGE_MARK
 from sensebatch.store import tables
-from sensebatch.store.attempts import row_from_json
+from sensebatch.store.attempts import Marks, row_from_json
 from sensebatch.store.database import Database
 from sensebatch.store.images import EXTENSIONS, read_metadata
 from sensebatch.store.log import PART_ROWS, stated_rows
@@ -146,7 +146,9 @@ class LogFile:
         """Yields its rows with their numbers."""
         number = self.first
         with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
-            for batch in file.iter_batches(PART_ROWS):
+            marks = {field.name for field in fields(Marks)}
+            columns = [name for name in file.schema_arrow.names if name not in marks]
+            for batch in file.iter_batches(PART_ROWS, columns=columns):
                 for row in batch.to_pylist():
                     yield number, row
                     number += 1

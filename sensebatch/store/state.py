@@ -60,6 +60,21 @@ class StoredJob:
     """Attempts that count against `max_attempts`."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DescribedJob:
+    """A job with what became of it, as the state keeps them."""
+
+    definition: str
+    """See `codec.job_from_json`."""
+    key: str
+    status: str
+    in_manifest: bool
+    """As far as is known: after a repair all are, until the manifests are read."""
+    attempts: int
+    row: str | None
+    """Its current row of the log, see `attempts.row_from_json`; None where there is none."""
+
+
 class State:
     """The state database of a run's folder.
 
@@ -251,6 +266,39 @@ class State:
                 found.append(StoredJob(job=job, key=row[1], attempts=row[2], tries=row[3]))
         return found
 
+    def described(self, *, removed: bool = False) -> Iterator[DescribedJob]:
+        """Yields what the state knows of each job, in the order of the manifests.
+
+        Args:
+            removed: Whether jobs follow that are no longer in the manifests and have files.
+        """
+        with self._db.reading() as db:
+            rows = db.execute(
+                f"SELECT definition, key, status, {tables.LISTED} AS listed, attempts, row"
+                " FROM jobs LEFT JOIN attempts ON attempts.seq = current"
+                f" WHERE listed{' OR current IS NOT NULL' if removed else ''}"
+                " ORDER BY listed DESC, position, number"
+            )
+            for definition, key, status, listed, attempts, row in rows:
+                yield DescribedJob(
+                    definition=definition,
+                    key=key,
+                    status=status,
+                    in_manifest=bool(listed),
+                    attempts=attempts,
+                    row=row,
+                )
+
+    def names_in(self, field: str) -> list[str]:
+        """Returns the names that a mapping of the jobs' definitions has, in no job twice.
+
+        Args:
+            field: `matrix` or `metadata`.
+        """
+        query = "SELECT DISTINCT j.key FROM jobs, json_each(definition, ?) AS j ORDER BY j.key"
+        with self._db.reading() as db:
+            return [name for (name,) in db.execute(query, (f"$.{field}",))]
+
     def finished(self) -> Iterator[tuple[str, str, str]]:
         """Yields (definition, key, row of the log) of each job that is done, in manifest order.
 
@@ -258,12 +306,9 @@ class State:
         """
         with self._db.reading() as db:
             yield from db.execute(
-                "WITH last AS (SELECT job_id, max(seq) AS seq FROM attempts"
-                " WHERE json_extract(row, '$.status') = ? GROUP BY job_id)"
-                " SELECT definition, key, row FROM jobs JOIN last ON last.job_id = jobs.id"
-                " JOIN attempts ON attempts.seq = last.seq"
+                "SELECT definition, key, row FROM jobs JOIN attempts ON attempts.seq = current"
                 " WHERE wanted = 1 AND status = ? AND seen = ? ORDER BY position",
-                (DONE, DONE, tables.latest_reading(db)),
+                (DONE, tables.latest_reading(db)),
             )
 
     def made(self) -> Iterator[tuple[str, str]]:
@@ -282,9 +327,7 @@ class State:
         """Yields (id, row of the log) of each job that failed for good, in manifest order."""
         with self._db.reading() as db:
             yield from db.execute(
-                "WITH last AS (SELECT job_id, max(seq) AS seq FROM attempts GROUP BY job_id)"
-                " SELECT id, row FROM jobs JOIN last ON last.job_id = jobs.id"
-                " JOIN attempts ON attempts.seq = last.seq"
+                "SELECT id, row FROM jobs JOIN attempts ON attempts.seq = current"
                 " WHERE wanted = 1 AND status = ? AND seen = ? ORDER BY position",
                 (FAILED, tables.latest_reading(db)),
             )
@@ -440,6 +483,15 @@ class State:
         """Records the SHA-256 of a file of the log that was just written."""
         with self._db.transaction() as db:
             tables.set_meta(db, name, digest)
+
+    def marks(self) -> list[tuple[bool, bool]]:
+        """Returns, for each attempt, whether it is its job's current one, and its job listed."""
+        with self._db.reading() as db:
+            rows = db.execute(
+                f"SELECT jobs.current IS attempts.seq, coalesce({tables.LISTED}, 0)"
+                " FROM attempts LEFT JOIN jobs ON jobs.id = attempts.job_id ORDER BY attempts.seq"
+            )
+            return [(bool(is_current), bool(is_wanted)) for is_current, is_wanted in rows]
 
     def num_attempts(self) -> int:
         """Returns how many rows the log has."""

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from sensebatch.errors import RunFolderError, RunStoppedError
 from sensebatch.jobs import Job, ModelIdentity
+from sensebatch.store import tables
 from sensebatch.store.attempts import Attempt
 from sensebatch.store.files import repair_command, storage_errors
 from sensebatch.store.ingest import Changes
@@ -48,6 +49,9 @@ class Store:
         root = self.run_dir.root
         changes = self.state.ingest(jobs, identity, root, limit=limit, files=files, shard=shard)
         self.remove_stale(self.state.stale_files())
+        if self.state.log_digest(tables.LOG) is None:
+            self.run_dir.require_in_place()
+            self.log.write()
         return changes
 
     def write_as(self, extension: str) -> None:

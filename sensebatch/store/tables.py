@@ -37,6 +37,12 @@ class StartedBatch:
         return tuple(job_id for job_id, _ in self.members)
 
 
+LOG = "log.parquet"
+"""Name in `meta`: the SHA-256 of the log as it was last written."""
+
+LISTED = "(jobs.wanted OR NOT EXISTS (SELECT 1 FROM meta WHERE name = 'reading'))"
+"""An SQL condition: whether a job is in the manifests, or none were read since a repair."""
+
 EXTENSION = "extension"
 """Name in `meta`: the extension of the images that started batches write."""
 
@@ -50,6 +56,11 @@ def get_meta(db: sqlite3.Connection, name: str) -> str | None:
 def set_meta(db: sqlite3.Connection, name: str, value: str) -> None:
     """Keeps a value under a name."""
     db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
+
+
+def forget_log(db: sqlite3.Connection) -> None:
+    """Has the log written again, because what it says of its rows has changed."""
+    db.execute("DELETE FROM meta WHERE name = ?", (LOG,))
 
 
 def increment(db: sqlite3.Connection, name: str) -> int:
@@ -168,7 +179,8 @@ def insert_job(
     """
     entry = plan_entry(job)
     number = db.execute(
-        "INSERT INTO jobs VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0, 0, 0, '[]')",
+        "INSERT INTO jobs VALUES"
+        " (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0, 0, 0, '[]', NULL, NULL)",
         (
             folded_id(job.id),
             job.id,
@@ -227,23 +239,27 @@ def record_attempts(
     """Writes rows of the log with what they mean for their jobs; returns files now stale."""
     stale: list[str] = []
     for attempt in attempts:
-        db.execute(
+        seq = db.execute(
             "INSERT INTO attempts (job_id, row) VALUES (?, ?)",
             (attempt.job_id, attempt_to_json(attempt)),
-        )
+        ).lastrowid
         job = (folded_id(attempt.job_id),)
+        db.execute(
+            "UPDATE jobs SET attempts = attempts + 1, tries = tries + 1, current = ?,"
+            " finish_reason = ? WHERE folded = ?",
+            (seq, attempt.finish_reason, *job),
+        )
         if attempt.status == FAILED:
             db.execute(
-                "UPDATE jobs SET attempts = attempts + 1, tries = tries + 1, alone = 1,"
-                " status = CASE WHEN tries + 1 >= ? THEN ? ELSE ? END WHERE folded = ?",
-                (max_attempts, FAILED, PENDING, *job),
+                "UPDATE jobs SET alone = 1, status = CASE WHEN tries >= ? THEN ? ELSE ? END"
+                " WHERE folded = ?",
+                (1 if attempt.is_truncated else max_attempts, FAILED, PENDING, *job),
             )
             continue
         (old,) = db.execute("SELECT outputs FROM jobs WHERE folded = ?", job).fetchone()
         stale += sorted(set(json.loads(old)) - set(attempt.outputs))
         db.execute(
-            "UPDATE jobs SET attempts = attempts + 1, tries = tries + 1, status = ?, outputs = ?"
-            " WHERE folded = ?",
+            "UPDATE jobs SET status = ?, outputs = ? WHERE folded = ?",
             (DONE, json.dumps(attempt.outputs), *job),
         )
     add_stale(db, stale)

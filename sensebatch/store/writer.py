@@ -11,17 +11,18 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
 
-from sensebatch.config import OutputConfig
-from sensebatch.errors import JobError, RunFolderError, RunStoppedError
+from sensebatch.config import ExecutionConfig, OutputConfig
+from sensebatch.errors import JobError, RunFolderError, RunStoppedError, TruncatedError
 from sensebatch.jobs import Batch, BatchMetrics, EncodedJob, EngineInfo, Failure, JobResult
 from sensebatch.process import peak_rss_bytes
 from sensebatch.store.attempts import Attempt
 from sensebatch.store.files import storage_errors, sync_folders, write_atomic
 from sensebatch.store.images import EXTENSIONS, encode_job_image
+from sensebatch.store.phash import phash
 from sensebatch.store.rows import (
     RowContext,
     WrittenJob,
@@ -29,6 +30,7 @@ from sensebatch.store.rows import (
     early_failure,
     job_columns,
     job_figures,
+    truncation,
 )
 from sensebatch.store.state import StoredJob
 from sensebatch.store.store import Store
@@ -80,13 +82,13 @@ class BatchWriter:
     Args:
         store: The run's folder.
         output: How images are written.
-        max_attempts: Tries after which a job counts as failed.
+        execution: How often a job is tried, and what counts as failed.
     """
 
-    def __init__(self, store: Store, output: OutputConfig, *, max_attempts: int) -> None:
+    def __init__(self, store: Store, output: OutputConfig, execution: ExecutionConfig) -> None:
         self._store = store
         self._output = output
-        self._max_attempts = max_attempts
+        self._execution = execution
         store.write_as(EXTENSIONS[output.image_format])
         self._run, self._session = store.state.run_id, store.state.next_session()
         self._encoders = ThreadPoolExecutor(
@@ -154,7 +156,7 @@ class BatchWriter:
             members,
             replacing=replacing,
             failed=attempts,
-            max_attempts=1 if is_final else self._max_attempts,
+            max_attempts=1 if is_final else self._execution.max_attempts,
         )
         return seq, attempts
 
@@ -170,7 +172,7 @@ class BatchWriter:
         ]
         attempts = self._attempts(ran, written)
         self._sync(attempts)
-        self._store.commit(ran.seq, attempts, max_attempts=self._max_attempts)
+        self._store.commit(ran.seq, attempts, max_attempts=self._execution.max_attempts)
         return attempts
 
     def _settled(
@@ -190,6 +192,8 @@ class BatchWriter:
     def _write_job(
         self, stored: StoredJob, result: JobResult | EncodedJob | Failure, info: EngineInfo
     ) -> WrittenJob:
+        if not isinstance(result, Failure) and result.finish_reason.is_truncated:
+            result = self._judged(stored, result)
         if isinstance(result, Failure):
             return self._write_failure(stored, result)
         start = time.monotonic()
@@ -207,9 +211,23 @@ class BatchWriter:
             image_sha256=tuple(digests),
             text_path=text_path,
             text_sha256=text_sha256,
+            text_chars=None if result.text is None else len(result.text),
+            image_phash=_phashes(result),
+            finish_reason=result.finish_reason,
             think_tokens=result.think_tokens,
             text_tokens=result.text_tokens,
             encode_s=time.monotonic() - start + _encode_s(result),
+        )
+
+    def _judged(
+        self, stored: StoredJob, result: JobResult | EncodedJob
+    ) -> JobResult | EncodedJob | Failure:
+        """Returns a truncated result, or the failure that the run counts it as."""
+        if not self._execution.fail_truncated:
+            return result
+        return replace(
+            _failure(TruncatedError(truncation(stored.job, result.finish_reason)), result),
+            finish_reason=result.finish_reason,
         )
 
     def _write_failure(self, stored: StoredJob, failure: Failure) -> WrittenJob:
@@ -222,6 +240,7 @@ class BatchWriter:
         return WrittenJob(
             failure=failure,
             error_file=name,
+            finish_reason=failure.finish_reason,
             think_tokens=failure.think_tokens,
             text_tokens=failure.text_tokens,
         )
@@ -293,6 +312,12 @@ class BatchWriter:
 
 def _peak_rss_bytes(by: RanBy) -> int:
     return peak_rss_bytes() if by.peak_rss_bytes is None else by.peak_rss_bytes
+
+
+def _phashes(result: JobResult | EncodedJob) -> tuple[str, ...]:
+    if isinstance(result, EncodedJob):
+        return result.image_phash
+    return tuple(map(phash, result.images))
 
 
 def _encode_s(result: JobResult | EncodedJob) -> float:

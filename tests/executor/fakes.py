@@ -26,6 +26,7 @@ from sensebatch.jobs import (
     BatchResult,
     EngineInfo,
     Failure,
+    FinishReason,
     GroupKey,
     InputImage,
     Job,
@@ -119,8 +120,9 @@ class FakeEngine:
 
     In a prompt, `unusable` fails the preparation, `fails` makes that job's result an error,
     `poison` raises for the whole batch, `heavy` does not fit beside another job, `huge` fits
-    only once room was made, `grows` no longer fits once two images are drawn, `kills` ends the
-    process in the engine, `overflows` while the job is prepared.
+    only once room was made, `grows` no longer fits once two images are drawn, `cut` ends the text
+    at its token limit, `kills` ends the process in the engine, `overflows` while the job is
+    prepared.
     """
 
     on_step: Callable[[], None] = lambda: None
@@ -269,7 +271,12 @@ class FakeEngine:
         tokens = 10 if job.think else 0
         if image is None:
             return Failure.of(ValueError("NaN in the output"), think_tokens=tokens)
-        return JobResult(images=(to_pixels(image),), text=text, think_tokens=tokens)
+        return JobResult(
+            images=(to_pixels(image),),
+            text=text,
+            think_tokens=tokens,
+            finish_reason=_finish_reason(job),
+        )
 
     def _interleave(self, batch: Batch, kept: Kept, channel: Channel) -> list[JobResult | Failure]:
         drawn = [list(kept[i]) if i < len(kept) else [] for i in range(len(batch.jobs))]
@@ -294,8 +301,9 @@ class FakeEngine:
                 images=tuple(to_pixels(kept.image) for kept in images),
                 text=" ".join(str(token) for kept in images for token in kept.tokens),
                 text_tokens=5,
+                finish_reason=_finish_reason(job),
             )
-            for images in drawn
+            for job, images in zip(batch.jobs, drawn, strict=True)
         ]
 
     def _next(self, batch: Batch, index: int, before: Sequence[KeptImage]) -> KeptImage:
@@ -303,6 +311,10 @@ class FakeEngine:
         state = [digest(kept.image.tobytes(), kept.tokens) for kept in before]
         image = drawn_image(job.resolution, batch.id, key, *state)
         return KeptImage(image=image, tokens=tuple(digest(batch.id, key, *state)[:3]))
+
+
+def _finish_reason(job: Job) -> FinishReason:
+    return FinishReason.TOKEN_LIMIT if "cut" in job.prompt else FinishReason.COMPLETE
 
 
 def _num_images(job: Job, key: str) -> int:

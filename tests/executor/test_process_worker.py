@@ -55,8 +55,16 @@ def state_rows(root: Path) -> dict[str, list[Any]]:
     with closing(sqlite3.connect(root / "state.db")) as db:
         found: dict[str, list[Any]] = {
             table: db.execute(f"SELECT * FROM {table} ORDER BY 1").fetchall()
-            for table in ("groups", "jobs", "batches", "stale")
+            for table in ("groups", "batches", "stale")
         }
+        # The attempt that a job is now by what it was, since its number is not fixed either.
+        db.execute(
+            "CREATE TEMP VIEW known AS SELECT *, (SELECT json_extract(row, '$.attempt') FROM"
+            " attempts WHERE seq = current AND job_id = id) FROM jobs"
+        )
+        names = [row[1] for row in db.execute("PRAGMA table_info(known)") if row[1] != "current"]
+        columns = ", ".join(f'"{name}"' for name in names)
+        found["jobs"] = db.execute(f"SELECT {columns} FROM known ORDER BY 1").fetchall()
         rows = [row for (row,) in db.execute("SELECT row FROM attempts ORDER BY seq")]
     attempts = [
         {name: value for name, value in row_from_json(row).items() if name not in VOLATILE}

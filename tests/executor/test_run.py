@@ -16,6 +16,7 @@ from sensebatch.jobs import Job, JobResult
 from sensebatch.resolutions import Resolution
 from sensebatch.store.images import read_metadata
 from sensebatch.store.kept import KeptImages
+from sensebatch.store.log import read_log
 from sensebatch.store.store import open_store
 from sensebatch.tasks import Task
 from tests.executor.fakes import (
@@ -383,3 +384,26 @@ def test_prompt_seed_and_settings_are_in_the_image(
     assert found is not None
     assert (found["prompt"], found["seed"]) == (job.prompt, job.seed)
     assert found["sampling"]["num_steps"] == job.sampling.num_steps
+
+
+def test_truncated_job_is_done_and_says_so(tmp_path: Path) -> None:
+    run_folder(tmp_path, [make_job("a"), make_job("b", prompt="cut")])
+    log = read_log(tmp_path / "log.parquet").to_pylist()
+    assert [row["finish_reason"] for row in log] == ["complete", "token_limit"]
+    assert [row["status"] for row in log] == ["done", "done"]
+
+
+def test_truncated_job_fails_once_for_all_if_the_run_says_so(tmp_path: Path) -> None:
+    execution = ExecutionConfig(fail_truncated=True, max_attempts=3)
+    jobs = [make_job("a"), make_job("b", prompt="cut", think=True), make_job("c")]
+    ran = run_folder(tmp_path, jobs, make_config(execution=execution))
+    assert (ran.summary.done, ran.summary.failed) == (2, 1)
+    assert ran.seen.failures == [("b", False)]
+    (row,) = (r for r in read_log(tmp_path / "log.parquet").to_pylist() if r["job_id"] == "b")
+    assert (row["status"], row["error_type"]) == ("failed", "TruncatedError")
+    assert (row["finish_reason"], row["think_tokens"]) == ("token_limit", 10)
+    limit = jobs[1].sampling.max_think_tokens
+    assert f"found one cut at max_think_tokens ({limit})" in row["error_message"]
+    assert not (tmp_path / "images" / "b.png").exists()
+    assert (tmp_path / row["error_file"]).read_text().startswith("sensebatch.errors.TruncatedError")
+    assert run_folder(tmp_path, jobs).engine.batches == []

@@ -188,3 +188,16 @@ def read_all() -> Any:
 def test_expanded_jobs_are_all_read(read_rows: ReadRows) -> None:
     jobs = read_rows({"id": "a", "prompt": "{x}", "matrix": {"x": ["p", "q"]}, "seeds": [1, 2]})
     assert [(job.prompt, job.seed) for job in jobs] == [("p", 1), ("p", 2), ("q", 1), ("q", 2)]
+
+
+def test_jobs_carry_the_values_of_their_matrix(read_rows: ReadRows) -> None:
+    jobs = read_rows(
+        {"id": "p", "prompt": "A {animal}", "matrix": {"animal": ["cat"], "cfg_scale": [1, 2.5]}},
+        {"id": "q", "prompt": "x", "seeds": [1, 2]},
+    )
+    assert [dict(job.matrix) for job in jobs] == [
+        {"animal": "cat", "cfg_scale": 1},
+        {"animal": "cat", "cfg_scale": 2.5},
+        {},
+        {},
+    ]

@@ -11,18 +11,18 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from sensebatch.store.attempts import Attempt
+from sensebatch.store.attempts import Attempt, Marks
 from sensebatch.store.columns import arrow_schema
 
 DOCS = Path(__file__).parents[2] / "docs" / "log.md"
 START = "| Column | Type | Meaning |\n| --- | --- | --- |\n"
 
 
-def table(row: type) -> str:
-    """Returns the columns that a dataclass declares as a Markdown table."""
-    texts = field_texts(row)
+def table(*rows: type) -> str:
+    """Returns the columns that dataclasses declare as a Markdown table."""
     lines = [
-        f"| `{field.name}` | {_word(field.type)} | {texts[field.name]} |\n"
+        f"| `{field.name}` | {_word(field.type)} | {field_texts(row)[field.name]} |\n"
+        for row in rows
         for field in arrow_schema(row)
     ]
     return START + "".join(lines)
@@ -46,7 +46,7 @@ def written(document: str) -> str:
     """Returns the document with its table as the columns are declared."""
     start = document.index("| Column |")
     end = document.index("|\n\n", start) + 2 if "|\n\n" in document[start:] else len(document)
-    return document[:start] + table(Attempt) + document[end:]
+    return document[:start] + table(Attempt, Marks) + document[end:]
 
 
 def _word(kind: pa.DataType) -> str:

@@ -182,3 +182,14 @@ def test_state_of_a_newer_version_is_refused_by_name(folders: Path) -> None:
     for read_only in (False, True):
         with pytest.raises(RunFolderError, match=r"made by a newer sensebatch \(state format 99"):
             State(path, read_only=read_only)
+
+
+def test_rows_of_the_first_format_are_marked(folders: Path) -> None:
+    root = folders / "interrupted"
+    assert command("run", "m/jobs.yaml", "--output-dir", root, "--retry-failed") == 0
+    log = read_log(root / "log.parquet", ["job_id", "status", "current", "in_manifest"])
+    rows = log.to_pylist()
+    assert [row["job_id"] for row in rows if not row["current"]] == ["edit-1649a193d96b009c"]
+    # The row of the derived id that the edit had then is one of the same job.
+    assert {row["in_manifest"] for row in rows} == {True}
+    assert len([row for row in rows if row["status"] == "failed"]) == 1

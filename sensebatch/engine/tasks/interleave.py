@@ -28,7 +28,7 @@ from sensebatch.engine.tasks.denoise import Canvas, denoise, draw_noise, passes
 from sensebatch.engine.tasks.registry import TaskRunner
 from sensebatch.engine.tasks.state import PreparedJob, RunningJob, check_finite, start_jobs
 from sensebatch.errors import JobError
-from sensebatch.jobs import IMAGE_MARK, Batch, Failure, Job, JobResult
+from sensebatch.jobs import IMAGE_MARK, Batch, Failure, FinishReason, Job, JobResult
 from sensebatch.resolutions import PATCH_PIXELS, Resolution
 
 
@@ -53,6 +53,8 @@ class InterleaveJob:
     """Finished images, uint8 `[height, width, 3]`."""
     last: Tensor | None = None
     """The last of them until it is read back, float32 `[3, height, width]` in host memory."""
+    finish_reason: FinishReason = FinishReason.MAX_IMAGES
+    """What ends the job, unless its text ends first."""
     failure: Failure | None = None
 
     @property
@@ -164,6 +166,11 @@ def _write(
         if said.stopped_by == image_start:
             job.choices.append(image_start)
             drawing.append(job)
+        elif said.stopped_by is None:
+            job.finish_reason = FinishReason.TOKEN_LIMIT
+        else:
+            is_empty = not job.images
+            job.finish_reason = FinishReason.STOPPED_EMPTY if is_empty else FinishReason.COMPLETE
     return drawing
 
 
@@ -296,7 +303,12 @@ def _read_back(runner: Runner, jobs: Sequence[InterleaveJob]) -> None:
 def _result(job: InterleaveJob) -> JobResult | Failure:
     if job.failure is not None:
         return replace(job.failure, text_tokens=job.num_text_tokens)
-    return JobResult(images=tuple(job.images), text=job.text, text_tokens=job.num_text_tokens)
+    return JobResult(
+        images=tuple(job.images),
+        text=job.text,
+        text_tokens=job.num_text_tokens,
+        finish_reason=job.finish_reason,
+    )
 
 
 def _draws_once(batch: Batch, _: PassLimits) -> bool:

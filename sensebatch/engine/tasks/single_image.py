@@ -29,7 +29,7 @@ from sensebatch.engine.tasks.keeping import Keeper
 from sensebatch.engine.tasks.registry import TaskRunner
 from sensebatch.engine.tasks.state import PreparedJob, RunningJob, check_finite, start_jobs
 from sensebatch.errors import JobError
-from sensebatch.jobs import Batch, Failure, JobResult
+from sensebatch.jobs import Batch, Failure, FinishReason, Job, JobResult
 
 Thought = Sequence[int] | None
 """Tokens of a think text; None for a job that does not think."""
@@ -81,7 +81,10 @@ def run_single_image(
             finished += pixels
             if drawn:
                 keeper.keep(list(enumerate(drawn, start=members.start)))
-    return [_result(runner, *of_job) for of_job in zip(finished, thoughts, strict=True)]
+    return [
+        _result(runner, state.job, drawn, thought)
+        for state, drawn, thought in zip(running, finished, thoughts, strict=True)
+    ]
 
 
 def begin(
@@ -153,12 +156,29 @@ def _pixels(image: Tensor) -> np.ndarray | Failure:
     return to_uint8(image[None])[0].cpu().numpy()
 
 
-def _result(runner: Runner, drawn: np.ndarray | Failure, thought: Thought) -> JobResult | Failure:
+def _result(
+    runner: Runner, job: Job, drawn: np.ndarray | Failure, thought: Thought
+) -> JobResult | Failure:
     num_tokens = len(thought or ())
     if isinstance(drawn, Failure):
         return replace(drawn, think_tokens=num_tokens)
-    text = None if thought is None else runner.tokenizer.decode(thought)
-    return JobResult(images=(drawn,), text=text, think_tokens=num_tokens)
+    if thought is None:
+        return JobResult(images=(drawn,))
+    return JobResult(
+        images=(drawn,),
+        text=runner.tokenizer.decode(thought),
+        think_tokens=num_tokens,
+        finish_reason=_finish_reason(runner, job, thought),
+    )
+
+
+def _finish_reason(runner: Runner, job: Job, thought: Sequence[int]) -> FinishReason:
+    """Returns why a thought ended."""
+    if thought and thought[-1] == runner.tokenizer.token_id(THINK_END):
+        return FinishReason.COMPLETE
+    if len(thought) >= job.sampling.max_think_tokens:
+        return FinishReason.TOKEN_LIMIT
+    return FinishReason.UNFINISHED_THOUGHT
 
 
 def think(
