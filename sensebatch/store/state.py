@@ -270,14 +270,17 @@ class State:
         """Yields what the state knows of each job, in the order of the manifests.
 
         Args:
-            removed: Whether jobs follow that are no longer in the manifests and have files.
+            removed: Whether jobs follow that are no longer in the manifests and were tried.
+
+        Those that other shards run are left out.
         """
         with self._db.reading() as db:
             rows = db.execute(
                 f"SELECT definition, key, status, {tables.LISTED} AS listed, attempts, row"
                 " FROM jobs LEFT JOIN attempts ON attempts.seq = current"
-                f" WHERE listed{' OR current IS NOT NULL' if removed else ''}"
-                " ORDER BY listed DESC, position, number"
+                f" WHERE status <> ? AND (listed{' OR current IS NOT NULL' if removed else ''})"
+                " ORDER BY listed DESC, position, number",
+                (ELSEWHERE,),
             )
             for definition, key, status, listed, attempts, row in rows:
                 yield DescribedJob(

@@ -1,0 +1,248 @@
+"""What a run's folder has made, job by job: the one way in for everything that is done with it.
+
+Listings, galleries and exports read jobs here, never the state or the log on their own: a record
+has the row of the log that is current, so that no caption ends up at an image of another attempt.
+Jobs are read one by one, also while a run works in the folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sensebatch.dataset.picks import Pick, PickedJob
+from sensebatch.dataset.selection import Selection, Selector
+from sensebatch.declarations import declared, plain
+from sensebatch.jobs import Job, Sampling
+from sensebatch.store.attempts import DONE, row_from_json
+from sensebatch.store.codec import job_from_json
+from sensebatch.store.log import ROW_SCHEMA
+from sensebatch.store.run_dir import RunDir
+from sensebatch.store.state import DescribedJob, State
+
+TAGS = "tags"
+"""Name in a job's metadata: its tags."""
+
+OWN_COLUMNS = ("id", "status", "in_manifest", "attempts", "pick", TAGS, "text")
+"""What a record has besides the columns of the log, or in the place of one of them."""
+
+SETTINGS = tuple(declared(Sampling))
+"""The sampling settings; those that the log leaves out are columns of a record too."""
+
+COLUMNS = tuple(dict.fromkeys((*OWN_COLUMNS, *ROW_SCHEMA.names, *SETTINGS, "system_prompt")))
+"""The names of all that `Record.values` returns."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """A job, and what is there of it now."""
+
+    root: Path
+    """The run's folder."""
+    job: Job
+    key: str
+    """The hash of everything that its pixels and text depend on."""
+    status: str
+    """`pending`, `done` or `failed`: what the job is now."""
+    in_manifest: bool
+    """Whether the job is in the manifests still."""
+    attempts: int
+    row: Mapping[str, Any] | None
+    """The row of the log that says what the job is now; None for one that was not tried yet, was
+    edited since, or has lost its files. docs/log.md explains the columns."""
+    picked: PickedJob = field(default_factory=PickedJob)
+    """What a person said of it."""
+
+    @property
+    def id(self) -> str:
+        """The job's id."""
+        return self.job.id
+
+    @property
+    def is_done(self) -> bool:
+        """Whether its files are there."""
+        return self.status == DONE and self.row is not None
+
+    @property
+    def image_files(self) -> tuple[Path, ...]:
+        """Its images, in the order drawn; none unless it is done."""
+        if self.row is None or not self.is_done:
+            return ()
+        return tuple(self.root / path for path in self.row["image_paths"])
+
+    @property
+    def text_file(self) -> Path | None:
+        """Its think or interleave text; None without one, and unless it is done."""
+        if self.row is None or not self.is_done or self.row["text_path"] is None:
+            return None
+        return self.root / self.row["text_path"]
+
+    def read_text(self) -> str | None:
+        """Returns the text, read from its file; None without one.
+
+        Raises:
+            OSError: The file is missing or cannot be read.
+        """
+        return None if self.text_file is None else self.text_file.read_text(encoding="utf-8")
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why its text ended; None unless it is done, and where an earlier version made it."""
+        return None if self.row is None else self.row.get("finish_reason")
+
+    @property
+    def phashes(self) -> tuple[str, ...]:
+        """The perceptual hash of each image; none where they were not computed."""
+        return tuple((self.row.get("image_phash") if self.row and self.is_done else None) or ())
+
+    @property
+    def pick(self) -> Pick | None:
+        """Whether a person keeps or rejects it."""
+        return self.picked.pick
+
+    @cached_property
+    def tags(self) -> tuple[str, ...]:
+        """The job's tags, then those that a person gave it."""
+        own = self.job.metadata.get(TAGS)
+        words = own if isinstance(own, list | tuple) else () if own is None else (own,)
+        return tuple(dict.fromkeys((*map(str, words), *self.picked.tags)))
+
+    @property
+    def matrix(self) -> Mapping[str, Any]:
+        """The values of the row's matrix that made the job."""
+        return self.job.matrix
+
+    @cached_property
+    def metadata(self) -> Mapping[str, Any]:
+        """What the manifest passed through, without tags."""
+        return {name: value for name, value in self.job.metadata.items() if name != TAGS}
+
+    def value(self, name: str) -> Any:
+        """Returns one of `COLUMNS`, as plain data."""
+        if name == "text":
+            try:
+                return self.read_text()
+            except OSError:
+                return None
+        return self._values[name]
+
+    def values(self) -> dict[str, Any]:
+        """Returns all `COLUMNS` but the text by name, as plain data; those unknown are None."""
+        return dict(self._values)
+
+    @cached_property
+    def _values(self) -> dict[str, Any]:
+        return {
+            **dict.fromkeys(name for name in COLUMNS if name != "text"),
+            **(self.row or {}),
+            **_job_values(self.job),
+            "id": self.job.id,
+            "job_id": self.job.id,
+            "key": self.key,
+            "status": self.status,
+            "in_manifest": self.in_manifest,
+            "attempts": self.attempts,
+            "pick": None if self.pick is None else self.pick.value,
+            TAGS: list(self.tags),
+        }
+
+
+def _job_values(job: Job) -> dict[str, Any]:
+    """Returns the columns that the job says itself, whatever was logged of it.
+
+    Its tags, its metadata and its place in the manifest may have changed since it was drawn.
+    """
+    size = job.resolution
+    return {
+        "task": job.task.value,
+        "prompt": job.prompt,
+        "seed": job.seed,
+        "width": None if size is None else size.width,
+        "height": None if size is None else size.height,
+        **{name: plain(getattr(job.sampling, name)) for name in SETTINGS},
+        "think": job.think,
+        "system_prompt": job.system_prompt,
+        "num_input_images": len(job.images),
+        "input_image_paths": [image.place for image in job.images],
+        "input_image_sha256": [image.sha256 for image in job.images],
+        "source_file": job.source.file,
+        "source_row": job.source.row,
+        "metadata": json.dumps(dict(job.metadata), ensure_ascii=False, sort_keys=True),
+        "matrix": json.dumps(dict(job.matrix), ensure_ascii=False),
+    }
+
+
+class Dataset:
+    """The jobs of a run's folder.
+
+    Args:
+        root: The folder.
+        state: Its database, open to be read.
+    """
+
+    def __init__(self, root: Path, state: State) -> None:
+        self.root = root
+        self._state = state
+
+    @property
+    def run_id(self) -> str:
+        """The folder's id: 12 hex digits, drawn when it was made."""
+        return self._state.run_id
+
+    @cached_property
+    def extra_columns(self) -> Mapping[str, str]:
+        """Names of matrix and metadata that `COLUMNS` has not, and in which of the two they are."""
+        metadata = dict.fromkeys(self._state.names_in("metadata"), "metadata")
+        found = {**metadata, **dict.fromkeys(self._state.names_in("matrix"), "matrix")}
+        return {name: where for name, where in found.items() if name not in COLUMNS}
+
+    def records(self, selection: Selection | None = None) -> Iterator[Record]:
+        """Yields jobs in the order of the manifests, those that are no longer in them last.
+
+        Args:
+            selection: Which; None for all jobs in the manifests.
+
+        Raises:
+            ConfigError: The selection does not fit the folder; raised before the first job.
+        """
+        selection = Selection() if selection is None else selection
+        selector = Selector(selection, self.run_id, COLUMNS, lambda: self.extra_columns)
+        return selector.chosen(
+            _record(self.root, described, selector)
+            for described in self._state.described(removed=selection.removed)
+        )
+
+
+def _record(root: Path, described: DescribedJob, selector: Selector) -> Record:
+    job = job_from_json(described.definition)
+    return Record(
+        root=root,
+        job=job,
+        key=described.key,
+        status=described.status,
+        in_manifest=described.in_manifest,
+        attempts=described.attempts,
+        row=None if described.row is None else row_from_json(described.row),
+        picked=selector.picked(job.id, described.key),
+    )
+
+
+@contextmanager
+def open_dataset(root: Path) -> Iterator[Dataset]:
+    """Opens a run's folder to be read; works while a run writes it.
+
+    Raises:
+        RunFolderError: It is not a run's folder, or its state has to be rebuilt.
+    """
+    run_dir = RunDir(root)
+    run_dir.require_state()
+    state = State(run_dir.state, read_only=True)
+    try:
+        yield Dataset(root, state)
+    finally:
+        state.close()
