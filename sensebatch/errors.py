@@ -69,6 +69,10 @@ class ProcessDiedError(JobError):
     """A job that processes died of again and again while it ran alone."""
 
 
+class DoesNotFitError(JobError):
+    """A job that needs more memory than is free; it is not begun."""
+
+
 class OutOfMemoryError(SensebatchError):
     """A batch does not fit the device; the executor may split it and try again."""
 

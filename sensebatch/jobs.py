@@ -509,3 +509,5 @@ class EngineInfo:
     load_peak_allocated_bytes: int
     load_peak_reserved_bytes: int
     load_peak_rss_bytes: int
+    refusals: tuple[str, ...] = ()
+    """What people should know of jobs that do not fit the memory, which fail in their turn."""

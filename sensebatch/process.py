@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
+_CGROUPS = Path("/sys/fs/cgroup")
+_CGROUP_1 = (
+    "memory.limit_in_bytes",
+    "memory.usage_in_bytes",
+    "total_inactive_file",
+    "total_active_file",
+)
+_CGROUP_2 = ("memory.max", "memory.current", "inactive_file", "active_file")
+"""Files with the limit and what is used of it, and lines of what the system would give back."""
 
 
 def peak_rss_bytes() -> int:
@@ -24,6 +35,41 @@ def peak_rss_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_memory_bytes(proc: Path = Path("/proc/self"), cgroups: Path = _CGROUPS) -> int:
+    """Returns the host memory that a process can still get: of the machine, or of its container.
+
+    Args:
+        proc: Where Linux describes the process.
+        cgroups: Where it describes groups of processes, which containers and batch systems limit.
+    """
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    for folder, names in _limiting_groups(proc, cgroups):
+        # Groups without a limit say so with a word, or with a number that no machine has.
+        with suppress(OSError, ValueError):
+            limit, used = (int((folder / name).read_text()) for name in names[:2])
+            lines = (folder / "memory.stat").read_text().splitlines()
+            stat = dict(line.split() for line in lines)
+            cached = sum(int(stat[name]) for name in names[2:] if name in stat)
+            free = min(free, max(limit - used + cached, 0))
+    return free
+
+
+def _limiting_groups(proc: Path, cgroups: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
+    """Yields the folders of the groups that a process is in, and the names of their figures."""
+    with suppress(OSError):
+        for line in (proc / "cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            top = cgroups / "memory" if controllers else cgroups
+            names = _CGROUP_1 if controllers else _CGROUP_2
+            parts = [part for part in path.split("/") if part not in ("", "..")]
+            for depth in range(len(parts), -1, -1):
+                yield top.joinpath(*parts[:depth]), names
 
 
 def last_words(said: Path, code: int) -> str:

@@ -415,6 +415,8 @@ def _run_pending(
     observer.loading(counts, model)
     engine = backend.load_engine(config, model, loads=_loads(config, store, model), stop=stop)
     observer.loaded(engine.info)
+    for text in engine.info.refusals:
+        observer.warning(text)
     reader = InputReader()
     try:
         return execute(

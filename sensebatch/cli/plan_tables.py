@@ -80,12 +80,13 @@ def _memory(summary: Summary) -> list[object]:
         )
     elif machine is not None:
         lines.append("No time is known: speeds are measured in half precision.")
+    lines += [f"{text[0].upper()}{text[1:]}." for text in placement["refusals"]]
     return [_of_placement(placement, summary["groups"]), *lines]
 
 
 def _reason(placement: Summary) -> str:
     """Returns why the groups have the modes they have."""
-    reasons = {group["reason"] for group in placement["groups"]}
+    reasons = {group["reason"] for group in placement["groups"] if group["vram_mode"]}
     if len(reasons) == 1:
         return f"{placement['vram_mode']}: {reasons.pop()}."
     what = placement["reason"].split(" holds ")[0]
@@ -134,6 +135,11 @@ def _of_placement(placement: Summary, groups: Sequence[Summary]) -> FittingTable
     )
     listed = zip(groups[:MAX_GROUPS], placement["groups"][:MAX_GROUPS], strict=True)
     for number, (group, needs) in enumerate(listed, start=1):
+        if needs["vram_mode"] is None:
+            needed = f">= {needs['device_bytes'] / GIB:.2f}"
+            blank = [""] * (timed + texts + 1)
+            table.add_row(str(number), "none fits", "", "", "", needed, *blank)
+            continue
         cells = _cells(needs, timed=timed, texts=texts, bound=_bound(group))
         passed = (str(needs[name]) for name in ("batch_size", "jobs_per_pass", "kept_layers"))
         table.add_row(str(number), needs["vram_mode"], *passed, *cells)

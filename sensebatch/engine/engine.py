@@ -47,6 +47,7 @@ from sensebatch.engine.weights.loader import NetworkLoader, open_weights, warm_u
 from sensebatch.engine.weights.residency import EMBEDDINGS, Residency
 from sensebatch.errors import (
     CheckpointError,
+    DoesNotFitError,
     OutOfMemoryError,
     RunStoppedError,
     SensebatchError,
@@ -66,6 +67,7 @@ from sensebatch.plan.fallback import keeping, leaner
 from sensebatch.plan.load import Load
 from sensebatch.plan.passes import prefixes_wait
 from sensebatch.plan.placement import Placement, Placements
+from sensebatch.plan.weight_bytes import weight_bytes
 from sensebatch.process import peak_rss_bytes
 from sensebatch.resolutions import PixelLimits
 from sensebatch.tasks import Task
@@ -117,6 +119,8 @@ class SenseNovaEngine:
 
     def prepare(self, job: Job, inputs: Sequence[bytes]) -> PreparedJob:
         """Returns what can be made of a job on the host; see `contract.Engine.prepare`."""
+        if (message := self._placements.refusal(job)) is not None:
+            raise DoesNotFitError(message)
         system = job.system_prompt
         if system is None:
             system = self._info.identity.system_prompt(job.task)
@@ -270,16 +274,15 @@ class SenseNovaEngine:
             memory=config.memory,
             device=device,
             loads=loads,
-            held_host_bytes=self._residency.host_bytes,
+            held_host_bytes=self._held_host_bytes(),
         )
-        fitted = [placements.of(load.group).fitted(load) for load in loads]
         self._pixel_limits = config.pixel_limits
         cap_device_memory(device, config.memory.vram_budget_bytes)
         memory = DevicePeak(device)
         stays = self._residency.suits(placements.first)
         if not stays:
             self._unload()
-        compile_s = warm_up(self._loader, self._attention, fitted)
+        compile_s = warm_up(self._loader, self._attention, placements.fitted(loads))
         if not stays:
             self._network, self._residency = self._loader.load(placements.first, stop)
         self._group, self._idle_since = None, None
@@ -289,8 +292,16 @@ class SenseNovaEngine:
             vram_mode=placements.first.mode,
             budget_bytes=config.memory.vram_budget_bytes,
             compile_s=compile_s,
+            refusals=placements.refusals(),
             **_load_figures(start, memory),
         )
+
+    def _held_host_bytes(self) -> int:
+        """Returns the bytes of host memory that weights take: on a CPU, all of them."""
+        if not self._residency.is_whole or self._loader.device.type != "cpu":
+            return self._residency.host_bytes
+        weights = weight_bytes(self._loader.computation)
+        return weights.blocks + weights.embeddings + weights.rest
 
     def close(self) -> None:
         """Frees the weights; the engine can no longer be used."""
@@ -382,9 +393,8 @@ def load_engine(
     placements = _first_placements(loader, config, loads, share)
     tokenizer = HFTokenizer(checkpoint.path)
     cap_device_memory(where, config.memory.vram_budget_bytes)
-    fitted = [placements.of(load.group).fitted(load) for load in loads]
     attention = new_attention(backend, device, fused=loader.fused)
-    compile_s = warm_up(loader, attention, fitted)
+    compile_s = warm_up(loader, attention, placements.fitted(loads))
     peak = DevicePeak(where)
     loaded = loader.load(placements.first, stop)
     info = EngineInfo(
@@ -399,6 +409,7 @@ def load_engine(
         vram_mode=placements.first.mode,
         budget_bytes=config.memory.vram_budget_bytes,
         torch_version=torch.__version__,
+        refusals=placements.refusals(),
         **_load_figures(start, peak),
     )
     return SenseNovaEngine(

@@ -6,13 +6,40 @@ the state database.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from sensebatch.config import MemoryConfig
 from sensebatch.jobs import GroupKey, Job, group_key
 from sensebatch.plan.tokens import prompt_tokens
 from sensebatch.tasks import Output
+
+
+class Demand(NamedTuple):
+    """What decides, within a group, how much memory a job takes; more of it takes more."""
+
+    prompt_tokens: int
+    """One prompt with its input images and the job's own system prompt; see `tokens`."""
+    text_tokens: int
+    """The most tokens the job decodes."""
+    max_images: int
+    """Images the job makes; of an interleave job, the most it may make."""
+
+    def covers(self, other: Demand) -> bool:
+        """Returns whether a job takes at least as much as another one of its group."""
+        return all(own >= its for own, its in zip(self, other, strict=True))
+
+
+def most_of(demands: Iterable[Demand]) -> Demand:
+    """Returns the least that covers every one of some demands, of which there is at least one."""
+    return Demand(*map(max, zip(*demands, strict=True)))
+
+
+def demand_of(job: Job) -> Demand:
+    """Returns what a job takes."""
+    return Demand(prompt_tokens(job), job.max_text_tokens, job.max_images)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,13 +60,7 @@ class PlanEntry:
 
 def plan_entry(job: Job) -> PlanEntry:
     """Returns the entry of a job that was never tried."""
-    return PlanEntry(
-        id=job.id,
-        group=group_key(job),
-        max_images=job.max_images,
-        prompt_tokens=prompt_tokens(job),
-        text_tokens=job.max_text_tokens,
-    )
+    return PlanEntry(id=job.id, group=group_key(job), **demand_of(job)._asdict())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,12 +76,8 @@ class GroupPlan:
     """Ids of jobs that failed before; one batch each, after the others."""
     max_images: int
     """Images of all jobs; exact but for interleave, where it is an upper bound."""
-    max_images_of_job: int
-    """Most images of one job."""
-    prompt_tokens: int
-    """Tokens of the longest prompt."""
-    text_tokens: int
-    """Most tokens that one job decodes."""
+    demands: tuple[tuple[Demand, int], ...]
+    """What the jobs take, and how many take that."""
 
     @property
     def num_jobs(self) -> int:
@@ -146,9 +163,7 @@ def make_plan(
         gathered = groups.setdefault(entry.group, _Gathered())
         (gathered.alone if entry.alone else gathered.fresh).append(entry.id)
         gathered.max_images += entry.max_images
-        gathered.max_images_of_job = max(gathered.max_images_of_job, entry.max_images)
-        gathered.prompt_tokens = max(gathered.prompt_tokens, entry.prompt_tokens)
-        gathered.text_tokens = max(gathered.text_tokens, entry.text_tokens)
+        gathered.demands[Demand(entry.prompt_tokens, entry.text_tokens, entry.max_images)] += 1
     return Plan(
         groups=tuple(
             GroupPlan(
@@ -157,9 +172,7 @@ def make_plan(
                 fresh=tuple(gathered.fresh),
                 alone=tuple(gathered.alone),
                 max_images=gathered.max_images,
-                max_images_of_job=gathered.max_images_of_job,
-                prompt_tokens=gathered.prompt_tokens,
-                text_tokens=gathered.text_tokens,
+                demands=tuple(gathered.demands.items()),
             )
             for group, gathered in groups.items()
         )
@@ -173,6 +186,4 @@ class _Gathered:
     fresh: list[str] = field(default_factory=list)
     alone: list[str] = field(default_factory=list)
     max_images: int = 0
-    max_images_of_job: int = 0
-    prompt_tokens: int = 0
-    text_tokens: int = 0
+    demands: Counter[Demand] = field(default_factory=Counter)

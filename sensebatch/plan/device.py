@@ -11,12 +11,13 @@ from sensebatch.config import MemoryConfig
 from sensebatch.errors import ConfigError
 from sensebatch.jobs import VramMode
 from sensebatch.plan import passes
+from sensebatch.plan.batches import Demand
 from sensebatch.plan.computation import Computation
 from sensebatch.plan.footprint import working_bytes
 from sensebatch.plan.host import HostMemory, host_working_bytes
 from sensebatch.plan.load import Load
 from sensebatch.plan.passes import RING
-from sensebatch.plan.placement import Placement, Placements
+from sensebatch.plan.placement import Placement, Placements, Refusal
 from sensebatch.plan.weight_bytes import WeightBytes, weight_bytes
 from sensebatch.units import GIB
 
@@ -31,6 +32,9 @@ def place(
     num_workers: int = 1,
 ) -> Placements:
     """Returns for each group the fastest placement that fits, or the one that was asked for.
+
+    Without a budget or a mode of the user's, jobs that do not fit what is free are left out, as
+    long as others do fit.
 
     Args:
         computation: The network, and how it is computed.
@@ -59,10 +63,20 @@ def place(
         limit=device_free if budget is None else budget,
         asked=budget is not None,
     )
-    placed = planner.placements(planner.options(memory.vram_mode, loads or [None]))
+    fitting = loads
+    refused: tuple[Refusal, ...] = ()
+    try:
+        options = planner.options(memory.vram_mode, loads or [None])
+    except ConfigError:
+        fitting, refused = planner.sift(memory.vram_mode, loads)
+        if not refused:
+            raise
+        options = planner.options(memory.vram_mode, fitting)
+    placed = planner.placements(options)
     return Placements(
-        groups={load.group: p for load, p in zip(loads, placed, strict=False)},
+        groups={load.group: p for load, p in zip(fitting, placed, strict=False)},
         leanest=min(placed, key=_how_much_stays),
+        refused=refused,
     )
 
 
@@ -104,6 +118,80 @@ class _Planner:
     asked: bool
     """Whether the limit is a budget that was asked for."""
 
+    def sift(
+        self, mode: VramMode, loads: Sequence[Load]
+    ) -> tuple[Sequence[Load], tuple[Refusal, ...]]:
+        """Returns the loads without the jobs that do not fit, and those jobs.
+
+        Nothing is left out where none fits: that is an error of the run.
+        """
+        if mode is not VramMode.AUTO or self.asked:
+            return loads, ()
+        fitting: list[Load] = []
+        refused: list[Refusal] = []
+        for load in loads:
+            # Nothing can be left out where it is not said what the jobs take.
+            rest, of_group = (load, []) if not load.demands else self._without_too_large(load)
+            refused += of_group
+            fitting += [] if rest is None else [rest]
+        return (fitting, tuple(refused)) if fitting else (loads, ())
+
+    def _without_too_large(self, load: Load) -> tuple[Load | None, list[Refusal]]:
+        """Returns a load without jobs that do not fit, and those jobs."""
+        refused: dict[Demand, Refusal] = {}
+
+        def refuse(demand: Demand, needed: int) -> None:
+            name = _name(load)
+            if len(load.demands) > 1:
+                name += f" with up to {demand.prompt_tokens:,} tokens of prompt"
+            refused[demand] = Refusal(
+                group=load.group,
+                demand=demand,
+                num_jobs=dict(load.demands)[demand],
+                needed_bytes=needed,
+                message=self._too_large(needed, name),
+            )
+
+        rest: Load | None = load
+        if self._needed(load) > self._free:
+            needs = [(self._needed(load.of_job(demand)), demand) for demand, _ in load.demands]
+            for needed, demand in needs:
+                if needed > self._free:
+                    refuse(demand, needed)
+            rest = load.without(refused)
+        # One job's prompt and another one's text may not fit together, although each job does.
+        while rest is not None and (needed := self._needed(rest)) > self._free:
+            refuse(
+                max((need, demand) for need, demand in needs if demand not in refused)[1], needed
+            )
+            rest = load.without(refused)
+        return rest, list(refused.values())
+
+    def _needed(self, load: Load) -> int:
+        return self._alone(load).device_bytes
+
+    def _alone(self, load: Load) -> _Option:
+        """Returns the option that takes the least: of one job, with little of the weights."""
+        mode = VramMode.FULL if self.limit is None else VramMode.LOW
+        return self._option(replace(load, batch_size=1), mode)
+
+    @property
+    def _free(self) -> int:
+        """Memory for weights and jobs: the device's, or the host's where that is the device."""
+        if self.limit is not None:
+            return self.limit
+        return self.host.free_bytes // self.host.num_workers
+
+    def _too_large(self, needed: int, name: str) -> str:
+        what = "vram_budget" if self.asked else "free device memory"
+        hint = ""
+        if self.limit is None:
+            what, hint = "free host memory", "; vram_mode full tries it all the same"
+        return (
+            f"{what}: expected at least {_enough(needed)} for {name}, found "
+            f"{self._free / GIB:.2f} GiB{hint}"
+        )
+
     def options(self, mode: VramMode, loads: Sequence[Load | None]) -> list[tuple[_Option, str]]:
         """Returns the option of each load and why; None stands for weights without jobs.
 
@@ -111,11 +199,13 @@ class _Planner:
             ConfigError: One cannot fit.
         """
         if mode is not VramMode.AUTO:
-            self._check(mode, loads)
+            if self.limit is not None:
+                self._check(mode, loads)
             return [(self._largest(load, mode), f"asked for vram_mode {mode}") for load in loads]
         if self.limit is None:
+            self._check(VramMode.FULL, loads)
             reason = "the host is the device"
-            return [(self._option(load, VramMode.FULL), reason) for load in loads]
+            return [(self._largest(load, VramMode.FULL), reason) for load in loads]
         whole = [self._whole(load) for load in loads]
         if all(self._fits(option) for option in whole):
             return [(option, f"all weights fit {self._what(self.limit)}") for option in whole]
@@ -158,23 +248,16 @@ class _Planner:
 
     def _check(self, mode: VramMode, loads: Sequence[Load | None]) -> None:
         """Raises where a job alone does not fit a mode."""
-        if self.limit is None:
-            return
-        needed = [
-            (self._option(load and replace(load, batch_size=1), mode).device_bytes, load)
-            for load in loads
-        ]
-        least, load = max(needed, key=lambda need: need[0])
-        if least > self.limit:
-            what = "vram_budget" if self.asked else "free device memory"
-            hint = "" if mode is VramMode.LOW else "; vram_mode low needs less"
-            raise ConfigError(
-                f"{what}: expected at least {_enough(least)} for {_name(load)}, found "
-                f"{self.limit / GIB:.2f} GiB{hint}"
-            )
+        options = [self._option(load and replace(load, batch_size=1), mode) for load in loads]
+        least = max(options, key=lambda option: option.device_bytes)
+        if least.device_bytes > self._free:
+            message = self._too_large(least.device_bytes, _name(least.load))
+            if self.limit is not None and mode is not VramMode.LOW:
+                message += "; vram_mode low needs less"
+            raise ConfigError(message)
 
     def _fits(self, option: _Option, spare: int = 0) -> bool:
-        return self.limit is None or option.device_bytes + spare <= self.limit
+        return option.device_bytes + spare <= self._free
 
     def _what(self, limit: int) -> str:
         return f"{'a budget of' if self.asked else 'free device memory of'} {limit / GIB:.1f} GiB"

@@ -26,7 +26,8 @@ def leaner(computation: Computation, placements: Placements, group: GroupKey) ->
     weights = weight_bytes(computation)
     before = placements.of(group)
     if before.num_buffers is None:
-        return Placements(
+        return replace(
+            placements,
             groups={key: _streamed(weights, p) for key, p in placements.groups.items()},
             leanest=_streamed(weights, placements.leanest),
         )
@@ -37,7 +38,8 @@ def leaner(computation: Computation, placements: Placements, group: GroupKey) ->
             assert placement.num_buffers is not None
             return _keeping(weights, placement, max(placement.num_buffers - freed, RING))
 
-        return Placements(
+        return replace(
+            placements,
             groups={key: less(p) for key, p in placements.groups.items()},
             leanest=less(placements.leanest),
         )

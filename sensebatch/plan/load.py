@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 from sensebatch.jobs import GroupKey
-from sensebatch.plan.batches import GroupPlan, Plan
+from sensebatch.plan.batches import Demand, GroupPlan, Plan, most_of
 from sensebatch.plan.passes import images_per_pass
 from sensebatch.plan.tokens import SYSTEM_PROMPT_BYTES, system_tokens
 from sensebatch.tasks import Branch, Output
@@ -29,6 +30,8 @@ class Load:
     system_tokens: int = 0
     """The system turn's part of `prompt_tokens`. It is cached once more, for all jobs to begin
     with."""
+    demands: tuple[tuple[Demand, int], ...] = ()
+    """What the jobs take, and how many take that; empty if all count as the most demanding one."""
 
     @property
     def image_tokens(self) -> int:
@@ -56,6 +59,32 @@ class Load:
         """Branches with a prefix of the job's own; all jobs share the unconditional one."""
         return sum(branch is not Branch.UNCOND for branch in self.group.branches)
 
+    def of_job(self, demand: Demand) -> Load:
+        """Returns the load of a batch of one job of the group."""
+        reads_back = self.group.task.spec.output is Output.IMAGES
+        return replace(
+            self,
+            batch_size=1,
+            prompt_tokens=demand.prompt_tokens + self.system_tokens,
+            text_tokens=demand.text_tokens,
+            drawn_tokens=interleave_tokens(self.image_tokens, demand.max_images)
+            if reads_back
+            else 0,
+            demands=((demand, 1),),
+        )
+
+    def without(self, refused: Collection[Demand]) -> Load | None:
+        """Returns the load of the group's other jobs; None if there are none."""
+        kept = [(demand, count) for demand, count in self.demands if demand not in refused]
+        if not kept:
+            return None
+        jobs = sum(count for _, count in kept)
+        return replace(
+            self.of_job(most_of(demand for demand, _ in kept)),
+            batch_size=min(self.batch_size, jobs),
+            demands=tuple(kept),
+        )
+
     def jobs_per_pass(self, tokens_per_pass: int) -> int:
         """Returns how many jobs of a batch are drawn together; all of them if they draw nothing."""
         if not self.image_tokens:
@@ -78,18 +107,18 @@ def group_load(plan: GroupPlan, *, system_prompt_bytes: int = SYSTEM_PROMPT_BYTE
         plan: The group's.
         system_prompt_bytes: Length of the checkpoint's longest system prompt, where it is known.
     """
-    reads_back = plan.group.task.spec.output is Output.IMAGES
-    tokens = plan.group.image_tokens
     of_system = system_tokens(system_prompt_bytes)
-    return Load(
+    load = Load(
         group=plan.group,
         batch_size=max(min(plan.batch_size, len(plan.fresh)), 1),
         wanted_jobs=plan.batch_size,
-        prompt_tokens=plan.prompt_tokens + of_system,
+        prompt_tokens=of_system,
         system_tokens=of_system,
-        text_tokens=plan.text_tokens,
-        drawn_tokens=interleave_tokens(tokens, plan.max_images_of_job) if reads_back else 0,
+        demands=plan.demands,
     )
+    found = load.without(())
+    assert found is not None, "a group has jobs"
+    return found
 
 
 def plan_loads(plan: Plan, *, system_prompt_bytes: int) -> list[Load]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sensebatch.jobs import GroupKey, VramMode
+from sensebatch.jobs import GroupKey, Job, VramMode, group_key
+from sensebatch.plan.batches import Demand, demand_of
 from sensebatch.plan.load import Load
 
 
@@ -41,6 +43,19 @@ class Placement:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """Jobs of a group that do not fit the memory, however they are run."""
+
+    group: GroupKey
+    demand: Demand
+    """What each of them takes; jobs that take more do not fit either."""
+    num_jobs: int
+    needed_bytes: int
+    message: str
+    """What was expected and what was found."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Placements:
     """The placements of a run. All weights stay on the device for every group, or for none."""
 
@@ -48,6 +63,8 @@ class Placements:
     """In the order in which they are run."""
     leanest: Placement
     """The placement of the most demanding group; without groups, that of the weights alone."""
+    refused: tuple[Refusal, ...] = ()
+    """Jobs that are left out of the groups."""
 
     @property
     def device_bytes(self) -> int:
@@ -69,6 +86,35 @@ class Placements:
     def of(self, group: GroupKey) -> Placement:
         """Returns a group's placement; the leanest for one that was not planned for."""
         return self.groups.get(group, self.leanest)
+
+    def fitted(self, loads: Sequence[Load]) -> list[Load]:
+        """Returns the loads that are run, with as many jobs in a batch as fit."""
+        groups = self.groups
+        return [groups[load.group].fitted(load) for load in loads if load.group in groups]
+
+    def refusals(self) -> tuple[str, ...]:
+        """Returns a line for each group of which jobs are left out, for people."""
+        worst: dict[GroupKey, Refusal] = {}
+        counts: Counter[GroupKey] = Counter()
+        for refusal in self.refused:
+            counts[refusal.group] += refusal.num_jobs
+            known = worst.setdefault(refusal.group, refusal)
+            if refusal.needed_bytes > known.needed_bytes:
+                worst[refusal.group] = refusal
+        return tuple(
+            f"{counts[group]:,} {'job does' if counts[group] == 1 else 'jobs do'} not fit and "
+            f"will fail: {refusal.message}"
+            for group, refusal in worst.items()
+        )
+
+    def refusal(self, job: Job) -> str | None:
+        """Returns why a job does not fit; None if it may."""
+        key = group_key(job)
+        of_group = [refusal for refusal in self.refused if refusal.group == key]
+        if not of_group:
+            return None
+        demand = demand_of(job)
+        return next((r.message for r in of_group if demand.covers(r.demand)), None)
 
     def replacing(self, group: GroupKey, placement: Placement) -> Placements:
         """Returns the placements with another one for a group."""

@@ -24,7 +24,7 @@ from sensebatch.plan.device import place
 from sensebatch.plan.host import ENOUGH_BYTES
 from sensebatch.plan.load import Load, plan_loads
 from sensebatch.plan.passes import RING
-from sensebatch.plan.placement import Placement
+from sensebatch.plan.placement import Placement, Refusal
 from sensebatch.plan.seconds import Clock, GroupSeconds, new_clock
 from sensebatch.plan.weight_bytes import WeightBytes, weight_bytes
 from sensebatch.plan.work import Machine
@@ -140,10 +140,17 @@ class _Summary:
         )
         leanest, seconds, groups = placements.leanest, [], []
         for load, num_jobs in zip(self.loads, self.num_jobs, strict=True):
+            of_group = [r for r in placements.refused if r.group == load.group]
+            num_refused = sum(refusal.num_jobs for refusal in of_group)
+            if num_refused == num_jobs:
+                groups.append(_refused_group(of_group))
+                continue
             placement = placements.of(load.group)
+            load = load.without({refusal.demand for refusal in of_group}) or load
             if self.clock is not None:
-                seconds.append(self.clock.group_seconds(load, num_jobs, placement))
-            groups.append(self._group(load, placement, seconds[-1] if seconds else None))
+                seconds.append(self.clock.group_seconds(load, num_jobs - num_refused, placement))
+            group = self._group(load, placement, seconds[-1] if seconds else None)
+            groups.append({**group, "refused_jobs": num_refused})
         total = GroupSeconds(
             images=sum(own.images for own in seconds), text=sum(own.text for own in seconds)
         )
@@ -154,6 +161,7 @@ class _Summary:
             "host_bytes": placements.host_bytes,
             "file_bytes": self._file_bytes(leanest),
             "seconds": _seconds(total if seconds else None),
+            "refusals": list(placements.refusals()),
             "groups": groups,
         }
 
@@ -177,6 +185,21 @@ class _Summary:
         if placement.num_buffers is None or placement.host_block_bytes is None:
             return 0
         return max(self.weights.blocks - placement.host_block_bytes, 0)
+
+
+def _refused_group(refusals: Sequence[Refusal]) -> dict[str, Any]:
+    """Returns what there is to say of a group of which no job fits."""
+    return {
+        "vram_mode": None,
+        "reason": refusals[0].message,
+        "batch_size": 0,
+        "jobs_per_pass": 0,
+        "kept_layers": 0,
+        "device_bytes": min(refusal.needed_bytes for refusal in refusals),
+        "host_bytes": 0,
+        "seconds": None,
+        "refused_jobs": sum(refusal.num_jobs for refusal in refusals),
+    }
 
 
 def _seconds(seconds: GroupSeconds | None) -> dict[str, float] | None:

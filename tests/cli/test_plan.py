@@ -202,6 +202,29 @@ def test_a_gpu_that_is_too_small_is_reported_with_what_would_do(
     assert invoke("plan", large, *MODEL, "--vram-mode", "low").code == 0
 
 
+@pytest.mark.parametrize("width", [80, 60])
+def test_jobs_that_do_not_fit_the_gpu_are_named_and_the_others_planned(
+    invoke: Invoke, tmp_path: Path, measured: Path, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    measured.write_text(json.dumps(SPEEDS | {"free_bytes": 3 * GIB}), encoding="utf-8")
+    manifest = tmp_path / "mixed.jsonl"
+    rows = [{"prompt": "a", "n": 2, "resolution": f"{side}x{side}"} for side in (2048, 8192)]
+    rows.append({"prompt": "a " * 90_000, "resolution": "2048x2048"})
+    manifest.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (mode,) = invoke("plan", manifest, *MODEL, "--json").json["memory"]
+    fits, too_large = mode["groups"]
+    assert (fits["refused_jobs"], too_large["refused_jobs"]) == (1, 2)
+    assert fits["vram_mode"] == "balanced"
+    assert too_large["vram_mode"] is None
+    assert mode["device_bytes"] <= 3 * GIB < too_large["device_bytes"]
+    monkeypatch.setenv("COLUMNS", str(width))
+    printed = " ".join(invoke("plan", manifest, *MODEL).out.split())
+    assert "2 none fits >= 8." in printed
+    assert "1 job does not fit and will fail: free device memory: expected at least" in printed
+    assert "for t2i 2048x2048 with up to 60," in printed
+    assert "2 jobs do not fit and will fail: free device memory: expected at least" in printed
+
+
 @pytest.mark.parametrize("content", ["{}", "no json", json.dumps({"gpu": "NVIDIA Test"})])
 def test_a_file_of_speeds_that_cannot_be_used_is_named(
     invoke: Invoke, large: Path, measured: Path, content: str

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sensebatch.config import TINY_MODEL, default_config
 from sensebatch.errors import ConfigError
-from sensebatch.jobs import Precision
+from sensebatch.jobs import Precision, group_key
+from sensebatch.manifest.read import read_rows
+from sensebatch.plan.batches import Demand, demand_of
 from sensebatch.plan.footprint import quantising_bytes
+from sensebatch.plan.load import Load
 from sensebatch.plan.passes import RING
+from sensebatch.plan.placement import Refusal
 from sensebatch.plan.weight_bytes import weight_bytes
+from sensebatch.resolutions import Resolution
 from sensebatch.units import GIB
 from tests.plan.loads import (
     ARCH,
@@ -206,3 +214,90 @@ def test_float8_makes_every_mode_leaner() -> None:
     # The ring takes layers of the understanding expert, or else parts of the head.
     assert both[2] < fp8[2]
     assert fp8[2] - plain[2] == quantising_bytes(FP8)
+
+
+def with_demands(load: Load, *prompts: int) -> Load:
+    """Returns a load of jobs with prompts of so many tokens."""
+    demands = tuple((Demand(tokens, 0, 1), n) for tokens, n in Counter(prompts).items())
+    return replace(load, demands=demands, prompt_tokens=max(prompts), batch_size=len(prompts))
+
+
+SMALL = with_demands(make_load(), 500, 600)
+LARGE = with_demands(
+    with_drawing(make_load(), resolution=Resolution(height=8192, width=8192)), 500, 500
+)
+
+
+def test_jobs_that_do_not_fit_the_free_memory_are_left_out_and_counted() -> None:
+    needed = place_all([LARGE], vram_mode="low").device_bytes
+    found = place_all([SMALL, LARGE], device_free=needed - 1)
+    assert set(found.groups) == {SMALL.group}
+    assert found.of(SMALL.group) == placed([SMALL], device_free=needed - 1)
+    (line,) = found.refusals()
+    assert line.startswith(
+        "2 jobs do not fit and will fail: free device memory: expected at least "
+    )
+    assert "for t2i 8192x8192, found" in line
+    # At once, and not only where there is nothing else to do.
+    with pytest.raises(ConfigError, match=r"free device memory: expected .* 8192x8192"):
+        place_all([LARGE], device_free=needed - 1)
+    assert place_all([SMALL, LARGE], device_free=needed).refused == ()
+
+
+def test_budget_or_mode_that_somebody_chose_is_an_error_for_all_jobs() -> None:
+    needed = place_all([LARGE], vram_mode="low").device_bytes
+    with pytest.raises(ConfigError, match="vram_budget: expected at least"):
+        place_all([SMALL, LARGE], vram_budget_bytes=needed - 1)
+    with pytest.raises(ConfigError, match="free device memory: expected at least"):
+        place_all([SMALL, LARGE], device_free=needed - 1, vram_mode="low")
+
+
+def test_one_long_prompt_does_not_cost_its_group_the_run() -> None:
+    mixed = with_demands(make_load(), 500, 600, 500_000)
+    found = place_all([mixed], device_free=20 * GIB)
+    assert found.of(mixed.group) == placed([SMALL], device_free=20 * GIB)
+    (refusal,) = found.refused
+    assert refusal.demand.prompt_tokens == 500_000
+    assert "2048x2048 with up to 500,000 tokens of prompt, found 20.00 GiB" in refusal.message
+
+
+def test_demands_that_fit_alone_but_not_together_leave_the_smaller_one() -> None:
+    prompt, text = Demand(200_000, 10, 1), Demand(10, 200_000, 1)
+    load = replace(make_load(1, prompt=200_000, text=200_000), demands=((prompt, 1), (text, 1)))
+    one = max(
+        placed([replace(load.of_job(demand))], vram_mode="low").device_bytes
+        for demand in (prompt, text)
+    )
+    found = place_all([load], device_free=one)
+    assert len(found.refused) == 1
+    assert found.of(load.group).device_bytes <= one
+
+
+def test_what_does_not_fit_a_cpu_is_left_out_unless_asked_for() -> None:
+    needed = place_all([LARGE], vram_mode="full").device_bytes
+    one = placed([LARGE.of_job(Demand(500, 0, 1))]).device_bytes
+    assert needed > one
+    few = place_all([SMALL, LARGE], host_free=one)
+    assert (few.refused, few.of(LARGE.group).batch_size) == ((), 1)
+    less = place_all([SMALL, LARGE], host_free=one - 1)
+    (line,) = less.refusals()
+    assert "free host memory: expected at least" in line
+    assert line.endswith("; vram_mode full tries it all the same")
+    assert place_all([SMALL, LARGE], host_free=one - 1, vram_mode="full").refused == ()
+    assert place_all([SMALL, LARGE], host_free=2 * one - 1, num_workers=2).refused
+    with pytest.raises(ConfigError, match=r"free host memory: expected .* for the weights"):
+        place_all([], host_free=GIB)
+
+
+def test_jobs_that_take_more_than_a_refused_one_are_refused() -> None:
+    rows = [{"prompt": "a " * length, "width": 64, "height": 64} for length in (10, 100, 1000)]
+    jobs = list(read_rows(rows, default_config(TINY_MODEL), path=Path("rows")))
+    refusal = Refusal(
+        group=group_key(jobs[1]),
+        demand=demand_of(jobs[1]),
+        num_jobs=1,
+        needed_bytes=1,
+        message="too large",
+    )
+    found = replace(place_all([SMALL]), refused=(refusal,))
+    assert [found.refusal(job) for job in jobs] == [None, "too large", "too large"]

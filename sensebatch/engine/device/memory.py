@@ -6,7 +6,6 @@ import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import psutil
 import torch
 
 from sensebatch.config import MemoryConfig
@@ -15,6 +14,7 @@ from sensebatch.plan.computation import Computation
 from sensebatch.plan.device import place
 from sensebatch.plan.load import Load
 from sensebatch.plan.placement import Placements
+from sensebatch.process import free_memory_bytes
 
 _OUT_OF_MEMORY = (
     "not enough memory",
@@ -140,6 +140,6 @@ def plan_placements(
         memory=memory,
         loads=loads,
         device_free=device_free,
-        host_free=psutil.virtual_memory().available + held_host_bytes,
+        host_free=free_memory_bytes() + held_host_bytes,
         num_workers=num_workers,
     )
