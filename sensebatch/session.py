@@ -29,6 +29,7 @@ from sensebatch.manifest.inputs import InputReader
 from sensebatch.manifest.problems import ProblemList
 from sensebatch.plan.batches import Plan, make_plan
 from sensebatch.plan.load import Load, plan_loads
+from sensebatch.plan.long_prompts import LongPrompts
 from sensebatch.report.summary import format_summary, read_log, summarise
 from sensebatch.settings import RUN_SECTION, dump_settings
 from sensebatch.store.attempts import Attempt
@@ -317,7 +318,11 @@ def run_session(
     with _summarised(request.root):
         model = open_model(request.config.model, backend, observer)
         with open_store(request.root) as store:
-            jobs = _with_inputs_apart(_until_stopped(request.jobs(), stop), store.run_dir.images)
+            long = LongPrompts(
+                lambda problem: observer.warning(str(problem)), model.checkpoint.architecture
+            )
+            jobs = long.watch(_until_stopped(request.jobs(), stop))
+            jobs = _with_inputs_apart(jobs, store.run_dir.images)
             changes = store.ingest(
                 jobs,
                 model.identity,

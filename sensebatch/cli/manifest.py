@@ -39,10 +39,12 @@ def validate(
     """Check manifests as a run does before it starts, and print every error in them."""
     from sensebatch.cli.messages import counted, show, warn_of
     from sensebatch.manifest.read import read_manifests
+    from sensebatch.plan.summary import long_prompts
     from sensebatch.settings import resolve_settings
 
     config = resolve_settings(config_file=model.config, flags=flags_of(model, reading))
     jobs = read_manifests(manifests, config, task=task, warn=warn_of)
+    jobs = long_prompts(config, None, warn_of).watch(jobs)
     by_task = Counter(job.task for job in jobs)
     if as_json:
         counts = {task.value: by_task[task] for task in Task}

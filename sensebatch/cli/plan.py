@@ -39,18 +39,20 @@ def plan(
     from sensebatch.cli.speed_cache import read_speeds
     from sensebatch.manifest.read import read_manifests
     from sensebatch.plan.batches import make_plan, plan_entry
-    from sensebatch.plan.summary import memory_summary, plan_summary
+    from sensebatch.plan.summary import long_prompts, memory_summary, plan_summary
     from sensebatch.settings import resolve_settings
 
     flags = flags_of(model, batch, reading)
     config = resolve_settings(config_file=model.config, flags=flags)
-    jobs = read_manifests(manifests, config, task=task, limit=limit, warn=warn_of)
-    made = make_plan((plan_entry(job) for job in jobs), config.memory)
     machine, problem = (None, None) if config.model.device == "cpu" else read_speeds()
     if problem is not None:
         warn(problem)
+    gpu = None if machine is None else machine.machine
+    jobs = read_manifests(manifests, config, task=task, limit=limit, warn=warn_of)
+    jobs = long_prompts(config, gpu, warn_of).watch(jobs)
+    made = make_plan((plan_entry(job) for job in jobs), config.memory)
     summary = plan_summary(made) | {
-        "memory": memory_summary(made, config, None if machine is None else machine.machine),
+        "memory": memory_summary(made, config, gpu),
         "machine": None if machine is None else machine.model_dump(),
     }
     if as_json:

@@ -6,7 +6,8 @@ plan made on a laptop holds for the GPU.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from sensebatch.checkpoint.system_prompts import resolve_system_prompts
 from sensebatch.checkpoint.tensors import expected_tensors
 from sensebatch.checkpoint.tokenizer import check_tokenizer
 from sensebatch.config import SYNTHETIC_PREFIX, TINY_MODEL, MemoryConfig, RunConfig
+from sensebatch.errors import CheckpointError, Problem
 from sensebatch.jobs import VramMode
 from sensebatch.plan.batches import GroupPlan, Plan
 from sensebatch.plan.computation import Computation, gpu_computation
 from sensebatch.plan.device import place
 from sensebatch.plan.host import ENOUGH_BYTES
 from sensebatch.plan.load import Load, plan_loads
+from sensebatch.plan.long_prompts import LongPrompts
 from sensebatch.plan.passes import RING
 from sensebatch.plan.placement import Placement, Refusal
 from sensebatch.plan.seconds import Clock, GroupSeconds, new_clock
@@ -64,6 +67,25 @@ def _group_summary(plan: GroupPlan) -> dict[str, Any]:
     }
 
 
+def is_local(model: str) -> bool:
+    """Returns whether a model's files are on this machine for certain; those of a Hub id may be."""
+    if model == TINY_MODEL or model.startswith(SYNTHETIC_PREFIX):
+        return True
+    return Path(model).expanduser().is_dir()
+
+
+def long_prompts(
+    config: RunConfig, machine: Machine | None, warn: Callable[[Problem], None]
+) -> LongPrompts:
+    """Returns what looks out for long prompts, with what is known of their costs."""
+    arch = None
+    if is_local(config.model.model):
+        # What is wrong with a checkpoint is for others to say.
+        with suppress(CheckpointError):
+            arch = open_checkpoint(config.model.model, config.model.revision).architecture
+    return LongPrompts(warn, arch, None if machine is None else machine.speeds)
+
+
 def memory_summary(
     plan: Plan, config: RunConfig, machine: Machine | None
 ) -> list[dict[str, Any]] | None:
@@ -84,8 +106,7 @@ def memory_summary(
         ConfigError: The budget or the GPU is too small.
     """
     model = config.model.model
-    local = model == TINY_MODEL or model.startswith(SYNTHETIC_PREFIX)
-    if not (local or Path(model).expanduser().is_dir()):
+    if not is_local(model):
         return None
     checkpoint = open_checkpoint(model, config.model.revision)
     check_tensors(checkpoint)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -38,6 +40,19 @@ def test_plan_for_people_names_every_group(invoke: Invoke, manifest: Path) -> No
     assert ended.code == 0
     for words in ("t2i (think)", "edit", "interleave", "64x32", "5 jobs"):
         assert words in ended.out
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("command", [["manifest", "validate"], ["plan"], ["run"]])
+def test_long_prompt_is_warned_of_with_its_cost_before_it_runs(
+    invoke: Invoke, tmp_path: Path, command: list[str]
+) -> None:
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"prompt": "a red circle " * 8000, "resolution": "1:1"}))
+    ended = invoke(*command, path)
+    assert ended.code == 0
+    warning = r"long.jsonl: line 1: prompt: very long, up to 34,\d+ tokens, so the job takes about "
+    assert re.search(f"{warning}[\\d,]+ times as long", ended.err)
 
 
 def test_plan_makes_no_folder(invoke: Invoke, manifest: Path) -> None:
