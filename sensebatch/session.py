@@ -8,6 +8,7 @@ there is work to do.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from sensebatch.checkpoint.system_prompts import resolve_system_prompts
 from sensebatch.config import ModelConfig, RunConfig
 from sensebatch.contract import Engine, Progress, Stop
 from sensebatch.errors import EngineError, Problem, RunFolderError, RunStoppedError, StoppedError
+from sensebatch.executor.deadline import Deadline
 from sensebatch.executor.observer import Summary, WorkerState
 from sensebatch.executor.run import execute
 from sensebatch.executor.worker import EngineWorker
@@ -39,8 +41,12 @@ from sensebatch.store.manifests import ManifestFiles
 from sensebatch.store.run_dir import RunDir
 from sensebatch.store.shards import SHARD, Shard
 from sensebatch.store.state import Counts
+from sensebatch.store.status import recent_batches
 from sensebatch.store.store import Store, open_store
 from sensebatch.tasks import Task
+
+clock = time.time
+"""Says when a deadline has come; one name to stop at in tests."""
 
 
 class Backend(Protocol):
@@ -278,6 +284,8 @@ class Request:
     """What `jobs` reads and nothing else; None if the jobs have another source."""
     shard: Shard | None = None
     """The shard of the jobs that the folder is for; None for all of them."""
+    until: float | None = None
+    """When the run is to be over, in seconds since the epoch; None for no deadline."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -333,7 +341,7 @@ def run_session(
             store.run_dir.write_settings(_settings_document(request))
             observer.jobs_read(request.root, changes)
             return _run_pending(
-                config=request.config,
+                request,
                 store=store,
                 model=model,
                 backend=backend,
@@ -404,18 +412,21 @@ def _settings_document(request: Request) -> dict[str, Any]:
 
 
 def _run_pending(
+    request: Request,
     *,
-    config: RunConfig,
     store: Store,
     model: Model,
     backend: Backend,
     observer: RunObserver,
     stop: Stop,
 ) -> Summary:
+    config = request.config
     if config.execution.retry_failed:
         store.state.retry_failed()
     counts = store.state.counts()
-    if not counts.remaining:
+    earlier = () if request.until is None else recent_batches(store.state)
+    deadline = Deadline(request.until, clock=clock, earlier=earlier)
+    if not counts.remaining or deadline.is_set():
         return _nothing_to_run(counts)
     observer.loading(counts, model)
     engine = backend.load_engine(config, model, loads=_loads(config, store, model), stop=stop)
@@ -431,6 +442,7 @@ def _run_pending(
             read_image=reader.read,
             observer=observer,
             stop=stop,
+            deadline=deadline,
         )
     except RunFolderError as error:
         # Before the first batch this is the user's to fix; now there is a run to resume.
@@ -448,6 +460,7 @@ def _nothing_to_run(counts: Counts) -> Summary:
         stopped=False,
         too_many_failures=False,
         seconds=0.0,
+        late=counts.remaining > 0,
     )
 
 

@@ -10,6 +10,7 @@ import typer
 import sensebatch
 from sensebatch.cli.options import (
     BatchOptions,
+    DeadlineOptions,
     ExecutionOptions,
     FolderOptions,
     ImageOptions,
@@ -47,4 +48,5 @@ def demo(
         ScreenOptions(),
         ReadingOptions(),
         FolderOptions(output_dir=output_dir),
+        DeadlineOptions(),
     )

@@ -11,7 +11,8 @@ USAGE = 2
 UNWRITTEN = 74
 """The output could not be written. Commands that run jobs never end with this code."""
 RESUMABLE = 75
-"""Stopped by a signal, a full disk or a failed device; the same command resumes the run."""
+"""Stopped by a signal, a deadline, a full disk or a failed device; the same command resumes the
+run."""
 INTERRUPTED = 130
 """Ended at once by SIGINT: by the second one, or by one that arrived before a run had begun. The
 code for SIGTERM is 143, for SIGHUP 129."""

@@ -8,6 +8,7 @@ import inspect
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields, is_dataclass
+from datetime import datetime, timedelta
 from enum import Enum
 from pathlib import Path
 from types import UnionType
@@ -53,6 +54,8 @@ Manifests = Annotated[
 ]
 RowTask = Annotated[Task | None, typer.Option(help="The task of rows that name none (JSONL).")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first N jobs.")]
+MAX_HOURS = 24 * 365 * 10
+"""More hours than a run may be given."""
 _ANOTHER_MODEL = "another model"
 _NOT_OF_MODEL = ("config", "vram_mode", "device_map", "max_memory", "vram_budget")
 
@@ -360,6 +363,88 @@ class ImageOptions:
     def flags(self) -> dict[str, object]:
         """Returns what was given, by place in the settings."""
         return _given(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeadlineOptions:
+    """When a run is to be over."""
+
+    until: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="Stop before a time of day, such as 07:00, or of another day: 2026-12-24T07:00. "
+            "No batch begins that would not end by then.",
+        ),
+    ] = None
+    max_hours: Annotated[
+        float | None, typer.Option(help="Stop likewise before so many hours have passed.")
+    ] = None
+
+    def at(self, now: float) -> float | None:
+        """Returns when it is to be over, in seconds since the epoch; None if nothing was given.
+
+        Args:
+            now: The time, likewise.
+
+        Raises:
+            ConfigError: Something else was given.
+        """
+        ends = []
+        if self.max_hours is not None:
+            if not 0 < self.max_hours < MAX_HOURS:
+                raise ConfigError(
+                    f"--max-hours: expected a number of hours above 0, found {self.max_hours:g}"
+                )
+            ends.append(now + 3600 * self.max_hours)
+        if self.until is not None:
+            ends.append(_time(self.until, now))
+        return min(ends, default=None)
+
+
+def _time(text: str, now: float) -> float:
+    """Returns a local time as seconds since the epoch; a time of day is the next of its kind.
+
+    Raises:
+        ConfigError: It is no time, or over.
+    """
+    today = datetime.fromtimestamp(now).astimezone()
+    try:
+        if re.fullmatch(r"\d{1,2}:\d{2}", text):
+            hour, minute = map(int, text.split(":"))
+            day = today.replace(hour=hour, minute=minute, second=0, microsecond=0, tzinfo=None)
+            # By the calendar, and not in 24 hours, for the days on which clocks are changed.
+            found = day if day.timestamp() > now else day + timedelta(days=1)
+        elif re.fullmatch(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d.*", text):
+            found = datetime.fromisoformat(text)
+        else:
+            raise ValueError(text)
+    except ValueError:
+        raise ConfigError(
+            f"--until: expected a time such as 07:00 or 2026-12-24T07:00, found {text!r}"
+        ) from None
+    if found.timestamp() <= now:
+        raise ConfigError(
+            f"--until: expected a time to come, found {text}, and it is {today:%Y-%m-%dT%H:%M}"
+        )
+    return found.timestamp()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForecastOptions(DeadlineOptions):
+    """What a forecast of a plan is for."""
+
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Divide the time among N GPUs; say what is idle.")
+    ] = None
+    speed_of: Annotated[
+        Path | None,
+        typer.Option(
+            parser=path,
+            metavar="DIR",
+            help="Take the speed from a run's folder, instead of the least time of a measured GPU.",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ def finish(
     profile: bool,
     as_json: bool,
     outputs: Sequence[Path] | None = None,
+    until: float | None = None,
 ) -> None:
     """Prints what became of a run and ends the command.
 
@@ -40,6 +42,7 @@ def finish(
         profile: Whether to print what the run cost.
         as_json: Whether to print one object on stdout, and nothing else there.
         outputs: Files that a one-job command wrote where they were asked for.
+        until: The run's deadline, in seconds since the epoch.
 
     Raises:
         typer.Exit: Always, with the exit code.
@@ -53,7 +56,7 @@ def finish(
     elif report is not None:
         show_anyway(format_summary(report))
     code = exit_code(summary)
-    first, *others = outcome_lines(root, summary)
+    first, *others = outcome_lines(root, summary, until)
     # Even --quiet prints this much of a run that failed.
     voice.tell(Level.INFO if code == exits.DONE else Level.ALERT, first)
     for line in others:
@@ -77,13 +80,13 @@ def reporting_stops(root: Path, voice: Voice, *, as_json: bool) -> Iterator[None
 
 
 def exit_code(summary: Summary) -> int:
-    """Returns 0 if all jobs are done, 1 if some failed, 75 if a signal stopped the run."""
-    if summary.stopped:
+    """Returns 0 if all jobs are done, 1 if some failed, 75 if a signal or a deadline stopped it."""
+    if summary.stopped or summary.late:
         return exits.RESUMABLE
     return exits.FAILED if summary.counts.failed or summary.too_many_failures else exits.DONE
 
 
-def outcome_lines(root: Path, summary: Summary) -> list[str]:
+def outcome_lines(root: Path, summary: Summary, until: float | None = None) -> list[str]:
     """Returns the last lines about a run: what became of the jobs, and where everything is."""
     counts, folder = summary.counts, RunDir(root)
     words = [f"{counts.done:,} of {counted(counts.jobs, 'job')} done"]
@@ -106,11 +109,22 @@ def outcome_lines(root: Path, summary: Summary) -> list[str]:
     ]
     if summary.stopped:
         lines.append("stopped; the same command resumes the run")
+    elif summary.late and until is not None:
+        lines.append(_late_line(summary, until))
     elif summary.too_many_failures:
         lines.append("stopped after too many failures; the same command resumes the run")
     if counts.failed:
         lines.append(f"tracebacks are in {root / 'errors'}; --retry-failed tries those jobs again")
     return lines
+
+
+def _late_line(summary: Summary, until: float) -> str:
+    """Returns why a deadline ended a run, and what would have been next."""
+    end = datetime.fromtimestamp(until)
+    words = [f"stopped to be over by {end:%H:%M} ({end:%Y-%m-%d})"]
+    if summary.next_s is not None:
+        words.append(f"the next batch takes about {duration(summary.next_s)}")
+    return "; ".join([*words, "the same command resumes the run"])
 
 
 def outcome_json(root: Path, summary: Summary, report: Report | None) -> dict[str, Any]:
@@ -124,7 +138,8 @@ def outcome_json(root: Path, summary: Summary, report: Report | None) -> dict[st
         "failed": counts.failed,
         "remaining": counts.remaining,
         "interrupted": counts.started,
-        "stopped": summary.stopped,
+        "stopped": summary.stopped or summary.late,
+        "deadline": summary.late,
         "this_run": {
             "done": summary.done,
             "failed": summary.failed,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sensebatch.cli.options import (
     BatchOptions,
+    ForecastOptions,
     Limit,
     Manifests,
     ModelOptions,
@@ -17,12 +21,19 @@ from sensebatch.cli.options import (
     flags_of,
 )
 
+if TYPE_CHECKING:
+    from sensebatch.plan.batches import Plan, PlanEntry
+
+clock = time.time
+"""Says what time it is; one name to stop at in tests."""
+
 
 def plan(
     manifests: Manifests,
     model: ModelOptions,
     batch: BatchOptions,
     reading: ReadingOptions,
+    forecasting: ForecastOptions,
     task: RowTask = None,
     limit: Limit = None,
     as_json: Annotated[
@@ -42,6 +53,8 @@ def plan(
     from sensebatch.plan.summary import long_prompts, memory_summary, plan_summary
     from sensebatch.settings import resolve_settings
 
+    now = clock()
+    forecasting.at(now)
     flags = flags_of(model, batch, reading)
     config = resolve_settings(config_file=model.config, flags=flags)
     machine, problem = (None, None) if config.model.device == "cpu" else read_speeds()
@@ -50,14 +63,67 @@ def plan(
     gpu = None if machine is None else machine.machine
     jobs = read_manifests(manifests, config, task=task, limit=limit, warn=warn_of)
     jobs = long_prompts(config, gpu, warn_of).watch(jobs)
-    made = make_plan((plan_entry(job) for job in jobs), config.memory)
+    ids: list[str] = []
+    made = make_plan(_noting(ids, map(plan_entry, jobs)), config.memory)
+    memory = memory_summary(made, config, gpu)
+    found = _forecast(made, ids, memory, forecasting, now)
     summary = plan_summary(made) | {
-        "memory": memory_summary(made, config, gpu),
+        "memory": memory,
         "machine": None if machine is None else machine.model_dump(),
+        "forecast": found,
     }
     if as_json:
         show(json.dumps(summary))
     else:
         from sensebatch.cli.plan_tables import print_plan
 
-        print_plan(summary)
+        print_plan(summary, *_forecast_lines(found, forecasting, now))
+
+
+def _is_wanted(forecasting: ForecastOptions) -> bool:
+    return any(one is not None for one in asdict(forecasting).values())
+
+
+def _forecast(
+    plan: Plan,
+    ids: Sequence[str],
+    memory: Sequence[Mapping[str, Any]] | None,
+    forecasting: ForecastOptions,
+    now: float,
+) -> dict[str, Any] | None:
+    """Returns how long the plan takes and how far it comes; None if nobody asked or can say."""
+    from sensebatch.cli.forecast import forecast_summary
+
+    if not _is_wanted(forecasting):
+        return None
+    until = forecasting.at(now)
+    return forecast_summary(
+        plan,
+        ids,
+        memory,
+        workers=forecasting.workers or 1,
+        available_s=None if until is None else until - now,
+        speed_of=forecasting.speed_of,
+    )
+
+
+def _forecast_lines(
+    found: Mapping[str, Any] | None,
+    forecasting: ForecastOptions,
+    now: float,
+) -> Iterator[str]:
+    from sensebatch.cli.forecast import UNKNOWN, forecast_lines
+
+    if not _is_wanted(forecasting):
+        return
+    if found is None:
+        yield UNKNOWN
+    else:
+        yield from forecast_lines(found, forecasting.at(now))
+
+
+def _noting(ids: list[str], entries: Iterable[PlanEntry]) -> Iterator[PlanEntry]:
+    """Yields entries, and notes their ids."""
+    for entry in entries:
+        ids.append(entry.id)
+        yield entry

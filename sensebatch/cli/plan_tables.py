@@ -14,8 +14,8 @@ MAX_GROUPS = 100
 """Most groups that each table lists."""
 
 
-def print_plan(summary: Summary) -> None:
-    """Prints what `sensebatch plan --json` prints."""
+def print_plan(summary: Summary, *forecast: str) -> None:
+    """Prints what `sensebatch plan --json` prints, and lines about the time that it takes."""
     titles = ("steps x\nprompts", "jobs", "images", "batches", "up to\njobs")
     table = FittingTable("#", "task", "size", *titles, words=["task", "size"])
     for number, group in enumerate(summary["groups"][:MAX_GROUPS], start=1):
@@ -38,7 +38,7 @@ def print_plan(summary: Summary) -> None:
     )
     more = len(summary["groups"]) - MAX_GROUPS
     lines = [f"... and {counted(more, 'more group')}; --json prints all", total]
-    print_parts(table, *(lines if more > 0 else lines[1:]), *_memory(summary))
+    print_parts(table, *(lines if more > 0 else lines[1:]), *_memory(summary), *forecast)
 
 
 def _size(group: Summary) -> str:

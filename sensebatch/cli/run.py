@@ -12,6 +12,7 @@ import typer
 
 from sensebatch.cli.options import (
     BatchOptions,
+    DeadlineOptions,
     ExecutionOptions,
     FolderOptions,
     ImageOptions,
@@ -38,6 +39,7 @@ def run(
     screen: ScreenOptions,
     reading: ReadingOptions,
     folder: FolderOptions,
+    deadline: DeadlineOptions,
     task: RowTask = None,
     limit: Limit = None,
     profile: Annotated[
@@ -53,12 +55,13 @@ def run(
     and resumable by the same command. 129, 130 and 143: ended at once by SIGHUP, SIGINT or
     SIGTERM, the second one or one that came before there was a run.
     """
+    from sensebatch import session
     from sensebatch.cli.outcome import finish, reporting_stops
     from sensebatch.cli.session import run_session
     from sensebatch.manifest.read import read_manifests, run_name
-    from sensebatch.session import Request
     from sensebatch.settings import dump_settings, resolve_settings
 
+    until = deadline.at(session.clock())
     flags = flags_of(model, batch, execution, images, reading)
     config = resolve_settings(config_file=model.config, flags=flags)
     voice = screen.voice()
@@ -67,25 +70,26 @@ def run(
         return read_manifests(manifests, config, task=task, limit=limit, warn=voice.warn_of)
 
     root = folder.root(lambda: run_name(manifests, jobs))
-    request = Request(
+    request = session.Request(
         root=root,
         config=config,
         sources=tuple(str(path) for path in manifests),
         jobs=jobs,
         limit=limit,
-        files=_files(
-            manifests, [task, limit, dump_settings(config)], is_other=folder.other_manifest
-        ),
+        files=_files(manifests, folder, [task, limit, dump_settings(config)]),
         shard=folder.part(),
+        until=until,
     )
     with closing(voice), reporting_stops(root, voice, as_json=as_json):
         summary = run_session(request, voice)
-        finish(root, summary, voice=voice, profile=profile, as_json=as_json)
+        finish(root, summary, voice=voice, profile=profile, as_json=as_json, until=until)
 
 
-def _files(manifests: Sequence[Path], settings: list[object], *, is_other: bool) -> ManifestFiles:
+def _files(
+    manifests: Sequence[Path], folder: FolderOptions, settings: list[object]
+) -> ManifestFiles:
     """Returns the files of a run, with what else decides its jobs."""
     from sensebatch.store.manifests import ManifestFiles
 
     said = json.dumps(settings)
-    return ManifestFiles(paths=tuple(manifests), settings=said, is_other=is_other)
+    return ManifestFiles(paths=tuple(manifests), settings=said, is_other=folder.other_manifest)

@@ -22,6 +22,8 @@ from typing import TypeAlias
 
 from sensebatch.config import RunConfig
 from sensebatch.contract import Concerns, Progress, Raised, Stop
+from sensebatch.executor.claim import claim_batches
+from sensebatch.executor.deadline import Deadline
 from sensebatch.executor.ledger import Begun, Ledger
 from sensebatch.executor.messages import (
     Advanced,
@@ -45,7 +47,7 @@ from sensebatch.executor.prepare import read_inputs
 from sensebatch.executor.recovery import MAX_DEATHS, recover, worker_death
 from sensebatch.executor.roster import Member, Roster
 from sensebatch.executor.schedule import Assignment, Idle, Schedule
-from sensebatch.jobs import Batch, BatchMetrics, EncodedJob, Failure, InputImage
+from sensebatch.jobs import Batch, BatchMetrics, EncodedJob, Failure, InputImage, group_key
 from sensebatch.plan.batches import make_plan
 from sensebatch.store.attempts import Attempt
 from sensebatch.store.kept import KeptOfBatch
@@ -132,6 +134,7 @@ def execute_crew(
     read_image: Callable[[InputImage], bytes],
     observer: Observer,
     stop: Stop,
+    deadline: Deadline | None = None,
     patience_s: Callable[[Batch], float] = lambda _: PATIENCE_S,
 ) -> Summary:
     """Runs every job of the store that is neither done nor given up, on several workers.
@@ -143,6 +146,7 @@ def execute_crew(
         read_image: Returns an input image's encoded bytes; raises JobError where it cannot.
         observer: Who watches.
         stop: As for `run.execute`, for every batch that is in an engine.
+        deadline: As for `run.execute`.
         patience_s: Seconds without news in a batch after which its worker counts as dead.
 
     Raises:
@@ -150,6 +154,7 @@ def execute_crew(
         RunFolderError: The folder can no longer be written.
     """
     start = time.monotonic()
+    deadline = Deadline() if deadline is None else deadline
     if config.execution.retry_failed:
         store.state.retry_failed()
     with (
@@ -165,14 +170,14 @@ def execute_crew(
             writer=writer,
             pools=_Pools(readers=readers, keepers=keepers, read_image=read_image),
             observer=observer,
-            stop=stop,
-            patience_s=patience_s,
+            ends=_Ends(stop=deadline.beside(stop), deadline=deadline, patience_s=patience_s),
         )
         try:
             run.loop()
         finally:
             run.pools.cancel()
-    return run.tally.summary(store.state.counts(), stop, time.monotonic() - start)
+    seconds = time.monotonic() - start
+    return run.tally.summary(store.state.counts(), stop, seconds, deadline)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,6 +194,15 @@ class _Pools:
         self.keepers.shutdown(wait=False, cancel_futures=True)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ends:
+    """What ends a run, or a worker's life, early."""
+
+    stop: Stop
+    deadline: Deadline
+    patience_s: Callable[[Batch], float]
+
+
 class _CrewRun:
     """One call of `execute_crew`."""
 
@@ -201,15 +215,13 @@ class _CrewRun:
         writer: BatchWriter,
         pools: _Pools,
         observer: Observer,
-        stop: Stop,
-        patience_s: Callable[[Batch], float],
+        ends: _Ends,
     ) -> None:
         self._store = store
         self._roster = roster
         self.pools = pools
         self._observer = observer
-        self._stop = stop
-        self._patience_s = patience_s
+        self._ends = ends
         self._start = time.monotonic()
         self._desks: dict[int, _Desk] = {}
         self._returned: deque[Begun] = deque()
@@ -223,11 +235,12 @@ class _CrewRun:
         self._suspects = {seq for seq, _ in found.suspects}
         self._doubtful = set(found.doubtful) | self._suspects
         """Numbers of batches that something died of: nothing is beside them at their worker."""
+        claim_batches(store, config, fitting.get, partial(report, observer.note))
         plan = make_plan(store.state.entries(), config.memory, fitting.get)
         self._planned = {group.group: group.batch_size for group in plan.groups}
         self._schedule = Schedule(
             recorded=(*found.recorded, *found.suspects),
-            groups=(group.batches() for group in plan.groups),
+            groups=ends.deadline.groups(plan, store.state.entries),
         )
         self._ledger = Ledger(
             store=store,
@@ -235,6 +248,7 @@ class _CrewRun:
             schedule=self._schedule,
             observer=observer,
             tally=self.tally,
+            deadline=ends.deadline,
         )
         report(observer.run_started, store.state.counts(), plan)
         for member in roster.ready():
@@ -293,16 +307,35 @@ class _CrewRun:
     def _next(self, desk: _Desk) -> Begun | None:
         """Returns the batch that comes next, on record, if this worker may have it now."""
         if self._returned:
-            if self._returned[0].seq in self._doubtful and desk.given:
+            first = self._returned[0]
+            if first.seq in self._doubtful and desk.given:
+                return None
+            if not self._admits(desk, [job.id for job in first.batch.jobs]):
                 return None
             return self._returned.popleft()
         expected = self._schedule.peek()
-        if expected is not None and expected.seq in self._doubtful and desk.given:
-            return None
+        if expected is not None:
+            if expected.seq in self._doubtful and desk.given:
+                return None
+            if not self._admits(desk, expected.ids):
+                return None
         found = self._schedule.next()
         if isinstance(found, Idle):
             return None
         return self._record(found)
+
+    def _admits(self, desk: _Desk, ids: Sequence[str]) -> bool:
+        """Returns whether a batch would be through by the deadline after what a worker has."""
+        if not self._ends.deadline.is_given:
+            return True
+        queued_s = sum(
+            self._ends.deadline.seconds(given.begun.batch.group, len(given.begun.jobs))
+            for given in desk.given.values()
+        )
+        (first,) = self._store.state.jobs(ids[:1])
+        is_admitted = self._ends.deadline.admits(group_key(first.job), len(ids), queued_s=queued_s)
+        self._is_ending = self._is_ending or self._ends.deadline.has_ended_run
+        return is_admitted
 
     def _record(self, assignment: Assignment) -> Begun:
         self._store.run_dir.require_in_place()
@@ -376,7 +409,7 @@ class _CrewRun:
 
     def _heed_stop(self) -> None:
         """Once the run is to end, takes back what has not begun."""
-        is_stopped = self._stop.is_set()
+        is_stopped = self._ends.stop.is_set()
         if not is_stopped and not self.tally.too_many_failures:
             return
         self._is_ending = True
@@ -412,6 +445,8 @@ class _CrewRun:
                 self._began(desk, given)
             case Advanced():
                 given.progress = news.progress
+                group = given.begun.batch.group
+                self._ends.deadline.advanced(desk.member.number, group, news.progress)
                 self._show(desk)
             case Drew():
                 self._keep(desk, given, news)
@@ -551,7 +586,7 @@ class _CrewRun:
         for desk in list(self._desks.values()):
             running = desk.running
             batch = None if running is None else running.begun.batch
-            patience_s = PATIENCE_S if batch is None else self._patience_s(batch)
+            patience_s = PATIENCE_S if batch is None else self._ends.patience_s(batch)
             is_silent = now - max(desk.member.heard, desk.member.since) > patience_s
             if is_silent and any(one.stage > Stage.READING for one in desk.given.values()):
                 self._roster.crew.end(desk.member.number)

@@ -6,12 +6,14 @@ and it is committed whole. Only the process that holds the run's folder has a le
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import datetime
 
 from sensebatch.contract import Concerns, Raised
+from sensebatch.executor.deadline import Deadline
 from sensebatch.executor.guard import raise_again
 from sensebatch.executor.observer import Observer, Tally, report
 from sensebatch.executor.prepare import Preparations
@@ -57,6 +59,7 @@ class Ledger:
         schedule: Says what runs next.
         observer: Who watches.
         tally: Counts what becomes of jobs.
+        deadline: Learns how long batches take.
     """
 
     def __init__(
@@ -67,7 +70,9 @@ class Ledger:
         schedule: Schedule,
         observer: Observer,
         tally: Tally,
+        deadline: Deadline,
     ) -> None:
+        self._deadline = deadline
         self._store = store
         self._writer = writer
         self._schedule = schedule
@@ -181,7 +186,11 @@ class Ledger:
         )
         if ran.has_failures:
             self._schedule.hold(begun.assignment)
-        return self._writer.submit(ran)
+        self._deadline.ran(by.worker, begun.batch.group, len(begun.jobs), metrics)
+        ended = time.monotonic()
+        future = self._writer.submit(ran)
+        future.add_done_callback(lambda _: self._deadline.wrote(time.monotonic() - ended))
+        return future
 
     def committed(self, begun: Begun, attempts: Sequence[Attempt]) -> None:
         """Takes account of a batch that is committed."""

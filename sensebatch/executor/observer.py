@@ -10,6 +10,7 @@ from typing import Protocol
 
 from sensebatch.config import ExecutionConfig
 from sensebatch.contract import Progress, Raised, Stop
+from sensebatch.executor.deadline import Deadline
 from sensebatch.executor.guard import guarded
 from sensebatch.jobs import Batch
 from sensebatch.plan.batches import Plan
@@ -86,6 +87,11 @@ class Summary:
     too_many_failures: bool
     """Whether `max_failures` ended it."""
     seconds: float
+    late: bool = False
+    """Whether a deadline ended it with jobs remaining."""
+    next_s: float | None = None
+    """Seconds of the batch that would have been next, where a deadline was given and a speed is
+    known."""
 
 
 class Tally:
@@ -107,13 +113,14 @@ class Tally:
         limit = self._execution.max_failures
         return limit is not None and self.failed >= limit
 
-    def summary(self, counts: Counts, stop: Stop, seconds: float) -> Summary:
+    def summary(self, counts: Counts, stop: Stop, seconds: float, deadline: Deadline) -> Summary:
         """Returns what the run came to.
 
         Args:
             counts: Jobs of the folder, at the end.
             stop: The run's.
             seconds: From the start of the run.
+            deadline: The run's.
         """
         return Summary(
             counts=counts,
@@ -122,6 +129,8 @@ class Tally:
             images=self.images,
             stopped=stop.is_set() and counts.remaining > 0,
             too_many_failures=self.too_many_failures and counts.remaining > 0,
+            late=deadline.has_ended_run and counts.remaining > 0,
+            next_s=deadline.next_s,
             seconds=seconds,
         )
 

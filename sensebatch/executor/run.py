@@ -19,6 +19,7 @@ from sensebatch.config import RunConfig
 from sensebatch.contract import Channel, Concerns, Drawn, Progress, Raised, Stop, Worker
 from sensebatch.errors import BatchStoppedError, RunFolderError, RunStoppedError
 from sensebatch.executor.claim import claim_batches
+from sensebatch.executor.deadline import Deadline
 from sensebatch.executor.guard import raise_again
 from sensebatch.executor.ledger import Begun, Ledger, members_of
 from sensebatch.executor.observer import Observer, Summary, Tally, report
@@ -29,6 +30,7 @@ from sensebatch.jobs import (
     BatchMetrics,
     BatchResult,
     InputImage,
+    group_key,
 )
 from sensebatch.plan.batches import make_plan
 from sensebatch.store.attempts import Attempt
@@ -46,6 +48,7 @@ def execute(
     read_image: Callable[[InputImage], bytes],
     observer: Observer,
     stop: Stop,
+    deadline: Deadline | None = None,
 ) -> Summary:
     """Runs every job of the store that is neither done nor given up.
 
@@ -57,6 +60,8 @@ def execute(
         observer: Who watches.
         stop: Once set, the run ends: between two passes of the current batch if it has another,
             with that batch on record as started and its finished images kept; else after it.
+        deadline: Ends the run likewise, and before a batch that would not be through by then. With
+            one, batches come in the order of their first jobs in the manifests.
 
     Raises:
         RunStoppedError: The disk is full, or the device failed; what was committed stays, the
@@ -64,6 +69,7 @@ def execute(
         RunFolderError: The folder can no longer be written.
     """
     start = time.monotonic()
+    deadline = Deadline() if deadline is None else deadline
     if config.execution.retry_failed:
         store.state.retry_failed()
     with (
@@ -78,14 +84,16 @@ def execute(
             preparer=preparer,
             observer=observer,
             writer=writer,
-            stop=stop,
+            stop=deadline.beside(stop),
+            deadline=deadline,
         )
         # A batch that heeds the stop stays on record, as a kill would leave it.
         with run.forgiving():
             with suppress(BatchStoppedError):
                 run.loop()
             run.settle()
-    return run.tally.summary(store.state.counts(), stop, time.monotonic() - start)
+    seconds = time.monotonic() - start
+    return run.tally.summary(store.state.counts(), stop, seconds, deadline)
 
 
 class _Run:
@@ -101,7 +109,9 @@ class _Run:
         observer: Observer,
         writer: BatchWriter,
         stop: Stop,
+        deadline: Deadline,
     ) -> None:
+        self._deadline = deadline
         self._store = store
         self._worker = worker
         self._preparer = preparer
@@ -119,7 +129,7 @@ class _Run:
         plan = make_plan(store.state.entries(), config.memory, worker.largest_batch)
         self._schedule = Schedule(
             recorded=found.recorded,
-            groups=(group.batches() for group in plan.groups),
+            groups=self._deadline.groups(plan, self._store.state.entries),
             last=found.suspects,
         )
         self._ledger = Ledger(
@@ -128,6 +138,7 @@ class _Run:
             schedule=self._schedule,
             observer=observer,
             tally=self.tally,
+            deadline=deadline,
         )
         report(observer.run_started, store.state.counts(), plan)
         for batch in found.given_up:
@@ -145,7 +156,7 @@ class _Run:
             if found is Idle.WAITING:
                 self.settle()
                 continue
-            if self._stop.is_set() or self.tally.too_many_failures:
+            if self._stop.is_set() or self.tally.too_many_failures or not self._admits(found):
                 return
             alone = found.is_last or found.seq in self._doubtful
             if alone:
@@ -158,6 +169,13 @@ class _Run:
             self._worker.release(found.number)
             if alone:
                 self.settle()
+
+    def _admits(self, assignment: Assignment) -> bool:
+        """Returns whether an assignment would be through by the deadline."""
+        if not self._deadline.is_given:
+            return True
+        (first,) = self._store.state.jobs(assignment.ids[:1])
+        return self._deadline.admits(group_key(first.job), len(assignment.ids))
 
     def _begin(self, assignment: Assignment) -> Begun | None:
         """Records a batch; returns None if none of its jobs could be prepared."""
@@ -285,6 +303,7 @@ class _Run:
 
     def _progress(self, begun: Begun, progress: Progress) -> None:
         report(self._observer.progress, progress)
+        self._deadline.advanced(self._worker.number, begun.batch.group, progress)
         if self._stop.is_set():
             # A second signal ends the process at once, whatever the batch is doing.
             self._forgive(begun.seq)

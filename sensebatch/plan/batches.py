@@ -99,10 +99,14 @@ class GroupPlan:
         """Whether the jobs make as many images as they may."""
         return self.group.task.spec.output is not Output.IMAGES
 
-    def batches(self) -> Iterator[tuple[str, ...]]:
-        """Yields the ids of each batch, in the order they are run."""
+    def fresh_batches(self) -> Iterator[tuple[str, ...]]:
+        """Yields the ids of each batch of jobs that have not failed, in the order they are run."""
         for start in range(0, len(self.fresh), self.batch_size):
             yield self.fresh[start : start + self.batch_size]
+
+    def batches(self) -> Iterator[tuple[str, ...]]:
+        """Yields the ids of each batch, in the order they are run."""
+        yield from self.fresh_batches()
         for job_id in self.alone:
             yield (job_id,)
 
@@ -144,6 +148,23 @@ def batch_size(group: GroupKey, memory: MemoryConfig, fitting: int | None = None
         # batch are drawn a few at a time anyway. Prompts with images would take too much memory.
         return max(1, most)
     return max(1, min(memory.max_batch_image_tokens // group.image_tokens, most))
+
+
+def in_manifest_order(plan: Plan, ids: Iterable[str]) -> Iterator[tuple[str, ...]]:
+    """Yields the batches of all groups by where their first jobs are in the manifests.
+
+    They are the batches of the plan, only in another order. Jobs that failed before come last.
+
+    Args:
+        plan: The plan.
+        ids: Of all its jobs, in manifest order.
+    """
+    places = {job_id: place for place, job_id in enumerate(ids)}
+    fresh = [batch for group in plan.groups for batch in group.fresh_batches()]
+    yield from sorted(fresh, key=lambda batch: places[batch[0]])
+    alone = [job_id for group in plan.groups for job_id in group.alone]
+    for job_id in sorted(alone, key=places.__getitem__):
+        yield (job_id,)
 
 
 def make_plan(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 
 def take_turns(costs: Iterable[float], num_workers: int) -> Iterator[tuple[int, float]]:
@@ -25,24 +24,3 @@ def take_turns(costs: Iterable[float], num_workers: int) -> Iterator[tuple[int, 
         since, number = free[0]
         heapq.heapreplace(free, (since + cost, number))
         yield number, since + cost
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Division:
-    """What several workers take for all batches."""
-
-    seconds: float
-    """Until the last one is through."""
-    tail_s: float
-    """How much of that is due to workers that find no batch any more while others still work: what
-    it is longer than the work divided by the number of workers."""
-
-
-def divided(seconds: Iterable[float], num_workers: int) -> Division:
-    """Returns what several workers take for batches of these seconds, in their order."""
-    total, longest = 0.0, 0.0
-    listed = list(seconds)
-    for cost, (_, end) in zip(listed, take_turns(listed, num_workers), strict=True):
-        total += cost
-        longest = max(longest, end)
-    return Division(seconds=longest, tail_s=longest - total / num_workers)

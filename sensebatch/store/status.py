@@ -117,7 +117,7 @@ def read_status(root: Path) -> RunStatus:
             running=running,
             failures=tuple(_failures(state)),
             to_come=Counter(entry.group for entry in state.entries(with_started=True)),
-            recent=tuple(_recent(state)),
+            recent=tuple(recent_batches(state)),
             shard=state.shard(),
         )
     finally:
@@ -136,7 +136,8 @@ def _failures(state: State) -> Iterator[FailedJob]:
         )
 
 
-def _recent(state: State) -> Iterator[PastBatch]:
+def recent_batches(state: State) -> Iterator[PastBatch]:
+    """Yields the last batches of the latest process, in the order they were committed."""
     last = state.num_attempts()
     rows = [row_from_json(text) for text in state.attempt_rows(max(last - NUM_RECENT, 0) + 1, last)]
     batches: dict[tuple[str, datetime], list[dict[str, Any]]] = {}

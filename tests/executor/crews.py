@@ -18,6 +18,7 @@ from sensebatch.executor.messages import Died, News, Order, Said, Unusable
 from sensebatch.executor.observer import Summary
 from sensebatch.executor.roster import Event, Roster
 from sensebatch.jobs import GroupKey, Job, group_key
+from sensebatch.store.shards import Shard
 from sensebatch.store.store import open_store
 from tests.executor.fakes import IDENTITY, FakeEngine, Flag, Recorder, read_input
 
@@ -127,6 +128,7 @@ def run_crew(
     *,
     seen: Recorder | None = None,
     stop: Stop | None = None,
+    shard: Shard | None = None,
     **options: Any,
 ) -> Summary:
     """Opens a run's folder, ingests jobs and has a crew run them."""
@@ -134,7 +136,7 @@ def run_crew(
     roster = Roster(crew, seen.note)
     try:
         with open_store(root) as store:
-            store.state.ingest(jobs, IDENTITY, root)
+            store.state.ingest(jobs, IDENTITY, root, shard=shard)
             roster.assemble(stop)
             return execute_crew(
                 store=store,

@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-import math
-
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sensebatch.plan.workers import divided, take_turns
+from sensebatch.plan.workers import take_turns
 
 COSTS = st.lists(st.integers(0, 50), max_size=40)
 
@@ -23,11 +21,3 @@ def test_no_worker_is_idle_while_another_one_has_a_batch_waiting(
         assert ends[number] == min(ends)
         ends[number] += cost
         assert end == ends[number]
-
-
-@given(COSTS, st.integers(1, 9))
-def test_the_tail_is_what_even_shares_would_save(costs: list[int], num_workers: int) -> None:
-    found = divided(costs, num_workers)
-    assert found.seconds >= max(costs, default=0)
-    assert math.isclose(found.seconds - found.tail_s, sum(costs) / num_workers)
-    assert found.tail_s <= max(costs, default=0)
