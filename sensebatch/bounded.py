@@ -165,6 +165,13 @@ def quoted(value: object, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
+def escaped(text: str) -> str:
+    """Returns a text in which what would do something to a terminal is escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def shown(name: str) -> str:
     """Returns a name as it is, or as `quoted` if it is long or would do something to a terminal."""
     return name if len(name) <= MAX_SHOWN and name.isprintable() else quoted(name)

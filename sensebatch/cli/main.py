@@ -23,6 +23,7 @@ from sensebatch.cli import (
     demo,
     doctor,
     exits,
+    jobs,
     manifest,
     merge,
     model,
@@ -58,6 +59,7 @@ _EXPECTED_NUMBERS = {
     "float_parsing": "a number",
     "greater_than_equal": "a number of at least {ge}",
     "int_parsing": "a whole number",
+    "less_than_equal": "a number of at most {le}",
 }
 """What was expected, by pydantic's type of error."""
 _SETTINGS = {
@@ -92,6 +94,7 @@ def _make_app() -> typer.Typer:
         run.run,
         plan.plan,
         status.status,
+        jobs.jobs,
         report.report,
         repair.repair,
         merge.merge,

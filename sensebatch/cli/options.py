@@ -28,8 +28,9 @@ import typer
 
 from sensebatch.cli.paths import path, path_text
 from sensebatch.config import TINY_MODEL, default_config
+from sensebatch.dataset.choices import DISTANCE, MAX_DISTANCE, JobStatus, Picked
 from sensebatch.errors import ConfigError
-from sensebatch.jobs import Precision, VramMode
+from sensebatch.jobs import FinishReason, Precision, VramMode
 from sensebatch.settings import (
     AMOUNT,
     AttnBackend,
@@ -42,11 +43,13 @@ from sensebatch.tasks import Task
 
 if TYPE_CHECKING:
     from sensebatch.cli.voice import Voice
+    from sensebatch.dataset.selection import Selection
     from sensebatch.store.shards import Shard
 
 _MODEL = "Model"
 _OUTPUT = "Output"
 _EXECUTION = "Execution"
+_SELECTION = "Which jobs"
 
 Manifests = Annotated[
     list[Path],
@@ -491,6 +494,121 @@ class FolderOptions:
             return self.output_dir
         part = self.part()
         return Path("outputs") / f"{name()}{'' if part is None else part.suffix}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectionOptions:
+    """Which jobs of a folder are meant."""
+
+    where: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SQL",
+            help="Only jobs of which this is true: an SQL expression such as \"status = 'failed'\" "
+            "or \"seed > 3 AND has(tags, 'sky')\", over the columns of docs/dataset.md.",
+            rich_help_panel=_SELECTION,
+        ),
+    ] = None
+    task: Annotated[
+        list[Task] | None,
+        typer.Option(help="Only jobs of this task; may be repeated.", rich_help_panel=_SELECTION),
+    ] = None
+    status: Annotated[
+        list[JobStatus] | None,
+        typer.Option(
+            help="Only jobs that are this now; may be repeated.", rich_help_panel=_SELECTION
+        ),
+    ] = None
+    finish_reason: Annotated[
+        list[FinishReason] | None,
+        typer.Option(
+            metavar="REASON",
+            help=f"Only jobs whose text ended so; may be repeated: {', '.join(FinishReason)}.",
+            rich_help_panel=_SELECTION,
+        ),
+    ] = None
+    tag: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TAG",
+            help="Only jobs with this tag; repeated, with all of them.",
+            rich_help_panel=_SELECTION,
+        ),
+    ] = None
+    matrix: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Only jobs that the matrix gave this value; repeated, all of them.",
+            rich_help_panel=_SELECTION,
+        ),
+    ] = None
+    picks: Annotated[
+        Path | None,
+        typer.Option(
+            parser=path,
+            metavar="FILE",
+            help="A file of picks, as the gallery saves it; only jobs that it keeps, unless "
+            "--picked says otherwise.",
+            rich_help_panel=_SELECTION,
+        ),
+    ] = None
+    picked: Annotated[
+        Picked | None,
+        typer.Option(
+            help="Which of the --picks: none are those neither kept nor rejected, any are all. "
+            "[default: keep]",
+            rich_help_panel=_SELECTION,
+        ),
+    ] = None
+    dedupe: Annotated[
+        bool,
+        typer.Option(
+            "--dedupe",
+            help="Of jobs whose images look alike, only the first.",
+            rich_help_panel=_SELECTION,
+        ),
+    ] = False
+    dedupe_distance: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=MAX_DISTANCE,
+            help="How many of 64 bits the hashes of images that look alike may differ in; 0 are "
+            f"nearly equal ones. [default: {DISTANCE}]",
+            rich_help_panel=_SELECTION,
+        ),
+    ] = None
+
+    def selection(self, *, removed: bool = False) -> Selection:
+        """Returns what was asked for.
+
+        Args:
+            removed: Whether jobs count that are no longer in the manifests.
+
+        Raises:
+            ConfigError: An option cannot be used, or the picks cannot be read.
+        """
+        from sensebatch.dataset.picks import read_picks
+        from sensebatch.dataset.selection import Selection, matrix_conditions
+
+        if self.picked is not None and self.picks is None:
+            raise ConfigError("--picked: expected --picks FILE beside it, found none")
+        if self.dedupe_distance is not None and not self.dedupe:
+            raise ConfigError("--dedupe-distance: expected --dedupe beside it, found none")
+        distance = DISTANCE if self.dedupe_distance is None else self.dedupe_distance
+        return Selection(
+            where=self.where,
+            tasks=tuple(self.task or ()),
+            statuses=tuple(self.status or ()),
+            finish_reasons=tuple(self.finish_reason or ()),
+            tags=tuple(self.tag or ()),
+            matrix=matrix_conditions(self.matrix or ()),
+            picks=None if self.picks is None else read_picks(self.picks),
+            picked=self.picked or Picked.KEEP,
+            removed=removed,
+            dedupe=distance if self.dedupe else None,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

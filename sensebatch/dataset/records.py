@@ -15,7 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sensebatch.dataset.picks import Pick, PickedJob
+from sensebatch.dataset.duplicates import near_duplicates
+from sensebatch.dataset.picks import Pick, PickedJob, Picks
 from sensebatch.dataset.selection import Selection, Selector
 from sensebatch.declarations import declared, plain
 from sensebatch.jobs import Job, Sampling
@@ -201,6 +202,21 @@ class Dataset:
         found = {**metadata, **dict.fromkeys(self._state.names_in("matrix"), "matrix")}
         return {name: where for name, where in found.items() if name not in COLUMNS}
 
+    def stale_picks(self, picks: Picks) -> tuple[list[str], list[str]]:
+        """Returns the ids of picks that do not count: of unknown jobs, and of replaced images.
+
+        Raises:
+            ConfigError: The file has no picks of the folder.
+        """
+        known = self._state.keys_of(picks.of_run(self.run_id))
+        unknown, replaced = [], []
+        for job_id, picked in picks.of_run(self.run_id).items():
+            if job_id not in known:
+                unknown.append(job_id)
+            elif picked.key not in (None, known[job_id]):
+                replaced.append(job_id)
+        return unknown, replaced
+
     def records(self, selection: Selection | None = None) -> Iterator[Record]:
         """Yields jobs in the order of the manifests, those that are no longer in them last.
 
@@ -212,6 +228,16 @@ class Dataset:
         """
         selection = Selection() if selection is None else selection
         selector = Selector(selection, self.run_id, COLUMNS, lambda: self.extra_columns)
+        if selection.dedupe is None:
+            return self._chosen(selection, selector)
+        firsts = near_duplicates(self._chosen(selection, selector), selection.dedupe)
+        return (
+            record
+            for record in self._chosen(selection, selector)
+            if firsts.get(record.id, record.id) == record.id
+        )
+
+    def _chosen(self, selection: Selection, selector: Selector) -> Iterator[Record]:
         return selector.chosen(
             _record(self.root, described, selector)
             for described in self._state.described(removed=selection.removed)

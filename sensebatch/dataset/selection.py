@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from sensebatch.dataset.choices import Picked
 from sensebatch.dataset.picks import Pick, PickedJob, Picks
 from sensebatch.dataset.where import Where
 from sensebatch.errors import ConfigError
@@ -22,17 +22,6 @@ if TYPE_CHECKING:
 
 _CHUNK = 1000
 """Jobs that an expression is asked about at a time."""
-
-
-class Picked(StrEnum):
-    """Which jobs a picks file selects."""
-
-    KEEP = "keep"
-    REJECT = "reject"
-    NONE = "none"
-    """Those neither kept nor rejected."""
-    ANY = "any"
-    """All: the file only adds its tags, and `pick` for an expression."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +45,9 @@ class Selection:
     """Which of the picks; only with `picks`."""
     removed: bool = False
     """Whether jobs count that are no longer in the manifests."""
+    dedupe: int | None = None
+    """Leaves out jobs whose images differ in at most so many bits of their hashes from those of an
+    earlier one; see `duplicates`."""
 
 
 class Selector:

@@ -34,10 +34,11 @@ def arrow_schema(row: type) -> pa.Schema:
 def _column(name: str, hint: Any) -> pa.Field:
     is_optional = type(None) in get_args(hint)
     kind = next(arg for arg in get_args(hint) if arg is not type(None)) if is_optional else hint
-    return pa.field(name, _arrow_type(kind), nullable=is_optional)
+    return pa.field(name, arrow_type(kind), nullable=is_optional)
 
 
-def _arrow_type(kind: Any) -> pa.DataType:
+def arrow_type(kind: Any) -> pa.DataType:
+    """Returns the type of a column whose values have this type."""
     if get_origin(kind) is Annotated:
         return pa.type_for_alias(kind.__metadata__[0])
     if get_origin(kind) is tuple:

@@ -292,6 +292,13 @@ class State:
                     row=row,
                 )
 
+    def keys_of(self, ids: Iterable[str]) -> dict[str, str]:
+        """Returns the keys of those of some jobs that there are, by their ids."""
+        query = "SELECT key FROM jobs WHERE id = ? AND folded = ?"
+        with self._db.reading() as db:
+            found = ((job_id, db.execute(query, (job_id, folded_id(job_id)))) for job_id in ids)
+            return {job_id: row[0] for job_id, rows in found if (row := rows.fetchone())}
+
     def names_in(self, field: str) -> list[str]:
         """Returns the names that a mapping of the jobs' definitions has, in no job twice.
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
+from sensebatch.dataset.choices import Picked
 from sensebatch.dataset.picks import Pick, PickedJob, Picks
 from sensebatch.dataset.records import COLUMNS, Record, open_dataset
-from sensebatch.dataset.selection import Picked, Selection, matrix_conditions
+from sensebatch.dataset.selection import Selection, matrix_conditions
 from sensebatch.errors import ConfigError, RunFolderError
 from sensebatch.jobs import Job
 from sensebatch.store.log import read_log

@@ -1,0 +1,156 @@
+"""Prints jobs of a run as a table, or writes them as JSON, CSV or Parquet."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from sensebatch.bounded import escaped
+from sensebatch.cli.messages import Output, counted, show
+from sensebatch.cli.tables import FittingTable, print_parts
+from sensebatch.dataset.records import COLUMNS, Dataset, Record
+from sensebatch.dataset.tables import ALL, csv_lines, json_lines, row_of, schema_of
+from sensebatch.dataset.tables import tables as as_tables
+from sensebatch.errors import ConfigError
+from sensebatch.store.files import atomic_file
+
+
+def check_columns(dataset: Dataset, names: Sequence[str] | None) -> None:
+    """Refuses names that no column has.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    for name in names or ():
+        if name not in COLUMNS and name not in dataset.extra_columns:
+            known = sorted({*COLUMNS, *dataset.extra_columns})
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(
+                f"--columns: expected names of columns, found {name!r}{hint}\n"
+                f"columns: {', '.join(known)}"
+            )
+
+
+def write_list(
+    form: str,
+    records: Iterable[Record],
+    dataset: Dataset,
+    names: Sequence[str] | None,
+    output: Path | None,
+) -> None:
+    """Writes records to a file or, as text, to stdout.
+
+    Args:
+        form: `json`, `csv` or `parquet`.
+        records: The records.
+        dataset: What they are of.
+        names: The columns; None for all but the text.
+        output: The file; None for stdout.
+
+    Raises:
+        StorageError: The file cannot be written.
+        OutputError: Stdout cannot be written.
+    """
+    names = ALL if names is None else names
+    extra = {name: dataset.extra_columns[name] for name in names if name not in COLUMNS}
+    rows = (row_of(record, names, extra) for record in records)
+    if form == "parquet":
+        assert output is not None
+        _write_parquet(rows, names, output)
+        return
+    lines = json_lines(rows) if form == "json" else csv_lines(rows, names)
+    if output is None:
+        stdout = Output(sys.stdout)
+        for line in lines:
+            stdout.write(line)
+        stdout.flush()
+        return
+    with atomic_file(output) as file:
+        file.writelines(line.encode() for line in lines)
+
+
+def _write_parquet(rows: Iterable[Mapping[str, Any]], names: Sequence[str], output: Path) -> None:
+    schema = schema_of(names)
+    with atomic_file(output) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for table in as_tables(rows, schema):
+            writer.write_table(table)
+
+
+def print_table(records: Iterable[Record], names: Sequence[str] | None, most: int) -> None:
+    """Prints records as a table, then how many there are of each status.
+
+    Args:
+        records: The records.
+        names: The columns; None for the main ones.
+        most: Rows of the table; the others are only counted.
+    """
+    statuses: Counter[str] = Counter()
+    shown: list[Record] = []
+    for record in records:
+        statuses[record.status] += 1
+        if len(shown) < most:
+            shown.append(record)
+    total = sum(statuses.values())
+    if not shown:
+        show("0 jobs")
+        return
+    if names is None:
+        table = _main_table(shown)
+    else:
+        table = FittingTable(*names, words=names)
+        for record in shown:
+            table.add_row(*(_text(record, name) for name in names))
+    words = ", ".join(f"{count:,} {status}" for status, count in sorted(statuses.items()))
+    lines = [f"{counted(total, 'job')}: {words}"]
+    if total > len(shown):
+        lines.insert(0, f"... and {total - len(shown):,} more; --limit {total} prints all")
+    print_parts(table, *lines)
+
+
+def _main_table(records: Sequence[Record]) -> FittingTable:
+    """Returns what most people want to see of jobs."""
+    titles = ["id", "task", "size", "seed", "status", "images", "about"]
+    table = FittingTable(
+        *titles, words=["id", "about"], optional=["seed", "images", "size", "task"]
+    )
+    for record in records:
+        size = "" if record.job.resolution is None else str(record.job.resolution)
+        images = len(record.image_files)
+        cells = (record.job.task.value, size, str(record.job.seed), record.status)
+        about = "\n".join(map(escaped, _about(record)))
+        table.add_row(escaped(record.id), *cells, str(images or ""), about)
+    return table
+
+
+def _about(record: Record) -> Iterator[str]:
+    """Yields what is special about a job, else its prompt."""
+    row = record.row
+    if not record.in_manifest:
+        yield "no longer in the manifest"
+    if row is not None and row["status"] == "failed":
+        yield f"{row['error_type']}: {row['error_message'].partition(chr(10))[0]}"
+        return
+    if record.finish_reason not in (None, "complete", "max_images"):
+        yield str(record.finish_reason)
+    if record.pick is not None:
+        yield record.pick.value
+    yield record.job.prompt
+
+
+def _text(record: Record, name: str) -> str:
+    value = (
+        record.value(name) if name in COLUMNS else {**record.metadata, **record.matrix}.get(name)
+    )
+    if value is None:
+        return ""
+    return escaped(
+        value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    )
