@@ -29,6 +29,10 @@ class RunFolderError(SensebatchError):
     """A run folder that is in use, damaged, or made by something else."""
 
 
+class ExportError(SensebatchError):
+    """An export that has nothing to write, or not all that it should write."""
+
+
 class RunStoppedError(SensebatchError):
     """Something that every job needs has failed. What is done stays, and the run can be resumed."""
 

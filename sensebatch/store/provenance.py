@@ -68,12 +68,13 @@ def xmp_packet(metadata: Mapping[str, Any]) -> bytes:
     Args:
         metadata: Of `images.image_metadata`.
     """
+    # Images of earlier versions name less.
     properties = {
-        "xmp:CreatorTool": metadata["software"],
+        "xmp:CreatorTool": metadata.get("software"),
         "Iptc4xmpExt:DigitalSourceType": source_type(metadata),
-        "Iptc4xmpExt:AISystemUsed": metadata["model"],
+        "Iptc4xmpExt:AISystemUsed": metadata.get("model"),
         "Iptc4xmpExt:AISystemVersionUsed": metadata["checkpoint"],
-        "sensebatch:ModelLicense": metadata["model_license"],
+        "sensebatch:ModelLicense": metadata.get("model_license"),
     }
     lines = [
         f"<{name}>{escape(_NOT_XML.sub(_UNKNOWN, value))}</{name}>"

@@ -72,6 +72,15 @@ def test_unknown_licence_is_left_out() -> None:
     assert "ModelLicense" not in properties(xmp_packet(metadata(model_license=None)))
 
 
+def test_image_of_an_earlier_version_says_what_it_knows() -> None:
+    old = {key: value for key, value in metadata().items() if key not in ("software", "model")}
+    del old["model_license"]
+    assert properties(xmp_packet(old)) == {
+        "DigitalSourceType": f"{SOURCE_TYPES}trainedAlgorithmicMedia",
+        "AISystemVersionUsed": "c" * 64,
+    }
+
+
 def test_hostile_names_stay_text() -> None:
     found = properties(xmp_packet(metadata(model="/a/<b>&\x00é\ud800", model_license="]]>")))
     assert found["AISystemUsed"] == "<b>&\ufffdé\ufffd"

@@ -1,0 +1,124 @@
+"""The card of a data set, README.md: what the Hub, `load_dataset` and people read of it."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+from sensebatch.export.collect import MAX_VALUES
+from sensebatch.export.ledger import Ledger, Shard
+from sensebatch.export.target import Target
+from sensebatch.store.provenance import SOFTWARE
+from sensebatch.tasks import Output, Task, TaskSpec
+from sensebatch.yaml_values import dump_yaml
+
+CARD = "README.md"
+_SIZES = (
+    (10**3, "n<1K"),
+    (10**4, "1K<n<10K"),
+    (10**5, "10K<n<100K"),
+    (10**6, "100K<n<1M"),
+    (10**7, "1M<n<10M"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardFacts:
+    """What a card says."""
+
+    title: str
+    license: str
+    shards: tuple[Shard, ...]
+    pattern: Callable[[str, str], str]
+    """Returns which files are those of a task and split."""
+    settings: Mapping[str, Collection[str]]
+    """The values of each setting."""
+
+
+def write_card(target: Target, ledger: Ledger, facts: CardFacts) -> bool:
+    """Writes the card, unless a person has changed the one that is there.
+
+    Returns:
+        Whether the card is that of these facts.
+    """
+    content = card(facts).encode()
+    there = target.read(CARD)
+    if there == content:
+        return True
+    if there is not None and hashlib.sha256(there).hexdigest() not in ledger.cards:
+        return False
+    ledger.add_card(hashlib.sha256(content).hexdigest())
+    with target.write(CARD) as file:
+        file.write(content)
+    return True
+
+
+def card(facts: CardFacts) -> str:
+    """Returns the text of a card."""
+    splits: dict[str, dict[str, Counter[str]]] = {}
+    for shard in sorted(facts.shards, key=lambda shard: list(Task).index(Task(shard.task))):
+        count = splits.setdefault(shard.task, {}).setdefault(shard.split, Counter())
+        count.update(rows=len(shard.rows), shards=1, bytes=sum(shard.files.values()))
+    return f"---\n{dump_yaml(_head(facts, splits))}---\n\n{_body(facts, splits)}"
+
+
+def _head(facts: CardFacts, splits: Mapping[str, Mapping[str, Counter[str]]]) -> dict[str, object]:
+    num_rows = sum(count["rows"] for task in splits.values() for count in task.values())
+    configs: list[dict[str, object]] = [
+        {
+            "config_name": task,
+            "data_files": [
+                {"split": split, "path": facts.pattern(task, split)} for split in splits[task]
+            ],
+        }
+        for task in splits
+    ]
+    # The one that `load_dataset` takes when nobody names one.
+    configs[0]["default"] = True
+    return {
+        "license": facts.license,
+        "pretty_name": facts.title,
+        "task_categories": list(dict.fromkeys(_category(Task(task).spec) for task in splits)),
+        "size_categories": [next((word for end, word in _SIZES if num_rows < end), "n>10M")],
+        "annotations_creators": ["machine-generated"],
+        "language_creators": ["machine-generated"],
+        "source_datasets": ["original"],
+        "tags": ["synthetic", "sensebatch"],
+        "configs": configs,
+    }
+
+
+def _category(spec: TaskSpec) -> str:
+    """Returns what the Hub calls what a task's rows are good for."""
+    if spec.output is Output.IMAGE:
+        return "image-to-image" if spec.takes_images else "text-to-image"
+    return "image-text-to-text" if spec.output is Output.TEXT else "any-to-any"
+
+
+def _body(facts: CardFacts, splits: Mapping[str, Mapping[str, Counter[str]]]) -> str:
+    lines = [f"# {_line(facts.title)}", ""]
+    lines += [
+        f"Drawn by a generative model with {SOFTWARE}. Input images are as they were given.",
+        "",
+    ]
+    lines += ["| Subset | Split | Rows | Files | Bytes |", "| --- | --- | --: | --: | --: |"]
+    lines += [
+        f"| {task} | {split} | {count['rows']:,} | {count['shards']:,} | {count['bytes']:,} |"
+        for task, of_task in splits.items()
+        for split, count in of_task.items()
+    ]
+    lines += ["", "| Setting | Values |", "| --- | --- |"]
+    for name, values in facts.settings.items():
+        if values:
+            shown = ", ".join(f"`{_line(value)}`" for value in sorted(values)[:MAX_VALUES])
+            more = ", ..." if len(values) > MAX_VALUES else ""
+            lines.append(f"| {name} | {shown}{more} |")
+    return "\n".join(lines) + "\n"
+
+
+def _line(text: str) -> str:
+    """Returns a text that stays on its line and in its cell."""
+    return re.sub(r"[\s`|<>\\]+", " ", text).strip()

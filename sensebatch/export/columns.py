@@ -1,0 +1,110 @@
+"""The columns of each task's rows, for every format: which there are, and of which kind.
+
+What an export has of a job follows from the facts of its task (`tasks.TaskSpec`); no task is named
+here. A column that the log has keeps its name, its type and its value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any
+
+import pyarrow as pa
+
+from sensebatch.store.log import ROW_SCHEMA
+from sensebatch.store.rows import SAMPLING_COLUMNS
+from sensebatch.tasks import Output, TaskSpec
+
+
+class Kind(Enum):
+    """What a column holds."""
+
+    VALUE = auto()
+    IMAGE = auto()
+    IMAGES = auto()
+    PARTS = auto()
+    """Text and images in their order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    """A column of an export."""
+
+    name: str
+    kind: Kind = Kind.VALUE
+    type: pa.DataType | None = None
+    """Of a value."""
+
+
+TAGS = Column(name="tags", type=pa.list_(pa.string()))
+TEXT = pa.string()
+
+LOG_COLUMNS = (
+    "seed",
+    "width",
+    "height",
+    *sorted(SAMPLING_COLUMNS, key=ROW_SCHEMA.names.index),
+    "think",
+    "finish_reason",
+    "model",
+    "model_license",
+    "checkpoint",
+    "lora",
+    "dtype",
+    "precision",
+    "matrix",
+    "metadata",
+    "key",
+)
+"""The log's columns that an export has. Its `model` is without the folders of this machine."""
+
+
+def columns_of(spec: TaskSpec) -> tuple[Column, ...]:
+    """Returns the columns of a task's rows, in their order."""
+    return (Column(name="id", type=TEXT), *_content(spec), TAGS, *_log_columns())
+
+
+def _content(spec: TaskSpec) -> Iterator[Column]:
+    inputs = Column(name="input_images", kind=Kind.IMAGES)
+    if spec.output is not Output.IMAGE:
+        if spec.takes_images:
+            yield inputs
+        yield Column(name="prompt", type=TEXT)
+        is_text = spec.output is Output.TEXT
+        yield Column(name="text", type=TEXT) if is_text else Column(name="parts", kind=Kind.PARTS)
+        return
+    if spec.takes_images:
+        yield inputs
+        yield Column(name="instruction", type=TEXT)
+        yield Column(name="output", kind=Kind.IMAGE)
+    else:
+        yield Column(name="prompt", type=TEXT)
+        yield Column(name="image", kind=Kind.IMAGE)
+    # What the model thought before it drew.
+    yield Column(name="text", type=TEXT)
+
+
+def _log_columns() -> Iterator[Column]:
+    for name in LOG_COLUMNS:
+        yield Column(name=name, type=ROW_SCHEMA.field(name).type)
+
+
+_WORDS = {
+    pa.string(): "string",
+    pa.bool_(): "bool",
+    pa.int32(): "int32",
+    pa.int64(): "int64",
+    pa.float64(): "float64",
+}
+"""Arrow's types in the words of `datasets`."""
+
+
+def feature(kind: pa.DataType) -> Mapping[str, Any]:
+    """Returns the type of values as `datasets` writes it into files and cards."""
+    if pa.types.is_list(kind):
+        return {"feature": feature(kind.value_type), "_type": "List"}
+    if pa.types.is_struct(kind):
+        return {field.name: feature(field.type) for field in kind}
+    return {"dtype": _WORDS[kind], "_type": "Value"}

@@ -1,0 +1,248 @@
+"""An export: what is selected, in shards, with a card. It can be interrupted and repeated."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from sensebatch.dataset.records import Dataset
+from sensebatch.dataset.selection import Selection
+from sensebatch.errors import ExportError, JobError
+from sensebatch.export.card import CardFacts, write_card
+from sensebatch.export.collect import Collected, Spool, collect
+from sensebatch.export.formats import FORMATS
+from sensebatch.export.images import Conversion, ImageLoader, LoadedSample, Sign
+from sensebatch.export.ledger import Ledger, Shard, is_record
+from sensebatch.export.samples import Sample
+from sensebatch.export.shards import plan_shards
+from sensebatch.export.splits import Splits, unused
+from sensebatch.export.target import Target
+from sensebatch.jobs import InputImage
+from sensebatch.tasks import Task
+
+SHARD_BYTES = 500 * 10**6
+"""Of images in a shard, as `datasets` has it."""
+MAX_THREADS = 8
+VERSION = 1
+"""Of the columns and their values; an export of another version is not continued."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportConfig:
+    """What an export is to be like."""
+
+    format: str
+    """A name of `FORMATS`."""
+    selection: Selection = field(default_factory=Selection)
+    splits: Splits = field(default_factory=Splits)
+    conversion: Conversion = field(default_factory=Conversion)
+    shard_bytes: int = SHARD_BYTES
+    skip_missing: bool = False
+    """Whether jobs whose files are missing or damaged are left out."""
+    title: str = ""
+    """Of the card; empty for the name of the run's folder."""
+    license: str = "unknown"
+    """Of the set, in the Hub's words."""
+    signer: str | None = None
+    """Fingerprint of the certificate that images are signed with."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Exported:
+    """What an export came to."""
+
+    jobs: int = 0
+    shards: int = 0
+    written_shards: int = 0
+    written_images: int = 0
+    written_bytes: int = 0
+    not_done: int = 0
+    """Selected jobs that are not done, and so not in it."""
+    skipped: list[str] = field(default_factory=list)
+    """Jobs left out because of their files, and why."""
+    empty_splits: list[str] = field(default_factory=list)
+    card_kept: bool = False
+    """Whether the card was left alone, since a person changed it."""
+
+
+class ExportObserver:
+    """Watches an export; the methods do nothing until they are overridden."""
+
+    def planned(self, num_images: int) -> None:
+        """Takes how many images are to be written."""
+
+    def wrote(self, num_images: int) -> None:
+        """Takes how many images more were written."""
+
+
+def export(
+    dataset: Dataset,
+    target: Target,
+    config: ExportConfig,
+    *,
+    read_input: Callable[[InputImage], bytes],
+    sign: Sign | None = None,
+    observer: ExportObserver | None = None,
+) -> Exported:
+    """Writes the selected jobs of a folder to a target; what is there already is not written again.
+
+    Args:
+        dataset: The run's folder.
+        target: Is empty, or has an earlier export of the same folder in the same format.
+        config: What the export is to be like.
+        read_input: Returns the bytes of an input image, or raises a JobError.
+        sign: Signs images; `config.signer` is its certificate.
+        observer: Is told of the progress.
+
+    Raises:
+        ConfigError: The selection, or what is at the target, does not fit.
+        ExportError: Nothing is there to export, or files are missing or damaged.
+        StorageError: The target failed; the same export continues where it was.
+    """
+    observer = observer or ExportObserver()
+    ledger = Ledger(target)
+    whole, others = ledger.open(_terms(dataset, config))
+    with Spool() as spool:
+        found = collect(
+            dataset.records(config.selection),
+            spool,
+            config.splits,
+            skip_missing=config.skip_missing,
+        )
+        if not found.rows:
+            raise ExportError(_nothing(dataset.root, found))
+        plan = plan_shards(whole, found.rows, FORMATS[config.format].limits(config.shard_bytes))
+        ledger.begin()
+        observer.planned(sum(row.num_images for _, rows in plan.written for row in rows))
+        with ImageLoader(
+            dataset.root, read_input, conversion=config.conversion, sign=sign, threads=_threads()
+        ) as loader:
+            writing = _Writing(target, ledger, loader, config, observer)
+            writing.clear([shard for shard in whole if shard not in plan.kept], others)
+            written = [writing.write(shard, spool.get(rows)) for shard, rows in plan.written]
+    shards = [*plan.kept, *(shard for shard in written if shard is not None)]
+    if not shards:
+        raise ExportError(f"{dataset.root}: expected files that can be read, found none")
+    card_kept = not write_card(target, ledger, _facts(dataset, config, found, shards))
+    return Exported(
+        jobs=sum(len(shard.rows) for shard in shards),
+        shards=len(shards),
+        written_shards=sum(shard is not None for shard in written),
+        written_images=writing.num_images,
+        written_bytes=writing.num_bytes,
+        not_done=found.not_done,
+        skipped=[*found.missing, *writing.skipped],
+        empty_splits=unused(config.splits, [shard.split for shard in shards]),
+        card_kept=card_kept,
+    )
+
+
+class _Writing:
+    """Writes shards, one after the other."""
+
+    def __init__(
+        self,
+        target: Target,
+        ledger: Ledger,
+        loader: ImageLoader,
+        config: ExportConfig,
+        observer: ExportObserver,
+    ) -> None:
+        self._target = target
+        self._ledger = ledger
+        self._loader = loader
+        self._config = config
+        self._format = FORMATS[config.format]
+        self._observer = observer
+        self.num_images = 0
+        self.num_bytes = 0
+        self.skipped: list[str] = []
+
+    def clear(self, outdated: Iterable[Shard], others: Iterable[str]) -> None:
+        """Removes shards that change, and what an export that was interrupted left."""
+        for shard in outdated:
+            self._ledger.drop(shard)
+            for name in shard.files:
+                self._target.remove(name)
+        for name in others:
+            if any(self._format.is_own(name, task) for task in Task) or is_record(name):
+                self._target.remove(name)
+
+    def write(self, shard: Shard, samples: Iterator[Sample]) -> Shard | None:
+        """Writes a shard and records it; returns None where no row of it can be read."""
+        loaded = self._readable(self._loader.load(samples))
+        first = next(loaded, None)
+        if first is None:
+            return None
+        digests: list[str] = []
+        files = self._format.write(
+            self._target, shard, self._noted(chain([first], loaded), digests)
+        )
+        written = replace(shard, rows=tuple(digests), files=files)
+        self._ledger.add(written)
+        self.num_bytes += sum(files.values())
+        return written
+
+    def _readable(self, rows: Iterable[LoadedSample | JobError]) -> Iterator[LoadedSample]:
+        for row in rows:
+            if isinstance(row, LoadedSample):
+                yield row
+            elif self._config.skip_missing:
+                self.skipped.append(str(row))
+            else:
+                raise ExportError(
+                    f"{row}\nsensebatch status --verify checks all files; --skip-missing leaves "
+                    "such jobs out"
+                ) from row
+
+    def _noted(self, rows: Iterable[LoadedSample], digests: list[str]) -> Iterator[LoadedSample]:
+        """Yields rows, and notes which they were."""
+        for row in rows:
+            yield row
+            digests.append(row.digest)
+            self.num_images += len(row.images)
+            self._observer.wrote(len(row.images))
+
+
+def _threads() -> int:
+    return min(os.cpu_count() or 1, MAX_THREADS)
+
+
+def _terms(dataset: Dataset, config: ExportConfig) -> dict[str, Any]:
+    """Returns what two exports to one place have in common."""
+    conversion = config.conversion
+    return {
+        "format": config.format,
+        "run": dataset.run_id,
+        "image format": conversion.image_format,
+        "image quality": conversion.image_quality if conversion.image_format else None,
+        "max side": conversion.max_side,
+        "certificate": config.signer,
+        "version": VERSION,
+    }
+
+
+def _nothing(root: Path, found: Collected) -> str:
+    """Returns why there is nothing to export."""
+    if found.missing:
+        return f"{root}: expected files that can be read, found none"
+    if found.not_done:
+        return f"{root}: expected jobs that are done, found {found.not_done:,} that are not"
+    return f"{root}: expected jobs to export, found none that are selected"
+
+
+def _facts(
+    dataset: Dataset, config: ExportConfig, found: Collected, shards: Sequence[Shard]
+) -> CardFacts:
+    """Returns what the card says."""
+    return CardFacts(
+        title=config.title or dataset.root.resolve().name,
+        license=config.license,
+        shards=tuple(shards),
+        pattern=FORMATS[config.format].pattern,
+        settings=found.settings,
+    )

@@ -1,0 +1,420 @@
+"""Exports of small folders: what is in them, what is written again, and what stops them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from sensebatch.errors import ConfigError, ExportError, StorageError, StorageFullError
+from sensebatch.export.formats import FORMATS
+from sensebatch.export.run import ExportObserver
+from sensebatch.export.splits import parse_splits
+from tests.executor.fakes import make_job, run_folder
+from tests.export.folders import (
+    expected_columns,
+    export_folder,
+    grid,
+    make_folder,
+    mixed_jobs,
+    parquet_ids,
+    parquet_rows,
+    records_of,
+)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with jobs of all tasks."""
+    folder = tmp_path_factory.mktemp("mixed")
+    return make_folder(folder / "run", mixed_jobs(folder / "inputs"))
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 200 jobs."""
+    return make_folder(tmp_path_factory.mktemp("grown") / "run", grid(200))
+
+
+def snapshot(out: Path) -> dict[str, tuple[int, int]]:
+    """Returns what tells a file that was written again from one that was not."""
+    stats = {path: path.stat() for path in out.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(out).as_posix(): (stat.st_ino, stat.st_mtime_ns)
+        for path, stat in stats.items()
+    }
+
+
+def rewritten(before: dict[str, Any], out: Path) -> int:
+    """Returns the bytes of the files that are not as they were."""
+    return sum(
+        (out / name).stat().st_size
+        for name, stamp in snapshot(out).items()
+        if before.get(name) != stamp
+    )
+
+
+def test_every_row_equals_the_log_and_every_image_the_file(mixed: Path, tmp_path: Path) -> None:
+    export_folder(mixed, tmp_path / "out")
+    rows = {row["id"]: row for row in parquet_rows(tmp_path / "out")}
+    records = records_of(mixed)
+    assert rows.keys() == records.keys()
+    for job_id, record in records.items():
+        row = rows[job_id]
+        expected = expected_columns(record)
+        assert {name: row[name] for name in expected} == expected
+        drawn = row.get("image") or row.get("output")
+        images = [drawn] if drawn else [part["image"] for part in row["parts"] if part["image"]]
+        assert [image["bytes"] for image in images] == [
+            file.read_bytes() for file in record.image_files
+        ]
+        inputs = [Path(image.path).read_bytes() for image in record.job.images]
+        assert [image["bytes"] for image in row.get("input_images", [])] == inputs
+        assert row.get("prompt", row.get("instruction")) == record.job.prompt
+        if "parts" in row:
+            assert "".join(part["text"] or "" for part in row["parts"]) == record.read_text()
+        else:
+            assert row["text"] == record.read_text()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_same_folder_gives_the_same_bytes(name: str, mixed: Path, tmp_path: Path) -> None:
+    for number in (1, 2):
+        export_folder(mixed, tmp_path / str(number), format=name)
+    left, right = (
+        {
+            path.relative_to(out).as_posix(): path.read_bytes()
+            for path in out.rglob("*")
+            if path.is_file()
+        }
+        for out in (tmp_path / "1", tmp_path / "2")
+    )
+    assert left == right
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_second_export_writes_nothing(name: str, mixed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = export_folder(mixed, out, format=name)
+    before = snapshot(out)
+    second = export_folder(mixed, out, format=name)
+    assert (second.jobs, second.written_shards) == (first.jobs, 0)
+    # Only the export's own record, which says what it is of.
+    assert {n for n, stamp in snapshot(out).items() if before[n] != stamp} <= {
+        ".sensebatch/export.json"
+    }
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_set_that_grew_by_one_percent_writes_at_most_three(
+    name: str, grown: Path, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(grown, tmp_path / "run"))
+    out = tmp_path / "out"
+    export_folder(root, out, format=name, shard_bytes=50_000)
+    before = snapshot(out)
+    total = sum((out / file).stat().st_size for file in before)
+    # New jobs in the middle of the manifest, as after a new value of a matrix.
+    jobs = grid(200)
+    run_folder(root, [*jobs[:100], make_job("new"), make_job("newer"), *jobs[100:]])
+    done = export_folder(root, out, format=name, shard_bytes=50_000)
+    assert (done.jobs, done.written_images) == (202, 2)
+    # The columns of a file of two rows outweigh such tiny images.
+    limit = 0.03 if name != "hf" else 0.08
+    assert rewritten(before, out) <= limit * total
+
+
+def test_growth_of_real_images_is_written_once(tmp_path: Path) -> None:
+    from sensebatch.resolutions import Resolution
+
+    size = Resolution(height=256, width=256)
+    root = make_folder(tmp_path / "run", grid(100, resolution=size))
+    out = tmp_path / "out"
+    export_folder(root, out, shard_bytes=5_000_000)
+    before = snapshot(out)
+    total = sum((out / file).stat().st_size for file in before)
+    run_folder(root, [make_job("new", resolution=size), *grid(100, resolution=size)])
+    export_folder(root, out, shard_bytes=5_000_000)
+    assert rewritten(before, out) <= 0.03 * total
+    assert sorted(parquet_ids(out)) == sorted(records_of(root))
+
+
+def test_job_that_was_drawn_again_and_one_that_was_removed(grown: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(grown, tmp_path / "run"))
+    out = tmp_path / "out"
+    export_folder(root, out, shard_bytes=50_000)
+    jobs = grid(200)
+    jobs[3] = make_job(jobs[3].id, prompt="another prompt")
+    del jobs[150]
+    run_folder(root, jobs)
+    export_folder(root, out, shard_bytes=50_000)
+    rows = {row["id"]: row for row in parquet_rows(out)}
+    records = records_of(root)
+    assert rows.keys() == records.keys()
+    for job_id, record in records.items():
+        assert rows[job_id]["prompt"] == record.job.prompt
+        assert rows[job_id]["image"]["bytes"] == record.image_files[0].read_bytes()
+
+
+class _KilledError(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+class _Killer(ExportObserver):
+    def __init__(self, at: int) -> None:
+        self.left = at
+
+    def wrote(self, num_images: int) -> None:
+        self.left -= num_images
+        if self.left < 0:
+            raise _KilledError
+
+
+@pytest.mark.parametrize(
+    ("name", "at"),
+    [("hf", 0), ("hf", 60), ("hf", 199), ("imagefolder", 60), ("webdataset", 60)],
+)
+def test_export_that_was_interrupted_continues(
+    name: str, at: int, grown: Path, tmp_path: Path
+) -> None:
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    with pytest.raises(_KilledError):
+        export_folder(grown, out, _Killer(at), format=name, shard_bytes=50_000)
+    done = export_folder(grown, out, format=name, shard_bytes=50_000)
+    export_folder(grown, whole, format=name, shard_bytes=50_000)
+    assert done.written_images < 200 or at == 0
+    names = {path.relative_to(whole) for path in whole.rglob("*")}
+    assert {path.relative_to(out) for path in out.rglob("*")} == names
+    for path in names:
+        if (whole / path).is_file() and path.name not in ("export.json", "README.md"):
+            assert (out / path).read_bytes() == (whole / path).read_bytes()
+
+
+_CHILD = """
+import os, signal, sys
+from pathlib import Path
+from sensebatch.store import files
+from tests.export.folders import export_folder
+number = 0
+replace = os.replace
+def replace_or_die(source, target):
+    global number
+    number += 1
+    if number == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+os.replace = replace_or_die
+export_folder(Path(sys.argv[1]), sys.argv[2], shard_bytes=50_000)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL")
+def test_export_that_was_killed_continues(grown: Path, tmp_path: Path) -> None:
+    # In the place of a shard's record, when its file is there, and of a shard's file.
+    for moment in (4, 7):
+        out = tmp_path / str(moment)
+        command = [sys.executable, "-c", _CHILD, str(grown), str(out), str(moment)]
+        assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+        export_folder(grown, out, shard_bytes=50_000)
+        assert sorted(parquet_ids(out)) == sorted(records_of(grown))
+        assert not list(out.rglob("*.tmp"))
+
+
+def test_shard_that_was_damaged_or_removed_is_written_again(grown: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export_folder(grown, out, shard_bytes=50_000)
+    shards = sorted(out.glob("t2i/*.parquet"))
+    before = [shard.read_bytes() for shard in shards]
+    shards[0].unlink()
+    shards[1].write_bytes(before[1][:-1])
+    (out / "t2i" / "notes.txt").write_text("mine")
+    done = export_folder(grown, out, shard_bytes=50_000)
+    # The two, and the last one, which is small enough to take their rows.
+    assert done.written_shards == 3
+    assert sorted(parquet_ids(out)) == sorted(records_of(grown))
+    assert (out / "t2i" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_export_to_a_url(name: str, mixed: Path, tmp_path: Path) -> None:
+    url = f"memory://exports/{name}"
+    export_folder(mixed, tmp_path / "out", format=name)
+    export_folder(mixed, url, format=name)
+    fs = fsspec.filesystem("memory")
+    assert export_folder(mixed, url, format=name).written_shards == 0
+    found = {
+        path.removeprefix(f"/exports/{name}/"): fs.cat_file(path)
+        for path in fs.find(f"/exports/{name}")
+    }
+    assert found == {
+        path.relative_to(tmp_path / "out").as_posix(): path.read_bytes()
+        for path in (tmp_path / "out").rglob("*")
+        if path.is_file()
+    }
+
+
+def test_file_url_is_a_folder(mixed: Path, tmp_path: Path) -> None:
+    export_folder(mixed, f"file://{tmp_path}/out")
+    assert sorted(parquet_ids(tmp_path / "out")) == sorted(records_of(mixed))
+
+
+def test_splits_keep_seeds_of_a_prompt_together_and_rows_where_they_are(
+    grown: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    export_folder(grown, out, splits=parse_splits("train=0.7,test=0.3"))
+    by_prompt: dict[str, set[str]] = {}
+    for shard in out.glob("t2i/*.parquet"):
+        import pyarrow.parquet as pq
+
+        for row in pq.read_table(shard, columns=["prompt"]).to_pylist():
+            by_prompt.setdefault(row["prompt"], set()).add(shard.name.partition("-")[0])
+    assert len(by_prompt) == 50
+    assert all(len(splits) == 1 for splits in by_prompt.values())
+    assert {"train"} in by_prompt.values()
+    assert {"test"} in by_prompt.values()
+
+
+def test_split_that_nothing_falls_into_is_named(mixed: Path, tmp_path: Path) -> None:
+    done = export_folder(mixed, tmp_path, splits=parse_splits("train=0.9999999,rare=0.0000001"))
+    assert done.empty_splits == ["rare"]
+
+
+def test_missing_files_are_named_before_anything_is_written(grown: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(grown, tmp_path / "run"))
+    for number in range(8):
+        (root / f"images/image-{number:04d}.png").unlink()
+    with pytest.raises(ExportError, match="found 8 jobs without theirs") as caught:
+        export_folder(root, tmp_path / "out")
+    assert "images/image-0000.png" in str(caught.value)
+    assert "3 more" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    done = export_folder(root, tmp_path / "out", skip_missing=True)
+    assert (done.jobs, len(done.skipped)) == (192, 8)
+
+
+def test_image_that_was_changed_is_not_exported(grown: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(grown, tmp_path / "run"))
+    file = root / "images/image-0005.png"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(ExportError, match=r"job image-0005: images/image-0005\.png: expected"):
+        export_folder(root, tmp_path / "out")
+    done = export_folder(root, tmp_path / "out", skip_missing=True)
+    assert (done.jobs, len(done.skipped)) == (199, 1)
+    assert "image-0005" not in parquet_ids(tmp_path / "out")
+
+
+def test_input_image_that_was_changed_is_not_exported(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "run", mixed_jobs(tmp_path / "inputs"))
+    (tmp_path / "inputs/two.PNG").write_bytes(b"another image")
+    with pytest.raises(ExportError, match="job edit-two: expected the input image"):
+        export_folder(root, tmp_path / "out")
+
+
+def test_folder_without_a_job_that_is_done_has_nothing_to_export(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "run", [make_job("fails", prompt="fails")])
+    with pytest.raises(ExportError, match="expected jobs that are done, found 1 that are not"):
+        export_folder(root, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_export_into_something_else_is_refused(grown: Path, mixed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("irreplaceable")
+    with pytest.raises(ConfigError, match=r"expected an empty folder .* found 'thesis.txt'"):
+        export_folder(grown, out)
+    (out / "thesis.txt").unlink()
+    (out / ".gitattributes").write_text("a new repository has one")
+    export_folder(grown, out)
+    with pytest.raises(ConfigError, match="expected an export of format webdataset, found one of"):
+        export_folder(grown, out, format="webdataset")
+    with pytest.raises(ConfigError, match="expected an export of run"):
+        export_folder(mixed, out)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="expected a folder, found a file"):
+        export_folder(grown, tmp_path / "file")
+
+
+def test_place_that_cannot_be_used_is_one_error(grown: Path) -> None:
+    with pytest.raises(ConfigError, match="nosuch://x: cannot be used: "):
+        export_folder(grown, "nosuch://x")
+    with pytest.raises(ConfigError, match="OUT: expected a folder or a URL"):
+        export_folder(grown, " ")
+
+
+def test_place_that_needs_a_package_names_the_extra(
+    grown: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(ConfigError, match=r"pip install 'sensebatch\[s3\]'"):
+        export_folder(grown, "s3://bucket/set")
+
+
+def test_bucket_that_cannot_be_reached_is_one_error(
+    grown: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise ConnectionError("Could not connect to the endpoint")
+
+    monkeypatch.setattr(MemoryFileSystem, "find", unreachable)
+    with pytest.raises(StorageError, match="memory://b: Could not connect to the endpoint"):
+        export_folder(grown, "memory://b")
+
+
+def test_full_disk_stops_an_export_that_continues_afterwards(
+    grown: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    fsync, calls = os.fsync, 0
+
+    def full(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 10:
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(StorageFullError, match="no room left on the disk"):
+            export_folder(grown, out, shard_bytes=50_000)
+    done = export_folder(grown, out, shard_bytes=50_000)
+    assert done.written_images < 200
+    assert sorted(parquet_ids(out)) == sorted(records_of(grown))
+
+
+def test_card_that_a_person_changed_is_left_alone(grown: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(grown, tmp_path / "run"))
+    out = tmp_path / "out"
+    export_folder(root, out, title="Ships")
+    run_folder(root, [*grid(200), make_job("new")])
+    assert not export_folder(root, out, title="Ships").card_kept
+    assert "| t2i | train | 201 |" in (out / "README.md").read_text()
+    (out / "README.md").write_text("# My own words\n")
+    assert export_folder(root, out, title="Boats").card_kept
+    assert (out / "README.md").read_text() == "# My own words\n"
+
+
+def test_record_of_a_shard_that_is_damaged_costs_that_shard_alone(
+    grown: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    export_folder(grown, out, shard_bytes=50_000)
+    records = sorted((out / ".sensebatch").glob("t2i-*.json"))
+    records[0].write_text("{")
+    records[1].write_text(json.dumps({"task": "t2i"}))
+    done = export_folder(grown, out, shard_bytes=50_000)
+    # The two, and the last one, which is small enough to take their rows.
+    assert done.written_shards == 3
+    assert sorted(parquet_ids(out)) == sorted(records_of(grown))
