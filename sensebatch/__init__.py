@@ -3,10 +3,11 @@
 The names below are the Python API, which docs/python.md describes. They are imported on first use.
 """
 
-from typing import TYPE_CHECKING, Any
-
 __version__ = "0.1.0"
 
+# Type checkers take this name for true, as they do the one in `typing`, which takes long to import:
+# until commands handle signals, Ctrl-C ends with a traceback.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from sensebatch.api import *
 
@@ -46,7 +47,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from sensebatch import api

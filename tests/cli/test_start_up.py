@@ -14,6 +14,7 @@ from tests.cli.conftest import Invoke
 
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).parents[2]
 NOTHING_TO_DO = """
 import sys
 from sensebatch.cli.main import main
@@ -52,6 +53,16 @@ def run_fresh(code: str, *args: str) -> list[str]:
         [sys.executable, "-c", code, *args], capture_output=True, text=True, check=True
     )
     return ended.stdout.splitlines()
+
+
+def test_signals_are_handled_before_anything_is_imported_that_takes_long() -> None:
+    code = "import sys; import sensebatch.__main__; print(*sys.modules)"
+    ended = subprocess.run(
+        [sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    imported = set(ended.stdout.split())
+    assert {"sensebatch", "signal"} <= imported
+    assert imported.isdisjoint({"typing", "re", "pathlib", "dataclasses", "sensebatch.api"})
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu"])
