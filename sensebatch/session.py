@@ -19,7 +19,7 @@ import sensebatch
 from sensebatch.checkpoint.files import Checkpoint, check_tensors, open_checkpoint
 from sensebatch.checkpoint.fingerprint import model_identity
 from sensebatch.checkpoint.system_prompts import resolve_system_prompts
-from sensebatch.config import ModelConfig, RunConfig
+from sensebatch.config import TINY_MODEL, ModelConfig, RunConfig
 from sensebatch.contract import Engine, Progress, Stop
 from sensebatch.errors import EngineError, Problem, RunFolderError, RunStoppedError, StoppedError
 from sensebatch.executor.deadline import Deadline
@@ -428,6 +428,8 @@ def _run_pending(
     deadline = Deadline(request.until, clock=clock, earlier=earlier)
     if not counts.remaining or deadline.is_set():
         return _nothing_to_run(counts)
+    if (config.model.device, model.device, model.name == TINY_MODEL) == ("auto", "cpu", False):
+        observer.warning("found no GPU that torch can use, so the CPU computes")
     observer.loading(counts, model)
     engine = backend.load_engine(config, model, loads=_loads(config, store, model), stop=stop)
     observer.loaded(engine.info)

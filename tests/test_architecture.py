@@ -161,7 +161,8 @@ def test_packages_hold_no_code_but_the_public_api(path: Path) -> None:
             # The docstring; in the root also the imports for type checkers.
             assert isinstance(node, ast.Expr) or is_root, ast.unparse(node)
             assert {name.split(".")[0] for name in _imports(node)} <= {"typing", "sensebatch"}
-    assert names <= ({"__version__", "__all__", "__getattr__", "__dir__"} if is_root else set())
+    public = {"TYPE_CHECKING", "__version__", "__all__", "__getattr__", "__dir__"}
+    assert names <= (public if is_root else set())
 
 
 def test_only_the_command_line_reads_the_environment() -> None:

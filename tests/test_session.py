@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from sensebatch.checkpoint.files import TINY_FOLDER
 from sensebatch.errors import StoppedError
 from sensebatch.jobs import Batch, EngineInfo, Job
 from sensebatch.plan.batches import Plan
@@ -73,6 +76,26 @@ def test_run_reports_its_course_to_the_observer(tmp_path: Path) -> None:
         "batch of 2",
         "2 of 2 finished",
     ]
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "warns"),
+    [("copy", "auto", True), ("copy", "cpu", False), ("tiny", "auto", False)],
+)
+def test_cpu_that_nobody_asked_for_is_warned_of_unless_the_model_is_tiny(
+    tmp_path: Path, model: str, device: str, warns: bool
+) -> None:
+    if model == "copy":
+        model = str(shutil.copytree(TINY_FOLDER, tmp_path / "copy"))
+    config = make_config()
+    config = replace(config, model=replace(config.model, model=model, device=device))
+    request = replace(_request(tmp_path / "out", JOBS), config=config)
+    for is_first in (True, False):
+        events = Events()
+        run_session(request, FakeBackend(), observer=events)
+        said = "warning found no GPU that torch can use, so the CPU computes" in events.seen
+        # A run with nothing left computes nothing.
+        assert said is (warns and is_first)
 
 
 def test_run_with_nothing_left_loads_nothing(tmp_path: Path) -> None:

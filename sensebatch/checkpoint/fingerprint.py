@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 
 from sensebatch.bounded import read_file
@@ -16,6 +17,8 @@ from sensebatch.config import ModelConfig
 from sensebatch.errors import CheckpointError
 from sensebatch.jobs import ModelIdentity
 from sensebatch.tasks import SystemPromptKind
+
+_LOGGER = logging.getLogger(__name__)
 
 SAMPLE_BYTES = 4096
 """How much of each tensor is read, from its middle."""
@@ -68,6 +71,12 @@ def model_identity(
     lora = None
     if model.lora_path is not None:
         lora = read_lora(Path(model.lora_path), expected_tensors(checkpoint.architecture))
+        if not lora.has_alphas:
+            _LOGGER.warning(
+                "%s: has no alphas, so the products of its matrices count as they are, as if each "
+                "alpha were the rank",
+                model.lora_path,
+            )
     return ModelIdentity(
         checkpoint=fingerprint(checkpoint),
         lora=None if lora is None else lora.fingerprint,

@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,8 @@ class LoraFile:
     """By the weight that each changes."""
     fingerprint: str
     """Identity (64 hex digits) of everything that decides the changes."""
+    has_alphas: bool
+    """Whether it says how much each product counts; without, each counts as it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,8 +127,8 @@ def read_lora(path: Path, expected: Mapping[str, TensorSpec]) -> LoraFile:
 
     Raises:
         CheckpointError: The file cannot be read, is of another kind, names no weight, lacks a
-            matrix or an alpha, or has one of the wrong shape, dtype or with numbers that are not
-            finite; or its configuration asks for what is not supported.
+            matrix or an alpha that others have, or has one of the wrong shape, dtype or with
+            numbers that are not finite; or its configuration asks for what is not supported.
     """
     file = _in_folder(path) if path.is_dir() else path
     fingerprint = _sha256(file)
@@ -141,11 +143,15 @@ def read_lora(path: Path, expected: Mapping[str, TensorSpec]) -> LoraFile:
     if naming is PEFT:
         adapter = _Adapter.read(config)
         fingerprint = hashlib.sha256(f"{fingerprint}{adapter.identity}".encode()).hexdigest()
+    has_alphas = adapter is not None or any("alpha" in parts for parts in found.values())
+    if not has_alphas and naming in (RELEASE, KOHYA):
+        # All tools that write or read these names take alpha for the rank then.
+        naming = replace(naming, roles={k: r for k, r in naming.roles.items() if r != "alpha"})
     pairs = {
         weight: _pair(file, naming, adapter, parts, expected[weight].shape)
         for weight, parts in found.items()
     }
-    return LoraFile(file=file, pairs=pairs, fingerprint=fingerprint)
+    return LoraFile(file=file, pairs=pairs, fingerprint=fingerprint, has_alphas=has_alphas)
 
 
 def _sha256(file: Path) -> str:
@@ -278,7 +284,8 @@ def _pair(
     rank = down.shape[0]
     if adapter is not None:
         return LoraPair(down=down, up=up, scale=adapter.scale(path, rank))
-    return LoraPair(down=down, up=up, scale=_alpha(file, parts["alpha"]) / rank)
+    alpha = _alpha(file, parts["alpha"]) if "alpha" in parts else rank
+    return LoraPair(down=down, up=up, scale=alpha / rank)
 
 
 def _path_of(naming: _Naming, key: str) -> str:

@@ -39,6 +39,7 @@ from sensebatch.checkpoint.tensors import expected_tensors, head_part_rows
 from sensebatch.errors import CheckpointError
 from sensebatch.tasks import Task
 from sensebatch.units import MIB
+from tests.bounds import bounded
 from tests.checkpoint.folders import write_folder
 from tests.golden_data import CONFIGS, golden_architecture, golden_config
 
@@ -88,7 +89,7 @@ def test_any_configuration_is_read_or_refused(name: str, data: st.DataObject) ->
         if isinstance(section, dict):
             section[place[-1]] = data.draw(VALUES)
     message = "config.json"
-    with bounded_memory():
+    with bounded_memory(), bounded():
         try:
             head_part_rows(parse_architecture(config))
         except CheckpointError as error:
@@ -292,7 +293,7 @@ def test_any_header_is_read_or_refused(
     except ValueError:
         return
     message = file.name
-    with bounded_memory():
+    with bounded_memory(), bounded():
         try:
             read_header(file)
         except CheckpointError as error:
@@ -349,7 +350,7 @@ def test_any_lora_is_read_or_refused(
     if adapter is not None:
         config.write_text(json.dumps(adapter), encoding="utf-8")
     message = file.name
-    with bounded_memory():
+    with bounded_memory(), bounded():
         try:
             assert read_lora(file, EXPECTED).pairs
         except CheckpointError as error:
@@ -376,7 +377,7 @@ SOURCES = {
 def test_python_out_of_bounds_is_passed_over(tmp_path: Path, name: str) -> None:
     write_folder(tmp_path)
     (tmp_path / "a.py").write_text(SOURCES[name], encoding="utf-8")
-    with bounded_memory():
+    with bounded_memory(), bounded():
         prompts = resolve_system_prompts(read_folder(tmp_path))
     assert prompts.of_task(Task.T2I).source == BUILT_IN
 
@@ -406,7 +407,8 @@ def test_any_python_is_passed_over_or_read(tmp_path: Path, source: bytes) -> Non
     if not folder.exists():
         write_folder(folder)
     (folder / "a.py").write_bytes(GEN.encode() + b" = " + source)
-    text = resolve_system_prompts(read_folder(folder)).of_task(Task.T2I).text
+    with bounded():
+        text = resolve_system_prompts(read_folder(folder)).of_task(Task.T2I).text
     assert isinstance(text, str)
     text.encode()
 

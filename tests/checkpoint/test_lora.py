@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ import pytest
 import torch
 
 from sensebatch.checkpoint.files import open_checkpoint
+from sensebatch.checkpoint.fingerprint import model_identity
 from sensebatch.checkpoint.lora import read_lora
+from sensebatch.checkpoint.system_prompts import resolve_system_prompts
 from sensebatch.checkpoint.tensors import expected_tensors
+from sensebatch.config import default_config
 from sensebatch.errors import CheckpointError
 from tests.checkpoint.lora_files import (
     Tensors,
@@ -284,6 +288,42 @@ def test_a_configuration_that_asks_for_more_is_refused_by_name(
     with pytest.raises(CheckpointError, match=complaint) as caught:
         read_lora(tmp_path, EXPECTED)
     assert "adapter_config.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("form", [dict, as_kohya])
+def test_file_without_any_alpha_counts_as_it_is(
+    tmp_path: Path, form: Callable[[Tensors], Tensors]
+) -> None:
+    tensors = {name: values for name, values in golden().items() if not name.endswith(".alpha")}
+    file = write(tmp_path / "lora.safetensors", form(tensors))
+    assert set(scales(file).values()) == {1}
+    assert not read_lora(file, EXPECTED).has_alphas
+    # A single one that is missing is a damage; see above.
+    assert read_lora(write(file, form(golden())), EXPECTED).has_alphas
+
+
+def test_run_with_a_file_without_alphas_is_warned(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = open_checkpoint("tiny")
+    name = "language_model.model.layers.0.self_attn.q_proj_mot_gen"
+    rows, columns = expected_tensors(checkpoint.architecture)[f"{name}.weight"].shape
+    tensors = {
+        f"{name}.lora_down.weight": torch.ones(2, columns),
+        f"{name}.lora_up.weight": torch.ones(rows, 2),
+    }
+    prompts = resolve_system_prompts(checkpoint, None)
+
+    def warnings(**alpha: torch.Tensor) -> list[str]:
+        file = write(tmp_path / "lora.safetensors", tensors | alpha)
+        model = replace(default_config("tiny").model, lora_path=str(file))
+        caplog.clear()
+        assert model_identity(checkpoint, prompts, model, dtype="float32").lora is not None
+        return [record.getMessage() for record in caplog.records]
+
+    (warning,) = warnings()
+    assert "lora.safetensors: has no alphas, so the products of its matrices count" in warning
+    assert warnings(**{f"{name}.alpha": torch.tensor(2.0)}) == []
 
 
 def test_an_adapter_without_configuration_has_no_alpha(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from sensebatch.config import RunConfig
 from sensebatch.errors import ManifestError
 from sensebatch.manifest.fields import JOB_FIELD_NAMES
 from sensebatch.manifest.read import read_manifest, run_name
+from tests.bounds import bounded
 
 MAX_BYTES = 64 * 2**20
 """Most memory that a small manifest may take to be refused or read."""
@@ -29,9 +30,10 @@ def outcome(path: Path, config: RunConfig) -> list[str]:
         return read_manifest(path, config)
 
     try:
-        run_name([path], read)
-        for _ in read():
-            pass
+        with bounded():
+            run_name([path], read)
+            for _ in read():
+                pass
     except ManifestError as error:
         for problem in error.problems:
             assert problem.file

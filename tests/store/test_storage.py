@@ -60,12 +60,23 @@ def in_ascii(code: str, folder: Path) -> list[str]:
     return ran.stdout.splitlines()
 
 
+@pytest.mark.parametrize("names_job", [False, True])
+@pytest.mark.parametrize("code", [*CODES, *BAD_NAMES], ids=errno.errorcode.get)
+def test_every_error_of_a_flush_is_one_of_the_storage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, names_job: bool
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"before")
+    monkeypatch.setattr(os, "fsync", failing(os.fsync, code))
+    is_full = code in (errno.ENOSPC, errno.EDQUOT)
+    with pytest.raises(StorageFullError if is_full else StorageError, match="the same command"):
+        write_atomic(path, b"after", names_job=names_job)
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"before"]
+
+
 @pytest.mark.parametrize(
     ("operation", "code"),
-    [
-        *(("fsync", code) for code in CODES[::3]),
-        *itertools.product(["replace", "mkdir", "open"], FEW),
-    ],
+    [*itertools.product(["fsync", "replace", "mkdir", "open"], FEW)],
     ids=lambda value: errno.errorcode.get(value, value),
 )
 def test_every_error_of_the_file_system_stops_the_run_and_fails_no_job(
