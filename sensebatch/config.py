@@ -8,13 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated
+from typing import Annotated, Any
 
 from annotated_types import Interval
 
 from sensebatch.declarations import Setting
 from sensebatch.image_files import MAX_PIXELS
-from sensebatch.jobs import MAX_SEED, CfgNorm, Precision, Sampling, VramMode
+from sensebatch.jobs import (
+    MAX_SEED,
+    CfgNorm,
+    Precision,
+    Quality,
+    Sampling,
+    Solver,
+    VramMode,
+    draws,
+)
 from sensebatch.resolutions import (
     BUCKETS_TINY,
     MAX_SIDE,
@@ -82,6 +91,11 @@ class TaskDefaults:
             of=lambda spec: spec.takes_images,
         ),
     ] = False
+    quality: Annotated[
+        Quality | None,
+        Setting(help="The steps, their timesteps and the solver at once.", of=draws),
+    ] = None
+    """What `sampling` was filled in by; None if it is as the task's defaults or the user say."""
     sampling: Sampling
 
 
@@ -181,6 +195,43 @@ class RunConfig:
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     pixel_limits: PixelLimits = field(default_factory=PixelLimits)
     tasks: Mapping[Task, TaskDefaults]
+
+
+PRESETS: Mapping[Quality, Mapping[str, Any]] = {
+    Quality.EXACT: {"num_steps": 50, "timestep_shift": 3.0, "solver": Solver.EULER},
+    Quality.HIGH: {"num_steps": 25, "timestep_shift": 1.0, "solver": Solver.AB2},
+    Quality.FAST: {"num_steps": 16, "timestep_shift": 1.0, "solver": Solver.AB2},
+}
+"""What `quality` stands for, among `SCHEDULE_SETTINGS`; those it does not name are neutral.
+
+docs/quality.md has how far each is from the converged image.
+"""
+
+SCHEDULE_SETTINGS = ("num_steps", "timestep_shift", "solver", "timesteps", "guidance_stride")
+"""The settings that together say how an image's steps are taken."""
+
+
+def scheduled(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings of one layer with what they imply for `SCHEDULE_SETTINGS`.
+
+    `quality` stands for all of them, and each that is given beside it wins. Timesteps say how many
+    steps there are, and steps or a shift replace timesteps of the layer below.
+
+    Args:
+        given: Settings by name, from a file, from flags or from a manifest; None if not given.
+            What is wrong with a value is left for others to say.
+    """
+    values = {name: value for name, value in given.items() if value is not None}
+    if values.get("quality") in list(Quality):
+        preset = PRESETS[Quality(values["quality"])]
+        neutral = {"timesteps": (), "guidance_stride": 1}
+        values = {**neutral, **preset, **values}
+    timesteps = values.get("timesteps")
+    if isinstance(timesteps, list | tuple) and timesteps:
+        values |= {"num_steps": len(timesteps) + 1, "timestep_shift": 1.0}
+    elif "num_steps" in values or "timestep_shift" in values:
+        values["timesteps"] = ()
+    return values
 
 
 def _sampling() -> Sampling:

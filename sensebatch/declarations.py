@@ -57,6 +57,13 @@ def _without_ranges(kind: Any) -> Any:
     return kind
 
 
+def item_of_any_number(kind: Any) -> Any | None:
+    """Returns the type of the items of a tuple of any length; None for every other type."""
+    if get_origin(kind) is not tuple or get_args(kind)[-1] is not Ellipsis:
+        return None
+    return get_args(kind)[0]
+
+
 @cache
 def declared(declaring: type) -> Mapping[str, Declared]:
     """Returns the settings among the fields of a dataclass, in the order of the fields."""
@@ -106,6 +113,9 @@ def converter(kind: Any) -> Callable[[Any], Any]:
     A whole number becomes a float where one is declared; otherwise `4` and `4.0` would give two
     job keys.
     """
+    if (item := item_of_any_number(kind)) is not None:
+        convert = converter(item)
+        return lambda values: tuple(map(convert, values))
     if get_origin(kind) is tuple:
         items = [converter(item) for item in get_args(kind)]
         return lambda values: tuple(item(value) for item, value in zip(items, values, strict=True))

@@ -7,6 +7,7 @@ here reads a file or knows how a job is run.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import traceback
 import unicodedata
@@ -15,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
-from annotated_types import Ge, Gt, Interval, Le
+from annotated_types import Ge, Gt, Interval, Le, Lt
 
 from sensebatch.declarations import Setting, stated
 from sensebatch.resolutions import Resolution
@@ -45,6 +46,28 @@ class CfgNorm(StrEnum):
     GLOBAL = "global"
     CHANNEL = "channel"
     CFG_ZERO_STAR = "cfg_zero_star"
+
+
+class Solver(StrEnum):
+    """How the steps from noise to image are taken; each evaluates the network once."""
+
+    EULER = "euler"
+    """With the velocity at its beginning, as published."""
+    AB2 = "ab2"
+    """Adams-Bashforth: with the line through this velocity and the one before."""
+    DPM2M = "dpm2m"
+    """DPM-Solver++ (2M): with the line through this predicted image and the one before."""
+
+
+class Quality(StrEnum):
+    """How many evaluations of the network an image is worth; `config.PRESETS` has the settings."""
+
+    EXACT = "exact"
+    """The published sampler."""
+    HIGH = "high"
+    """As near to the converged image, with half the evaluations."""
+    FAST = "fast"
+    """A third of the evaluations."""
 
 
 class Precision(StrEnum):
@@ -103,7 +126,13 @@ def _norm_error(norm: str, spec: TaskSpec) -> str | None:
     return f"expected {', '.join(first)} or {last} for {spec.task}, found {str(norm)!r}"
 
 
-def _draws(spec: TaskSpec) -> bool:
+def _timesteps_error(between: Sequence[float], _: TaskSpec) -> str | None:
+    if all(first < second for first, second in itertools.pairwise(between)):
+        return None
+    return f"expected rising timesteps, found {list(between)}"
+
+
+def draws(spec: TaskSpec) -> bool:
     return spec.drawing is not None
 
 
@@ -127,12 +156,12 @@ class Sampling:
     they were before the field existed, so no key changes until someone uses it.
     """
 
-    num_steps: Annotated[int, COUNT, Setting(help="Steps from noise to image.", of=_draws)]
+    num_steps: Annotated[int, COUNT, Setting(help="Steps from noise to image.", of=draws)]
     timestep_shift: Annotated[
-        float, Gt(0), Setting(help="Shift of the timesteps towards noise.", of=_draws)
+        float, Gt(0), Setting(help="Shift of the timesteps towards noise.", of=draws)
     ]
     cfg_scale: Annotated[
-        float, Ge(0), Setting(help="Guidance towards the prompt; 1 turns it off.", of=_draws)
+        float, Ge(0), Setting(help="Guidance towards the prompt; 1 turns it off.", of=draws)
     ]
     img_cfg_scale: Annotated[
         float,
@@ -143,7 +172,7 @@ class Sampling:
         CfgNorm,
         Setting(
             help="How the guided velocity is rescaled; cfg_zero_star is for t2i only.",
-            of=_draws,
+            of=draws,
             error=_norm_error,
         ),
     ]
@@ -151,7 +180,7 @@ class Sampling:
         tuple[Annotated[float, Ge(0), Le(1)], Annotated[float, Ge(0), Le(1)]],
         Setting(
             help="First and last timestep at which guidance is applied: two numbers from 0 to 1.",
-            of=_draws,
+            of=draws,
             error=_interval_error,
             metavar="FROM TO",
         ),
@@ -169,6 +198,26 @@ class Sampling:
         COUNT,
         Setting(help="Most text tokens of the job.", of=_limits_text("max_new_tokens")),
     ]
+    solver: Annotated[
+        Solver,
+        Setting(help="How a step is taken; ab2 and dpm2m also use the one before.", of=draws),
+    ] = Solver.EULER
+    timesteps: Annotated[
+        tuple[Annotated[float, Gt(0), Lt(1)], ...],
+        Setting(
+            help="The timesteps between 0 and 1, in place of num_steps and timestep_shift.",
+            of=draws,
+            error=_timesteps_error,
+        ),
+    ] = ()
+    guidance_stride: Annotated[
+        int,
+        COUNT,
+        Setting(
+            help="Guidance is evaluated in every n-th of its steps, and used again in the others.",
+            of=draws,
+        ),
+    ] = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,6 +268,20 @@ class Drawing:
     timestep_shift: float
     branches: tuple[Branch, ...]
     """The guidance branches that a step may evaluate."""
+    solver: Solver = Solver.EULER
+    timesteps: tuple[float, ...] = ()
+    """Those between 0 and 1; empty where `num_steps` and `timestep_shift` say them."""
+    guidance_stride: int = 1
+
+    @property
+    def num_guided_steps(self) -> int:
+        """The most steps that evaluate every branch; the others evaluate the conditional one."""
+        return -(-self.num_steps // self.guidance_stride)
+
+    @property
+    def num_evaluations(self) -> int:
+        """The most evaluations of the network for one image."""
+        return self.num_steps + (len(self.branches) - 1) * self.num_guided_steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,6 +319,9 @@ class Job:
             num_steps=sampling.num_steps,
             timestep_shift=sampling.timestep_shift,
             branches=rule.guidance.branches(sampling.cfg_scale, sampling.img_cfg_scale),
+            solver=sampling.solver,
+            timesteps=sampling.timesteps,
+            guidance_stride=sampling.guidance_stride,
         )
 
     @property

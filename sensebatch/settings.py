@@ -37,6 +37,7 @@ from sensebatch.config import (
     RunConfig,
     TaskDefaults,
     default_config,
+    scheduled,
 )
 from sensebatch.declarations import Declared, declared, plain
 from sensebatch.errors import ConfigError
@@ -241,7 +242,7 @@ def resolve_settings(
     from_flags = _nested(
         {name: value for name, value in (flags or {}).items() if value is not None}
     )
-    chosen = _merge(from_file, from_flags)
+    chosen = _merge(_scheduled(from_file), _scheduled(from_flags))
     section = chosen.get("model")
     model = section.get("model") if isinstance(section, Mapping) else None
     defaults = dump_settings(default_config(model if isinstance(model, str) else TINY_MODEL))
@@ -287,7 +288,8 @@ def _dump_task(defaults: TaskDefaults) -> dict[str, Any]:
     sampling = values.pop("sampling")
     values["resolution"] = None if defaults.resolution is None else str(defaults.resolution)
     values["buckets"] = {name: str(size) for name, size in defaults.buckets.items()}
-    return {**values, **{name: plain(value) for name, value in sampling.items()}}
+    values |= sampling
+    return {name: plain(value) for name, value in values.items()}
 
 
 def _task_defaults(section: _Section) -> TaskDefaults:
@@ -355,6 +357,20 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
         else:
             merged[key] = value
     return merged
+
+
+def _scheduled(layer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns a file's settings, or the flags', with what they imply for each task's steps."""
+    tasks = layer.get("tasks")
+    if not isinstance(tasks, Mapping):
+        return layer
+    implied = {
+        name: {key: plain(value) for key, value in (dict(section) | scheduled(section)).items()}
+        if isinstance(section, Mapping)
+        else section
+        for name, section in tasks.items()
+    }
+    return {**layer, "tasks": implied}
 
 
 def _name_buckets(values: dict[str, Any]) -> None:

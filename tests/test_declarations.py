@@ -23,7 +23,7 @@ from tests.executor.fakes import make_job
 from tests.patched import patched_package, run_patched
 
 FIELD = """
-    grain: Annotated[float, Ge(0), Setting(help="How grainy images are.", of=_draws)] = 0.0
+    grain: Annotated[float, Ge(0), Setting(help="How grainy images are.", of=draws)] = 0.0
 """
 BEFORE = """
         Setting(help="Most text tokens of the job.", of=_limits_text("max_new_tokens")),

@@ -9,9 +9,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, make_dataclass
+from enum import Enum
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from types import UnionType
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
@@ -25,7 +27,7 @@ from sensebatch.cli.options import (
 )
 from sensebatch.cli.paths import path
 from sensebatch.config import TaskDefaults
-from sensebatch.declarations import Declared, declared
+from sensebatch.declarations import Declared, declared, item_of_any_number
 from sensebatch.jobs import Sampling
 from sensebatch.tasks import Output, Task
 
@@ -184,9 +186,18 @@ def _annotation(setting: Declared) -> Any:
         metavar=words.metavar,
         rich_help_panel=_SAMPLING,
     )
+    if (item := item_of_any_number(kind)) is not None:
+        return Annotated[list.__class_getitem__(item) | None, option]
+    if get_origin(kind) is UnionType and issubclass(first := get_args(kind)[0], Enum):
+        return Annotated[first | None, option]
     # A number or a word in a file is text on the command line.
     is_simple = isinstance(kind, type) or words.metavar is not None
     return Annotated[(kind if is_simple else str) | None, option]
+
+
+def _given(value: Any) -> Any:
+    """Returns the value of an option; None if it was not given, as an empty list says too."""
+    return None if value == [] else value
 
 
 def one_job_command(task: Task, about: str) -> Callable[..., None]:
@@ -223,7 +234,7 @@ def one_job_command(task: Task, about: str) -> Callable[..., None]:
         for name in ("model", "batch", "execution", "images", "reading"):
             flags |= given[name].flags() if name in given else {}
         for name, place in groups["settings"].places().items():
-            flags[place] = getattr(given["settings"], name)
+            flags[place] = _given(getattr(given["settings"], name))
         run_command(
             Command(
                 task=task,

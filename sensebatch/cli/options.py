@@ -754,7 +754,7 @@ def _default(place: str, model: str) -> str | None:
         value = value[Task(names.pop(0))]
         value = value if hasattr(value, names[0]) else value.sampling
     value = getattr(value, names[0])
-    if value is None:
+    if value is None or value == ():
         return None
     if isinstance(value, bool):
         return "on" if value else "off"

@@ -43,7 +43,7 @@ from sensebatch.engine.sampling.guidance import Guidance
 from sensebatch.engine.tasks.denoise import Canvas, denoise, draw_noise, image_noise_scale
 from sensebatch.engine.tasks.state import job_generator
 from sensebatch.engine.weights.loader import NetworkLoader, open_weights, warm_up
-from sensebatch.jobs import VramMode
+from sensebatch.jobs import Drawing, VramMode
 from sensebatch.plan.device import place
 from sensebatch.resolutions import Resolution
 from sensebatch.tasks import Branch, Task
@@ -119,9 +119,12 @@ def step_seconds(
     """
     size = Resolution(height=side, width=side)
     drawings = _drawings(runner, jobs, size, prompts)
-    denoise(runner, drawings, size, num_steps=1, timestep_shift=3.0)
+    drawing = Drawing(
+        resolution=size, num_steps=1, timestep_shift=3.0, branches=drawings[0].guidance.branches
+    )
+    denoise(runner, drawings, drawing=drawing)
     start = _now(runner)
-    denoise(runner, drawings, size, num_steps=steps, timestep_shift=3.0)
+    denoise(runner, drawings, drawing=replace(drawing, num_steps=steps))
     return (_now(runner) - start) / (steps * jobs)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from sensebatch.config import SCHEDULE_SETTINGS
 from sensebatch.manifest.fields import FOREIGN_FIELDS, SIZE_FIELDS
 from sensebatch.tasks import Task
 
@@ -13,6 +14,10 @@ _OVERRIDDEN = {
     "seeds": frozenset({"seed", "n"}),
     "n": frozenset({"seeds"}),
     "seed": frozenset({"seeds"}),
+    "quality": frozenset(SCHEDULE_SETTINGS),
+    "timesteps": frozenset({"num_steps", "timestep_shift"}),
+    "num_steps": frozenset({"timesteps"}),
+    "timestep_shift": frozenset({"timesteps"}),
 }
 """The fields that a field, once given, removes from the layers below it, besides itself."""
 

@@ -6,15 +6,18 @@ nothing. A field that is None was not given; defaults are in `config.py`.
 
 from __future__ import annotations
 
+import operator
 import re
 from enum import Enum
+from functools import reduce
+from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 from annotated_types import Len
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag, create_model
 
 from sensebatch.config import TaskDefaults
-from sensebatch.declarations import declared
+from sensebatch.declarations import declared, item_of_any_number
 from sensebatch.jobs import COUNT, MAX_SEED, Sampling
 from sensebatch.resolutions import MAX_SIDE
 from sensebatch.tasks import Task, TaskSpec
@@ -133,9 +136,13 @@ def _plain_type(kind: Any) -> Any:
     if get_origin(kind) is Annotated:
         kind, *limits = get_args(kind)
         return Annotated[(_plain_type(kind), *limits)]
+    if (item := item_of_any_number(kind)) is not None:
+        return list.__class_getitem__(item)
     if get_origin(kind) is tuple:
         item, *rest = get_args(kind)
         return Annotated[list.__class_getitem__(item), Len(1 + len(rest), 1 + len(rest))]
+    if get_origin(kind) is UnionType:
+        return reduce(operator.or_, map(_plain_type, get_args(kind)))
     if isinstance(kind, type) and issubclass(kind, Enum):
         return Literal.__getitem__(tuple(member.value for member in kind))
     return kind

@@ -15,7 +15,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from sensebatch.config import RunConfig
+from sensebatch.config import RunConfig, scheduled
 from sensebatch.declarations import converter, declared
 from sensebatch.errors import Problem
 from sensebatch.image_files import UnusableImageError
@@ -239,7 +239,12 @@ class JobResolver:
             value = given[index]
             if value is not None and (message := error_of(value, task.spec)) is not None:
                 errors.add(name, message)
-        return self._sampling(self._config.tasks[task].sampling, given)
+        if fields.given("timesteps"):
+            for name in ("num_steps", "timestep_shift"):
+                if fields.given(name) is not None:
+                    errors.add(name, "expected none beside timesteps, which say it")
+        quality = fields.given("quality")
+        return self._sampling(self._config.tasks[task].sampling, quality, given)
 
     def _input_max_pixels(
         self, fields: JobFields, task: Task, num_images: int, errors: RowErrors
@@ -334,17 +339,18 @@ def _id(
     return job_id
 
 
-def _sampling(defaults: Sampling, given: tuple[Any, ...]) -> Sampling:
+def _sampling(defaults: Sampling, quality: str | None, given: tuple[Any, ...]) -> Sampling:
     """Returns the defaults, with the given values in their place.
 
     Args:
         defaults: The task's.
+        quality: Stands for several settings; None if not given.
         given: A value for each setting in the order of `_SAMPLING`; None if not given.
     """
+    by_name = dict(zip(_CONVERTERS, given, strict=True))
+    implied = scheduled({**by_name, "quality": quality})
     changes = {
-        name: convert(value)
-        for (name, convert), value in zip(_CONVERTERS.items(), given, strict=True)
-        if value is not None
+        name: convert(implied[name]) for name, convert in _CONVERTERS.items() if name in implied
     }
     return replace(defaults, **changes)
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.checkpoint.heads import head_of
-from sensebatch.jobs import Precision
+from sensebatch.jobs import Drawing, Precision, Solver
 from sensebatch.plan.computation import Computation
 from sensebatch.plan.load import Load
 from sensebatch.plan.passes import (
@@ -101,11 +101,18 @@ def denoise_bytes(
         return 0
     tokens, branches = load.image_tokens, len(load.group.branches)
     caches = cache_bytes(computation, (cached_jobs or jobs) * load.prefix_tokens)
-    state = 4 * TOKEN_NUMBERS * tokens * jobs
+    state = 4 * TOKEN_NUMBERS * tokens * jobs * (1 + kept_per_image(load.group.drawing))
     patch_rotary = 2 * 4 * 4 * tokens * computation.arch.vision_hidden_size // 2
     velocities = velocity_bytes(tokens, jobs, branches)
     network = _image_pass_bytes(computation, load, jobs, jobs * branches)
     return caches + state + patch_rotary + max(network, velocities)
+
+
+def kept_per_image(drawing: Drawing) -> int:
+    """Returns how many tensors of an image's size are kept for it from step to step, besides it."""
+    of_solver = 0 if drawing.solver is Solver.EULER else 1
+    of_guidance = 1 if drawing.guidance_stride > 1 and len(drawing.branches) > 1 else 0
+    return of_solver + of_guidance
 
 
 def velocity_bytes(image_tokens: int, jobs: int, branches: int) -> int:

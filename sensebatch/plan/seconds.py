@@ -254,20 +254,22 @@ class Clock:
         if drawing is None:
             return
         prefixes = [0 if branch is Branch.UNCOND else prefix for branch in drawing.branches]
+        guided = drawing.num_guided_steps
         for count, num_passes in _parts(jobs, load.jobs_per_pass(tokens_per_pass)):
-            work = denoising_work(
-                self._computation,
-                self._sizes,
-                tokens=load.image_tokens,
-                images=count,
-                prefixes=prefixes * count,
-            )
-            yield Pass(
-                blocks=self._orders.images,
-                seconds=work.seconds(self._speeds),
-                count=num_passes * drawing.num_steps,
-                keeps=True,
-            )
+            for seen, steps in ((prefixes, guided), ([prefix], drawing.num_steps - guided)):
+                work = denoising_work(
+                    self._computation,
+                    self._sizes,
+                    tokens=load.image_tokens,
+                    images=count,
+                    prefixes=seen * count,
+                )
+                yield Pass(
+                    blocks=self._orders.images,
+                    seconds=work.seconds(self._speeds),
+                    count=num_passes * steps,
+                    keeps=True,
+                )
 
 
 def new_clock(computation: Computation, speeds: Speeds) -> Clock | None:

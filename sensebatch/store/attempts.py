@@ -70,7 +70,7 @@ class Attempt:
     height: Int32 | None
     """Pixels; likewise."""
     num_steps: Int32
-    """Euler steps for one image."""
+    """Steps for one image."""
     cfg_scale: float
     """Guidance scale of the text."""
     img_cfg_scale: float
@@ -81,6 +81,13 @@ class Attempt:
     """Two timesteps between which guidance is applied."""
     timestep_shift: float
     """Shift of the timestep schedule."""
+    solver: str | None = None
+    """`euler`, `ab2` or `dpm2m`; null in rows of versions that had Euler's steps alone."""
+    timesteps: tuple[float, ...] | None = None
+    """The timesteps between 0 and 1, where they are given in place of a shift; else empty, and null
+    in rows of versions that did not have them."""
+    guidance_stride: Int32 | None = None
+    """Guidance was evaluated in every so many of its steps; null likewise."""
     think: bool
     """Whether the model thinks before it draws."""
     num_input_images: Int32

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from sensebatch.declarations import restored, stated
-from sensebatch.jobs import Drawing, GroupKey, InputImage, Job, Sampling, Source
+from sensebatch.jobs import Drawing, GroupKey, InputImage, Job, Sampling, Solver, Source
 from sensebatch.resolutions import Resolution
 from sensebatch.tasks import Branch, Task
 
@@ -99,6 +99,8 @@ def group_to_json(group: GroupKey) -> str:
     # The order in which every version has written them.
     values["think"] = group.think
     values["branches"] = group.drawing.branches
+    # Later fields, which are there only if they are used.
+    values |= {name: value for name, value in stated(group.drawing).items() if name not in values}
     return _dumps(values)
 
 
@@ -112,5 +114,8 @@ def group_from_json(text: str) -> GroupKey:
             num_steps=values["num_steps"],
             timestep_shift=values["timestep_shift"],
             branches=tuple(map(Branch, values["branches"])),
+            solver=Solver(values.get("solver", Solver.EULER)),
+            timesteps=tuple(values.get("timesteps", ())),
+            guidance_stride=values.get("guidance_stride", 1),
         )
     return GroupKey(task=Task(values["task"]), think=values["think"], drawing=drawing)

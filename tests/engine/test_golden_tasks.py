@@ -12,15 +12,18 @@ from sensebatch.contract import Channel
 from sensebatch.engine.model import attention
 from sensebatch.engine.model.patchify import tokens_to_image
 from sensebatch.engine.runner import Runner
-from sensebatch.engine.sampling.flow_matching import euler, timesteps
+from sensebatch.engine.sampling.flow_matching import timesteps
 from sensebatch.engine.sampling.guidance import Guidance
+from sensebatch.engine.sampling.solvers import integrate
 from sensebatch.engine.tasks import denoise as denoise_module
 from sensebatch.engine.tasks import interleave
 from sensebatch.engine.tasks.denoise import Canvas, denoise, draw_noise, image_noise_scale
 from sensebatch.engine.tasks.interleave import run_interleave
 from sensebatch.engine.tasks.state import start_jobs
+from sensebatch.jobs import Solver
 from sensebatch.tasks import Branch
 from tests.engine import golden_model
+from tests.engine.drawings import drawing_of
 from tests.engine.golden_model import (
     TASKS,
     KeptImages,
@@ -131,20 +134,22 @@ def test_every_step_of_an_image_matches_the_reference(monkeypatch: pytest.Monkey
     velocities: list[dict[str, torch.Tensor]] = []
     combine = Guidance.combine
 
-    def watched_euler(z: torch.Tensor, schedule: torch.Tensor, velocity: Any) -> torch.Tensor:
+    def watched_integrate(
+        z: torch.Tensor, schedule: torch.Tensor, velocity: Any, solver: Solver
+    ) -> torch.Tensor:
         def watched(z_JNx: torch.Tensor, *args: Any) -> torch.Tensor:
             states.append(z_JNx.clone())
             return velocity(z_JNx, *args)
 
-        return euler(z, schedule, watched)
+        return integrate(z, schedule, watched, solver)
 
     def watched_combine(
-        self: Guidance, found: Mapping[Branch, torch.Tensor], step: int, t: float
+        self: Guidance, found: Mapping[Branch, torch.Tensor], step: int
     ) -> torch.Tensor:
         velocities.append({branch: v.clone() for branch, v in found.items()})
-        return combine(self, found, step, t)
+        return combine(self, found, step)
 
-    monkeypatch.setattr(denoise_module, "euler", watched_euler)
+    monkeypatch.setattr(denoise_module, "integrate", watched_integrate)
     monkeypatch.setattr(Guidance, "combine", watched_combine)
     with infer():
         draw_together(build_runner(case), [build_job(case, generation_prompt(case))])
@@ -199,7 +204,7 @@ def test_each_step_of_an_edit_evaluates_the_branches_of_the_reference(
     sampling = build_job(case, "").job.sampling
     schedule = timesteps(sampling.num_steps, sampling.timestep_shift)[:-1].tolist()
     guidance = Guidance(TASKS[case.kind], sampling)
-    found = [len(guidance.branches_at(t)) for t in schedule]
+    found = [len(step.branches) for step in guidance.evaluations(schedule)]
     assert found == case.outputs["branch_calls_per_step"]
 
 
@@ -216,9 +221,12 @@ def test_a_batch_of_two_matches_the_reference(config: str) -> None:
                 Canvas(guidance=state.guidance, caches=state.caches, noise=noise)
                 for state, noise in zip(running, case.tensor("initial_noise"), strict=True)
             ],
-            case_resolutions(case)[0],
-            num_steps=case.params["num_steps"],
-            timestep_shift=case.params["timestep_shift"],
+            drawing=drawing_of(
+                running[0].guidance,
+                case_resolutions(case)[0],
+                num_steps=case.params["num_steps"],
+                timestep_shift=case.params["timestep_shift"],
+            ),
         )
     assert relative_error(images, case.tensor("final_image")) < TOLERANCE
 

@@ -25,6 +25,7 @@ from sensebatch.engine.tasks.denoise import Canvas, denoise, draw_noise
 from sensebatch.engine.tasks.state import job_generator
 from sensebatch.resolutions import Resolution
 from sensebatch.tasks import Branch, Task
+from tests.engine.drawings import drawing_of
 from tests.engine.golden_model import fill, infer
 from tests.engine.test_sampling import SAMPLING
 from tests.golden_data import ByteTokenizer, golden_architecture, rule_weights
@@ -131,7 +132,7 @@ def test_an_image_is_kept_in_float32_between_the_steps() -> None:
             caches={Branch.COND: extension.cache, Branch.IMG_COND: extension.cache},
             noise=draw_noise(arch, SIZE, job_generator(1)),
         )
-        drawn = denoise(runner, [canvas], SIZE, num_steps=5, timestep_shift=3.0)
+        drawn = denoise(runner, [canvas], drawing=drawing_of(canvas.guidance, SIZE, num_steps=5))
     assert canvas.noise.dtype == torch.float32
     torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-5)
 

@@ -96,7 +96,8 @@ def test_the_interval_is_closed_for_t2i_and_open_for_the_others(
 ) -> None:
     guidance = Guidance(task, replace(SAMPLING, cfg_interval=interval))
     assert guidance.active(t) is active
-    assert (len(guidance.branches_at(t)) == 1) is not active
+    (step,) = guidance.evaluations([t])
+    assert (len(step.branches) == 1) is not active
 
 
 ON_THE_SCHEDULE = [
@@ -147,9 +148,9 @@ def test_a_guided_velocity_is_made_shorter_and_never_longer(
     cond = torch.ones(2, 2)
     uncond = torch.tensor([[0.0, 0.0], [1.2, 1.2]])
     guidance = Guidance(Task.T2I, replace(SAMPLING, cfg_scale=4.0, cfg_norm=norm))
-    found = guidance.combine({Branch.COND: cond, Branch.UNCOND: uncond}, 1, 0.5)
+    found = guidance.combine({Branch.COND: cond, Branch.UNCOND: uncond}, 1)
     torch.testing.assert_close(found, torch.tensor(expected)[:, None].expand(2, 2))
-    alone = guidance.combine({Branch.COND: cond[1:], Branch.UNCOND: uncond[1:]}, 1, 0.5)
+    alone = guidance.combine({Branch.COND: cond[1:], Branch.UNCOND: uncond[1:]}, 1)
     torch.testing.assert_close(alone, torch.full((1, 2), 0.4))
 
 
@@ -157,9 +158,12 @@ def test_cfg_zero_star_stands_still_at_step_0_only_where_guidance_is_active() ->
     velocities = {Branch.COND: torch.ones(4, 3), Branch.UNCOND: torch.full((4, 3), 0.5)}
     sampling = replace(SAMPLING, cfg_norm=CfgNorm.CFG_ZERO_STAR, cfg_interval=(0.5, 1.0))
     guidance = Guidance(Task.T2I, sampling)
-    assert torch.equal(guidance.combine(velocities, 0, 0.6), torch.zeros(4, 3))
-    assert torch.equal(guidance.combine(velocities, 0, 0.1), velocities[Branch.COND])
-    assert guidance.combine(velocities, 1, 0.6).abs().sum() > 0
+    inside, outside = guidance.evaluations([0.6, 0.1])
+    assert (inside.branches, outside.branches) == ((Branch.COND, Branch.UNCOND), (Branch.COND,))
+    assert torch.equal(guidance.combine(velocities, 0), torch.zeros(4, 3))
+    alone = {Branch.COND: velocities[Branch.COND]}
+    assert torch.equal(guidance.combine(alone, 0), velocities[Branch.COND])
+    assert guidance.combine(velocities, 1).abs().sum() > 0
 
 
 def test_an_interleave_job_stops_at_its_last_image() -> None:

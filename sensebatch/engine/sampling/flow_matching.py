@@ -1,22 +1,18 @@
-"""Rectified flow from noise (t = 0) to image (t = 1): schedule, noise scale, Euler steps.
+"""Rectified flow from noise (t = 0) to image (t = 1): schedules, noise and velocity.
 
-Knows neither the network nor guidance: it integrates the velocity function that it is given. The
-state stays in float32. Shape suffixes: J jobs, N tokens of an image.
+Knows neither the network nor guidance. Shape suffixes: N tokens of an image.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 T_EPS = 0.02
 """Smallest divisor of the velocity. The published loops use it whatever the checkpoint says."""
-
-Velocity = Callable[[Tensor, int, float], Tensor]
-"""(z_JNx, step index, t) -> v_JNx"""
 
 
 def timesteps(num_steps: int, shift: float) -> Tensor:
@@ -28,6 +24,11 @@ def timesteps(num_steps: int, shift: float) -> Tensor:
     """
     sigma = 1 - torch.linspace(0, 1, num_steps + 1)
     return 1 - shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def explicit_timesteps(between: Sequence[float]) -> Tensor:
+    """Returns the schedule with these timesteps between 0 and 1, float32 `[len(between) + 2]`."""
+    return torch.tensor([0.0, *between, 1.0])
 
 
 def noise_scale(
@@ -73,18 +74,3 @@ def velocity_from_image(x_Nx: Tensor, z_Nx: Tensor, t: float, out: Tensor | None
     """
     difference = torch.sub(x_Nx, z_Nx, out=out)
     return torch.div(difference, max(1 - t, T_EPS), out=out)
-
-
-def euler(z_JNx: Tensor, schedule: Tensor, velocity: Velocity) -> Tensor:
-    """Integrates from the schedule's first timestep to its last, in place, and returns `z_JNx`.
-
-    Args:
-        z_JNx: float32 noise as tokens; becomes the image, so that the noise takes no extra memory.
-        schedule: Timesteps, float32 `[num_steps + 1]`.
-        velocity: Returns the guided velocity of all jobs at a step.
-    """
-    times = schedule.tolist()
-    steps = (schedule[1:] - schedule[:-1]).tolist()
-    for index, step in enumerate(steps):
-        z_JNx += step * velocity(z_JNx, index, times[index])
-    return z_JNx

@@ -5,7 +5,8 @@ One job at a time; numbers only. Shape suffixes: N tokens of an image.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,6 +17,17 @@ from sensebatch.tasks import Branch, Task
 
 COND, IMG_COND, UNCOND = Branch.COND, Branch.IMG_COND, Branch.UNCOND
 NORM_EPS = 1e-8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What a step of one job evaluates."""
+
+    branches: tuple[Branch, ...]
+    keeps_effect: bool
+    """Whether the effect of guidance on the predicted image is used again by later steps."""
+    uses_effect: bool
+    """Whether the effect that was kept last is added to the conditional velocity."""
 
 
 class Guidance:
@@ -33,6 +45,7 @@ class Guidance:
         self._scale = sampling.cfg_scale
         self._image_scale = sampling.img_cfg_scale
         self._norm = sampling.cfg_norm
+        self._stride = sampling.guidance_stride
         # Schedules are float32, so an end that is meant to lie on a timestep must be rounded alike.
         low, high = (float(np.float32(end)) for end in sampling.cfg_interval)
         self._interval = low, high
@@ -48,22 +61,39 @@ class Guidance:
             return low <= t <= high
         return low < t < high or low == 0
 
-    def branches_at(self, t: float) -> tuple[Branch, ...]:
-        """Returns the branches to evaluate at timestep t."""
-        return self.branches if self.active(t) else (COND,)
-
-    def combine(self, velocities: Mapping[Branch, Tensor], step: int, t: float) -> Tensor:
-        """Returns the velocity `[N, 3072]` from those of `branches_at(t)`, all float32.
+    def evaluations(self, times: Sequence[float]) -> list[Evaluation]:
+        """Returns what each step evaluates and whether it uses the effect of guidance again.
 
         Args:
-            velocities: Velocity of each branch.
+            times: The timestep of each step.
+        """
+        steps, num_guided = [], 0
+        for index, t in enumerate(times):
+            active = self.active(t)
+            fresh = active and num_guided % self._stride == 0
+            # The step at which `cfg_zero_star` stands still has no effect to use again.
+            stands = index == 0 and self._norm is CfgNorm.CFG_ZERO_STAR
+            num_guided += active and not stands
+            steps.append(
+                Evaluation(
+                    branches=self.branches if fresh else (COND,),
+                    keeps_effect=fresh and self._stride > 1,
+                    uses_effect=active and not fresh,
+                )
+            )
+        return steps
+
+    def combine(self, velocities: Mapping[Branch, Tensor], step: int) -> Tensor:
+        """Returns the velocity `[N, 3072]` from those of all branches, all float32.
+
+        Args:
+            velocities: Velocity of each branch that the step evaluates.
             step: The index of the step; `cfg_zero_star` does not move at the first.
-            t: Timestep.
 
         Source: SenseNova-U1 release; CFG-Zero* (arXiv 2503.18886) with one zeroed step.
         """
         cond = velocities[COND]
-        if not self.active(t):
+        if len(velocities) == 1:
             return cond
         if self._norm is CfgNorm.CFG_ZERO_STAR:
             return self._zero_star(cond, velocities[UNCOND], step)

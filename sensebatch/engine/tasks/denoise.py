@@ -19,14 +19,16 @@ from sensebatch.engine.model.network import ImagePositions
 from sensebatch.engine.model.patchify import image_to_tokens, tokens_to_image
 from sensebatch.engine.runner import Runner
 from sensebatch.engine.sampling.flow_matching import (
-    Velocity,
-    euler,
+    T_EPS,
+    explicit_timesteps,
     initial_noise,
     noise_scale,
     timesteps,
     velocity_from_image,
 )
-from sensebatch.engine.sampling.guidance import Guidance
+from sensebatch.engine.sampling.guidance import COND, Guidance
+from sensebatch.engine.sampling.solvers import Velocity, integrate
+from sensebatch.jobs import Drawing
 from sensebatch.resolutions import TOKEN_NUMBERS, Resolution
 from sensebatch.tasks import Branch
 
@@ -70,10 +72,8 @@ def passes(runner: Runner, num_jobs: int, resolution: Resolution) -> list[slice]
 def denoise(
     runner: Runner,
     canvases: Sequence[Canvas],
-    resolution: Resolution,
     *,
-    num_steps: int,
-    timestep_shift: float,
+    drawing: Drawing,
     place: tuple[int, int] = (0, 1),
 ) -> Tensor:
     """Returns the finished images of a pass, float32 `[J, 3, height, width]`, not clamped.
@@ -84,12 +84,11 @@ def denoise(
     Args:
         runner: The network.
         canvases: One for each job of the pass.
-        resolution: The size of every image.
-        num_steps: Euler steps.
-        timestep_shift: Shift of the schedule.
+        drawing: The size of every image, the schedule and the solver.
         place: Index of the pass in its batch, and how many passes the batch has; for progress.
     """
-    schedule = timesteps(num_steps, timestep_shift)
+    schedule = drawing_schedule(drawing)
+    resolution, num_steps = drawing.resolution, drawing.num_steps
     with runner.denoising():
         velocity = _guided_velocity(runner, canvases, resolution, schedule)
         number, count = place
@@ -101,8 +100,16 @@ def denoise(
             runner.progress(Progress(phase=Phase.DENOISE, step=done, num_steps=all_steps))
             return v_JNx
 
-        z_JNx = euler(_noise(runner, canvases, resolution), schedule, reported)
+        noise = _noise(runner, canvases, resolution)
+        z_JNx = integrate(noise, schedule, reported, drawing.solver)
         return tokens_to_image(z_JNx, resolution.height, resolution.width)
+
+
+def drawing_schedule(drawing: Drawing) -> Tensor:
+    """Returns the timesteps of an image from 0 to 1, float32 `[num_steps + 1]`."""
+    if drawing.timesteps:
+        return explicit_timesteps(drawing.timesteps)
+    return timesteps(drawing.num_steps, drawing.timestep_shift)
 
 
 def _noise(runner: Runner, canvases: Sequence[Canvas], resolution: Resolution) -> Tensor:
@@ -127,9 +134,12 @@ def _guided_velocity(
     of_all = {id(cache): cache for canvas in canvases for cache in canvas.caches.values()}
     fetched = {key: cache.brought() for key, cache in of_all.items()}
     shared: dict[tuple[tuple[Branch, ...], ...], ImagePositions] = {}
+    times = schedule[:-1].tolist()
+    evaluations = [canvas.guidance.evaluations(times) for canvas in canvases]
+    effects: dict[int, Tensor] = {}
 
     def velocity(z_JNx: Tensor, step: int, t: float) -> Tensor:
-        branches = tuple(canvas.guidance.branches_at(t) for canvas in canvases)
+        branches = tuple(of_job[step].branches for of_job in evaluations)
         rows = [job for job, names in enumerate(branches) for _ in names]
         caches = [
             fetched[id(canvas.caches[name])]
@@ -144,12 +154,18 @@ def _guided_velocity(
             )
         )
         v_JNx = torch.empty_like(z_JNx)
-        for canvas, names, z_Nx, v_Nx in zip(canvases, branches, z_JNx, v_JNx, strict=True):
+        remaining = max(1 - t, T_EPS)
+        for job, (canvas, z_Nx, v_Nx) in enumerate(zip(canvases, z_JNx, v_JNx, strict=True)):
+            evaluated = evaluations[job][step]
             velocities = {}
-            for name in names:
+            for name in evaluated.branches:
                 x_Nx = next(predicted)
                 velocities[name] = velocity_from_image(x_Nx, z_Nx, t, out=x_Nx)
-            v_Nx.copy_(canvas.guidance.combine(velocities, step, t))
+            v_Nx.copy_(canvas.guidance.combine(velocities, step))
+            if evaluated.keeps_effect:
+                effects[job] = (v_Nx - velocities[COND]).mul_(remaining)
+            elif evaluated.uses_effect:
+                v_Nx.add_(effects[job], alpha=1 / remaining)
         return v_JNx
 
     return velocity

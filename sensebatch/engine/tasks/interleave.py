@@ -253,16 +253,15 @@ def _denoise_pass(
     place: tuple[int, int],
 ) -> None:
     """Draws the images of a pass and leaves nothing of it on the device."""
-    sampling = group[0][0].state.job.sampling
+    drawing = group[0][0].state.job.drawing
+    assert drawing is not None
     images = denoise(
         runner,
         [
             Canvas(guidance=job.state.guidance, caches=job.state.caches, noise=noise)
             for job, noise in group
         ],
-        resolution,
-        num_steps=sampling.num_steps,
-        timestep_shift=sampling.timestep_shift,
+        drawing=replace(drawing, resolution=resolution),
         place=place,
     )
     for (job, _), image in zip(group, images, strict=True):

@@ -109,9 +109,7 @@ def draw(runner: Runner, running: Sequence[RunningJob], place: tuple[int, int] =
     return denoise(
         runner,
         canvases,
-        drawing.resolution,
-        num_steps=drawing.num_steps,
-        timestep_shift=drawing.timestep_shift,
+        drawing=drawing,
         place=place,
     )
 

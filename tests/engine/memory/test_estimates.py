@@ -33,13 +33,14 @@ from sensebatch.engine.sampling.text import Script
 from sensebatch.engine.tasks import interleave, single_image
 from sensebatch.engine.tasks.denoise import Canvas, denoise
 from sensebatch.engine.tasks.state import PreparedJob, prepare_job
-from sensebatch.jobs import CfgNorm, Drawing, GroupKey, Job, Precision, Source
+from sensebatch.jobs import CfgNorm, Drawing, GroupKey, Job, Precision, Solver, Source
 from sensebatch.plan.batches import make_plan, plan_entry
 from sensebatch.plan.computation import Computation
 from sensebatch.plan.footprint import (
     cache_bytes,
     decodes_fast,
     denoise_bytes,
+    kept_per_image,
     prompt_bytes,
     text_bytes,
     velocity_bytes,
@@ -48,6 +49,7 @@ from sensebatch.plan.load import Load, group_load
 from sensebatch.plan.passes import ROOM_SPARE
 from sensebatch.resolutions import Resolution
 from sensebatch.tasks import Branch, Task
+from tests.engine.drawings import drawing_of
 from tests.engine.golden_model import infer
 from tests.engine.memory.tracker import LiveBytes
 from tests.golden_data import CONFIGS, ByteTokenizer, golden_architecture
@@ -177,7 +179,7 @@ def drawn_bytes(
             noise = torch.zeros(3, side, side, device=network.device)
             canvases.append(Canvas(guidance=guidance, caches=caches, noise=noise))
         live.peak = live.now
-        denoise(runner, canvases, size, num_steps=2, timestep_shift=3.0)
+        denoise(runner, canvases, drawing=drawing_of(guidance, size))
         # Noise as it was drawn is in host memory, which is the device here.
         return live.peak - sum(canvas.noise.nbytes for canvas in canvases)
 
@@ -423,16 +425,24 @@ def test_a_cache_takes_what_is_expected() -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "jobs", "norm"),
+    ("task", "jobs", "norm", "others"),
     [
-        (Task.T2I, 3, CfgNorm.NONE),
-        (Task.T2I, 1, CfgNorm.CFG_ZERO_STAR),
-        (Task.T2I, 2, CfgNorm.CHANNEL),
-        (Task.EDIT, 2, CfgNorm.GLOBAL),
+        (Task.T2I, 3, CfgNorm.NONE, {}),
+        (Task.T2I, 1, CfgNorm.CFG_ZERO_STAR, {}),
+        (Task.T2I, 2, CfgNorm.CHANNEL, {}),
+        (Task.EDIT, 2, CfgNorm.GLOBAL, {}),
+        (Task.T2I, 3, CfgNorm.NONE, {"solver": Solver.AB2}),
+        (Task.T2I, 1, CfgNorm.NONE, {"solver": Solver.DPM2M}),
+        (Task.EDIT, 2, CfgNorm.NONE, {"solver": Solver.DPM2M, "guidance_stride": 2}),
+        (Task.T2I, 3, CfgNorm.GLOBAL, {"guidance_stride": 3}),
     ],
 )
-def test_guidance_takes_what_is_expected(
-    monkeypatch: pytest.MonkeyPatch, task: Task, jobs: int, norm: CfgNorm
+def test_guidance_and_solvers_take_what_is_expected(
+    monkeypatch: pytest.MonkeyPatch,
+    task: Task,
+    jobs: int,
+    norm: CfgNorm,
+    others: dict[str, Any],
 ) -> None:
     """With a network that needs nothing but what it returns."""
     network, size = small_network(), Resolution(height=512, width=512)
@@ -440,6 +450,7 @@ def test_guidance_takes_what_is_expected(
     sampling = replace(
         default_config("8b").tasks[task].sampling, cfg_scale=4, img_cfg_scale=2, cfg_norm=norm
     )
+    sampling = replace(sampling, **others)
     guidance = Guidance(task, sampling)
 
     def predict(z_JNx: torch.Tensor, *args: Any) -> torch.Tensor:
@@ -450,10 +461,11 @@ def test_guidance_takes_what_is_expected(
     noise = torch.zeros(3, 512, 512)
     canvas = Canvas(guidance=guidance, caches=caches, noise=noise)
     with infer(), LiveBytes() as live:
-        denoise(runner, [canvas] * jobs, size, num_steps=2, timestep_shift=3.0)
+        drawing = drawing_of(guidance, size, num_steps=5, **others)
+        denoise(runner, [canvas] * jobs, drawing=drawing)
     branches = len(guidance.branches)
     assert branches == (3 if task is Task.EDIT else 2)
-    state = jobs * noise.nbytes
+    state = jobs * noise.nbytes * (1 + kept_per_image(drawing))
     expected = state + velocity_bytes(size.image_tokens, jobs, branches)
     assert LEAST <= expected / live.peak <= MOST, (expected, live.peak)
 

@@ -1,0 +1,132 @@
+"""Which steps a job takes, when `quality`, `timesteps` and the single settings meet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sensebatch.config import PRESETS, SCHEDULE_SETTINGS, default_config
+from sensebatch.errors import ManifestError
+from sensebatch.jobs import Job, Quality, Sampling, Solver, group_key
+from sensebatch.manifest.read import read_manifest
+from sensebatch.settings import dump_settings, resolve_settings
+from sensebatch.store.codec import group_from_json, group_to_json
+from sensebatch.tasks import Task
+from sensebatch.yaml_values import dump_yaml
+
+EXACT = {
+    "num_steps": 50,
+    "timestep_shift": 3.0,
+    "solver": Solver.EULER,
+    "timesteps": (),
+    "guidance_stride": 1,
+}
+
+
+def _steps(sampling: Sampling) -> dict[str, Any]:
+    return {name: getattr(sampling, name) for name in SCHEDULE_SETTINGS}
+
+
+def _job(tmp_path: Path, job: dict[str, Any], defaults: dict[str, Any] | None = None) -> Job:
+    path = tmp_path / "jobs.yaml"
+    rows = {"version": 1, "defaults": defaults or {}, "jobs": [{"id": "a", "prompt": "a", **job}]}
+    path.write_text(dump_yaml(rows), encoding="utf-8")
+    (read,) = read_manifest(path, default_config())
+    return read
+
+
+def test_exact_is_the_published_sampler() -> None:
+    assert {**EXACT, **PRESETS[Quality.EXACT]} == EXACT
+    assert _steps(default_config("8b").tasks[Task.T2I].sampling) == EXACT
+
+
+@pytest.mark.parametrize("quality", Quality)
+def test_a_quality_stands_for_every_setting_of_the_steps(tmp_path: Path, quality: Quality) -> None:
+    defaults = {"num_steps": 30, "solver": "dpm2m", "guidance_stride": 2}
+    job = _job(tmp_path, {"quality": quality.value}, defaults)
+    neutral = {"timesteps": (), "guidance_stride": 1}
+    assert _steps(job.sampling) == {**neutral, **PRESETS[quality]}
+
+
+def test_what_is_said_beside_a_quality_or_above_it_wins(tmp_path: Path) -> None:
+    beside = _job(tmp_path, {"quality": "high", "num_steps": 9})
+    above = _job(tmp_path, {"num_steps": 9}, {"quality": "high"})
+    assert _steps(beside.sampling) == _steps(above.sampling)
+    assert (above.sampling.num_steps, above.sampling.solver) == (9, Solver.AB2)
+
+
+def test_timesteps_say_how_many_steps_there_are(tmp_path: Path) -> None:
+    job = _job(tmp_path, {"timesteps": [0.25, 0.5]}, {"num_steps": 30})
+    assert (job.sampling.num_steps, job.sampling.timesteps) == (3, (0.25, 0.5))
+    assert job.drawing is not None
+    assert job.drawing.num_evaluations == 3
+
+
+@pytest.mark.parametrize("name", ["num_steps", "timestep_shift", "quality"])
+def test_what_stands_above_timesteps_replaces_them(tmp_path: Path, name: str) -> None:
+    value = {"num_steps": 5, "timestep_shift": 2.0, "quality": "fast"}[name]
+    job = _job(tmp_path, {name: value}, {"timesteps": [0.25, 0.5]})
+    assert job.sampling.timesteps == ()
+
+
+def test_steps_beside_timesteps_are_a_mistake(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match="num_steps: expected none beside timesteps"):
+        _job(tmp_path, {"timesteps": [0.25], "num_steps": 2})
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "message"),
+    [
+        ([0.5, 0.5], "expected rising timesteps"),
+        ([0.0, 0.5], "more than 0"),
+        ([0.5, 1.0], "less than 1"),
+    ],
+)
+def test_timesteps_rise_between_0_and_1(tmp_path: Path, timesteps: Any, message: str) -> None:
+    with pytest.raises(ManifestError, match=f"timesteps.*{message}"):
+        _job(tmp_path, {"timesteps": timesteps})
+
+
+def test_a_file_and_a_flag_say_it_alike(tmp_path: Path) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text("tasks: {t2i: {quality: high, guidance_stride: 2}}", encoding="utf-8")
+    of_file = resolve_settings(config_file=path).tasks[Task.T2I]
+    assert _steps(of_file.sampling) == {
+        "timesteps": (),
+        **PRESETS[Quality.HIGH],
+        "guidance_stride": 2,
+    }
+    flags = {"tasks.t2i.quality": "exact"}
+    assert _steps(resolve_settings(config_file=path, flags=flags).tasks[Task.T2I].sampling) == EXACT
+    by_flag = resolve_settings(config_file=path, flags={"tasks.t2i.num_steps": 7})
+    found = by_flag.tasks[Task.T2I].sampling
+    assert (found.num_steps, found.solver) == (7, Solver.AB2)
+
+
+def test_settings_with_timesteps_can_be_read_again(tmp_path: Path) -> None:
+    flags = {"tasks.t2i.timesteps": [0.25, 0.5], "tasks.edit.quality": "fast"}
+    resolved = resolve_settings(flags=flags)
+    assert resolved.tasks[Task.T2I].sampling.num_steps == 3
+    path = tmp_path / "settings.yaml"
+    path.write_text(dump_yaml(dump_settings(resolved)), encoding="utf-8")
+    assert resolve_settings(config_file=path) == resolved
+
+
+def test_jobs_of_other_steps_are_not_drawn_together(tmp_path: Path) -> None:
+    plain = _job(tmp_path, {"num_steps": 3})
+    others = [
+        _job(tmp_path, {"num_steps": 3, **changed})
+        for changed in ({"solver": "ab2"}, {"solver": "dpm2m"}, {"guidance_stride": 2})
+    ]
+    others.append(_job(tmp_path, {"timesteps": [0.3, 0.6]}))
+    groups = [group_key(job) for job in (plain, *others)]
+    assert len(set(groups)) == 5
+    assert [group_from_json(group_to_json(group)) for group in groups] == groups
+
+
+def test_evaluations_count_guided_steps_alone(tmp_path: Path) -> None:
+    job = _job(tmp_path, {"num_steps": 7, "cfg_scale": 4.0, "guidance_stride": 3})
+    assert job.drawing is not None
+    assert (job.drawing.num_guided_steps, job.drawing.num_evaluations) == (3, 10)
