@@ -27,11 +27,12 @@ SUFFIXES = (".yaml", ".jsonl", ".parquet")
 
 
 def contents(path: Path, config: RunConfig) -> list[Job]:
-    """Returns the jobs without the places that a conversion changes."""
+    """Returns the jobs without the places that a conversion changes, and the matrix it expands."""
     return [
         replace(
             job,
             source=NOWHERE,
+            matrix={},
             images=tuple(replace(image, path="", member=None) for image in job.images),
         )
         for job in read_manifest(path, config)
