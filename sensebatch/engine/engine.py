@@ -277,11 +277,14 @@ class SenseNovaEngine:
             held_host_bytes=self._held_host_bytes(),
         )
         self._pixel_limits = config.pixel_limits
-        cap_device_memory(device, config.memory.vram_budget_bytes)
-        memory = DevicePeak(device)
         stays = self._residency.suits(placements.first)
+        # What an earlier run had may be more than this one's budget.
         if not stays:
             self._unload()
+        elif placements.first.num_buffers is not None:
+            self._residency.resize(placements.first.num_buffers)
+        cap_device_memory(device, config.memory.vram_budget_bytes)
+        memory = DevicePeak(device)
         compile_s = warm_up(self._loader, self._attention, placements.fitted(loads))
         if not stays:
             self._network, self._residency = self._loader.load(placements.first, stop)

@@ -66,6 +66,26 @@ def test_weights_stay_where_the_new_plan_has_them_and_are_loaded_again_elsewhere
     assert _weights_of(engine) is not streamed
 
 
+def test_a_smaller_budget_is_a_cap_after_the_earlier_run_has_left_its_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = load(make_config(vram_mode="full"))
+    held: list[int | None] = []
+
+    def cap(*_: object) -> None:
+        residency = vars(engine).get("_residency")
+        held.append(None if residency is None else residency._pool.num_bytes)
+
+    monkeypatch.setattr(engine_module, "cap_device_memory", cap)
+    for mode in ("fast", "low"):
+        _replan(engine, vram_mode=mode)
+    most = engine._residency._pool.num_bytes
+    _replan(engine, vram_mode="fast")
+    # Nothing while weights are loaded elsewhere; then no more than the new run may have.
+    assert held == [None, most, engine._residency._pool.num_bytes]
+    assert held[1] < held[2]
+
+
 def test_weights_in_host_memory_do_not_suit_a_smaller_budget() -> None:
     engine = load(make_config(vram_mode="low"))
     held, placement = engine._residency.host_bytes, engine._placements.first
