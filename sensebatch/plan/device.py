@@ -14,7 +14,7 @@ from sensebatch.plan import passes
 from sensebatch.plan.batches import Demand
 from sensebatch.plan.computation import Computation
 from sensebatch.plan.footprint import working_bytes
-from sensebatch.plan.host import HostMemory, host_working_bytes
+from sensebatch.plan.host import HostMemory, host_working_bytes, prepared_bytes
 from sensebatch.plan.load import Load
 from sensebatch.plan.passes import RING
 from sensebatch.plan.placement import Placement, Placements, Refusal
@@ -218,7 +218,7 @@ class _Planner:
         Raises:
             ConfigError: The host's budget is too small.
         """
-        working = [self._host_working(option) for option, _ in options]
+        working = self._expected_working([option for option, _ in options])
         most = max(working)
         demanding, _ = options[working.index(most)]
         least = self.host.least_bytes(most, streams=demanding.streams)
@@ -356,7 +356,24 @@ class _Planner:
         )
 
     def _host_holds(self, option: _Option) -> bool:
-        return self.host.holds(self._host_working(option), streams=option.streams)
+        # Whichever jobs are left when a run is resumed, its batches must be as large as before.
+        working = self._host_working(option) + _prepared(option)
+        return self.host.holds(working, streams=option.streams)
+
+    def _expected_working(self, options: Sequence[_Option]) -> list[int]:
+        """Returns what each group takes of the host, with what may be prepared meanwhile.
+
+        After the only batch of a group comes one of another, which may be smaller. A larger one
+        counts where its own group does.
+        """
+        found = []
+        for option in options:
+            following = [_prepared(other) for other in options if other is not option]
+            if option.load is None or not option.load.fills_one_batch:
+                following.append(_prepared(option))
+            meanwhile = min(_prepared(option), max(following, default=0))
+            found.append(self._host_working(option) + meanwhile)
+        return found
 
     def _host_working(self, option: _Option) -> int:
         if option.load is None:
@@ -364,6 +381,10 @@ class _Planner:
         return host_working_bytes(
             self.computation, option.load, option.tokens_per_pass, parked=option.streams
         )
+
+
+def _prepared(option: _Option) -> int:
+    return 0 if option.load is None else prepared_bytes(option.load)
 
 
 def _batch_sizes(load: Load) -> list[int]:

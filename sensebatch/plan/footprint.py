@@ -34,6 +34,8 @@ mask of a run of text: `RUN_SCORES` as bytes, and again as numbers."""
 HOLES = 16
 """Caches that grow image by image leave about one part in so many of their bytes unused: holes
 that are too small for the larger ones that follow."""
+SMALL_BYTES = MIB
+"""Torch's allocator keeps memory of smaller tensors apart: no larger one ever gets it."""
 SPLIT_BYTES = 4
 """Size of a number in the partial results of attention."""
 
@@ -58,12 +60,39 @@ def working_bytes(
     # The system turn is kept for the next batch: on the device, if this batch or an earlier one is
     # drawn in one pass.
     drawing += cache_bytes(computation, load.system_tokens)
+    drawing += _left_bytes(computation, load, jobs, parked=waits)
     prompts = prompt_bytes(computation, load, parked=waits)
     # A batch of one pass, whose prefixes stay: the last one, or a part of one that was split.
     last = load if load.batch_size == jobs else replace(load, batch_size=jobs)
     if waits or last is not load:
         prompts = max(prompts, prompt_bytes(computation, last, parked=False))
     return always + max(drawing, prompts)
+
+
+def _left_bytes(computation: Computation, load: Load, jobs: int, *, parked: bool) -> int:
+    """Returns what the caches of short prompts leave reserved when images are drawn.
+
+    They have moved to host memory, or to one room for text. Of what they leave, which larger
+    tensors never get, only the caches of a pass make use, if they are small as well.
+    """
+    moves = parked or (load.text_tokens > 0 and decodes_fast(computation))
+    if not moves or not _is_small(computation, load.prompt_tokens):
+        return 0
+    left = _read_tokens(load, parked=parked)
+    if parked and _is_small(computation, load.longest_tokens):
+        left -= jobs * load.prefix_tokens
+    return cache_bytes(computation, max(left, 0))
+
+
+def _is_small(computation: Computation, tokens: int) -> bool:
+    """Returns whether a layer's cache of so many tokens is a small tensor."""
+    return cache_bytes(computation, tokens) // computation.arch.num_layers < SMALL_BYTES
+
+
+def _read_tokens(load: Load, *, parked: bool) -> int:
+    """Returns the cached tokens of a batch's prompts that are on the device once they are read."""
+    tokens = load.prompt_tokens * load.num_growing * load.batch_size
+    return min(tokens, max(MAX_PREFILL_TOKENS, load.prompt_tokens)) if parked else tokens
 
 
 def cache_bytes(computation: Computation, tokens: int) -> int:
@@ -138,9 +167,7 @@ def prompt_bytes(computation: Computation, load: Load, *, parked: bool) -> int:
     # The system turn has gone through a pass of its own.
     new = load.prompt_tokens - load.system_tokens
     tokens = max(min(new * prompts, MAX_PREFILL_TOKENS), new, load.system_tokens)
-    cached = load.prompt_tokens * prompts
-    if parked:
-        cached = min(cached, max(MAX_PREFILL_TOKENS, load.prompt_tokens))
+    cached = _read_tokens(load, parked=parked)
     is_padded = load.system_tokens > 0 or load.group.task.spec.takes_images
     logits = load.batch_size * arch.vocab_size * 2 * item_bytes
     reading = (

@@ -24,28 +24,32 @@ RUN_SHARE = 0.9
 """The part of it that a run may take altogether, if smaller batches can help."""
 PROGRAM_BYTES = 1664 * MIB
 """Resident memory of a process that computes on a GPU, without weights and jobs."""
-LOADING_BYTES = 1024 * MIB
-"""The same while weights are loaded, before most libraries are."""
+LOADING_BYTES = 1088 * MIB
+"""The same while weights are loaded, before most libraries are; after kernels were compiled."""
 
 
 def host_working_bytes(
     computation: Computation, load: Load, tokens_per_pass: int, *, parked: bool
 ) -> int:
-    """Returns what a group takes of host memory besides weights and the program.
+    """Returns what a group's batch takes of host memory besides weights and the program.
 
-    These are prefixes that wait, noise and input images of a batch and of the one that is prepared
-    after it, what the sampler left of two passes, and pixels on their way to the disk. A batch of
-    interleave jobs keeps the images of all of them, in however many passes they were drawn.
+    These are what was prepared of it, prefixes that wait, images that are kept until their file is
+    written (of two passes of single images; of interleave jobs one of each, which are written with
+    a copy of all of them twice), and pixels on their way to the disk.
     """
     jobs = load.jobs_per_pass(tokens_per_pass)
-    kept = load.batch_size if load.drawn_tokens else jobs
     image = TOKEN_NUMBERS * load.image_tokens
-    inputs = TOKEN_NUMBERS * load.prompt_tokens
+    kept = 4 * image * (3 * load.batch_size if load.drawn_tokens else 2 * jobs)
     drawn = image + TOKEN_NUMBERS * load.drawn_tokens
-    images = load.batch_size * (2 * 4 * (image + inputs) + 2 * drawn) + kept * 2 * 4 * image
+    images = prepared_bytes(load) + load.batch_size * 2 * drawn + kept
     if not parked or not prefixes_wait(load.batch_size, jobs):
         return images
     return images + cache_bytes(computation, load.prefix_tokens * load.batch_size)
+
+
+def prepared_bytes(load: Load) -> int:
+    """Returns the bytes of a batch's noise and input images, which are made one batch ahead."""
+    return load.batch_size * 4 * TOKEN_NUMBERS * (load.image_tokens + load.prompt_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +69,7 @@ class HostMemory:
         """Returns whether a batch leaves weights the memory they need, or had better have.
 
         Args:
-            working: `host_working_bytes` of the batch.
+            working: `host_working_bytes` of the batch, and `prepared_bytes` of the next.
             streams: Whether blocks come from host memory rather than stay on the device.
         """
         if not streams:
@@ -96,7 +100,7 @@ class HostMemory:
         """Returns the expected peak of all processes together.
 
         Args:
-            working: `host_working_bytes` of a batch.
+            working: See `holds`.
             blocks: What `block_bytes` returns.
             streams: See `holds`.
         """

@@ -34,6 +34,11 @@ class Load:
     """What the jobs take, and how many take that; empty if all count as the most demanding one."""
 
     @property
+    def fills_one_batch(self) -> bool:
+        """Whether one batch is known to hold all jobs of the group."""
+        return 0 < sum(count for _, count in self.demands) <= self.batch_size
+
+    @property
     def image_tokens(self) -> int:
         """Tokens of one image; 0 for jobs that make none."""
         return self.group.image_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,9 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sensebatch.errors import ConfigError
-from sensebatch.plan.host import PROGRAM_BYTES
+from sensebatch.plan.batches import Demand
+from sensebatch.plan.host import PROGRAM_BYTES, prepared_bytes
+from sensebatch.plan.load import Load
 from sensebatch.plan.passes import NUM_STAGING
 from sensebatch.plan.weight_bytes import weight_bytes
+from sensebatch.resolutions import Resolution
 from sensebatch.tasks import Branch
 from sensebatch.units import GIB
 from tests.plan.loads import (
@@ -53,6 +57,22 @@ def test_the_host_keeps_what_its_budget_allows() -> None:
     assert poor.host_bytes <= 20 * GIB
     assert poor.host_bytes > 20 * GIB - weights.block
     assert placed(vram_mode="full").host_bytes < PROGRAM_BYTES + 2 * GIB
+
+
+def test_what_is_prepared_ahead_is_that_of_the_batch_that_follows() -> None:
+    demand = Demand(prompt_tokens=500, text_tokens=0, max_images=1)
+    edits = replace(make_load(4), demands=((demand, 4),))
+    more = replace(edits, demands=((demand, 5),))
+    small = with_drawing(edits, resolution=Resolution(height=512, width=512))
+    own, of_small = prepared_bytes(edits), prepared_bytes(small)
+    assert of_small < own
+
+    def peak(*loads: Load) -> int:
+        return place_all(list(loads), vram_mode="balanced").groups[edits.group].host_bytes
+
+    assert peak(more) - peak(edits) == own
+    assert peak(edits, small) - peak(edits) == of_small
+    assert peak(more, small) == peak(more) == peak(make_load(4))
 
 
 @pytest.mark.parametrize("budget", [None, 60 * GIB])

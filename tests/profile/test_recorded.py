@@ -14,7 +14,7 @@ from sensebatch.errors import ConfigError
 from sensebatch.profile.expected import Expectation, expectation
 from sensebatch.profile.rows import DONE, Row, read_file
 from sensebatch.profile.suites import Scale, Suite, chosen_cases, suite_cases, write_manifest
-from sensebatch.resolutions import TOKEN_NUMBERS, Resolution
+from sensebatch.resolutions import Resolution
 from sensebatch.units import GIB
 from tests.profile.results import result
 
@@ -58,19 +58,6 @@ def recomputed(row: Row) -> Expectation:
         return expectation(case, row.model, manifest, row.dtype)
 
 
-def second_batch(row: Row, expected: Expectation) -> int:
-    """Returns the host memory of a second batch, if there was none beside the one that was run.
-
-    That is its noise and input images, prepared meanwhile, and the pixels of the one before.
-    """
-    if row.calls != 1:
-        return 0
-    load = max(expected.loads, key=lambda load: load.batch_size * load.image_tokens)
-    prepared = 4 * (load.image_tokens + load.prompt_tokens)
-    pixels = load.image_tokens + load.drawn_tokens
-    return load.batch_size * TOKEN_NUMBERS * (prepared + pixels)
-
-
 def _recorded() -> Sequence[object]:
     """Returns the rows of every file that have a peak of device memory."""
     rows = [
@@ -97,10 +84,8 @@ def check(row: Row) -> None:
     ratio = expected / row.peak_reserved_bytes
     assert LOWEST <= ratio <= HIGHEST, f"{row.case}: expected / reserved is {ratio:.3f}"
     if row.peak_rss_bytes is not None:
-        ratio = placement.host_bytes / row.peak_rss_bytes
-        alone = placement.host_bytes - second_batch(row, expected_row)
-        close = ratio >= LOWEST and alone / row.peak_rss_bytes <= HIGHEST
-        assert close, f"{row.case}: expected / resident is {ratio:.3f}"
+        ratio = expected_row.placements.host_bytes / row.peak_rss_bytes
+        assert LOWEST <= ratio <= HIGHEST, f"{row.case}: expected / resident is {ratio:.3f}"
     if row.host_budget_bytes is not None:
         assert row.peak_rss_bytes is not None
         assert row.peak_rss_bytes <= row.host_budget_bytes
