@@ -185,6 +185,25 @@ class ExecutionConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WorkersConfig:
+    """Workers in processes of their own. What they make does not depend on it, nor do job keys."""
+
+    backend: str = "ray"
+    """What starts them; a name of `executor.backends`."""
+    count: int | None = None
+    """How many; None for one on each GPU."""
+    cluster: str | None = None
+    """Address of the Ray cluster they run on: `auto` or `ray://HOST:PORT`; None for this machine,
+    on which Ray is started for the run."""
+    gpus: tuple[str, ...] = ()
+    """Numbers of the GPUs of this machine, as its driver counts them; all if there are none."""
+    gpu_budget_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Device memory of single GPUs by their numbers, in place of `memory.vram_budget_bytes`."""
+    environment: Mapping[str, str | None] = field(default_factory=dict)
+    """Variables that decide how libraries compute, for all workers alike; None for unset."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
     """Everything a run needs to know besides its manifests."""
 

@@ -7,11 +7,14 @@ there is work to do.
 
 from __future__ import annotations
 
+import secrets
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,14 +22,26 @@ import sensebatch
 from sensebatch.checkpoint.files import Checkpoint, check_tensors, open_checkpoint
 from sensebatch.checkpoint.fingerprint import model_identity
 from sensebatch.checkpoint.system_prompts import resolve_system_prompts
-from sensebatch.config import TINY_MODEL, ModelConfig, RunConfig
-from sensebatch.contract import Engine, Progress, Stop
-from sensebatch.errors import EngineError, Problem, RunFolderError, RunStoppedError, StoppedError
+from sensebatch.config import TINY_MODEL, ModelConfig, RunConfig, WorkersConfig
+from sensebatch.contract import Engine, HostShare, Progress, Stop
+from sensebatch.errors import (
+    CheckpointError,
+    ConfigError,
+    EngineError,
+    Problem,
+    RunFolderError,
+    RunStoppedError,
+    StoppedError,
+)
+from sensebatch.executor.backends import BACKENDS
+from sensebatch.executor.crew import execute_crew
 from sensebatch.executor.deadline import Deadline
-from sensebatch.executor.observer import Summary, WorkerState
+from sensebatch.executor.observer import Summary, WorkerState, report
+from sensebatch.executor.ray_actor import Recipe
+from sensebatch.executor.roster import Crew, Roster
 from sensebatch.executor.run import execute
 from sensebatch.executor.worker import EngineWorker
-from sensebatch.jobs import Batch, EngineInfo, Job, ModelIdentity
+from sensebatch.jobs import Batch, EngineInfo, InputImage, Job, ModelIdentity
 from sensebatch.manifest.inputs import InputReader
 from sensebatch.manifest.problems import ProblemList
 from sensebatch.plan.batches import Plan, make_plan
@@ -56,9 +71,22 @@ class Backend(Protocol):
         """Returns the names of device and dtype."""
 
     def load_engine(
-        self, config: RunConfig, model: Model, *, loads: Sequence[Load], stop: Stop
+        self,
+        config: RunConfig,
+        model: Model,
+        *,
+        loads: Sequence[Load],
+        stop: Stop,
+        share: HostShare | None = None,
     ) -> ReusableEngine:
         """Returns the engine, loaded, with its memory planned for these loads.
+
+        Args:
+            config: The run's settings.
+            model: What is loaded.
+            loads: One for each group of the run.
+            stop: Whether to stop loading.
+            share: How the host is shared with the run's other workers on it; None without any.
 
         Raises:
             StoppedError: The stop was set before the engine was loaded.
@@ -75,7 +103,13 @@ class TorchBackend:
         return resolve_runtime(model)
 
     def load_engine(
-        self, config: RunConfig, model: Model, *, loads: Sequence[Load], stop: Stop
+        self,
+        config: RunConfig,
+        model: Model,
+        *,
+        loads: Sequence[Load],
+        stop: Stop,
+        share: HostShare | None = None,
     ) -> ReusableEngine:
         """Returns the engine, loaded, with its memory planned for these loads."""
         from sensebatch.engine.engine import load_engine
@@ -88,6 +122,7 @@ class TorchBackend:
             device=model.device,
             loads=loads,
             stop=stop.is_set,
+            share=share,
         )
 
 
@@ -188,7 +223,13 @@ class WarmEngine:
         return self._model.device, self._model.identity.dtype
 
     def load_engine(
-        self, config: RunConfig, model: Model, *, loads: Sequence[Load], stop: Stop
+        self,
+        config: RunConfig,
+        model: Model,
+        *,
+        loads: Sequence[Load],
+        stop: Stop,
+        share: HostShare | None = None,
     ) -> ReusableEngine:
         """Returns the engine with its memory planned for these loads.
 
@@ -207,7 +248,7 @@ class WarmEngine:
         # The same weights, but in other files: a copy, or other shards.
         self._discard()
         self._model = model
-        self._engine = self._backend.load_engine(config, model, loads=loads, stop=stop)
+        self._engine = self._backend.load_engine(config, model, loads=loads, stop=stop, share=share)
         return self._engine
 
     def _discard(self) -> None:
@@ -286,6 +327,8 @@ class Request:
     """The shard of the jobs that the folder is for; None for all of them."""
     until: float | None = None
     """When the run is to be over, in seconds since the epoch; None for no deadline."""
+    workers: WorkersConfig | None = None
+    """Workers in processes of their own; None for one engine in this process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -298,6 +341,55 @@ class Model:
     identity: ModelIdentity
     prompt_source: Mapping[Task, str]
     device: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerEngine:
+    """Loads an engine in the process of a worker, on whatever machine; implements `OpenEngine`."""
+
+    config: RunConfig
+    """With device and dtype as they were resolved for the run."""
+    backend: Backend
+    identity: ModelIdentity
+    """The run's: what the worker's own files must come to."""
+    loads: tuple[Load, ...]
+    gpu_budget_bytes: Mapping[str, int]
+
+    def __call__(self, gpu: str | None, share: HostShare | None) -> Engine:
+        """Returns the engine, loaded.
+
+        Raises:
+            CheckpointError: The checkpoint is missing here, or is another one than the run's.
+            ConfigError: The device or its budget cannot be used.
+        """
+        model = open_model(self.config.model, self.backend, RunObserver())
+        if model.identity != self.identity:
+            found, expected = asdict(model.identity), asdict(self.identity)
+            name = next(name for name, value in found.items() if value != expected[name])
+            raise CheckpointError(
+                f"{model.name}: expected the same files on {socket.gethostname()} as on the "
+                f"machine of the run, found another {name.replace('_', ' ')}"
+            )
+        config = self.config
+        budget = None if gpu is None else self.gpu_budget_bytes.get(gpu)
+        if budget is not None:
+            config = replace(config, memory=replace(config.memory, vram_budget_bytes=budget))
+        return self.backend.load_engine(
+            config, model, loads=self.loads, stop=NeverStop(), share=share
+        )
+
+
+class _ClusterRuntime:
+    """A backend for a run whose workers are on a cluster: nothing is asked of this machine."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.load_engine = backend.load_engine
+
+    def resolve_runtime(self, model: ModelConfig) -> tuple[str, str]:
+        """Returns the names of device and dtype; each worker makes sure of them."""
+        device = "cpu" if model.device == "cpu" else "cuda"
+        default = "float32" if device == "cpu" else "bfloat16"
+        return device, default if model.dtype == "auto" else model.dtype
 
 
 def run_session(
@@ -324,7 +416,7 @@ def run_session(
     observer = RunObserver() if observer is None else observer
     stop = NeverStop() if stop is None else stop
     with _summarised(request.root):
-        model = open_model(request.config.model, backend, observer)
+        model = open_model(request.config.model, _runtime(request, backend), observer)
         with open_store(request.root) as store:
             long = LongPrompts(
                 lambda problem: observer.warning(str(problem)), model.checkpoint.architecture
@@ -341,13 +433,14 @@ def run_session(
             store.run_dir.write_settings(_settings_document(request))
             observer.jobs_read(request.root, changes)
             return _run_pending(
-                request,
-                store=store,
-                model=model,
-                backend=backend,
-                observer=observer,
-                stop=stop,
+                request, store, model, backend=backend, observer=observer, stop=stop
             )
+
+
+def _runtime(request: Request, backend: Backend) -> Backend:
+    """Returns what says on which device the run computes."""
+    workers = request.workers
+    return backend if workers is None or workers.cluster is None else _ClusterRuntime(backend)
 
 
 @contextmanager
@@ -413,9 +506,9 @@ def _settings_document(request: Request) -> dict[str, Any]:
 
 def _run_pending(
     request: Request,
-    *,
     store: Store,
     model: Model,
+    *,
     backend: Backend,
     observer: RunObserver,
     stop: Stop,
@@ -431,26 +524,108 @@ def _run_pending(
     if (config.model.device, model.device, model.name == TINY_MODEL) == ("auto", "cpu", False):
         observer.warning("found no GPU that torch can use, so the CPU computes")
     observer.loading(counts, model)
-    engine = backend.load_engine(config, model, loads=_loads(config, store, model), stop=stop)
-    observer.loaded(engine.info)
-    for text in engine.info.refusals:
-        observer.warning(text)
+    loads = _loads(config, store, model)
     reader = InputReader()
+    with closing(reader):
+        if request.workers is not None:
+            crew = _new_crew(request.workers, config, model, backend, loads)
+            return _run_on_crew(
+                crew,
+                config,
+                store,
+                read_image=reader.read,
+                observer=observer,
+                stop=stop,
+                deadline=deadline,
+            )
+        engine = backend.load_engine(config, model, loads=loads, stop=stop)
+        observer.loaded(engine.info)
+        for text in engine.info.refusals:
+            observer.warning(text)
+        with _resumable():
+            return execute(
+                store=store,
+                worker=EngineWorker(engine),
+                config=config,
+                read_image=reader.read,
+                observer=observer,
+                stop=stop,
+                deadline=deadline,
+            )
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    """Says that a run can be resumed whose folder fails once it is under way."""
     try:
-        return execute(
-            store=store,
-            worker=EngineWorker(engine),
-            config=config,
-            read_image=reader.read,
-            observer=observer,
-            stop=stop,
-            deadline=deadline,
-        )
+        yield
     except RunFolderError as error:
         # Before the first batch this is the user's to fix; now there is a run to resume.
         raise RunStoppedError(str(error)) from error
-    finally:
-        reader.close()
+
+
+def _new_crew(
+    workers: WorkersConfig,
+    config: RunConfig,
+    model: Model,
+    backend: Backend,
+    loads: Sequence[Load],
+) -> Crew:
+    """Returns the workers of a run, none of which is started yet.
+
+    Raises:
+        ConfigError: The backend is not installed, or it is not said how many workers there are.
+    """
+    uses_gpu = model.device == "cuda"
+    if not uses_gpu and workers.count is None:
+        raise ConfigError(
+            "--gpus: expected a GPU that torch can use, found none; --workers N computes on the CPU"
+        )
+    as_resolved = replace(config.model, device=model.device, dtype=model.identity.dtype)
+    recipe = Recipe(
+        open_engine=WorkerEngine(
+            config=replace(config, model=as_resolved),
+            backend=backend,
+            identity=model.identity,
+            loads=tuple(loads),
+            gpu_budget_bytes=workers.gpu_budget_bytes,
+        ),
+        output=config.output,
+        groups=tuple(load.group for load in loads),
+        environment=workers.environment,
+        version=sensebatch.__version__,
+        share=secrets.token_hex(8),
+    )
+    return BACKENDS[workers.backend](workers, recipe, uses_gpu)
+
+
+def _run_on_crew(
+    crew: Crew,
+    config: RunConfig,
+    store: Store,
+    *,
+    read_image: Callable[[InputImage], bytes],
+    observer: RunObserver,
+    stop: Stop,
+    deadline: Deadline,
+) -> Summary:
+    roster = Roster(crew, partial(report, observer.note))
+    with closing(crew):
+        roster.assemble(stop)
+        infos = [member.by.info for member in roster.ready()]
+        observer.loaded(infos[0])
+        for text in dict.fromkeys(text for info in infos for text in info.refusals):
+            observer.warning(text)
+        with _resumable():
+            return execute_crew(
+                store=store,
+                roster=roster,
+                config=config,
+                read_image=read_image,
+                observer=observer,
+                stop=stop,
+                deadline=deadline,
+            )
 
 
 def _nothing_to_run(counts: Counts) -> Summary:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sensebatch.config import ModelConfig, RunConfig
-from sensebatch.contract import Stop
+from sensebatch.contract import HostShare, Stop
 from sensebatch.plan.load import Load
 from sensebatch.session import Model
 from sensebatch.tasks import Task
@@ -28,13 +28,20 @@ class FakeBackend:
         return "cpu", "float32" if model.dtype == "auto" else model.dtype
 
     def load_engine(
-        self, config: RunConfig, model: Model, *, loads: Sequence[Load], stop: Stop
+        self,
+        config: RunConfig,
+        model: Model,
+        *,
+        loads: Sequence[Load],
+        stop: Stop,
+        share: HostShare | None = None,
     ) -> FakeEngine:
         assert model.checkpoint.tensors
         assert model.identity.dtype == "float32"
         assert set(model.prompt_source) == set(Task)
         assert model.device == "cpu"
         assert not stop.is_set()
+        assert share is None
         self.loads = list(loads)
         self.loaded.append(config)
         return self.engine

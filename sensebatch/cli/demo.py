@@ -17,6 +17,7 @@ from sensebatch.cli.options import (
     ModelOptions,
     ReadingOptions,
     ScreenOptions,
+    WorkerOptions,
 )
 from sensebatch.cli.paths import path
 from sensebatch.cli.run import run
@@ -45,6 +46,7 @@ def demo(
         BatchOptions(),
         ExecutionOptions(),
         ImageOptions(),
+        WorkerOptions(),
         ScreenOptions(),
         ReadingOptions(),
         FolderOptions(output_dir=output_dir),

@@ -227,8 +227,8 @@ def one_job_command(task: Task, about: str) -> Callable[..., None]:
     def run(**given: Any) -> None:
         from sensebatch.cli.one_job import Command, run_command
 
-        fields: dict[str, object] = {}
-        flags: dict[str, object] = {}
+        given["model"].require_one_budget()
+        fields, flags = dict[str, object](), dict[str, object]()
         for name in ("inputs", "size"):
             fields |= given[name].fields() if name in given else {}
         for name in ("model", "batch", "execution", "images", "reading"):

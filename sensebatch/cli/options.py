@@ -27,7 +27,7 @@ from typing import (
 import typer
 
 from sensebatch.cli.paths import path, path_text
-from sensebatch.config import TINY_MODEL, default_config
+from sensebatch.config import TINY_MODEL, WorkersConfig, default_config
 from sensebatch.dataset.choices import DISTANCE, MAX_DISTANCE, JobStatus, Picked
 from sensebatch.errors import ConfigError
 from sensebatch.jobs import FinishReason, Precision, VramMode
@@ -50,6 +50,10 @@ _MODEL = "Model"
 _OUTPUT = "Output"
 _EXECUTION = "Execution"
 _SELECTION = "Which jobs"
+_WORKERS = "Workers"
+
+_GPU = "[0-9]{1,3}"
+"""How people write the number of a GPU."""
 
 Manifests = Annotated[
     list[Path],
@@ -146,7 +150,8 @@ class ModelOptions:
         str | None,
         typer.Option(
             help='The most memory of GPU, host or both, in GiB: "0=20GiB,cpu=80GiB". cpu is the '
-            "resident memory of the process.",
+            "resident memory of the process. With several workers, one GPU's amount counts for "
+            "each, unless others are named.",
             rich_help_panel=_MODEL,
         ),
     ] = None
@@ -175,50 +180,79 @@ class ModelOptions:
         return {**{name: f"model.{name}" for name in names}, "vram_mode": "memory.vram_mode"}
 
     def flags(self) -> dict[str, object]:
-        """Returns what was given, by place in the settings."""
-        device, host = _budgets(self.max_memory, self.vram_budget)
+        """Returns what was given, by place in the settings; of several GPUs the least budget."""
+        budgets = _budgets(self.max_memory, self.vram_budget)
         return {
             **_given(self),
-            "memory.vram_budget_bytes": device,
-            "memory.host_budget_bytes": host,
+            "memory.vram_budget_bytes": min(budgets.gpus.values(), default=None),
+            "memory.host_budget_bytes": budgets.host,
         }
+
+    def gpu_budget_bytes(self) -> dict[str, int]:
+        """Returns the budget of each GPU by its number; nothing where one counts for all."""
+        gpus = _budgets(self.max_memory, self.vram_budget).gpus
+        return {} if len(gpus) == 1 else gpus
+
+    def require_one_budget(self) -> None:
+        """Makes sure that no budget is for a GPU other than the one of a run without workers.
+
+        Raises:
+            ConfigError: There is one.
+        """
+        others = sorted(set(_budgets(self.max_memory, self.vram_budget).gpus) - {"0"})
+        if others:
+            raise ConfigError(
+                f"--max-memory: expected a budget for GPU 0 alone, found one for {others[0]}; "
+                "--gpus runs on several"
+            )
 
 
 def _given(options: Any) -> dict[str, object]:
     return {place: getattr(options, name) for name, place in options.places().items()}
 
 
-def _budgets(max_memory: str | None, vram_budget: str | None) -> tuple[int | None, int | None]:
-    """Returns the bytes of device and host; None for one without a budget.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Budgets:
+    """Bytes that a run may take."""
+
+    gpus: dict[str, int]
+    """Of GPUs by their numbers."""
+    host: int | None
+    """Of the host; None without a budget."""
+
+
+def _budgets(max_memory: str | None, vram_budget: str | None) -> _Budgets:
+    """Returns the budgets of GPUs and host.
 
     Args:
-        max_memory: `0=20GiB,cpu=80GiB`, or one of the two.
-        vram_budget: The device's, such as `20GiB`.
+        max_memory: `0=20GiB,cpu=80GiB`, or some of it.
+        vram_budget: The GPU's, such as `20GiB`.
 
     Raises:
-        ConfigError: One has another form, or they differ about the device.
+        ConfigError: One has another form, or they differ about the GPU.
     """
     parts = [] if max_memory is None else max_memory.split(",")
-    matches = [re.fullmatch(rf"(0|cpu)=({AMOUNT})", part) for part in parts]
+    matches = [re.fullmatch(rf"({_GPU}|cpu)=({AMOUNT})", part) for part in parts]
     amounts = {match[1]: amount_bytes(match[2]) for match in matches if match is not None}
     if len(amounts) < len(parts) or not all(amounts.values()):
         raise ConfigError(
             f"--max-memory: expected 0=AMOUNT, cpu=AMOUNT or both with a comma, an AMOUNT such "
             f"as 20GiB, found {max_memory!r}"
         )
+    host = amounts.pop("cpu", None)
     if vram_budget is None:
-        return amounts.get("0"), amounts.get("cpu")
+        return _Budgets(gpus=amounts, host=host)
     device = amount_bytes(vram_budget) if re.fullmatch(AMOUNT, vram_budget) else 0
     if not device:
         raise ConfigError(
             f"--vram-budget: expected a positive number of GiB such as 13GiB, found {vram_budget!r}"
         )
-    if amounts.get("0", device) != device:
+    if set(amounts.values()) - {device}:
         raise ConfigError(
             f"--vram-budget and --max-memory: expected one amount for the GPU, found "
             f"{vram_budget!r} and {max_memory!r}"
         )
-    return device, amounts.get("cpu")
+    return _Budgets(gpus={"0": device}, host=host)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -291,6 +325,78 @@ class BatchOptions:
     def flags(self) -> dict[str, object]:
         """Returns what was given, by place in the settings."""
         return _given(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerOptions:
+    """Whether the run has workers in processes of their own, and where."""
+
+    gpus: Annotated[
+        str | None,
+        typer.Option(
+            metavar="all|N,N",
+            help="Compute on several GPUs of this machine: all of them, or those with these "
+            "numbers.",
+            rich_help_panel=_WORKERS,
+        ),
+    ] = None
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Compute on a Ray cluster that is running: auto, HOST:PORT or ray://HOST:PORT.",
+            rich_help_panel=_WORKERS,
+        ),
+    ] = None
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="How many workers; one for each GPU unless said. With --device cpu, workers "
+            "without a GPU.",
+            rich_help_panel=_WORKERS,
+        ),
+    ] = None
+
+    def config(self, model: ModelOptions, device: str) -> WorkersConfig | None:
+        """Returns the workers that were asked for; None for one engine in this process.
+
+        Args:
+            model: Has the budgets of GPUs.
+            device: `model.device` of the settings.
+
+        Raises:
+            ConfigError: Options contradict one another.
+        """
+        if self.gpus is None and self.cluster is None and self.workers is None:
+            model.require_one_budget()
+            return None
+        numbers = self._gpu_numbers()
+        if self.gpus is not None and (self.cluster is not None or device == "cpu"):
+            other = "--device cpu" if device == "cpu" else "--cluster"
+            raise ConfigError(f"--gpus: expected no {other} beside it")
+        if numbers and self.workers is not None and self.workers != len(numbers):
+            raise ConfigError(
+                f"--workers: expected {len(numbers)}, one for each GPU of --gpus, found "
+                f"{self.workers}"
+            )
+        return WorkersConfig(
+            count=len(numbers) or self.workers,
+            cluster=self.cluster,
+            gpus=tuple(numbers),
+            gpu_budget_bytes=model.gpu_budget_bytes(),
+        )
+
+    def _gpu_numbers(self) -> list[str]:
+        if self.gpus in (None, "all"):
+            return []
+        numbers = self.gpus.split(",")
+        is_list = all(re.fullmatch(_GPU, number) for number in numbers)
+        if not is_list or len(set(numbers)) < len(numbers):
+            raise ConfigError(
+                f"--gpus: expected all, or different numbers such as 0,1, found {self.gpus!r}"
+            )
+        return numbers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

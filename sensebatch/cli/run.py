@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,9 +23,9 @@ from sensebatch.cli.options import (
     ReadingOptions,
     RowTask,
     ScreenOptions,
+    WorkerOptions,
     flags_of,
 )
-from sensebatch.jobs import Job
 
 if TYPE_CHECKING:
     from sensebatch.store.manifests import ManifestFiles
@@ -36,6 +37,7 @@ def run(
     batch: BatchOptions,
     execution: ExecutionOptions,
     images: ImageOptions,
+    workers: WorkerOptions,
     screen: ScreenOptions,
     reading: ReadingOptions,
     folder: FolderOptions,
@@ -57,7 +59,7 @@ def run(
     """
     from sensebatch import session
     from sensebatch.cli.outcome import finish, reporting_stops
-    from sensebatch.cli.session import run_session
+    from sensebatch.cli.session import run_session, settled
     from sensebatch.manifest.read import read_manifests, run_name
     from sensebatch.settings import dump_settings, resolve_settings
 
@@ -65,10 +67,7 @@ def run(
     flags = flags_of(model, batch, execution, images, reading)
     config = resolve_settings(config_file=model.config, flags=flags)
     voice = screen.voice()
-
-    def jobs() -> Iterator[Job]:
-        return read_manifests(manifests, config, task=task, limit=limit, warn=voice.warn_of)
-
+    jobs = partial(read_manifests, manifests, config, task=task, limit=limit, warn=voice.warn_of)
     root = folder.root(lambda: run_name(manifests, jobs))
     request = session.Request(
         root=root,
@@ -79,6 +78,7 @@ def run(
         files=_files(manifests, folder, [task, limit, dump_settings(config)]),
         shard=folder.part(),
         until=until,
+        workers=settled(workers.config(model, config.model.device)),
     )
     with closing(voice), reporting_stops(root, voice, as_json=as_json):
         summary = run_session(request, voice)

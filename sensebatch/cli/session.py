@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 
 from sensebatch import session
 from sensebatch.cli.progress import watch
 from sensebatch.cli.signals import Interrupt, StopSignals
 from sensebatch.cli.voice import Voice
-from sensebatch.errors import StoppedError
+from sensebatch.config import WorkersConfig
+from sensebatch.errors import ConfigError, StoppedError
 from sensebatch.executor.observer import Summary
 from sensebatch.session import Request
+
+_COMPUTES_ALIKE = (
+    "CUBLAS_WORKSPACE_CONFIG",
+    "MKL_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+)
+"""Variables by which libraries compute, and so what must be the same in every worker."""
 
 
 def run_session(request: Request, voice: Voice) -> Summary:
@@ -42,3 +53,32 @@ def _settle_allocator() -> None:
     """
     if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
+def settled(workers: WorkersConfig | None) -> WorkersConfig | None:
+    """Returns the workers with what they take from the environment, and hides the other GPUs.
+
+    Numbers of GPUs are places among those that `CUDA_VISIBLE_DEVICES` shows, as torch counts them.
+    """
+    if workers is None:
+        return None
+    _settle_allocator()
+    environment = {name: os.environ.get(name) for name in _COMPUTES_ALIKE}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    shown = [gpu for gpu in visible.split(",") if gpu] if workers.cluster is None else []
+
+    def of_driver(gpu: str) -> str:
+        if not shown:
+            return gpu
+        if int(gpu) >= len(shown):
+            raise ConfigError(
+                f"--gpus: expected numbers below {len(shown)}, since CUDA_VISIBLE_DEVICES shows "
+                f"{visible!r}, found {gpu}"
+            )
+        return shown[int(gpu)]
+
+    gpus = tuple(of_driver(gpu) for gpu in workers.gpus)
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    budgets = {of_driver(gpu): amount for gpu, amount in workers.gpu_budget_bytes.items()}
+    return replace(workers, gpus=gpus, gpu_budget_bytes=budgets, environment=environment)

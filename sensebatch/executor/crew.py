@@ -226,16 +226,15 @@ class _CrewRun:
         self._desks: dict[int, _Desk] = {}
         self._returned: deque[Begun] = deque()
         """Batches that came back; they go out before anything else."""
-        self._unwritten_bytes = 0
-        self._num_unwritten = 0
+        self._unwritten_bytes = self._num_unwritten = 0
         self._is_ending = False
         self.tally = Tally(observer, config.execution)
-        fitting = roster.fitting()
-        found = recover(store, fitting.get, config.memory, partial(report, observer.note))
+        fitting, note = roster.fitting(), partial(report, observer.note)
+        found = recover(store, fitting.get, config.memory, note)
         self._suspects = {seq for seq, _ in found.suspects}
         self._doubtful = set(found.doubtful) | self._suspects
         """Numbers of batches that something died of: nothing is beside them at their worker."""
-        claim_batches(store, config, fitting.get, partial(report, observer.note))
+        claim_batches(store, config, fitting.get, note)
         plan = make_plan(store.state.entries(), config.memory, fitting.get)
         self._planned = {group.group: group.batch_size for group in plan.groups}
         self._schedule = Schedule(

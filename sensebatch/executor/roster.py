@@ -14,7 +14,7 @@ from queue import Empty, SimpleQueue
 from typing import Protocol, TypeAlias
 
 from sensebatch.contract import Stop
-from sensebatch.errors import StoppedError, WorkersLostError
+from sensebatch.errors import ConfigError, StoppedError, WorkersLostError
 from sensebatch.executor.messages import Died, Joined, Order, Ready, Said, Unusable
 from sensebatch.jobs import EngineInfo, GroupKey
 from sensebatch.store.writer import RanBy
@@ -120,14 +120,16 @@ class Roster:
         self.members: dict[int, Member] = {}
         self._note = note
         self._clock = clock
-        self._is_assembled = False
         self._last_reason = "none was started"
+        self._num_unusable = 0
+        """Workers that were given up because another try would come to the same."""
 
     def assemble(self, stop: Stop) -> None:
         """Starts all workers and waits until each is ready or given up.
 
         Raises:
             StoppedError: The stop was set meanwhile.
+            ConfigError: There is no such cluster, or none of the workers can ever be used.
             WorkersLostError: None is left.
         """
         self.crew.open(self.events)
@@ -137,11 +139,14 @@ class Roster:
             if stop.is_set():
                 raise StoppedError("the run was stopped before any of its jobs ran")
             for event in self.wait():
-                assert isinstance(event, Said)
-                self.hear(event)
+                if isinstance(event, Said):
+                    self.hear(event)
+                else:
+                    event()
             self.tend()
+        if self.members and self._num_unusable == len(self.members):
+            raise ConfigError(self._last_reason)
         self.require_some()
-        self._is_assembled = True
         devices = sorted({member.info.device for member in self.ready() if member.info})
         if len(devices) > 1:
             self._note(
@@ -244,6 +249,7 @@ class Roster:
         self.crew.start(member.number, member.life)
 
     def _fail_start(self, member: Member, reason: str, *, is_final: bool) -> None:
+        self._num_unusable += is_final
         if is_final or member.deaths + 1 >= MAX_FAILED_STARTS:
             self.refuse(member, reason)
         else:

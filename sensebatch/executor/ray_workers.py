@@ -1,0 +1,308 @@
+"""Workers as actors of Ray: on this machine, where Ray is started and stopped with the run, or on a
+cluster that somebody else has started. The only module that speaks to Ray, but for the actor.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import psutil
+
+from sensebatch.config import WorkersConfig
+from sensebatch.contract import Raised
+from sensebatch.errors import ConfigError
+from sensebatch.executor.guard import guarded, raise_again
+from sensebatch.executor.messages import Died, Joined, News, Order, Said
+from sensebatch.executor.ray_actor import RayWorker, Recipe
+from sensebatch.executor.roster import Event
+
+INSTALL_COMMAND = "pip install 'sensebatch[cluster]'"
+_WAIT_S = 0.1
+"""Seconds after which a wait for news looks for workers that were started meanwhile."""
+_LOOK_S = 5.0
+"""Seconds between two looks at the cluster for machines that were added."""
+_NEWS_BYTES = 256 << 20
+"""Of Ray's shared memory for each worker: a batch's images on their way, or those to be kept."""
+_MAX_SHARE = 0.3
+"""Most of the host's memory for that; Ray brings what does not fit to the disk."""
+_TEMP_PREFIX = "sensebatch-ray-"
+"""Begins the name of the folder of Ray's files; the number of the process follows."""
+_MAX_TEMP_NAME = 30
+"""Characters of the folder for temporary files that leave room for the names of Ray's sockets."""
+
+
+class RayCrew:
+    """Starts workers with Ray; implements `roster.Crew`.
+
+    Args:
+        workers: How many, and where.
+        recipe: How each begins.
+        uses_gpu: Whether each has a GPU of its own.
+
+    Raises:
+        ConfigError: Ray is not installed.
+    """
+
+    def __init__(self, workers: WorkersConfig, recipe: Recipe, *, uses_gpu: bool) -> None:
+        self._ray = import_ray()
+        self._workers = workers
+        self._recipe = recipe
+        self._uses_gpu = uses_gpu
+        self._temp: Path | None = None
+        self._numbers: Sequence[int] = ()
+        self._actors: dict[int, Any] = {}
+        self._lives: dict[int, int] = {}
+        self._places: dict[int, int] = {}
+        """How many orders each worker has been given in its life."""
+        self._nodes: dict[int, str] = {}
+        """The node that each worker was last heard from."""
+        self._lock = threading.Lock()
+        self._questions: dict[Any, tuple[int, int]] = {}
+        """Worker and life of each question for news that is not answered yet."""
+        self._is_closing = threading.Event()
+        # Ray's processes end with the thread that started them.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ray")
+        self._listening: Future[None] | None = None
+
+    @property
+    def numbers(self) -> Sequence[int]:
+        """Numbers of the workers that there is room for at the start."""
+        return self._numbers
+
+    def open(self, events: SimpleQueue[Event]) -> None:
+        """Starts Ray or joins the cluster, and begins to listen.
+
+        Raises:
+            ConfigError: There is no such cluster, or it has no room for the workers.
+        """
+        self._events = events
+        self._thread.submit(self._connect).result()
+        _take_back_sigterm()
+        self._numbers = range(self._num_workers())
+        self._listening = self._thread.submit(self._listen)
+
+    def start(self, worker: int, life: int) -> None:
+        """Starts a worker; the cluster says where."""
+        actor_class = self._ray.remote(
+            num_gpus=1 if self._uses_gpu else 0,
+            num_cpus=0 if self._uses_gpu else 1,
+            max_restarts=0,
+            max_task_retries=0,
+            concurrency_groups={"listen": 1, "tell": 1},
+            scheduling_strategy="DEFAULT" if self._uses_gpu else "SPREAD",
+        )(RayWorker)
+        actor = actor_class.remote(worker, self._recipe, max(len(self._numbers), worker + 1))
+        with self._lock:
+            self._actors[worker], self._lives[worker] = actor, life
+            self._places[worker] = 0
+        self._ask(worker, life)
+
+    def tell(self, worker: int, order: Order) -> None:
+        """Sends an order; nothing comes of it where the worker is dead."""
+        actor, place = self._actors[worker], self._places[worker]
+        self._places[worker] = place + 1
+        with suppress(self._ray.exceptions.RayError):
+            actor.tell.options(concurrency_group="tell").remote(place, order)
+
+    def end(self, worker: int) -> None:
+        """Ends a worker at once, if it is alive."""
+        with self._lock:
+            actor = self._actors.pop(worker, None)
+            self._questions = {
+                ref: asked for ref, asked in self._questions.items() if asked[0] != worker
+            }
+        if actor is not None:
+            with suppress(self._ray.exceptions.RayError):
+                self._ray.kill(actor, no_restart=True)
+
+    def close(self) -> None:
+        """Ends all workers, and Ray if the run has started it."""
+        for worker in list(self._actors):
+            self.end(worker)
+        self._is_closing.set()
+        self._thread.submit(self._ray.shutdown).result()
+        self._thread.shutdown()
+        if self._temp is not None:
+            shutil.rmtree(self._temp, ignore_errors=True)
+
+    def _connect(self) -> None:
+        """Starts Ray or joins the cluster; in the thread that stays."""
+        # What a terminal sends to all its processes is for the run alone to heed.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+        address = self._workers.cluster
+        common = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "sensebatch"}
+        if address is None:
+            self._start_ray(common)
+            return
+        try:
+            self._ray.init(address=address, **common)
+        except (ConnectionError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                f"--cluster: expected the address of a Ray cluster, found {address!r}: {reason}"
+            ) from error
+
+    def _start_ray(self, common: dict[str, Any]) -> None:
+        self._temp = _new_temp()
+        num_workers = self._workers.count or 1
+        resources: dict[str, Any] = {"num_cpus": num_workers}
+        if not self._uses_gpu:
+            resources["num_gpus"] = 0
+        self._ray.init(
+            address="local",
+            include_dashboard=False,
+            object_store_memory=_store_bytes(num_workers),
+            _temp_dir=str(self._temp),
+            _node_ip_address="127.0.0.1",
+            # Budgets say what workers may take of the host.
+            _system_config={"memory_monitor_refresh_ms": 0},
+            **resources,
+            **common,
+        )
+
+    def _num_workers(self) -> int:
+        """Returns how many workers the run has at its start.
+
+        Raises:
+            ConfigError: There are too few GPUs for them, and nobody who might add some.
+        """
+        wanted = self._workers.count
+        if not self._uses_gpu:
+            return wanted or 1
+        num_gpus = self._num_gpus()
+        where = "this machine" if self._workers.cluster is None else "the cluster"
+        if not num_gpus and (wanted is None or self._workers.cluster is None):
+            raise ConfigError(f"--gpus: expected GPUs on {where}, found none")
+        if wanted is None:
+            return num_gpus
+        if wanted > num_gpus and self._workers.cluster is None:
+            raise ConfigError(
+                f"--workers: expected at most {num_gpus}, one for each GPU, found {wanted}"
+            )
+        return wanted
+
+    def _num_gpus(self) -> int:
+        return int(self._ray.cluster_resources().get("GPU", 0))
+
+    def _ask(self, worker: int, life: int) -> None:
+        """Asks a worker for news, unless its life is over."""
+        with self._lock:
+            actor = self._actors.get(worker)
+            if actor is None or self._lives[worker] != life:
+                return
+            question = actor.listen.options(concurrency_group="listen").remote()
+            self._questions[question] = (worker, life)
+
+    def _listen(self) -> None:
+        """Passes on the news of all workers until the crew is closed."""
+        raised = guarded(self._pass_on)
+        if isinstance(raised, Raised):
+            self._events.put(partial(raise_again, raised))
+
+    def _pass_on(self) -> None:
+        look_at = time.monotonic() + _LOOK_S
+        while not self._is_closing.is_set():
+            with self._lock:
+                questions = list(self._questions)
+            answered: Sequence[Any] = ()
+            if questions:
+                answered, _ = self._ray.wait(questions, num_returns=1, timeout=_WAIT_S)
+            else:
+                self._is_closing.wait(_WAIT_S)
+            if answered:
+                answered, _ = self._ray.wait(questions, num_returns=len(questions), timeout=0)
+            for question in answered:
+                self._take_answer(question)
+            if time.monotonic() >= look_at:
+                self._look()
+                look_at = time.monotonic() + _LOOK_S
+
+    def _take_answer(self, question: Any) -> None:
+        with self._lock:
+            asked = self._questions.pop(question, None)
+        if asked is None:
+            return
+        worker, life = asked
+        try:
+            self._nodes[worker], news = self._ray.get(question)
+        except self._ray.exceptions.RayError as error:
+            self._say(worker, life, self._death(worker, error))
+            return
+        for one in news:
+            self._say(worker, life, one)
+        self._ask(worker, life)
+
+    def _say(self, worker: int, life: int, news: News) -> None:
+        self._events.put(Said(worker=worker, life=life, news=news))
+
+    def _death(self, worker: int, error: Exception) -> Died:
+        """Returns what is known of a worker that does not answer."""
+        text = str(error)
+        alive = {node["NodeID"] for node in self._ray.nodes() if node["Alive"]}
+        is_of_node = "node has died" in text or self._nodes.get(worker) not in {None, *alive}
+        if is_of_node or getattr(error, "preempted", False):
+            return Died(reason="its machine left the cluster", is_of_node=True)
+        if isinstance(error, self._ray.exceptions.RayTaskError):
+            return Died(reason=str(error.cause))
+        if "worker process has died" in text:
+            return Died(reason="its process was killed, perhaps because the host ran out of memory")
+        return Died(reason=text)
+
+    def _look(self) -> None:
+        """Says which workers there is room for on machines that were added."""
+        if self._workers.cluster is not None and self._uses_gpu and self._workers.count is None:
+            for worker in range(len(self._numbers), self._num_gpus()):
+                self._say(worker, 0, Joined())
+
+
+def import_ray() -> Any:
+    """Returns the package `ray`.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise ConfigError(
+            f"several workers need Ray, which is not installed; install it with: {INSTALL_COMMAND}"
+        ) from None
+    return ray
+
+
+def _take_back_sigterm() -> None:
+    """Handles SIGTERM as before: Ray's own handler aborts the process seconds later."""
+    handler = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is threading.main_thread() and handler is not None:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _new_temp() -> Path:
+    """Makes a folder for what Ray writes; removes those of runs that were killed."""
+    base = Path(tempfile.gettempdir())
+    if len(str(base)) > _MAX_TEMP_NAME:
+        base = Path("/tmp")
+    for folder in base.glob(f"{_TEMP_PREFIX}*-*"):
+        owner = folder.name.removeprefix(_TEMP_PREFIX).partition("-")[0]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(folder, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{_TEMP_PREFIX}{os.getpid()}-", dir=base))
+
+
+def _store_bytes(num_workers: int) -> int:
+    """Returns how much of the host's memory Ray may use for messages on their way."""
+    most = int(psutil.virtual_memory().total * _MAX_SHARE)
+    return min(max(num_workers, 2) * _NEWS_BYTES, most)
