@@ -21,6 +21,10 @@ class CheckpointError(SensebatchError):
     """A checkpoint, LoRA or tokenizer that cannot be loaded as what it claims to be."""
 
 
+class ImageFileError(SensebatchError):
+    """An image file that cannot be read, or does not say what it should."""
+
+
 class EngineError(SensebatchError):
     """An engine that cannot serve a run: it is closed, in use, or holds another model."""
 

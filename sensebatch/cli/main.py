@@ -23,15 +23,18 @@ from sensebatch.cli import (
     demo,
     doctor,
     exits,
+    hash_images,
     jobs,
     manifest,
     merge,
     model,
     plan,
     profile,
+    prune,
     repair,
     report,
     run,
+    show_images,
     status,
 )
 from sensebatch.cli.help import HelpCommand, new_app
@@ -95,7 +98,9 @@ def _make_app() -> typer.Typer:
         plan.plan,
         status.status,
         jobs.jobs,
+        show_images.show,
         report.report,
+        prune.prune,
         repair.repair,
         merge.merge,
         profile.profile,
@@ -103,6 +108,8 @@ def _make_app() -> typer.Typer:
     ):
         hidden = UNUSED_BY_PLAN if command is plan.plan else ()
         app.command(cls=HelpCommand)(with_options(command, hidden=hidden))
+    # A function of that name would hide Python's own.
+    app.command("hash", cls=HelpCommand)(with_options(hash_images.hash_images))
     app.add_typer(manifest.app, name="manifest")
     app.add_typer(model.app, name="model")
     for task in Task:

@@ -203,7 +203,7 @@ class Attempt:
     """SHA-256 of each of these files."""
     image_phash: tuple[str, ...] | None = None
     """Perceptual hash of each image, 16 hex digits: images that look alike differ in few of its 64
-    bits (dataset.md). Null in rows of versions that did not record it."""
+    bits (dataset.md). Null in rows of versions that did not record it, until `sensebatch hash`."""
     text_path: str | None = None
     """Path of the think or interleave text; null without one."""
     text_sha256: str | None = None
@@ -247,8 +247,8 @@ class Marks:
     and is still to be drawn, or if its files are missing: the row is superseded. Null in logs of
     versions that did not mark rows."""
     in_manifest: bool | None
-    """Whether the job is still in the manifests. If not, its files are still there. Null
-    likewise."""
+    """Whether the job is still in the manifests. If not, its files are still there
+    (`sensebatch prune` removes them). Null likewise."""
 
 
 def attempt_to_json(attempt: Attempt) -> str:

@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from sensebatch.config import OutputConfig
 from sensebatch.declarations import stated
+from sensebatch.errors import ImageFileError
 from sensebatch.jobs import EngineInfo, Job
 from sensebatch.store.provenance import SOFTWARE, public_name, xmp_packet
 
 EXTENSIONS = {"png": "png", "webp": "webp", "jpeg": "jpg"}
 """File name ending of each image format."""
+
+FORMATS = ("PNG", "WEBP", "JPEG")
+"""What Pillow calls them."""
 
 METADATA_KEY = "sensebatch"
 """Keyword of the PNG text chunk that holds the settings as JSON."""
@@ -149,6 +154,30 @@ def read_metadata(image: Image.Image) -> dict[str, Any] | None:
             return None
         text = comment.removeprefix(_EXIF_ASCII).decode("ascii")
     return json.loads(text)
+
+
+def metadata_of(path: Path) -> dict[str, Any]:
+    """Returns what `encode_image` embedded in an image file.
+
+    Raises:
+        ImageFileError: It is not an image that sensebatch wrote with its settings.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            metadata = read_metadata(image)
+    except UnidentifiedImageError:
+        raise ImageFileError(f"{path}: expected a PNG, WebP or JPEG image") from None
+    except (OSError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ImageFileError(f"{path}: cannot be read: {reason}") from None
+    except (ValueError, SyntaxError) as error:
+        raise ImageFileError(f"{path}: its metadata cannot be read: {error}") from None
+    if not isinstance(metadata, dict):
+        raise ImageFileError(
+            f"{path}: expected an image with its prompt and settings, found one without; it was "
+            "made with --no-embed-metadata or not by sensebatch, or was saved again since"
+        )
+    return metadata
 
 
 def _png_text(metadata: dict[str, Any] | None) -> PngInfo | None:

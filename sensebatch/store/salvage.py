@@ -24,7 +24,7 @@ from sensebatch.jobs import IMAGE_MARK
 from sensebatch.store import tables
 from sensebatch.store.attempts import Marks, row_from_json
 from sensebatch.store.database import Database
-from sensebatch.store.images import EXTENSIONS, read_metadata
+from sensebatch.store.images import EXTENSIONS, FORMATS, read_metadata
 from sensebatch.store.log import PART_ROWS, stated_rows
 from sensebatch.store.manifests import MANIFESTS
 from sensebatch.store.migrations import NewerVersionError
@@ -32,7 +32,6 @@ from sensebatch.store.run_dir import RunDir
 from sensebatch.store.shards import SHARD
 from sensebatch.tasks import Task
 
-_FORMATS = ("PNG", "WEBP", "JPEG")
 _NEEDED = frozenset(
     {"id", "key", "task", "image_index", "prompt", "seed", "width", "height", "think", "sampling"}
 )
@@ -235,7 +234,7 @@ def _metadata(path: Path) -> Mapping[str, Any] | None:
     if path.suffix.removeprefix(".") not in EXTENSIONS.values():
         return None
     try:
-        with Image.open(path, formats=_FORMATS) as image:
+        with Image.open(path, formats=FORMATS) as image:
             metadata = read_metadata(image)
     except (OSError, ValueError, SyntaxError):
         return None

@@ -6,6 +6,7 @@ images, engines or Parquet.
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -58,6 +59,17 @@ class StoredJob:
     """Rows it has in the log."""
     tries: int
     """Attempts that count against `max_attempts`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemovedJob:
+    """A job that is no longer in the manifests, and whose files are still there."""
+
+    number: int
+    id: str
+    definition: str
+    row: str | None
+    """The row of the log about its files; None where there is none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -332,6 +344,64 @@ class State:
                 " WHERE outputs <> '[]' ORDER BY jobs.number",
                 (DONE,),
             )
+
+    def removed(self) -> Iterator[RemovedJob]:
+        """Yields the jobs that are no longer in the manifests and have files."""
+        query = (
+            "SELECT number, id, definition, (SELECT row FROM attempts WHERE job_id = jobs.id"
+            " AND json_extract(row, '$.status') = ? ORDER BY seq DESC LIMIT 1)"
+            f" FROM jobs WHERE NOT {tables.LISTED} AND outputs <> '[]' ORDER BY number"
+        )
+        with self._db.reading() as db:
+            for number, job_id, definition, row in db.execute(query, (DONE,)):
+                yield RemovedJob(number=number, id=job_id, definition=definition, row=row)
+
+    def outputs(self) -> set[str]:
+        """Returns the files of all jobs that are in the manifests, as paths in the folder."""
+        query = f"SELECT outputs FROM jobs WHERE {tables.LISTED}"
+        with self._db.reading() as db:
+            return {path for (text,) in db.execute(query) for path in json.loads(text)}
+
+    def is_read_last(self, manifest: str) -> bool:
+        """Returns whether the latest reading had a manifest among its files."""
+        with self._db.reading() as db:
+            query = "SELECT 1 FROM inputs WHERE path = ?"
+            return db.execute(query, (manifest,)).fetchone() is not None
+
+    def forget_outputs(self, numbers: Iterable[int], paths: Iterable[str]) -> None:
+        """Records that jobs have no files any more, and which of them are to be removed.
+
+        Args:
+            numbers: The jobs; should they return to the manifests, they are run again.
+            paths: The files, as paths in the folder.
+        """
+        with self._db.transaction() as db:
+            db.executemany(
+                "UPDATE jobs SET outputs = '[]', status = ?, tries = 0, current = NULL,"
+                " finish_reason = NULL WHERE number = ?",
+                ((PENDING, number) for number in numbers),
+            )
+            tables.add_stale(db, paths)
+            tables.forget_log(db)
+
+    def unhashed(self) -> Iterator[tuple[int, str]]:
+        """Yields (number, row of the log) of current successes without perceptual hashes."""
+        with self._db.reading() as db:
+            yield from db.execute(
+                "SELECT seq, row FROM jobs JOIN attempts ON seq = current WHERE status = ?"
+                " AND coalesce(json_array_length(row, '$.image_phash'), 0)"
+                " < json_array_length(row, '$.image_paths') ORDER BY seq",
+                (DONE,),
+            )
+
+    def add_hashes(self, hashes: Iterable[tuple[int, Sequence[str]]]) -> None:
+        """Adds perceptual hashes to rows of the log, by their numbers, and has it written."""
+        with self._db.transaction() as db:
+            db.executemany(
+                "UPDATE attempts SET row = json_set(row, '$.image_phash', json(?)) WHERE seq = ?",
+                ((json.dumps(list(own)), seq) for seq, own in hashes),
+            )
+            tables.forget_log(db, parts=True)
 
     def failed(self) -> Iterator[tuple[str, str]]:
         """Yields (id, row of the log) of each job that failed for good, in manifest order."""

@@ -58,9 +58,16 @@ def set_meta(db: sqlite3.Connection, name: str, value: str) -> None:
     db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
 
 
-def forget_log(db: sqlite3.Connection) -> None:
-    """Has the log written again, because what it says of its rows has changed."""
+def forget_log(db: sqlite3.Connection, *, parts: bool = False) -> None:
+    """Has the log written again, because what it says has changed.
+
+    Args:
+        db: Inside a transaction.
+        parts: Whether rows have changed, not only their marks.
+    """
     db.execute("DELETE FROM meta WHERE name = ?", (LOG,))
+    if parts:
+        db.execute("DELETE FROM meta WHERE name LIKE 'log/%'")
 
 
 def increment(db: sqlite3.Connection, name: str) -> int:

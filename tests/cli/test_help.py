@@ -50,7 +50,7 @@ def test_the_commands_are_those_that_scripts_know() -> None:
     assert set(COMMANDS) == {
         "run", "plan", "status", "report", "t2i", "edit", "interleave",
         "manifest validate", "manifest schema", "manifest convert", "model inspect",
-        "profile", "doctor", "demo", "repair", "merge", "jobs",
+        "profile", "doctor", "demo", "repair", "merge", "jobs", "show", "prune", "hash",
     }  # fmt: skip
 
 
