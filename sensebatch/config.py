@@ -64,7 +64,8 @@ class TaskDefaults:
     think: Annotated[
         bool,
         Setting(
-            help="Let the model think before it draws.", of=lambda spec: spec.thinks is not None
+            help="Let the model think before it draws or answers.",
+            of=lambda spec: spec.thinks is not None,
         ),
     ] = False
     target_pixels: Annotated[
@@ -295,7 +296,9 @@ def default_config(model: str = TINY_MODEL) -> RunConfig:
     if model in (TINY_MODEL, SYNTHETIC_PREFIX + TINY_MODEL):
         return RunConfig(
             model=ModelConfig(model=model),
-            pixel_limits=PixelLimits(base_pixels=2 * 256 * 256, min_pixels=128 * 128),
+            pixel_limits=PixelLimits(
+                base_pixels=2 * 256 * 256, min_pixels=128 * 128, min_asked_pixels=128 * 128
+            ),
             tasks={task: _tiny(spec) for task, spec in TASKS.items()},
         )
     tasks = {task: _published(spec) for task, spec in TASKS.items()}

@@ -6,8 +6,8 @@ declarations; none of them lists settings of its own. Knows neither pydantic nor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
 from functools import cache
 from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -35,6 +35,8 @@ class Setting:
     is."""
     metavar: str | None = None
     """What stands for the value in `--help`."""
+    implies: Mapping[str, Any] = field(default_factory=dict)
+    """Other settings that follow where this one is given and they are not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +87,18 @@ def declared(declaring: type) -> Mapping[str, Declared]:
     return settings
 
 
+def implications(declaring: type, given: Iterable[str]) -> dict[str, Any]:
+    """Returns the settings that follow from those of these names, without those of them."""
+    names, settings = set(given), declared(cast(Hashable, declaring))
+    return {
+        other: value
+        for name in settings
+        if name in names
+        for other, value in settings[name].setting.implies.items()
+        if other not in names
+    }
+
+
 def stated(instance: Any) -> dict[str, Any]:
     """Returns the fields of a dataclass by name, except those at their neutral value.
 
@@ -92,9 +106,9 @@ def stated(instance: Any) -> dict[str, Any]:
     field existed. So keys and records that leave neutral fields out survive an upgrade.
     """
     return {
-        field.name: value
-        for field in fields(instance)
-        if (value := getattr(instance, field.name)) != field.default or field.default is MISSING
+        one.name: value
+        for one in fields(instance)
+        if (value := getattr(instance, one.name)) != one.default or one.default is MISSING
     }
 
 

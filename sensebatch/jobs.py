@@ -144,6 +144,21 @@ def _makes_several_images(spec: TaskSpec) -> bool:
     return spec.output is Output.IMAGES
 
 
+def _answers(spec: TaskSpec) -> bool:
+    return spec.output is Output.TEXT
+
+
+def _choices_error(choices: Sequence[str], _: TaskSpec) -> str | None:
+    for choice in choices:
+        if not choice or choice != choice.strip():
+            return f"expected short texts without space around them, found {choice!r}"
+    if len(choices) == 1:
+        return f"expected two or more, found {choices[0]!r} alone"
+    if again := next((c for c in choices if choices.count(c) > 1), None):
+        return f"expected every choice once, found {again!r} again"
+    return None
+
+
 def _limits_text(name: str) -> Callable[[TaskSpec], bool]:
     return lambda spec: spec.text.limit == name
 
@@ -218,6 +233,58 @@ class Sampling:
             of=draws,
         ),
     ] = 1
+    choices: Annotated[
+        tuple[str, ...],
+        Setting(
+            help="The answers to choose from, in the model's own words; nothing else is written.",
+            of=_answers,
+            error=_choices_error,
+            metavar="TEXT",
+        ),
+    ] = ()
+    do_sample: Annotated[
+        bool,
+        Setting(
+            help="Draw each token at random by its probability, and not the most probable one.",
+            of=_answers,
+        ),
+    ] = False
+    temperature: Annotated[
+        float,
+        Gt(0),
+        Setting(
+            help="What logits are divided by before a token is drawn.",
+            of=_answers,
+            implies={"do_sample": True},
+        ),
+    ] = 0.7
+    top_p: Annotated[
+        float,
+        Gt(0),
+        Le(1),
+        Setting(
+            help="Draw from the most probable tokens that together have this probability.",
+            of=_answers,
+            implies={"do_sample": True},
+        ),
+    ] = 0.9
+    top_k: Annotated[
+        int,
+        Interval(ge=0, le=MAX_COUNT),
+        Setting(
+            help="Draw from so many of the most probable tokens; 0 for all.",
+            of=_answers,
+            implies={"do_sample": True},
+        ),
+    ] = 50
+    repetition_penalty: Annotated[
+        float,
+        Gt(0),
+        Setting(
+            help="How much less probable the tokens become that the answer has; 1 for no less.",
+            of=_answers,
+        ),
+    ] = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -335,7 +402,12 @@ class Job:
     @property
     def max_text_tokens(self) -> int:
         """The most tokens of text that the job writes, thoughts included."""
-        text = self.task.spec.text
+        text, choices = self.task.spec.text, self.sampling.choices
+        if choices and not self.think:
+            # Only what a choice is scored with is cached, and only if others begin alike.
+            first = {choice[0] for choice in choices}
+            longest = max(len(choice.encode()) for choice in choices)
+            return longest if len(first) < len(choices) else 0
         writes = text.always or self.think
         return getattr(self.sampling, text.limit) if writes else 0
 
@@ -463,8 +535,12 @@ class JobResult:
     images: tuple[np.ndarray, ...] = ()
     """uint8 `[height, width, 3]`, in the order drawn."""
     text: str | None = None
-    """The think text of a t2i or edit job, or the text of an interleave job with an `<image>` for
-    each image."""
+    """The think text of a t2i or edit job, the text of an interleave job with an `<image>` for
+    each image, or the answer to a question with the thoughts before it."""
+    answer: str | None = None
+    """The answer to a question: its text without thoughts."""
+    choice_log_probabilities: tuple[float, ...] = ()
+    """What the model gives each of a question's choices, in their order."""
     think_tokens: int = 0
     text_tokens: int = 0
     """Decoded tokens that are not think tokens."""
@@ -479,6 +555,8 @@ class EncodedJob:
     """In the order drawn."""
     text: str | None
     """See `JobResult`."""
+    answer: str | None
+    choice_log_probabilities: tuple[float, ...]
     think_tokens: int
     text_tokens: int
     finish_reason: FinishReason

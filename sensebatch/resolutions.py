@@ -70,10 +70,21 @@ class PixelLimits:
     """Pixels of a full-size image."""
     min_pixels: int = 512 * 512
     """Smaller input images are enlarged to this many."""
+    min_asked_pixels: int = 256 * 256
+    """The same for images that are only asked about."""
 
-    def model_max_pixels(self, num_images: int) -> int:
-        """Returns the most pixels of each input image in a prompt with `num_images` of them."""
-        return min(self.base_pixels, 4 * self.base_pixels // max(num_images, 1))
+    def model_pixels(self, num_images: int, *, draws: bool = True) -> tuple[int, int]:
+        """Returns the fewest and most pixels of each input image.
+
+        Args:
+            num_images: How many there are in the prompt.
+            draws: Whether the job draws images. Otherwise each input may be as large as if it were
+                the only one.
+        """
+        if not draws:
+            return self.min_asked_pixels, self.base_pixels
+        most = min(self.base_pixels, 4 * self.base_pixels // max(num_images, 1))
+        return self.min_pixels, most
 
     def auto_input_max_pixels(self, num_images: int) -> int:
         """Returns what `input_max_pixels: auto` means in a prompt with `num_images` images."""

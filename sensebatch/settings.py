@@ -39,7 +39,7 @@ from sensebatch.config import (
     default_config,
     scheduled,
 )
-from sensebatch.declarations import Declared, declared, plain
+from sensebatch.declarations import Declared, declared, implications, plain
 from sensebatch.errors import ConfigError
 from sensebatch.image_files import MAX_PIXELS
 from sensebatch.jobs import (
@@ -166,6 +166,7 @@ class PixelLimitsSection(_Section):
 
     base_pixels: Count
     min_pixels: Count
+    min_asked_pixels: Count
 
 
 def _checked(setting: Declared, spec: TaskSpec) -> Any:
@@ -243,6 +244,7 @@ def resolve_settings(
         {name: value for name, value in (flags or {}).items() if value is not None}
     )
     chosen = _merge(_scheduled(from_file), _scheduled(from_flags))
+    _imply(chosen.get("tasks"))
     section = chosen.get("model")
     model = section.get("model") if isinstance(section, Mapping) else None
     defaults = dump_settings(default_config(model if isinstance(model, str) else TINY_MODEL))
@@ -371,6 +373,13 @@ def _scheduled(layer: Mapping[str, Any]) -> Mapping[str, Any]:
         for name, section in tasks.items()
     }
     return {**layer, "tasks": implied}
+
+
+def _imply(tasks: object) -> None:
+    """Adds the settings that follow from others to what was given for each task."""
+    for section in tasks.values() if isinstance(tasks, Mapping) else ():
+        if isinstance(section, dict):
+            section.update(implications(Sampling, section))
 
 
 def _name_buckets(values: dict[str, Any]) -> None:

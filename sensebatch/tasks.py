@@ -20,6 +20,7 @@ class Task(StrEnum):
     T2I = "t2i"
     EDIT = "edit"
     INTERLEAVE = "interleave"
+    ASK = "ask"
 
     @property
     def spec(self) -> TaskSpec:
@@ -131,9 +132,12 @@ class PromptRule:
     """Whether several input images without any mark are introduced as `Image-1:`, `Image-2:`."""
     empty_thought: bool
     """Whether the assistant's turn begins with an empty think block if the job does not think."""
+    opens_thought: bool
+    """Whether it begins with `<think>` if the job thinks. Otherwise the model itself decides
+    whether to think."""
     opens_image: bool
-    """Whether the model is made to draw: `<img>` follows, after the `<think>` and the thoughts of a
-    job that thinks. Otherwise the model itself decides whether to think and when to draw."""
+    """Whether the model is made to draw: `<img>` follows, after the thoughts of a job that thinks.
+    Otherwise the model itself decides whether and when to draw."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +177,7 @@ _SPECS = (
             system=SystemPromptKind.GENERATION,
             numbered=False,
             empty_thought=True,
+            opens_thought=True,
             opens_image=True,
         ),
         text=TextRule(limit="max_think_tokens", always=False),
@@ -194,6 +199,7 @@ _SPECS = (
             system=SystemPromptKind.GENERATION,
             numbered=True,
             empty_thought=True,
+            opens_thought=True,
             opens_image=True,
         ),
         text=TextRule(limit="max_think_tokens", always=False),
@@ -215,6 +221,7 @@ _SPECS = (
             system=SystemPromptKind.INTERLEAVE,
             numbered=False,
             empty_thought=True,
+            opens_thought=False,
             opens_image=False,
         ),
         text=TextRule(limit="max_new_tokens", always=True),
@@ -227,12 +234,32 @@ _SPECS = (
         thinks=True,
         runner="interleave",
     ),
+    TaskSpec(
+        task=Task.ASK,
+        inputs=Inputs.OPTIONAL,
+        resizes_inputs=False,
+        output=Output.TEXT,
+        prompt=PromptRule(
+            system=None,
+            numbered=False,
+            empty_thought=False,
+            opens_thought=True,
+            opens_image=False,
+        ),
+        text=TextRule(limit="max_new_tokens", always=True),
+        drawing=None,
+        thinks=False,
+        sampling={"max_new_tokens": 1024},
+        runner="ask",
+    ),
 )
 
 TASKS: Mapping[Task, TaskSpec] = {spec.task: spec for spec in _SPECS}
 """The row of every task."""
 
 
-def implied_task(*, has_images: bool) -> Task:
+def implied_task(*, has_images: bool, has_question: bool = False) -> Task:
     """Returns the task of a manifest's row that names none."""
+    if has_question:
+        return Task.ASK
     return Task.EDIT if has_images else Task.T2I

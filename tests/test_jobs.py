@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sensebatch.jobs import CfgNorm, Job, ModelIdentity, Sampling, Source, folded_id, job_key
 from sensebatch.resolutions import Resolution
-from sensebatch.tasks import Task
+from sensebatch.tasks import SystemPromptKind, Task
 from tests.executor.fakes import IDENTITY, make_input, make_job
 
 DECIDING: dict[str, Any] = {
@@ -36,6 +36,10 @@ SAMPLING: dict[str, Any] = {
     "cfg_interval": (0.25, 0.75),
     **dict.fromkeys(("timestep_shift", "cfg_scale", "img_cfg_scale"), 9.5),
     **dict.fromkeys(("num_steps", "max_think_tokens", "max_images", "max_new_tokens"), 99),
+    "choices": ("yes", "no"),
+    "do_sample": True,
+    **dict.fromkeys(("temperature", "top_p", "repetition_penalty"), 0.5),
+    "top_k": 3,
 }
 
 
@@ -76,9 +80,10 @@ def test_inputs_count_by_their_bytes_and_not_by_their_place() -> None:
 @pytest.mark.parametrize("field", fields(ModelIdentity), ids=lambda field: field.name)
 def test_everything_of_the_model_is_in_the_key_of_the_tasks_it_serves(field: Any) -> None:
     for task in Task:
-        others = "generation_prompt" if task is Task.INTERLEAVE else "interleave_prompt"
+        kind = task.spec.prompt.system
+        others = {f"{other}_prompt" for other in SystemPromptKind if other is not kind}
         job = make_job("a", task)
-        assert (key(job, **{field.name: "another"}) == key(job)) == (field.name == others)
+        assert (key(job, **{field.name: "another"}) == key(job)) == (field.name in others)
 
 
 @given(st.text(max_size=20))

@@ -49,6 +49,12 @@ OF_TASKS: list[tuple[Task, dict[str, Any], str]] = [
         {"images": (X,), "think": False, "seed": 2**63 - 1},
         "ad1daf19f694b175374ff0b9e6bb43f0b8c929eb6911ce3db1dceac2ba13eb81",
     ),
+    (Task.ASK, {}, "b5a7dc4f2fb580c0cf6fbb5cc631960bdeb39d5b179efc26f3810352d9130c72"),
+    (
+        Task.ASK,
+        {"images": (X,), "think": True},
+        "f028c711dc7c15949a1c3e3f479a2d2cede71ed627c813dbc8606a35195ad0ed",
+    ),
 ]
 """The keys of `make_job` with `PROMPT` and some fields changed, for `IDENTITY`."""
 

@@ -124,7 +124,12 @@ def test_t2i_buckets_are_the_published_ones() -> None:
     ("num_images", "pixels"), [(1, 4194304), (4, 4194304), (5, 3355443), (8, 2097152)]
 )
 def test_many_input_images_share_the_pixels_of_four(num_images: int, pixels: int) -> None:
-    assert LIMITS.model_max_pixels(num_images) == pixels
+    assert LIMITS.model_pixels(num_images) == (512 * 512, pixels)
+
+
+@pytest.mark.parametrize("num_images", [1, 5, 100])
+def test_images_that_are_only_asked_about_share_nothing(num_images: int) -> None:
+    assert LIMITS.model_pixels(num_images, draws=False) == (256 * 256, 2048 * 2048)
 
 
 @pytest.mark.parametrize("buckets", [BUCKETS_T2I, BUCKETS_INTERLEAVE, BUCKETS_TINY])

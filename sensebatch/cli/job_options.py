@@ -157,6 +157,23 @@ class FileOptions:
     ] = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuestionOptions:
+    """The question of a task that answers in text, and the file of the answer."""
+
+    question: Annotated[
+        str | None, typer.Option(help="What to ask; another name for --prompt.")
+    ] = None
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            parser=path,
+            help="File to write the answer to; else it is printed on stdout.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None
+
+
 def setting_options(task: Task) -> type[Any]:
     """Returns a dataclass of options: one for each declared setting that a task has."""
 
@@ -200,13 +217,8 @@ def _given(value: Any) -> Any:
     return None if value == [] else value
 
 
-def one_job_command(task: Task, about: str) -> Callable[..., None]:
-    """Returns a command for `with_options` that runs one job of a task, or a JSONL file's.
-
-    Args:
-        task: Its row says which options there are.
-        about: Help: what the command makes.
-    """
+def _option_groups(task: Task) -> dict[str, type[Any]]:
+    """Returns the groups of options that a task's command has, by name."""
     spec = task.spec
     groups: dict[str, type[Any]] = {"job": JobOptions}
     if spec.takes_images:
@@ -216,13 +228,25 @@ def one_job_command(task: Task, about: str) -> Callable[..., None]:
     groups["settings"] = setting_options(task)
     if spec.output is Output.IMAGE:
         groups["file"] = FileOptions
-    groups |= {
+    if spec.output is Output.TEXT:
+        groups["file"] = QuestionOptions
+    return groups | {
         "model": ModelOptions,
         "batch": BatchOptions,
         "execution": ExecutionOptions,
         "images": ImageOptions,
         "screen": ScreenOptions,
     }
+
+
+def one_job_command(task: Task, about: str) -> Callable[..., None]:
+    """Returns a command for `with_options` that runs one job of a task, or a JSONL file's.
+
+    Args:
+        task: Its row says which options there are.
+        about: Help: what the command makes.
+    """
+    groups = _option_groups(task)
 
     def run(**given: Any) -> None:
         from sensebatch.cli.one_job import Command, run_command
@@ -244,6 +268,7 @@ def one_job_command(task: Task, about: str) -> Callable[..., None]:
                 config_file=given["model"].config,
                 screen=given["screen"],
                 output=given["file"].output if "file" in given else None,
+                question=getattr(given.get("file"), "question", None),
             )
         )
 

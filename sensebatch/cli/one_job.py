@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from sensebatch.cli.answers import answer_json, answer_text, chances_line, write_answers
 from sensebatch.cli.compare import compose
 from sensebatch.cli.job_options import JobOptions
 from sensebatch.cli.messages import show_anyway
 from sensebatch.cli.options import ScreenOptions
 from sensebatch.cli.outcome import finish, reporting_stops
 from sensebatch.cli.session import run_session
-from sensebatch.cli.voice import Voice
+from sensebatch.cli.voice import Level, Voice
 from sensebatch.config import ModelConfig, RunConfig
 from sensebatch.errors import ConfigError, ManifestError, Problem
 from sensebatch.executor.observer import Summary
@@ -65,6 +66,13 @@ class Command:
     screen: ScreenOptions
     output: Path | None = None
     """The file to write."""
+    question: str | None = None
+    """The prompt under its other name."""
+
+    @property
+    def prompt(self) -> str | None:
+        """The prompt under either name."""
+        return self.job.prompt if self.question is None else self.question
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +84,8 @@ class _Made:
     summary: Summary
     files: Sequence[Path]
     """Files written where they were asked for."""
+    answers: Sequence[Mapping[str, object]] | None = None
+    """The answers of a task that answers in text, for `--json`."""
 
 
 def run_command(command: Command) -> None:
@@ -98,18 +108,19 @@ def run_command(command: Command) -> None:
             profile=job.profile,
             as_json=job.as_json,
             outputs=made.files,
+            answers=made.answers,
         )
 
 
 def _run_prompt(command: Command, voice: Voice) -> _Made:
-    if command.job.prompt is None:
-        raise ConfigError("expected --prompt or --jsonl, found neither")
+    if command.prompt is None:
+        name = "prompt" if command.task.spec.drawing else "question"
+        raise ConfigError(f"expected --{name} or --jsonl, found neither")
+    if command.question is not None and command.job.prompt is not None:
+        raise ConfigError("--question: cannot be combined with --prompt")
     folder, stem, config = _place(command)
     job = _only_job(command, stem, config, voice)
-    one_image = command.task.spec.output is Output.IMAGE
-    suffix = f".{EXTENSIONS[config.output.image_format]}" if one_image else ""
-    if command.output is not None:
-        suffix = command.output.suffix
+    suffix = _suffix(command, config)
     if stem is None:
         job = replace(job, id=_unused_stem(job, config.model, folder / RUNS_FOLDER, suffix))
     is_of_job = partial(_is_of_job, job=job, suffix=suffix, compare=command.job.compare)
@@ -120,7 +131,8 @@ def _run_prompt(command: Command, voice: Voice) -> _Made:
     request = Request(
         root=root, config=config, sources=(job.source.file,), jobs=lambda: iter([job])
     )
-    written = []
+    written: list[Path] = []
+    answers: list[Mapping[str, object]] = []
     with reporting_stops(root, voice, as_json=command.job.as_json):
         summary = run_session(request, voice)
         for finished in finished_jobs(root):
@@ -128,14 +140,40 @@ def _run_prompt(command: Command, voice: Voice) -> _Made:
             written += _extras(command.job, finished, folder / f"{job.id}_compare.png", voice)
             if command.job.print_think and finished.text_file is None:
                 voice.warn("--print-think: the job wrote no text; with --think it thinks first")
+            if command.task.spec.output is Output.TEXT:
+                answers.append(answer_json(finished))
+                _show_answer(command, finished, voice)
         _remember(root, written)
-    return _Made(root=root, summary=summary, files=written)
+    return _Made(root=root, summary=summary, files=written, answers=answers or None)
+
+
+def _suffix(command: Command, config: RunConfig) -> str:
+    """Returns the suffix of the only file of a job; nothing for a job that writes several."""
+    if command.output is not None:
+        return command.output.suffix
+    match command.task.spec.output:
+        case Output.IMAGE:
+            return f".{EXTENSIONS[config.output.image_format]}"
+        case Output.TEXT:
+            return ".txt"
+        case Output.IMAGES:
+            return ""
+
+
+def _show_answer(command: Command, finished: FinishedJob, voice: Voice) -> None:
+    """Prints an answer unless it goes to a file or an object of its own."""
+    job = command.job
+    if command.output is None and not job.as_json and not job.print_think:
+        show_anyway(answer_text(finished))
+    if (line := chances_line(finished)) is not None:
+        voice.tell(Level.BRIEF, line)
 
 
 def _run_jsonl(command: Command, path: Path, voice: Voice) -> _Made:
     job, task = command.job, command.task
     for name, value in (
         ("prompt", job.prompt),
+        ("question", command.question),
         ("stem", job.stem),
         ("output", command.output),
         ("overwrite", job.overwrite or None),
@@ -162,6 +200,8 @@ def _run_jsonl(command: Command, path: Path, voice: Voice) -> _Made:
         summary = run_session(request, voice)
         for finished in finished_jobs(root) if job.compare or job.print_think else ():
             written += _extras(job, finished, root / "compare" / f"{finished.job.id}.png", voice)
+        if task.spec.output is Output.TEXT:
+            written.append(write_answers(root, finished_jobs(root), path))
     return _Made(root=root, summary=summary, files=written)
 
 
@@ -173,6 +213,9 @@ def _place(command: Command) -> tuple[Path, str | None, RunConfig]:
     if output is not None:
         if stem is not None:
             raise ConfigError("--stem: cannot be combined with --output")
+        target = output if job.output_dir is None else folder / output
+        folder, stem = target.parent, target.stem
+    if output is not None and command.task.spec.drawing is not None:
         image_format = _FORMATS.get(output.suffix.lower())
         if image_format is None:
             raise ConfigError(
@@ -181,15 +224,13 @@ def _place(command: Command) -> tuple[Path, str | None, RunConfig]:
         if flags.get("output.image_format") not in (None, image_format):
             raise ConfigError(f"--image-format: expected {image_format}, as --output {output} says")
         flags["output.image_format"] = image_format
-        target = output if job.output_dir is None else folder / output
-        folder, stem = target.parent, target.stem
     return folder, stem, resolve_settings(config_file=command.config_file, flags=flags)
 
 
 def _only_job(command: Command, stem: str | None, config: RunConfig, voice: Voice) -> Job:
     own = {
         "task": command.task.value,
-        "prompt": command.job.prompt,
+        "prompt": command.prompt,
         "id": stem,
         "system_prompt": command.job.system_prompt,
     }
@@ -334,8 +375,12 @@ def _size_flags(command: Command) -> dict[str, object]:
 
 def _copy_out(finished: FinishedJob, folder: Path, suffix: str) -> list[Path]:
     """Copies a job's files to where they were asked for, and returns the copies' paths."""
-    stem, copies = finished.job.id, []
-    if finished.job.task.spec.output is Output.IMAGE:
+    stem, copies, output = finished.job.id, [], finished.job.task.spec.output
+    if output is Output.TEXT:
+        target = folder / f"{stem}{suffix}"
+        write_atomic(target, answer_text(finished).encode())
+        return [target]
+    if output is Output.IMAGE:
         copies = [(path, folder / f"{stem}{suffix}") for path in finished.image_files]
     else:
         for index, path in enumerate(finished.image_files):

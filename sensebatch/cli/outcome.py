@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -32,6 +32,7 @@ def finish(
     as_json: bool,
     outputs: Sequence[Path] | None = None,
     until: float | None = None,
+    answers: Sequence[Mapping[str, object]] | None = None,
 ) -> None:
     """Prints what became of a run and ends the command.
 
@@ -43,6 +44,7 @@ def finish(
         as_json: Whether to print one object on stdout, and nothing else there.
         outputs: Files that a one-job command wrote where they were asked for.
         until: The run's deadline, in seconds since the epoch.
+        answers: What a question was answered with.
 
     Raises:
         typer.Exit: Always, with the exit code.
@@ -52,6 +54,8 @@ def finish(
         values = outcome_json(root, summary, report)
         if outputs is not None:
             values["outputs"] = [str(path) for path in outputs]
+        if answers is not None:
+            values["answers"] = list(answers)
         show_anyway(json.dumps(values))
     elif report is not None:
         show_anyway(format_summary(report))

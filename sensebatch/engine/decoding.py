@@ -28,11 +28,15 @@ Extend = Callable[[Sequence[tuple[KVCache, Sequence[int]]]], Tensor]
 """Caches tokens of some sequences and returns the outputs of their last ones, `[S, D]`."""
 
 
+Choose = Callable[[Tensor, Sequence[int]], list[int]]
+"""Returns the next tokens after logits `[S, V]`, which are of these sequences."""
+
+
 class Decoder(Protocol):
     """Caches one token of some sequences and chooses the next ones."""
 
     def step(self, taken: Sequence[tuple[int, int]]) -> list[int]:
-        """Returns the greedy choices after tokens, which are given as (sequence, token)."""
+        """Returns the choices after tokens, which are given as (sequence, token)."""
 
 
 class PlainDecoder:
@@ -41,21 +45,31 @@ class PlainDecoder:
     Args:
         caches: The cache of each sequence.
         extend: Runs such a pass.
-        choose: Returns the greedy choices after outputs `[S, D]`.
+        logits: Returns logits `[S, V]` of outputs `[S, D]`.
+        choose: Chooses by them; the most probable tokens if None.
     """
 
     def __init__(
-        self, caches: Sequence[KVCache], extend: Extend, choose: Callable[[Tensor], list[int]]
+        self,
+        caches: Sequence[KVCache],
+        extend: Extend,
+        logits: Callable[[Tensor], Tensor],
+        choose: Choose | None = None,
     ) -> None:
         self._caches = caches
         self._extend = extend
-        self._choose = choose
+        self._logits = logits
+        self._choose = choose or choose_greedily
 
     def step(self, taken: Sequence[tuple[int, int]]) -> list[int]:
         """See `Decoder`."""
-        return self._choose(
-            self._extend([(self._caches[index], [token]) for index, token in taken])
-        )
+        hidden = self._extend([(self._caches[index], [token]) for index, token in taken])
+        return self._choose(self._logits(hidden), [index for index, _ in taken])
+
+
+def choose_greedily(logits_SV: Tensor, _: Sequence[int]) -> list[int]:
+    """Returns the most probable token of each sequence; see `Choose`."""
+    return logits_SV.argmax(-1).tolist()
 
 
 class FastDecoder:
@@ -72,6 +86,7 @@ class FastDecoder:
         most_tokens: Most tokens of any sequence.
         as_graph: Whether a step is captured as a graph, because its weights stay where they are
             once used; embeddings may be in host memory.
+        choose: Chooses by logits; None takes the most probable tokens, which is part of the graph.
     """
 
     def __init__(
@@ -82,16 +97,20 @@ class FastDecoder:
         most_tokens: int,
         *,
         as_graph: bool,
+        choose: Choose | None = None,
     ) -> None:
         self._network = network
         self._operations = operations
         self._caches = caches
         self._left = most_tokens
         self._as_graph = as_graph
+        self._choose = choose
         count, device = len(caches), network.device
         hidden = network.arch.hidden_size
         self._x_SD = torch.zeros(count, hidden, dtype=network.dtype, device=device)
         self._choices_S = torch.zeros(count, dtype=torch.int64, device=device)
+        chosen_from = 0 if choose is None else network.arch.vocab_size
+        self._logits_SV = self._x_SD.new_zeros(count, chosen_from)
         self._lengths_S = torch.zeros_like(self._choices_S)
         self._angles_S = torch.zeros_like(self._choices_S)
         self._sequences_S = torch.arange(count, device=device)
@@ -127,13 +146,16 @@ class FastDecoder:
         # Outside the graph: the table may be in host memory.
         self._x_SD.copy_(self._network.embed_text(self._given))
         self._run()
-        choices = self._choices_S.tolist()
-        for index, _ in taken:
+        sequences = [index for index, _ in taken]
+        for index in sequences:
             cache = self._caches[index]
             cache.advance(1, cache.next_t + 1)
         self._left -= 1
         self._left_in_room -= 1
-        return [choices[index] for index, _ in taken]
+        if self._choose is not None:
+            return self._choose(self._logits_SV[sequences], sequences)
+        choices = self._choices_S.tolist()
+        return [choices[index] for index in sequences]
 
     def _run(self) -> None:
         if not self._as_graph or self._is_first:
@@ -178,7 +200,10 @@ class FastDecoder:
                 hidden = decoding.product(normed, layer.mlp.gate_up.weight, swiglu=True)
                 x_SD = decoding.product(hidden, layer.mlp.down.weight, residual=x_SD)
         logits = network.logits(rms_norm(x_SD, expert.norm, eps))
-        self._choices_S.copy_(logits.argmax(-1))
+        if self._choose is None:
+            self._choices_S.copy_(logits.argmax(-1))
+        else:
+            self._logits_SV.copy_(logits)
         # Sequences that have ended stay at the last place of their room.
         self._lengths_S.add_(1).clamp_(max=room.num_tokens - 1)
         self._angles_S.add_(1).clamp_(max=self._rotary[0].shape[0] - 1)
@@ -226,8 +251,8 @@ def new_decoder(
     most_tokens: int,
     *,
     extend: Extend,
-    choose: Callable[[Tensor], list[int]],
     as_graph: bool,
+    choose: Choose | None = None,
 ) -> Decoder:
     """Returns the fastest decoder that a network allows.
 
@@ -236,13 +261,15 @@ def new_decoder(
         caches: See `FastDecoder`.
         most_tokens: See `FastDecoder`.
         extend: See `PlainDecoder`.
-        choose: See `PlainDecoder`.
         as_graph: See `FastDecoder`.
+        choose: See `PlainDecoder`.
     """
     operations = _operations_for(network, len(caches))
     if operations is not None:
         on_gpu = network.device.type == "cuda"
-        return FastDecoder(network, operations, caches, most_tokens, as_graph=as_graph and on_gpu)
+        return FastDecoder(
+            network, operations, caches, most_tokens, as_graph=as_graph and on_gpu, choose=choose
+        )
     for cache in caches:
         cache.bring()
-    return PlainDecoder(caches, extend, choose)
+    return PlainDecoder(caches, extend, network.logits, choose)

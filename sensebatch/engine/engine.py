@@ -131,6 +131,7 @@ class SenseNovaEngine:
                 num_images=len(inputs),
                 first_max_pixels=job.input_max_pixels,
                 limits=self._pixel_limits,
+                draws=job.task.spec.drawing is not None,
                 planned=image,
             )
             for number, (image, data) in enumerate(zip(job.images, inputs, strict=True), start=1)

@@ -110,6 +110,7 @@ def load_input(
     num_images: int,
     first_max_pixels: int | None,
     limits: PixelLimits,
+    draws: bool = True,
     planned: InputImage | None = None,
 ) -> Patches:
     """Returns an input image of a job as patches, after both resizes.
@@ -120,6 +121,7 @@ def load_input(
         num_images: How many input images the job has; more images are made smaller.
         first_max_pixels: Pixels of the first resize, which only edit has; None skips it.
         limits: The checkpoint's.
+        draws: Whether the job draws images.
         planned: What was found when the manifest was read; None finds it here.
 
     Raises:
@@ -132,12 +134,8 @@ def load_input(
         if first_max_pixels is not None:
             image = resize_input(image, first_max_pixels, size=size)
             size = (image.height, image.width)
-        image = resize_for_model(
-            image,
-            size=size,
-            min_pixels=limits.min_pixels,
-            max_pixels=limits.model_max_pixels(num_images),
-        )
+        fewest, most = limits.model_pixels(num_images, draws=draws)
+        image = resize_for_model(image, size=size, min_pixels=fewest, max_pixels=most)
     except ResolutionError as error:
         raise JobError(f"{name}: {error}") from error
     return image_to_patches(image)

@@ -211,7 +211,7 @@ def _assistant_start(task: Task, think: bool) -> list[Piece]:
     """Returns the beginning of the assistant's turn."""
     rule = task.spec.prompt
     if think:
-        return [_Special(THINK_START), "\n"] if rule.opens_image else []
+        return [_Special(THINK_START), "\n"] if rule.opens_thought else []
     pieces: list[Piece] = []
     if rule.empty_thought:
         pieces += [_Special(THINK_START), "\n\n", _Special(THINK_END), "\n\n"]

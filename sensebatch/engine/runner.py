@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sensebatch.checkpoint.tokenizer import IMG_CONTEXT, IMG_END
 from sensebatch.contract import Phase, Progress
-from sensebatch.engine.decoding import new_decoder
+from sensebatch.engine.decoding import Choose, choose_greedily, new_decoder
 from sensebatch.engine.model.attention import Attention
 from sensebatch.engine.model.kv_cache import KVCache, Parcel, Span
 from sensebatch.engine.model.network import Network
@@ -235,7 +235,17 @@ class Runner:
         Returns:
             The normed output of each sequence's last token, `[S, D]`.
         """
-        device = self.network.device
+        hidden_TD = self._extend(extensions, self.attention if attention is None else attention)
+        lengths = [len(extension.prompt.token_ids) for extension in extensions]
+        return hidden_TD[torch.tensor(lengths, device=hidden_TD.device).cumsum(0) - 1]
+
+    def extend_whole(self, extensions: Sequence[Extension]) -> Sequence[Tensor]:
+        """Caches tokens as `extend` does; returns the outputs of all of them, `[tokens, D]`."""
+        hidden_TD = self._extend(extensions, self.attention)
+        return hidden_TD.split([len(extension.prompt.token_ids) for extension in extensions])
+
+    def _extend(self, extensions: Sequence[Extension], attention: Attention) -> Tensor:
+        """Caches tokens of several sequences in one pass; returns their outputs, `[T, D]`."""
         ids = torch.tensor([i for e in extensions for i in e.prompt.token_ids])
         x_TD = self.network.embed_text(ids)
         spans, places, next_ts, start = [], [], [], 0
@@ -251,18 +261,18 @@ class Runner:
             num_tokens = len(prompt.token_ids)
             spans.append(Span(cache=extension.cache, num_tokens=num_tokens, segments=runs))
             start += num_tokens
-        attention = self.attention if attention is None else attention
         hidden_TD = self.network.understand(x_TD, torch.cat(places, 1), spans, attention)
         for span, next_t in zip(spans, next_ts, strict=True):
             span.cache.advance(span.num_tokens, next_t)
-        ends = torch.tensor([span.num_tokens for span in spans], device=device).cumsum(0) - 1
-        return hidden_TD[ends]
+        return hidden_TD
 
-    def choose(self, hidden_SD: Tensor) -> list[int]:
-        """Returns the greedy choice after each sequence's last token."""
-        return self.network.logits(hidden_SD).argmax(-1).tolist()
+    def choose(self, hidden_SD: Tensor, choose: Choose = choose_greedily) -> list[int]:
+        """Returns the choice after each sequence's last token."""
+        return choose(self.network.logits(hidden_SD), range(len(hidden_SD)))
 
-    def text_step(self, caches: Sequence[KVCache], most_tokens: int) -> Step:
+    def text_step(
+        self, caches: Sequence[KVCache], most_tokens: int, choose: Choose | None = None
+    ) -> Step:
         """Returns a step that decodes text after sequences and reports its progress.
 
         It heeds a stop while nothing has been drawn: text is not kept, so finishing it would be in
@@ -271,6 +281,7 @@ class Runner:
         Args:
             caches: The cache of each sequence, wherever it is; they end up on the device.
             most_tokens: Most tokens of any sequence.
+            choose: Chooses by logits; None takes the most probable tokens.
         """
         numbers = itertools.count(1)
         decoder = new_decoder(
@@ -278,8 +289,8 @@ class Runner:
             caches,
             most_tokens,
             extend=self.append_tokens,
-            choose=self.choose,
             as_graph=self._weights is None or self._weights.keeps_text,
+            choose=choose,
         )
 
         def step(taken: Sequence[tuple[int, int]]) -> list[int]:

@@ -256,6 +256,8 @@ class WorkerHost:
         return EncodedJob(
             images=images,
             text=result.text,
+            answer=result.answer,
+            choice_log_probabilities=result.choice_log_probabilities,
             think_tokens=result.think_tokens,
             text_tokens=result.text_tokens,
             finish_reason=result.finish_reason,

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, get_origin
+from typing import Any, BinaryIO, get_args, get_origin
 
 from sensebatch.bounded import in_the_way
 from sensebatch.config import RunConfig
@@ -35,7 +35,7 @@ IMAGE_ROWS_IN_MEMORY = 32
 Row = dict[str, Any]
 """A job as a manifest states it: plain values by the names of its fields."""
 
-_REPLACED = EXPANSION_FIELDS | IMAGE_FIELDS | {"type", "think_mode", "conversations"}
+_REPLACED = EXPANSION_FIELDS | IMAGE_FIELDS | {"type", "think_mode", "conversations", "question"}
 
 
 def convert_manifest(
@@ -199,7 +199,9 @@ def _parquet_schema(embed_images: bool) -> Any:
     image = pa.struct([("bytes", pa.binary()), ("path", text)]) if embed_images else text
 
     def column(kind: Any) -> Any:
-        return pa.list_(real) if get_origin(kind) is tuple else types.get(kind, text)
+        if get_origin(kind) is tuple:
+            return pa.list_(column(get_args(kind)[0]))
+        return types.get(kind, text)
 
     return pa.schema(
         [

@@ -33,6 +33,8 @@ MATRIX_FIELDS = frozenset(JOB_FIELD_NAMES) - EXPANSION_FIELDS.union(
 MAX_JOBS = 1_000_000
 """The most jobs of one row; more would take hours to check, and memory for their ids."""
 
+_TEMPLATES = ("prompt", "question")
+"""The fields, besides the id, in which the names of a matrix stand in braces."""
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _TOKEN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
@@ -161,9 +163,8 @@ def _check_used(fields: Mapping[str, Any], axes: Sequence[Axis], errors: RowErro
     """Checks the braces of the prompt and the id, and that every name of the matrix is used."""
     names = {name for name, _ in axes}
     templates = [("id", fields.get("id"))]
-    if "matrix" in fields:
-        prompts = dict(axes).get("prompt", [fields.get("prompt")])
-        templates += [("prompt", prompt) for prompt in prompts]
+    for field in _TEMPLATES if "matrix" in fields else ():
+        templates += [(field, text) for text in dict(axes).get(field, [fields.get(field)])]
     used: set[str] = set()
     for field, template in templates:
         used |= placeholders(template)
@@ -193,9 +194,11 @@ def _combined(
     """Returns the fields of one combination, with the names in prompt and id replaced."""
     set_by_matrix = {name: v for name, v in combination.items() if name in MATRIX_FIELDS}
     fields = {**base, **set_by_matrix}
-    prompt, job_id = fields.get("prompt"), fields.get("id")
-    if in_matrix and isinstance(prompt, str):
-        fields["prompt"] = _filled(prompt, {n: _text(v) for n, v in combination.items()})
+    texts = {name: _text(value) for name, value in combination.items()}
+    for name in _TEMPLATES if in_matrix else ():
+        if isinstance(template := fields.get(name), str):
+            fields[name] = _filled(template, texts)
+    job_id = fields.get("id")
     if isinstance(job_id, str):
         missing = combination.keys() - placeholders(job_id)
         filled = _filled(job_id, {name: slug(value) for name, value in combination.items()})

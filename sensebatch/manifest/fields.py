@@ -160,7 +160,9 @@ def _setting_fields() -> dict[str, Any]:
 _TASK_FIELD: Any = (
     Literal[tuple(task.value for task in Task)] | None,
     Field(
-        None, description="What the job makes; edit if images are given, else t2i, if not given."
+        None,
+        description="What the job makes; if not given, ask where there is a question, edit where "
+        "there are images, else t2i.",
     ),
 )
 
@@ -187,7 +189,8 @@ class JobFields(SharedFields):
     id: str | None = Field(
         None, description="Names the job's files; a hash of the job's fields if not given."
     )
-    prompt: str | None = Field(None, description="What to draw or to change; required.")
+    prompt: str | None = Field(None, description="What to draw, to change or to ask; required.")
+    question: str | None = Field(None, description="Another name for `prompt`, of questions.")
     image: Images | None = Field(None, description="The input image, or a list of them.")
     images: Images | None = Field(None, description="Another name for `image`.")
     matrix: dict[str, Annotated[list[Any], Field(min_length=1)]] | None = Field(
@@ -250,8 +253,7 @@ def _foreign_fields(spec: TaskSpec) -> frozenset[str]:
         foreign.add("think_mode")
     if not spec.takes_images:
         foreign |= IMAGE_FIELDS
-    if spec.drawing is None:
-        foreign |= SIZE_FIELDS
+    foreign |= SIZE_FIELDS if spec.drawing is None else {"question"}
     return frozenset(foreign)
 
 

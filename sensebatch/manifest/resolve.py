@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sensebatch.config import RunConfig, scheduled
-from sensebatch.declarations import converter, declared
+from sensebatch.declarations import converter, declared, implications
 from sensebatch.errors import Problem
 from sensebatch.image_files import UnusableImageError
 from sensebatch.jobs import IMAGE_MARK, InputImage, Job, Sampling, Source
@@ -53,7 +53,7 @@ _ERRORS = [
 ]
 _sampling_values = attrgetter(*_SAMPLING)
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-_PROMPT_FIELDS = frozenset({"prompt", "conversations"})
+_PROMPT_FIELDS = frozenset({"prompt", "question", "conversations"})
 _UNNAMED = PASSED_THROUGH | {"id", "task", "type"}
 """The fields that a derived id does not depend on."""
 
@@ -111,7 +111,7 @@ class JobResolver:
         _check_names(fields, task, errors)
         prompt = prompt_of(fields, errors) if unknown.isdisjoint(_PROMPT_FIELDS) else ""
         images = None if unknown & IMAGE_FIELDS else self._images(fields, task, origin, errors)
-        _check_marks(prompt, None if images is None else len(images), errors)
+        _check_marks(fields, prompt, None if images is None else len(images), errors)
         input_max_pixels = self._input_max_pixels(fields, task, len(images or ()), errors)
         resolution = None
         if unknown.isdisjoint(SIZE_FIELDS):
@@ -164,7 +164,7 @@ class JobResolver:
             location: Location = (name, index) if isinstance(given, list) else (name,)
             try:
                 found_image = self._image(image, origin, name, index, as_stored=as_stored)
-                self._check_ratio(found_image, len(listed))
+                self._check_ratio(found_image, task, len(listed))
             except (UnusableImageError, ResolutionError) as error:
                 errors.add(location, str(error))
             else:
@@ -221,15 +221,12 @@ class JobResolver:
         message = f"found nothing beside the manifest, so {here} is taken from the current folder"
         self._warn(Problem(file=source.file, row=source.row, field=column, message=message))
 
-    def _check_ratio(self, image: InputImage, num_images: int) -> None:
+    def _check_ratio(self, image: InputImage, task: Task, num_images: int) -> None:
         """Raises ResolutionError for an image that the model's own resize refuses."""
-        limits = self._config.pixel_limits
-        smart_resize(
-            image.height,
-            image.width,
-            min_pixels=limits.min_pixels,
-            max_pixels=limits.model_max_pixels(num_images),
+        fewest, most = self._config.pixel_limits.model_pixels(
+            num_images, draws=task.spec.drawing is not None
         )
+        smart_resize(image.height, image.width, min_pixels=fewest, max_pixels=most)
 
     def _sampling_of(self, fields: JobFields, task: Task, errors: RowErrors) -> Sampling:
         given = tuple(
@@ -306,14 +303,13 @@ def _check_names(fields: JobFields, task: Task, errors: RowErrors) -> None:
             errors.add(name, f"expected a field of {task} jobs, found one of other tasks")
 
 
-def _check_marks(prompt: str, num_images: int | None, errors: RowErrors) -> None:
+def _check_marks(fields: JobFields, prompt: str, num_images: int | None, errors: RowErrors) -> None:
     """Checks that there is an image for every `<image>` mark of a prompt."""
     num_marks = prompt.count(IMAGE_MARK)
     if num_images is not None and num_marks > num_images:
         found_images = f"{_counted(num_marks, 'mark')} and {_counted(num_images, 'image')}"
-        errors.add(
-            "prompt", f"expected at most one {IMAGE_MARK} mark per image, found {found_images}"
-        )
+        name = "prompt" if fields.question is None else "question"
+        errors.add(name, f"expected at most one {IMAGE_MARK} mark per image, found {found_images}")
 
 
 def _id(
@@ -352,7 +348,7 @@ def _sampling(defaults: Sampling, quality: str | None, given: tuple[Any, ...]) -
     changes = {
         name: convert(implied[name]) for name, convert in _CONVERTERS.items() if name in implied
     }
-    return replace(defaults, **changes)
+    return replace(defaults, **changes, **implications(Sampling, changes))
 
 
 def _counted(count: int, noun: str) -> str:

@@ -39,13 +39,18 @@ def choose_task(
     if task is not None:
         return task
     has_images = any(row.get(name) or name in matrix for name in IMAGE_FIELDS)
-    return implied_task(has_images=has_images)
+    has_question = row.get("question") is not None or "question" in matrix
+    return implied_task(has_images=has_images, has_question=has_question)
 
 
 def prompt_of(fields: JobFields, errors: RowErrors) -> str:
     """Returns the prompt, which upstream files may hold as a turn of a conversation."""
     if fields.prompt is not None:
         name, prompt = "prompt", fields.prompt
+        if fields.question is not None:
+            errors.add("question", "expected either prompt or question, found both")
+    elif fields.question is not None:
+        name, prompt = "question", fields.question
     elif fields.conversations is not None:
         name = "conversations"
         asked = [turn.value for turn in fields.conversations if turn.speaker in _ASKING]

@@ -112,7 +112,8 @@ def group_load(plan: GroupPlan, *, system_prompt_bytes: int = SYSTEM_PROMPT_BYTE
         plan: The group's.
         system_prompt_bytes: Length of the checkpoint's longest system prompt, where it is known.
     """
-    of_system = system_tokens(system_prompt_bytes)
+    has_system = plan.group.task.spec.prompt.system is not None
+    of_system = system_tokens(system_prompt_bytes) if has_system else 0
     load = Load(
         group=plan.group,
         batch_size=max(min(plan.batch_size, len(plan.fresh)), 1),

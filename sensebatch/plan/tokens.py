@@ -39,10 +39,11 @@ def text_tokens(text: str) -> int:
 def prompt_tokens(job: Job) -> int:
     """Returns an upper estimate of a job's prompt, with its own system prompt and its images."""
     text = text_tokens(job.system_prompt or "") + text_tokens(job.prompt) + LAYOUT_TOKENS
-    limits, images = PixelLimits(), 0
+    fewest, most = PixelLimits().model_pixels(1, draws=job.task.spec.drawing is not None)
+    images = 0
     for image in job.images:
         pixels = job.input_max_pixels or image.height * image.width
-        pixels = min(max(pixels, limits.min_pixels), limits.base_pixels)
+        pixels = min(max(pixels, fewest), most)
         images += pixels // PATCH_PIXELS**2 + IMAGE_LAYOUT_TOKENS
     return text + images
 

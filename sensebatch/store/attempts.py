@@ -44,7 +44,7 @@ class Attempt:
     key: str
     """Hash (64 hex digits) of everything that decides the job's pixels and text."""
     task: str
-    """`t2i`, `edit` or `interleave`."""
+    """`t2i`, `edit`, `interleave` or `ask`."""
     status: str
     """`done` or `failed`, of this attempt."""
     attempt: Int32
@@ -62,7 +62,7 @@ class Attempt:
     a job without text. Null for a failed attempt, unless `--fail-truncated` made it one, and in
     rows of versions that did not record it."""
     prompt: str
-    """The job's prompt."""
+    """The job's prompt, or its question."""
     seed: int
     """Seed of the job's noise."""
     width: Int32 | None
@@ -89,7 +89,19 @@ class Attempt:
     guidance_stride: Int32 | None = None
     """Guidance was evaluated in every so many of its steps; null likewise."""
     think: bool
-    """Whether the model thinks before it draws."""
+    """Whether the model thinks before it draws or answers."""
+    choices: tuple[str, ...] | None = None
+    """Answers that a question may have; empty if it is answered freely, null for other tasks."""
+    do_sample: bool | None = None
+    """Whether the tokens of an answer are drawn at random; null for other tasks."""
+    temperature: float | None = None
+    """What logits are divided by where tokens are drawn; likewise."""
+    top_p: float | None = None
+    """Probability of the tokens that are drawn from; likewise."""
+    top_k: Int32 | None = None
+    """Most tokens that are drawn from, 0 for all; likewise."""
+    repetition_penalty: float | None = None
+    """How much less probable tokens become that the answer has; likewise."""
     num_input_images: Int32
     """Input images of the job."""
     input_image_paths: tuple[str, ...] | None = None
@@ -102,9 +114,9 @@ class Attempt:
     image_tokens: int = 0
     """Image tokens (squares of 32 by 32 pixels) of these images."""
     think_tokens: int = 0
-    """Tokens of the think text of a t2i or edit job, also if the job failed afterwards."""
+    """Tokens of the thoughts of a t2i, edit or ask job, also if the job failed afterwards."""
     text_tokens: int = 0
-    """Tokens of the text of an interleave job, its thoughts included; likewise."""
+    """Tokens of the text of an interleave job, its thoughts included, or of an answer; likewise."""
     batch_id: str | None = None
     """Hash (16 hex digits) of the keys of the batch's jobs in their order; null if the job failed
     before a batch began."""
@@ -205,11 +217,19 @@ class Attempt:
     """Perceptual hash of each image, 16 hex digits: images that look alike differ in few of its 64
     bits (dataset.md). Null in rows of versions that did not record it, until `sensebatch hash`."""
     text_path: str | None = None
-    """Path of the think or interleave text; null without one."""
+    """Path of the think or interleave text or of the answer; null without one."""
     text_sha256: str | None = None
     """SHA-256 of that file."""
     text_chars: Int32 | None = None
     """Characters of that text; null without one, and in rows of versions that did not record it."""
+    answer: str | None = None
+    """The answer to a question, without thoughts; null for other tasks."""
+    choice_probabilities: tuple[float, ...] | None = None
+    """Probability of each of `choices` among them: they sum to 1. Empty without choices, null in
+    rows of versions that had none."""
+    choice_log_probabilities: tuple[float, ...] | None = None
+    """Logarithm of the probability that the model itself gives each of `choices`
+    (manifest.md#questions); likewise."""
     started_at: datetime
     """UTC, when the batch began."""
     finished_at: datetime

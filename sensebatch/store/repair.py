@@ -357,7 +357,7 @@ def _job_of(row: Mapping[str, Any]) -> Job:
     """Returns the job of a row, as far as the row has it; the next manifest has the rest."""
     task = Task(row["task"])
     sampling = stated(default_config().tasks[task].sampling)
-    given = {name: row[name] for name in SAMPLING_COLUMNS if row[name] is not None}
+    given = {name: row[name] for name in SAMPLING_COLUMNS if row.get(name) is not None}
     is_sized = row["width"] is not None
     return Job(
         id=row["job_id"],

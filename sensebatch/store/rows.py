@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
@@ -21,8 +22,11 @@ from sensebatch.jobs import (
 from sensebatch.store.attempts import DONE, FAILED, Attempt
 from sensebatch.store.state import StoredJob
 
-SAMPLING_COLUMNS = declared(Sampling).keys() & {column.name for column in fields(Attempt)}
+_DEFAULTS = {column.name: column.default for column in fields(Attempt)}
+SAMPLING_COLUMNS = {n: setting for n, setting in declared(Sampling).items() if n in _DEFAULTS}
 """The sampling settings that are columns of the log."""
+OPTIONAL_COLUMNS = {name for name in SAMPLING_COLUMNS if _DEFAULTS[name] is None}
+"""Those of them that are null for tasks without the setting."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +37,8 @@ class WrittenJob:
     image_sha256: tuple[str, ...] = ()
     text_path: str | None = None
     text_sha256: str | None = None
+    answer: str | None = None
+    choice_log_probabilities: tuple[float, ...] = ()
     think_tokens: int = 0
     text_tokens: int = 0
     text_chars: int | None = None
@@ -71,7 +77,11 @@ def job_columns(context: RowContext, stored: StoredJob) -> dict[str, Any]:
         "seed": job.seed,
         "width": None if job.resolution is None else job.resolution.width,
         "height": None if job.resolution is None else job.resolution.height,
-        **{name: plain(getattr(job.sampling, name)) for name in SAMPLING_COLUMNS},
+        **{
+            name: plain(getattr(job.sampling, name))
+            for name, setting in SAMPLING_COLUMNS.items()
+            if name not in OPTIONAL_COLUMNS or setting.setting.of(job.task.spec)
+        },
         "think": job.think,
         "num_input_images": len(job.images),
         "input_image_paths": tuple(image.place for image in job.images),
@@ -121,6 +131,9 @@ def job_figures(stored: StoredJob, written: WrittenJob) -> dict[str, Any]:
         "text_path": written.text_path,
         "text_sha256": written.text_sha256,
         "text_chars": written.text_chars,
+        "answer": written.answer,
+        "choice_log_probabilities": written.choice_log_probabilities,
+        "choice_probabilities": _shares(written.choice_log_probabilities),
     }
 
 
@@ -162,6 +175,13 @@ def batch_figures(
         "peak_allocated_bytes": metrics.peak_allocated_bytes,
         "peak_reserved_bytes": metrics.peak_reserved_bytes,
     }
+
+
+def _shares(log_probabilities: Sequence[float]) -> tuple[float, ...]:
+    """Returns probabilities that are in the same proportion and sum to 1."""
+    most = max(log_probabilities, default=0.0)
+    weights = [math.exp(value - most) for value in log_probabilities]
+    return tuple(weight / math.fsum(weights) for weight in weights)
 
 
 def _ratio(amount: float, per: float) -> float | None:

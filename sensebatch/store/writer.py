@@ -214,6 +214,8 @@ class BatchWriter:
             text_chars=None if result.text is None else len(result.text),
             image_phash=_phashes(result),
             finish_reason=result.finish_reason,
+            answer=result.answer,
+            choice_log_probabilities=result.choice_log_probabilities,
             think_tokens=result.think_tokens,
             text_tokens=result.text_tokens,
             encode_s=time.monotonic() - start + _encode_s(result),

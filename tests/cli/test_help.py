@@ -48,7 +48,7 @@ def _documented() -> list[list[str]]:
 
 def test_the_commands_are_those_that_scripts_know() -> None:
     assert set(COMMANDS) == {
-        "run", "plan", "status", "report", "t2i", "edit", "interleave",
+        "run", "plan", "status", "report", "t2i", "edit", "interleave", "ask",
         "manifest validate", "manifest schema", "manifest convert", "model inspect",
         "profile", "doctor", "demo", "repair", "merge", "jobs", "show", "prune", "hash",
     }  # fmt: skip

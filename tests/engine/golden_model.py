@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
+from sensebatch.config import default_config
 from sensebatch.contract import Channel, Drawn, KeptImage
 from sensebatch.engine.model.attention import Attention, sdpa
 from sensebatch.engine.model.kv_cache import KVCache, Span
@@ -32,6 +34,7 @@ TASKS = {
     "edit": Task.EDIT,
     "edit_think": Task.EDIT,
     "interleave": Task.INTERLEAVE,
+    "ask": Task.ASK,
 }
 
 
@@ -81,8 +84,13 @@ def case_resolutions(case: Case) -> list[Resolution]:
 
 
 def build_job(case: Case, system: str) -> PreparedJob:
-    """Returns the job of a t2i, edit or interleave case, its input images already patches."""
-    params = case.params
+    """Returns the job of a case of a task, its input images already patches."""
+    params, task = case.params, TASKS[case.kind]
+    if task.spec.drawing is None:
+        sampling = replace(
+            default_config().tasks[task].sampling, max_new_tokens=params["max_new_tokens"]
+        )
+        return _prepared(case, sampling, system, prompt=params["question"], resolution=None)
     sampling = Sampling(
         num_steps=params["num_steps"],
         timestep_shift=params["timestep_shift"],
@@ -94,13 +102,20 @@ def build_job(case: Case, system: str) -> PreparedJob:
         max_images=10,
         max_new_tokens=params.get("max_new_tokens", 8192),
     )
+    size = case_resolutions(case)[0]
+    return _prepared(case, sampling, system, prompt=params["prompt"], resolution=size)
+
+
+def _prepared(
+    case: Case, sampling: Sampling, system: str, *, prompt: str, resolution: Resolution | None
+) -> PreparedJob:
     job = Job(
         id=case.name,
         task=TASKS[case.kind],
-        prompt=params["prompt"],
-        resolution=case_resolutions(case)[0],
-        seed=params["seed"],
-        think=params.get("think_mode", False),
+        prompt=prompt,
+        resolution=resolution,
+        seed=case.params.get("seed", 42),
+        think=case.params.get("think_mode", False),
         sampling=sampling,
         source=Source(file="golden", row=case.name),
     )

@@ -53,15 +53,17 @@ def test_preprocessing_equals_the_golden_steps(case: Case) -> None:
     assert [list(patches.grid_hw)] == case.tensor("grid_hw").tolist()
 
 
-@pytest.mark.parametrize(("config", "name"), case_ids("edit", "edit_think", "interleave"))
+@pytest.mark.parametrize(("config", "name"), case_ids("edit", "edit_think", "interleave", "ask"))
 def test_input_images_of_a_job_equal_the_golden_patches(config: str, name: str) -> None:
     case = load_case(config, name)
     sources = [case.tensor(key).numpy() for key in sorted(case.entries) if "source_image" in key]
     if not sources:
         assert "pixel_values" not in case
         return
-    limits = PixelLimits(min_pixels=case.params["load_image_native_min_pixels"])
-    assert limits.model_max_pixels(len(sources)) == case.params["load_image_native_max_pixels"]
+    draws, fewest = case.kind != "ask", case.params["load_image_native_min_pixels"]
+    limits = PixelLimits(**{"min_pixels" if draws else "min_asked_pixels": fewest})
+    _, most = limits.model_pixels(len(sources), draws=draws)
+    assert most == case.params["load_image_native_max_pixels"]
     patches = [
         load_input(
             encode(Image.fromarray(source)),
@@ -69,6 +71,7 @@ def test_input_images_of_a_job_equal_the_golden_patches(config: str, name: str) 
             num_images=len(sources),
             first_max_pixels=None,
             limits=limits,
+            draws=draws,
         )
         for source in sources
     ]
@@ -117,7 +120,7 @@ def test_grey_stays_one_channel_until_it_is_resized_with_the_same_result() -> No
     )
     limits = PixelLimits(base_pixels=96 * 96, min_pixels=64 * 64)
     found = load_input(data, "x", num_images=1, first_max_pixels=128 * 128, limits=limits)
-    assert limits.model_max_pixels(1) == 96 * 96
+    assert limits.model_pixels(1) == (64 * 64, 96 * 96)
     assert torch.equal(found.rows_PD, image_to_patches(expected).rows_PD)
 
 

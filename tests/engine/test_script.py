@@ -11,7 +11,7 @@ import pytest
 from sensebatch.contract import Channel, Progress
 from sensebatch.engine.engine import synthetic_text
 from sensebatch.engine.runner import Runner
-from sensebatch.engine.sampling.text import greedy_decode
+from sensebatch.engine.sampling.text import decode_text
 from sensebatch.engine.tasks.interleave import run_interleave
 from sensebatch.engine.tasks.single_image import run_single_image
 from sensebatch.engine.tasks.state import PreparedJob
@@ -95,7 +95,7 @@ def test_choices_are_replaced_and_passes_are_not() -> None:
         taken.append(pairs)
         return [0 for _ in pairs]
 
-    decoded = greedy_decode(
+    decoded = decode_text(
         {0: 0, 1: 5}, {0: 3, 1: 2}, step, stop_before=frozenset({0}), scripts={0: [1, 2, 3]}
     )
     assert decoded[0].tokens == [1, 2, 3]

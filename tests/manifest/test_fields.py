@@ -61,7 +61,7 @@ T2I_MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"tags": "a"}, "tags: expected a list, found 'a'"),
     ({"metadata": "a"}, "metadata: expected a mapping, found 'a'"),
     ({"tags": ["a"], "metadata": {"tags": 1}}, "metadata.tags: expected tags once, found it as a"),
-    ({"task": "t2j"}, "task: expected 't2i', 'edit' or 'interleave', found 't2j'"),
+    ({"task": "t2j"}, "task: expected 't2i', 'edit', 'interleave' or 'ask', found 't2j'"),
     ({"seeds": []}, "seeds: expected a list of at least 1, found a list of 0"),
     ({"seeds": [1, 1]}, "seeds: expected every value once, found 1 again"),
     ({"seeds": [1], "n": 2}, "seeds: expected either seeds or n, found both"),
@@ -175,7 +175,13 @@ def test_the_schema_names_every_field_and_refuses_others() -> None:
 def test_fields_of_other_tasks_are_named(mistakes: Mistakes, draw_input: Any, task: Task) -> None:
     values = {"target_pixels": 65536, "input_max_pixels": "auto", "max_images": 1}
     values |= {"max_new_tokens": 1, "img_cfg_scale": 1, "max_think_tokens": 1, "raw_inputs": True}
+    values |= {"num_steps": 1, "cfg_scale": 1, "cfg_norm": "none", "cfg_interval": [0, 1]}
+    values |= {"timestep_shift": 1, "width": 32, "height": 32}
+    values |= {"choices": ["a", "b"], "do_sample": True, "temperature": 1, "top_p": 1, "top_k": 1}
+    values |= {"repetition_penalty": 1, "solver": "euler", "guidance_stride": 1}
     row = {"prompt": "x", "task": task} | ({} if task is Task.T2I else {"image": draw_input()})
     found = mistakes({**row, **values})
     named = {message.split(": ")[1] for message in found}
-    assert named == FOREIGN_FIELDS[task] - {"image", "images"}
+    assert named == FOREIGN_FIELDS[task] - {
+        "image", "images", "question", "resolution", "quality", "timesteps",
+    }  # fmt: skip

@@ -29,7 +29,7 @@ class Parcel(Protocol):
 
 
 class KVCache:
-    """The cached keys and values of one sequence; it only ever grows at the end.
+    """The cached keys and values of one sequence; it grows and is cut at its end alone.
 
     Each layer has memory of its own: where it must move or grow, one layer at a time does, so
     that no more than one exists twice. A cache may wait in host memory; it is brought back before
@@ -179,6 +179,11 @@ class KVCache:
     def advance(self, num_tokens: int, next_t: int) -> None:
         """Counts tokens that every layer has written."""
         self.length += num_tokens
+        self.next_t = next_t
+
+    def cut(self, length: int, next_t: int) -> None:
+        """Forgets the tokens after the first `length`; their room stays for others."""
+        self.length = length
         self.next_t = next_t
 
 

@@ -1,4 +1,4 @@
-"""Greedy decoding of several sequences in step. Knows token ids; the network is a function."""
+"""Decodes the text of several sequences in step. Knows token ids; the network is a function."""
 
 from __future__ import annotations
 
@@ -38,13 +38,17 @@ class Script:
         """Returns the choices of a job that thinks: text up to its limit."""
         return [self.word] * sampling.max_think_tokens
 
+    def answer(self, sampling: Sampling) -> list[int]:
+        """Returns the choices of an answer: text up to its limit."""
+        return [self.word] * sampling.max_new_tokens
+
     def to_image(self, sampling: Sampling) -> list[int]:
         """Returns the choices up to an interleave job's next image: an even share of its text."""
         share = max(sampling.max_new_tokens // sampling.max_images, 1)
         return [self.word] * share + [self.image_start]
 
 
-def greedy_decode(
+def decode_text(
     first: Mapping[int, int],
     limits: Mapping[int, int],
     step: Step,

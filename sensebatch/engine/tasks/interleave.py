@@ -23,7 +23,7 @@ from sensebatch.engine.preprocess import drawn_to_patches, to_uint8
 from sensebatch.engine.prompts import Grid
 from sensebatch.engine.runner import Extension, PassLimits, Runner
 from sensebatch.engine.sampling.guidance import COND, IMG_COND
-from sensebatch.engine.sampling.text import Script, greedy_decode
+from sensebatch.engine.sampling.text import Script, decode_text
 from sensebatch.engine.tasks.denoise import Canvas, denoise, draw_noise, passes
 from sensebatch.engine.tasks.registry import TaskRunner
 from sensebatch.engine.tasks.state import PreparedJob, RunningJob, check_finite, start_jobs
@@ -150,7 +150,7 @@ def _write(
             scripts[place] = script.to_image(job.state.job.sampling)
             limits[place] = len(scripts[place])
     with runner.decoding():
-        decoded = greedy_decode(
+        decoded = decode_text(
             first,
             limits,
             runner.text_step(caches, max(limits.values())),

@@ -23,7 +23,7 @@ from sensebatch.engine.preprocess import to_uint8
 from sensebatch.engine.prompts import after_think
 from sensebatch.engine.runner import PassLimits, Runner
 from sensebatch.engine.sampling.guidance import COND
-from sensebatch.engine.sampling.text import Script, greedy_decode
+from sensebatch.engine.sampling.text import Script, decode_text
 from sensebatch.engine.tasks.denoise import Canvas, denoise, passes
 from sensebatch.engine.tasks.keeping import Keeper
 from sensebatch.engine.tasks.registry import TaskRunner
@@ -201,7 +201,7 @@ def think(
             first[index] = state.choice
             if script is not None:
                 scripts[index] = script.thought(state.job.sampling)
-        decoded = greedy_decode(
+        decoded = decode_text(
             first,
             limits,
             runner.text_step(caches, max(limits.values())),

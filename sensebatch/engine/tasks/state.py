@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sensebatch.checkpoint.architecture import Architecture
+from sensebatch.engine.decoding import Choose, choose_greedily
 from sensebatch.engine.model.kv_cache import KVCache
 from sensebatch.engine.model.tokenizer import Tokenizer
 from sensebatch.engine.preprocess import Patches
@@ -89,7 +90,7 @@ class RunningJob:
     prepared: PreparedJob
     caches: dict[Branch, KVCache]
     choice: int | None = None
-    """The greedy choice after the conditional prompt, if the job decodes text."""
+    """The choice after the conditional prompt, if the job decodes text."""
 
     @property
     def job(self) -> Job:
@@ -102,7 +103,13 @@ class RunningJob:
         return Guidance(self.job.task, self.job.sampling)
 
 
-def start_jobs(runner: Runner, jobs: Sequence[PreparedJob], *, decodes: bool) -> list[RunningJob]:
+def start_jobs(
+    runner: Runner,
+    jobs: Sequence[PreparedJob],
+    *,
+    decodes: bool,
+    choose: Choose = choose_greedily,
+) -> list[RunningJob]:
     """Returns jobs with every branch of every one of them prefilled.
 
     What jobs have in common is computed once: the unconditional prompt, which never grows, and each
@@ -113,6 +120,7 @@ def start_jobs(runner: Runner, jobs: Sequence[PreparedJob], *, decodes: bool) ->
         runner: The network.
         jobs: Jobs of one group.
         decodes: Whether text is decoded after the conditional prompts.
+        choose: Chooses the first token of each.
     """
     system_turns = _cached_system_turns(runner, jobs)
     with runner.prefilling(decodes=decodes):
@@ -139,7 +147,8 @@ def start_jobs(runner: Runner, jobs: Sequence[PreparedJob], *, decodes: bool) ->
         if decodes:
             rows = {id(extension.cache): i for i, extension in enumerate(extensions)}
             conds = [rows[id(state.caches[COND])] for state in running]
-            for state, choice in zip(running, runner.choose(hidden[conds]), strict=True):
+            choices = runner.choose(hidden[conds], choose)
+            for state, choice in zip(running, choices, strict=True):
                 state.choice = choice
     return running
 
