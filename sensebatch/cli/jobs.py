@@ -78,7 +78,7 @@ def jobs(
     names = None if columns is None else [name.strip() for name in columns.split(",")]
     with open_dataset(folder) as dataset:
         check_columns(dataset, names)
-        _warn_of_picks(dataset, wanted)
+        warn_of_picks(dataset, wanted)
         records = dataset.records(wanted)
         if chosen is Format.TABLE:
             print_table(records, names, MAX_ROWS if limit is None else limit)
@@ -114,7 +114,8 @@ def _format(form: Format | None, as_json: bool, output: Path | None) -> Format:
     return chosen
 
 
-def _warn_of_picks(dataset: Dataset, selection: Selection) -> None:
+def warn_of_picks(dataset: Dataset, selection: Selection) -> None:
+    """Warns of picks that a folder has no use for."""
     from sensebatch.cli.messages import warn
 
     if selection.picks is None:

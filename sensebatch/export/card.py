@@ -1,4 +1,4 @@
-"""The card of a data set, README.md: what the Hub, `load_dataset` and people read of it."""
+"""The card of a dataset, README.md: what the Hub, `load_dataset` and people read of it."""
 
 from __future__ import annotations
 

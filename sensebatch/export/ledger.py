@@ -15,7 +15,7 @@ from sensebatch.errors import ConfigError
 from sensebatch.export.target import Target
 
 FOLDER = ".sensebatch"
-"""Readers of data sets skip names that begin with a dot."""
+"""Readers of datasets skip names that begin with a dot."""
 _HEAD = f"{FOLDER}/export.json"
 
 

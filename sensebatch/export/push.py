@@ -19,7 +19,7 @@ _AGAIN = "run the same command again to continue"
 
 
 class Hub:
-    """A data set's repository on the Hub.
+    """A dataset's repository on the Hub.
 
     Args:
         repo: `owner/name`, or `name` of the user who is logged in.
@@ -93,5 +93,6 @@ class Hub:
                 hint = "; log in with: hf auth login" if code in (401, 403) else ""
                 raise ConfigError(f"{message}{hint}") from None
             raise StorageError(f"{message}; {_AGAIN}") from None
-        except (OSError, ValueError, RuntimeError) as error:
+        # Errors of the HTTP library, of which huggingface_hub has had several.
+        except Exception as error:
             raise StorageError(f"--push {self._repo}: {error}; {_AGAIN}") from error

@@ -56,6 +56,7 @@ class Exported:
     """What an export came to."""
 
     jobs: int = 0
+    tasks: list[str] = field(default_factory=list)
     shards: int = 0
     written_shards: int = 0
     written_images: int = 0
@@ -130,6 +131,7 @@ def export(
     card_kept = not write_card(target, ledger, _facts(dataset, config, found, shards))
     return Exported(
         jobs=sum(len(shard.rows) for shard in shards),
+        tasks=[task for task in Task if any(shard.task == task for shard in shards)],
         shards=len(shards),
         written_shards=sum(shard is not None for shard in written),
         written_images=writing.num_images,
@@ -231,7 +233,8 @@ def _nothing(root: Path, found: Collected) -> str:
     if found.missing:
         return f"{root}: expected files that can be read, found none"
     if found.not_done:
-        return f"{root}: expected jobs that are done, found {found.not_done:,} that are not"
+        which = "that is" if found.not_done == 1 else "that are"
+        return f"{root}: expected jobs that are done, found {found.not_done:,} {which} not"
     return f"{root}: expected jobs to export, found none that are selected"
 
 

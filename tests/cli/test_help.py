@@ -51,6 +51,7 @@ def test_the_commands_are_those_that_scripts_know() -> None:
         "run", "plan", "status", "report", "t2i", "edit", "interleave", "ask",
         "manifest validate", "manifest schema", "manifest convert", "model inspect",
         "profile", "doctor", "demo", "repair", "merge", "jobs", "show", "prune", "hash",
+        "export",
     }  # fmt: skip
 
 
@@ -115,6 +116,7 @@ def test_a_wrong_word_is_reported_in_our_own_words(invoke: Invoke, args: list[st
         ["t2i", "--jsonl", ""],
         ["status", ""],
         ["report", ""],
+        ["export", "hf", "", "out"],
         ["merge", ""],
         ["plan", ""],
         ["profile", "--report", ""],

@@ -321,7 +321,7 @@ def test_input_image_that_was_changed_is_not_exported(tmp_path: Path) -> None:
 
 def test_folder_without_a_job_that_is_done_has_nothing_to_export(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "run", [make_job("fails", prompt="fails")])
-    with pytest.raises(ExportError, match="expected jobs that are done, found 1 that are not"):
+    with pytest.raises(ExportError, match="expected jobs that are done, found 1 that is not"):
         export_folder(root, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
