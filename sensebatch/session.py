@@ -50,6 +50,7 @@ from sensebatch.plan.long_prompts import LongPrompts
 from sensebatch.report.summary import format_summary, read_log, summarise
 from sensebatch.settings import RUN_SECTION, dump_settings
 from sensebatch.store.attempts import Attempt
+from sensebatch.store.file_systems import network_file_system
 from sensebatch.store.files import write_atomic
 from sensebatch.store.ingest import Changes
 from sensebatch.store.manifests import ManifestFiles
@@ -325,6 +326,8 @@ class Request:
     """What `jobs` reads and nothing else; None if the jobs have another source."""
     shard: Shard | None = None
     """The shard of the jobs that the folder is for; None for all of them."""
+    state_dir: Path | None = None
+    """A folder of this machine for the state database; None where it is already."""
     until: float | None = None
     """When the run is to be over, in seconds since the epoch; None for no deadline."""
     workers: WorkersConfig | None = None
@@ -417,7 +420,8 @@ def run_session(
     stop = NeverStop() if stop is None else stop
     with _summarised(request.root):
         model = open_model(request.config.model, _runtime(request, backend), observer)
-        with open_store(request.root) as store:
+        with open_store(request.root, state_dir=request.state_dir) as store:
+            _warn_of_network(store.run_dir.state, observer)
             long = LongPrompts(
                 lambda problem: observer.warning(str(problem)), model.checkpoint.architecture
             )
@@ -441,6 +445,15 @@ def _runtime(request: Request, backend: Backend) -> Backend:
     """Returns what says on which device the run computes."""
     workers = request.workers
     return backend if workers is None or workers.cluster is None else _ClusterRuntime(backend)
+
+
+def _warn_of_network(state: Path, observer: RunObserver) -> None:
+    found = network_file_system(state)
+    if found is not None:
+        observer.warning(
+            f"{state} is on {found}, which other machines can write to as well, and whose locks "
+            "cannot be relied on; --state-dir keeps it on a disk of this machine"
+        )
 
 
 @contextmanager

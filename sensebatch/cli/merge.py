@@ -29,6 +29,14 @@ def merge(
             help="The joined folder. [default: the first DIR without -I-of-N at its end]",
         ),
     ] = None,
+    state_dir: Annotated[
+        Path | None,
+        typer.Option(
+            parser=path,
+            metavar="DIR",
+            help="Keep state.db in a folder of this machine, if the joined one is on a network.",
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object on stdout at the end.")
     ] = False,
@@ -44,7 +52,7 @@ def merge(
     from sensebatch.store.merge import merge as join
 
     root = _default(folders) if output_dir is None else output_dir
-    merged = join(folders, root, (lambda _: None) if as_json else say)
+    merged = join(folders, root, (lambda _: None) if as_json else say, state_dir=state_dir)
     write_summary(root)
     code = _exit_code(merged)
     if as_json:

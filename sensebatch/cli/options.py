@@ -580,6 +580,15 @@ class FolderOptions:
         ),
     ] = None
 
+    state_dir: Annotated[
+        Path | None,
+        typer.Option(
+            parser=path,
+            metavar="DIR",
+            help="Keep state.db in a folder of this machine, if the run's folder is on a network.",
+        ),
+    ] = None
+
     def part(self) -> Shard | None:
         """Returns the shard that was given.
 

@@ -26,6 +26,14 @@ def repair(
     force: Annotated[
         bool, typer.Option("--force", help="Rebuild state.db even if nothing is damaged.")
     ] = False,
+    state_dir: Annotated[
+        Path | None,
+        typer.Option(
+            parser=path,
+            metavar="DIR",
+            help="Where state.db is to be, if it was in another folder that is lost.",
+        ),
+    ] = None,
 ) -> None:
     """Rebuild a run's state.db, lost or damaged, from the log, the images and their metadata.
 
@@ -36,7 +44,7 @@ def repair(
     from sensebatch.cli.messages import show
     from sensebatch.store.repair import repair as rebuild
 
-    found = rebuild(folder, is_forced=force)
+    found = rebuild(folder, is_forced=force, state_dir=state_dir)
     show(json.dumps(asdict(found)) if as_json else "\n".join(_lines(folder, found)))
 
 

@@ -77,6 +77,7 @@ def run(
         limit=limit,
         files=_files(manifests, folder, [task, limit, dump_settings(config)]),
         shard=folder.part(),
+        state_dir=folder.state_dir,
         until=until,
         workers=settled(workers.config(model, config.model.device)),
     )

@@ -87,6 +87,7 @@ def _values(found: RunStatus) -> dict[str, Any]:
 
     seconds_per_image, left_s = pace(found)
     return {
+        "state": None if found.pointer is None else found.pointer.state,
         "shard": None if found.shard is None else str(found.shard),
         **asdict(found.counts),
         "kept_images": found.kept_images,
@@ -102,6 +103,8 @@ def _lines(folder: Path, found: RunStatus) -> Iterator[str]:
     from sensebatch.units import duration
 
     yield f"{folder}: {', '.join(_count_words(found))}"
+    if found.pointer is not None:
+        yield f"  state  {found.pointer.state} on {found.pointer.host}"
     seconds_per_image, left_s = pace(found)
     if seconds_per_image is not None:
         yield f"  speed  {seconds_per_image:.2f} s an image"

@@ -13,7 +13,9 @@ from pathlib import Path
 
 from sensebatch.errors import RunFolderError, StorageError, StorageFullError
 from sensebatch.store import migrations
+from sensebatch.store.file_systems import network_file_system
 from sensebatch.store.files import reason, repair_command
+from sensebatch.store.state_dir import run_folder_of
 
 _BUSY_TIMEOUT_S = 30.0
 
@@ -59,10 +61,16 @@ class Database:
         """Returns a connection to a file with today's tables."""
         connection = _connect(self.path)
         try:
+            is_on_network = network_file_system(self.path) is not None
+            if is_on_network:
+                # The log that an earlier version has left there is read without shared memory.
+                connection.execute("PRAGMA locking_mode = EXCLUSIVE")
             # Refuse a file of others before it is changed.
             migrations.missing_steps(self.path, connection)
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute(f"PRAGMA journal_mode = {'DELETE' if is_on_network else 'WAL'}")
+            connection.execute(f"PRAGMA synchronous = {'EXTRA' if is_on_network else 'FULL'}")
+            if is_on_network:
+                connection.execute("PRAGMA locking_mode = NORMAL")
             migrations.migrate(self.path, connection)
         except BaseException:
             connection.close()
@@ -75,9 +83,10 @@ class Database:
         try:
             missing = migrations.missing_steps(self.path, connection)
             if missing == len(migrations.STEPS):
+                command = repair_command(run_folder_of(self.path))
                 raise RunFolderError(
                     f"{self.path}: expected a state database, found an empty file; if this is a "
-                    f"run's folder, rebuild the file with: {repair_command(self.path.parent)}"
+                    f"run's folder, rebuild the file with: {command}"
                 )
             if not missing:
                 return connection
@@ -107,7 +116,8 @@ class Database:
     def _copied(self) -> Path:
         """Returns a copy of the file and of its WAL, as they are between two writes."""
         self._copy = tempfile.TemporaryDirectory(prefix="sensebatch-")
-        sources = [path for path in (self.path, _beside(self.path, "-wal")) if path.exists()]
+        places = (self.path, _beside(self.path, "-wal"), _beside(self.path, "-journal"))
+        sources = [path for path in places if path.exists()]
         try:
             for _ in range(_COPIES):
                 before = [_written(path) for path in sources]
@@ -148,7 +158,7 @@ class Database:
                 raise
             raise RunFolderError(
                 f"{self.path}: expected a state database: {error}; if this is a run's folder, "
-                f"rebuild the file with: {repair_command(self.path.parent)}"
+                f"rebuild the file with: {repair_command(run_folder_of(self.path))}"
             ) from error
 
     @contextmanager
@@ -194,7 +204,7 @@ def _beside(path: Path, ending: str) -> Path:
 
 def _is_writable(path: Path) -> bool:
     """Whether this user may write a database, what is beside it, and new files there."""
-    beside = [_beside(path, ending) for ending in ("-wal", "-shm")]
+    beside = [_beside(path, ending) for ending in ("-wal", "-shm", "-journal")]
     places = [path.parent, path, *(one for one in beside if one.exists())]
     return all(os.access(place, os.W_OK) for place in places)
 

@@ -84,7 +84,11 @@ class _Source:
 
 
 def merge(
-    folders: Sequence[Path], root: Path, say: Callable[[str], None] = lambda _: None
+    folders: Sequence[Path],
+    root: Path,
+    say: Callable[[str], None] = lambda _: None,
+    *,
+    state_dir: Path | None = None,
 ) -> Merged:
     """Joins the folders of shards; returns what the joined folder has.
 
@@ -92,6 +96,7 @@ def merge(
         folders: Of shards of one manifest, in any order; some may be missing or unfinished.
         root: The joined folder: a new one, or that of an earlier merge of the same shards.
         say: Takes a line about each shard.
+        state_dir: See `store.open_store`.
 
     Raises:
         RunFolderError: The folders do not belong together, a process works in one of them, or
@@ -109,7 +114,11 @@ def merge(
         sources.sort(key=lambda source: source.shard.number)
         _require_agreement(sources)
         run_dir = RunDir(root)
-        stack.enter_context(run_dir.locked())
+        stack.enter_context(run_dir.locked(needs_state=state_dir is None))
+        if state_dir is not None:
+            run_dir.place_state(state_dir)
+            run_dir.require_state_or_nothing()
+        run_dir.settle_state()
         with closing(Database(run_dir.state)) as database, storage_errors(root):
             joining = _Merge(run_dir, database, sources)
             joining.begin()

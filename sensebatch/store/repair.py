@@ -45,6 +45,7 @@ from sensebatch.store.run_dir import RunDir, read_settings
 from sensebatch.store.salvage import RUN, FoundJob, OldState, found_jobs, log_files
 from sensebatch.store.shards import SHARD
 from sensebatch.store.state import State
+from sensebatch.store.state_dir import ENDINGS, require_found
 from sensebatch.tasks import Task
 
 
@@ -73,12 +74,14 @@ class Repaired:
     """What the former state is called now; None where there was none."""
 
 
-def repair(root: Path, *, is_forced: bool = False) -> Repaired:
+def repair(root: Path, *, is_forced: bool = False, state_dir: Path | None = None) -> Repaired:
     """Rebuilds the state of a run's folder; the next run continues with it.
 
     Args:
         root: The folder.
         is_forced: Whether the state is rebuilt even if nothing is damaged.
+        state_dir: Where the state is to be if it is lost and was not in the folder; see
+            `state_dir.place_state`.
 
     Raises:
         RunFolderError: Another process works in the folder, a newer version made it, or there is
@@ -89,7 +92,12 @@ def repair(root: Path, *, is_forced: bool = False) -> Repaired:
     if not run_dir.has_outputs():
         raise RunFolderError(f"{root}: expected a run's folder, found neither images nor a log")
     with run_dir.locked(needs_state=False), storage_errors(root):
-        path = root / ".state.db.repaired"
+        if state_dir is not None:
+            run_dir.place_state(state_dir, is_lost=True)
+        else:
+            require_found(root)
+        run_dir.settle_state()
+        path = run_dir.state.with_name(".state.db.repaired")
         _remove(path)
         try:
             with (
@@ -379,7 +387,7 @@ def _put_in_place(run_dir: RunDir, new: Path, *, is_log_damaged: bool) -> Path |
         _set_aside(run_dir.log)
     former = _set_aside(run_dir.state) if run_dir.state.exists() else None
     os.replace(new, run_dir.state)  # noqa: PTH105, as everywhere in the store
-    sync_folders([run_dir.state], run_dir.root)
+    sync_folders([run_dir.state], run_dir.state.parent)
     return former
 
 
@@ -390,12 +398,12 @@ def _set_aside(path: Path) -> Path:
         if not aside.exists():
             break
     os.replace(path, aside)  # noqa: PTH105, as everywhere in the store
-    for ending in ("-wal", "-shm"):
+    for ending in ENDINGS[1:]:
         with suppress(FileNotFoundError):
             os.replace(f"{path}{ending}", f"{aside}{ending}")  # noqa: PTH105
     return aside
 
 
 def _remove(path: Path) -> None:
-    for ending in ("", "-wal", "-shm"):
+    for ending in ENDINGS:
         Path(f"{path}{ending}").unlink(missing_ok=True)

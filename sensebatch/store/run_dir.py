@@ -23,6 +23,7 @@ except ImportError:  # Windows
 
 from sensebatch.bounded import in_the_way, is_unicode
 from sensebatch.errors import JobError, RunFolderError, StorageError
+from sensebatch.store import state_dir
 from sensebatch.store.files import (
     reason,
     repair_command,
@@ -64,7 +65,8 @@ class RunDir:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.settings = root / "run.yaml"
-        self.state = root / "state.db"
+        self.state = state_dir.state_path(root)
+        """The state database, in this folder or where the folder says."""
         self.log = root / "log.parquet"
         self.summary = root / "summary.txt"
         self.messages = root / "run.log"
@@ -111,8 +113,8 @@ class RunDir:
         self._make()
         with storage_errors(self.root):
             self._require_parts()
-            if needs_state and not self.state.exists():
-                self._refuse_if_any("images", "text", "log.parquet", how="without state.db")
+            if needs_state:
+                self.require_state_or_nothing()
         lock = FileLock(self._lock)
         with storage_errors(self._lock):
             try:
@@ -195,11 +197,31 @@ class RunDir:
             StorageError: It is no longer where it was.
         """
         with storage_errors(self.root):
-            if not self.state.exists():
+            if not (self.state.exists() and self._says_where_state_is()):
                 raise StorageError(
                     f"{self.root}: expected the run's folder where it was, found it moved, removed "
                     "or unmounted; bring it back and run the same command again"
                 )
+
+    def _says_where_state_is(self) -> bool:
+        is_here = self.state.parent == self.root
+        return is_here or state_dir.pointer_path(self.root).exists()
+
+    def place_state(self, folder: Path, *, is_lost: bool = False) -> None:
+        """Has the state database in another folder from now on; see `state_dir.place_state`."""
+        self.state = state_dir.place_state(self.root, folder, is_lost=is_lost)
+
+    def settle_state(self) -> None:
+        """Finishes what a process was killed at that moved the state, and makes its folder.
+
+        Raises:
+            RunFolderError: The state is that of another run's folder.
+            StorageError: The file system failed.
+        """
+        state_dir.require_own(self.root)
+        state_dir.remove_left(self.root)
+        with storage_errors(self.state.parent):
+            self.state.parent.mkdir(parents=True, exist_ok=True)
 
     def missing_folders(self) -> list[Path]:
         """Returns the folders that `locked` is going to make, the innermost first."""
@@ -211,7 +233,8 @@ class RunDir:
         Args:
             folders: Of `missing_folders`, before the run was opened.
         """
-        state = [self.state.with_name(f"{self.state.name}{end}") for end in ("", "-wal", "-shm")]
+        state = [self.root / f"{state_dir.STATE}{ending}" for ending in state_dir.ENDINGS]
+        state_dir.forget(self.root)
         with suppress(OSError):
             for path in (*state, self.log, self._holder, self._lock):
                 path.unlink(missing_ok=True)
@@ -239,8 +262,20 @@ class RunDir:
             RunFolderError: There is none.
         """
         if not self.state.is_file():
+            state_dir.require_found(self.root)
             hint = f"; rebuild it with: {repair_command(self.root)}" if self.has_outputs() else ""
             raise RunFolderError(f"{self.root}: expected a run's folder, found no state.db{hint}")
+
+    def require_state_or_nothing(self) -> None:
+        """Refuses a folder with images and without a state database.
+
+        Raises:
+            RunFolderError: It is one.
+        """
+        if not self.state.exists():
+            if self.has_outputs():
+                state_dir.require_found(self.root)
+            self._refuse_if_any("images", "text", "log.parquet", how="without state.db")
 
     def require_no_outputs(self) -> None:
         """Refuses a folder whose images a state database without a job cannot answer for.

@@ -62,7 +62,8 @@ class OldState:
         if not path.exists():
             self.problems.append(f"{path.name} is missing")
             return
-        for source in (path, path.with_name(f"{path.name}-wal")):
+        for ending in ("", "-wal", "-journal"):
+            source = path.with_name(f"{path.name}{ending}")
             if source.exists():
                 shutil.copyfile(source, folder / source.name)
         with self._reading():

@@ -17,6 +17,7 @@ from sensebatch.store.kept import KeptImages
 from sensebatch.store.run_dir import RunDir
 from sensebatch.store.shards import Shard
 from sensebatch.store.state import Counts, State
+from sensebatch.store.state_dir import Pointer, read_pointer
 from sensebatch.store.store import require_whole
 
 NUM_RECENT = 2000
@@ -67,6 +68,8 @@ class RunStatus:
     """The last batches of the latest process, in the order they were committed."""
     shard: Shard | None = None
     """Which shard the folder is; None if it is none."""
+    pointer: Pointer | None = None
+    """Where the state is, if it is not in the folder."""
 
 
 def num_unlogged(root: Path, num_rows: int) -> int:
@@ -119,6 +122,7 @@ def read_status(root: Path) -> RunStatus:
             to_come=Counter(entry.group for entry in state.entries(with_started=True)),
             recent=tuple(recent_batches(state)),
             shard=state.shard(),
+            pointer=read_pointer(root),
         )
     finally:
         state.close()

@@ -104,11 +104,16 @@ class Store:
 
 
 @contextmanager
-def open_store(root: Path) -> Iterator[Store]:
+def open_store(root: Path, *, state_dir: Path | None = None) -> Iterator[Store]:
     """Opens a run's folder for one process, making it where there is none.
 
     What an interrupted process was about to remove is removed, and log.parquet is there.
     A new folder that an error leaves without a single job is removed again.
+
+    Args:
+        root: The folder.
+        state_dir: A folder of this machine that the state database is to be in, below a folder of
+            its own; None where it is already, which for a new run is `root`.
 
     Raises:
         RunFolderError: Another process holds the folder, or it is not a run's.
@@ -117,7 +122,11 @@ def open_store(root: Path) -> Iterator[Store]:
     """
     run_dir = RunDir(root)
     made = run_dir.missing_folders()
-    with run_dir.locked():
+    with run_dir.locked(needs_state=state_dir is None):
+        if state_dir is not None:
+            run_dir.place_state(state_dir)
+            run_dir.require_state_or_nothing()
+        run_dir.settle_state()
         state = _open_state(run_dir)
         is_used = True
         try:

@@ -21,6 +21,7 @@ from sensebatch.executor.worker import EngineWorker
 from sensebatch.jobs import Job
 from sensebatch.store import merge as merging
 from sensebatch.store import run_dir
+from sensebatch.store.finished import finished_jobs
 from sensebatch.store.log import read_log
 from sensebatch.store.merge import Merged, merge
 from sensebatch.store.repair import repair
@@ -118,6 +119,9 @@ def test_the_joined_folder_runs_on_verifies_and_keeps_sessions_apart(
     rows = read_log(tmp_path / "all" / "log.parquet").to_pylist()
     assert len({(row["run"], row["session"]) for row in rows}) == len(shards)
     assert len({row["session"] for row in rows}) == len(shards)
+    done = list(finished_jobs(tmp_path / "all"))
+    assert [one.row["job_id"] for one in done] == [one.job.id for one in done]
+    assert {row["job_id"] for row in rows if row["current"]} == {job.id for job in mixed_jobs()}
     ran = run_folder(tmp_path / "all", mixed_jobs(), CONFIG)
     assert ran.engine.batches == []
     assert ran.summary.counts.failed == len([row for row in rows if row["attempt"] == 2])
