@@ -72,6 +72,8 @@ class Scale:
     job makes several images, and images of 1024x1024, of which there are four times as many."""
     resolution: Resolution | None = None
     """Size of every image; None for each case's own."""
+    cfg_scale: float = CFG_SCALE
+    """Guidance of every image."""
     text_tokens: int = TEXT_TOKENS
     """Tokens of a thought, and of the text before each image of a story, where weights are
     synthetic."""
@@ -259,7 +261,7 @@ def write_manifest(case: Case, scale: Scale, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     defaults: dict[str, Any] = {
         "num_steps": scale.num_steps,
-        "cfg_scale": CFG_SCALE,
+        "cfg_scale": scale.cfg_scale,
         "timestep_shift": TIMESTEP_SHIFT,
         "width": case.resolution.width,
         "height": case.resolution.height,
