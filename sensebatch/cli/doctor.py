@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +20,10 @@ if TYPE_CHECKING:
     from sensebatch.verify.check import Machine
 
 _VERIFY = "With --verify"
+
+
+NAMES_WIDTH = 16
+"""The columns of the names of figures."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +102,7 @@ def doctor(
     if verify:
         run_verification(options, _able(facts), as_json=as_json)
     facts["speeds_file"] = None if facts["gpu"] is None else _keep(facts)
-    show(json.dumps(facts) if as_json else "\n".join(_lines(facts)))
+    show(json.dumps(facts) if as_json else "\n".join(map(_wrapped, _lines(facts))))
 
 
 def _able(facts: Mapping[str, Any]) -> Machine:
@@ -138,17 +145,28 @@ def _keep(machine: Mapping[str, Any]) -> str | None:
         return None
 
 
+def _wrapped(line: str) -> str:
+    """Returns a line in several, if the terminal is too narrow for it."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else len(line)
+    return textwrap.fill(line, width, subsequent_indent=" " * NAMES_WIDTH, break_long_words=False)
+
+
 def _lines(machine: Mapping[str, Any]) -> list[str]:
     from sensebatch.units import GIB
 
     free, total = (machine[f"host_{kind}_bytes"] / GIB for kind in ("free", "total"))
+
+    def usable(what: str) -> str:
+        obstacle = machine[f"{what}_obstacle"]
+        return "usable" if obstacle is None else f"not usable: {obstacle}"
+
     lines = [
         f"sensebatch      {machine['sensebatch']}",
         f"python          {machine['python']}",
         f"torch           {machine['torch']}, CUDA {machine['cuda'] or 'none'}",
-        f"flash-attn      {machine['flash_obstacle'] or 'usable'}",
-        f"kernels         {machine['kernels_obstacle'] or 'usable'}",
-        f"float8          {machine['fp8_obstacle'] or 'usable'}",
+        f"flash-attn      {usable('flash')}",
+        f"kernels         {usable('kernels')}",
+        f"float8          {usable('fp8')}",
         f"host memory     {free:.1f} GiB free of {total:.1f}",
     ]
     gpu = machine["gpu"]

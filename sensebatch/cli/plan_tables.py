@@ -96,24 +96,20 @@ def _reason(placement: Summary) -> str:
 def _by_mode(placements: Sequence[Summary]) -> FittingTable:
     """Returns a table of all modes: a row a group, and one of the whole run."""
     modes = [placement["vram_mode"] for placement in placements]
-    table = FittingTable("#", "batch", "in a\npass", *modes, wrapping=modes)
+    table = FittingTable("#", "batch", "in a\npass", *modes, optional=["in a\npass", "batch"])
     for number, groups in enumerate(
         zip(*(placement["groups"][:MAX_GROUPS] for placement in placements), strict=True), start=1
     ):
         passes = sorted({group["jobs_per_pass"] for group in groups})
-        table.add_row(
-            str(number),
-            str(groups[0]["batch_size"]),
-            "-".join(map(str, passes)),
-            *map(_peaks, groups),
-        )
+        passes_words = "-".join(map(str, passes))
+        table.add_row(str(number), str(groups[0]["batch_size"]), passes_words, *map(_peaks, groups))
     table.add_section()
     table.add_row("all", "", "", *map(_peaks, placements))
     return table
 
 
 def _peaks(needs: Summary) -> str:
-    return f"{needs['device_bytes'] / GIB:.2f} + {needs['host_bytes'] / GIB:.2f}"
+    return f"{needs['device_bytes'] / GIB:.2f}+{needs['host_bytes'] / GIB:.2f}"
 
 
 def _of_placement(placement: Summary, groups: Sequence[Summary]) -> FittingTable:

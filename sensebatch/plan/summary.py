@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sensebatch.checkpoint.files import check_tensors, open_checkpoint
+from sensebatch.checkpoint.hub import is_hub_id
 from sensebatch.checkpoint.lora import read_lora
 from sensebatch.checkpoint.system_prompts import resolve_system_prompts
 from sensebatch.checkpoint.tensors import expected_tensors
@@ -68,10 +69,13 @@ def _group_summary(plan: GroupPlan) -> dict[str, Any]:
 
 
 def is_local(model: str) -> bool:
-    """Returns whether a model's files are on this machine for certain; those of a Hub id may be."""
-    if model == TINY_MODEL or model.startswith(SYNTHETIC_PREFIX):
+    """Returns whether a model's files are on this machine if they are anywhere.
+
+    Those of a Hub id may have to be fetched.
+    """
+    if model == TINY_MODEL or model.startswith(SYNTHETIC_PREFIX) or not is_hub_id(model):
         return True
-    return Path(model).expanduser().is_dir()
+    return Path(model).is_dir()
 
 
 def long_prompts(

@@ -123,6 +123,31 @@ def test_tables_of_many_groups_list_the_first_ones(
     assert listed == [2] * MAX_GROUPS + [0]
 
 
+@pytest.mark.parametrize("model", ["/data/none", "./none", "~/none/at/all", "a/b/c"])
+def test_a_folder_that_is_missing_is_a_mistake_as_in_a_run(
+    invoke: Invoke, large: Path, model: str
+) -> None:
+    ended = invoke("plan", large, "--model", model)
+    assert ended.code == 2
+    assert f"sensebatch: {model}: expected 'tiny', a checkpoint folder or a Hub id" in ended.err
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_memory_of_all_modes_fits_the_terminal(
+    invoke: Invoke, manifest: Path, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    for name, value in (("COLUMNS", str(width)), ("FORCE_COLOR", "1"), ("TERM", "xterm")):
+        monkeypatch.setenv(name, value)
+    printed = re.sub(r"\x1b\[[0-9;]*m", "", invoke("plan", manifest, *MODEL).out)
+    lines = [line.rstrip() for line in printed.splitlines()]
+    assert max(map(len, lines)) <= width
+    (row,) = (line.split() for line in lines if line.lstrip().startswith("all "))
+    # No figure is broken into lines.
+    assert len(row) == 5
+    assert len(lines) > 9
+    assert all(re.fullmatch(r"\d+\.\d\d\+\d+\.\d\d", figure) for figure in row[1:])
+
+
 def test_a_model_that_would_be_downloaded_is_left_alone(invoke: Invoke, large: Path) -> None:
     assert invoke("plan", large, "--model", "owner/name", "--json").json["memory"] is None
 

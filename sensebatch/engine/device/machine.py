@@ -20,6 +20,7 @@ from sensebatch.engine.device.memory import translated_out_of_memory
 from sensebatch.engine.device.runtime import check_precision, resolve_attention
 from sensebatch.errors import ConfigError
 from sensebatch.jobs import Precision
+from sensebatch.process import free_memory_bytes
 
 MEASURED_S = 0.2
 """Seconds that each speed is measured for."""
@@ -93,7 +94,7 @@ def look_at_machine() -> Machine:
         flash_obstacle=_flash_obstacle("cuda" if has_gpu else "cpu"),
         kernels_obstacle=_kernels_obstacle(has_gpu),
         fp8_obstacle=_fp8_obstacle("cuda" if has_gpu else "cpu"),
-        host_free_bytes=host.available,
+        host_free_bytes=free_memory_bytes(),
         host_total_bytes=host.total,
         gpu=_look_at_gpu(torch.device("cuda", torch.cuda.current_device())) if has_gpu else None,
     )
