@@ -49,7 +49,7 @@ def finish(
     Raises:
         typer.Exit: Always, with the exit code.
     """
-    report = _last_session(root) if profile and summary.images else None
+    report = _last_session(root) if profile and summary.done else None
     if as_json:
         values = outcome_json(root, summary, report)
         if outputs is not None:
@@ -103,7 +103,8 @@ def outcome_lines(root: Path, summary: Summary, until: float | None = None) -> l
         kept = read_status(root).kept_images
         words += [f"{counted(kept, 'image')} kept"] if kept else []
     if summary.done or summary.failed:
-        words.append(f"{counted(summary.images, 'image')} made in {duration(summary.seconds)}")
+        made = f"{counted(summary.images, 'image')} made " if summary.images else ""
+        words.append(f"{made}in {duration(summary.seconds)}")
     elif not counts.remaining:
         words.append("nothing was left to run")
     places = {"images": root / "images", "log": folder.log, "summary": folder.summary}

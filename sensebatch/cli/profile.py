@@ -50,7 +50,7 @@ Only = Annotated[
 
 def profile(
     suite: Annotated[
-        Literal["tasks", "budgets", "modes", "speed", "night"] | None,
+        Literal["tasks", "budgets", "modes", "speed", "night", "ask"] | None,
         typer.Option(help="What the cases differ in."),
     ] = None,
     model: Model = None,

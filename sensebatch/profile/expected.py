@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sensebatch.checkpoint.files import open_checkpoint
 from sensebatch.checkpoint.system_prompts import resolve_system_prompts
-from sensebatch.jobs import Drawing, GroupKey
+from sensebatch.jobs import GroupKey
 from sensebatch.manifest.read import read_manifest
 from sensebatch.plan.batches import GroupPlan, make_plan, plan_entry
 from sensebatch.plan.computation import Computation, gpu_computation
@@ -34,8 +34,9 @@ class Expectation:
     placements: Placements
     """Where weights are put for each group, and how much memory the case is expected to take."""
 
-    def limits(self, speeds: Speeds, *, with_text: bool) -> tuple[float, float] | None:
-        """Returns the least seconds of the case, and of one denoising step of one image.
+    def limits(self, speeds: Speeds, *, with_text: bool) -> tuple[float, float | None] | None:
+        """Returns the least seconds of the case, and of one denoising step of one image, if it
+        draws any.
 
         Args:
             speeds: What the machine reaches at most.
@@ -52,21 +53,23 @@ class Expectation:
             placement = self.placements.of(load.group)
             seconds = clock.group_seconds(load, group.num_jobs, placement)
             total += seconds.images + (seconds.text if with_text else 0.0)
+            if load.group.drawing is None:
+                continue
             # What a run of twice as many steps takes on top is these steps and nothing else.
             longer = replace(load, group=_twice_the_steps(load.group))
             longer_seconds = clock.group_seconds(longer, group.num_jobs, placement)
             step += longer_seconds.images - seconds.images
-        steps = sum(group.max_images * _drawing(group.group).num_steps for group in self.groups)
-        return total, step / steps
-
-
-def _drawing(group: GroupKey) -> Drawing:
-    assert group.drawing is not None, "every suite draws"
-    return group.drawing
+        steps = sum(
+            group.max_images * group.group.drawing.num_steps
+            for group in self.groups
+            if group.group.drawing is not None
+        )
+        return total, step / steps if steps else None
 
 
 def _twice_the_steps(group: GroupKey) -> GroupKey:
-    drawing = _drawing(group)
+    drawing = group.drawing
+    assert drawing is not None
     return replace(group, drawing=replace(drawing, num_steps=2 * drawing.num_steps))
 
 

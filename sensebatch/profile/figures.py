@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from sensebatch.report.summary import summarise
 
 _BATCH = ["session", "batch_id", "started_at"]
-_OF_BATCH = ["total_s", "think_s", "denoise_s", "num_kept_images"]
+_OF_BATCH = ["total_s", "wait_s", "think_s", "denoise_s", "num_kept_images"]
 _OF_JOB = ["num_images", "image_tokens", "think_tokens", "text_tokens"]
 
 Batches = Sequence[Mapping[str, float]]
@@ -58,6 +58,8 @@ def figures(log: pa.Table, *, num_steps: int) -> dict[str, Any]:
         "seconds_per_image": total.seconds_per_image,
         "image_tok_per_s": total.image_tok_per_s,
         "steady_image_tok_per_s": _per(steady, ["image_tokens"], ["total_s"]),
+        "jobs_per_s": _per(batches, ["jobs"], ["total_s", "wait_s"]),
+        "steady_jobs_per_s": _per(batches[1:], ["jobs"], ["total_s", "wait_s"]),
         "text_tok_per_s": _per(batches, ["think_tokens", "text_tokens"], ["think_s"]) or None,
     }
     if total.calls:
@@ -67,11 +69,12 @@ def figures(log: pa.Table, *, num_steps: int) -> dict[str, Any]:
 
 def _batches(done: pa.Table) -> Batches:
     seconds = [(name, "max") for name in _OF_BATCH]
-    counts = [(name, "sum") for name in _OF_JOB]
+    counts = [*((name, "sum") for name in _OF_JOB), ("job_id", "count")]
     table = done.group_by(_BATCH).aggregate([*seconds, *counts]).sort_by("started_at")
     return [
-        {name: row[f"{name}_max"] for name in _OF_BATCH}
+        {name: row[f"{name}_max"] or 0 for name in _OF_BATCH}
         | {name: row[f"{name}_sum"] for name in _OF_JOB}
+        | {"jobs": row["job_id_count"]}
         for row in table.to_pylist()
     ]
 

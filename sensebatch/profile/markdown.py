@@ -30,7 +30,7 @@ def format_markdown(rows: Sequence[Row], missing: Sequence[str] = ()) -> str:
         f"# Profile: {suite}",
         _conditions(rows),
         "## Speed",
-        _speed_table(rows),
+        _speed_table(rows) if any(row.images for row in rows) else _answers_table(rows),
         "## Memory",
         _memory_table(rows),
     ]
@@ -99,6 +99,30 @@ def _speed_table(rows: Sequence[Row]) -> str:
             _figure(row.ratio_to_baseline, 3),
             _figure(row.steady_image_tok_per_s, 2),
             _figure(row.steady_ratio_to_baseline, 3),
+            _figure(row.text_tokens, 0),
+            _figure(row.text_tok_per_s, 1),
+            _figure(None if row.wait_share is None else 100 * row.wait_share, 2),
+        ]
+        for row in rows
+    ]
+    return _table(head, lines, words=3)
+
+
+def _answers_table(rows: Sequence[Row]) -> str:
+    """Returns the speeds of jobs that draw nothing."""
+    head = [
+        "case", "options", "mode taken", "jobs", "jobs/s", "steady jobs/s", "limit s",
+        "text tokens", "text tok/s", "waited %",
+    ]  # fmt: skip
+    lines = [
+        [
+            row.case if row.status == DONE else f"{row.case} ({row.status})",
+            f"`{row.setting}`" if row.setting else NOTHING,
+            row.vram_mode or NOTHING,
+            _figure(row.jobs_done, 0),
+            _figure(row.jobs_per_s, 2),
+            _figure(row.steady_jobs_per_s, 2),
+            _figure(row.limit_s, 1),
             _figure(row.text_tokens, 0),
             _figure(row.text_tok_per_s, 1),
             _figure(None if row.wait_share is None else 100 * row.wait_share, 2),

@@ -103,6 +103,12 @@ def run_suite(
 def _ending(row: Row) -> str:
     if row.status != DONE:
         return f"{row.case}: {row.status}: {row.error}"
+    if not row.images:
+        jobs, text = (
+            "-" if speed is None else f"{speed:,.2f}"
+            for speed in (row.jobs_per_s, row.text_tok_per_s)
+        )
+        return f"{row.case}: {row.jobs_done} jobs, {jobs} jobs/s, {text} text tok/s"
     speed = "-" if row.image_tok_per_s is None else f"{row.image_tok_per_s:,.2f}"
     return f"{row.case}: {row.images} images, {speed} image tok/s"
 

@@ -66,6 +66,8 @@ class Row:
     image_tok_per_s: float | None = None
     steady_image_tok_per_s: float | None = None
     text_tok_per_s: float | None = None
+    jobs_per_s: float | None = None
+    steady_jobs_per_s: float | None = None
     ratio_to_baseline: float | None = None
     steady_ratio_to_baseline: float | None = None
     peak_allocated_bytes: int | None = None

@@ -45,6 +45,8 @@ PROMPTS = (
     "table, hard light, deep shadows",
 )
 EDIT_PROMPT = "Make the disc emerald green and keep everything else as it is"
+QUESTION = "Is there a red disc in the image?"
+CHOICES = ("yes", "no")
 STORY_PROMPT = (
     "Explain how a sailing boat is built, in exactly six steps, with one picture for each step"
 )
@@ -58,6 +60,7 @@ class Suite(StrEnum):
     MODES = "modes"
     SPEED = "speed"
     NIGHT = "night"
+    ASK = "ask"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +101,9 @@ class Case:
     task: Task = Task.T2I
     think: bool = False
     resolution: Resolution = SQUARE
+    """Size of every image that is drawn, or that a question is about."""
+    choices: tuple[str, ...] = ()
+    """What a question is to be answered with."""
     num_jobs: int
     vram_mode: str = "auto"
     device_gib: int | None = None
@@ -118,6 +124,8 @@ class Case:
         """The most images that all jobs make."""
         if self.parts:
             return sum(part.max_images for part in self.parts)
+        if self.task.spec.drawing is None:
+            return 0
         return self.num_jobs * (STORY_IMAGES if self.tells_stories else 1)
 
     @property
@@ -177,6 +185,8 @@ def suite_cases(suite: Suite, scale: Scale) -> tuple[Case, ...]:
         cases = _speed_cases(full)
     elif suite is Suite.NIGHT:
         return (_night_case(scale.resolution or SQUARE),)
+    elif suite is Suite.ASK:
+        cases = _question_cases(full)
     else:
         cases = _task_cases(full)
     if scale.resolution is not None:
@@ -226,6 +236,23 @@ def _speed_cases(full: Case) -> list[Case]:
         if case.name in FP8_CASES:
             cases.append(replace(variant, name=f"{case.name}-fp8", precision="fp8"))
     return cases
+
+
+def _question_cases(full: Case) -> list[Case]:
+    """Returns cases of questions about one image each; there are at least two full batches."""
+    asked = replace(
+        full, task=Task.ASK, resolution=SMALL, num_jobs=4 * full.num_jobs, baseline=None
+    )
+    choices = replace(asked, name="choices", choices=CHOICES, num_jobs=16 * full.num_jobs)
+    lean: dict[str, Any] = {"vram_mode": "auto", "device_gib": 7}
+    return [
+        replace(asked, name="answers"),
+        replace(asked, name="answers-7gib", **lean),
+        choices,
+        replace(choices, name="choices-2048", resolution=SQUARE, num_jobs=4 * full.num_jobs),
+        replace(choices, name="choices-balanced", vram_mode="balanced"),
+        replace(choices, name="choices-7gib", **lean),
+    ]
 
 
 def _night_case(size: Resolution) -> Case:
@@ -295,6 +322,11 @@ def _job(
         job |= {"prompt": EDIT_PROMPT, "image": _draw_input(case.resolution, folder).name}
     elif case.tells_stories:
         job |= {"prompt": STORY_PROMPT, "max_images": STORY_IMAGES}
+    elif case.task.spec.drawing is None:
+        job |= {"prompt": QUESTION, "image": _draw_input(case.resolution, folder).name}
+        job |= {"choices": list(case.choices)} if case.choices else {}
+        if scale.scripted and not case.choices:
+            job["max_new_tokens"] = scale.text_tokens
     if scale.scripted and case.tells_stories:
         job["max_new_tokens"] = STORY_IMAGES * scale.text_tokens
     elif scale.scripted and case.think:

@@ -255,7 +255,9 @@ def _throughput(calls: Sequence[Call], text_tokens: int) -> Throughput:
         seconds_per_image=drawn_s / drawn if drawn else None,
         image_tokens=image_tokens,
         tokens_per_image=image_tokens / images if images else None,
-        image_tok_per_s=sum(c.image_tokens for c in whole) / drawn_s if drawn_s else None,
+        image_tok_per_s=(
+            sum(c.image_tokens for c in whole) / drawn_s if drawn and drawn_s else None
+        ),
         text_tokens=text_tokens,
     )
 

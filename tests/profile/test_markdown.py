@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sensebatch.profile.markdown import format_markdown, published_markdown
+from sensebatch.profile.published import published
 from sensebatch.profile.rows import FAILED, with_ratios
 from sensebatch.profile.suites import Suite
 from tests.profile.results import result
@@ -93,6 +95,13 @@ def test_a_suite_of_which_nothing_was_published_is_beside_nothing() -> None:
     assert text.count("| 1.23 |") == 1
 
 
-@pytest.mark.parametrize("suite", [suite for suite in Suite if suite is not Suite.NIGHT])
+def test_a_suite_that_draws_nothing_has_a_table_of_its_jobs() -> None:
+    row = result("choices", suite="ask", jobs_per_s=21.5, steady_jobs_per_s=24.25)
+    text = format_markdown([replace(row, images=0, jobs_done=128, text_tokens=0)])
+    assert "| choices | `--vram-mode choices` | choices | 128 | 21.50 | 24.25 |" in text
+    assert "s/step" not in text
+
+
+@pytest.mark.parametrize("suite", [suite for suite in Suite if published(suite)])
 def test_published_tables_of_the_documentation_are_the_data(suite: Suite) -> None:
     assert published_markdown(suite) in DOCUMENT.read_text(encoding="utf-8")

@@ -31,7 +31,9 @@ from sensebatch.units import GIB
 
 NUM_JOBS = {
     "interleave": 1, "interleave-4": 4, "interleave-13gib": 1, "plain-16": 16, "think-16": 16,
-    "think-16-7gib": 16, "t2i-1024": 32, "t2i-1024-no-compile": 32,
+    "think-16-7gib": 16, "t2i-1024": 32, "t2i-1024-no-compile": 32, "answers": 32,
+    "answers-7gib": 32, "choices": 128, "choices-2048": 32, "choices-balanced": 128,
+    "choices-7gib": 128,
 }  # fmt: skip
 """Jobs of the cases that do not have as many as the scale says."""
 SETTINGS = {
@@ -66,6 +68,14 @@ SETTINGS = {
         "7gib-fp8": "--max-memory 0=7GiB --precision fp8",
     },
     Suite.NIGHT: {"night": ""},
+    Suite.ASK: {
+        "answers": "--vram-mode full",
+        "answers-7gib": "--max-memory 0=7GiB",
+        "choices": "--vram-mode full",
+        "choices-2048": "--vram-mode full",
+        "choices-balanced": "--vram-mode balanced",
+        "choices-7gib": "--max-memory 0=7GiB",
+    },
     Suite.TASKS: {
         "t2i": "--vram-mode full",
         "t2i-think": "--vram-mode full",
@@ -162,7 +172,7 @@ def test_variants_are_held_against_what_they_vary() -> None:
     assert [cases[name].baseline for name in ("t2i", "balanced", "7gib")] == [None, "t2i", "t2i"]
 
 
-@pytest.mark.parametrize("suite", [suite for suite in Suite if suite is not Suite.NIGHT])
+@pytest.mark.parametrize("suite", [s for s in Suite if s not in (Suite.NIGHT, Suite.ASK)])
 def test_manifests_are_jobs_of_the_published_size(suite: Suite, tmp_path: Path) -> None:
     scale = Scale(model="some/checkpoint")
     for case in suite_cases(suite, scale):
@@ -180,6 +190,18 @@ def test_manifests_are_jobs_of_the_published_size(suite: Suite, tmp_path: Path) 
                 [(2048, 2048)] if case.task is Task.EDIT else []
             )
             assert not story or job.sampling.max_images == 6
+
+
+def test_questions_are_about_one_image_each_and_draw_nothing(tmp_path: Path) -> None:
+    for case in suite_cases(Suite.ASK, Scale()):
+        jobs = _jobs(case, Scale(), tmp_path)
+        assert (case.max_images, len(jobs)) == (0, NUM_JOBS[case.name])
+        side = 2048 if "2048" in case.name else 1024
+        for job in jobs:
+            assert (job.task, job.resolution) == (Task.ASK, None)
+            assert [(image.width, image.height) for image in job.images] == [(side, side)]
+            assert job.sampling.choices == (("yes", "no") if "choices" in case.name else ())
+            assert job.max_text_tokens == (0 if "choices" in case.name else 300)
 
 
 def test_a_suite_can_be_scaled_down(tmp_path: Path) -> None:
