@@ -40,7 +40,7 @@ _LOAD = [
     "load_peak_rss_bytes",
 ]
 _CONFIG = ["vram_mode", "attn_backend", "dtype", "precision"]
-_COLUMNS = sorted(
+COLUMNS = sorted(
     {"job_id", "status", *_CALL, *_MOST, *_SUM, *_TEXT, *_LOAD, *_CONFIG, *TIMELINE_COLUMNS}
 )
 
@@ -133,7 +133,7 @@ def read_log(path: Path) -> pa.Table:
     Raises:
         RunFolderError: There is no such file, or it is not a log.
     """
-    return run_log.read_log(path, _COLUMNS)
+    return run_log.read_log(path, COLUMNS)
 
 
 def summarise(log: pa.Table, *, session: int | None = None) -> Summary:

@@ -51,7 +51,7 @@ def test_the_commands_are_those_that_scripts_know() -> None:
         "run", "plan", "status", "report", "t2i", "edit", "interleave", "ask",
         "manifest validate", "manifest schema", "manifest convert", "model inspect",
         "profile", "doctor", "demo", "repair", "merge", "jobs", "show", "prune", "hash",
-        "export",
+        "export", "gallery",
     }  # fmt: skip
 
 

@@ -1,0 +1,150 @@
+"""Items of a gallery: what is shown of each job, from its record.
+
+Knows records, not the page's files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sensebatch.bounded import read_file
+from sensebatch.dataset.records import Record
+from sensebatch.gallery.rows import command_line, manifest_row
+from sensebatch.jobs import InputImage
+from sensebatch.store.attempts import FAILED
+from sensebatch.store.files import reason
+from sensebatch.tasks import Output
+
+InputOf = Callable[[InputImage, Path], Mapping[str, str]]
+"""Returns what is shown of an input image of a run's folder."""
+
+MAX_TEXT_BYTES = 2**20
+"""Most that is read of a text or a traceback."""
+
+_NOT_COLUMNS = frozenset(
+    {
+        "attempts",
+        "batch_id",
+        "cfg_interval",
+        "current",
+        "error_file",
+        "error_message",
+        "id",
+        "image_paths",
+        "image_phash",
+        "image_sha256",
+        "input_image_paths",
+        "input_image_sha256",
+        "job_id",
+        "key",
+        "matrix",
+        "metadata",
+        "pick",
+        "prompt",
+        "run",
+        "shared_figures",
+        "source_row",
+        "system_prompt",
+        "text",
+        "text_path",
+        "text_sha256",
+    }
+)
+"""What a record has that items are not filtered by, or only in another form."""
+_MORE = {
+    "source_file": "manifest",
+    "source_row": "row of the manifest",
+    "batch_id": "batch",
+    "system_prompt": "system prompt",
+    "error_file": "traceback file",
+}
+"""Texts that are shown with an item and are not columns, by what they are called."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One job, as the gallery has it."""
+
+    id: str
+    key: str
+    prompt: str
+    values: Mapping[str, Any]
+    """By the name of the column."""
+    matrix: Mapping[str, Any]
+    metadata: Mapping[str, Any]
+    images: tuple[tuple[str, str], ...]
+    """(path in the run's folder, hash of the file) of each image."""
+    details: Mapping[str, Any]
+    """What is read when someone opens it."""
+
+
+def make_item(record: Record, run_name: str, input_of: InputOf) -> Item:
+    """Returns what is shown of a job.
+
+    Args:
+        record: The job.
+        run_name: What the gallery calls its run.
+        input_of: Returns what is shown of an input image of a run's folder.
+    """
+    row = record.row or {}
+    is_done = record.is_done
+    paths = row.get("image_paths") or () if is_done else ()
+    digests = row.get("image_sha256") or () if is_done else ()
+    return Item(
+        id=record.job.id,
+        key=record.key,
+        prompt=record.job.prompt,
+        values={"run": run_name, **_columns(record)},
+        matrix=record.matrix,
+        metadata=record.metadata,
+        images=tuple(zip(paths, digests, strict=True)),
+        details=_details(record, input_of),
+    )
+
+
+def _columns(record: Record) -> dict[str, Any]:
+    values = record.values()
+    size = record.job.resolution
+    columns = {name: value for name, value in values.items() if name not in _NOT_COLUMNS}
+    interval = values["cfg_interval"]
+    columns |= {
+        "tags": tuple(record.tags),
+        "size": None if size is None else f"{size.width}x{size.height}",
+        "cfg_interval": None if interval is None else " to ".join(f"{end:g}" for end in interval),
+        "attempt": record.attempts,
+    }
+    return columns
+
+
+def _details(record: Record, input_of: InputOf) -> dict[str, Any]:
+    job, values = record.job, record.values()
+    details = {
+        "is_story": job.task.spec.output is not Output.IMAGE or None,
+        "text": _text_of(record),
+        "inputs": [input_of(image, record.root) for image in job.images] or None,
+        "manifest": manifest_row(job),
+        "command": command_line(job, values.get("model")),
+        "more": [[title, str(values[name])] for name, title in _MORE.items() if values.get(name)],
+    }
+    if record.status == FAILED:
+        details["error"] = values.get("error_message")
+        details["traceback"] = _file_text(record.root, values.get("error_file"))
+    return {name: value for name, value in details.items() if value is not None}
+
+
+def _text_of(record: Record) -> str | None:
+    row = record.row or {}
+    return _file_text(record.root, row.get("text_path") if record.is_done else None)
+
+
+def _file_text(root: Path, path: str | None) -> str | None:
+    """Returns a text of the run's folder; None where there is none any more."""
+    if path is None:
+        return None
+    try:
+        return read_file(root / path, MAX_TEXT_BYTES).decode("utf-8", "replace")
+    except OSError as error:
+        return f"[{path}: {reason(error)}]"

@@ -1,0 +1,224 @@
+"""Galleries as files: what is in them, what is made again, and what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from sensebatch.errors import RunFolderError
+from sensebatch.gallery.make import Made, make_gallery
+from sensebatch.jobs import InputImage
+from sensebatch.tasks import Task
+from tests.executor.fakes import Flag, make_job, run_folder
+from tests.gallery.runs import HOSTILE, HOSTILE_ID, make_input_file, make_run
+
+
+def read_data(out: Path, name: str) -> Any:
+    """Returns what a data file gives the page."""
+    folder = out / "data"
+    if name != "index":
+        folder /= read_data(out, "index")["data"]
+    text = (folder / f"{name}.js").read_text(encoding="utf-8")
+    start = f'SB.give("{name}",'
+    assert text.startswith(start)
+    return json.loads(json.loads(text[len(start) : -2]))
+
+
+def _word(out: Path, item: int, name: str) -> str | None:
+    values = read_data(out, "items")["values"][name]
+    code = values["codes"] if isinstance(values["codes"], int) else values["codes"][item]
+    return None if code < 0 else values["words"][code]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return make_run(tmp_path / "run")
+
+
+def _make(root: Path, **changes: Any) -> Made:
+    return make_gallery([root], root / "gallery", **changes)
+
+
+def test_every_job_that_is_done_or_failed_is_an_item(root: Path) -> None:
+    made = _make(root)
+    out = made.page.parent
+    ids = read_data(out, "items")["ids"]
+    assert made.items == len(ids) == 11
+    assert made.images == 11
+    assert made.thumbnails_made == made.images
+    broken = ids.index("broken")
+    assert _word(out, broken, "status") == "failed"
+    assert _word(out, broken, "error_type") == "ValueError"
+    assert _word(out, ids.index("red-2"), "colour") == "red"
+    assert _word(out, ids.index(HOSTILE_ID), "by") == "me"
+
+
+def test_details_have_texts_inputs_and_errors(root: Path) -> None:
+    out = _make(root).page.parent
+    ids, details = read_data(out, "items")["ids"], read_data(out, "details-0")
+    of = dict(zip(ids, details, strict=True))
+    assert of["story"]["is_story"] is True
+    assert "First <b>a dot</b>." in of["story"]["text"]
+    assert of["thought"]["text"].startswith("thinking in")
+    assert of["broken"]["error"] == "NaN in the output"
+    assert "ValueError" in of["broken"]["traceback"]
+    (shown,) = of["edited"]["inputs"]
+    assert shown == {"name": "harbour #1.png", "url": "../../inputs/harbour%20%231.png"}
+    assert of["edited"]["command"].startswith("sensebatch edit --image ")
+    assert of["edited"]["manifest"].startswith('- id: "edited"\n  task: "edit"\n')
+
+
+def test_inputs_are_found_where_the_run_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_input_file(tmp_path / "in" / "a.png")
+    image = replace(make_input_file(tmp_path / "in" / "a.png"), path="in/a.png")
+    root = tmp_path / "outputs" / "run"
+    make_run(root, [make_job("edit", Task.EDIT, images=(image,), think=False)])
+    (tmp_path / "away").mkdir()
+    monkeypatch.chdir(tmp_path / "away")
+    out = _make(root).page.parent
+    (shown,) = read_data(out, "details-0")[0]["inputs"]
+    assert (out / shown["url"]).resolve() == tmp_path / "in" / "a.png"
+    # Another file in its place is not taken for it.
+    make_input_file(tmp_path / "in" / "a.png", "blue")
+    _make(root)
+    (shown,) = read_data(out, "details-0")[0]["inputs"]
+    assert (out / shown["url"]).resolve() == tmp_path / "away" / "in" / "a.png"
+
+
+def test_inputs_that_a_browser_would_show_otherwise_are_converted(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (64, 32), "red").save(tmp_path / "in" / "turned.jpg", exif=exif)
+    content = (tmp_path / "in" / "turned.jpg").read_bytes()
+    image = InputImage(
+        path=str(tmp_path / "in" / "turned.jpg"),
+        sha256=hashlib.sha256(content).hexdigest(),
+        height=64,
+        width=32,
+        corrections="orientation",
+    )
+    root = make_run(tmp_path / "run", [make_job("e", Task.EDIT, images=(image,), think=False)])
+    out = _make(root).page.parent
+    (shown,) = read_data(out, "details-0")[0]["inputs"]
+    with Image.open(out / shown["url"]) as converted:
+        assert converted.size == (32, 64)
+
+
+def test_hostile_texts_are_only_in_data_files(root: Path) -> None:
+    out = _make(root).page.parent
+    assert HOSTILE in read_data(out, "prompts-0")
+    for path in out.rglob("*"):
+        if path.is_file() and "data" not in path.relative_to(out).parts:
+            assert b"harmed" not in path.read_bytes()
+
+
+def test_nothing_is_drawn_again_for_a_gallery_that_is_made_again(root: Path) -> None:
+    _make(root)
+    first = {path.name for path in (root / "gallery" / "data").iterdir()}
+    made = _make(root)
+    assert made.thumbnails_made == 0
+    assert {path.name for path in (root / "gallery" / "data").iterdir()} == first
+
+
+def test_a_gallery_follows_its_run(root: Path) -> None:
+    out = _make(root).page.parent
+    before = read_data(out, "index")["data"]
+    jobs = [make_job("new"), make_job("red-1", prompt="a red dot", seed=1)]
+    make_run(root, jobs)
+    made = _make(root)
+    assert read_data(out, "items")["ids"] == ["new", "red-1"]
+    assert made.thumbnails_made >= 1
+    assert not (out / "data" / before).exists()
+    assert {path.name for path in (out / "data").iterdir()} == {
+        "index.js",
+        read_data(out, "index")["data"],
+    }
+
+
+def test_a_run_in_progress_shows_what_is_done(tmp_path: Path) -> None:
+    jobs = [make_job(f"j{n}") for n in range(8)]
+    run_folder(tmp_path / "run", jobs, stop=Flag(after=2))
+    made = _make(tmp_path / "run")
+    assert 0 < made.items < 8
+    assert made.pending == 8 - made.items
+    report = read_data(made.page.parent, "report")["runs"][0]
+    assert f"{made.pending} still to be run" in report["words"]
+
+
+def test_runs_with_equal_ids_stay_apart(tmp_path: Path) -> None:
+    roots = [tmp_path / "a" / "night", tmp_path / "b" / "night"]
+    for number, root in enumerate(roots):
+        make_run(root, [make_job("same", seed=number), make_job("other")])
+    out = tmp_path / "both"
+    made = make_gallery(roots, out)
+    index, items = read_data(out, "index"), read_data(out, "items")
+    assert made.items == 4
+    assert items["ids"] == ["same", "other", "same", "other"]
+    assert items["run"] == [0, 0, 1, 1]
+    assert [run["name"] for run in index["runs"]] == ["a/night", "b/night"]
+    assert [run["root"] for run in index["runs"]] == ["../a/night/", "../b/night/"]
+    assert len(set(items["marks"])) == 3
+
+
+def test_a_missing_image_is_named_and_the_others_are_shown(root: Path) -> None:
+    (root / "images" / "red-1.png").unlink()
+    made = _make(root)
+    (problem,) = made.problems
+    assert "red-1.png: No such file or directory" in problem
+    items = read_data(made.page.parent, "items")
+    assert items["cells"].count(-1) == 1
+
+
+def test_copied_images_make_a_gallery_that_can_be_moved(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "portable"
+    make_gallery([root], out, copies_images=True)
+    run = read_data(out, "index")["runs"][0]
+    copied = out / run["root"]
+    of_run = {path.relative_to(root) for path in (root / "images").rglob("*.png")}
+    assert {path.relative_to(copied) for path in copied.rglob("*.png")} == of_run
+    edited = read_data(out, "items")["ids"].index("edited")
+    (shown,) = read_data(out, "details-0")[edited]["inputs"]
+    assert (out / shown["url"]).is_file()
+    # What is there and unchanged is not copied again; what is no longer shown is removed.
+    times = {path: path.stat().st_ctime_ns for path in copied.rglob("*.png")}
+    make_gallery([root], out, copies_images=True)
+    assert times == {path: path.stat().st_ctime_ns for path in copied.rglob("*.png")}
+
+
+def test_a_folder_that_is_not_a_runs_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(RunFolderError, match=r"photos: expected a run's folder, found no state.db"):
+        make_gallery([tmp_path / "photos"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_without_anything_to_show_is_refused(tmp_path: Path) -> None:
+    run_folder(tmp_path / "run", [make_job("a")], stop=Flag(after=0))
+    with pytest.raises(RunFolderError, match="expected a job that is done or has failed"):
+        make_gallery([tmp_path / "run"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_and_its_copy_are_refused(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root, tmp_path / "copy")
+    with pytest.raises(RunFolderError, match=r"copy: expected another run than .*run, found the"):
+        make_gallery([root, tmp_path / "copy"], tmp_path / "out")
+
+
+def test_a_folder_with_other_files_is_not_written_to(root: Path, tmp_path: Path) -> None:
+    other = tmp_path / "mine"
+    other.mkdir()
+    (other / "thesis.txt").write_text("years of work")
+    with pytest.raises(RunFolderError, match=r"mine: expected a gallery, an empty folder or none"):
+        make_gallery([root], other)
+    assert [path.name for path in other.iterdir()] == ["thesis.txt"]
