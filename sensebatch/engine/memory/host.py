@@ -173,14 +173,20 @@ class HostStore:
     ) -> dict[Block, Tensor]:
         """Returns the shared blocks, pinned; they are `kept` if this process is the first."""
 
+        pinned: set[str] = set()
+
         def fill(buffers: Mapping[str, Tensor]) -> None:
-            list(keepers.map(lambda block: self._fill(block, buffers[block.name]), kept))
+            def read(block: Block) -> None:
+                self._fill(block, buffers[block.name])
+                self._pinned(buffers[block.name])
+
+            list(keepers.map(read, kept))
+            pinned.update(buffers)
 
         sizes = {block.name: block.layout.num_bytes for block in kept}
         buffers = shared.get(BLOCKS, sizes, fill)
-        there = [block for block in blocks if block.name in buffers]
-        pinned = keepers.map(self._pinned, (buffers[block.name] for block in there))
-        return dict(zip(there, pinned, strict=True))
+        list(keepers.map(self._pinned, (buffers[name] for name in buffers if name not in pinned)))
+        return {block: buffers[block.name] for block in blocks if block.name in buffers}
 
     def _fill(self, block: Block, flat: Tensor) -> None:
         self._readers.run(partial(part, flat) for part in block.parts)
