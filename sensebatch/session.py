@@ -627,6 +627,7 @@ def _run_on_crew(
         roster.assemble(stop)
         infos = [member.by.info for member in roster.ready()]
         observer.loaded(infos[0])
+        observer.note(roster.words)
         for text in dict.fromkeys(text for info in infos for text in info.refusals):
             observer.warning(text)
         with _resumable():

@@ -70,9 +70,10 @@ def pace(status: RunStatus) -> tuple[float | None, float | None]:
         if not batch.kept_images:
             speed.measured(batch.group, batch.jobs, batch.total_s)
     images = sum(batch.images - batch.kept_images for batch in status.recent)
-    in_engine_s = sum(batch.total_s for batch in status.recent)
+    workers = len({(batch.node, batch.worker) for batch in status.recent})
+    in_engine_s = sum(batch.total_s for batch in status.recent) / workers
     left_s = speed.of_all(status.to_come)
     # A run also waits between batches, for example for its disk.
     if left_s is not None and in_engine_s:
-        left_s *= max(wall_s / in_engine_s, 1.0)
+        left_s *= max(wall_s / in_engine_s, 1.0) / workers
     return wall_s / images if images else None, left_s

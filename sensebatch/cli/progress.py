@@ -14,10 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from sensebatch.cli.eta import RemainingTime
+from sensebatch.cli.lanes import Lane, names, remaining_s
 from sensebatch.cli.messages import counted
 from sensebatch.cli.signals import FINISHING, StopSignals
 from sensebatch.cli.voice import Level, Voice
-from sensebatch.contract import Phase, Progress
+from sensebatch.contract import Progress
+from sensebatch.executor.observer import WorkerState
 from sensebatch.jobs import Batch, EngineInfo
 from sensebatch.plan.batches import Plan
 from sensebatch.session import Model, RunObserver
@@ -30,6 +32,8 @@ from sensebatch.units import duration
 MAX_BAR_WIDTH, MIN_BAR_WIDTH = 32, 10
 FIGURES_WIDTH = 56
 """Columns for the text beside a bar, if the terminal is wide enough."""
+OTHER_LINES = 4
+"""Lines of a terminal that the engines leave to the run's bar, to what it says and to a prompt."""
 STYLES = {Level.ALERT: "red", Level.INFO: "dim"}
 
 
@@ -49,11 +53,9 @@ class Tracker(RunObserver):
         self._voice = voice
         self._clock = clock
         self._remaining: RemainingTime | None = None
-        self._batch_start = 0.0
-        self._share = 1.0
         self.num_jobs = self.num_done = self.num_failed = 0
-        self.batch: Batch | None = None
-        self.step = Progress(phase=None, step=0, num_steps=0)
+        self._lanes: dict[int | None, Lane] = {}
+        """What each worker is at, by its number; None stands for the engine of this process."""
         self._root = Path()
 
     def warning(self, text: str) -> None:
@@ -86,26 +88,26 @@ class Tracker(RunObserver):
 
     def batch_started(self, batch: Batch) -> None:
         """A batch goes into the engine; the one before has left it."""
-        now = self._clock()
         assert self._remaining is not None
-        if self.batch is not None:
-            self._remaining.measured(self.batch, now - self._batch_start, self._share)
-        self._remaining.started(batch)
-        self.batch, self._batch_start, self._share = batch, now, 1.0
-        self.step = Progress(phase=None, step=0, num_steps=0)
+        self._lanes.setdefault(None, Lane()).begin(batch, self._clock(), self._remaining)
 
     def progress(self, progress: Progress) -> None:
         """The batch in the engine advanced."""
-        if progress.phase is Phase.DENOISE is not self.step.phase:
-            # What an interrupted run has drawn says nothing about the speed of this one.
-            self._share = 1 - (progress.step - 1) / progress.num_steps
-        self.step = progress
+        self._lanes[None].advance(progress)
+
+    def worker_changed(self, worker: WorkerState) -> None:
+        """A worker in a process of its own began a batch, advanced, ended one, or died."""
+        assert self._remaining is not None
+        lane = self._lanes.setdefault(worker.number, Lane())
+        lane.take(worker, self._clock(), self._remaining)
 
     def batch_split(self, batch: Batch) -> None:
         """The batch in the engine failed as a whole; its jobs will run in smaller batches."""
         assert self._remaining is not None
         self._remaining.put_back(batch)
-        self._share = 0.0
+        for lane in self._lanes.values():
+            if lane.batch is not None and lane.batch.id == batch.id:
+                lane.share = 0.0
 
     def batch_finished(self, batch: Batch, attempts: Sequence[Attempt]) -> None:
         """A batch is committed."""
@@ -113,10 +115,9 @@ class Tracker(RunObserver):
         self.num_done += len(done)
         for attempt in done:
             self._voice.detail(f"done: {attempt.job_id}: {', '.join(attempt.outputs)}")
-        words = [
-            f"{self.num_done:,} of {self.num_jobs:,} done",
-            f"{batch.group}, {counted(len(batch.jobs), 'job')} in {attempts[0].total_s:.1f} s",
-        ]
+        what = f"{batch.group}, {counted(len(batch.jobs), 'job')} in {attempts[0].total_s:.1f} s"
+        where = "" if None in self._lanes else f" on worker {attempts[0].worker}"
+        words = [f"{self.num_done:,} of {self.num_jobs:,} done", f"{what}{where}"]
         remaining = self.remaining_s()
         if remaining is not None and self.num_done + self.num_failed < self.num_jobs:
             words.append(f"about {duration(remaining)} left")
@@ -138,24 +139,19 @@ class Tracker(RunObserver):
 
     def remaining_s(self) -> float | None:
         """Returns the seconds the run still needs; None until a batch has been measured."""
-        if self._remaining is None or self.batch is None:
+        if self._remaining is None:
             return None
-        to_come, of_batch = self._remaining.to_come(), self._remaining.of_batch(self.batch)
-        if to_come is None or of_batch is None:
-            return None
-        elapsed = self._clock() - self._batch_start
-        return to_come + max(0.0, of_batch * self._share - elapsed)
+        return remaining_s(self.lanes(), self._clock(), self._remaining)
 
-    def batch_words(self) -> str:
-        """Returns a description of the current batch: `t2i 256x256, 8 jobs`."""
-        if self.batch is None:
-            return ""
-        group, num_jobs = self.batch.group, len(self.batch.jobs)
-        return f"{group}, {counted(num_jobs, 'job')}"
+    def lanes(self) -> list[Lane]:
+        """Returns what each engine of the run is at, by the numbers of the workers."""
+        return [lane for _, lane in sorted(self._lanes.items(), key=lambda item: item[0] or 0)]
 
 
 class LiveDisplay(Tracker):
-    """Keeps two lines at the bottom of a terminal, with failures and notes scrolling above them.
+    """Keeps a bar for the run and one for each engine at the bottom of a terminal.
+
+    Failures and notes scroll above them.
 
     Args:
         console: Writes to the terminal.
@@ -193,7 +189,7 @@ class LiveDisplay(Tracker):
         self._voice.record(line)
 
     def __rich__(self) -> RenderableType:
-        if self.batch is None:
+        if not self._lanes:
             return Text()
         lines: list[RenderableType] = [self._grid()]
         if self._stop.is_set():
@@ -215,11 +211,22 @@ class LiveDisplay(Tracker):
         grid.add_column(width=width)
         grid.add_column(no_wrap=True, overflow="ellipsis")
         grid.add_row(_bar(settled, self.num_jobs), figures)
-        grid.add_row(
-            _bar(self.step.step, self.step.num_steps),
-            Text(f"{self.batch_words()}: {step_words(self.step)}", style="dim"),
-        )
+        lanes = self.lanes()
+        shown = lanes[: max(self._console.height - OTHER_LINES, 1)]
+        if len(shown) < len(lanes):
+            shown = shown[:-1]
+        for lane, name in zip(shown, self._names(lanes), strict=False):
+            bar = _bar(lane.step.step if lane.batch else 0, lane.step.num_steps)
+            grid.add_row(bar, Text(f"{name}{lane.words()}", style="dim"))
+        if hidden := lanes[len(shown) :]:
+            at_work = sum(lane.batch is not None for lane in hidden)
+            more = f"and {len(hidden):,} more workers, {at_work:,} of them with a batch"
+            grid.add_row("", Text(more, style="dim"))
         return grid
+
+    def _names(self, lanes: Sequence[Lane]) -> list[str]:
+        """Returns how the line of each engine begins."""
+        return [""] if None in self._lanes else [f"{name}: " for name in names(lanes)]
 
 
 @contextmanager
@@ -271,15 +278,6 @@ def failure_line(attempt: Attempt, will_retry: bool) -> str:
     first = (attempt.error_message or "").partition("\n")[0]
     file = f" ({attempt.error_file})" if attempt.error_file else ""
     return f"{what}: {attempt.job_id}: {attempt.error_type}: {first}{file}"
-
-
-def step_words(progress: Progress) -> str:
-    """Returns the progress of a batch in words: `denoise 7 of 50`, `think 212`."""
-    if progress.phase is None:
-        return "starting"
-    if progress.num_steps:
-        return f"{progress.phase} {progress.step} of {progress.num_steps}"
-    return f"{progress.phase} {progress.step}"
 
 
 def _bar(completed: int, total: int) -> ProgressBar:

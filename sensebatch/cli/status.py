@@ -13,8 +13,10 @@ import typer
 from sensebatch.cli.paths import path
 
 if TYPE_CHECKING:
+    from sensebatch.report.workers import WorkerShare
     from sensebatch.store.status import RunStatus
 
+MAX_WORKERS = 16
 MAX_FAILURES = 20
 
 
@@ -94,12 +96,14 @@ def _values(found: RunStatus) -> dict[str, Any]:
         "running": found.running,
         "seconds_per_image": seconds_per_image,
         "seconds_left": left_s,
+        "workers": [asdict(share) for share in _shares(found)],
         "failures": [asdict(failure) for failure in found.failures],
     }
 
 
 def _lines(folder: Path, found: RunStatus) -> Iterator[str]:
     from sensebatch.cli.eta import pace
+    from sensebatch.report.workers import format_share, share_name
     from sensebatch.units import duration
 
     yield f"{folder}: {', '.join(_count_words(found))}"
@@ -112,6 +116,11 @@ def _lines(folder: Path, found: RunStatus) -> Iterator[str]:
         yield f"  left   about {duration(left_s)}"
     elif left_s:
         yield f"  left   about {duration(left_s)} once the run is resumed"
+    shares = _shares(found)
+    for share in shares[:MAX_WORKERS]:
+        yield f"  {share_name(share)}: {format_share(share)}"
+    if len(shares) > MAX_WORKERS:
+        yield f"  ... and {len(shares) - MAX_WORKERS:,} more workers; --json lists all"
     if found.failures:
         yield "failed jobs, which run --retry-failed tries again:"
     for failure in found.failures[:MAX_FAILURES]:
@@ -120,6 +129,24 @@ def _lines(folder: Path, found: RunStatus) -> Iterator[str]:
         yield f"  {failure.job_id}: {failure.error_type}: {first}{file}"
     if len(found.failures) > MAX_FAILURES:
         yield f"  ... and {len(found.failures) - MAX_FAILURES:,} more; --json lists all"
+
+
+def _shares(found: RunStatus) -> tuple[WorkerShare, ...]:
+    """Returns what each of several workers did lately."""
+    from sensebatch.report.workers import Stint, worker_shares
+
+    return worker_shares(
+        Stint(
+            session=0,
+            worker=batch.worker,
+            node=batch.node,
+            jobs=batch.jobs,
+            images=batch.images,
+            start_s=batch.started_at.timestamp(),
+            busy_s=batch.total_s,
+        )
+        for batch in found.recent
+    )
 
 
 def _count_words(found: RunStatus) -> Iterator[str]:

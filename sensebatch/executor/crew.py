@@ -250,6 +250,7 @@ class _CrewRun:
             deadline=ends.deadline,
         )
         report(observer.run_started, store.state.counts(), plan)
+        roster.changed = self._show
         for member in roster.ready():
             self._seat(member)
         for batch in found.given_up:
@@ -446,7 +447,7 @@ class _CrewRun:
                 given.progress = news.progress
                 group = given.begun.batch.group
                 self._ends.deadline.advanced(desk.member.number, group, news.progress)
-                self._show(desk)
+                self._show(desk.member)
             case Drew():
                 self._keep(desk, given, news)
             case Ended():
@@ -469,9 +470,8 @@ class _CrewRun:
         self._seat(member)
 
     def _seat(self, member: Member) -> None:
-        desk = _Desk(member)
-        self._desks[member.number] = desk
-        self._show(desk)
+        self._desks[member.number] = _Desk(member)
+        self._show(member)
 
     def _was_prepared(self, desk: _Desk, given: _Given, outcomes: Sequence[Raised | None]) -> None:
         """Has a batch run without the jobs that could not be prepared."""
@@ -507,7 +507,7 @@ class _CrewRun:
         given.begun = replace(
             given.begun, queue_s=time.monotonic() - self._start, started_at=datetime.now(UTC)
         )
-        self._show(desk)
+        self._show(desk.member)
 
     def _keep(self, desk: _Desk, given: _Given, news: Drew) -> None:
         """Writes images that are to be kept, and lets the worker know."""
@@ -532,9 +532,9 @@ class _CrewRun:
         elif outcome.concerns is Concerns.RUN:
             self._fail(desk, outcome)
         elif len(given.begun.jobs) > 1:
-            self._remove(desk, given)
             self._doubtful.discard(given.begun.seq)
             self._ledger.split(given.begun, outcome)
+            self._remove(desk, given)
         elif news.room is not None:
             report(self._observer.note, f"{desk.member.name}: {news.room}")
             given.stage = Stage.WAITING
@@ -577,7 +577,7 @@ class _CrewRun:
     def _remove(self, desk: _Desk, given: _Given) -> None:
         del desk.given[given.number]
         desk.is_exclusive = False
-        self._show(desk)
+        self._show(desk.member)
 
     def _end_silent(self) -> None:
         """Ends workers that have said nothing for longer than their batch can take."""
@@ -603,7 +603,7 @@ class _CrewRun:
         del self._desks[desk.member.number]
         lost, blamed = list(desk.given.values()), [] if is_of_node else desk.at_work
         desk.given.clear()
-        self._show(desk)
+        self._show(desk.member)
         back = []
         for given in lost:
             if given.saving is not None:
@@ -631,9 +631,12 @@ class _CrewRun:
         self._doubtful |= parts
         return False
 
-    def _show(self, desk: _Desk) -> None:
-        member, running = desk.member, desk.running
-        assert member.ready is not None
+    def _show(self, member: Member) -> None:
+        """Reports what a worker is at; nothing of one that was never ready."""
+        desk = self._desks.get(member.number)
+        running = None if desk is None else desk.running
+        if member.ready is None:
+            return
         state = WorkerState(
             number=member.number,
             node=member.ready.node,

@@ -31,7 +31,7 @@ class WorkerState:
     device: str
     """What it computes on, for people."""
     life: str
-    """`ready` while it works, `dead` until it is started again, or `given up`."""
+    """`ready` while it works, `dead` or `starting` until it is started again, or `given up`."""
     batch: Batch | None
     """The batch in its engine."""
     progress: Progress | None

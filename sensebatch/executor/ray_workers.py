@@ -142,6 +142,8 @@ class RayCrew:
         """Starts Ray or joins the cluster; in the thread that stays."""
         # What a terminal sends to all its processes is for the run alone to heed.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+        # Ray prints on stdout what it notices of processes that end; the run says that itself.
+        self._ray._private.worker.print_worker_logs = lambda *_: None
         address = self._workers.cluster
         common = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "sensebatch"}
         if address is None:

@@ -120,6 +120,8 @@ class Roster:
         self.members: dict[int, Member] = {}
         self._note = note
         self._clock = clock
+        self.changed: Callable[[Member], None] = lambda _: None
+        """Called when a worker starts, dies or is given up."""
         self._last_reason = "none was started"
         self._num_unusable = 0
         """Workers that were given up because another try would come to the same."""
@@ -153,6 +155,16 @@ class Roster:
                 f"the workers have different devices ({', '.join(devices)}): an image may differ "
                 "in the last bits with the worker that draws it"
             )
+
+    @property
+    def words(self) -> str:
+        """What people are told of the workers that are ready."""
+        ready = [member.ready for member in self.ready() if member.ready is not None]
+        nodes = {one.node for one in ready}
+        where = next(iter(nodes)) if len(nodes) == 1 else f"{len(nodes)} hosts"
+        devices = sorted({one.info.device for one in ready})
+        workers = "1 worker" if len(ready) == 1 else f"{len(ready):,} workers"
+        return f"{workers} on {where}: {', '.join(devices)}"
 
     def ready(self) -> Iterator[Member]:
         """Yields the workers that are at work, by number."""
@@ -218,6 +230,7 @@ class Roster:
         """Gives a worker up for the rest of the run."""
         self.crew.end(member.number)
         member.state = Life.GIVEN_UP
+        self.changed(member)
         self._last_reason = _first_line(reason)
         self._note(f"{member.name} is given up: {self._last_reason}")
 
@@ -246,6 +259,7 @@ class Roster:
     def _start(self, member: Member) -> None:
         member.life += 1
         member.state, member.since = Life.STARTING, self._clock()
+        self.changed(member)
         self.crew.start(member.number, member.life)
 
     def _fail_start(self, member: Member, reason: str, *, is_final: bool) -> None:
@@ -261,6 +275,7 @@ class Roster:
         pause_s = min(FIRST_PAUSE_S * 2 ** min(member.deaths, 10), LONGEST_PAUSE_S)
         member.deaths += 1
         member.state, member.since = Life.DEAD, self._clock() + pause_s
+        self.changed(member)
 
 
 def _first_line(text: str) -> str:

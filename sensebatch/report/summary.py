@@ -16,6 +16,13 @@ import pyarrow.compute as pc
 
 from sensebatch.report.timeline import COLUMNS as TIMELINE_COLUMNS
 from sensebatch.report.timeline import Waiting, format_waiting, group_name, timeline, waiting
+from sensebatch.report.workers import (
+    Stint,
+    WorkerShare,
+    format_share,
+    share_name,
+    worker_shares,
+)
 from sensebatch.resolutions import PATCH_PIXELS
 from sensebatch.store import log as run_log
 from sensebatch.units import GIB
@@ -123,6 +130,8 @@ class Summary:
     """The groups, by `group_name`."""
     waiting: Waiting | None
     """How long devices waited between batches; None if there was one batch, or the log is older."""
+    workers: tuple[WorkerShare, ...]
+    """What each worker did; nothing where there was only one."""
     calls: tuple[Call, ...]
     """In the order they were committed."""
 
@@ -150,7 +159,7 @@ def summarise(log: pa.Table, *, session: int | None = None) -> Summary:
     by_group: dict[str, list[Call]] = {}
     for call in calls:
         by_group.setdefault(call.group, []).append(call)
-    text_tokens = _text_tokens(done)
+    text_tokens, batches = _text_tokens(done), timeline(log)
     return Summary(
         vram_mode=_words(log["vram_mode"]),
         attn_backend=_words(log["attn_backend"]),
@@ -167,7 +176,19 @@ def summarise(log: pa.Table, *, session: int | None = None) -> Summary:
         by_group={
             name: _throughput(members, text_tokens[name]) for name, members in by_group.items()
         },
-        waiting=waiting(timeline(log)),
+        waiting=waiting(batches),
+        workers=worker_shares(
+            Stint(
+                session=batch.session,
+                worker=batch.worker,
+                node=batch.node,
+                jobs=batch.jobs,
+                images=batch.images,
+                start_s=batch.start_s,
+                busy_s=batch.total_s,
+            )
+            for batch in batches
+        ),
         calls=tuple(calls),
     )
 
@@ -286,6 +307,7 @@ def format_totals(summary: Summary) -> str:
     ]
     if summary.waiting is not None:
         lines.append(f"waiting         {format_waiting(summary.waiting)}")
+    lines += [f"{share_name(share)}: {format_share(share)}" for share in summary.workers]
     if total.calls_with_kept:
         calls = "1 call" if total.calls_with_kept == 1 else f"{total.calls_with_kept} calls"
         lines.append(

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 _SHARED = [
     "session",
     "worker",
+    "node",
     "batch_id",
     "started_at",
     "task",
@@ -48,6 +49,8 @@ class Batch:
     session: int
     worker: int
     """Number of the worker; 0 in logs that do not say."""
+    node: str | None
+    """Name of its host; None in logs that do not say."""
     batch_id: str
     task: str
     width: int | None
@@ -87,6 +90,7 @@ def timeline(log: pa.Table) -> tuple[Batch, ...]:
         Batch(
             session=row["session"],
             worker=row["worker"] or 0,
+            node=row["node"] or None,
             batch_id=row["batch_id"],
             task=row["task"],
             width=row["width"],

@@ -49,6 +49,10 @@ class PastBatch:
     finished_at: datetime
     total_s: float
     """Seconds in the engine."""
+    worker: int = 0
+    """Number of the worker that ran it."""
+    node: str | None = None
+    """Name of that worker's host; None in rows that do not say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,4 +166,6 @@ def recent_batches(state: State) -> Iterator[PastBatch]:
             started_at=first["started_at"],
             finished_at=first["finished_at"],
             total_s=first["total_s"],
+            worker=first.get("worker") or 0,
+            node=first.get("node"),
         )

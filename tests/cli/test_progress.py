@@ -6,18 +6,21 @@ import errno
 import io
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from sensebatch.cli.eta import RemainingTime
+from sensebatch.cli.lanes import step_words
 from sensebatch.cli.messages import say
-from sensebatch.cli.progress import LiveDisplay, Tracker, step_words, watch
+from sensebatch.cli.progress import LiveDisplay, Tracker, watch
 from sensebatch.cli.signals import FINISHING, StopSignals
 from sensebatch.cli.voice import Level, Voice
 from sensebatch.contract import Phase, Progress
+from sensebatch.executor.observer import WorkerState
 from sensebatch.jobs import Batch, Failure, Job, group_key
 from sensebatch.plan.batches import Plan, make_plan, plan_entry
 from sensebatch.store.attempts import Attempt
@@ -203,6 +206,71 @@ def test_live_display_shows_the_whole_and_the_batch() -> None:
     assert "2 of 8 jobs, 1 failed" in shown
     assert "t2i 64x32, 2 jobs: denoise 1 of 2" in shown
     assert "stopping" not in shown
+
+
+def _worker(number: int, **changes: Any) -> WorkerState:
+    state = WorkerState(
+        number=number,
+        node="host",
+        device=f"NVIDIA H100, GPU {number}",
+        life="ready",
+        batch=None,
+        progress=None,
+    )
+    return replace(state, **changes)
+
+
+def _crew_display(height: int = 24) -> LiveDisplay:
+    console = Console(file=io.StringIO(), width=60, height=height)
+    display = LiveDisplay(console, StopSignals(), Voice())
+    display.run_started(_counts(8), _plan(T2I))
+    return display
+
+
+def test_live_display_has_a_line_for_each_worker() -> None:
+    display, batch = _crew_display(), _batch(*T2I[:2])
+    display.worker_changed(_worker(1))
+    display.worker_changed(_worker(2, life="dead"))
+    step = Progress(phase=Phase.DENOISE, step=1, num_steps=2)
+    display.worker_changed(_worker(0, batch=batch))
+    display.worker_changed(_worker(0, batch=batch, progress=step))
+    lines = [line.rstrip() for line in _shown(display).splitlines()]
+    assert lines[0].endswith("0 of 8 jobs")
+    assert lines[1].endswith("GPU 0: t2i 64x32, 2 jobs: denoise 1 of 2")
+    assert lines[2].endswith("GPU 1: nothing to do")
+    assert lines[3].endswith("GPU 2: died, will be started again")
+
+
+def test_workers_of_several_hosts_are_named_by_their_host() -> None:
+    display = _crew_display()
+    display.worker_changed(_worker(0))
+    display.worker_changed(_worker(1, node="other", device="cpu"))
+    assert "host GPU 0: nothing" in _shown(display)
+    assert "other worker 1: nothing" in _shown(display)
+
+
+def test_workers_that_a_terminal_has_no_lines_for_are_counted() -> None:
+    display = _crew_display(height=8)
+    for number in range(20):
+        display.worker_changed(_worker(number, batch=_batch(T2I[number % 4])))
+    lines = _shown(display).rstrip().splitlines()
+    assert len(lines) == 5
+    assert lines[-1].strip() == "and 17 more workers, 17 of them with a batch"
+
+
+def test_time_that_is_left_is_shared_by_the_workers() -> None:
+    clock = Clock()
+    tracker = _tracker(clock)
+    tracker.run_started(_counts(6), _plan(T2I))
+    for number in range(2):
+        tracker.worker_changed(_worker(number, batch=_batch(T2I[number])))
+    clock.now = 8.0
+    tracker.worker_changed(_worker(0))
+    assert len(T2I) == 6
+    # Four jobs to come of 8 s each, and nothing left of the one that should be through by now.
+    assert tracker.remaining_s() == 16.0
+    tracker.worker_changed(_worker(1, life="dead"))
+    assert tracker.remaining_s() == 40.0
 
 
 def test_live_display_says_that_it_is_about_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -45,6 +46,13 @@ def _status(to_come: dict[GroupKey, int], *recent: PastBatch) -> RunStatus:
     return RunStatus(
         counts=counts, kept_images=0, running=True, failures=(), to_come=to_come, recent=recent
     )
+
+
+def test_time_that_is_left_is_divided_among_the_workers() -> None:
+    alone = [_batch(T2I, jobs=2, start=0, end=4), _batch(T2I, jobs=2, start=4, end=8)]
+    shared = [replace(alone[0], worker=number, node="host") for number in range(2)]
+    assert pace(_status({T2I: 8}, *alone))[1] == 16.0
+    assert pace(_status({T2I: 8}, *shared))[1] == 8.0
 
 
 def test_pace_is_that_of_the_last_batches_by_wall_time() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -108,8 +109,9 @@ class Started:
     def __init__(self, manifest: Path, folder: Path) -> None:
         self._folder = folder
         self.process = subprocess.Popen(
-            command(manifest, folder, "--workers", "2"),
+            command(manifest, folder, "--workers", "2", "--json"),
             env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -132,7 +134,7 @@ class Started:
 
     def end(self) -> str:
         """Waits for the end of the run and of all that Ray started for it; returns what it said."""
-        _, said = self.process.communicate(timeout=PATIENCE_S)
+        self.printed, said = self.process.communicate(timeout=PATIENCE_S)
         _until(lambda: not self._of_ray())
         return said
 
@@ -170,6 +172,7 @@ def test_two_workers_of_which_one_is_killed_make_the_same_and_leave_nothing(
         said = started.end()
     assert started.process.returncode == 0, said
     assert "died and is started again: its process was killed" in said
+    assert json.loads(started.printed)["done"] == 20
     assert not temp_folders(started)
     assert made(tmp_path) == made(within)
     workers = pq.read_table(tmp_path / "log.parquet")["worker"].to_pylist()
