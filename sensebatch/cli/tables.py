@@ -146,7 +146,7 @@ def _calls(calls: Sequence[Call]) -> FittingTable:
     table = FittingTable("call", "group", *titles, words=["group"], optional=["res.\nGiB", "jobs"])
     for number, call in enumerate(calls, start=1):
         peak = (call.peak.allocated_bytes, call.peak.reserved_bytes, call.peak.rss_bytes)
-        measured = call.wall_s and not call.kept_images
+        measured = call.wall_s and call.images and not call.kept_images
         table.add_row(
             str(number),
             call.group,

@@ -321,7 +321,7 @@ def format_totals(summary: Summary) -> str:
 
 def _call_line(number: int, call: Call) -> str:
     step = f"  {call.step_s:.3f} s/step" if call.step_s is not None else ""
-    measured = call.wall_s and not call.kept_images
+    measured = call.wall_s and call.images and not call.kept_images
     speed = f"{call.image_tokens / call.wall_s:.2f}" if measured else "-"
     kept = f" ({call.kept_images} kept)" if call.kept_images else ""
     return (

@@ -198,3 +198,11 @@ def test_batches_of_identical_jobs_are_calls_of_their_own() -> None:
     log = log_table(log_row("a", "x"), log_row("b", "x"), log_row("c", "x", started_at=later))
     total = summarise(log).total
     assert (total.calls, total.jobs, total.wall_s) == (2, 3, 8.0)
+
+
+def test_questions_draw_nothing_and_so_have_no_speed_of_images() -> None:
+    row = log_row("a", "b", task="ask", num_images=0, image_tokens=0, width=None, height=None)
+    summary = summarise(log_table(row))
+    assert summary.total.image_tok_per_s is None
+    assert summary.total.seconds_per_image is None
+    assert "0.00 tok/s" not in format_summary(summary)
