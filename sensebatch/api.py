@@ -210,6 +210,7 @@ def run(
     engine: WarmEngine | None = None,
     observer: RunObserver | None = None,
     stop: Stop | None = None,
+    redraw: bool = False,
 ) -> Summary:
     """Runs the jobs that are not done yet in a folder, and returns what became of them.
 
@@ -224,6 +225,8 @@ def run(
         observer: Watches the run.
         stop: Once it is set, the run finishes the current images and ends, and can be resumed;
             `threading.Event` is one.
+        redraw: Whether finished jobs may be drawn again although only the model, its dtype or its
+            precision has changed since; otherwise they are refused.
 
     Raises:
         SensebatchError: Something the user can fix, raised before any job runs.
@@ -233,7 +236,9 @@ def run(
     """
     if config is None:
         config = default_config() if engine is None else engine.config
-    request = Request(root=Path(folder), config=config, sources=(), jobs=lambda: _some(jobs))
+    request = Request(
+        root=Path(folder), config=config, sources=(), jobs=lambda: _some(jobs), redraw=redraw
+    )
     with nullcontext() if engine is None else engine.held(config.model) as backend:
         return run_session(request, backend, observer=observer, stop=stop)
 

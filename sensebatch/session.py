@@ -8,6 +8,7 @@ there is work to do.
 from __future__ import annotations
 
 import secrets
+import shlex
 import socket
 import threading
 import time
@@ -24,6 +25,7 @@ from sensebatch.checkpoint.fingerprint import model_identity
 from sensebatch.checkpoint.system_prompts import resolve_system_prompts
 from sensebatch.config import TINY_MODEL, ModelConfig, RunConfig, WorkersConfig
 from sensebatch.contract import Engine, HostShare, Progress, Stop
+from sensebatch.dataset.picks import Pick, Picks
 from sensebatch.errors import (
     CheckpointError,
     ConfigError,
@@ -50,13 +52,14 @@ from sensebatch.plan.long_prompts import LongPrompts
 from sensebatch.report.summary import format_summary, read_log, summarise
 from sensebatch.settings import RUN_SECTION, dump_settings
 from sensebatch.store.attempts import Attempt
+from sensebatch.store.dry_run import DryRun, dry_run
 from sensebatch.store.file_systems import network_file_system
 from sensebatch.store.files import write_atomic
 from sensebatch.store.ingest import Changes
 from sensebatch.store.manifests import ManifestFiles
 from sensebatch.store.run_dir import RunDir
 from sensebatch.store.shards import SHARD, Shard
-from sensebatch.store.state import Counts
+from sensebatch.store.state import Counts, State
 from sensebatch.store.status import recent_batches
 from sensebatch.store.store import Store, open_store
 from sensebatch.tasks import Task
@@ -332,6 +335,15 @@ class Request:
     """When the run is to be over, in seconds since the epoch; None for no deadline."""
     workers: WorkersConfig | None = None
     """Workers in processes of their own; None for one engine in this process."""
+    redraw: bool = False
+    """Whether done jobs may be drawn again because only the model or its settings are others."""
+    confirm: Callable[[str], bool] | None = None
+    """Asks somebody whether they may; None if there is nobody to ask."""
+    is_guarded: bool = True
+    """Whether what another model made in the folder is kept from being replaced at all; not for a
+    folder that is used for one job after the other."""
+    retry_from: Picks | None = None
+    """Picks whose rejected jobs run again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -422,23 +434,131 @@ def run_session(
         model = open_model(request.config.model, _runtime(request, backend), observer)
         with open_store(request.root, state_dir=request.state_dir) as store:
             _warn_of_network(store.run_dir.state, observer)
-            long = LongPrompts(
-                lambda problem: observer.warning(str(problem)), model.checkpoint.architecture
-            )
-            jobs = long.watch(_until_stopped(request.jobs(), stop))
-            jobs = _with_inputs_apart(jobs, store.run_dir.images)
-            changes = store.ingest(
-                jobs,
-                model.identity,
-                limit=request.limit,
-                files=request.files,
-                shard=request.shard,
-            )
+            changes = _read(request, store.state, model, observer, stop, ingest=store.ingest)
             store.run_dir.write_settings(_settings_document(request))
             observer.jobs_read(request.root, changes)
+            _run_again(request, store.state, observer)
             return _run_pending(
                 request, store, model, backend=backend, observer=observer, stop=stop
             )
+
+
+def dry_run_session(
+    request: Request, backend: Backend | None = None, *, observer: RunObserver | None = None
+) -> DryRun:
+    """Returns what `run_session` would do with each job, and why; changes nothing.
+
+    Args:
+        request: What to run.
+        backend: Says on which device; torch if None.
+        observer: Takes the warnings.
+
+    Raises:
+        SensebatchError: Something the user can fix, as from `run_session`.
+    """
+    backend = TorchBackend() if backend is None else backend
+    observer = RunObserver() if observer is None else observer
+    model = open_model(request.config.model, _runtime(request, backend), observer)
+    allowed = replace(request, redraw=True)
+
+    def read(state: State) -> Changes:
+        ingest = partial(state.ingest, root=request.root)
+        return _read(allowed, state, model, observer, NeverStop(), ingest=ingest)
+
+    return dry_run(
+        request.root,
+        read,
+        lambda state: _run_again(request, state, observer),
+        retry_failed=request.config.execution.retry_failed,
+    )
+
+
+def _read(
+    request: Request,
+    state: State,
+    model: Model,
+    observer: RunObserver,
+    stop: Stop,
+    *,
+    ingest: Callable[..., Changes],
+) -> Changes:
+    """Makes the jobs of a request those of a folder, unless that would replace what it must not.
+
+    Raises:
+        RunFolderError: The folder belongs to another model, or the model is no longer the one that
+            drew what is done, and nobody said that it may be drawn again.
+    """
+    if request.is_guarded and model.name == TINY_MODEL:
+        _refuse_tiny(request.root, state, model)
+    long = LongPrompts(
+        lambda problem: observer.warning(str(problem)), model.checkpoint.architecture
+    )
+    jobs = long.watch(_until_stopped(request.jobs(), stop))
+    jobs = _with_inputs_apart(jobs, RunDir(request.root).images)
+    return ingest(
+        jobs,
+        model.identity,
+        limit=request.limit,
+        files=request.files,
+        shard=request.shard,
+        approve=partial(_approve, request),
+    )
+
+
+def _refuse_tiny(root: Path, state: State, model: Model) -> None:
+    """Refuses to run the embedded model, which nobody may have asked for, where another one was.
+
+    Raises:
+        RunFolderError: Done jobs of the folder were made by another model.
+    """
+    other = state.other_model(model.identity.checkpoint, TINY_MODEL)
+    if other is not None:
+        raise RunFolderError(
+            f"{root}: expected the model that made its images, {other}, found the embedded one, "
+            f"{TINY_MODEL}; say --model {shlex.quote(other)}, or give another --output-dir"
+        )
+
+
+def _approve(request: Request, changes: Changes) -> None:
+    """Has a person approve that done jobs are drawn again for the model's sake.
+
+    Raises:
+        RunFolderError: It is not approved.
+    """
+    redraw = changes.redraw
+    if redraw is None or request.redraw or not request.is_guarded:
+        return
+    jobs = "1 finished job" if redraw.jobs == 1 else f"{redraw.jobs:,} finished jobs"
+    words = f"{request.root}: {jobs} would be drawn again: {'; '.join(redraw.reasons)}"
+    if request.confirm is not None and request.confirm(words):
+        return
+    raise RunFolderError(
+        f"{words}. Nothing was changed: say --redraw if that is meant, use the settings as they "
+        "were, or give another --output-dir"
+    )
+
+
+def _run_again(request: Request, state: State, observer: RunObserver) -> None:
+    """Has jobs run again that a picks file rejects.
+
+    Raises:
+        ConfigError: The file has no picks of the folder.
+    """
+    picks = request.retry_from
+    if picks is None:
+        return
+    rejected = {
+        job_id: picked.key
+        for job_id, picked in picks.of_run(state.run_id).items()
+        if picked.pick is Pick.REJECT
+    }
+    _, num_done = state.run_again(rejected, picks.digest)
+    if num_done:
+        jobs = "1 rejected job is" if num_done == 1 else f"{num_done:,} rejected jobs are"
+        observer.warning(
+            f"{jobs} drawn again as they were, with the same seed and settings, which makes the "
+            "same images on the same machine; change them in the manifest for others"
+        )
 
 
 def _runtime(request: Request, backend: Backend) -> Backend:

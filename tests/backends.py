@@ -42,6 +42,7 @@ class FakeBackend:
         assert model.device == "cpu"
         assert not stop.is_set()
         assert share is None
+        self.engine.model, self.engine.identity = model.name, model.identity
         self.loads = list(loads)
         self.loaded.append(config)
         return self.engine

@@ -71,7 +71,7 @@ def test_run_reports_its_course_to_the_observer(tmp_path: Path) -> None:
     assert events.seen == [
         "2 added in out",
         "loading tiny for 2",
-        "loaded fake",
+        "loaded tiny",
         "1 batches, 2 pending",
         "batch of 2",
         "2 of 2 finished",

@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TextIO
 
@@ -88,6 +89,21 @@ def say(text: str) -> None:
     if sys.stderr is not None:
         with suppress(OSError):
             print(text, file=sys.stderr, flush=True)
+
+
+def asking() -> Callable[[str], bool] | None:
+    """Returns what asks a question on the terminal; None where there is nobody to answer."""
+    if sys.stdin is None or sys.stderr is None:
+        return None
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return None
+
+    def ask(words: str) -> bool:
+        """Prints a question and returns whether the answer is yes; anything else is no."""
+        print(f"{words}. Draw them again? [y/N] ", end="", file=sys.stderr, flush=True)
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+    return ask
 
 
 def counted(count: int, noun: str) -> str:

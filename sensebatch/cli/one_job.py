@@ -129,7 +129,11 @@ def _run_prompt(command: Command, voice: Voice) -> _Made:
     if not command.job.overwrite:
         _refuse_to_replace_others(folder, root, is_of_job)
     request = Request(
-        root=root, config=config, sources=(job.source.file,), jobs=lambda: iter([job])
+        root=root,
+        config=config,
+        sources=(job.source.file,),
+        jobs=lambda: iter([job]),
+        is_guarded=False,
     )
     written: list[Path] = []
     answers: list[Mapping[str, object]] = []
@@ -194,6 +198,7 @@ def _run_jsonl(command: Command, path: Path, voice: Voice) -> _Made:
         config=config,
         sources=(str(path),),
         jobs=jobs,
+        is_guarded=False,
     )
     written = []
     with reporting_stops(root, voice, as_json=command.job.as_json):

@@ -589,6 +589,41 @@ class FolderOptions:
         ),
     ] = None
 
+    redraw: Annotated[
+        bool,
+        typer.Option(
+            "--redraw",
+            help="Draw finished jobs again where the model, dtype or precision is another one than "
+            "it was; otherwise that is asked on a terminal, and refused elsewhere.",
+        ),
+    ] = False
+    retry_from: Annotated[
+        Path | None,
+        typer.Option(
+            parser=path,
+            metavar="FILE",
+            help="Run the jobs again that a picks file rejects, as the manifest has them now.",
+        ),
+    ] = None
+
+    def said(self) -> dict[str, Any]:
+        """Returns what a `session.Request` says of the folder, and of its jobs that are done.
+
+        Raises:
+            ConfigError: The shard names none, or the picks cannot be used.
+        """
+        from sensebatch.cli.messages import asking
+        from sensebatch.dataset.picks import read_picks
+
+        picks = None if self.retry_from is None else read_picks(self.retry_from)
+        return {
+            "shard": self.part(),
+            "state_dir": self.state_dir,
+            "redraw": self.redraw,
+            "confirm": asking(),
+            "retry_from": picks,
+        }
+
     def part(self) -> Shard | None:
         """Returns the shard that was given.
 

@@ -31,6 +31,20 @@ if TYPE_CHECKING:
     from sensebatch.store.manifests import ManifestFiles
 
 
+DryRunFlag = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Print what would be drawn, redrawn and kept, and why; run nothing."
+    ),
+]
+ProfileFlag = Annotated[
+    bool, typer.Option("--profile", help="Print what this run cost, call by call.")
+]
+JsonFlag = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout at the end.")
+]
+
+
 def run(
     manifests: Manifests,
     model: ModelOptions,
@@ -44,12 +58,9 @@ def run(
     deadline: DeadlineOptions,
     task: RowTask = None,
     limit: Limit = None,
-    profile: Annotated[
-        bool, typer.Option("--profile", help="Print what this run cost, call by call.")
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object on stdout at the end.")
-    ] = False,
+    dry_run: DryRunFlag = False,
+    profile: ProfileFlag = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Run the jobs of one or more manifests that are not done yet.
 
@@ -58,6 +69,7 @@ def run(
     SIGTERM, the second one or one that came before there was a run.
     """
     from sensebatch import session
+    from sensebatch.cli.dry_run import print_dry_run
     from sensebatch.cli.outcome import finish, reporting_stops
     from sensebatch.cli.session import run_session, settled
     from sensebatch.manifest.read import read_manifests, run_name
@@ -76,12 +88,14 @@ def run(
         jobs=jobs,
         limit=limit,
         files=_files(manifests, folder, [task, limit, dump_settings(config)]),
-        shard=folder.part(),
-        state_dir=folder.state_dir,
         until=until,
         workers=settled(workers.config(model, config.model.device)),
+        **folder.said(),
     )
     with closing(voice), reporting_stops(root, voice, as_json=as_json):
+        if dry_run:
+            print_dry_run(request, voice, as_json=as_json)
+            return
         summary = run_session(request, voice)
         finish(root, summary, voice=voice, profile=profile, as_json=as_json, until=until)
 

@@ -6,6 +6,7 @@ key of what was looked at: an image that was drawn again since is another one.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,6 +48,11 @@ class Picks:
     """The file they were read from."""
     runs: Mapping[str, Mapping[str, PickedJob]]
     """By the folder's id, then by the job's."""
+
+    @property
+    def digest(self) -> str:
+        """A hash of what is picked, whatever else the file says."""
+        return hashlib.sha256(picks_to_json(self.runs).encode()).hexdigest()
 
     def of_run(self, run_id: str) -> Mapping[str, PickedJob]:
         """Returns the picks of a folder, by the job's id.

@@ -43,6 +43,7 @@ class Database:
         path: The file.
         read_only: Reads an existing file, also beside the process that writes it. Nothing is left
             beside the file afterwards, and nobody has to be allowed to write there.
+        in_memory: Takes a copy of what there is, or an empty file, and never writes it back.
 
     Raises:
         RunFolderError: The file is not a state database, or a newer version made it.
@@ -50,12 +51,15 @@ class Database:
         StorageError: The file cannot be read or written.
     """
 
-    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+    def __init__(self, path: Path, *, read_only: bool = False, in_memory: bool = False) -> None:
         self.path = path
         self._lock = threading.RLock()
         self._copy: tempfile.TemporaryDirectory[str] | None = None
         with self.errors():
-            self._connection = self._opened_to_read() if read_only else self._opened_to_write()
+            if in_memory:
+                self._connection = self._copied_to_memory()
+            else:
+                self._connection = self._opened_to_read() if read_only else self._opened_to_write()
 
     def _opened_to_write(self) -> sqlite3.Connection:
         """Returns a connection to a file with today's tables."""
@@ -97,6 +101,18 @@ class Database:
             connection.close()
             self._remove_copy()
             raise
+        connection.close()
+        self._remove_copy()
+        return memory
+
+    def _copied_to_memory(self) -> sqlite3.Connection:
+        """Returns a connection to a copy with today's tables."""
+        memory = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+        if not self.path.exists():
+            migrations.apply_steps(memory, len(migrations.STEPS))
+            return memory
+        connection = self._opened_to_read()
+        connection.backup(memory)
         connection.close()
         self._remove_copy()
         return memory

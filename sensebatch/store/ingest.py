@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from sensebatch.declarations import stated
 from sensebatch.errors import ManifestError, Problem
 from sensebatch.jobs import Job, ModelIdentity, folded_id, group_key, job_key
 from sensebatch.plan.batches import plan_entry
@@ -26,6 +28,15 @@ _MAX_PROBLEMS = 100
 _CHUNK = 500
 """Jobs that are compared with the state at a time."""
 _DERIVED_ID = re.compile(rf"({'|'.join(Task)})-[0-9a-f]{{16}}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Redraw:
+    """Done jobs that run again although nothing about them has changed but the model's settings."""
+
+    jobs: int
+    reasons: tuple[str, ...]
+    """What has changed, such as `dtype float32 instead of bfloat16`; the most frequent first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +55,10 @@ class Changes:
     """Done jobs whose files are missing; they run again."""
     returned: int
     """Jobs that have a definition again which they were done with, and its files; they are done."""
+    redraw: Redraw | None = None
+    """What the model alone makes of done jobs; None if it leaves all as they are."""
+    reasons: Mapping[int, str] = field(default_factory=dict, compare=False, repr=False)
+    """Why jobs with files run again, by their numbers in the state."""
 
 
 class _Row(NamedTuple):
@@ -59,6 +74,8 @@ class _Row(NamedTuple):
     wanted: int
     attempts: int
     outputs: str
+    status: str
+    current: int | None
 
 
 class _New(NamedTuple):
@@ -87,6 +104,9 @@ class Ingest:
         self._number = tables.latest_reading(db)
         self._jobs = self._added = self._same = self._replaced = self._num_problems = 0
         self._changed: set[int] = set()
+        self._reasons: dict[int, str] = {}
+        self._of_model: set[int] = set()
+        """Done jobs that only the model makes run again."""
         self._is_other = False
         """Whether a job that was known is another one now, or has another place."""
         self._problems: list[Problem] = []
@@ -180,6 +200,8 @@ class Ingest:
             wanted=1,
             attempts=0,
             outputs="[]",
+            status=PENDING,
+            current=None,
         )
 
     def _update(self, new: _New, old: _Row) -> None:
@@ -206,10 +228,33 @@ class Ingest:
             return
         if old.attempts:
             self._changed.add(old.number)
+        if old.outputs != "[]":
+            self._explain(old, new)
         self._replaced += old.outputs != "[]"
         self._db.execute(
             "UPDATE jobs SET status = ?, tries = 0, alone = 0, current = NULL WHERE number = ?",
             (PENDING, old.number),
+        )
+
+    def _explain(self, old: _Row, new: _New) -> None:
+        """Notes why a job with files runs again."""
+        before = job_from_json(old.definition)
+        if job_key(before, self._identity) != new.key:
+            self._reasons[old.number] = f"{', '.join(_changed_fields(before, new.job))} changed"
+            return
+        query = "SELECT row FROM attempts WHERE seq = ?"
+        found = self._db.execute(query, (old.current,)).fetchone()
+        row = {} if found is None else row_from_json(found[0])
+        self._reasons[old.number] = _changed_model(row, self._identity)
+        if old.status == DONE:
+            self._of_model.add(old.number)
+
+    def _redraw(self) -> Redraw | None:
+        if not self._of_model:
+            return None
+        reasons = Counter(self._reasons[number] for number in self._of_model)
+        return Redraw(
+            jobs=len(self._of_model), reasons=tuple(words for words, _ in reasons.most_common())
         )
 
     def _clash(self, job: Job, old: _Row) -> None:
@@ -268,6 +313,8 @@ class Ingest:
                 ((DONE, seq, seq, number) for number, seq in returned.items()),
             )
             self._drop_outdated_batches(root)
+        self._of_model -= returned.keys()
+        self._reasons.update(dict.fromkeys(restored, "a file is missing"))
         if self._is_other or self._number == 1 or removed or restored or returned:
             tables.forget_log(self._db)
         return Changes(
@@ -278,6 +325,8 @@ class Ingest:
             unread=unread,
             restored=len(restored),
             returned=len(returned),
+            redraw=self._redraw(),
+            reasons=self._reasons,
         )
 
     def _adopt(self) -> None:
@@ -369,3 +418,35 @@ class Ingest:
                     tables.add_stale(self._db, tables.leftovers(self._db, root, batch))
                     self._db.execute("DELETE FROM batches WHERE seq = ?", (batch.seq,))
                     break
+
+
+def _changed_fields(before: Job, now: Job) -> list[str]:
+    """Returns the names of what decides a job's pixels and is not as it was."""
+    names = ("task", "prompt", "seed", "think", "system_prompt", "input_max_pixels")
+    changed = [name for name in names if getattr(before, name) != getattr(now, name)]
+    if [image.key for image in before.images] != [image.key for image in now.images]:
+        changed.append("input images")
+    if before.resolution != now.resolution:
+        changed.append("size")
+    old, new = stated(before.sampling), stated(now.sampling)
+    return changed + [name for name in {**old, **new} if old.get(name) != new.get(name)]
+
+
+def _changed_model(row: Mapping[str, Any], identity: ModelIdentity) -> str:
+    """Returns what is not as it was of the model that drew a row."""
+    now = {
+        "checkpoint": identity.checkpoint,
+        "lora": identity.lora,
+        "dtype": identity.dtype,
+        "precision": identity.precision,
+    }
+    changed = [name for name, value in now.items() if row and row[name] != value]
+    words = []
+    for name in changed:
+        if name == "checkpoint":
+            words.append(f"another checkpoint than {row['model'] or 'before'}")
+        elif name == "lora":
+            words.append("no LoRA" if identity.lora is None else "another LoRA")
+        else:
+            words.append(f"{name} {now[name] or 'auto'} instead of {row[name] or 'auto'}")
+    return ", ".join(words) or "other system prompts or another version of sensebatch"

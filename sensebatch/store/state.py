@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,19 +87,34 @@ class DescribedJob:
     """Its current row of the log, see `attempts.row_from_json`; None where there is none."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobProgress:
+    """Where a job is."""
+
+    number: int
+    id: str
+    status: str
+    attempts: int
+    has_files: bool
+    """Whether it was done once, perhaps with another definition."""
+    is_started: bool
+    """Whether it is in a batch that was begun and not committed."""
+
+
 class State:
     """The state database of a run's folder.
 
     Args:
         path: `state.db`; made where it does not exist.
         read_only: Reads beside the process that writes.
+        in_memory: Works on a copy that is never written back; of an empty file where there is none.
 
     Raises:
         RunFolderError: The file is not a state database, or a newer version made it.
     """
 
-    def __init__(self, path: Path, *, read_only: bool = False) -> None:
-        self._db = Database(path, read_only=read_only)
+    def __init__(self, path: Path, *, read_only: bool = False, in_memory: bool = False) -> None:
+        self._db = Database(path, read_only=read_only, in_memory=in_memory)
         if not read_only:
             with self._db.transaction() as db:
                 db.execute("INSERT OR IGNORE INTO meta VALUES ('run', ?)", (uuid.uuid4().hex[:12],))
@@ -128,6 +143,7 @@ class State:
         limit: int | None = None,
         files: ManifestFiles | None = None,
         shard: Shard | None = None,
+        approve: Callable[[Changes], None] = lambda _: None,
     ) -> Changes:
         """Makes `jobs` the run's manifest, in one transaction.
 
@@ -141,6 +157,7 @@ class State:
             files: What `jobs` reads, and nothing else; it is not asked if they are as they were.
                 None where jobs have another source.
             shard: The shard that the folder is; None if it is none.
+            approve: Is asked before anything is kept; whatever it raises undoes all.
 
         Raises:
             ManifestError: Two jobs have the same id, or ids that a disk which ignores case takes
@@ -159,6 +176,7 @@ class State:
                 ingest.read(jobs)
             changes = ingest.finish(root, limit)
             shards.require_same_jobs(db, root)
+            approve(changes)
             return changes
 
     def shard(self) -> Shard | None:
@@ -220,6 +238,78 @@ class State:
                 "UPDATE jobs SET status = ?, tries = 0, alone = 1 WHERE seen = ? AND status = ?",
                 (PENDING, tables.latest_reading(db), FAILED),
             ).rowcount
+
+    def run_again(self, keys: Mapping[str, str | None], occasion: str) -> tuple[int, int]:
+        """Makes jobs pending again that were done or given up, once for each occasion.
+
+        Args:
+            keys: Their ids, with the key that a job must have; None where any will do.
+            occasion: What they run again for. A job that has been tried since the state first
+                heard of it is left alone, so that the same command resumes the run.
+
+        Returns:
+            How many jobs run again, and how many of them were done.
+        """
+        name = f"again:{occasion}"
+        query = (
+            "SELECT number, key, status FROM jobs WHERE id = ? AND folded = ? AND wanted = 1"
+            " AND seen = ? AND status IN (?, ?) AND current <= ?"
+        )
+        found: dict[int, str] = {}
+        with self._db.transaction() as db:
+            known = tables.get_meta(db, name)
+            if known is None:
+                (latest,) = db.execute("SELECT coalesce(max(seq), 0) FROM attempts").fetchone()
+                known = str(latest)
+                tables.set_meta(db, name, known)
+            reading = tables.latest_reading(db)
+            for job_id, key in keys.items():
+                values = (job_id, folded_id(job_id), reading, DONE, FAILED, int(known))
+                row = db.execute(query, values).fetchone()
+                if row is not None and key in (None, row[1]):
+                    found[row[0]] = row[2]
+            db.executemany(
+                "UPDATE jobs SET status = ?, tries = 0, current = NULL WHERE number = ?",
+                ((PENDING, number) for number in found),
+            )
+            if found:
+                tables.forget_log(db)
+        return len(found), sum(status == DONE for status in found.values())
+
+    def other_model(self, checkpoint: str, name: str) -> str | None:
+        """Returns the name of a model that done jobs of the folder were made with.
+
+        Args:
+            checkpoint: The fingerprint of the model that does not count.
+            name: What that model is called; another version of it does not count either.
+        """
+        query = (
+            "SELECT json_extract(row, '$.model') FROM jobs JOIN attempts ON seq = current"
+            " WHERE status = ? AND json_extract(row, '$.checkpoint') <> ?"
+            " AND json_extract(row, '$.model') NOT IN ('', ?) LIMIT 1"
+        )
+        with self._db.reading() as db:
+            found = db.execute(query, (DONE, checkpoint, name)).fetchone()
+        return None if found is None else found[0]
+
+    def progress(self) -> Iterator[JobProgress]:
+        """Yields where each job of the latest reading is, in the order of the manifests."""
+        with self._db.reading() as db:
+            started = {job_id for batch in tables.started_batches(db) for job_id in batch.ids}
+            rows = db.execute(
+                "SELECT number, id, status, attempts, outputs <> '[]' FROM jobs"
+                " WHERE wanted = 1 AND seen = ? AND status <> ? ORDER BY position",
+                (tables.latest_reading(db), ELSEWHERE),
+            )
+            for number, job_id, status, attempts, has_files in rows:
+                yield JobProgress(
+                    number=number,
+                    id=job_id,
+                    status=status,
+                    attempts=attempts,
+                    has_files=bool(has_files),
+                    is_started=job_id in started,
+                )
 
     def entries(self, *, with_started: bool = False) -> Iterator[PlanEntry]:
         """Yields what the plan needs of every job that is to be run and is in no started batch.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -38,6 +38,7 @@ class Store:
         limit: int | None = None,
         files: ManifestFiles | None = None,
         shard: Shard | None = None,
+        approve: Callable[[Changes], None] = lambda _: None,
     ) -> Changes:
         """Makes `jobs` the run's manifest; see `State.ingest`.
 
@@ -47,7 +48,9 @@ class Store:
             StorageError: The folder cannot be read or written.
         """
         root = self.run_dir.root
-        changes = self.state.ingest(jobs, identity, root, limit=limit, files=files, shard=shard)
+        changes = self.state.ingest(
+            jobs, identity, root, limit=limit, files=files, shard=shard, approve=approve
+        )
         self.remove_stale(self.state.stale_files())
         if self.state.log_digest(tables.LOG) is None:
             self.run_dir.require_in_place()

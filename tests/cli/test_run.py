@@ -135,7 +135,7 @@ def test_changed_job_runs_again_and_is_reported(invoke: Invoke, manifest: Path) 
 def test_another_precision_makes_every_image_again(invoke: Invoke, manifest: Path) -> None:
     invoke("run", manifest)
     assert invoke("run", manifest, "--precision", "auto", "--json").json["this_run"]["done"] == 0
-    ended = invoke("run", manifest, "--precision", "fp8")
+    ended = invoke("run", manifest, "--precision", "fp8", "--redraw")
     assert "5 jobs with a changed definition, will be run again" in ended.err
     assert "loading tiny on cpu (float32, fp8)" in ended.err
 

@@ -141,6 +141,8 @@ class FakeEngine:
     replanned: list[list[Task]] = field(default_factory=list)
     """The tasks of the groups of each run that memory was planned again for."""
     closed: int = 0
+    model: str = "fake"
+    identity: ModelIdentity = IDENTITY
     num_kept: int = 0
     """Kept images that the last batch took."""
 
@@ -169,8 +171,8 @@ class FakeEngine:
     @property
     def info(self) -> EngineInfo:
         return EngineInfo(
-            identity=IDENTITY,
-            model="fake",
+            identity=self.identity,
+            model=self.model,
             model_license="apache-2.0",
             system_prompt_source=dict.fromkeys(Task, "default"),
             device="cpu",

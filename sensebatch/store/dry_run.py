@@ -1,0 +1,109 @@
+"""What a run would do with each job, from a copy of the state in memory: nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from sensebatch.store.attempts import DONE, FAILED
+from sensebatch.store.ingest import Changes
+from sensebatch.store.run_dir import RunDir
+from sensebatch.store.state import JobProgress, State
+from sensebatch.store.store import require_whole
+
+
+class Verdict(StrEnum):
+    """What becomes of a job."""
+
+    KEPT = "kept"
+    """It is done, and stays so."""
+    DRAWN = "drawn"
+    """It has no files yet."""
+    REDRAWN = "redrawn"
+    """Its files are replaced."""
+    CONTINUED = "continued"
+    """Its batch was interrupted."""
+    LEFT = "left failed"
+    """It failed, and is not tried again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decided:
+    """What becomes of a job, and why."""
+
+    id: str
+    verdict: Verdict
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DryRun:
+    """What a run would do."""
+
+    changes: Changes
+    """What the manifests change in the folder."""
+    jobs: tuple[Decided, ...]
+    """In the order of the manifests."""
+
+
+def dry_run(
+    root: Path,
+    read: Callable[[State], Changes],
+    again: Callable[[State], object],
+    *,
+    retry_failed: bool,
+) -> DryRun:
+    """Returns what a run in a folder would do; works beside another run, and makes no folder.
+
+    Args:
+        root: The folder, which need not exist.
+        read: Reads the manifests into a state.
+        again: Has jobs of a state run again that were done.
+        retry_failed: Whether failed jobs are tried again.
+
+    Raises:
+        RunFolderError: It is not a run's folder, or its state has to be rebuilt.
+    """
+    run_dir = RunDir(root)
+    if not run_dir.state.exists():
+        run_dir.require_no_outputs()
+    with closing(State(run_dir.state, in_memory=True)) as state:
+        if run_dir.state.exists() and not run_dir.in_use():
+            require_whole(run_dir, state)
+        changes = read(state)
+        before = {job.id: job.status for job in state.progress()}
+        again(state)
+        picked = {job.id for job in state.progress() if job.status != before[job.id]}
+        if retry_failed:
+            state.retry_failed()
+        return DryRun(
+            changes=changes,
+            jobs=tuple(_decided(state.progress(), before, picked, changes)),
+        )
+
+
+def _decided(
+    jobs: Iterator[JobProgress], before: dict[str, str], picked: set[str], changes: Changes
+) -> Iterator[Decided]:
+    for job in jobs:
+        verdict = Verdict.REDRAWN if job.has_files else Verdict.DRAWN
+        if job.status == DONE:
+            verdict, reason = Verdict.KEPT, "done"
+        elif job.status == FAILED:
+            verdict, reason = Verdict.LEFT, "failed; --retry-failed tries it again"
+        elif job.is_started:
+            verdict, reason = Verdict.CONTINUED, "interrupted"
+        elif job.id in picked:
+            reason = "picked"
+        elif job.number in changes.reasons:
+            reason = changes.reasons[job.number]
+        elif before[job.id] == FAILED:
+            reason = "failed before"
+        elif job.has_files:
+            reason = "changed before, and not drawn since"
+        else:
+            reason = "tried before" if job.attempts else "new"
+        yield Decided(id=job.id, verdict=verdict, reason=reason)
