@@ -197,9 +197,10 @@ def setting_options(task: Task) -> type[Any]:
 def _annotation(setting: Declared) -> Any:
     kind, words = setting.plain_type, setting.setting
     flag = f"--{setting.name.replace('_', '-')}"
+    several = " Repeat the option for each." if item_of_any_number(kind) is not None else ""
     option: Any = typer.Option(
         f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
-        help=words.help,
+        help=words.help + several,
         metavar=words.metavar,
         rich_help_panel=_SAMPLING,
     )
@@ -230,13 +231,10 @@ def _option_groups(task: Task) -> dict[str, type[Any]]:
         groups["file"] = FileOptions
     if spec.output is Output.TEXT:
         groups["file"] = QuestionOptions
-    return groups | {
-        "model": ModelOptions,
-        "batch": BatchOptions,
-        "execution": ExecutionOptions,
-        "images": ImageOptions,
-        "screen": ScreenOptions,
-    }
+    groups |= {"model": ModelOptions, "batch": BatchOptions, "execution": ExecutionOptions}
+    if spec.drawing is not None:
+        groups["images"] = ImageOptions
+    return groups | {"screen": ScreenOptions}
 
 
 def one_job_command(task: Task, about: str) -> Callable[..., None]:

@@ -118,7 +118,9 @@ def _make_app() -> typer.Typer:
     app.add_typer(manifest.app, name="manifest")
     app.add_typer(model.app, name="model")
     for task in Task:
-        command = with_options(command_of(task))
+        # Nothing is drawn that inputs could be compared with.
+        unused = () if task.spec.drawing is not None else ("compare",)
+        command = with_options(command_of(task), hidden=unused)
         app.command(task.value, cls=HelpCommand, rich_help_panel="One job")(command)
     return app
 

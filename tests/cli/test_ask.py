@@ -111,3 +111,10 @@ def test_a_wrong_command_line_says_what_is_wrong(
     ended = invoke("ask", *words)
     assert ended.code == 2
     assert message in ended.err
+
+
+def test_help_has_no_options_of_images_that_are_drawn(invoke: Invoke) -> None:
+    help_ = invoke("ask", "--help").out
+    assert "Repeat the option for each." in " ".join(help_.split())
+    absent = ("--compare", "--image-format", "--num-steps", "--resolution")
+    assert [option for option in absent if option in help_] == []
