@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sensebatch.cli.options import SelectionOptions
 from sensebatch.cli.paths import path
 from sensebatch.errors import ConfigError
 
@@ -22,34 +23,42 @@ FOLDER = "gallery"
 """What a gallery is called in its run's folder."""
 
 
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        parser=path, help="Folder of the gallery; needed for several runs. [default: DIR/gallery]"
+    ),
+]
+CopyImages = Annotated[
+    bool,
+    typer.Option(
+        "--copy-images",
+        help="Copy the images into the gallery, so that it can be moved without the run.",
+    ),
+]
+Removed = Annotated[
+    bool, typer.Option("--removed", help="Also show jobs that are no longer in the manifest.")
+]
+Side = Annotated[
+    int,
+    typer.Option(min=64, max=512, help="Longer side of thumbnails in pixels."),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, help="Threads that make thumbnails. [default: one for each core]"),
+]
+
+
 def gallery(
     folders: Annotated[
         list[Path], typer.Argument(parser=path, help="Folders of runs.", metavar="DIR...")
     ],
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            parser=path,
-            help="Folder of the gallery; needed for several runs. [default: DIR/gallery]",
-        ),
-    ] = None,
-    copy_images: Annotated[
-        bool,
-        typer.Option(
-            "--copy-images",
-            help="Copy the images into the gallery, so that it can be moved without the run.",
-        ),
-    ] = False,
-    thumbnail_side: Annotated[
-        int, typer.Option(min=64, max=512, help="Longer side of thumbnails in pixels.")
-    ] = 192,
-    workers: Annotated[
-        int | None,
-        typer.Option(min=1, help="Threads that make thumbnails. [default: one for each core]"),
-    ] = None,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Print only the path of the page, and warnings.")
-    ] = False,
+    selection: SelectionOptions,
+    output: Output = None,
+    copy_images: CopyImages = False,
+    removed: Removed = False,
+    thumbnail_side: Side = 192,
+    workers: Workers = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Make a page with the images of one or several runs, which any browser opens from disk.
@@ -58,22 +67,29 @@ def gallery(
     what the run cost. The page needs no server and no network. The same command again brings it up
     to date, also while the run is going on.
     """
+    from sensebatch.cli.jobs import warn_of_picks
     from sensebatch.cli.messages import show
+    from sensebatch.dataset.records import open_dataset
     from sensebatch.gallery.make import make_gallery
 
     if output is None and len(folders) > 1:
         raise ConfigError("--output: expected a folder for the gallery of several runs, found none")
-    with _progress(shown=not (quiet or as_json)) as progress:
+    wanted = selection.selection(removed=removed)
+    for folder in folders if wanted.picks else ():
+        with open_dataset(folder) as dataset:
+            warn_of_picks(dataset, wanted)
+    with _progress(shown=not as_json) as progress:
         made = make_gallery(
             folders,
             folders[0] / FOLDER if output is None else output,
+            selection=wanted,
             side=thumbnail_side,
             workers=workers or os.cpu_count() or 1,
             copies_images=copy_images,
             progress=progress,
         )
     _warn(made)
-    show(json.dumps(_values(made)) if as_json else "\n".join(_lines(made, quiet=quiet)))
+    show(json.dumps(_values(made)) if as_json else "\n".join(_lines(made)))
 
 
 def _warn(made: Made) -> None:
@@ -97,12 +113,9 @@ def _values(made: Made) -> dict[str, object]:
     }
 
 
-def _lines(made: Made, *, quiet: bool) -> Iterator[str]:
+def _lines(made: Made) -> Iterator[str]:
     from sensebatch.cli.messages import counted
 
-    if quiet:
-        yield str(made.page)
-        return
     new = f"{counted(made.thumbnails_made, 'thumbnail')} made now"
     yield f"{counted(made.items, 'job')}, {counted(made.images, 'image')}; {new}"
     if made.pending:

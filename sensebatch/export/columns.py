@@ -9,16 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
-from functools import cache
 from typing import Any
 
 import pyarrow as pa
 
-from sensebatch.declarations import declared
-from sensebatch.jobs import Sampling
 from sensebatch.store.log import ROW_SCHEMA
 from sensebatch.store.rows import SAMPLING_COLUMNS
-from sensebatch.tasks import Output, Task, TaskSpec
+from sensebatch.tasks import Output, TaskSpec
 
 
 class Kind(Enum):
@@ -61,14 +58,12 @@ LOG_COLUMNS = (
     "metadata",
     "key",
 )
-"""The log's columns that an export has, as far as a task has them. Its `model` is without the
-folders of this machine."""
+"""The log's columns that an export has. Its `model` is without the folders of this machine."""
 
 
-@cache
-def columns_of(task: Task) -> tuple[Column, ...]:
+def columns_of(spec: TaskSpec) -> tuple[Column, ...]:
     """Returns the columns of a task's rows, in their order."""
-    return (Column(name="id", type=TEXT), *_content(task.spec), TAGS, *_log_columns(task.spec))
+    return (Column(name="id", type=TEXT), *_content(spec), TAGS, *_log_columns())
 
 
 def _content(spec: TaskSpec) -> Iterator[Column]:
@@ -91,14 +86,8 @@ def _content(spec: TaskSpec) -> Iterator[Column]:
     yield Column(name="text", type=TEXT)
 
 
-def _log_columns(spec: TaskSpec) -> Iterator[Column]:
-    settings = declared(Sampling)
+def _log_columns() -> Iterator[Column]:
     for name in LOG_COLUMNS:
-        is_size = name in ("width", "height")
-        if name in settings and not settings[name].setting.of(spec):
-            continue
-        if is_size and spec.drawing is None:
-            continue
         yield Column(name=name, type=ROW_SCHEMA.field(name).type)
 
 

@@ -43,7 +43,8 @@ _GROUPS = {
             "num_images",
             "num_input_images",
             "error_type",
-            "duplicates",
+            "near_duplicate",
+            "alike",
             "in_manifest",
             "source_file",
         ),
@@ -183,7 +184,7 @@ def word(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
-        return " to ".join(map(word, value))
+        return ", ".join(map(word, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -56,6 +56,8 @@ class Parts:
     prompt: list[int] = field(default_factory=list)
     prompts: dict[str, int] = field(default_factory=dict)
     images: list[tuple[tuple[str, str], ...]] = field(default_factory=list)
+    snippets: dict[int, str] = field(default_factory=dict)
+    """The beginnings of the texts of jobs that make no image, by the number of the item."""
     details: list[Any] = field(default_factory=list)
     """Those of the part that is being filled."""
     num_parts: int = 0
@@ -63,6 +65,8 @@ class Parts:
     def add(self, item: Item, run: int, files: DataFiles) -> None:
         """Adds an item; writes its details once a part of them is full."""
         self.columns.add(item.values, matrix=item.matrix, metadata=item.metadata)
+        if item.snippet is not None:
+            self.snippets[len(self.ids)] = item.snippet
         self.ids.append(item.id)
         self.keys.append(item.key)
         self.run.append(run)
@@ -171,21 +175,23 @@ def _items(
         "cells": cells,
         "shapes": shape_of,
         "files": file_of,
+        "snippets": parts.snippets,
         "values": {column.name: column.encoded() for column in columns},
     }
 
 
 def path_form(path: str, job_id: str, number: int) -> str:
-    """Returns a path with the id and the image's number left open; as it is where that is unclear.
+    """Returns a path with the id and the image's number left open, or after `=` as it is.
 
-    Most images of a gallery then have the same form, and the page need not hold their paths.
+    Most images of a gallery have the same form, so that the page need not hold their paths.
     """
     for form in ("images/{id}.", "images/{id}/{n}."):
+        # The number first: the id may hold its mark.
         start = form.replace("{n}", f"{number:03d}").replace("{id}", job_id)
         ending = path.removeprefix(start)
-        if path.startswith(start) and ending.isalnum() and "{" not in job_id:
+        if path.startswith(start) and ending.isalnum():
             return form + ending
-    return path
+    return f"={path}"
 
 
 def _report(run: Run) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from sensebatch.bounded import read_file
 from sensebatch.dataset.records import Record
+from sensebatch.gallery.columns import word
 from sensebatch.gallery.rows import command_line, manifest_row
 from sensebatch.jobs import InputImage
 from sensebatch.store.attempts import FAILED
@@ -21,6 +22,8 @@ from sensebatch.tasks import Output
 InputOf = Callable[[InputImage, Path], Mapping[str, str]]
 """Returns what is shown of an input image of a run's folder."""
 
+MAX_SNIPPET = 240
+"""Characters of a text that stand for the image of a job that makes none."""
 MAX_TEXT_BYTES = 2**20
 """Most that is read of a text or a traceback."""
 
@@ -28,7 +31,8 @@ _NOT_COLUMNS = frozenset(
     {
         "attempts",
         "batch_id",
-        "cfg_interval",
+        "choice_log_probabilities",
+        "choice_probabilities",
         "current",
         "error_file",
         "error_message",
@@ -58,6 +62,7 @@ _MORE = {
     "source_file": "manifest",
     "source_row": "row of the manifest",
     "batch_id": "batch",
+    "choice_probabilities": "probabilities of the choices",
     "system_prompt": "system prompt",
     "error_file": "traceback file",
 }
@@ -77,46 +82,65 @@ class Item:
     metadata: Mapping[str, Any]
     images: tuple[tuple[str, str], ...]
     """(path in the run's folder, hash of the file) of each image."""
+    snippet: str | None
+    """The beginning of the text of a job that made no image."""
     details: Mapping[str, Any]
     """What is read when someone opens it."""
 
 
-def make_item(record: Record, run_name: str, input_of: InputOf) -> Item:
+def make_item(record: Record, *, run: str, alike: str | None, input_of: InputOf) -> Item:
     """Returns what is shown of a job.
 
     Args:
         record: The job.
-        run_name: What the gallery calls its run.
+        run: What the gallery calls its run.
+        alike: The first of the jobs whose images look like its own; None where that is not known.
         input_of: Returns what is shown of an input image of a run's folder.
     """
     row = record.row or {}
     is_done = record.is_done
+    details = _details(record, input_of)
+    text = details.get("text") if is_done and not row.get("image_paths") else None
     paths = row.get("image_paths") or () if is_done else ()
     digests = row.get("image_sha256") or () if is_done else ()
     return Item(
         id=record.job.id,
         key=record.key,
         prompt=record.job.prompt,
-        values={"run": run_name, **_columns(record)},
+        values={"run": run, **_columns(record), **_likeness(record.id, alike)},
         matrix=record.matrix,
         metadata=record.metadata,
         images=tuple(zip(paths, digests, strict=True)),
-        details=_details(record, input_of),
+        snippet=None if text is None else _without_thoughts(text)[:MAX_SNIPPET],
+        details=details,
     )
+
+
+def _likeness(job_id: str, alike: str | None) -> dict[str, Any]:
+    if alike is None:
+        return {}
+    return {"near_duplicate": alike != job_id, "alike": alike}
 
 
 def _columns(record: Record) -> dict[str, Any]:
     values = record.values()
     size = record.job.resolution
-    columns = {name: value for name, value in values.items() if name not in _NOT_COLUMNS}
-    interval = values["cfg_interval"]
+    columns = {name: _plain(value) for name, value in values.items() if name not in _NOT_COLUMNS}
     columns |= {
         "tags": tuple(record.tags),
         "size": None if size is None else f"{size.width}x{size.height}",
-        "cfg_interval": None if interval is None else " to ".join(f"{end:g}" for end in interval),
         "attempt": record.attempts,
     }
     return columns
+
+
+def _plain(value: Any) -> Any:
+    """Returns a value of a column: a set of words for a list of them, one word for numbers."""
+    if not isinstance(value, list | tuple):
+        return value
+    if all(isinstance(one, str) for one in value):
+        return tuple(value) or None
+    return word(list(value))
 
 
 def _details(record: Record, input_of: InputOf) -> dict[str, Any]:
@@ -127,7 +151,7 @@ def _details(record: Record, input_of: InputOf) -> dict[str, Any]:
         "inputs": [input_of(image, record.root) for image in job.images] or None,
         "manifest": manifest_row(job),
         "command": command_line(job, values.get("model")),
-        "more": [[title, str(values[name])] for name, title in _MORE.items() if values.get(name)],
+        "more": [[title, word(values[name])] for name, title in _MORE.items() if values.get(name)],
     }
     if record.status == FAILED:
         details["error"] = values.get("error_message")
@@ -138,6 +162,10 @@ def _details(record: Record, input_of: InputOf) -> dict[str, Any]:
 def _text_of(record: Record) -> str | None:
     row = record.row or {}
     return _file_text(record.root, row.get("text_path") if record.is_done else None)
+
+
+def _without_thoughts(text: str) -> str:
+    return text.partition("</think>")[2].strip() or text
 
 
 def _file_text(root: Path, path: str | None) -> str | None:

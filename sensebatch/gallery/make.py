@@ -10,6 +10,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from sensebatch.dataset.duplicates import near_duplicates
 from sensebatch.dataset.records import Record, open_dataset
 from sensebatch.dataset.selection import Selection
 from sensebatch.errors import RunFolderError
@@ -92,12 +93,8 @@ def make_gallery(
         out.mkdir(parents=True, exist_ok=True)
         (out / SHEETS).mkdir(exist_ok=True)
         files = DataFiles(out)
-        parts = Parts()
         with closing(Inputs(out, is_copied=copies_images)) as inputs:
-            for number, run in enumerate(runs):
-                for record in _records(run, selection):
-                    parts.add(make_item(record, run.name, inputs.shown), number, files)
-                    progress("jobs", len(parts.ids), 0)
+            parts = _collected(runs, selection, files, inputs, progress)
         sheets = make_sheets(
             _sources(runs, parts),
             out / SHEETS,
@@ -132,6 +129,26 @@ def _named(roots: Sequence[Path]) -> list[Run]:
     return [Run(root=root, name=name) for root, name in zip(roots, names, strict=True)]
 
 
+def _collected(
+    runs: Sequence[Run],
+    selection: Selection | None,
+    files: DataFiles,
+    inputs: Inputs,
+    progress: Progress,
+) -> Parts:
+    """Returns what there is of every item; their details are in the data files by then."""
+    parts = Parts()
+    for number, run in enumerate(runs):
+        alike = _alike(run, selection)
+        for record in _records(run, selection):
+            item = make_item(
+                record, run=run.name, alike=alike.get(record.id), input_of=inputs.shown
+            )
+            parts.add(item, number, files)
+            progress("jobs", len(parts.ids), 0)
+    return parts
+
+
 def _records(run: Run, selection: Selection | None) -> Iterator[Record]:
     """Yields the jobs of a run that there is something to show of, and counts all."""
     with open_dataset(run.root) as dataset:
@@ -148,6 +165,12 @@ def _records(run: Run, selection: Selection | None) -> Iterator[Record]:
                 error = (row.get("error_type") or "", row.get("error_message") or "")
                 run.failures.append((record.id, *error))
             yield record
+
+
+def _alike(run: Run, selection: Selection | None) -> dict[str, str]:
+    """Returns the first of the jobs whose images look alike, for each of them."""
+    with open_dataset(run.root) as dataset:
+        return near_duplicates(dataset.records(selection))
 
 
 def _require_runs(runs: Sequence[Run]) -> None:
@@ -179,7 +202,7 @@ def _require_items(runs: Sequence[Run], selection: Selection | None) -> None:
             if any(record.status in (DONE, FAILED) for record in dataset.records(selection)):
                 return
     names = ", ".join(str(run.root) for run in runs)
-    chosen = "" if selection is None else " that was asked for"
+    chosen = "" if selection in (None, Selection()) else " that was asked for"
     raise RunFolderError(
         f"{names}: expected a job{chosen} that is done or has failed, found none; there is nothing "
         "to show yet"

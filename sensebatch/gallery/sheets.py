@@ -114,18 +114,21 @@ def make_sheets(
     missing = [source for digest, source in wanted.items() if digest not in sheets.places]
     progress(0, len(missing))
     made: dict[str, Sequence[tuple[str, int, int]]] = {}
-    with ThreadPoolExecutor(workers) as pool:
-        drawn = _in_order(pool, lambda group: _draw(group, folder, side), _groups(missing), workers)
-        done = 0
-        for name, thumbs, problems in drawn:
-            done += len(thumbs) + len(problems)
-            sheets.problems |= problems
-            sheets.num_made += len(thumbs)
-            if thumbs:
-                made[name] = thumbs
-                _add(sheets, name, thumbs, wanted)
-            progress(done, len(missing))
-    _write_index(folder, side, {**kept, **made})
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            groups = _groups(missing)
+            done = 0
+            for name, thumbs, problems in _in_order(pool, _drawing(folder, side), groups, workers):
+                done += len(thumbs) + len(problems)
+                sheets.problems |= problems
+                sheets.num_made += len(thumbs)
+                if thumbs:
+                    made[name] = thumbs
+                    _add(sheets, name, thumbs, wanted)
+                progress(done, len(missing))
+    finally:
+        # Whoever is stopped here does not begin again from nothing.
+        _write_index(folder, side, {**kept, **made})
     return sheets
 
 
@@ -185,6 +188,10 @@ def _in_order(
     finally:
         for future in pending:
             future.cancel()
+
+
+def _drawing(folder: Path, side: int) -> Callable[[Sequence[Source]], Any]:
+    return lambda group: _draw(group, folder, side)
 
 
 def _draw(

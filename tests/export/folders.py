@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from sensebatch.dataset.records import Record, open_dataset
-from sensebatch.declarations import plain
 from sensebatch.export.run import ExportConfig, Exported, ExportObserver, export
 from sensebatch.export.target import open_target
 from sensebatch.jobs import InputImage, Job
@@ -49,7 +48,6 @@ def mixed_jobs(inputs: Path) -> list[Job]:
     jobs += [make_job("thinks", think=True, prompt='<script>"&\n船')]
     jobs += [make_job("edit", Task.EDIT, images=tuple(images[:1]))]
     jobs += [make_job("edit-two", Task.EDIT, images=tuple(images), think=True)]
-    jobs += [make_job("asks", Task.ASK, images=tuple(images[:1]))]
     jobs += [make_job("story", Task.INTERLEAVE), make_job("grows", Task.INTERLEAVE, prompt="grows")]
     return jobs
 
@@ -102,11 +100,9 @@ def parquet_ids(out: Path) -> list[str]:
 def expected_columns(record: Record) -> dict[str, Any]:
     """Returns what a row of any format has of a job besides its images."""
     row = dict(record.row)
-    names = ["seed", "think", "finish_reason", "key"]
-    if record.job.task.spec.drawing is not None:
-        names += ["width", "height", "num_steps", "cfg_scale", "cfg_interval"]
+    names = ("seed", "width", "height", "num_steps", "cfg_scale", "think", "finish_reason", "key")
     return {
-        **{name: plain(row[name]) for name in names},
+        **{name: row[name] for name in names},
         "id": record.id,
         "model": "fake",
         "model_license": "apache-2.0",

@@ -19,7 +19,7 @@ HOSTILE = (
     '<img src=x onerror="window.harmed=1"> </script><script>window.harmed=1</script> '
     "&lt;b&gt; {{7*7}} ${7*7} javascript:alert(1) \u202e 🎨 'quoted' \"twice\""
 )
-HOSTILE_ID = "a&b #%25 'x' + __proto__"
+HOSTILE_ID = "a&b #%25 'x' + $& $$ {n} {id} __proto__"
 COLOURS = ["red", "green"]
 STORY = (
     "<think>\nTwo steps & a plan.\n</think>\n\nFirst <b>a dot</b>.\n<image>\nThen a line.\n<image>"

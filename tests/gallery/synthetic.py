@@ -51,6 +51,7 @@ def make_items(count: int) -> Iterator[Item]:
             matrix={"light": LIGHTS[number // 3 % len(LIGHTS)]},
             metadata={"artist": f"artist {number % 40}"},
             images=() if number % 500 == 499 else ((f"images/item-{number:06d}.png", key),),
+            snippet=None,
             details={
                 "manifest": "- id: x\n",
                 "command": "sensebatch t2i",

@@ -15,9 +15,10 @@ from sensebatch.dataset.selection import Selection
 from sensebatch.gallery.make import make_gallery
 from sensebatch.gallery.rows import manifest_row
 from sensebatch.report.summary import read_log, summarise
+from sensebatch.tasks import Task
 from tests.executor.fakes import make_job
 from tests.gallery.browser import Opened, ids, open_item
-from tests.gallery.runs import HOSTILE, HOSTILE_ID, make_run
+from tests.gallery.runs import HOSTILE, HOSTILE_ID, make_input_file, make_run
 from tests.gallery.synthetic import make_synthetic
 
 ALL = [
@@ -191,7 +192,7 @@ def test_everything_is_done_by_keys(opened: Opened, night: Path) -> None:
     page.keyboard.press("?")
     assert page.locator("dialog.help").count() == 1
     page.keyboard.press("Escape")
-    assert page.locator("dialog").count() == 0
+    page.wait_for_selector("dialog", state="detached")
 
 
 def test_picks_stay_in_the_browser_and_are_saved_as_a_file(
@@ -337,6 +338,21 @@ def test_a_story_is_text_and_images_in_their_order(opened: Opened, night: Path) 
     assert "Image 2 of 2" in page.inner_text(".below")
     page.get_by_role("button", name="Whole story").click()
     assert page.locator(".story").count() == 1
+
+
+def test_an_answer_is_shown_as_text(opened: Opened, tmp_path: Path) -> None:
+    image = make_input_file(tmp_path / "photo.png")
+    question = make_job("q", Task.ASK, prompt="what is <b>it</b>?", images=(image,), think=True)
+    root = make_run(tmp_path / "run", [question, make_job("a")])
+    make_gallery([root], root / "gallery")
+    page = opened.page(root / "gallery")
+    assert page.inner_text(".snippet").startswith("what is <b>it</b>? 1 ")
+    open_item(page, "q")
+    asked, answer = page.locator(".story > p").all_inner_texts()
+    assert asked == "what is <b>it</b>?"
+    assert answer.startswith("what is <b>it</b>? 1 ")
+    assert page.locator(".thought").inner_text().startswith("Thought before it began")
+    page.wait_for_function("() => document.querySelector('.story .inputs img').naturalWidth === 64")
 
 
 def test_a_failure_shows_its_message_and_traceback(opened: Opened, night: Path) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from sensebatch.dataset.duplicates import near_duplicates
+from sensebatch.dataset.records import open_dataset
 from sensebatch.errors import RunFolderError
 from sensebatch.gallery.make import Made, make_gallery
 from sensebatch.jobs import InputImage
@@ -177,6 +179,19 @@ def test_a_missing_image_is_named_and_the_others_are_shown(root: Path) -> None:
     assert "red-1.png: No such file or directory" in problem
     items = read_data(made.page.parent, "items")
     assert items["cells"].count(-1) == 1
+
+
+def test_images_that_look_alike_are_told(tmp_path: Path) -> None:
+    root = make_run(
+        tmp_path / "run", [make_job(f"j{n}", prompt="a dot", seed=n // 2) for n in range(4)]
+    )
+    out = _make(root).page.parent
+    with open_dataset(root) as dataset:
+        first = near_duplicates(dataset.records())
+    assert [_word(out, n, "alike") for n in range(4)] == [first[f"j{n}"] for n in range(4)]
+    assert set(first.values()) < set(first)
+    repeated = ["yes" if first[f"j{n}"] != f"j{n}" else "no" for n in range(4)]
+    assert [_word(out, n, "near_duplicate") for n in range(4)] == repeated
 
 
 def test_copied_images_make_a_gallery_that_can_be_moved(root: Path, tmp_path: Path) -> None:

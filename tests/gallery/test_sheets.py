@@ -169,3 +169,17 @@ def test_the_same_images_give_the_same_files(tmp_path: Path, sources: list[Sourc
         for name in ("one", "other")
     )
     assert one == other
+
+
+def test_what_was_drawn_before_a_stop_is_not_drawn_again(
+    tmp_path: Path, sources: list[Source]
+) -> None:
+    def stop(done: int, _total: int) -> None:
+        if done >= PER_SHEET:
+            raise KeyboardInterrupt
+
+    folder = tmp_path / "sheets"
+    folder.mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        make_sheets(sources, folder, side=SIDE, workers=1, progress=stop)
+    assert _make(sources, folder).num_made == len(sources) - PER_SHEET

@@ -6,7 +6,7 @@
   const MOST_CELLS = 4000;
   const ANY = "";
   // What follows from other fields or from the draw: to lay out by, not to hold fixed.
-  const MINOR = new Set(["width", "height", "num_images", "num_input_images", "status", "finish_reason", "error_type", "duplicates", "in_manifest", "source_file", "session", "worker", "node", "vram_mode", "system_prompt_source", "device", "torch_version", "budget_bytes", "checkpoint"]);
+  const MINOR = new Set(["width", "height", "num_images", "num_input_images", "status", "finish_reason", "error_type", "near_duplicate", "alike", "in_manifest", "source_file", "session", "worker", "node", "vram_mode", "system_prompt_source", "device", "torch_version", "budget_bytes", "checkpoint"]);
 
   class Axes {
     constructor({ onchange, onopen, onfilter }) {
@@ -43,9 +43,9 @@
       // Jobs outside a matrix are not part of a grid of its values.
       const axes = [rows, columns].filter((field) => field?.group === "Matrix");
       this.result = result.filter((item) => !axes.some((field) => field.isNone(field.of(item))));
-      for (const field of fields) field.narrow?.(this.result);
       if (!fields.length) return SB.put(this.node, SB.el("p", { class: "notice" }, "Nothing varies among the items shown, so there is nothing to lay out. Take a filter away."));
       const others = this.others(fields, rows, columns);
+      for (const field of [rows, columns, ...others]) field?.narrow?.(this.result);
       for (const name of [...this.fixed.keys()]) if (!others.some((field) => field.name === name)) this.fixed.delete(name);
       return SB.put(this.node, this.controls(fields, others, rowsName, columnsName), this.table(rows, columns, others));
     }
@@ -62,16 +62,22 @@
 
     // Returns the fields that still vary where both axes are fixed.
     others(fields, rows, columns) {
+      const places = new Map();
+      const cells = Array.from(this.result, (item) => {
+        const place = `${rows?.of(item)} ${columns?.of(item)}`;
+        if (!places.has(place)) places.set(place, places.size);
+        return places.get(place);
+      });
       return fields.filter((field) => {
         if (field === rows || field === columns || MINOR.has(field.name)) return false;
-        const seen = new Map();
-        for (const item of this.result) {
-          const cell = `${rows?.of(item)} ${columns?.of(item)}`;
+        const seen = new Array(places.size);
+        return this.result.some((item, index) => {
           const value = field.of(item);
-          if (seen.has(cell) && seen.get(cell) !== value) return true;
-          seen.set(cell, value);
-        }
-        return false;
+          // Items without a number are equal too.
+          if (seen[cells[index]] !== undefined && !Object.is(seen[cells[index]], value)) return true;
+          seen[cells[index]] = value;
+          return false;
+        });
       });
     }
 

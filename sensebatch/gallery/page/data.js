@@ -180,6 +180,7 @@
       shapes: Uint16Array.from(given.shapes),
       files: Uint32Array.from(given.files),
       key: (item) => `${index.runs[given.run[item]].id}/${given.ids[item]}`,
+      snippets: new Map(Object.entries(given.snippets).map(([item, text]) => [Number(item), text])),
       byKey() {
         this.keys ??= new Map(given.ids.map((_, item) => [this.key(item), item]));
         return this.keys;
@@ -212,7 +213,8 @@
     const items = SB.items;
     if (number >= items.images(item)) return null;
     const form = SB.index.files[items.files[items.first[item] + number]];
-    const path = form.replaceAll("{n}", String(number).padStart(3, "0")).replaceAll("{id}", items.ids[item]);
+    // The id last, and by a function: it may hold the marks, or what stands for something in a replacement.
+    const path = form.startsWith("=") ? form.slice(1) : form.replace("{n}", String(number).padStart(3, "0")).replace("{id}", () => items.ids[item]);
     return SB.fileUrl(items.run[item], path);
   };
 

@@ -162,6 +162,8 @@
         return SB.el("span", { class: "placeholder failed" }, SB.el("b", null, "failed"), type && SB.el("span", null, type));
       }
       if (status && status !== "done") return SB.el("span", { class: "placeholder" }, status);
+      const snippet = SB.items.snippets.get(item);
+      if (snippet !== undefined) return SB.el("span", { class: "snippet" }, snippet);
       return SB.el("span", { class: "placeholder" }, SB.items.images(item) ? "file missing or unreadable" : "no image");
     }
 

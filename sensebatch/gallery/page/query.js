@@ -38,7 +38,8 @@
     if (column.kind === "number") {
       const wanted = Number(text);
       const test = { ":": (v) => v === wanted, "=": (v) => v === wanted, ">": (v) => v > wanted, "<": (v) => v < wanted, ">=": (v) => v >= wanted, "<=": (v) => v <= wanted }[sign];
-      column.numbers.forEach((value, item) => { if (test(value)) found[item] = 1; });
+      // A column without a value after it: items that have one.
+      column.numbers.forEach((value, item) => { if (text === "" ? !Number.isNaN(value) : test(value)) found[item] = 1; });
       return;
     }
     const isWord = (word) => {
