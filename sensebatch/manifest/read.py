@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sensebatch.bounded import is_unicode
+from sensebatch.bounded import UnreadableFileError, is_unicode
 from sensebatch.config import RunConfig
 from sensebatch.errors import ManifestError, Problem
 from sensebatch.jobs import Job, Source
@@ -219,7 +219,7 @@ class ManifestReader:
         except FileNotFoundError:
             self._add(path, "manifest", (), "expected a file, found none")
         except OSError as error:
-            self._add(path, "manifest", (), f"expected a readable file, found: {error}")
+            self._add(path, "manifest", (), _unreadable(error))
         if not num_rows and self.problems.num_problems == num_problems:
             self._add(path, "manifest", (), "expected at least one job, found none")
 
@@ -427,6 +427,13 @@ def run_name(paths: Sequence[Path], jobs: Callable[[], Iterable[Job]]) -> str:
         raise
 
 
+def _unreadable(error: OSError) -> str:
+    """Returns what is wrong with a file that cannot be read."""
+    if isinstance(error, UnreadableFileError):
+        return str(error)
+    return f"expected a readable file: {error.strerror or error}"
+
+
 def _name(path: Path, problems: ProblemList) -> str:
     """Returns the name of one manifest after adding what is wrong with it."""
 
@@ -441,7 +448,7 @@ def _name(path: Path, problems: ProblemList) -> str:
             if name is not None:
                 return name
     except OSError as error:
-        report(0, (), f"expected a readable file, found: {error}")
+        report(0, (), _unreadable(error))
     if (message := id_error(path.stem)) is not None:
         report(
             0,

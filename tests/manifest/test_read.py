@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +167,18 @@ def test_a_file_that_is_not_a_manifest_is_one_error(
 def test_a_folder_is_no_manifest(tmp_path: Path, config: RunConfig) -> None:
     folder = tmp_path / "a.jsonl"
     folder.mkdir()
-    with pytest.raises(ManifestError, match="expected a readable file"):
+    with pytest.raises(ManifestError, match=r"manifest: expected a file, found a folder$"):
         list(read_manifest(folder, config))
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "jsonl", "parquet"])
+def test_manifest_that_is_a_pipe_is_named_and_not_waited_for(
+    tmp_path: Path, config: RunConfig, suffix: str
+) -> None:
+    path = tmp_path / f"jobs.{suffix}"
+    os.mkfifo(path)
+    with pytest.raises(ManifestError, match=r"manifest: expected a file, found a device or pipe$"):
+        list(read_manifest(path, config))
 
 
 def test_the_name_is_the_stem_and_several_are_joined(tmp_path: Path) -> None:
