@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from sensebatch.engine.decoding import (
+    Choose,
     FastDecoder,
     PlainDecoder,
     decoding_operations,
@@ -312,9 +313,16 @@ def test_fused_networks_predict_the_reference_velocity(config: str, name: str) -
     assert relative_error(v, case.tensor("v_pred")) < TOLERANCE
 
 
+def second_for_odd_ones(logits_SV: torch.Tensor, sequences: Sequence[int]) -> list[int]:
+    """Returns the most probable token, of every other sequence the one after it."""
+    found = zip(logits_SV.topk(2).indices.tolist(), sequences, strict=True)
+    return [best[sequence % 2] for best, sequence in found]
+
+
 @interpreted
+@pytest.mark.parametrize("choose", [None, second_for_odd_ones])
 def test_decoding_together_in_small_rooms_says_what_each_says_alone(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, choose: Choose | None
 ) -> None:
     """Sequences end at different lengths, and the buffer is replaced on the way."""
     config = next(config for config, _ in tileable_cases("think") if config != "moe")
@@ -327,7 +335,7 @@ def test_decoding_together_in_small_rooms_says_what_each_says_alone(
         extensions = [runner.new_extension(Prompt(token_ids=ids)) for ids in prompts]
         caches = [extension.cache for extension in extensions]
         first = dict(enumerate(runner.choose(runner.extend(extensions))))
-        step = runner.text_step(caches, max(limits.values()))
+        step = runner.text_step(caches, max(limits.values()), choose)
         decoded = decode_text(first, limits, step, stop_before=frozenset())
         for index, cache in enumerate(caches):
             assert cache.length == len(prompts[index]) + limits[index] == cache.next_t
