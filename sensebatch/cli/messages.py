@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, TextIO
 
@@ -99,6 +99,13 @@ def asking() -> Callable[[str], bool] | None:
 def counted(count: int, noun: str) -> str:
     """Returns a count with its noun: `1 job`, `2,000 jobs`."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def truncated_words(truncated: Mapping[str, int]) -> str:
+    """Returns how many texts are truncated, and how: `3 texts truncated (3 token_limit)`."""
+    total = sum(truncated.values())
+    parts = ", ".join(f"{count:,} {reason}" for reason, count in truncated.items())
+    return f"{counted(total, 'text')} truncated ({parts})"
 
 
 def warn(text: str) -> None:

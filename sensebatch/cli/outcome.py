@@ -12,13 +12,14 @@ from typing import Any
 import typer
 
 from sensebatch.cli import exits
-from sensebatch.cli.messages import counted, show_anyway
+from sensebatch.cli.messages import counted, show_anyway, truncated_words
 from sensebatch.cli.voice import Level, Voice
 from sensebatch.errors import RunStoppedError
 from sensebatch.executor.observer import Summary
 from sensebatch.report.summary import Summary as Report
 from sensebatch.report.summary import format_summary, read_log, summarise, summary_json
 from sensebatch.store.run_dir import RunDir
+from sensebatch.store.state import Counts
 from sensebatch.store.status import read_status
 from sensebatch.units import duration
 
@@ -118,9 +119,18 @@ def outcome_lines(root: Path, summary: Summary, until: float | None = None) -> l
         lines.append(_late_line(summary, until))
     elif summary.too_many_failures:
         lines.append("stopped after too many failures; the same command resumes the run")
+    return [*lines, *_advice(root, counts)]
+
+
+def _advice(root: Path, counts: Counts) -> Iterator[str]:
+    """Yields what may be done about jobs that did not end well."""
+    if counts.truncated:
+        yield (
+            f"{truncated_words(counts.truncated)}; --fail-truncated fails such jobs, and "
+            "sensebatch jobs --finish-reason lists them"
+        )
     if counts.failed:
-        lines.append(f"tracebacks are in {root / 'errors'}; --retry-failed tries those jobs again")
-    return lines
+        yield f"tracebacks are in {root / 'errors'}; --retry-failed tries those jobs again"
 
 
 def _late_line(summary: Summary, until: float) -> str:
@@ -143,6 +153,7 @@ def outcome_json(root: Path, summary: Summary, report: Report | None) -> dict[st
         "failed": counts.failed,
         "remaining": counts.remaining,
         "interrupted": counts.started,
+        "truncated": dict(counts.truncated),
         "stopped": summary.stopped or summary.late,
         "deadline": summary.late,
         "this_run": {

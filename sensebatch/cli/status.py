@@ -103,6 +103,7 @@ def _values(found: RunStatus) -> dict[str, Any]:
 
 def _lines(folder: Path, found: RunStatus) -> Iterator[str]:
     from sensebatch.cli.eta import pace
+    from sensebatch.cli.messages import truncated_words
     from sensebatch.report.workers import format_share, share_name
     from sensebatch.units import duration
 
@@ -121,6 +122,12 @@ def _lines(folder: Path, found: RunStatus) -> Iterator[str]:
         yield f"  {share_name(share)}: {format_share(share)}"
     if len(shares) > MAX_WORKERS:
         yield f"  ... and {len(shares) - MAX_WORKERS:,} more workers; --json lists all"
+    if found.counts.truncated:
+        yield f"  texts  {truncated_words(found.counts.truncated)}"
+    yield from _failure_lines(found)
+
+
+def _failure_lines(found: RunStatus) -> Iterator[str]:
     if found.failures:
         yield "failed jobs, which run --retry-failed tries again:"
     for failure in found.failures[:MAX_FAILURES]:

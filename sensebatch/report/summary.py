@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sensebatch.jobs import FinishReason
 from sensebatch.report.timeline import COLUMNS as TIMELINE_COLUMNS
 from sensebatch.report.timeline import Waiting, format_waiting, group_name, timeline, waiting
 from sensebatch.report.workers import (
@@ -48,7 +49,18 @@ _LOAD = [
 ]
 _CONFIG = ["vram_mode", "attn_backend", "dtype", "precision"]
 COLUMNS = sorted(
-    {"job_id", "status", *_CALL, *_MOST, *_SUM, *_TEXT, *_LOAD, *_CONFIG, *TIMELINE_COLUMNS}
+    {
+        "job_id",
+        "status",
+        "finish_reason",
+        *_CALL,
+        *_MOST,
+        *_SUM,
+        *_TEXT,
+        *_LOAD,
+        *_CONFIG,
+        *TIMELINE_COLUMNS,
+    }
 )
 
 
@@ -126,6 +138,8 @@ class Summary:
     total: Throughput
     peak: Memory
     failed_attempts: int
+    finish_reasons: Mapping[str, int]
+    """Done attempts by why their text ended; nothing of logs that do not say."""
     by_group: Mapping[str, Throughput]
     """The groups, by `group_name`."""
     waiting: Waiting | None
@@ -173,6 +187,7 @@ def summarise(log: pa.Table, *, session: int | None = None) -> Summary:
         total=_throughput(calls, sum(text_tokens.values())),
         peak=_peak(done, "peak_"),
         failed_attempts=log.num_rows - done.num_rows,
+        finish_reasons=_finish_reasons(done),
         by_group={
             name: _throughput(members, text_tokens[name]) for name, members in by_group.items()
         },
@@ -200,6 +215,12 @@ def summary_json(summary: Summary) -> dict[str, Any]:
 
 def _words(column: pa.ChunkedArray) -> str:
     return ", ".join(sorted(word for word in pc.unique(column).to_pylist() if word)) or "-"
+
+
+def _finish_reasons(done: pa.Table) -> dict[str, int]:
+    counted = pc.value_counts(done["finish_reason"]).to_pylist()
+    found = {count["values"]: count["counts"] for count in counted if count["values"]}
+    return {reason: found[reason] for reason in sorted(found)}
 
 
 def _precisions(log: pa.Table) -> str:
@@ -314,6 +335,10 @@ def format_totals(summary: Summary) -> str:
             f"kept images     {total.kept_images} in {calls}, drawn earlier; left out of average "
             "and throughput"
         )
+    truncated = [reason for reason in FinishReason if reason.is_truncated]
+    if any(reason in summary.finish_reasons for reason in truncated):
+        reasons = (f"{name}={count}" for name, count in summary.finish_reasons.items())
+        lines.append(f"finish reasons  {'  '.join(reasons)}")
     if summary.failed_attempts:
         lines.append(f"failed attempts {summary.failed_attempts}")
     return "\n".join(lines)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from sensebatch.jobs import Job, ModelIdentity, folded_id
+from sensebatch.jobs import FinishReason, Job, ModelIdentity, folded_id
 from sensebatch.plan.batches import PlanEntry, plan_entry
 from sensebatch.store import shards, tables
 from sensebatch.store.attempts import DONE, ELSEWHERE, FAILED, PENDING, Attempt
@@ -42,6 +42,8 @@ class Counts:
     """Jobs that the latest reading ended before, because of its limit; not among `jobs`."""
     elsewhere: int = 0
     """Jobs that other shards run; not among `jobs`."""
+    truncated: Mapping[str, int] = field(default_factory=dict)
+    """Done jobs whose text is truncated, by their finish reason."""
 
     @property
     def remaining(self) -> int:
@@ -208,6 +210,11 @@ class State:
                 "SELECT wanted, seen = ?, status, count(*) FROM jobs GROUP BY 1, 2, 3",
                 (tables.latest_reading(db),),
             ).fetchall()
+            reasons = db.execute(
+                "SELECT finish_reason, count(*) FROM jobs WHERE wanted = 1 AND seen = ?"
+                " AND status = ? AND finish_reason IS NOT NULL GROUP BY 1 ORDER BY 1",
+                (tables.latest_reading(db), DONE),
+            ).fetchall()
             started = sum(
                 tables.is_read(db, job_id)
                 for batch in tables.started_batches(db)
@@ -224,6 +231,9 @@ class State:
             removed=sum(count for is_wanted, _, _, count in rows if not is_wanted),
             unread=sum(count for is_wanted, seen, _, count in rows if is_wanted and not seen),
             elsewhere=elsewhere,
+            truncated={
+                reason: count for reason, count in reasons if FinishReason(reason).is_truncated
+            },
         )
 
     def has_jobs(self) -> bool:

@@ -216,7 +216,9 @@ def evaluate_run(model: str, out: Path, config_file: Path | None, count: int) ->
         examples = held_out_examples(kind, count)
         manifest = write_manifest(examples, out / kind)
         folder = out / f"{kind}-run"
-        arguments = ["run", str(manifest), "--output-dir", str(folder), "--model", model, *settings]
+        # The weights of a folder change while they are trained.
+        arguments = ["run", str(manifest), "--output-dir", str(folder), "--model", model]
+        arguments += ["--redraw", *settings]
         subprocess.run([sys.executable, "-m", "sensebatch", *arguments], check=True)
         scores[kind] = score(kind, examples, read_answers(folder, len(examples)))
     return scores

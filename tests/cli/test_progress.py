@@ -40,7 +40,14 @@ def _batch(*jobs: Job) -> Batch:
 
 
 def _counts(jobs: int, **counts: int) -> Counts:
-    values = {"pending": jobs, "started": 0, "done": 0, "failed": 0, "removed": 0, "unread": 0}
+    values: dict[str, Any] = {
+        "pending": jobs,
+        "started": 0,
+        "done": 0,
+        "failed": 0,
+        "removed": 0,
+        "unread": 0,
+    }
     return Counts(jobs=jobs, **{**values, **counts})
 
 

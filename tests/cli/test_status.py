@@ -162,3 +162,17 @@ def test_time_left_of_a_stopped_run_is_that_once_it_is_resumed(
     out = invoke("status", "outputs/small").out
     assert re.search(r"\n  speed  \d+\.\d\d s an image\n", out)
     assert re.search(r"\n  left   about .* once the run is resumed\n", out)
+
+
+@pytest.mark.usefixtures("backend")
+def test_truncated_texts_are_counted(invoke: Invoke, manifest: Path) -> None:
+    manifest.write_text(manifest.read_text().replace("a line", "a line that is cut"))
+    ended = invoke("run", manifest)
+    assert "1 text truncated (1 token_limit); --fail-truncated fails such jobs" in ended.err
+    assert "  texts  1 text truncated (1 token_limit)\n" in invoke("status", "outputs/small").out
+    assert invoke("status", "outputs/small", "--json").json["truncated"] == {"token_limit": 1}
+    assert "finish reasons  complete=4  token_limit=1" in invoke("report", "outputs/small").out
+    ended = invoke("run", manifest, "--output-dir", "strict", "--fail-truncated")
+    assert ended.code == 1
+    assert "TruncatedError" in ended.err
+    assert "truncated (" not in ended.err

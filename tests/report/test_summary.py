@@ -206,3 +206,15 @@ def test_questions_draw_nothing_and_so_have_no_speed_of_images() -> None:
     assert summary.total.image_tok_per_s is None
     assert summary.total.seconds_per_image is None
     assert "0.00 tok/s" not in format_summary(summary)
+
+
+def test_truncated_texts_are_counted_by_their_reason() -> None:
+    rows = [log_row("a", "x", finish_reason="complete"), log_row("b", "x", finish_reason=None)]
+    whole = summarise(log_table(*rows))
+    assert whole.finish_reasons == {"complete": 1}
+    assert "finish reasons" not in format_summary(whole)
+    rows += [log_row(name, "x", finish_reason="token_limit") for name in "cd"]
+    rows.append(log_row("e", "x", finish_reason="token_limit", status="failed"))
+    cut = summarise(log_table(*rows))
+    assert cut.finish_reasons == {"complete": 1, "token_limit": 2}
+    assert "finish reasons  complete=1  token_limit=2\n" in f"{format_summary(cut)}\n"
