@@ -98,8 +98,8 @@ def write_data(
     columns = [
         column
         for column in parts.columns.finished()
-        # With one run, it is the same everywhere.
-        if column.name != "run" or len(runs) > 1
+        # What is the same everywhere unless someone asks for it says nothing.
+        if column.name not in ("run", "in_manifest") or len(set(column.values)) > 1
     ]
     shapes: dict[tuple[int, int], int] = {}
     forms: dict[str, int] = {}

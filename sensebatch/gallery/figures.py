@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from sensebatch.report.summary import COLUMNS as SUMMARY_COLUMNS
 from sensebatch.report.summary import Summary, summarise
-from sensebatch.report.timeline import Batch, format_waiting, group_name, timeline
+from sensebatch.report.timeline import Batch, group_name, timeline
 from sensebatch.units import GIB, duration
 
 BINS = 120
@@ -119,7 +119,8 @@ def _totals(summary: Summary, times: Times) -> Iterator[Sequence[str]]:
         yield "Device memory", f"{summary.peak.reserved_bytes / GIB:.2f} GiB", device
     yield "Host memory", f"{summary.peak.rss_bytes / GIB:.2f} GiB", "resident at most"
     if summary.waiting is not None:
-        yield "Waiting", f"{summary.waiting.share:.2%}", format_waiting(summary.waiting)
+        waited = f"{summary.waiting.seconds:.2f} s before {summary.waiting.batches:,} batches"
+        yield "Waiting", f"{summary.waiting.share:.2%}", waited
     precision = "" if summary.precision == "-" else f", {summary.precision}"
     where = f"{summary.dtype}{precision}, {summary.attn_backend}"
     yield "Memory mode", summary.vram_mode, where

@@ -12,9 +12,10 @@ from typing import Any
 
 from sensebatch.bounded import read_file
 from sensebatch.dataset.records import Record
+from sensebatch.declarations import declared
 from sensebatch.gallery.columns import word
 from sensebatch.gallery.rows import command_line, manifest_row
-from sensebatch.jobs import InputImage
+from sensebatch.jobs import InputImage, Sampling
 from sensebatch.store.attempts import FAILED
 from sensebatch.store.files import reason
 from sensebatch.tasks import Output
@@ -126,6 +127,9 @@ def _columns(record: Record) -> dict[str, Any]:
     values = record.values()
     size = record.job.resolution
     columns = {name: _plain(value) for name, value in values.items() if name not in _NOT_COLUMNS}
+    for name, setting in declared(Sampling).items():
+        if not setting.setting.of(record.job.task.spec):
+            del columns[name]
     columns |= {
         "tags": tuple(record.tags),
         "size": None if size is None else f"{size.width}x{size.height}",

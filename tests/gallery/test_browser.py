@@ -327,7 +327,7 @@ def test_a_story_is_text_and_images_in_their_order(opened: Opened, night: Path) 
     )
     assert parts == [
         "a dot becomes a line",
-        "Thought before it beganTwo steps & a plan.",
+        "ThoughtTwo steps & a plan.",
         "First <b>a dot</b>.",
         "image",
         "Then a line.",
@@ -351,7 +351,7 @@ def test_an_answer_is_shown_as_text(opened: Opened, tmp_path: Path) -> None:
     asked, answer = page.locator(".story > p").all_inner_texts()
     assert asked == "what is <b>it</b>?"
     assert answer.startswith("what is <b>it</b>? 1 ")
-    assert page.locator(".thought").inner_text().startswith("Thought before it began")
+    assert page.locator(".thought").inner_text().startswith("Thought")
     page.wait_for_function("() => document.querySelector('.story .inputs img').naturalWidth === 64")
 
 
@@ -466,6 +466,29 @@ def test_only_the_tiles_in_view_exist(opened: Opened, tmp_path: Path) -> None:
     assert page.inner_text("#count") == "2 of 1,200 items"
     page.set_viewport_size({"width": 500, "height": 800})
     assert page.locator(".tile").count() == 2
+
+
+def test_figures_are_filtered_by_a_range(opened: Opened, tmp_path: Path) -> None:
+    make_synthetic(tmp_path / "many", 300)
+    page = opened.page(tmp_path / "many")
+    page.locator('[data-column="total_s"] summary').click()
+    page.get_by_label("Total, at least").fill("50")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#header .chip")
+    few = page.inner_text("#count")
+    totals = page.evaluate("[...SB.items.byName.get('total_s').numbers].filter((s) => s >= 50)")
+    assert few == f"{len(totals)} of 300 items"
+    # Bytes are written in GiB.
+    page.locator('[data-column="peak_allocated_bytes"] summary').click()
+    page.get_by_label("Peak allocated, at most").fill("15")
+    page.keyboard.press("Enter")
+    page.wait_for_function("(few) => document.getElementById('count').textContent !== few", arg=few)
+    bytes_from = page.evaluate(
+        "new URLSearchParams(location.hash.slice(1)).get('n.peak_allocated_bytes')"
+    )
+    assert bytes_from == f"-Infinity..{15 * 2**30}"
+    again = opened.page(tmp_path / "many", page.url.partition("#")[2])
+    assert again.inner_text("#count") == page.inner_text("#count")
 
 
 def test_the_report_has_the_figures_of_the_summary(opened: Opened, night: Path) -> None:

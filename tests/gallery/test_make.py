@@ -14,6 +14,7 @@ from PIL import Image
 
 from sensebatch.dataset.duplicates import near_duplicates
 from sensebatch.dataset.records import open_dataset
+from sensebatch.dataset.selection import Selection
 from sensebatch.errors import RunFolderError
 from sensebatch.gallery.make import Made, make_gallery
 from sensebatch.jobs import InputImage
@@ -114,6 +115,19 @@ def test_inputs_that_a_browser_would_show_otherwise_are_converted(tmp_path: Path
     (shown,) = read_data(out, "details-0")[0]["inputs"]
     with Image.open(out / shown["url"]) as converted:
         assert converted.size == (32, 64)
+
+
+def test_items_have_the_settings_of_their_task_alone(root: Path) -> None:
+    out = _make(root).page.parent
+    items = read_data(out, "items")
+    of = dict(zip(items["ids"], items["values"]["img_cfg_scale"]["numbers"], strict=True))
+    assert of["edited"] is not None
+    assert of["red-1"] is None
+    assert "in_manifest" not in items["values"]
+    make_run(root, [make_job("red-1", prompt="a red dot", seed=1)])
+    make_gallery([root], out, selection=Selection(removed=True))
+    removed = [_word(out, item, "in_manifest") for item in range(3)]
+    assert removed == ["yes", "no", "no"]
 
 
 def test_hostile_texts_are_only_in_data_files(root: Path) -> None:

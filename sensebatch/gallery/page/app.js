@@ -65,6 +65,9 @@
     });
   }
 
+  // Returns what an item is called: by its run too where there are several.
+  SB.nameOf = (item) => (SB.index.runs.length > 1 ? [SB.el("span", { class: "dim" }, `${SB.index.runs[SB.items.run[item]].name} `), SB.items.ids[item]] : SB.items.ids[item]);
+
   SB.columnGroups = () => GROUPS.map((group) => [group, SB.items.columns.filter((column) => column.group === group)]).filter(([, columns]) => columns.length);
 
   // --- header -------------------------------------------------------------------------------
@@ -134,7 +137,7 @@
     SB.put(nodes.picks,
       SB.el("summary", null, "Picks", some ? SB.el("span", { class: "pill" }, `${SB.count(keep)} ✓ ${SB.count(reject)} ✗`) : null),
       SB.el("div", { class: "menu-body" },
-        SB.el("p", null, some ? `${SB.count(keep)} kept, ${SB.count(reject)} rejected, ${SB.count(tagged)} tagged. They are kept in this browser.` : "Press k to keep, r to reject, t to tag. Picks are kept in this browser."),
+        SB.el("p", null, some ? `${SB.count(keep)} kept, ${SB.count(reject)} rejected, ${SB.count(tagged)} tagged. They are kept in this browser.` : "Keep, reject and tag images with the keys k, r and t, or with the buttons of an image. Picks are kept in this browser."),
         SB.el("div", { class: "buttons column" },
           SB.button("Save as a file…", () => SB.picks.save(), { id: "save-picks", disabled: !some }),
           SB.button("Open a file…", () => file.click(), { id: "open-picks" }),
@@ -224,12 +227,23 @@
       }));
     }
     const limits = (column.limits ??= column.numbers.reduce(([low, high], value) => (Number.isNaN(value) ? [low, high] : [Math.min(low, value), Math.max(high, value)]), [Infinity, -Infinity]));
-    const field = (words, value, placeholder, change) => SB.el("input", { type: "number", step: "any", value: Number.isFinite(value) ? value : "", placeholder: String(Number(placeholder.toPrecision(4))), "aria-label": `${column.title}, ${words}`, "data-focus": `${words} ${column.name}`, onchange: (event) => change(event.target.value === "" ? NaN : Number(event.target.value)) });
-    return SB.el("div", { class: "range" },
+    const { type, write, read, words } = RANGES[column.unit] ?? { ...RANGES.plain, words: column.unit };
+    const field = (name, value, limit, change) => SB.el("input", {
+      type, step: "any", value: Number.isFinite(value) ? write(value) : "", placeholder: write(limit), "aria-label": `${column.title}, ${name}`, "data-focus": `${name} ${column.name}`,
+      onchange: (event) => change(event.target.value === "" ? NaN : read(event.target.value)),
+    });
+    return SB.el("div", { class: `range ${type}` },
       field("at least", from, limits[0], (value) => set({ from: value, to })), SB.el("span", null, "to"),
       field("at most", to, limits[1], (value) => set({ from, to: value })),
-      column.unit ? SB.el("span", { class: "dim" }, { time: "s since 1970", bytes: "bytes" }[column.unit] ?? column.unit) : null);
+      words ? SB.el("span", { class: "dim" }, words) : null);
   }
+
+  // How the ends of a range are written: figures as they are, bytes in GiB, times as a calendar has them.
+  const RANGES = {
+    plain: { type: "number", write: (value) => String(Number(value.toPrecision(4))), read: Number, words: "" },
+    bytes: { type: "number", write: (value) => String(Number((value / 2 ** 30).toPrecision(4))), read: (text) => Number(text) * 2 ** 30, words: "GiB" },
+    time: { type: "datetime-local", write: (value) => new Date(value * 1000).toISOString().slice(0, 19), read: (text) => Date.parse(`${text}Z`) / 1000, words: "UTC" },
+  };
 
   function choose(column, word, isChosen) {
     const chosen = new Set(query.facets.get(column.name) ?? []);

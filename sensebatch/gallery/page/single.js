@@ -150,7 +150,7 @@
           SB.button("‹", () => this.step(-1), { title: "Previous (←)", "aria-label": "Previous", disabled: place <= 0 }),
           SB.button("›", () => this.step(1), { title: "Next (→)", "aria-label": "Next", disabled: place < 0 || place >= this.result().length - 1 })),
         SB.el("div", { class: "name" },
-          SB.el("b", { class: "id" }, items.ids[this.item]),
+          SB.el("b", { class: "id" }, SB.nameOf(this.item)),
           SB.el("span", { class: "dim" }, place >= 0 ? `${SB.count(place + 1)} of ${SB.count(this.result().length)}` : "not among the images shown")),
         pick.tags && SB.el("span", { class: "chips" }, pick.tags.map((tag) =>
           SB.button(`${tag} ×`, () => { SB.picks.set([this.item], { untag: tag }); this.drawBar(); }, { class: "chip", title: `Remove the tag ${tag}` }))),
@@ -251,7 +251,7 @@
       const article = SB.el("article", { class: "story" });
       article.append(SB.el("p", { class: "asked" }, items.prompts.of(this.item) ?? ""));
       if (this.detail.inputs.length) article.append(SB.el("div", { class: "inputs" }, this.detail.inputs.map(inputFigure)));
-      if (thoughts) article.append(SB.el("details", { class: "thought" }, SB.el("summary", null, "Thought before it began"), SB.el("p", null, thoughts)));
+      if (thoughts) article.append(SB.el("details", { class: "thought" }, SB.el("summary", null, "Thought"), SB.el("p", null, thoughts)));
       for (const part of parts) {
         if (part.text !== undefined) article.append(SB.el("p", null, part.text));
         else if (part.image >= images) article.append(SB.el("p", { class: "dim" }, "[an image that was not drawn]"));
