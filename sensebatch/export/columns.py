@@ -61,6 +61,10 @@ LOG_COLUMNS = (
 """The log's columns that an export has. Its `model` is without the folders of this machine."""
 
 
+ANSWER_COLUMNS = ("answer", "choice_probabilities")
+"""Those that it has of jobs that answer in text as well."""
+
+
 def columns_of(spec: TaskSpec) -> tuple[Column, ...]:
     """Returns the columns of a task's rows, in their order."""
     return (Column(name="id", type=TEXT), *_content(spec), TAGS, *_log_columns())
@@ -72,8 +76,12 @@ def _content(spec: TaskSpec) -> Iterator[Column]:
         if spec.takes_images:
             yield inputs
         yield Column(name="prompt", type=TEXT)
-        is_text = spec.output is Output.TEXT
-        yield Column(name="text", type=TEXT) if is_text else Column(name="parts", kind=Kind.PARTS)
+        if spec.output is Output.IMAGES:
+            yield Column(name="parts", kind=Kind.PARTS)
+            return
+        yield Column(name="text", type=TEXT)
+        for name in ANSWER_COLUMNS:
+            yield Column(name=name, type=ROW_SCHEMA.field(name).type)
         return
     if spec.takes_images:
         yield inputs

@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from sensebatch.dataset.records import Record
-from sensebatch.export.columns import LOG_COLUMNS, columns_of
+from sensebatch.export.columns import ANSWER_COLUMNS, LOG_COLUMNS, columns_of
 from sensebatch.jobs import IMAGE_MARK, InputImage
 from sensebatch.store.provenance import public_name
 
@@ -76,7 +76,7 @@ def sample_of(record: Record) -> Sample:
     outputs = range(len(inputs), len(inputs) + len(drawn))
     text = record.read_text()
     known = {
-        **{name: row.get(name) for name in LOG_COLUMNS},
+        **{name: row.get(name) for name in (*LOG_COLUMNS, *ANSWER_COLUMNS)},
         "model": public_name(row["model"]),
         "id": job.id,
         "prompt": job.prompt,

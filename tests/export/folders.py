@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ def mixed_jobs(inputs: Path) -> list[Job]:
     jobs += [make_job("thinks", think=True, prompt='<script>"&\n船')]
     jobs += [make_job("edit", Task.EDIT, images=tuple(images[:1]))]
     jobs += [make_job("edit-two", Task.EDIT, images=tuple(images), think=True)]
+    asked = replace(make_job("x", Task.ASK).sampling, choices=("yes", "no"))
+    jobs += [make_job("question", Task.ASK, images=tuple(images[:1]), sampling=asked)]
     jobs += [make_job("story", Task.INTERLEAVE), make_job("grows", Task.INTERLEAVE, prompt="grows")]
     return jobs
 
@@ -100,7 +103,8 @@ def parquet_ids(out: Path) -> list[str]:
 def expected_columns(record: Record) -> dict[str, Any]:
     """Returns what a row of any format has of a job besides its images."""
     row = dict(record.row)
-    names = ("seed", "width", "height", "num_steps", "cfg_scale", "think", "finish_reason", "key")
+    names = ["seed", "width", "height", "num_steps", "cfg_scale", "think", "finish_reason", "key"]
+    names += ["answer", "choice_probabilities"] if row["answer"] is not None else []
     return {
         **{name: row[name] for name in names},
         "id": record.id,
