@@ -231,6 +231,19 @@ SCHEDULE_SETTINGS = ("num_steps", "timestep_shift", "solver", "timesteps", "guid
 """The settings that together say how an image's steps are taken."""
 
 
+CONVERGED_END = 0.98
+"""Where the published loop begins to bound the divisor of the velocity. Steps beyond it leave noise
+in an image, however many they are."""
+
+
+def converged_timesteps(num_steps: int) -> tuple[float, ...]:
+    """Returns the timesteps between 0 and 1 of an image as near to its limit as can be drawn.
+
+    They are evenly spaced up to `CONVERGED_END`, from where one step leads to the predicted image.
+    """
+    return tuple(CONVERGED_END * step / (num_steps - 1) for step in range(1, num_steps))
+
+
 def scheduled(given: Mapping[str, Any]) -> dict[str, Any]:
     """Returns settings of one layer with what they imply for `SCHEDULE_SETTINGS`.
 

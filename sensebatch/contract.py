@@ -104,6 +104,15 @@ class Channel:
         """Returns whether the batch is to end where it can; stays true once it is."""
         return False
 
+    def observe(self, step: int, velocities: Any) -> None:
+        """Takes the velocities of a pass before a step is taken; only within the engine's process.
+
+        Args:
+            step: Its index, from 0 for each pass.
+            velocities: float32 `[jobs, tokens, numbers]` with guidance, a tensor on the engine's
+                device, which must not be changed.
+        """
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostShare:

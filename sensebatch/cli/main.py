@@ -20,6 +20,7 @@ from pydantic import ValidationError
 import sensebatch
 from sensebatch.bounded import shown
 from sensebatch.cli import (
+    calibrate,
     demo,
     doctor,
     exits,
@@ -108,6 +109,7 @@ def _make_app() -> typer.Typer:
         repair.repair,
         merge.merge,
         profile.profile,
+        calibrate.calibrate,
         doctor.doctor,
     ):
         hidden = UNUSED_BY_PLAN if command is plan.plan else ()

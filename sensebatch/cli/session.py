@@ -13,7 +13,7 @@ from sensebatch.cli.voice import Voice
 from sensebatch.config import WorkersConfig
 from sensebatch.errors import ConfigError, StoppedError
 from sensebatch.executor.observer import Summary
-from sensebatch.session import Request
+from sensebatch.session import Backend, Request
 
 _COMPUTES_ALIKE = (
     "CUBLAS_WORKSPACE_CONFIG",
@@ -25,12 +25,13 @@ _COMPUTES_ALIKE = (
 """Variables by which libraries compute, and so what must be the same in every worker."""
 
 
-def run_session(request: Request, voice: Voice) -> Summary:
+def run_session(request: Request, voice: Voice, backend: Backend | None = None) -> Summary:
     """Runs what is missing in a run's folder, shows its progress, and returns what became of it.
 
     Args:
         request: What to run.
         voice: Prints how the run goes.
+        backend: Computes; torch if None.
 
     Raises:
         SensebatchError: As `session.run_session` raises it.
@@ -40,7 +41,7 @@ def run_session(request: Request, voice: Voice) -> Summary:
     try:
         with stop.installed(interrupts=True), voice.logging(), watch(stop, voice) as display:
             voice.info(f"reading {', '.join(request.sources)}")
-            return session.run_session(request, observer=display, stop=stop)
+            return session.run_session(request, backend, observer=display, stop=stop)
     except Interrupt:
         raise StoppedError("a signal came before any job was run") from None
 

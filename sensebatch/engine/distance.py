@@ -28,7 +28,10 @@ def ssim(first: np.ndarray, second: np.ndarray) -> float:
     Source: Wang et al., Image Quality Assessment, 2004: a Gaussian window of 11 pixels with a
     standard deviation of 1.5, on each channel; only windows inside the image count.
     """
-    x, y = (torch.from_numpy(image).double().permute(2, 0, 1)[:, None] for image in (first, second))
+    x, y = (
+        torch.from_numpy(image.astype(np.float64)).permute(2, 0, 1)[:, None]
+        for image in (first, second)
+    )
     line = torch.exp(-(torch.arange(-5, 6).double() ** 2) / (2 * 1.5**2))
     window = torch.outer(line, line)[None, None] / line.sum() ** 2
 

@@ -200,7 +200,7 @@ class SenseNovaEngine:
     def _new_runner(self, batch: Batch, channel: Channel) -> Runner:
         limits = self._limits(batch)
         draws_once = runner_of(batch.group.task).draws_once(batch, limits)
-        return Runner(
+        runner = Runner(
             network=self._network,
             tokenizer=self._tokenizer,
             attention=self._attention,
@@ -210,6 +210,8 @@ class SenseNovaEngine:
             system_turns=self._system_turns,
             stop=channel.is_stopped,
         )
+        runner.observe = channel.observe
+        return runner
 
     def _limits(self, batch: Batch) -> PassLimits:
         limits = PassLimits(image_tokens=self._placement.tokens_per_pass)

@@ -109,6 +109,8 @@ class Runner:
         self.tokenizer = tokenizer
         self.attention = attention
         self.progress = progress
+        self.observe: Callable[[int, Tensor], None] = lambda _step, _velocities: None
+        """Is called with the index and the velocities of each step before it is taken."""
         self.limits = PassLimits() if limits is None else limits
         self.system_turns = {} if system_turns is None else system_turns
         self._weights = weights

@@ -39,10 +39,10 @@ from sensebatch.jobs import (
     batch_id,
     group_key,
 )
+from sensebatch.report.sheet import Tile, contact_sheet
 from sensebatch.resolutions import BUCKETS_TINY
 from sensebatch.tiny.manifests import encode_png, read_answers, write_manifest
 from sensebatch.tiny.scores import Answer, Scores, score
-from sensebatch.tiny.sheet import Tile, contact_sheet
 from sensebatch.tiny.world.edits import edit
 from sensebatch.tiny.world.examples import Example, text_to_image
 from sensebatch.tiny.world.scene import Split, sample_resolution

@@ -16,10 +16,9 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from sensebatch.config import PRESETS, TINY_MODEL
+from sensebatch.config import PRESETS, TINY_MODEL, converged_timesteps
 from sensebatch.contract import Engine
 from sensebatch.engine.distance import psnr, ssim
-from sensebatch.engine.sampling.flow_matching import T_EPS
 from sensebatch.jobs import Solver
 from sensebatch.tasks import Task
 from sensebatch.tiny.evaluate import answer_examples, held_out_examples, open_engine, run_config
@@ -43,17 +42,6 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 """The ways to take steps, each measured at every number of them."""
-
-
-def converged_timesteps(num_steps: int) -> tuple[float, ...]:
-    """Returns timesteps between 0 and 1 for an image as near to its limit as can be drawn.
-
-    They are evenly spaced and end where the published loop begins to bound the divisor of the
-    velocity (`T_EPS`): with steps beyond it, noise of that bound's size would stay in the image,
-    however many they are. From there, one step leads to the predicted image.
-    """
-    last = 1 - T_EPS
-    return tuple(last * step / (num_steps - 1) for step in range(1, num_steps))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,7 +200,7 @@ def main(
         map(str, NUM_STEPS)
     ),
     guidance: Annotated[str, typer.Option(help="Which scales, likewise.")] = ",".join(
-        f"{scale:g}" for scale in GUIDANCE
+        map("{:g}".format, GUIDANCE)
     ),
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
 ) -> None:

@@ -50,8 +50,8 @@ def test_the_commands_are_those_that_scripts_know() -> None:
     assert set(COMMANDS) == {
         "run", "plan", "status", "report", "t2i", "edit", "interleave", "ask",
         "manifest validate", "manifest schema", "manifest convert", "model inspect",
-        "profile", "doctor", "demo", "repair", "merge", "jobs", "show", "prune", "hash",
-        "export", "gallery",
+        "calibrate", "profile", "doctor", "demo", "repair", "merge", "jobs", "show", "prune",
+        "hash", "export", "gallery",
     }  # fmt: skip
 
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
-from sensebatch.config import PRESETS
+from sensebatch.config import CONVERGED_END, PRESETS, converged_timesteps
 from sensebatch.engine.sampling.flow_matching import T_EPS, explicit_timesteps
-from sensebatch.tiny.quality import METHODS, Point, converged_timesteps, main, table, ways
+from sensebatch.tiny.quality import METHODS, Point, main, table, ways
 
 
 def test_converged_timesteps_stop_where_the_divisor_is_bounded() -> None:
+    assert CONVERGED_END == 1 - T_EPS
     schedule = explicit_timesteps(converged_timesteps(5)).tolist()
     assert len(schedule) == 6
-    assert schedule[1:-1] == pytest.approx([0.245, 0.49, 0.735, 1 - T_EPS])
+    assert schedule[1:-1] == pytest.approx([0.245, 0.49, 0.735, CONVERGED_END])
 
 
 def test_every_way_is_measured_at_every_number_of_steps() -> None:

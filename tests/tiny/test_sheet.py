@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from sensebatch.tiny.sheet import MARGIN, SIDE, Tile, contact_sheet, run_tiles
+from sensebatch.report.sheet import MARGIN, SIDE, Tile, contact_sheet
+from sensebatch.tiny.sheet import run_tiles
 
 COLOURS = [(20 * index, 0, 0) for index in range(10)]
 

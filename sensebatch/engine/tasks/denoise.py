@@ -95,6 +95,7 @@ def denoise(
 
         def reported(z_JNx: Tensor, step: int, t: float) -> Tensor:
             v_JNx = velocity(z_JNx, step, t)
+            runner.observe(step, v_JNx)
             runner.num_denoise_steps += 1
             done, all_steps = number * num_steps + step + 1, count * num_steps
             runner.progress(Progress(phase=Phase.DENOISE, step=done, num_steps=all_steps))

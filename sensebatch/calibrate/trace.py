@@ -1,0 +1,164 @@
+"""Records how the velocity changes along the way of images: inner products, not velocities.
+
+The engine is wrapped, so that an ordinary run draws the images and can be resumed; a batch's record
+is on the disk before the batch is committed.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sensebatch.contract import Channel, Drawn, HostShare, Kept, Prepared, Progress, Stop
+from sensebatch.errors import RunFolderError
+from sensebatch.jobs import Batch, BatchResult, EngineInfo, GroupKey, Job
+from sensebatch.plan.load import Load
+from sensebatch.session import Backend, Model, ReusableEngine
+from sensebatch.store.files import write_atomic
+
+MAX_TRACE_BYTES = 256 << 20
+"""Memory for the velocities of a pass; of larger images, every n-th token is recorded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """Velocities of images along their way, as inner products."""
+
+    times: np.ndarray
+    """float64 `[steps + 1]`, from 0 to 1."""
+    products: np.ndarray
+    """float64 `[steps, steps]`: the mean over images of the inner products of the velocities at
+    each two timesteps, divided by the numbers of a velocity."""
+
+
+def read_trace(folder: Path, timesteps: Sequence[float]) -> Trace:
+    """Returns the mean of what was recorded of all batches.
+
+    Args:
+        folder: Where `TracingBackend` wrote.
+        timesteps: Those between 0 and 1 that the images were drawn with.
+
+    Raises:
+        RunFolderError: Nothing was recorded.
+    """
+    total, num_images = np.zeros(()), 0
+    for file in sorted(folder.glob("*.npz")):
+        with np.load(file, allow_pickle=False) as saved:
+            total = total + saved["products"]
+            num_images += int(saved["num_images"])
+    if not num_images:
+        raise RunFolderError(f"{folder}: expected a record of velocities, found none")
+    times = np.array([0.0, *timesteps, 1.0])
+    return Trace(times=times, products=total / num_images)
+
+
+class TracingBackend:
+    """A backend whose engine records what it draws.
+
+    Args:
+        backend: Loads the engine.
+        folder: Receives a file for each batch.
+    """
+
+    def __init__(self, backend: Backend, folder: Path) -> None:
+        self._backend = backend
+        self._folder = folder
+
+    def resolve_runtime(self, model: Any) -> tuple[str, str]:
+        """Returns the names of device and dtype."""
+        return self._backend.resolve_runtime(model)
+
+    def load_engine(
+        self,
+        config: Any,
+        model: Model,
+        *,
+        loads: Sequence[Load],
+        stop: Stop,
+        share: HostShare | None = None,
+    ) -> ReusableEngine:
+        """Returns the engine, loaded."""
+        engine = self._backend.load_engine(config, model, loads=loads, stop=stop, share=share)
+        return _TracingEngine(engine, self._folder)
+
+
+class _TracingEngine:
+    """An engine that records the velocities of every batch."""
+
+    def __init__(self, engine: ReusableEngine, folder: Path) -> None:
+        self._engine = engine
+        self._folder = folder
+        self.largest_batch = engine.largest_batch
+        self.make_room = engine.make_room
+        self.replan = engine.replan
+        self.close = engine.close
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the log says of the engine."""
+        return self._engine.info
+
+    def prepare(self, job: Job, inputs: Sequence[bytes]) -> Prepared:
+        """Returns what can be made of a job without the device."""
+        return self._engine.prepare(job, inputs)
+
+    def generate(
+        self, batch: Batch, prepared: Sequence[Prepared], *, kept: Kept, channel: Channel
+    ) -> BatchResult:
+        """Runs a batch, and writes its record before it returns."""
+        recorder = _Recorder(channel, batch.group)
+        result = self._engine.generate(batch, prepared, kept=kept, channel=recorder)
+        recorder.write(self._folder / f"{batch.id}.npz")
+        return result
+
+
+class _Recorder(Channel):
+    """Hands everything on, and keeps inner products of the velocities."""
+
+    def __init__(self, channel: Channel, group: GroupKey) -> None:
+        self._channel = channel
+        assert group.drawing is not None
+        self._num_steps = group.drawing.num_steps
+        self._products = np.zeros((self._num_steps, self._num_steps))
+        self._num_images = 0
+        self._pass: list[np.ndarray] = []
+
+    def progress(self, progress: Progress) -> None:
+        """Takes where the batch is."""
+        self._channel.progress(progress)
+
+    def keep(self, drawn: Drawn) -> None:
+        """Keeps images that were drawn together."""
+        self._channel.keep(drawn)
+
+    def is_stopped(self) -> bool:
+        """Returns whether the batch is to end where it can."""
+        return self._channel.is_stopped()
+
+    def observe(self, step: int, velocities: Any) -> None:
+        """Records a step; the last one of a pass adds the pass to the sums."""
+        jobs, tokens, numbers = velocities.shape
+        size = self._num_steps * jobs * tokens * numbers * 4
+        stride = -(-size // MAX_TRACE_BYTES)
+        if step == 0:
+            self._pass = []
+        self._pass.append(velocities[:, ::stride].cpu().numpy().reshape(jobs, -1).copy())
+        if step + 1 == self._num_steps:
+            for image in np.stack(self._pass, axis=1).astype(np.float64):
+                self._products += image @ image.T / image.shape[1]
+            self._num_images += jobs
+            self._pass = []
+
+    def write(self, path: Path) -> None:
+        """Writes the sums, if any image was drawn."""
+        if not self._num_images:
+            return
+        content = io.BytesIO()
+        np.savez(content, products=self._products, num_images=self._num_images)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, content.getvalue())

@@ -1,0 +1,168 @@
+"""A calibration of the embedded checkpoint with few steps, stopped and resumed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sensebatch.calibrate.files import config_name, write_files
+from sensebatch.calibrate.run import AS_IT_IS, Calibration, Scale, Variant, Verdict, chosen_jobs
+from sensebatch.calibrate.trace import read_trace
+from sensebatch.config import PRESETS, converged_timesteps, default_config
+from sensebatch.errors import ConfigError, RunFolderError
+from sensebatch.jobs import Job, Quality, Solver
+from sensebatch.manifest.read import read_rows
+from sensebatch.session import Backend, Request, run_session
+from sensebatch.settings import resolve_settings
+from sensebatch.store.finished import finished_jobs
+from sensebatch.tasks import Task
+
+SCALE = Scale(max_jobs=4, num_steps=(6, 3), converged_steps=24)
+CONFIG = default_config()
+ROWS = [
+    {"id": f"circle-{colour}", "prompt": f"A {colour} circle on a white background"}
+    for colour in ("red", "blue", "green", "yellow")
+]
+
+
+def _jobs(rows: list[dict[str, str]]) -> list[Job]:
+    return list(read_rows(rows, CONFIG, path=Path("rows")))
+
+
+def _run(request: Request, backend: Backend) -> bool:
+    counts = run_session(request, backend).counts
+    return counts.done == counts.jobs
+
+
+class _Once:
+    """Runs one folder, and then stops."""
+
+    def __init__(self) -> None:
+        self.roots: list[Path] = []
+
+    def __call__(self, request: Request, backend: Backend) -> bool:
+        self.roots.append(request.root)
+        return len(self.roots) == 1 and _run(request, backend)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Verdict]]:
+    """A calibration that was stopped after its first run, and then continued."""
+    folder = tmp_path_factory.mktemp("calibration")
+    once = _Once()
+    stopped = Calibration(folder, CONFIG, SCALE, run_jobs=once).calibrate(_jobs(ROWS))
+    assert stopped is None
+    assert [root.name for root in once.roots] == ["t2i", "judged"]
+    verdicts = Calibration(folder, CONFIG, SCALE, run_jobs=_run).calibrate(_jobs(ROWS))
+    assert verdicts is not None
+    return folder, verdicts
+
+
+@pytest.mark.slow
+def test_half_of_the_jobs_decide_and_the_others_are_searched(
+    made: tuple[Path, list[Verdict]],
+) -> None:
+    folder, (verdict,) = made
+    assert (verdict.task, verdict.num_judged) == (Task.T2I, 2)
+    searched = {done.job.id for done in finished_jobs(folder / "converged" / "t2i")}
+    assert searched == {"circle-red", "circle-green"}
+    judged = {done.job.prompt for done in finished_jobs(folder / "judged")}
+    assert judged == {ROWS[1]["prompt"], ROWS[3]["prompt"]}
+
+
+@pytest.mark.slow
+def test_every_way_is_judged_with_its_evaluations(made: tuple[Path, list[Verdict]]) -> None:
+    _, (verdict,) = made
+    found = {variant.name: variant.evaluations for variant in verdict.variants}
+    assert found == {
+        AS_IT_IS: 8,
+        "quality exact": 50,
+        "quality high": 25,
+        "quality fast": 16,
+        "found, euler, 6": 6,
+        "found, ab2, 6": 6,
+        "found, euler, 3": 3,
+        "found, ab2, 3": 3,
+    }
+    by_name = {variant.name: variant for variant in verdict.variants}
+    assert by_name["found, euler, 3"].psnr_db < by_name["found, euler, 6"].psnr_db
+    assert all(variant.image_s > 0 for variant in verdict.variants)
+    assert verdict.best(6).psnr_db == max(
+        by_name[name].psnr_db for name in found if found[name] <= 6
+    )
+
+
+@pytest.mark.slow
+def test_the_record_has_the_products_of_the_velocities(made: tuple[Path, list[Verdict]]) -> None:
+    folder, _ = made
+    timesteps = converged_timesteps(SCALE.converged_steps)
+    trace = read_trace(folder / "converged" / "t2i" / "velocities", timesteps)
+    assert trace.times.tolist() == [0.0, *timesteps, 1.0]
+    assert trace.products.shape == (24, 24)
+    np.testing.assert_allclose(trace.products, trace.products.T, rtol=1e-9)
+    lengths = np.sqrt(np.diagonal(trace.products))
+    assert (np.abs(trace.products) <= lengths[:, None] * lengths * (1 + 1e-9)).all()
+
+
+@pytest.mark.slow
+def test_the_files_say_what_was_found(made: tuple[Path, list[Verdict]], tmp_path: Path) -> None:
+    _, verdicts = made
+    files = write_files(tmp_path, verdicts, (6, 3), model="tiny", made_by="today")
+    assert [file.name for file in files] == [
+        "6-steps.yaml",
+        "3-steps.yaml",
+        "sheet.png",
+        "calibration.json",
+    ]
+    sampling = resolve_settings(config_file=tmp_path / config_name(6)).tasks[Task.T2I].sampling
+    best = verdicts[0].best(6)
+    assert (sampling.num_steps, sampling.solver) == (
+        best.settings["num_steps"],
+        best.settings["solver"],
+    )
+    assert sampling.timesteps == pytest.approx(best.settings["timesteps"], abs=1e-6)
+    figures = json.loads((tmp_path / "calibration.json").read_text())
+    names = [variant["name"] for variant in figures["tasks"]["t2i"]["variants"]]
+    assert names == [variant.name for variant in verdicts[0].variants]
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width > 9 * 176
+
+
+def test_a_preset_that_wins_is_written_as_its_settings(tmp_path: Path) -> None:
+    preset = {"timesteps": (), "guidance_stride": 1, **PRESETS[Quality.FAST]}
+    tile = (Image.new("RGB", (32, 32)), "a")
+    variant = _variant("quality fast", preset, 50.0)
+    base = _variant(AS_IT_IS, {**preset, "num_steps": 60}, 40.0)
+    verdict = Verdict(task=Task.T2I, num_judged=1, variants=(base, variant), sheet=(tile,))
+    write_files(tmp_path, [verdict], (16,), model="tiny", made_by="today")
+    sampling = resolve_settings(config_file=tmp_path / "16-steps.yaml").tasks[Task.T2I].sampling
+    assert (sampling.num_steps, sampling.timestep_shift) == (16, 1.0)
+    assert (sampling.solver, sampling.timesteps) == (Solver.AB2, ())
+
+
+def _variant(name: str, settings: dict[str, object], psnr_db: float) -> Variant:
+    return Variant(
+        name=name, settings=settings, evaluations=16, psnr_db=psnr_db, ssim=1.0, image_s=1.0
+    )
+
+
+def test_jobs_of_the_most_common_size_are_taken() -> None:
+    rows = [*ROWS, *({**row, "id": f"{row['id']}-wide", "resolution": "16:9"} for row in ROWS[:2])]
+    chosen = chosen_jobs(_jobs(rows), replace(SCALE, max_jobs=3))
+    assert [job.id for job in chosen[Task.T2I]] == ["circle-red", "circle-blue", "circle-green"]
+
+
+@pytest.mark.parametrize("rows", [ROWS[:1], [{"id": "a", "prompt": "a", "task": "interleave"}] * 1])
+def test_too_few_jobs_are_a_mistake(rows: list[dict[str, str]]) -> None:
+    with pytest.raises(ConfigError, match="at least two t2i or two edit jobs of one size"):
+        chosen_jobs(_jobs(rows), SCALE)
+
+
+def test_a_record_that_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="a record of velocities"):
+        read_trace(tmp_path, (0.5,))
