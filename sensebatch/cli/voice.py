@@ -96,8 +96,8 @@ class Voice:
     def keep(self, path: Path) -> None:
         """Appends all lines so far, and all that follow, to a log file."""
         early, self._early = self._early, None
+        self.close()
         with suppress(OSError):
-            self.close()
             self._file = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
             self._file.writelines(early or ())
 
