@@ -13,7 +13,6 @@ from sensebatch.errors import ConfigError
 from sensebatch.plan.batches import Plan
 from sensebatch.plan.forecast import forecast, timed_batches
 from sensebatch.plan.speed import Speed
-from sensebatch.store.status import read_status
 from sensebatch.units import duration
 
 Summary = Mapping[str, Any]
@@ -73,6 +72,8 @@ def forecast_summary(
 
 def _measured(plan: Plan, folder: Path) -> list[float]:
     """Returns the seconds of a job of each group, by the latest batches of a run."""
+    from sensebatch.store.status import read_status
+
     speed = Speed()
     for batch in read_status(folder).recent:
         if not batch.kept_images:
