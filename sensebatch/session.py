@@ -46,6 +46,7 @@ from sensebatch.executor.worker import EngineWorker
 from sensebatch.jobs import Batch, EngineInfo, InputImage, Job, ModelIdentity
 from sensebatch.manifest.inputs import InputReader
 from sensebatch.manifest.problems import ProblemList
+from sensebatch.plan.attention import AttentionSpeeds
 from sensebatch.plan.batches import Plan, make_plan
 from sensebatch.plan.load import Load, plan_loads
 from sensebatch.plan.long_prompts import LongPrompts
@@ -97,8 +98,12 @@ class Backend(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
 class TorchBackend:
     """Computes with torch, which is imported on first use."""
+
+    attention_speeds: AttentionSpeeds | None = None
+    """What attention backends were measured to reach on a GPU."""
 
     def resolve_runtime(self, model: ModelConfig) -> tuple[str, str]:
         """Returns the names of device and dtype."""
@@ -118,6 +123,8 @@ class TorchBackend:
         """Returns the engine, loaded, with its memory planned for these loads."""
         from sensebatch.engine.engine import load_engine
 
+        if self.attention_speeds is not None and model.device == "cuda":
+            config = self._with_attention(self.attention_speeds, config, model, loads)
         return load_engine(
             config,
             checkpoint=model.checkpoint,
@@ -128,6 +135,18 @@ class TorchBackend:
             stop=stop.is_set,
             share=share,
         )
+
+    @staticmethod
+    def _with_attention(
+        speeds: AttentionSpeeds, config: RunConfig, model: Model, loads: Sequence[Load]
+    ) -> RunConfig:
+        """Returns the settings with the fastest attention backend in place of `auto`."""
+        from sensebatch.engine.device.runtime import fastest_attention
+
+        if config.model.attn_backend != "auto":
+            return config
+        backend = fastest_attention(speeds, loads, model.identity.dtype)
+        return replace(config, model=replace(config.model, attn_backend=backend))
 
 
 class ReusableEngine(Engine, Protocol):

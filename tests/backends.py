@@ -21,7 +21,7 @@ class FakeBackend:
     loaded: list[RunConfig] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
 
-    def __call__(self) -> FakeBackend:
+    def __call__(self, *_: object) -> FakeBackend:
         return self
 
     def resolve_runtime(self, model: ModelConfig) -> tuple[str, str]:

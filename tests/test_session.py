@@ -9,14 +9,24 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from sensebatch.checkpoint.files import TINY_FOLDER
 from sensebatch.errors import StoppedError
 from sensebatch.jobs import Batch, EngineInfo, Job
+from sensebatch.plan.attention import AttentionSpeeds
 from sensebatch.plan.batches import Plan
-from sensebatch.session import Model, Request, RunObserver, run_session
+from sensebatch.session import (
+    Model,
+    NeverStop,
+    Request,
+    RunObserver,
+    TorchBackend,
+    open_model,
+    run_session,
+)
 from sensebatch.store.attempts import Attempt
 from sensebatch.store.ingest import Changes
 from sensebatch.store.state import Counts
@@ -142,3 +152,21 @@ def test_stop_ends_a_run_after_the_current_batch(tmp_path: Path) -> None:
     jobs = [*JOBS, make_job("c")]
     summary = run_session(_request(tmp_path / "out", jobs), backend, stop=stop)
     assert (summary.stopped, summary.done, summary.counts.remaining) == (True, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "expected"),
+    [("auto", "cuda", "flash"), ("sdpa", "cuda", "sdpa"), ("auto", "cpu", "auto")],
+)
+def test_measured_attention_takes_the_place_of_auto_alone(
+    monkeypatch: pytest.MonkeyPatch, asked: str, device: str, expected: str
+) -> None:
+    load_engine = Mock()
+    monkeypatch.setattr("sensebatch.engine.engine.load_engine", load_engine)
+    monkeypatch.setattr("sensebatch.engine.device.runtime.fastest_attention", lambda *_: "flash")
+    speeds = AttentionSpeeds(gpu="NVIDIA Test", torch="2.11", flop_per_s={})
+    config = make_config()
+    config = replace(config, model=replace(config.model, attn_backend=asked))
+    model = replace(open_model(config.model, FakeBackend(), RunObserver()), device=device)
+    TorchBackend(speeds).load_engine(config, model, loads=[], stop=NeverStop())
+    assert load_engine.call_args.args[0].model.attn_backend == expected

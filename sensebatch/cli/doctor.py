@@ -79,9 +79,10 @@ def doctor(
 ) -> None:
     """Print what this machine computes with, what memory is free, and how fast a GPU is.
 
-    Speeds are measured in about a second: copies from host memory to the device, pinned and
-    pageable, a matrix product and attention in bfloat16, and reads of the device's memory. They
-    are kept for sensebatch plan. A machine without a GPU has none of them.
+    Speeds are measured in a few seconds: copies from host memory to the device, pinned and
+    pageable, a matrix product and attention in bfloat16, the attention backends at three sizes of
+    images, and reads of the device's memory. They are kept for sensebatch plan and run. A machine
+    without a GPU has none of them.
 
     With --verify the same jobs of every task are then run again and again, in every memory mode
     and precision, with memory in disorder, killed and resumed, and their files compared. Exit
@@ -137,12 +138,24 @@ def _keep(machine: Mapping[str, Any]) -> str | None:
         gemm_flop_per_s=gpu["gemm_flop_per_s"],
         attention_flop_per_s=gpu["attention_flop_per_s"],
         memory_bytes_per_s=gpu["memory_bytes_per_s"],
+        attention=gpu["attention_backends"],
     )
     try:
         return str(write_speeds(speeds))
     except (OSError, SensebatchError) as error:
         warn(f"the speeds are not kept for sensebatch plan: {error}")
         return None
+
+
+def _backend_lines(speeds: Mapping[str, Mapping[int, float]]) -> list[str]:
+    """Returns what each attention backend reaches, by the number of an image's tokens."""
+    return [
+        f"  {backend:<14}"
+        + ", ".join(
+            f"{speed / 1e12:.0f} TFLOP/s for {tokens:,} tokens" for tokens, speed in reached.items()
+        )
+        for backend, reached in speeds.items()
+    ]
 
 
 def _wrapped(line: str) -> str:
@@ -180,6 +193,7 @@ def _lines(machine: Mapping[str, Any]) -> list[str]:
         f"copy, pageable  {gpu['pageable_bytes_per_s'] / GIB:.1f} GiB/s",
         f"matrix product  {gpu['gemm_flop_per_s'] / 1e12:.0f} TFLOP/s in bfloat16",
         f"attention       {gpu['attention_flop_per_s'] / 1e12:.0f} TFLOP/s in bfloat16",
+        *_backend_lines(gpu["attention_backends"]),
         f"memory reads    {gpu['memory_bytes_per_s'] / GIB:,.0f} GiB/s",
         f"speeds kept in  {machine['speeds_file'] or 'no file'}",
     ]

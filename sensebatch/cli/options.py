@@ -121,7 +121,9 @@ class ModelOptions:
     attn_backend: Annotated[
         AttnBackend | None,
         typer.Option(
-            help="Attention kernel; auto is the fastest that is available.", rich_help_panel=_MODEL
+            help="Attention kernel for images; auto is the fastest of those that sensebatch doctor "
+            "measured, or a guess.",
+            rich_help_panel=_MODEL,
         ),
     ] = None
     compile: Annotated[
@@ -293,7 +295,7 @@ UNUSED_WITHOUT_WEIGHTS = frozenset(field.name for field in fields(ModelOptions))
     "model",
 }
 """Options of the model that say nothing of jobs."""
-UNUSED_BY_PLAN = frozenset({"attn_backend", "lora_path"})
+UNUSED_BY_PLAN = frozenset({"lora_path"})
 """Options of the model that decide neither batches nor memory."""
 
 

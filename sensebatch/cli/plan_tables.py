@@ -72,6 +72,8 @@ def _memory(summary: Summary) -> list[object]:
             f"{placement['file_bytes'] / GIB:.1f} GiB of weights do not fit the host's budget and "
             "are read from the checkpoint's files whenever they are needed."
         )
+    if placement["attn_backend"] is not None and machine is not None:
+        lines.append(f"Images are attended by {placement['attn_backend']}.")
     if placement["seconds"] is not None:
         lines.append(_least_time(placement["seconds"], summary))
         lines.append(

@@ -9,6 +9,7 @@ from dataclasses import replace
 from sensebatch import session
 from sensebatch.cli.progress import watch
 from sensebatch.cli.signals import Interrupt, StopSignals
+from sensebatch.cli.speed_cache import read_speeds
 from sensebatch.cli.voice import Voice
 from sensebatch.config import WorkersConfig
 from sensebatch.errors import ConfigError, StoppedError
@@ -41,9 +42,17 @@ def run_session(request: Request, voice: Voice, backend: Backend | None = None) 
     try:
         with stop.installed(interrupts=True), voice.logging(), watch(stop, voice) as display:
             voice.info(f"reading {', '.join(request.sources)}")
-            return session.run_session(request, backend, observer=display, stop=stop)
+            computes = _backend() if backend is None else backend
+            return session.run_session(request, computes, observer=display, stop=stop)
     except Interrupt:
         raise StoppedError("a signal came before any job was run") from None
+
+
+def _backend() -> session.Backend:
+    """Returns what computes; it knows what attention backends reach if doctor has measured it."""
+    # What is wrong with the file is for plan to say: a run needs nothing of it.
+    measured, _ = read_speeds()
+    return session.TorchBackend(None if measured is None else measured.attention_speeds)
 
 
 def _settle_allocator() -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from sensebatch.plan.attention import AttentionSpeeds
 from sensebatch.plan.work import Machine, Speeds
 from sensebatch.store.files import write_atomic
 
@@ -34,6 +35,15 @@ class MachineSpeeds(BaseModel):
     gemm_flop_per_s: _Measured
     attention_flop_per_s: _Measured
     memory_bytes_per_s: _Measured
+    attention: dict[str, dict[Annotated[int, Field(gt=0)], _Measured]] = {}
+    """What attention backends reach, by the number of an image's tokens."""
+
+    @property
+    def attention_speeds(self) -> AttentionSpeeds | None:
+        """What a run wants to know of it; None where no backend was measured."""
+        if not self.attention:
+            return None
+        return AttentionSpeeds(gpu=self.gpu, torch=self.torch, flop_per_s=self.attention)
 
     @property
     def machine(self) -> Machine:
@@ -44,7 +54,7 @@ class MachineSpeeds(BaseModel):
             attention_flop_per_s=self.attention_flop_per_s,
             memory_bytes_per_s=self.memory_bytes_per_s,
         )
-        return Machine(free_bytes=self.free_bytes, speeds=speeds)
+        return Machine(free_bytes=self.free_bytes, speeds=speeds, attention=self.attention_speeds)
 
 
 def speeds_path() -> Path:

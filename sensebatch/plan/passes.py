@@ -21,6 +21,9 @@ ROOM_TOKENS = 1024
 """Tokens that decoding makes room for at a time after what is cached."""
 GROWTH_TOKENS = 128
 """A cache that must grow for a single token grows by this many."""
+LONG_RUN = 1024
+"""Queries of an image from which on the backend attends. So many occupy a GPU without splitting
+the keys, and are worth the 40 ms for which cuDNN plans each new number of keys."""
 RUN_SCORES = 1 << 24
 """Most scores (queries by keys) of a run of text that attends at once: a mask of so many is small,
 and on a CPU they take less than a second, after which a stop is heeded."""

@@ -6,13 +6,13 @@ that is streamed is copied beside the computation, so a pass takes the longer of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from sensebatch.plan.computation import Computation
 from sensebatch.plan.load import Load
-from sensebatch.plan.passes import MAX_PREFILL_TOKENS, RING
+from sensebatch.plan.passes import LONG_RUN, MAX_PREFILL_TOKENS, RING
 from sensebatch.plan.placement import Placement
 from sensebatch.plan.weight_bytes import weight_bytes
 from sensebatch.plan.work import (
@@ -154,11 +154,19 @@ class Clock:
     Args:
         computation: The network, and how it is computed.
         speeds: What the machine reaches at most.
+        attention: Returns what the run's attention backend reaches for an image of so many tokens;
+            None where that was not measured.
     """
 
-    def __init__(self, computation: Computation, speeds: Speeds) -> None:
+    def __init__(
+        self,
+        computation: Computation,
+        speeds: Speeds,
+        attention: Callable[[int], float | None] = lambda _: None,
+    ) -> None:
         self._computation = computation
         self._speeds = speeds
+        self._attention = attention
         self._sizes = network_sizes(computation.arch)
         self._orders = pass_orders(computation, self._sizes)
 
@@ -254,6 +262,9 @@ class Clock:
         if drawing is None:
             return
         prefixes = [0 if branch is Branch.UNCOND else prefix for branch in drawing.branches]
+        speeds, reached = self._speeds, self._attention(load.image_tokens)
+        if reached is not None and load.image_tokens >= LONG_RUN:
+            speeds = replace(speeds, attention_flop_per_s=reached)
         guided = drawing.num_guided_steps
         for count, num_passes in _parts(jobs, load.jobs_per_pass(tokens_per_pass)):
             for seen, steps in ((prefixes, guided), ([prefix], drawing.num_steps - guided)):
@@ -266,18 +277,24 @@ class Clock:
                 )
                 yield Pass(
                     blocks=self._orders.images,
-                    seconds=work.seconds(self._speeds),
+                    seconds=work.seconds(speeds),
                     count=num_passes * steps,
                     keeps=True,
                 )
 
 
-def new_clock(computation: Computation, speeds: Speeds) -> Clock | None:
-    """Returns the clock of a machine; None where a network computes with other numbers than the
-    machine's speeds are measured with."""
+def new_clock(
+    computation: Computation,
+    speeds: Speeds,
+    attention: Callable[[int], float | None] = lambda _: None,
+) -> Clock | None:
+    """Returns the clock of a machine; see `Clock`.
+
+    It is None where a network computes with other numbers than speeds are measured with.
+    """
     if computation.item_bytes != MEASURED_ITEM_BYTES or computation.precision is not None:
         return None
-    return Clock(computation, speeds)
+    return Clock(computation, speeds, attention)
 
 
 def _parts(total: int, most: int) -> Iterator[tuple[int, int]]:

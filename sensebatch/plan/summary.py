@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,19 +122,38 @@ def memory_summary(
         return None
     prompts = resolve_system_prompts(checkpoint, config.model.system_prompt_file)
     computation = gpu_computation(checkpoint.architecture, config.model)
+    loads = plan_loads(plan, system_prompt_bytes=prompts.longest_bytes)
+    backend = _attention_backend(config.model.attn_backend, machine, loads)
     summary = _Summary(
         computation=computation,
         weights=weight_bytes(computation),
-        loads=plan_loads(plan, system_prompt_bytes=prompts.longest_bytes),
+        loads=loads,
         num_jobs=[group.num_jobs for group in plan.groups],
         machine=machine,
-        clock=None if machine is None else new_clock(computation, machine.speeds),
+        clock=None if machine is None else _new_clock(computation, machine, backend),
+        attn_backend=backend,
     )
     memory = config.memory
     if memory.vram_mode is not VramMode.AUTO or memory.vram_budget_bytes is not None or machine:
         return [summary.of(memory)]
     modes = [mode for mode in VramMode if mode is not VramMode.AUTO]
     return [summary.of(replace(memory, vram_mode=mode)) for mode in modes]
+
+
+def _attention_backend(asked: str, machine: Machine | None, loads: Sequence[Load]) -> str | None:
+    """Returns the attention backend that a run would use; None where it is not known."""
+    if asked != "auto":
+        return asked
+    if machine is None or machine.attention is None:
+        return None
+    return next(iter(machine.attention.ranking(loads)), None)
+
+
+def _new_clock(computation: Computation, machine: Machine, backend: str | None) -> Clock | None:
+    speeds = machine.attention
+    if speeds is None or backend is None:
+        return new_clock(computation, machine.speeds)
+    return new_clock(computation, machine.speeds, partial(speeds.speed, backend))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +167,8 @@ class _Summary:
     """Jobs of each load's group."""
     machine: Machine | None
     clock: Clock | None
+    attn_backend: str | None
+    """What attends the images; None where that is not known."""
 
     def of(self, memory: MemoryConfig) -> dict[str, Any]:
         """Returns what a placement needs, for the run and each of its groups.
@@ -186,6 +208,7 @@ class _Summary:
             "host_bytes": placements.host_bytes,
             "file_bytes": self._file_bytes(leanest),
             "seconds": _seconds(total if seconds else None),
+            "attn_backend": self.attn_backend,
             "refusals": list(placements.refusals()),
             "groups": groups,
         }

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.checkpoint.heads import head_of
 from sensebatch.checkpoint.tensors import TensorGroup, expected_tensors
+from sensebatch.plan.attention import AttentionSpeeds
 from sensebatch.plan.computation import Computation
 
 MEASURED_ITEM_BYTES = 2
@@ -42,6 +43,8 @@ class Machine:
     free_bytes: int
     """Free memory of the GPU."""
     speeds: Speeds
+    attention: AttentionSpeeds | None = None
+    """What its attention backends were measured to reach; None where they were not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

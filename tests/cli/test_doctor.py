@@ -14,6 +14,7 @@ from sensebatch.cli import verification
 from sensebatch.cli.speed_cache import read_speeds, speeds_path
 from sensebatch.engine.device import machine
 from sensebatch.engine.device.machine import Gpu, Machine
+from sensebatch.plan.attention import AttentionSpeeds
 from sensebatch.verify.promises import TRIALS
 from tests.cli.conftest import Invoke
 
@@ -28,6 +29,7 @@ GPU = Gpu(
     gemm_flop_per_s=150e12,
     attention_flop_per_s=120e12,
     memory_bytes_per_s=9e11,
+    attention_backends={"cudnn": {1024: 9e13, 4096: 12e13}, "sdpa": {1024: 8e13}},
 )
 
 MACHINE = Machine(
@@ -63,6 +65,22 @@ def test_speeds_are_kept_and_where_is_said(invoke: Invoke, tmp_path: Path) -> No
     assert (speeds.gpu, speeds.torch, speeds.free_bytes) == (GPU.name, "2.11.0", GPU.free_bytes)
     assert speeds.machine.speeds.copy_bytes_per_s == GPU.pinned_bytes_per_s
     assert speeds.machine.speeds.attention_flop_per_s == GPU.attention_flop_per_s
+    assert "  cudnn         90 TFLOP/s for 1,024 tokens, 120 TFLOP/s for 4,096 tokens" in printed
+    assert speeds.attention_speeds == AttentionSpeeds(
+        gpu=GPU.name, torch="2.11.0", flop_per_s=GPU.attention_backends
+    )
+    assert speeds.machine.attention == speeds.attention_speeds
+
+
+@pytest.mark.usefixtures("with_gpu")
+def test_speeds_of_an_earlier_version_have_no_backends(invoke: Invoke) -> None:
+    invoke("doctor")
+    values = json.loads(speeds_path().read_text())
+    del values["attention"]
+    speeds_path().write_text(json.dumps(values))
+    speeds, mistake = read_speeds()
+    assert speeds is not None
+    assert (speeds.attention_speeds, mistake) == (None, None)
 
 
 @pytest.mark.usefixtures("with_gpu")

@@ -174,6 +174,22 @@ def test_streaming_one_job_at_a_time_takes_longer(invoke: Invoke, large: Path) -
     assert least("full") < least("balanced") < least("low")
 
 
+def test_plan_names_the_attention_that_was_the_fastest_and_counts_with_it(
+    invoke: Invoke, large: Path, measured: Path
+) -> None:
+    def planned(*options: str) -> dict[str, Any]:
+        (placement,) = invoke("plan", large, *MODEL, "--json", *options).json["memory"]
+        return placement
+
+    assert planned()["attn_backend"] is None
+    reached = {"cudnn": {"4096": 3e14}, "flash": {"4096": 6e14}}
+    measured.write_text(json.dumps(SPEEDS | {"attention": reached}), encoding="utf-8")
+    fast, slow = planned(), planned("--attn-backend", "cudnn")
+    assert (fast["attn_backend"], slow["attn_backend"]) == ("flash", "cudnn")
+    assert fast["seconds"]["images"] < slow["seconds"]["images"]
+    assert "Images are attended by flash." in invoke("plan", large, *MODEL).out
+
+
 @pytest.mark.usefixtures("measured")
 def test_plan_for_people_names_the_gpu_and_the_total(invoke: Invoke, large: Path) -> None:
     out = invoke("plan", large, *MODEL, "--vram-mode", "low").out

@@ -6,9 +6,10 @@ import importlib.util
 import platform
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import psutil
 import torch
@@ -17,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sensebatch
 from sensebatch.engine.device.memory import translated_out_of_memory
-from sensebatch.engine.device.runtime import check_precision, resolve_attention
+from sensebatch.engine.device.runtime import BACKENDS, check_precision, resolve_attention
 from sensebatch.errors import ConfigError
 from sensebatch.jobs import Precision
 from sensebatch.process import free_memory_bytes
@@ -33,6 +34,12 @@ GEMM_SIZE = 8192
 """Side of the square matrices; large enough for full speed."""
 ATTENTION_SHAPE = (32, 4096, 4416, 128)
 """Heads, queries, keys and head size: one guidance branch of an image of 2048x2048."""
+IMAGE_TOKENS = (1024, 4096, 16384)
+"""Images of 1024x1024, 2048x2048 and 4096x4096, which backends are compared at."""
+ATTENTION_HEADS = (32, 8, 128)
+"""Query heads, key/value heads and head size of the 8B model."""
+PREFIX_TOKENS = 320
+"""Tokens of a prompt before the image."""
 ATTENTION_BACKENDS = (
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -56,6 +63,8 @@ class Gpu:
     """bfloat16, torch's fastest kernel; two products for each query, key and head."""
     memory_bytes_per_s: float
     """Reads of the device's own memory."""
+    attention_backends: Mapping[str, Mapping[int, float]]
+    """Operations a second of the backends of a run, by the number of an image's tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +88,7 @@ class Machine:
 
 
 def look_at_machine() -> Machine:
-    """Returns what this machine is; takes about a second where there is a GPU.
+    """Returns what this machine is; takes a few seconds where there is a GPU.
 
     Raises:
         OutOfMemoryError: The GPU has not even the memory free that measuring takes.
@@ -135,6 +144,7 @@ def _look_at_gpu(device: torch.device) -> Gpu:
             gemm_flop_per_s=gemm_speed(device, GEMM_SIZE, MEASURED_S),
             attention_flop_per_s=attention_speed(device, ATTENTION_SHAPE, MEASURED_S),
             memory_bytes_per_s=read_speed(device, READ_BYTES, MEASURED_S),
+            attention_backends=backend_speeds(device, IMAGE_TOKENS, MEASURED_S),
         )
 
 
@@ -187,6 +197,37 @@ def attention_speed(
     found = speed(fastest, seconds)
     if not found:
         raise RuntimeError(f"torch has no attention kernel for {shape} on {device}")
+    return found
+
+
+def backend_speeds(
+    device: torch.device, image_tokens: Sequence[int], seconds: float
+) -> dict[str, dict[int, float]]:
+    """Returns the operations a second of every attention backend that runs can use, in bfloat16.
+
+    Args:
+        device: Where they run.
+        image_tokens: Lengths to measure: queries of one image, which attend to a prompt as well.
+        seconds: That each is measured for.
+    """
+    heads, kv_heads, head_dim = ATTENTION_HEADS
+    found: dict[str, dict[int, float]] = {}
+    for backend, attend in BACKENDS.items():
+        for queries in image_tokens:
+            keys = queries + PREFIX_TOKENS
+            q_QHE = torch.randn(queries, heads, head_dim, device=device).bfloat16()
+            k_LKE, v_LKE = (
+                torch.randn(keys, kv_heads, head_dim, device=device).bfloat16() for _ in range(2)
+            )
+            # One that this device does not have, or that does not fit its memory, is left out.
+            with suppress(ConfigError, RuntimeError), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                resolve_attention(backend, device.type, "bfloat16")
+                once = partial(attend, q_QHE, k_LKE, v_LKE, False)
+                rounds = _rounds_per_s(device, seconds, once, BURST)
+                found.setdefault(backend, {})[queries] = (
+                    4 * heads * queries * keys * head_dim * rounds
+                )
     return found
 
 

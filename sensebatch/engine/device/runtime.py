@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 
 import torch
 
@@ -19,7 +20,9 @@ from sensebatch.engine.model.attention import (
 )
 from sensebatch.errors import ConfigError
 from sensebatch.jobs import Precision
+from sensebatch.plan.attention import AttentionSpeeds
 from sensebatch.plan.computation import is_tileable
+from sensebatch.plan.load import Load
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -61,11 +64,18 @@ def check_precision(precision: Precision | None, device: str, dtype: str) -> Non
         raise ConfigError(f"precision: {precision} needs dtype bfloat16, found {dtype}")
 
 
-def resolve_attention(backend: str, device: str, dtype: str) -> str:
+def resolve_attention(backend: str, device: str, dtype: str, ranking: Sequence[str] = ()) -> str:
     """Returns the attention backend by name: `cudnn`, `flash` or `sdpa`.
 
-    `auto` takes cuDNN on GPUs where it is the fastest, else flash-attn where it is installed and
-    can be used, else torch's own choice. A backend that is named never falls back.
+    `auto` takes the fastest by measurement. Without one it takes cuDNN on GPUs where it is likely
+    to be that, else flash-attn where it is installed and can be used, else torch's own choice. A
+    backend that is named never falls back.
+
+    Args:
+        backend: The word of the settings.
+        device: As `choice.resolve_runtime` returns it.
+        dtype: Likewise.
+        ranking: Backends as they were measured on the device, the fastest first.
 
     Raises:
         ConfigError: A word that is not known, or a backend that cannot be used.
@@ -73,13 +83,25 @@ def resolve_attention(backend: str, device: str, dtype: str) -> str:
     check_word("attn_backend", backend, ("auto", *BACKENDS))
     if backend == "auto":
         is_new = device == "cuda" and torch.cuda.get_device_capability() >= CUDNN_LEAST_CAPABILITY
-        order = ("cudnn", "flash") if is_new else ("flash",)
+        order = (*ranking, *(("cudnn", "flash") if is_new else ("flash",)))
         usable = (name for name in order if _obstacle(name, device, dtype) is None)
         return next(usable, "sdpa")
     obstacle = _obstacle(backend, device, dtype)
     if obstacle:
         raise ConfigError(f"attn_backend: expected {backend} to be usable: {obstacle}")
     return backend
+
+
+def fastest_attention(speeds: AttentionSpeeds, loads: Sequence[Load], dtype: str) -> str:
+    """Returns the backend that `auto` stands for on the current GPU, whose speeds may be known.
+
+    Args:
+        speeds: Of the GPU that was measured last, perhaps another one.
+        loads: One for each group of the run.
+        dtype: By name.
+    """
+    is_this = (speeds.gpu, speeds.torch) == (torch.cuda.get_device_name(), torch.__version__)
+    return resolve_attention("auto", "cuda", dtype, speeds.ranking(loads) if is_this else ())
 
 
 def new_attention(backend: str, device: str, *, fused: bool) -> Attention:

@@ -21,14 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sensebatch.plan.passes import RUN_SCORES
+from sensebatch.plan.passes import LONG_RUN, RUN_SCORES
 
 Attention = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 """(q_QHE, k_LKE, v_LKE, causal) -> `[Q, H, E]`; causal aligns the last query with the last key."""
 
-LONG_RUN = 1024
-"""Queries of an image from which on the backend attends. So many occupy a GPU without splitting
-the keys, and are worth the 40 ms for which cuDNN plans each new number of keys."""
 FLASH_LEAST_CAPABILITY = (8, 0)
 """The first CUDA devices that torch has its own FlashAttention for."""
 FEW_QUERIES = 8

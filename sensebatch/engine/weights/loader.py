@@ -16,7 +16,7 @@ from sensebatch.checkpoint.tensors import expected_tensors
 from sensebatch.engine.decoding import decoding_operations
 from sensebatch.engine.device.memory import empty_cache, translated_out_of_memory
 from sensebatch.engine.memory.shared import SharedBuffers
-from sensebatch.engine.model.attention import LONG_RUN, Attention
+from sensebatch.engine.model.attention import Attention
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.operations import choose_operations
 from sensebatch.engine.weights.lora import Lora
@@ -30,6 +30,7 @@ from sensebatch.engine.weights.sources import (
 from sensebatch.jobs import Precision
 from sensebatch.plan.computation import Computation
 from sensebatch.plan.load import Load
+from sensebatch.plan.passes import LONG_RUN
 from sensebatch.plan.placement import Placement
 
 

@@ -11,11 +11,13 @@ from torch.nn.attention import SDPBackend
 from sensebatch.engine.device import machine
 from sensebatch.engine.device.machine import (
     attention_speed,
+    backend_speeds,
     copy_speed,
     gemm_speed,
     look_at_machine,
     read_speed,
 )
+from sensebatch.engine.device.runtime import BACKENDS
 from sensebatch.errors import OutOfMemoryError
 
 
@@ -33,6 +35,25 @@ def test_speeds_can_be_measured_on_any_device() -> None:
     assert gemm_speed(cpu, 16, 0.01) > 0
     assert attention_speed(cpu, (2, 8, 12, 16), 0.03) > 0
     assert read_speed(cpu, 1 << 10, 0.01) > 0
+
+
+def test_every_attention_backend_is_measured_that_can_be_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(machine, "ATTENTION_HEADS", (4, 2, 8))
+    monkeypatch.setattr(machine, "PREFIX_TOKENS", 3)
+    found = backend_speeds(torch.device("cpu"), (4, 8), 0.001)
+    assert {name: list(reached) for name, reached in found.items()} == {"sdpa": [4, 8]}
+    assert all(speed > 0 for speed in found["sdpa"].values())
+
+    def full(q: torch.Tensor, *_: object) -> torch.Tensor:
+        if q.shape[0] > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return q
+
+    # A length that does not fit, or a kernel that fails, costs only itself.
+    monkeypatch.setitem(BACKENDS, "sdpa", full)
+    assert list(backend_speeds(torch.device("cpu"), (4, 8), 0.001)["sdpa"]) == [4]
 
 
 def test_no_attention_kernel_at_all_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,4 +85,5 @@ def test_a_gpu_is_described_and_measured() -> None:
     assert gpu.pinned_bytes_per_s > 0
     assert gpu.gemm_flop_per_s > 0
     assert gpu.attention_flop_per_s > 0
+    assert len(gpu.attention_backends["sdpa"]) == len(machine.IMAGE_TOKENS)
     assert gpu.memory_bytes_per_s > gpu.pinned_bytes_per_s

@@ -6,6 +6,7 @@ import importlib.machinery
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -18,12 +19,16 @@ from sensebatch.engine.device import runtime
 from sensebatch.engine.device.choice import resolve_runtime
 from sensebatch.engine.device.memory import cap_device_memory
 from sensebatch.engine.device.runtime import (
+    fastest_attention,
     resolve_attention,
     resolve_fused,
 )
 from sensebatch.engine.model import attention
 from sensebatch.errors import ConfigError
+from sensebatch.plan.attention import AttentionSpeeds
 from sensebatch.plan.computation import is_tileable
+from sensebatch.plan.passes import LONG_RUN
+from tests.plan.loads import make_load
 
 Installed = Callable[[list[str]], None]
 
@@ -77,6 +82,36 @@ def test_named_backends_never_fall_back(backend: str) -> None:
     with pytest.raises(ConfigError, match="half precision, found cuda and float32"):
         resolve_attention(backend, "cuda", "float32")
     assert resolve_attention("sdpa", "cuda", "float32") == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "modules", "dtype", "expected"),
+    [
+        ("NVIDIA Test", ["flash_attn"], "bfloat16", "flash"),
+        # What was measured once can no longer be used, or not with these numbers.
+        ("NVIDIA Test", [], "bfloat16", "sdpa"),
+        ("NVIDIA Test", ["flash_attn"], "float32", "sdpa"),
+        ("NVIDIA Other", ["flash_attn"], "bfloat16", "cudnn"),
+    ],
+)
+def test_auto_takes_what_was_measured_on_this_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+    installed: Installed,
+    gpu: str,
+    modules: list[str],
+    dtype: str,
+    expected: str,
+) -> None:
+    installed(modules)
+    on_gpu(monkeypatch, (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: gpu)
+    reached = {"cudnn": {4096: 1.0}, "flash": {4096: 3.0}, "sdpa": {4096: 2.0}}
+    speeds = AttentionSpeeds(gpu="NVIDIA Test", torch=torch.__version__, flop_per_s=reached)
+    assert fastest_attention(speeds, [make_load()], dtype) == expected
+    older = replace(speeds, torch="1.0")
+    assert fastest_attention(older, [make_load()], dtype) == resolve_attention(
+        "auto", "cuda", dtype
+    )
 
 
 def test_a_missing_package_is_named(installed: Installed) -> None:
@@ -190,9 +225,9 @@ def test_long_runs_of_an_image_go_to_the_backend_and_all_others_to_another_kerne
 
     attend = attention.shared(images, runs)
     for queries, causal in (
-        (attention.LONG_RUN, False),
-        (attention.LONG_RUN - 1, False),
-        (attention.LONG_RUN, True),
+        (LONG_RUN, False),
+        (LONG_RUN - 1, False),
+        (LONG_RUN, True),
         (1, False),
     ):
         attend(torch.zeros(queries, 1, 8), torch.zeros(queries, 1, 8), torch.zeros(1), causal)
