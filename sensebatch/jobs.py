@@ -303,6 +303,9 @@ class InputImage:
     """In pixels, after the corrections."""
     corrections: str = ""
     """What decoding does to the stored pixels; see `image_files.ImageFacts`."""
+    output: tuple[str, int] | None = None
+    """(id, index) of the job whose image it is; None for an image that is there before the run.
+    The bytes are then known only once that job is done."""
 
     @property
     def place(self) -> str:
@@ -373,6 +376,9 @@ class Job:
     """Passed through to the log; has no effect on the job."""
     matrix: Mapping[str, Any] = field(default_factory=dict)
     """The values of the row's matrix that made this job of it, by name; likewise."""
+    level: int = 0
+    """How many jobs have to be done before it, one after the other, because each starts from an
+    image of the one before."""
     source: Source
 
     @property
@@ -445,19 +451,24 @@ class ModelIdentity:
         return max(len(self.generation_prompt.encode()), len(self.interleave_prompt.encode()))
 
 
-def job_key(job: Job, identity: ModelIdentity) -> str:
+def job_key(job: Job, identity: ModelIdentity, parents: Mapping[str, str] | None = None) -> str:
     """Returns the hash (64 hex digits) of everything that decides the job's pixels and text.
 
     The id, the place in the manifest, metadata, matrix and the paths of inputs are left out:
     renaming a job or moving its inputs does not make it another job. So is every setting at its
     neutral value (`declarations.stated`): a version that adds a setting keeps all keys.
+
+    Args:
+        job: The job.
+        identity: The model.
+        parents: The keys of the jobs that it starts from images of, by their ids.
     """
     prompt = job.system_prompt
     content = {
         "version": KEY_VERSION,
         "task": job.task,
         "prompt": job.prompt,
-        "images": [image.key for image in job.images],
+        "images": [_image_key(image, parents or {}) for image in job.images],
         "resolution": None if job.resolution is None else asdict(job.resolution),
         "seed": job.seed,
         "think": job.think,
@@ -473,6 +484,18 @@ def job_key(job: Job, identity: ModelIdentity) -> str:
         content["precision"] = identity.precision
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def parents_of(job: Job) -> tuple[str, ...]:
+    """Returns the ids of the jobs whose images a job starts from, each once."""
+    return tuple(dict.fromkeys(image.output[0] for image in job.images if image.output))
+
+
+def _image_key(image: InputImage, parents: Mapping[str, str]) -> str:
+    if image.output is None:
+        return image.key
+    parent, index = image.output
+    return f"@{parents[parent]}/{index}"
 
 
 def folded_id(job_id: str) -> str:

@@ -53,6 +53,7 @@ from sensebatch.plan.long_prompts import LongPrompts
 from sensebatch.report.summary import format_summary, read_log, summarise
 from sensebatch.settings import RUN_SECTION, dump_settings
 from sensebatch.store.attempts import Attempt
+from sensebatch.store.chains import reading
 from sensebatch.store.dry_run import DryRun, dry_run
 from sensebatch.store.file_systems import network_file_system
 from sensebatch.store.files import write_atomic
@@ -678,6 +679,7 @@ def _run_pending(
     observer.loading(counts, model)
     loads = _loads(config, store, model)
     reader = InputReader()
+    read_image = reading(store.run_dir.root, reader.read)
     with closing(reader):
         if request.workers is not None:
             crew = _new_crew(request.workers, config, model, backend, loads)
@@ -685,7 +687,7 @@ def _run_pending(
                 crew,
                 config,
                 store,
-                read_image=reader.read,
+                read_image=read_image,
                 observer=observer,
                 stop=stop,
                 deadline=deadline,
@@ -699,7 +701,7 @@ def _run_pending(
                 store=store,
                 worker=EngineWorker(engine),
                 config=config,
-                read_image=reader.read,
+                read_image=read_image,
                 observer=observer,
                 stop=stop,
                 deadline=deadline,
@@ -796,7 +798,9 @@ def _nothing_to_run(counts: Counts) -> Summary:
 
 def _loads(config: RunConfig, store: Store, model: Model) -> list[Load]:
     """Returns the most demanding job of every group that is to be run."""
-    to_run = make_plan(store.state.entries(with_started=True), config.memory)
+    # Jobs of all levels run in the same memory.
+    entries = (replace(entry, level=0) for entry in store.state.entries(with_started=True))
+    to_run = make_plan(entries, config.memory)
     prompt_bytes = model.identity.system_prompt_bytes
     return plan_loads(to_run, system_prompt_bytes=prompt_bytes)
 
@@ -822,6 +826,8 @@ def _with_inputs_apart(jobs: Iterator[Job], images: Path) -> Iterator[Job]:
     images = images.resolve()
     for job in jobs:
         for image in job.images:
+            if image.output is not None:
+                continue
             path = Path(image.path).resolve()
             names = {path.with_suffix(""), path.parent} if image.member is None else set()
             if images / job.id in names:

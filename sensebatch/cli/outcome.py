@@ -93,33 +93,46 @@ def exit_code(summary: Summary) -> int:
 
 def outcome_lines(root: Path, summary: Summary, until: float | None = None) -> list[str]:
     """Returns the last lines about a run: what became of the jobs, and where everything is."""
-    counts, folder = summary.counts, RunDir(root)
-    words = [f"{counts.done:,} of {counted(counts.jobs, 'job')} done"]
+    folder = RunDir(root)
+    places = {"images": root / "images", "log": folder.log, "summary": folder.summary}
+    return [
+        ", ".join(_words(root, summary)),
+        *(f"  {name:<8} {place}" for name, place in places.items() if place.exists()),
+        *_next_lines(root, summary, until),
+    ]
+
+
+def _words(root: Path, summary: Summary) -> Iterator[str]:
+    """Yields how many jobs are in which state, and what this run made."""
+    counts = summary.counts
+    yield f"{counts.done:,} of {counted(counts.jobs, 'job')} done"
     if counts.failed:
-        words.append(f"{counts.failed:,} failed")
+        yield f"{counts.failed:,} failed"
+    if counts.blocked:
+        yield f"{counts.blocked:,} blocked"
     if counts.remaining:
-        words.append(f"{counts.pending:,} to do")
+        yield f"{counts.pending:,} to do"
     if counts.started:
-        words.append(f"{counts.started:,} interrupted")
+        yield f"{counts.started:,} interrupted"
         kept = read_status(root).kept_images
-        words += [f"{counted(kept, 'image')} kept"] if kept else []
+        if kept:
+            yield f"{counted(kept, 'image')} kept"
     if summary.done or summary.failed:
         made = f"{counted(summary.images, 'image')} made " if summary.images else ""
-        words.append(f"{made}in {duration(summary.seconds)}")
+        yield f"{made}in {duration(summary.seconds)}"
     elif not counts.remaining:
-        words.append("nothing was left to run")
-    places = {"images": root / "images", "log": folder.log, "summary": folder.summary}
-    lines = [
-        ", ".join(words),
-        *(f"  {name:<8} {place}" for name, place in places.items() if place.exists()),
-    ]
+        yield "nothing was left to run"
+
+
+def _next_lines(root: Path, summary: Summary, until: float | None) -> Iterator[str]:
+    """Yields why the run ended before all jobs were done, and what can be done."""
     if summary.stopped:
-        lines.append("stopped; the same command resumes the run")
+        yield "stopped; the same command resumes the run"
     elif summary.late and until is not None:
-        lines.append(_late_line(summary, until))
+        yield _late_line(summary, until)
     elif summary.too_many_failures:
-        lines.append("stopped after too many failures; the same command resumes the run")
-    return [*lines, *_advice(root, counts)]
+        yield "stopped after too many failures; the same command resumes the run"
+    yield from _advice(root, summary.counts)
 
 
 def _advice(root: Path, counts: Counts) -> Iterator[str]:
@@ -131,6 +144,8 @@ def _advice(root: Path, counts: Counts) -> Iterator[str]:
         )
     if counts.failed:
         yield f"tracebacks are in {root / 'errors'}; --retry-failed tries those jobs again"
+    if counts.blocked:
+        yield "blocked jobs start from images of failed jobs, and run once those are there"
 
 
 def _late_line(summary: Summary, until: float) -> str:
@@ -151,6 +166,7 @@ def outcome_json(root: Path, summary: Summary, report: Report | None) -> dict[st
         "jobs": counts.jobs,
         "done": counts.done,
         "failed": counts.failed,
+        "blocked": counts.blocked,
         "remaining": counts.remaining,
         "interrupted": counts.started,
         "truncated": dict(counts.truncated),

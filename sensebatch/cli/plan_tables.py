@@ -16,13 +16,16 @@ MAX_GROUPS = 100
 
 def print_plan(summary: Summary, *forecast: str) -> None:
     """Prints what `sensebatch plan --json` prints, and lines about the time that it takes."""
-    titles = ("steps x\nprompts", "jobs", "images", "batches", "up to\njobs")
+    titles: tuple[str, ...] = ("steps x\nprompts", "jobs", "images", "batches", "up to\njobs")
+    levels = any(group["level"] for group in summary["groups"])
+    titles = ("level", *titles) if levels else titles
     table = FittingTable("#", "task", "size", *titles, words=["task", "size"])
     for number, group in enumerate(summary["groups"][:MAX_GROUPS], start=1):
         table.add_row(
             str(number),
             f"{group['task']} (think)" if group["think"] else group["task"],
             _size(group),
+            *([str(group["level"])] if levels else []),
             f"{group['num_steps']} x {len(group['branches'])}" if group["num_steps"] else "",
             f"{group['jobs']:,}",
             f"{_bound(group)}{group['images']:,}",

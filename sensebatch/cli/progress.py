@@ -256,6 +256,10 @@ def change_lines(changes: Changes) -> Iterator[str]:
         (changes.changed, "with a changed definition, will be run again"),
         (changes.restored, "done before, but files are missing; will be run again"),
         (
+            changes.descendants,
+            "that start from images of jobs which will be run again, or were; will be run again",
+        ),
+        (
             changes.returned,
             "with a former definition again, whose files are there; will not be run again",
         ),

@@ -164,6 +164,8 @@ def _count_words(found: RunStatus) -> Iterator[str]:
         yield found.shard.words
     yield f"{counts.done:,} of {counted(counts.jobs, 'job')} done"
     yield f"{counts.failed:,} failed"
+    if counts.blocked:
+        yield f"{counts.blocked:,} blocked by failed jobs"
     yield f"{counts.pending:,} to do"
     yield f"{counts.started:,} {'running' if found.running else 'interrupted'}"
     if found.kept_images:

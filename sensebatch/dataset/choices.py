@@ -16,6 +16,8 @@ class JobStatus(StrEnum):
     PENDING = "pending"
     DONE = "done"
     FAILED = "failed"
+    BLOCKED = "blocked"
+    """It starts from an image of a job that failed."""
 
 
 class Picked(StrEnum):

@@ -25,6 +25,7 @@ from sensebatch.contract import Concerns, Progress, Raised, Stop
 from sensebatch.executor.claim import claim_batches
 from sensebatch.executor.deadline import Deadline
 from sensebatch.executor.ledger import Begun, Ledger
+from sensebatch.executor.levels import plan_levels
 from sensebatch.executor.messages import (
     Advanced,
     Began,
@@ -48,7 +49,6 @@ from sensebatch.executor.recovery import MAX_DEATHS, recover, worker_death
 from sensebatch.executor.roster import Member, Roster
 from sensebatch.executor.schedule import Assignment, Idle, Schedule
 from sensebatch.jobs import Batch, BatchMetrics, EncodedJob, Failure, InputImage, group_key
-from sensebatch.plan.batches import make_plan
 from sensebatch.store.attempts import Attempt
 from sensebatch.store.kept import KeptOfBatch
 from sensebatch.store.store import Store
@@ -177,6 +177,7 @@ def execute_crew(
         finally:
             run.pools.cancel()
     seconds = time.monotonic() - start
+    store.state.settle_chains()
     return run.tally.summary(store.state.counts(), stop, seconds, deadline)
 
 
@@ -217,11 +218,8 @@ class _CrewRun:
         observer: Observer,
         ends: _Ends,
     ) -> None:
-        self._store = store
-        self._roster = roster
-        self.pools = pools
-        self._observer = observer
-        self._ends = ends
+        self._store, self._roster, self.pools = store, roster, pools
+        self._observer, self._ends = observer, ends
         self._start = time.monotonic()
         self._desks: dict[int, _Desk] = {}
         self._returned: deque[Begun] = deque()
@@ -235,11 +233,12 @@ class _CrewRun:
         self._doubtful = set(found.doubtful) | self._suspects
         """Numbers of batches that something died of: nothing is beside them at their worker."""
         claim_batches(store, config, fitting.get, note)
-        plan = make_plan(store.state.entries(), config.memory, fitting.get)
-        self._planned = {group.group: group.batch_size for group in plan.groups}
+        levels = plan_levels(store, config.memory, fitting.get, ends.deadline)
+        self._planned = {group.group: group.batch_size for group in levels.plan.groups}
         self._schedule = Schedule(
             recorded=(*found.recorded, *found.suspects),
-            groups=ends.deadline.groups(plan, store.state.entries),
+            groups=levels.groups,
+            later=levels.later,
         )
         self._ledger = Ledger(
             store=store,
@@ -249,7 +248,7 @@ class _CrewRun:
             tally=self.tally,
             deadline=ends.deadline,
         )
-        report(observer.run_started, store.state.counts(), plan)
+        report(observer.run_started, store.state.counts(), levels.plan)
         roster.changed = self._show
         for member in roster.ready():
             self._seat(member)

@@ -22,6 +22,7 @@ from sensebatch.executor.claim import claim_batches
 from sensebatch.executor.deadline import Deadline
 from sensebatch.executor.guard import raise_again
 from sensebatch.executor.ledger import Begun, Ledger, members_of
+from sensebatch.executor.levels import plan_levels
 from sensebatch.executor.observer import Observer, Summary, Tally, report
 from sensebatch.executor.prepare import Preparer
 from sensebatch.executor.recovery import death, recover
@@ -32,7 +33,6 @@ from sensebatch.jobs import (
     InputImage,
     group_key,
 )
-from sensebatch.plan.batches import make_plan
 from sensebatch.store.attempts import Attempt
 from sensebatch.store.kept import KeptOfBatch
 from sensebatch.store.state import StoredJob
@@ -93,6 +93,7 @@ def execute(
                 run.loop()
             run.settle()
     seconds = time.monotonic() - start
+    store.state.settle_chains()
     return run.tally.summary(store.state.counts(), stop, seconds, deadline)
 
 
@@ -126,10 +127,11 @@ class _Run:
         found = recover(store, worker.largest_batch, config.memory, partial(report, observer.note))
         self._doubtful = found.doubtful
         claim_batches(store, config, worker.largest_batch, partial(report, observer.note))
-        plan = make_plan(store.state.entries(), config.memory, worker.largest_batch)
+        levels = plan_levels(store, config.memory, worker.largest_batch, self._deadline)
         self._schedule = Schedule(
             recorded=found.recorded,
-            groups=self._deadline.groups(plan, self._store.state.entries),
+            groups=levels.groups,
+            later=levels.later,
             last=found.suspects,
         )
         self._ledger = Ledger(
@@ -140,7 +142,7 @@ class _Run:
             tally=self.tally,
             deadline=deadline,
         )
-        report(observer.run_started, store.state.counts(), plan)
+        report(observer.run_started, store.state.counts(), levels.plan)
         for batch in found.given_up:
             self._ledger.give_up(batch, self._by(), death())
 

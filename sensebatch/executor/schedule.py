@@ -50,6 +50,8 @@ class Schedule:
         recorded: Batches that are on record as started; they come first.
         groups: The batches of each group of the plan; read as they are needed.
         last: Batches on record that come after all others, each with nothing else in flight.
+        later: More groups for each time that nothing else is left, read when that is so: they may
+            depend on what became of everything before.
     """
 
     def __init__(
@@ -58,7 +60,10 @@ class Schedule:
         recorded: Iterable[Recorded] = (),
         groups: Iterable[Iterable[tuple[str, ...]]] = (),
         last: Iterable[Recorded] = (),
+        later: Iterable[Iterable[Iterable[tuple[str, ...]]]] = (),
     ) -> None:
+        self._later = iter(later)
+        self._sections = itertools.count()
         self._numbers = itertools.count(1)
         self._in_flight: dict[int, Assignment] = {}
         self._held: set[int] = set()
@@ -90,6 +95,10 @@ class Schedule:
 
     def peek(self) -> Assignment | None:
         """Returns what `next` hands out if nothing in flight fails; None if that is nothing."""
+        self._go_on()
+        return self._expected()
+
+    def _expected(self) -> Assignment | None:
         if self._split:
             return self._split[0]
         if self._retries and self._is_at_end_of_group:
@@ -123,6 +132,15 @@ class Schedule:
         """Whether nothing is in flight and nothing is left to be handed out."""
         return not self._in_flight and self.peek() is None
 
+    def _go_on(self) -> None:
+        """Reads later groups once everything before them is through."""
+        while not self._in_flight and self._expected() is None:
+            groups = next(self._later, None)
+            if groups is None:
+                return
+            self._planned = self._plan((), groups, ())
+            self._head = next(self._planned, None)
+
     @property
     def _is_at_end_of_group(self) -> bool:
         """Whether what is handed out now belongs to another section than what was before."""
@@ -141,16 +159,15 @@ class Schedule:
         last: Iterable[Recorded],
     ) -> Iterator[tuple[int, Assignment]]:
         """Yields (section, assignment) of all that is known beforehand, in order."""
-        sections = itertools.count()
-        section = next(sections)
+        section = next(self._sections)
         for seq, ids in recorded:
             yield section, self._new(ids, seq=seq)
         for batches in groups:
-            section = next(sections)
+            section = next(self._sections)
             for ids in batches:
                 yield section, self._new(ids)
         for seq, ids in last:
-            yield next(sections), self._new(ids, seq=seq, is_last=True)
+            yield next(self._sections), self._new(ids, seq=seq, is_last=True)
 
     def _new(
         self,

@@ -16,6 +16,7 @@ from sensebatch.errors import JobError
 from sensebatch.export.samples import ImageFile, Sample
 from sensebatch.image_files import UnusableImageError, decode_image
 from sensebatch.jobs import InputImage
+from sensebatch.store.chains import reading
 from sensebatch.store.files import reason
 from sensebatch.store.images import EXTENSIONS, encode_image, read_metadata
 
@@ -78,7 +79,7 @@ class ImageLoader:
         threads: int,
     ) -> None:
         self._root = root
-        self._read_input = read_input
+        self._read_input = reading(root, read_input)
         self._conversion = conversion
         self._sign = sign
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="export")

@@ -127,6 +127,8 @@ def _row(read: ReadJob, dst: Path, reader: InputReader, embed_images: bool) -> R
 
 def _image(image: InputImage, dst: Path, reader: InputReader, embed_images: bool) -> Any:
     """Returns an image as the new manifest names it; copies its bytes if necessary."""
+    if image.output is not None:
+        return {"bytes": None, "path": image.path} if embed_images else image.path
     if embed_images:
         name = Path(image.path).name if image.member is None else None
         return {"bytes": reader.read(image), "path": name}

@@ -30,6 +30,9 @@ MATRIX_FIELDS = frozenset(JOB_FIELD_NAMES) - EXPANSION_FIELDS.union(
 )
 """The fields that a matrix can set."""
 
+JOB_MARK = "@"
+"""What the name of another job's image begins with."""
+
 MAX_JOBS = 1_000_000
 """The most jobs of one row; more would take hours to check, and memory for their ids."""
 
@@ -49,6 +52,8 @@ class Expanded:
     """The names in `fields` that come from the row itself."""
     matrix: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """The values of the matrix that the job has, by name."""
+    axes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The same with the seed, if the row has several."""
 
 
 def expand(
@@ -80,6 +85,7 @@ def expand(
             fields=_combined(base, combination, in_matrix=matrix is not None),
             own=(own | (names & MATRIX_FIELDS)) - EXPANSION_FIELDS,
             matrix={name: combination[name] for name in matrix or ()},
+            axes=combination,
         )
 
 
@@ -93,6 +99,17 @@ def placeholders(template: object) -> set[str]:
     if not isinstance(template, str):
         return set()
     return {match.group(1) for match in _TOKEN.finditer(template) if match.group(1) is not None}
+
+
+def image_references(fields: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """Yields (location, name) of each image of a row that another job makes: `@ID`."""
+    for name in ("image", "images"):
+        given = fields.get(name)
+        listed = enumerate(given) if isinstance(given, list) else [(None, given)]
+        for index, one in listed:
+            path = one.get("path") if isinstance(one, dict) and not one.get("bytes") else one
+            if isinstance(path, str) and path.startswith(JOB_MARK):
+                yield (name,) if index is None else (name, index), path
 
 
 def _axes(fields: Mapping[str, Any], default_seed: int, errors: RowErrors) -> list[Axis]:
@@ -165,6 +182,7 @@ def _check_used(fields: Mapping[str, Any], axes: Sequence[Axis], errors: RowErro
     templates = [("id", fields.get("id"))]
     for field in _TEMPLATES if "matrix" in fields else ():
         templates += [(field, text) for text in dict(axes).get(field, [fields.get(field)])]
+    templates += [(str(location[0]), text) for location, text in image_references(fields)]
     used: set[str] = set()
     for field, template in templates:
         used |= placeholders(template)
@@ -197,16 +215,16 @@ def _combined(
     texts = {name: _text(value) for name, value in combination.items()}
     for name in _TEMPLATES if in_matrix else ():
         if isinstance(template := fields.get(name), str):
-            fields[name] = _filled(template, texts)
+            fields[name] = filled(template, texts)
     job_id = fields.get("id")
     if isinstance(job_id, str):
         missing = combination.keys() - placeholders(job_id)
-        filled = _filled(job_id, {name: slug(value) for name, value in combination.items()})
-        fields["id"] = with_suffixes(filled, ((name, combination[name]) for name in missing))
+        plain = filled(job_id, {name: slug(value) for name, value in combination.items()})
+        fields["id"] = with_suffixes(plain, ((name, combination[name]) for name in missing))
     return fields
 
 
-def _filled(template: str, texts: Mapping[str, str]) -> str:
+def filled(template: str, texts: Mapping[str, str]) -> str:
     """Returns a checked template with its names replaced and its doubled braces halved."""
 
     def replacement(match: re.Match[str]) -> str:

@@ -191,7 +191,11 @@ class JobFields(SharedFields):
     )
     prompt: str | None = Field(None, description="What to draw, to change or to ask; required.")
     question: str | None = Field(None, description="Another name for `prompt`, of questions.")
-    image: Images | None = Field(None, description="The input image, or a list of them.")
+    image: Images | None = Field(
+        None,
+        description="The input image, or a list of them: paths, or `@ID` for an image that another "
+        "job makes, `@ID/N` for image N of several, counted from 0.",
+    )
     images: Images | None = Field(None, description="Another name for `image`.")
     matrix: dict[str, Annotated[list[Any], Field(min_length=1)]] | None = Field(
         None, description="Lists by name; there is one job for each combination of values."

@@ -6,8 +6,10 @@ Memory grows by an id's digest a row. Nothing is loaded and nothing is written.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,11 @@ from pydantic import ValidationError
 from sensebatch.bounded import UnreadableFileError, is_unicode
 from sensebatch.config import RunConfig
 from sensebatch.errors import ManifestError, Problem
+from sensebatch.image_files import UnusableImageError
 from sensebatch.jobs import Job, Source
+from sensebatch.manifest.chains import cycle, parse
 from sensebatch.manifest.defaults import defaults_for, overlaid
-from sensebatch.manifest.expand import Expanded, expand, without_expansion
+from sensebatch.manifest.expand import Expanded, expand, image_references, without_expansion
 from sensebatch.manifest.fields import (
     FOREIGN_FIELDS,
     IMAGE_FIELDS,
@@ -125,6 +129,7 @@ def read_jobs(
                 if num_jobs == limit:
                     reader.problems.raise_any()
                     return
+    yield from islice(reader.waiting(), None if limit is None else limit - num_jobs)
     reader.problems.raise_any()
 
 
@@ -150,13 +155,34 @@ def read_rows(
         ManifestError: Something is wrong; raised at the end, with every error.
     """
     reader = ManifestReader(config, task=task, warn=warn)
-    for read in reader.read_rows(rows, path):
+    for read in chain(reader.read_rows(rows, path), reader.waiting()):
         yield read.job
     reader.problems.raise_any()
 
 
 class NotAManifestError(Exception):
     """A file whose name says that it is something else."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Waiting:
+    """A job that names one which was not read yet."""
+
+    expanded: Expanded
+    task: Task
+    origin: Origin
+    row: RawRow
+
+    @property
+    def job_id(self) -> str | None:
+        """Its id; None if it is derived."""
+        return given_id(self.expanded.fields.get("id"))
+
+    def parents(self) -> Iterator[str]:
+        """Yields the ids that it names, and others that it may mean by them."""
+        for _, reference in image_references(self.expanded.fields):
+            with suppress(UnusableImageError):
+                yield from parse(reference, self.expanded.axes)[0]
 
 
 class ManifestReader:
@@ -176,6 +202,8 @@ class ManifestReader:
         self._task = task
         self._resolver = JobResolver(config, warn)
         self._ids = IdRegistry()
+        self._outputs = self._resolver.outputs
+        self._waiting: list[_Waiting] = []
 
     def read(self, path: Path) -> Iterator[ReadJob]:
         """Yields the valid jobs of a file and adds the errors in the others to `problems`."""
@@ -250,11 +278,15 @@ class ManifestReader:
             source=source,
             parquet_row=(path, row.number) if manifest.stores_images else None,
         )
+        waiting = partial(_Waiting, task=task, origin=origin, row=row)
         default_seed = self._config.tasks[task].seed
         own = frozenset(row_fields)
         num_jobs = num_bad = 0
         for expanded in expand(fields, own, default_seed=default_seed, errors=errors):
             num_jobs += 1
+            if self._outputs.is_waiting(expanded.fields, expanded.axes):
+                self._waiting.append(waiting(expanded=expanded))
+                continue
             read = self._job(expanded, task, origin, row.number, errors)
             if read is not None:
                 yield read
@@ -265,12 +297,61 @@ class ManifestReader:
         if not num_jobs:
             # The row has no jobs; report now what else is wrong with it, not at the next attempt.
             unexpanded = Expanded(fields=without_expansion(fields), own=own)
-            unknown = frozenset(matrix) | {"id"}
+            named = {str(location[0]) for location, _ in image_references(fields)}
+            unknown = frozenset(matrix) | named | {"id"}
             job_of(unexpanded, task, origin, self._resolver, errors, unknown=unknown)
+        self._report(path, place, row, errors)
+
+    def _report(self, path: Path, place: str, row: RawRow, errors: RowErrors) -> None:
         for location, message in errors:
             if row.line_of is not None:
                 place = f"line {row.line_of(location)}"
             self._add(path, place, location, message)
+
+    def waiting(self) -> Iterator[ReadJob]:
+        """Yields the valid jobs that start from images of jobs that came later in the manifests.
+
+        Each comes after those it starts from. What is left then has a parent that is not there, or
+        waits for itself.
+        """
+        waiting, self._waiting = self._waiting, []
+        while waiting:
+            left = []
+            for one in waiting:
+                if self._outputs.is_waiting(one.expanded.fields, one.expanded.axes):
+                    left.append(one)
+                    continue
+                errors, source = RowErrors(), one.origin.source
+                read = self._job(one.expanded, one.task, one.origin, one.row.number, errors)
+                self._report(Path(source.file), source.row, one.row, errors)
+                if read is not None:
+                    yield read
+            if len(left) == len(waiting):
+                self._refuse(left)
+                return
+            waiting = left
+
+    def _refuse(self, waiting: Sequence[_Waiting]) -> None:
+        """Reports why jobs can never run."""
+        own_ids = {job_id: one for one in waiting if (job_id := one.job_id) is not None}
+        waits_for = {
+            job_id: [other for other in one.parents() if other in own_ids]
+            for job_id, one in own_ids.items()
+        }
+        for one in waiting:
+            errors, source = RowErrors(), one.origin.source
+            circle = [] if one.job_id is None else cycle(one.job_id, waits_for)
+            for location, reference in image_references(one.expanded.fields):
+                candidates = set(parse(reference, one.expanded.axes)[0])
+                if circle and candidates & set(circle):
+                    words = " -> ".join(circle)
+                    errors.add(location, f"expected no job that starts from itself, found {words}")
+                elif not (candidates & own_ids.keys() or self._outputs.is_broken(candidates)):
+                    try:
+                        self._outputs.image(reference, one.expanded.axes)
+                    except UnusableImageError as error:
+                        errors.add(location, str(error))
+            self._report(Path(source.file), source.row, one.row, errors)
 
     def _job(
         self, expanded: Expanded, task: Task, origin: Origin, number: int, errors: RowErrors
@@ -285,6 +366,10 @@ class ManifestReader:
             same_row = other == origin.source.row
             found_here.add(*_collision(given, "another job of this row" if same_row else other))
             read = None
+        if given is not None and read is None:
+            self._outputs.add_broken(given)
+        elif given is not None and read is not None:
+            self._outputs.add(read.job)
         for location, message in found_here:
             errors.add(location, message)
         return read
@@ -329,6 +414,8 @@ def job_of(
         values = {name: value for name, value in values.items() if name not in bad}
         fields, unknown = JobFields.model_validate(values), unknown | bad
     own = {name: values[name] for name in expanded.own if name in values}
+    if expanded.axes:
+        origin = replace(origin, axes=expanded.axes)
     job = resolver.resolve(fields, task, origin, own, errors, unknown=unknown)
     if job is None:
         return None

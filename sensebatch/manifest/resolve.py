@@ -9,7 +9,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from operator import attrgetter
 from pathlib import Path
@@ -20,6 +20,8 @@ from sensebatch.declarations import converter, declared, implications
 from sensebatch.errors import Problem
 from sensebatch.image_files import UnusableImageError
 from sensebatch.jobs import IMAGE_MARK, InputImage, Job, Sampling, Source
+from sensebatch.manifest.chains import Outputs
+from sensebatch.manifest.expand import JOB_MARK
 from sensebatch.manifest.fields import (
     FOREIGN_FIELDS,
     IMAGE_FIELDS,
@@ -67,6 +69,8 @@ class Origin:
     source: Source
     parquet_row: tuple[Path, int] | None = None
     """The Parquet manifest and the row in it, if images may be stored in the row."""
+    axes: Mapping[str, Any] = field(default_factory=dict)
+    """The seed and the values of the matrix that made this job of the row."""
 
 
 class JobResolver:
@@ -83,6 +87,8 @@ class JobResolver:
         self._warned_files: set[str] = set()
         self._warned: set[tuple[Task, Resolution]] = set()
         self._probe = ImageProbe(config.inputs.max_pixels)
+        self.outputs = Outputs()
+        """What the jobs read so far make."""
         # Most rows have the same settings, which become one object.
         self._sampling = lru_cache(maxsize=1024)(_sampling)
 
@@ -135,6 +141,7 @@ class JobResolver:
             input_max_pixels=input_max_pixels,
             sampling=sampling,
             metadata=metadata,
+            level=self.outputs.level(images or ()),
             source=origin.source,
         )
         if has_explicit_size(fields):
@@ -189,6 +196,8 @@ class JobResolver:
                     "expected a path, or bytes in a Parquet manifest, found neither"
                 )
             image = image.path
+        if image.startswith(JOB_MARK):
+            return self.outputs.image(image, origin.axes)
         return self._probe.file(self._path(image, origin, column), as_stored=as_stored)
 
     def _path(self, image: str, origin: Origin, column: str) -> Path:
@@ -327,7 +336,7 @@ def _id(
         if images and not IMAGE_FIELDS.isdisjoint(content):
             for name in IMAGE_FIELDS:
                 content.pop(name, None)
-            content["images"] = [image.sha256 for image in images]
+            content["images"] = [image.sha256 or image.path for image in images]
         return derived_id(task, content)
     job_id = unicodedata.normalize("NFC", fields.id)
     if (message := id_error(job_id)) is not None:

@@ -56,11 +56,13 @@ class PlanEntry:
     """Most tokens the job decodes."""
     alone: bool = False
     """Whether the job failed before and runs in a batch of its own, away from the others."""
+    level: int = 0
+    """How many jobs have to be done before it, one after the other; see `Job.level`."""
 
 
 def plan_entry(job: Job) -> PlanEntry:
     """Returns the entry of a job that was never tried."""
-    return PlanEntry(id=job.id, group=group_key(job), **demand_of(job)._asdict())
+    return PlanEntry(id=job.id, group=group_key(job), level=job.level, **demand_of(job)._asdict())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +80,8 @@ class GroupPlan:
     """Images of all jobs; exact but for interleave, where it is an upper bound."""
     demands: tuple[tuple[Demand, int], ...]
     """What the jobs take, and how many take that."""
+    level: int = 0
+    """Of its jobs; those of a level run when all of the levels before are through."""
 
     @property
     def num_jobs(self) -> int:
@@ -116,7 +120,7 @@ class Plan:
     """Everything there is to run, by group."""
 
     groups: tuple[GroupPlan, ...]
-    """In the order in which their first jobs appear in the manifest."""
+    """Level by level, in the order in which their first jobs appear in the manifest."""
 
     @property
     def num_jobs(self) -> int:
@@ -174,14 +178,16 @@ def make_plan(
 ) -> Plan:
     """Returns the plan of jobs given in manifest order; the ids must be unique.
 
+    Jobs of one group and different levels are groups of their own: they never share a batch.
+
     Args:
         entries: The jobs.
         memory: How many jobs of a group are wanted in a batch.
         fitting: How many jobs of a group fit the device's memory; None for any number.
     """
-    groups: dict[GroupKey, _Gathered] = {}
+    groups: dict[tuple[int, GroupKey], _Gathered] = {}
     for entry in entries:
-        gathered = groups.setdefault(entry.group, _Gathered())
+        gathered = groups.setdefault((entry.level, entry.group), _Gathered())
         (gathered.alone if entry.alone else gathered.fresh).append(entry.id)
         gathered.max_images += entry.max_images
         gathered.demands[Demand(entry.prompt_tokens, entry.text_tokens, entry.max_images)] += 1
@@ -194,8 +200,9 @@ def make_plan(
                 alone=tuple(gathered.alone),
                 max_images=gathered.max_images,
                 demands=tuple(gathered.demands.items()),
+                level=level,
             )
-            for group, gathered in groups.items()
+            for (level, group), gathered in sorted(groups.items(), key=lambda item: item[0][0])
         )
     )
 

@@ -59,6 +59,7 @@ def _group_summary(plan: GroupPlan) -> dict[str, Any]:
         "num_steps": None if drawing is None else drawing.num_steps,
         "timestep_shift": None if drawing is None else drawing.timestep_shift,
         "think": group.think,
+        "level": plan.level,
         "branches": list(group.branches),
         "jobs": plan.num_jobs,
         "batches": plan.num_batches,

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 DONE = "done"
 FAILED = "failed"
 PENDING = "pending"
+BLOCKED = "blocked"
+"""Status of a job that starts from an image of one that failed."""
 ELSEWHERE = "elsewhere"
 """Status of a job that another shard runs."""
 

@@ -23,6 +23,7 @@ def job_to_json(job: Job) -> str:
     """
     # A later field, which is there only if it is used.
     matrix = {"matrix": dict(job.matrix)} if job.matrix else {}
+    level = {"level": job.level} if job.level else {}
     return _dumps(
         {
             "id": job.id,
@@ -37,6 +38,7 @@ def job_to_json(job: Job) -> str:
             "sampling": stated(job.sampling),
             "metadata": dict(job.metadata),
             **matrix,
+            **level,
             "source": [job.source.file, job.source.row],
         }
     )
@@ -44,6 +46,8 @@ def job_to_json(job: Job) -> str:
 
 def _image_values(image: InputImage) -> list[Any]:
     values = [image.path, image.member, image.sha256, image.height, image.width]
+    if image.output is not None:
+        return [*values, image.corrections, image.output]
     return [*values, image.corrections] if image.corrections else values
 
 
@@ -56,14 +60,18 @@ def _resolution(size: list[int] | None) -> Resolution | None:
 
 
 def _image(values: list[Any]) -> InputImage:
-    path, member, sha256, height, width, *corrections = values
+    path, member, sha256, height, width, *later = values
+    # Later values, which are there only if they are used.
+    corrections = later[0] if later else ""
+    output = later[1] if len(later) > 1 else None
     return InputImage(
         path=path,
         member=None if member is None else (member[0], member[1], member[2]),
         sha256=sha256,
         height=height,
         width=width,
-        corrections=corrections[0] if corrections else "",
+        corrections=corrections,
+        output=None if output is None else (output[0], output[1]),
     )
 
 
@@ -83,6 +91,7 @@ def job_from_json(text: str) -> Job:
         sampling=restored(Sampling, values["sampling"]),
         metadata=values["metadata"],
         matrix=values.get("matrix", {}),
+        level=values.get("level", 0),
         source=Source(file=values["source"][0], row=values["source"][1]),
     )
 

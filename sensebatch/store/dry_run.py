@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from sensebatch.store.attempts import DONE, FAILED
+from sensebatch.store.attempts import BLOCKED, DONE, FAILED
 from sensebatch.store.ingest import Changes
 from sensebatch.store.run_dir import RunDir
 from sensebatch.store.state import JobProgress, State
@@ -94,6 +94,8 @@ def _decided(
             verdict, reason = Verdict.KEPT, "done"
         elif job.status == FAILED:
             verdict, reason = Verdict.LEFT, "failed; --retry-failed tries it again"
+        elif job.status == BLOCKED:
+            verdict, reason = Verdict.LEFT, "starts from an image of a job that failed"
         elif job.is_started:
             verdict, reason = Verdict.CONTINUED, "interrupted"
         elif job.id in picked:

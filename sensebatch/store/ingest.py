@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 from sensebatch.declarations import stated
 from sensebatch.errors import ManifestError, Problem
-from sensebatch.jobs import Job, ModelIdentity, folded_id, group_key, job_key
+from sensebatch.jobs import Job, ModelIdentity, folded_id, group_key, job_key, parents_of
 from sensebatch.plan.batches import plan_entry
-from sensebatch.store import tables
+from sensebatch.store import chains, tables
 from sensebatch.store.attempts import DONE, PENDING, digests_of, row_from_json
 from sensebatch.store.codec import job_from_json, job_to_json
 from sensebatch.store.files import is_file, sha256_of, storage_errors
@@ -55,6 +55,8 @@ class Changes:
     """Done jobs whose files are missing; they run again."""
     returned: int
     """Jobs that have a definition again which they were done with, and its files; they are done."""
+    descendants: int = 0
+    """Done jobs that start from images of jobs which run again; they run again too."""
     redraw: Redraw | None = None
     """What the model alone makes of done jobs; None if it leaves all as they are."""
     reasons: Mapping[int, str] = field(default_factory=dict, compare=False, repr=False)
@@ -107,6 +109,12 @@ class Ingest:
         self._reasons: dict[int, str] = {}
         self._of_model: set[int] = set()
         """Done jobs that only the model makes run again."""
+        self._keys: dict[str, str] = {}
+        """Keys of the jobs that are compared now, by folded id."""
+        self._keys_of_parents: dict[str, str] = {}
+        self._redefined: set[str] = set()
+        """Jobs with files whose definition changed, or that of one they start from."""
+        self._has_chains = chains.has_any(db)
         self._is_other = False
         """Whether a job that was known is another one now, or has another place."""
         self._problems: list[Problem] = []
@@ -123,6 +131,7 @@ class Ingest:
         self._number = tables.increment(self._db, "reading")
         numbered = enumerate(jobs)
         while chunk := list(islice(numbered, _CHUNK)):
+            self._keys.clear()
             self._compare([self._new(position, job) for position, job in chunk])
         if self._problems:
             raise ManifestError(self._problems, self._num_problems)
@@ -134,13 +143,35 @@ class Ingest:
 
     def _new(self, position: int, job: Job) -> _New:
         self._jobs += 1
+        parents = {parent: self._parent_key(job, parent) for parent in parents_of(job)}
+        self._keys_of_parents |= parents
+        key = self._keys[folded_id(job.id)] = job_key(job, self._identity, parents)
         return _New(
             folded=folded_id(job.id),
             position=position,
             job=job,
-            key=job_key(job, self._identity),
+            key=key,
             definition=job_to_json(job),
         )
+
+    def _parent_key(self, job: Job, parent: str) -> str:
+        """Returns the key of a job that another one starts from an image of.
+
+        Raises:
+            ManifestError: It was not read before.
+        """
+        folded = folded_id(parent)
+        if folded in self._keys:
+            return self._keys[folded]
+        query = "SELECT key FROM jobs WHERE folded = ? AND seen = ?"
+        found = self._db.execute(query, (folded, self._number)).fetchone()
+        if found is None:
+            message = f"expected job {parent} before the one that starts from it, found none"
+            source = job.source
+            raise ManifestError(
+                [Problem(file=source.file, row=source.row, field="image", message=message)]
+            )
+        return found[0]
 
     def _compare(self, chunk: Sequence[_New]) -> None:
         """Brings some jobs into the table."""
@@ -166,7 +197,9 @@ class Ingest:
             else:
                 self._update(new, old)
             known[new.folded] = old._replace(seen=self._number)
-            self._reading.add(image.path for image in new.job.images)
+            self._reading.add(image.path for image in new.job.images if image.output is None)
+            if new.job.level or self._has_chains:
+                chains.link(self._db, new.folded, [folded_id(one) for one in parents_of(new.job)])
         self._db.executemany("UPDATE jobs SET seen = ? WHERE number = ?", unchanged)
 
     def _is_forgotten(self, old: _Row) -> bool:
@@ -239,8 +272,14 @@ class Ingest:
     def _explain(self, old: _Row, new: _New) -> None:
         """Notes why a job with files runs again."""
         before = job_from_json(old.definition)
-        if job_key(before, self._identity) != new.key:
+        parents = {parent: self._keys_of_parents.get(parent, "") for parent in parents_of(before)}
+        if job_key(before, self._identity, parents) != new.key:
             self._reasons[old.number] = f"{', '.join(_changed_fields(before, new.job))} changed"
+            self._redefined.add(new.job.id)
+            return
+        if not self._redefined.isdisjoint(parents):
+            self._reasons[old.number] = "an image it starts from is made again"
+            self._redefined.add(new.job.id)
             return
         query = "SELECT row FROM attempts WHERE seq = ?"
         found = self._db.execute(query, (old.current,)).fetchone()
@@ -305,17 +344,15 @@ class Ingest:
                 "UPDATE jobs SET status = ?, tries = 0, alone = 0, current = NULL WHERE number = ?",
                 ((PENDING, number) for number in restored),
             )
-            returned = self._returned(root)
-            self._db.executemany(
-                "UPDATE jobs SET status = ?, current = ?, finish_reason = (SELECT"
-                " json_extract(row, '$.finish_reason') FROM attempts WHERE seq = ?)"
-                " WHERE number = ?",
-                ((DONE, seq, seq, number) for number, seq in returned.items()),
-            )
+            returned = self._take_back(root)
+            descendants = chains.draw_again(self._db)
+            chains.settle(self._db)
             self._drop_outdated_batches(root)
         self._of_model -= returned.keys()
         self._reasons.update(dict.fromkeys(restored, "a file is missing"))
-        if self._is_other or self._number == 1 or removed or restored or returned:
+        self._reasons.update(dict.fromkeys(descendants, "an image it starts from is made again"))
+        is_new = self._is_other or self._number == 1
+        if is_new or removed or restored or returned or descendants:
             tables.forget_log(self._db)
         return Changes(
             jobs=self._jobs,
@@ -327,6 +364,7 @@ class Ingest:
             returned=len(returned),
             redraw=self._redraw(),
             reasons=self._reasons,
+            descendants=len(descendants),
         )
 
     def _adopt(self) -> None:
@@ -370,6 +408,20 @@ class Ingest:
             if not all(is_file(folder + path) for path in json.loads(outputs))
         ]
 
+    def _take_back(self, root: Path) -> dict[int, int]:
+        """Makes jobs done again that are to be run and were done as they are; see `_returned`."""
+        returned: dict[int, int] = {}
+        # Each round is one generation of jobs that start from images of others.
+        while found := self._returned(root):
+            returned |= found
+            self._db.executemany(
+                "UPDATE jobs SET status = ?, current = ?, finish_reason = (SELECT"
+                " json_extract(row, '$.finish_reason') FROM attempts WHERE seq = ?)"
+                " WHERE number = ?",
+                ((DONE, seq, seq, number) for number, seq in found.items()),
+            )
+        return returned
+
     def _returned(self, root: Path) -> dict[int, int]:
         """Returns jobs to be run whose last success was of their key, and left the files there are.
 
@@ -402,7 +454,9 @@ class Ingest:
         return {
             keys[job_id][0]: seq
             for job_id, (seq, files) in made.items()
-            if files and all(sha256_of(root / path) == digest for path, digest in files)
+            if files
+            and not chains.is_outdated(self._db, keys[job_id][0])
+            and all(sha256_of(root / path) == digest for path, digest in files)
         }
 
     def _drop_outdated_batches(self, root: Path) -> None:
@@ -414,7 +468,9 @@ class Ingest:
         query = "SELECT key FROM jobs WHERE folded = ? AND wanted = 1 AND status = ?"
         for batch in tables.started_batches(self._db):
             for job_id, key in batch.members:
-                if self._db.execute(query, (folded_id(job_id), PENDING)).fetchone() != (key,):
+                folded = folded_id(job_id)
+                is_same = self._db.execute(query, (folded, PENDING)).fetchone() == (key,)
+                if not is_same or chains.waits(self._db, folded):
                     tables.add_stale(self._db, tables.leftovers(self._db, root, batch))
                     self._db.execute("DELETE FROM batches WHERE seq = ?", (batch.seq,))
                     break
@@ -424,7 +480,8 @@ def _changed_fields(before: Job, now: Job) -> list[str]:
     """Returns the names of what decides a job's pixels and is not as it was."""
     names = ("task", "prompt", "seed", "think", "system_prompt", "input_max_pixels")
     changed = [name for name in names if getattr(before, name) != getattr(now, name)]
-    if [image.key for image in before.images] != [image.key for image in now.images]:
+    inputs = [[(image.key, image.output) for image in job.images] for job in (before, now)]
+    if inputs[0] != inputs[1]:
         changed.append("input images")
     if before.resolution != now.resolution:
         changed.append("size")

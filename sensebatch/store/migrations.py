@@ -74,7 +74,17 @@ UPDATE jobs SET current = (
 );
 """
 
-STEPS = (_FIRST, _STARTS, _READING, _CURRENT)
+_PARENTS = """
+CREATE TABLE parents (               -- jobs that start from images of other jobs; folded ids
+    child TEXT NOT NULL,
+    parent TEXT NOT NULL,
+    drawn INTEGER,                   -- the parent's attempt that the child was last drawn from
+    PRIMARY KEY (child, parent)
+) WITHOUT ROWID;
+CREATE INDEX children ON parents (parent);
+"""
+
+STEPS = (_FIRST, _STARTS, _READING, _CURRENT, _PARENTS)
 """SQL scripts, in order. `PRAGMA user_version` of a file says how many of them it has had."""
 
 

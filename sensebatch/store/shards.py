@@ -17,7 +17,7 @@ from pathlib import Path
 
 from sensebatch.errors import ConfigError, RunFolderError
 from sensebatch.jobs import folded_id
-from sensebatch.store import tables
+from sensebatch.store import chains, tables
 from sensebatch.store.attempts import ELSEWHERE
 
 MAX_SHARDS = 100_000
@@ -131,12 +131,17 @@ def require_shard(db: sqlite3.Connection, shard: Shard | None, root: Path) -> No
 
 
 def require_same_jobs(db: sqlite3.Connection, root: Path) -> None:
-    """Refuses other jobs than those that a shard was planned with.
+    """Refuses other jobs than those that a shard was planned with, and jobs that need others.
 
     Raises:
         RunFolderError: A job was added, removed or changed, or the order is another.
     """
     shard, found = shard_of(db), claimed(db)
+    if shard is not None and chains.has_any(db):
+        raise RunFolderError(
+            f"{root}: expected jobs that start from files alone, found some that start from images "
+            "of other jobs, which may be in another shard; run them without --shard"
+        )
     if shard is None or found is None or found.jobs == _jobs_digest(db):
         return
     raise RunFolderError(

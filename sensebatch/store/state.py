@@ -14,9 +14,9 @@ from pathlib import Path
 
 from sensebatch.jobs import FinishReason, Job, ModelIdentity, folded_id
 from sensebatch.plan.batches import PlanEntry, plan_entry
-from sensebatch.store import shards, tables
-from sensebatch.store.attempts import DONE, ELSEWHERE, FAILED, PENDING, Attempt
-from sensebatch.store.codec import group_from_json, job_from_json
+from sensebatch.store import chains, shards, tables
+from sensebatch.store.attempts import BLOCKED, DONE, ELSEWHERE, FAILED, PENDING, Attempt
+from sensebatch.store.codec import group_from_json, job_from_json, job_to_json
 from sensebatch.store.database import Database
 from sensebatch.store.files import storage_errors
 from sensebatch.store.ingest import Changes, Ingest
@@ -40,6 +40,8 @@ class Counts:
     """Jobs of earlier manifests that the latest no longer has; not among `jobs`."""
     unread: int
     """Jobs that the latest reading ended before, because of its limit; not among `jobs`."""
+    blocked: int = 0
+    """Jobs that start from an image of one that failed; they wait for it to be tried again."""
     elsewhere: int = 0
     """Jobs that other shards run; not among `jobs`."""
     truncated: Mapping[str, int] = field(default_factory=dict)
@@ -230,6 +232,7 @@ class State:
             failed=wanted.get(FAILED, 0),
             removed=sum(count for is_wanted, _, _, count in rows if not is_wanted),
             unread=sum(count for is_wanted, seen, _, count in rows if is_wanted and not seen),
+            blocked=wanted.get(BLOCKED, 0),
             elsewhere=elsewhere,
             truncated={
                 reason: count for reason, count in reasons if FinishReason(reason).is_truncated
@@ -244,10 +247,25 @@ class State:
     def retry_failed(self) -> int:
         """Makes failed jobs pending again, with all their tries; returns how many."""
         with self._db.transaction() as db:
-            return db.execute(
+            number = db.execute(
                 "UPDATE jobs SET status = ?, tries = 0, alone = 1 WHERE seen = ? AND status = ?",
                 (PENDING, tables.latest_reading(db), FAILED),
             ).rowcount
+            chains.settle(db)
+            return number
+
+    def settle_chains(self) -> None:
+        """Blocks jobs that start from images of failed ones, and lets others run again."""
+        with self._db.reading() as db:
+            if not chains.has_any(db):
+                return
+        with self._db.transaction() as db:
+            chains.settle(db)
+
+    def has_chains(self) -> bool:
+        """Returns whether jobs start from images of other jobs."""
+        with self._db.reading() as db:
+            return chains.has_any(db)
 
     def run_again(self, keys: Mapping[str, str | None], occasion: str) -> tuple[int, int]:
         """Makes jobs pending again that were done or given up, once for each occasion.
@@ -283,6 +301,8 @@ class State:
                 ((PENDING, number) for number in found),
             )
             if found:
+                chains.draw_again(db)
+                chains.settle(db)
                 tables.forget_log(db)
         return len(found), sum(status == DONE for status in found.values())
 
@@ -333,12 +353,14 @@ class State:
                 number: group_from_json(text)
                 for number, text in db.execute("SELECT number, definition FROM groups")
             }
+            level = "coalesce(json_extract(definition, '$.level'), 0)" if chains.has_any(db) else 0
             rows = db.execute(
-                "SELECT id, group_number, max_images, prompt_tokens, text_tokens, alone FROM jobs"
-                " WHERE wanted = 1 AND status = ? AND seen = ? ORDER BY position",
+                "SELECT id, group_number, max_images, prompt_tokens, text_tokens, alone,"
+                f" {level} FROM jobs WHERE wanted = 1 AND status = ? AND seen = ?"
+                " ORDER BY position",
                 (PENDING, tables.latest_reading(db)),
             )
-            for job_id, number, max_images, prompt_tokens, text_tokens, alone in rows:
+            for job_id, number, max_images, prompt_tokens, text_tokens, alone, its_level in rows:
                 if with_started or job_id not in started:
                     yield PlanEntry(
                         id=job_id,
@@ -347,6 +369,7 @@ class State:
                         prompt_tokens=prompt_tokens,
                         text_tokens=text_tokens,
                         alone=bool(alone),
+                        level=its_level,
                     )
 
     def whole_manifest(self) -> Iterator[PlanEntry]:
@@ -374,7 +397,7 @@ class State:
                 ).fetchone()
                 if row is None:
                     raise KeyError(job_id)
-                job = job_from_json(row[0])
+                job = chains.with_inputs(db, job_from_json(row[0]))
                 found.append(StoredJob(job=job, key=row[1], attempts=row[2], tries=row[3]))
         return found
 
@@ -394,7 +417,12 @@ class State:
                 " ORDER BY listed DESC, position, number",
                 (ELSEWHERE,),
             )
+            has_chains = chains.has_any(db)
             for definition, key, status, listed, attempts, row in rows:
+                if has_chains:
+                    # With the images that its parents made, as far as they are there.
+                    job = chains.with_inputs(db, job_from_json(definition))
+                    definition = job_to_json(job)
                 yield DescribedJob(
                     definition=definition,
                     key=key,

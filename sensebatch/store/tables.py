@@ -269,5 +269,11 @@ def record_attempts(
             "UPDATE jobs SET status = ?, outputs = ? WHERE folded = ?",
             (DONE, json.dumps(attempt.outputs), *job),
         )
+        # A child was drawn from its parents as they are now: none of them ran meanwhile.
+        db.execute(
+            "UPDATE parents SET drawn = (SELECT current FROM jobs WHERE folded = parents.parent)"
+            " WHERE child = ?",
+            job,
+        )
     add_stale(db, stale)
     return stale

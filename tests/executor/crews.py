@@ -18,6 +18,7 @@ from sensebatch.executor.messages import Died, News, Order, Said, Unusable
 from sensebatch.executor.observer import Summary
 from sensebatch.executor.roster import Event, Roster
 from sensebatch.jobs import GroupKey, Job, group_key
+from sensebatch.store.chains import reading
 from sensebatch.store.shards import Shard
 from sensebatch.store.store import open_store
 from tests.executor.fakes import IDENTITY, FakeEngine, Flag, Recorder, read_input
@@ -142,7 +143,7 @@ def run_crew(
                 store=store,
                 roster=roster,
                 config=config,
-                read_image=read_input,
+                read_image=reading(root, read_input),
                 observer=seen,
                 stop=stop,
                 **options,

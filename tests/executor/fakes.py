@@ -39,6 +39,7 @@ from sensebatch.plan.batches import Plan
 from sensebatch.plan.load import Load
 from sensebatch.resolutions import Resolution
 from sensebatch.store.attempts import Attempt
+from sensebatch.store.chains import reading
 from sensebatch.store.ingest import Changes
 from sensebatch.store.state import Counts
 from sensebatch.store.store import Store, open_store
@@ -414,7 +415,7 @@ def run_store(
         store=store,
         worker=EngineWorker(engine),
         config=config or make_config(),
-        read_image=read_input,
+        read_image=reading(store.run_dir.root, read_input),
         observer=seen,
         stop=stop or Flag(),
     )
@@ -437,7 +438,7 @@ def run_worker(
             store=store,
             worker=worker,
             config=config,
-            read_image=read_input,
+            read_image=reading(store.run_dir.root, read_input),
             observer=seen or Recorder(),
             stop=stop or Flag(),
         )

@@ -15,6 +15,7 @@ from sensebatch.executor.messages import Began
 from sensebatch.executor.run import execute
 from sensebatch.executor.worker import EngineWorker
 from sensebatch.jobs import Job, group_key
+from sensebatch.store.chains import reading
 from sensebatch.store.merge import merge
 from sensebatch.store.shards import Shard
 from sensebatch.store.status import PastBatch, read_status
@@ -80,7 +81,7 @@ def run_until(
             store=store,
             worker=EngineWorker(engine),
             config=config or make_config(),  # type: ignore[arg-type]
-            read_image=read_input,
+            read_image=reading(root, read_input),
             observer=seen,
             stop=Flag(),
             deadline=UntimedWrites(clock.now + seconds, clock=clock),

@@ -21,6 +21,7 @@ from sensebatch.executor.worker import EngineWorker
 from sensebatch.jobs import Job
 from sensebatch.store import merge as merging
 from sensebatch.store import run_dir
+from sensebatch.store.chains import reading
 from sensebatch.store.finished import finished_jobs
 from sensebatch.store.log import read_log
 from sensebatch.store.merge import Merged, merge
@@ -66,7 +67,7 @@ def run_shard(
             store=store,
             worker=EngineWorker(engine or FakeEngine()),
             config=config,
-            read_image=read_input,
+            read_image=reading(root, read_input),
             observer=seen,
             stop=stop or Flag(),
         )

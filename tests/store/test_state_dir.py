@@ -19,6 +19,7 @@ from sensebatch.errors import RunFolderError, StorageError
 from sensebatch.executor.run import execute
 from sensebatch.executor.worker import EngineWorker
 from sensebatch.store import file_systems, state_dir
+from sensebatch.store.chains import reading
 from sensebatch.store.database import Database
 from sensebatch.store.file_systems import file_system, network_file_system
 from sensebatch.store.merge import merge
@@ -163,7 +164,7 @@ def run_apart(
             store=store,
             worker=EngineWorker(engine),
             config=CONFIG,
-            read_image=read_input,
+            read_image=reading(root, read_input),
             observer=Recorder(),
             stop=stop or Flag(),
         )
