@@ -23,6 +23,8 @@ PAGE, DATA, SHEETS, FILES = "page", "data", "sheets", "files"
 START = "index.html"
 INDEX = "index.js"
 _UNFINISHED = "unfinished"
+_MARK = ".sensebatch-gallery"
+"""The file by which a folder is known as a gallery, whose files may be replaced and removed."""
 
 
 def require_own(out: Path) -> None:
@@ -35,12 +37,22 @@ def require_own(out: Path) -> None:
         return
     if not out.is_dir():
         raise RunFolderError(f"{out}: expected a folder for the gallery, found a file")
-    is_gallery = (out / DATA / INDEX).is_file() or (out / SHEETS).is_dir()
-    if any(out.iterdir()) and not is_gallery:
+    if any(out.iterdir()) and not (out / _MARK).is_file():
         raise RunFolderError(
             f"{out}: expected a gallery, an empty folder or none, found a folder of other files; "
             "choose another one with --output"
         )
+
+
+def make_own(out: Path) -> None:
+    """Makes the folder of a gallery.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    (out / _MARK).touch()
+    (out / SHEETS).mkdir(exist_ok=True)
 
 
 def write_page(out: Path) -> None:
@@ -91,13 +103,17 @@ def _script(name: str, value: Any) -> bytes:
 
 
 def copy_images(root: Path, folder: Path, paths: Iterable[str]) -> None:
-    """Copies images of a run that are not in a folder yet, or not as they are now.
+    """Makes a folder have images of a run: copies those that are not there as they are now.
+
+    Those that are missing are left out, and others that the folder has are removed.
 
     Raises:
-        OSError: An image cannot be copied; one that is missing is left out.
+        OSError: An image cannot be copied.
     """
+    wanted = set()
     for path in paths:
         source, copy = root / path, folder / path
+        wanted.add(copy)
         try:
             status = source.stat()
         except OSError:
@@ -108,3 +124,6 @@ def copy_images(root: Path, folder: Path, paths: Iterable[str]) -> None:
                 continue
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(source, copy)
+    for copy in folder.rglob("*"):
+        if copy.is_file() and copy not in wanted:
+            copy.unlink()

@@ -5,6 +5,7 @@ Joins the records of runs, their thumbnails and the figures of their logs.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from sensebatch.gallery.files import (
     START,
     DataFiles,
     copy_images,
+    make_own,
     require_own,
     write_page,
 )
@@ -90,8 +92,7 @@ def make_gallery(
     _require_runs(runs)
     _require_items(runs, selection)
     with storage_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        (out / SHEETS).mkdir(exist_ok=True)
+        make_own(out)
         files = DataFiles(out)
         with closing(Inputs(out, is_copied=copies_images)) as inputs:
             parts = _collected(runs, selection, files, inputs, progress)
@@ -102,8 +103,7 @@ def make_gallery(
             workers=workers,
             progress=lambda done, total: progress("thumbnails", done, total),
         )
-        if copies_images:
-            _copy(runs, parts, out)
+        _copy(runs if copies_images else (), parts, out)
         write_data(out, files, runs=runs, parts=parts, sheets=sheets, copies_images=copies_images)
         write_page(out)
         remove_unused(sheets, out / SHEETS)
@@ -216,6 +216,7 @@ def _sources(runs: Sequence[Run], parts: Parts) -> Iterator[Source]:
 
 
 def _copy(runs: Sequence[Run], parts: Parts, out: Path) -> None:
+    """Makes the gallery's copies of images those of these runs."""
     for number, run in enumerate(runs):
         of_run = (
             path
@@ -224,6 +225,10 @@ def _copy(runs: Sequence[Run], parts: Parts, out: Path) -> None:
             for path, _ in images
         )
         copy_images(run.root, out / FILES / run.id, of_run)
+    ids = {run.id for run in runs}
+    for folder in (out / FILES).iterdir() if (out / FILES).is_dir() else ():
+        if folder.name not in ids:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove_others(folder: Path, names: set[str]) -> None:

@@ -23,8 +23,10 @@ CHROMIUM = next(
 
 def chromium_options(path: str | None) -> dict[str, Any]:
     """Returns what `launch` is given."""
-    # Chromium's sandbox does not work for root.
-    args = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
+    # Shared memory is small in many containers, and Chromium's sandbox does not work for root.
+    args = ["--disable-dev-shm-usage"]
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        args.append("--no-sandbox")
     return {"executable_path": path, "args": args}
 
 

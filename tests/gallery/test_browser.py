@@ -21,6 +21,8 @@ from tests.gallery.browser import Opened, ids, open_item
 from tests.gallery.runs import HOSTILE, HOSTILE_ID, make_input_file, make_run
 from tests.gallery.synthetic import make_synthetic
 
+pytestmark = pytest.mark.slow
+
 ALL = [
     *("red-1", "red-2", "red-3", "green-1", "green-2", "green-3"),
     *(HOSTILE_ID, "thought", "edited", "story", "broken"),
@@ -61,6 +63,11 @@ def test_hostile_texts_are_texts_in_every_view(opened: Opened, night: Path) -> N
     # Its image is found, whatever its name is.
     page.wait_for_function("() => document.querySelector('.layer img').naturalWidth === 64")
     assert "harmed" not in page.evaluate("Object.keys(window).join()")
+    # A path that is no form of the id is taken as it is.
+    literal = page.evaluate(
+        "SB.items.files[0] = SB.index.files.push('=images/a {n}#.png') - 1, SB.imageUrl(0)"
+    )
+    assert literal == "../images/a%20%7Bn%7D%23.png"
     page.keyboard.press("Escape")
     assert page.get_by_label("<i>tag</i>", exact=False).count() == 1
     assert page.locator("img[src='x'], i:not(.swatch), b:has-text('a dot')").count() == 0
@@ -119,6 +126,9 @@ def test_facets_narrow_and_count(opened: Opened, night: Path) -> None:
     colours.filter(has_text="red").locator("input").check()
     assert ids(page) == ["red-1", "red-2", "red-3"]
     assert page.inner_text("#count") == "3 of 11 items"
+    # An item that two filters leave out is not counted by either.
+    tasks = page.locator('[data-column="task"] label').all_inner_texts()
+    assert sorted(tasks) == ["edit\n0", "interleave\n0", "t2i\n3"]
     # Other values of the same facet count what choosing them would add.
     assert colours.all_inner_texts() == ["green\n3", "red\n3", "none\n3"]
     page.locator("#header .chip", has_text="Task: t2i").click()

@@ -16,6 +16,7 @@ from sensebatch.dataset.duplicates import near_duplicates
 from sensebatch.dataset.records import open_dataset
 from sensebatch.dataset.selection import Selection
 from sensebatch.errors import RunFolderError
+from sensebatch.gallery.data import path_form
 from sensebatch.gallery.make import Made, make_gallery
 from sensebatch.jobs import InputImage
 from sensebatch.tasks import Task
@@ -186,6 +187,13 @@ def test_runs_with_equal_ids_stay_apart(tmp_path: Path) -> None:
     assert len(set(items["marks"])) == 3
 
 
+def test_a_path_that_is_not_of_its_id_is_kept_as_it_is() -> None:
+    assert path_form("images/a.png", "a", 0) == "images/{id}.png"
+    assert path_form("images/a/001.png", "a", 1) == "images/{id}/{n}.png"
+    assert path_form("images/a/001.png", "a", 0) == "=images/a/001.png"
+    assert path_form("images/old{id}.png", "new", 0) == "=images/old{id}.png"
+
+
 def test_a_missing_image_is_named_and_the_others_are_shown(root: Path) -> None:
     (root / "images" / "red-1.png").unlink()
     made = _make(root)
@@ -222,6 +230,10 @@ def test_copied_images_make_a_gallery_that_can_be_moved(root: Path, tmp_path: Pa
     times = {path: path.stat().st_ctime_ns for path in copied.rglob("*.png")}
     make_gallery([root], out, copies_images=True)
     assert times == {path: path.stat().st_ctime_ns for path in copied.rglob("*.png")}
+    make_gallery([root], out, copies_images=True, selection=Selection(tasks=[Task.EDIT]))
+    assert [path.name for path in copied.rglob("*.png")] == ["edited.png"]
+    make_gallery([root], out)
+    assert not copied.exists()
 
 
 def test_a_folder_that_is_not_a_runs_is_refused(tmp_path: Path) -> None:
@@ -246,8 +258,7 @@ def test_a_run_and_its_copy_are_refused(root: Path, tmp_path: Path) -> None:
 
 def test_a_folder_with_other_files_is_not_written_to(root: Path, tmp_path: Path) -> None:
     other = tmp_path / "mine"
-    other.mkdir()
-    (other / "thesis.txt").write_text("years of work")
+    (other / "sheets").mkdir(parents=True)
     with pytest.raises(RunFolderError, match=r"mine: expected a gallery, an empty folder or none"):
         make_gallery([root], other)
-    assert [path.name for path in other.iterdir()] == ["thesis.txt"]
+    assert [path.name for path in other.iterdir()] == ["sheets"]
