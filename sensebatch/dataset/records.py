@@ -8,7 +8,7 @@ Jobs are read one by one, also while a run works in the folder.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -53,9 +53,8 @@ class Record:
     in_manifest: bool
     """Whether the job is in the manifests still."""
     attempts: int
-    row: Mapping[str, Any] | None
-    """The row of the log that says what the job is now; None for one that was not tried yet, was
-    edited since, or has lost its files. docs/log.md explains the columns."""
+    row_text: str | None = field(repr=False)
+    """The row as the state keeps it."""
     picked: PickedJob = field(default_factory=PickedJob)
     """What a person said of it."""
 
@@ -64,10 +63,18 @@ class Record:
         """The job's id."""
         return self.job.id
 
+    @cached_property
+    def row(self) -> Mapping[str, Any] | None:
+        """The row of the log that says what the job is now; docs/log.md explains the columns.
+
+        None for a job that was not tried yet, was edited since, or has lost its files.
+        """
+        return None if self.row_text is None else row_from_json(self.row_text)
+
     @property
     def is_done(self) -> bool:
         """Whether its files are there."""
-        return self.status == DONE and self.row is not None
+        return self.status == DONE and self.row_text is not None
 
     @property
     def image_files(self) -> tuple[Path, ...]:
@@ -124,58 +131,61 @@ class Record:
         return {name: value for name, value in self.job.metadata.items() if name != TAGS}
 
     def value(self, name: str) -> Any:
-        """Returns one of `COLUMNS`, as plain data."""
-        if name == "text":
-            try:
-                return self.read_text()
-            except OSError:
-                return None
-        return self._values[name]
+        """Returns one of `COLUMNS`, as plain data; None where it is not known."""
+        if name in _OWN:
+            return _OWN[name](self)
+        if name in _OF_JOB:
+            return _OF_JOB[name](self.job)
+        return None if self.row is None else self.row.get(name)
 
     def values(self) -> dict[str, Any]:
-        """Returns all `COLUMNS` but the text by name, as plain data; those unknown are None."""
-        return dict(self._values)
-
-    @cached_property
-    def _values(self) -> dict[str, Any]:
-        return {
-            **dict.fromkeys(name for name in COLUMNS if name != "text"),
-            **(self.row or {}),
-            **_job_values(self.job),
-            "id": self.job.id,
-            "job_id": self.job.id,
-            "key": self.key,
-            "status": self.status,
-            "in_manifest": self.in_manifest,
-            "attempts": self.attempts,
-            "pick": None if self.pick is None else self.pick.value,
-            TAGS: list(self.tags),
-        }
+        """Returns all `COLUMNS` but the text by name."""
+        return {name: self.value(name) for name in COLUMNS if name != "text"}
 
 
-def _job_values(job: Job) -> dict[str, Any]:
-    """Returns the columns that the job says itself, whatever was logged of it.
+def _text(record: Record) -> str | None:
+    try:
+        return record.read_text()
+    except OSError:
+        return None
 
-    Its tags, its metadata and its place in the manifest may have changed since it was drawn.
-    """
-    size = job.resolution
-    return {
-        "task": job.task.value,
-        "prompt": job.prompt,
-        "seed": job.seed,
-        "width": None if size is None else size.width,
-        "height": None if size is None else size.height,
-        **{name: plain(getattr(job.sampling, name)) for name in SETTINGS},
-        "think": job.think,
-        "system_prompt": job.system_prompt,
-        "num_input_images": len(job.images),
-        "input_image_paths": [image.place for image in job.images],
-        "input_image_sha256": [image.sha256 for image in job.images],
-        "source_file": job.source.file,
-        "source_row": job.source.row,
-        "metadata": json.dumps(dict(job.metadata), ensure_ascii=False, sort_keys=True),
-        "matrix": json.dumps(dict(job.matrix), ensure_ascii=False),
-    }
+
+def _setting(name: str) -> Callable[[Job], Any]:
+    return lambda job: plain(getattr(job.sampling, name))
+
+
+_OWN: Mapping[str, Callable[[Record], Any]] = {
+    "id": lambda record: record.job.id,
+    "job_id": lambda record: record.job.id,
+    "key": lambda record: record.key,
+    "status": lambda record: record.status,
+    "in_manifest": lambda record: record.in_manifest,
+    "attempts": lambda record: record.attempts,
+    "pick": lambda record: None if record.pick is None else record.pick.value,
+    TAGS: lambda record: list(record.tags),
+    "text": _text,
+}
+"""What a record says itself."""
+
+_OF_JOB: Mapping[str, Callable[[Job], Any]] = {
+    "task": lambda job: job.task.value,
+    "prompt": lambda job: job.prompt,
+    "seed": lambda job: job.seed,
+    "width": lambda job: None if job.resolution is None else job.resolution.width,
+    "height": lambda job: None if job.resolution is None else job.resolution.height,
+    **{name: _setting(name) for name in SETTINGS},
+    "think": lambda job: job.think,
+    "system_prompt": lambda job: job.system_prompt,
+    "num_input_images": lambda job: len(job.images),
+    "input_image_paths": lambda job: [image.place for image in job.images],
+    "input_image_sha256": lambda job: [image.sha256 for image in job.images],
+    "source_file": lambda job: job.source.file,
+    "source_row": lambda job: job.source.row,
+    "metadata": lambda job: json.dumps(dict(job.metadata), ensure_ascii=False, sort_keys=True),
+    "matrix": lambda job: json.dumps(dict(job.matrix), ensure_ascii=False),
+}
+"""What the job says, whatever was logged of it: its tags, its metadata and its place in the
+manifest may have changed since it was drawn."""
 
 
 class Dataset:
@@ -253,7 +263,7 @@ def _record(root: Path, described: DescribedJob, selector: Selector) -> Record:
         status=described.status,
         in_manifest=described.in_manifest,
         attempts=described.attempts,
-        row=None if described.row is None else row_from_json(described.row),
+        row_text=described.row,
         picked=selector.picked(job.id, described.key),
     )
 
