@@ -46,9 +46,9 @@ from sensebatch.executor.messages import (
 from sensebatch.executor.observer import Observer, Summary, Tally, WorkerState, report
 from sensebatch.executor.prepare import read_inputs
 from sensebatch.executor.recovery import MAX_DEATHS, recover, worker_death
-from sensebatch.executor.roster import Member, Roster
+from sensebatch.executor.roster import TICK_S, Member, Roster
 from sensebatch.executor.schedule import Assignment, Idle, Schedule
-from sensebatch.jobs import Batch, BatchMetrics, EncodedJob, Failure, InputImage, group_key
+from sensebatch.jobs import BatchMetrics, EncodedJob, Failure, InputImage, group_key
 from sensebatch.store.attempts import Attempt
 from sensebatch.store.kept import KeptOfBatch
 from sensebatch.store.store import Store
@@ -56,12 +56,17 @@ from sensebatch.store.writer import BatchWriter
 
 MAX_GIVEN = 3
 """Assignments that a worker has at a time: one that runs, and two that wait."""
-MAX_UNWRITTEN_BYTES = 1 << 30
-"""Bytes of images that wait to be written, after which nothing more is handed out."""
+MAX_UNWRITTEN_BYTES, MAX_UNWRITTEN = 1 << 30, 64
+"""Bytes of images, and batches, that wait to be written, after which nothing more is handed out."""
 NUM_READERS = 2
 """Threads that read input images, and as many that write kept images."""
-PATIENCE_S = 600.0
-"""The least time without news after which a worker that has something to do counts as dead."""
+PATIENCE_S, CPU_PATIENCE_S = 600.0, 6 * 3600.0
+"""The least time without news after which a worker that has something to do counts as dead. On a
+CPU a single step of a large model may take minutes, and prompts with images more."""
+MAX_SLOWNESS = 20.0
+"""How many times longer than batches like it one may say nothing."""
+MAX_PAUSE_S = 30.0
+"""After which a pause in the executor's own thread means that its process was stopped."""
 
 
 _OfAssignment: TypeAlias = Prepared | Began | Advanced | Drew | Ended | GaveBack
@@ -135,7 +140,7 @@ def execute_crew(
     observer: Observer,
     stop: Stop,
     deadline: Deadline | None = None,
-    patience_s: Callable[[Batch], float] = lambda _: PATIENCE_S,
+    patience_s: float | None = None,
 ) -> Summary:
     """Runs every job of the store that is neither done nor given up, on several workers.
 
@@ -147,7 +152,8 @@ def execute_crew(
         observer: Who watches.
         stop: As for `run.execute`, for every batch that is in an engine.
         deadline: As for `run.execute`.
-        patience_s: Seconds without news in a batch after which its worker counts as dead.
+        patience_s: The least time without news after which a worker that has something to do
+            counts as dead; None for what its device may take.
 
     Raises:
         RunStoppedError: As `run.execute`; WorkersLostError if no worker is left.
@@ -201,7 +207,7 @@ class _Ends:
 
     stop: Stop
     deadline: Deadline
-    patience_s: Callable[[Batch], float]
+    patience_s: float | None
 
 
 class _CrewRun:
@@ -220,7 +226,7 @@ class _CrewRun:
     ) -> None:
         self._store, self._roster, self.pools = store, roster, pools
         self._observer, self._ends = observer, ends
-        self._start = time.monotonic()
+        self._start = self._look_at = time.monotonic()
         self._desks: dict[int, _Desk] = {}
         self._returned: deque[Begun] = deque()
         """Batches that came back; they go out before anything else."""
@@ -272,9 +278,20 @@ class _CrewRun:
                     self._hear(event)
                 else:
                     event()
-            self._roster.tend()
-            self._roster.require_some()
-            self._end_silent()
+            if time.monotonic() >= self._look_at:
+                self._look_after()
+
+    def _look_after(self) -> None:
+        """Does what depends on the clock alone."""
+        now = time.monotonic()
+        if now > self._look_at + MAX_PAUSE_S:
+            # This process was stopped, and could not hear anyone.
+            for desk in self._desks.values():
+                desk.member.heard = now
+        self._look_at = now + TICK_S
+        self._roster.tend()
+        self._roster.require_some()
+        self._end_silent()
 
     def _is_through(self) -> bool:
         if self._num_unwritten or any(desk.given for desk in self._desks.values()):
@@ -285,7 +302,7 @@ class _CrewRun:
 
     def _hand_out(self) -> None:
         """Gives assignments to the workers that have the fewest, as long as one has room."""
-        while not self._is_ending and self._unwritten_bytes <= MAX_UNWRITTEN_BYTES:
+        while not self._is_ending and self._can_take_more:
             desk = self._freest()
             if desk is None:
                 return
@@ -294,6 +311,10 @@ class _CrewRun:
                 self._level()
                 return
             self._give(desk, begun)
+
+    @property
+    def _can_take_more(self) -> bool:
+        return self._unwritten_bytes <= MAX_UNWRITTEN_BYTES and self._num_unwritten <= MAX_UNWRITTEN
 
     def _freest(self) -> _Desk | None:
         open_desks = [
@@ -348,6 +369,7 @@ class _CrewRun:
         begun = replace(begun, queue_s=time.monotonic() - self._start, started_at=datetime.now(UTC))
         given = _Given(begun)
         desk.given[given.number] = given
+        desk.member.heard = time.monotonic()
         desk.is_exclusive = begun.seq in self._doubtful
         if any(job.images for job in begun.batch.jobs):
             self.pools.readers.submit(self._read, desk, given)
@@ -367,6 +389,7 @@ class _CrewRun:
             index: one for index, one in enumerate(inputs) if isinstance(one, Raised)
         }
         given.stage = Stage.PREPARING
+        desk.member.heard = time.monotonic()
         readable = [
             (job, one)
             for job, one in zip(given.begun.batch.jobs, inputs, strict=True)
@@ -582,14 +605,22 @@ class _CrewRun:
         """Ends workers that have said nothing for longer than their batch can take."""
         now = time.monotonic()
         for desk in list(self._desks.values()):
-            running = desk.running
-            batch = None if running is None else running.begun.batch
-            patience_s = PATIENCE_S if batch is None else self._ends.patience_s(batch)
+            patience_s = self._patience_s(desk)
             is_silent = now - max(desk.member.heard, desk.member.since) > patience_s
             if is_silent and any(one.stage > Stage.READING for one in desk.given.values()):
                 self._roster.crew.end(desk.member.number)
                 if self._roster.lose(desk.member, f"no news of it for {patience_s:.0f} s"):
                     self._lose(desk, is_of_node=False)
+
+    def _patience_s(self, desk: _Desk) -> float:
+        """Returns how long a worker may say nothing: many times what its batch should take."""
+        is_cpu = desk.member.by.info.device == "cpu"
+        least_s = self._ends.patience_s or (CPU_PATIENCE_S if is_cpu else PATIENCE_S)
+        if desk.running is None:
+            return least_s
+        batch = desk.running.begun.batch
+        should_s = self._ends.deadline.seconds(batch.group, len(batch.jobs))
+        return max(least_s, MAX_SLOWNESS * should_s)
 
     def _fail(self, desk: _Desk, raised: Raised) -> None:
         """Starts a worker again that says that it is of no more use."""

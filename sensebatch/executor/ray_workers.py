@@ -261,6 +261,8 @@ class RayCrew:
             return Died(reason=str(error.cause))
         if "worker process has died" in text:
             return Died(reason="its process was killed, perhaps because the host ran out of memory")
+        if isinstance(error, self._ray.exceptions.ActorUnavailableError):
+            return Died(reason="its process or its machine can no longer be reached")
         return Died(reason=text)
 
     def _look(self) -> None:

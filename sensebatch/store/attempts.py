@@ -131,7 +131,8 @@ class Attempt:
     queue_s: float
     """Seconds from the start of the session's run to the start of the batch. *Batch.*"""
     load_s: float
-    """Seconds the session took to load the model; the same in all its rows."""
+    """Seconds the worker took to load the model; without workers, the same in all rows of a
+    session."""
     wait_s: float | None = None
     """Seconds the worker's device waited for the batch: from the end of its last phase in the
     worker's previous batch to the start of its first phase in this one. That includes what follows
@@ -171,9 +172,9 @@ class Attempt:
     peak_reserved_bytes: int = 0
     """Most device memory reserved during the batch; 0 on a CPU. *Batch.*"""
     peak_rss_bytes: int
-    """Most host memory the process had held resident by the time of the row, the pages of mapped
-    files (libraries) included. Weights are read, not mapped, so the page cache of the checkpoint's
-    files is not part of it."""
+    """Most host memory the worker's process had held resident by the time of the row, the pages of
+    mapped files (libraries) included. Weights are read, not mapped, so the page cache of the
+    checkpoint's files is not part of it."""
     load_peak_allocated_bytes: int
     """Most device memory allocated while the model was loaded."""
     load_peak_reserved_bytes: int

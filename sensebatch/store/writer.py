@@ -107,9 +107,14 @@ class BatchWriter:
     def submit(self, ran: RanBatch) -> Future[tuple[Attempt, ...]]:
         """Starts writing a batch; the future gives its rows once they are committed.
 
-        The future raises StorageError if the file system fails.
+        Files of several batches are written at the same time; batches are committed one by one,
+        as they came. The future raises StorageError if the file system fails.
         """
-        return self._committer.submit(self._write_batch, ran)
+        files = [
+            self._encoders.submit(self._write_job, stored, result, ran.by.info)
+            for stored, result in zip(ran.jobs, ran.results, strict=True)
+        ]
+        return self._committer.submit(self._commit_batch, ran, files)
 
     def fail_early(
         self,
@@ -160,15 +165,12 @@ class BatchWriter:
         )
         return seq, attempts
 
-    def _write_batch(self, ran: RanBatch) -> tuple[Attempt, ...]:
-        self._store.run_dir.require_in_place()
-        futures = [
-            self._encoders.submit(self._write_job, stored, result, ran.by.info)
-            for stored, result in zip(ran.jobs, ran.results, strict=True)
-        ]
+    def _commit_batch(
+        self, ran: RanBatch, files: Sequence[Future[WrittenJob]]
+    ) -> tuple[Attempt, ...]:
         written = [
             self._settled(stored, result, future)
-            for stored, result, future in zip(ran.jobs, ran.results, futures, strict=True)
+            for stored, result, future in zip(ran.jobs, ran.results, files, strict=True)
         ]
         attempts = self._attempts(ran, written)
         self._sync(attempts)
@@ -194,6 +196,7 @@ class BatchWriter:
     ) -> WrittenJob:
         if not isinstance(result, Failure) and result.finish_reason.is_truncated:
             result = self._judged(stored, result)
+        self._store.run_dir.require_in_place()
         if isinstance(result, Failure):
             return self._write_failure(stored, result)
         start = time.monotonic()

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from sensebatch.config import ExecutionConfig
@@ -31,6 +32,7 @@ from tests.executor.fakes import (
     outcome,
     run_worker,
 )
+from tests.executor.scale import run_scaled
 
 CONFIG = make_config(max_batch_size=3, execution=ExecutionConfig(max_attempts=2))
 
@@ -121,8 +123,7 @@ def test_batches_of_a_worker_that_dies_go_to_the_others(
     seen = Recorder()
     run_crew(tmp_path, all_jobs(), CONFIG, crew, seen=seen)
     assert len(killer.killed) == 2
-    assert len(crew.lives) == 4
-    assert [note for note in seen.notes if "died and is started again: killed" in note]
+    assert sum("died and is started again: killed" in note for note in seen.notes) == 2
     assert files_and_rows(tmp_path) == files_and_rows(within)
 
 
@@ -157,7 +158,7 @@ def test_job_that_kills_workers_fails_as_a_row_and_the_others_are_done(tmp_path:
     (failed,) = [row for row in outcome(tmp_path)[1] if row["status"] == "failed"]
     assert (failed["job_id"], failed["error_type"]) == ("bad", "ProcessDiedError")
     assert "2 workers died during a batch of 3 jobs: run one by one" in seen.notes
-    assert len(crew.lives) == 2 + 4
+    assert sum("died and is started again" in note for note in seen.notes) == 4
 
 
 def test_death_of_a_machine_is_no_batch_s_fault(tmp_path: Path) -> None:
@@ -207,13 +208,9 @@ def test_silent_worker_counts_as_dead(tmp_path: Path) -> None:
 
     jobs = [make_job(f"j{i}") for i in range(3)]
     crew, seen = ThreadCrew(1, CONFIG, jobs, make_engine), Recorder()
-    summary = run_crew(tmp_path, jobs, CONFIG, _woken(crew, asleep), seen=seen, patience_s=_short)
+    summary = run_crew(tmp_path, jobs, CONFIG, _woken(crew, asleep), seen=seen, patience_s=0.3)
     assert summary.done == 3
     assert seen.notes == [f"worker 0 ({_node()}) died and is started again: no news of it for 0 s"]
-
-
-def _short(_: Batch) -> float:
-    return 0.3
 
 
 def _node() -> str:
@@ -310,3 +307,12 @@ def test_waiting_batches_go_to_a_worker_that_has_nothing(tmp_path: Path) -> None
     run_crew(tmp_path, jobs, CONFIG, crew, seen=seen)
     rows = outcome(tmp_path)[1]
     assert sum(row["worker"] == 0 for row in rows) == 3
+
+
+@pytest.mark.slow
+def test_a_thousand_workers_start_and_drain(tmp_path: Path) -> None:
+    meter = run_scaled(tmp_path, 1500, 1000, batch=1, side=32)
+    rows = pq.read_table(tmp_path / "log.parquet", columns=["job_id", "worker"]).to_pylist()
+    assert len({row["job_id"] for row in rows}) == len(rows) == 1500
+    assert len({row["worker"] for row in rows}) == 1000
+    assert meter.notes == []
