@@ -132,7 +132,9 @@ def _size(root: Path, image: ImageFile) -> int:
         return (root / image.source).stat().st_size
     if image.source.member is not None:
         return _UNKNOWN_BYTES
-    return Path(image.source.path).stat().st_size
+    # What another job has made is in the run's folder.
+    folder = Path() if image.source.output is None else root
+    return (folder / image.source.path).stat().st_size
 
 
 def _said(root: Path, error: Exception) -> str:

@@ -98,9 +98,12 @@ def _located(image: InputImage, root: Path) -> Path:
     """Returns where an input image is.
 
     Paths are relative to the folder that the run was started in, which is most often one above the
-    run's own. What is found there must be the file that the job was planned with.
+    run's own. What is found there must be the file that the job was planned with. An image that
+    another job has made is in the run's folder.
     """
     path = Path(image.path)
+    if image.output is not None:
+        return root / path
     if path.is_absolute() or path.exists():
         return path
     for folder in root.absolute().parents:

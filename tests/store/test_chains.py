@@ -14,6 +14,7 @@ from sensebatch.config import ExecutionConfig
 from sensebatch.errors import ManifestError, RunFolderError
 from sensebatch.executor.run import execute
 from sensebatch.executor.worker import EngineWorker
+from sensebatch.gallery.inputs import Inputs
 from sensebatch.jobs import InputImage, Job, job_key
 from sensebatch.store.chains import reading
 from sensebatch.store.codec import job_from_json, job_to_json
@@ -36,6 +37,7 @@ from tests.executor.fakes import (
     run_folder,
 )
 from tests.executor.test_crash import MEMORY, Killed, Life, mortal
+from tests.export.folders import export_folder, parquet_rows
 
 CONFIG = make_config(max_batch_size=2)
 
@@ -307,3 +309,24 @@ def test_listed_jobs_have_the_images_that_their_parents_made(tmp_path: Path) -> 
     places = {job.id: [image.place for image in job.images] for job in described}
     assert places["mixed"] == ["images/both.png", "images/b.png"]
     assert places["alone"] == ["in"]
+
+
+def test_a_gallery_shows_what_a_child_was_drawn_from(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    run_folder(root, family(), CONFIG)
+    inputs = Inputs(tmp_path / "page", is_copied=False)
+    with open_store(root) as store:
+        (stored,) = store.state.jobs(["mixed"])
+    shown = [inputs.shown(image, root)["url"] for image in stored.job.images]
+    assert shown == ["../run/images/both.png", "../run/images/b.png"]
+
+
+def test_an_export_has_the_images_that_a_child_was_drawn_from(tmp_path: Path) -> None:
+    jobs = [job for job in family() if job.id != "alone"]
+    run_folder(tmp_path / "run", jobs, CONFIG)
+    export_folder(tmp_path / "run", tmp_path / "out")
+    (row,) = (row for row in parquet_rows(tmp_path / "out") if row["id"] == "mixed")
+    files = [tmp_path / "run" / "images" / f"{name}.png" for name in ("both", "b")]
+    assert [image["bytes"] for image in row["input_images"]] == [
+        file.read_bytes() for file in files
+    ]
