@@ -55,6 +55,8 @@ _ERRORS = [
 ]
 _sampling_values = attrgetter(*_SAMPLING)
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+MAX_WARNED_SIZES = 10
+"""How many sizes are warned of; a manifest may have thousands."""
 _PROMPT_FIELDS = frozenset({"prompt", "question", "conversations"})
 _UNNAMED = PASSED_THROUGH | {"id", "task", "type"}
 """The fields that a derived id does not depend on."""
@@ -289,18 +291,20 @@ class JobResolver:
             return None
 
     def _warn_of_size(self, job: Job) -> None:
-        """Warns, once for each size, if the model was not trained with it."""
+        """Warns, once for each of the first sizes, if the model was not trained with it."""
         known = self._config.tasks[job.task].buckets.values()
         if self._warn is None or job.resolution is None or job.resolution in known:
             return
         size = (job.task, job.resolution)
-        if size in self._warned:
+        if size in self._warned or len(self._warned) == MAX_WARNED_SIZES:
             return
+        is_first = all(task is not job.task for task, _ in self._warned)
         self._warned.add(size)
-        message = (
-            f"{job.resolution} is not one of the {job.task} sizes that the model was trained with: "
-            + ", ".join(str(resolution) for resolution in known)
-        )
+        message = f"{job.resolution} is not one of the {job.task} sizes the model was trained with"
+        if is_first:
+            message += f": {', '.join(str(resolution) for resolution in known)}"
+        if len(self._warned) == MAX_WARNED_SIZES:
+            message += "; further sizes like it are not reported"
         source = job.source
         self._warn(Problem(file=source.file, row=source.row, field="resolution", message=message))
 

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from sensebatch import session
 from sensebatch.cli import verification
 from sensebatch.cli.speed_cache import read_speeds, speeds_path
 from sensebatch.engine.device import machine
 from sensebatch.engine.device.machine import Gpu, Machine
 from sensebatch.plan.attention import AttentionSpeeds
 from sensebatch.verify.promises import TRIALS
+from tests.backends import FakeBackend
 from tests.cli.conftest import Invoke
 
 pytestmark = pytest.mark.slow
@@ -96,6 +98,26 @@ def test_plan_uses_what_doctor_kept(invoke: Invoke, manifest: Path) -> None:
     plan = invoke("plan", manifest, "--json").json
     assert plan["machine"]["gpu"] == GPU.name
     assert plan["memory"][0]["seconds"]["images"] > 0
+
+
+@pytest.mark.usefixtures("with_gpu")
+def test_run_knows_what_doctor_kept(
+    invoke: Invoke, manifest: Path, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[AttentionSpeeds | None] = []
+
+    def new_backend(speeds: AttentionSpeeds | None) -> FakeBackend:
+        given.append(speeds)
+        return backend
+
+    monkeypatch.setattr(session, "TorchBackend", new_backend)
+    invoke("run", manifest)
+    invoke("doctor")
+    invoke("run", manifest)
+    before, after = given
+    assert before is None
+    assert after is not None
+    assert after.flop_per_s == GPU.attention_backends
 
 
 @pytest.mark.usefixtures("with_gpu")

@@ -14,6 +14,7 @@ from sensebatch.config import RunConfig, default_config
 from sensebatch.errors import ManifestError, Problem
 from sensebatch.jobs import CfgNorm, Job, job_key
 from sensebatch.manifest.read import read_manifest
+from sensebatch.manifest.resolve import MAX_WARNED_SIZES
 from sensebatch.resolutions import BUCKETS_T2I, Resolution
 from sensebatch.tasks import Task
 from tests.executor.fakes import IDENTITY
@@ -163,6 +164,18 @@ def test_a_size_outside_the_buckets_is_warned_of_once(write_jsonl: WriteJsonl) -
     (warning,) = warnings
     assert (warning.row, warning.field) == ("line 1", "resolution")
     assert warning.message.startswith("640x480 is not one of the t2i sizes")
+
+
+def test_a_thousand_sizes_are_not_a_thousand_warnings(write_jsonl: WriteJsonl) -> None:
+    warnings: list[Problem] = []
+    sizes = [{"prompt": "a", "width": 32 * n, "height": 96} for n in range(3, 40)]
+    path = write_jsonl(*sizes)
+    assert len(list(read_manifest(path, default_config("some/model"), warn=warnings.append))) == 37
+    messages = [warning.message for warning in warnings]
+    assert len(messages) == MAX_WARNED_SIZES
+    # The sizes to choose from are said once.
+    assert [message for message in messages if "2720x1536" in message] == messages[:1]
+    assert messages[-1].endswith("; further sizes like it are not reported")
 
 
 def test_equal_settings_are_one_object(read_rows: ReadRows) -> None:

@@ -84,8 +84,9 @@ def resolve_attention(backend: str, device: str, dtype: str, ranking: Sequence[s
     if backend == "auto":
         is_new = device == "cuda" and torch.cuda.get_device_capability() >= CUDNN_LEAST_CAPABILITY
         order = (*ranking, *(("cudnn", "flash") if is_new else ("flash",)))
-        usable = (name for name in order if _obstacle(name, device, dtype) is None)
-        return next(usable, "sdpa")
+        # Another version may have measured others.
+        known = (name for name in order if name in BACKENDS)
+        return next((name for name in known if _obstacle(name, device, dtype) is None), "sdpa")
     obstacle = _obstacle(backend, device, dtype)
     if obstacle:
         raise ConfigError(f"attn_backend: expected {backend} to be usable: {obstacle}")

@@ -106,6 +106,7 @@ def test_auto_takes_what_was_measured_on_this_gpu(
     on_gpu(monkeypatch, (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: gpu)
     reached = {"cudnn": {4096: 1.0}, "flash": {4096: 3.0}, "sdpa": {4096: 2.0}}
+    reached["of another version"] = {4096: 9.0}
     speeds = AttentionSpeeds(gpu="NVIDIA Test", torch=torch.__version__, flop_per_s=reached)
     assert fastest_attention(speeds, [make_load()], dtype) == expected
     older = replace(speeds, torch="1.0")
