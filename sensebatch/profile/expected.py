@@ -73,7 +73,9 @@ def _twice_the_steps(group: GroupKey) -> GroupKey:
     return replace(group, drawing=replace(drawing, num_steps=2 * drawing.num_steps))
 
 
-def expectation(case: Case, model: str, manifest: Path, dtype: str) -> Expectation:
+def expectation(
+    case: Case, model: str, manifest: Path, dtype: str, *, num_workers: int = 1
+) -> Expectation:
     """Returns a case as the arithmetic sees it.
 
     Args:
@@ -81,6 +83,7 @@ def expectation(case: Case, model: str, manifest: Path, dtype: str) -> Expectati
         model: As `sensebatch run --model` takes it.
         manifest: The case's.
         dtype: The dtype of weights and activations, by name.
+        num_workers: How many workers of one host run it.
 
     Raises:
         ConfigError: The case does not fit its budget.
@@ -99,6 +102,7 @@ def expectation(case: Case, model: str, manifest: Path, dtype: str) -> Expectati
         loads=loads,
         device_free=None,
         host_free=ENOUGH_BYTES,
+        num_workers=num_workers,
     )
     return Expectation(
         computation=computation,

@@ -364,26 +364,36 @@ def write_rows(folder: Path, rows: Sequence[Row]) -> None:
 
 
 def plot(folder: Path, rows: Sequence[Row]) -> None:
-    """Draws speed against GPUs, one line for each mode, if matplotlib is installed."""
+    """Draws speed against workers, if matplotlib is installed: a line for each kind of run."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for row in rows:
-        speed, base = row.images_per_s, baseline(row, rows).images_per_s
-        if speed and base and row.workers and not row.killed:
-            lines.setdefault(f"{row.jobs}, {row.vram_mode}", []).append((row.workers, speed / base))
-    for name, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+    for name, points in speeds(rows).items():
+        axes.plot(*zip(*points, strict=True), marker="o", label=name)
     most = max((row.workers for row in rows), default=1)
     axes.plot([1, most], [1, most], color="grey", linestyle=":", label="as many times")
-    axes.set_xlabel("GPUs")
-    axes.set_ylabel("images a second, by those of one GPU")
+    axes.set_xticks(range(1, most + 1))
+    axes.set_xlabel("workers")
+    axes.set_ylabel("images a second, by those of one worker")
     axes.legend()
     figure.savefig(folder / PLOT_NAME, dpi=150)
+
+
+def speeds(rows: Sequence[Row]) -> dict[str, list[tuple[int, float]]]:
+    """Returns (workers, images a second by those of one) for jobs that several numbers have run."""
+    lines: dict[str, dict[int, float]] = {}
+    for row in rows:
+        base = baseline(row, rows)
+        if row.images_per_s and base.images_per_s and base.workers == 1 and not row.killed:
+            name = f"{row.jobs} {row.width}x{row.height}, {row.vram_mode}"
+            lines.setdefault(name, {})[row.workers] = row.images_per_s / base.images_per_s
+    return {
+        name: sorted((workers, times) for workers, times in line.items() if workers)
+        for name, line in lines.items()
+    }
 
 
 def trials(

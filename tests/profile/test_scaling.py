@@ -11,7 +11,13 @@ import typer
 from typer.testing import CliRunner
 
 from sensebatch.profile import scaling
+from sensebatch.profile.expected import expectation
 from sensebatch.profile.scaling import Row, baseline, format_rows, read_rows, write_rows
+from sensebatch.profile.suites import Scale, Suite, chosen_cases, suite_cases, write_manifest
+from sensebatch.resolutions import Resolution
+from tests.profile.test_recorded import HIGHEST, LOWEST
+
+MEASURED = Path(__file__).parents[2] / "docs" / "measured" / "gpus"
 
 ROW = Row(
     jobs="t2i",
@@ -57,6 +63,32 @@ def test_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
     write_rows(tmp_path, [ROW])
     (found,) = read_rows(tmp_path)
     assert replace(found, idle_share=tuple(found.idle_share), first_batch_s=()) == ROW
+
+
+def test_speeds_are_drawn_where_one_worker_has_run_the_same_jobs() -> None:
+    rows = [
+        replace(ROW, workers=0),
+        ROW,
+        replace(ROW, workers=4, images_per_s=0.9),
+        replace(ROW, workers=2, images_per_s=0.5),
+        replace(ROW, workers=2, images_per_s=0.1, killed=True),
+        replace(ROW, workers=4, images_per_s=9.0, num_jobs=512, num_steps=8),
+    ]
+    assert scaling.speeds(rows) == {"t2i 2048x2048, full": [(1, 1.0), (2, 2.0), (4, 3.6)]}
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_workers_took_the_memory_of_the_host_that_is_expected(workers: int, tmp_path: Path) -> None:
+    (row,) = [
+        row for row in read_rows(MEASURED) if (row.vram_mode, row.workers) == ("balanced", workers)
+    ]
+    size = Resolution(height=row.height, width=row.width)
+    scale = Scale(num_steps=row.num_steps, num_jobs=row.num_jobs, resolution=size)
+    (case,) = chosen_cases(suite_cases(Suite.MODES, scale), ["balanced"])
+    manifest = write_manifest(case, scale, tmp_path)
+    expected = expectation(case, row.model, manifest, "bfloat16", num_workers=workers)
+    assert row.worker_bytes is not None
+    assert LOWEST <= expected.placements.host_bytes / row.worker_bytes <= HIGHEST
 
 
 @pytest.mark.slow
