@@ -129,6 +129,7 @@ def _index(
         "title": ", ".join(run.name for run in runs),
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "count": len(parts.ids),
+        "pending": sum(run.counts[PENDING] for run in runs),
         "runs": [
             {"id": run.id, "name": run.name, "root": _root(run, out, copies_images)} for run in runs
         ],

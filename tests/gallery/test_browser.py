@@ -16,7 +16,7 @@ from sensebatch.gallery.make import make_gallery
 from sensebatch.gallery.rows import manifest_row
 from sensebatch.report.summary import read_log, summarise
 from sensebatch.tasks import Task
-from tests.executor.fakes import make_job
+from tests.executor.fakes import Flag, make_job, run_folder
 from tests.gallery.browser import Opened, ids, open_item
 from tests.gallery.runs import HOSTILE, HOSTILE_ID, make_input_file, make_run
 from tests.gallery.synthetic import make_synthetic
@@ -459,6 +459,13 @@ def test_a_gallery_made_again_under_an_open_page_asks_for_a_reload(
     open_item(page, "a")
     page.wait_for_selector(".panel .warning")
     assert "reload the page" in page.inner_text(".panel .warning")
+
+
+def test_jobs_to_come_are_counted(opened: Opened, tmp_path: Path) -> None:
+    run_folder(tmp_path / "run", [make_job(f"j{n}") for n in range(8)], stop=Flag(after=2))
+    made = make_gallery([tmp_path / "run"], tmp_path / "run" / "gallery")
+    page = opened.page(tmp_path / "run" / "gallery")
+    assert page.inner_text("#count") == f"{made.items} items ({made.pending} to come)"
 
 
 def test_only_the_tiles_in_view_exist(opened: Opened, tmp_path: Path) -> None:

@@ -170,6 +170,7 @@ def test_a_run_in_progress_shows_what_is_done(tmp_path: Path) -> None:
     assert made.pending == 8 - made.items
     report = read_data(made.page.parent, "report")["runs"][0]
     assert f"{made.pending} still to be run" in report["words"]
+    assert read_data(made.page.parent, "index")["pending"] == made.pending
 
 
 def test_runs_with_equal_ids_stay_apart(tmp_path: Path) -> None:

@@ -310,7 +310,9 @@
     nodes.direction.textContent = query.descending ? "↓" : "↑";
     nodes.direction.setAttribute("aria-label", query.descending ? "Descending; press for ascending" : "Ascending; press for descending");
     nodes.direction.title = query.descending ? "Descending" : "Ascending";
-    nodes.count.textContent = result.length === SB.items.count ? SB.counted(SB.items.count, "item") : `${SB.count(result.length)} of ${SB.counted(SB.items.count, "item")}`;
+    const toCome = SB.index.pending ? ` (${SB.count(SB.index.pending)} to come)` : "";
+    nodes.count.title = SB.index.pending ? `Jobs that were still to be run at ${SB.index.made}; sensebatch gallery adds them` : "";
+    nodes.count.textContent = result.length === SB.items.count ? SB.counted(SB.items.count, "item") + toCome : `${SB.count(result.length)} of ${SB.counted(SB.items.count, "item")}`;
     if (state.view === "images") {
       grid.side = state.side;
       if (!keepPlace) grid.node.scrollTop = 0;

@@ -173,7 +173,8 @@
       const isSelected = this.selected.has(item);
       node.setAttribute("aria-selected", isSelected);
       const prompt = SB.items.prompts.of(item);
-      const said = [SB.items.ids[item], prompt, pick.verdict === "keep" && "kept", pick.verdict === "reject" && "rejected", pick.tags && `tagged ${pick.tags.join(", ")}`];
+      const run = SB.index.runs.length > 1 && SB.index.runs[SB.items.run[item]].name;
+      const said = [SB.items.ids[item], run, prompt, pick.verdict === "keep" && "kept", pick.verdict === "reject" && "rejected", pick.tags && `tagged ${pick.tags.join(", ")}`];
       node.setAttribute("aria-label", said.filter(Boolean).join(", "));
     }
 
