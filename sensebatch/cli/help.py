@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -62,8 +63,15 @@ def _rows(command: Any, ctx: Any) -> Iterator[tuple[str, tuple[str, str]]]:
             continue
         row = parameter.get_help_record(ctx)
         if row is not None:
+            names, words = row
             subject = _text(getattr(parameter, "rich_help_panel", None))
-            yield subject or _OPTIONS, row
+            yield subject or _OPTIONS, (names, _with_bounds(words))
+
+
+def _with_bounds(words: str) -> str:
+    """Returns help with the bounds of a number in words; a lower one alone says nothing new."""
+    words = re.sub(r"\s*\[x>=\d+\]|; *x>=\d+", "", words)
+    return re.sub(r"(\d+)<=x<=(\d+)", r"from \1 to \2", words)
 
 
 def _text(subject: object) -> str:

@@ -149,6 +149,8 @@ def test_help_is_printed_with_exit_code_0(invoke: Invoke, name: str) -> None:
     ended = invoke(*name.split(), "--help")
     assert ended.code == 0
     assert "Usage: sensebatch" in ended.out
+    # Bounds of numbers are in words.
+    assert not re.search(r"\[[^]]*x[<>]=?", ended.out)
 
 
 @pytest.mark.parametrize("name", ["", "manifest", "model", *COMMANDS])
