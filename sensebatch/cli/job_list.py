@@ -7,28 +7,31 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow.parquet as pq
 
 from sensebatch.bounded import escaped
-from sensebatch.cli.messages import Output, counted, show
+from sensebatch.cli.messages import Output, OutputError, counted, show
 from sensebatch.cli.tables import FittingTable, print_parts
 from sensebatch.dataset.records import COLUMNS, Dataset, Record
 from sensebatch.dataset.tables import ALL, csv_lines, json_lines, row_of, schema_of
 from sensebatch.dataset.tables import tables as as_tables
-from sensebatch.errors import ConfigError
+from sensebatch.errors import ConfigError, StorageError
 from sensebatch.store.files import atomic_file
 
 
 def check_columns(dataset: Dataset, names: Sequence[str] | None) -> None:
-    """Refuses names that no column has.
+    """Refuses names that no column has, and those that are given twice.
 
     Raises:
         ConfigError: There is one.
     """
-    for name in names or ():
+    for place, name in enumerate(names or ()):
+        if name in (names or ())[:place]:
+            raise ConfigError(f"--columns: expected each name once, found {name!r} again")
         if name not in COLUMNS and name not in dataset.extra_columns:
             known = sorted({*COLUMNS, *dataset.extra_columns})
             close = difflib.get_close_matches(name, known, n=1)
@@ -56,30 +59,35 @@ def write_list(
         output: The file; None for stdout.
 
     Raises:
-        StorageError: The file cannot be written.
-        OutputError: Stdout cannot be written.
+        OutputError: The file or stdout cannot be written.
     """
     names = ALL if names is None else names
     extra = {name: dataset.extra_columns[name] for name in names if name not in COLUMNS}
     rows = (row_of(record, names, extra) for record in records)
-    if form == "parquet":
-        assert output is not None
-        _write_parquet(rows, names, output)
-        return
-    lines = json_lines(rows) if form == "json" else csv_lines(rows, names)
     if output is None:
         stdout = Output(sys.stdout)
-        for line in lines:
+        for line in _lines(form, rows, names):
             stdout.write(line)
         stdout.flush()
         return
-    with atomic_file(output) as file:
-        file.writelines(line.encode() for line in lines)
+    try:
+        with atomic_file(output) as file:
+            if form == "parquet":
+                _write_parquet(rows, names, file)
+            else:
+                file.writelines(line.encode() for line in _lines(form, rows, names))
+    except StorageError as error:
+        # There is no run to resume.
+        raise OutputError(str(error)) from error
 
 
-def _write_parquet(rows: Iterable[Mapping[str, Any]], names: Sequence[str], output: Path) -> None:
+def _lines(form: str, rows: Iterable[Mapping[str, Any]], names: Sequence[str]) -> Iterator[str]:
+    return json_lines(rows) if form == "json" else csv_lines(rows, names)
+
+
+def _write_parquet(rows: Iterable[Mapping[str, Any]], names: Sequence[str], file: BinaryIO) -> None:
     schema = schema_of(names)
-    with atomic_file(output) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+    with pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for table in as_tables(rows, schema):
             writer.write_table(table)
 
@@ -151,6 +159,5 @@ def _text(record: Record, name: str) -> str:
     )
     if value is None:
         return ""
-    return escaped(
-        value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    )
+    is_plain = isinstance(value, str | datetime)
+    return escaped(str(value) if is_plain else json.dumps(value, ensure_ascii=False, default=str))

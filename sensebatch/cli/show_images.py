@@ -11,7 +11,7 @@ import typer
 
 from sensebatch.cli.paths import path
 
-_FIRST = ("id", "task", "prompt", "seed")
+_FIRST = ("id", "task", "prompt", "seed", "size")
 _INDENT = 4
 
 

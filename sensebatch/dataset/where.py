@@ -55,6 +55,7 @@ class Where:
         extra_columns: Callable[[], Mapping[str, str]],
     ) -> None:
         self._text = text
+        self._bad_pattern = ""
         self._used: list[str] = []
         self._extra: Mapping[str, str] = {}
         try:
@@ -84,8 +85,18 @@ class Where:
             self._db.set_authorizer(_Authorizer())
             true = {number for (number,) in self._db.execute(self._query())}
         except (sqlite3.Error, OverflowError) as error:
-            raise ConfigError(f"--where {self._text!r}: {error}") from None
+            raise ConfigError(f"--where {self._text!r}: {self._bad_pattern or error}") from None
         return [number in true for number in range(len(jobs))]
+
+    def _matches(self, pattern: str | None, text: Any) -> bool | None:
+        """Returns whether a regular expression is found in a text; `prompt REGEXP 'star|ring'`."""
+        if pattern is None or text is None:
+            return None
+        try:
+            return re.search(str(pattern), str(text)) is not None
+        except re.error as error:
+            self._bad_pattern = f"expected a regular expression, found {pattern!r}: {error}"
+            raise
 
     def _value(self, job: Valued, name: str) -> Any:
         if name not in self._extra:
@@ -114,6 +125,7 @@ class Where:
         db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
         db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_VALUE_BYTES)
         db.create_function("has", 2, _has, deterministic=True)
+        db.create_function("regexp", 2, self._matches, deterministic=True)
         names = "".join(f', "{name}"' for name in columns)
         db.execute(f'CREATE TABLE jobs ("{_NUMBER}" INTEGER PRIMARY KEY{names})')
         return db

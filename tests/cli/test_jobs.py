@@ -148,6 +148,7 @@ def test_list_of_no_job_is_an_empty_list(invoke: Invoke, folder: Path) -> None:
     [
         (["--where", "statu = 1"], "found 'statu'; did you mean 'status'?"),
         (["--columns", "id,ligth"], "found 'ligth'; did you mean 'light'?"),
+        (["--columns", "id,seed,id"], "--columns: expected each name once, found 'id' again"),
         (["--matrix", "light"], "--matrix: expected NAME=VALUE, found 'light'"),
         (["--picked", "reject"], "--picked: expected --picks FILE beside it"),
         (["--picks", "none.json"], "none.json: cannot be read: No such file"),
@@ -167,3 +168,10 @@ def test_what_cannot_be_listed_is_said_at_once(
     assert ended.code == 2
     assert said in ended.err
     assert "Traceback" not in ended.err
+
+
+def test_file_that_cannot_be_written_ends_as_output_does(invoke: Invoke, folder: Path) -> None:
+    Path("x.csv").mkdir()
+    ended = invoke("jobs", folder, "--output", "x.csv")
+    assert (ended.code, ended.out) == (74, "")
+    assert "x.csv: expected a file, found a folder" in ended.err

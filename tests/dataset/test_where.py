@@ -62,6 +62,8 @@ def holds(text: str, **changes: Any) -> bool:
         "text IS NULL",
         "status = 'done' -- as it should be",
         "lower(upper(id)) = 'storm'",
+        "id REGEXP '^st[aeiou]rm$'",
+        "seed REGEXP '[0-9]'",
     ],
 )
 def test_expression_holds(text: str) -> None:
@@ -111,6 +113,7 @@ def test_rows_are_told_apart() -> None:
         ("length(zeroblob(1000000000)) > 1", "too big"),
         ("abs(-9223372036854775808) > 1", "overflow"),
         ("seed = '\0'", "--where"),
+        ("id REGEXP '['", r"expected a regular expression, found '\[': unterminated character set"),
     ],
 )
 def test_what_cannot_be_computed_is_a_mistake_of_the_expression(text: str, said: str) -> None:
