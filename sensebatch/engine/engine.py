@@ -456,7 +456,8 @@ def _load_figures(start: float, peak: DevicePeak) -> dict[str, Any]:
 
 def _share_key(share: HostShare | None, identity: ModelIdentity) -> str | None:
     """Returns what workers have in common if they share a host and stream the same weights."""
-    if share is None or not can_share():
+    if share is None or share.num_workers == 1 or not can_share():
+        # Memory of its own comes in huge pages, which are filled and pinned faster.
         return None
     content = (share.name, identity.checkpoint, identity.lora, identity.dtype, identity.precision)
     return hashlib.sha256(repr(content).encode()).hexdigest()[:32]

@@ -7,12 +7,15 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import Tensor
 
+from sensebatch.contract import HostShare
+from sensebatch.engine.engine import _share_key
 from sensebatch.engine.memory.host import BLOCKS
 from sensebatch.engine.memory.shared import (
     BOUNDARY,
@@ -24,7 +27,7 @@ from sensebatch.engine.memory.shared import (
 )
 from sensebatch.engine.weights.residency import EMBEDDINGS
 from sensebatch.errors import StoppedError
-from sensebatch.jobs import Precision
+from sensebatch.jobs import ModelIdentity, Precision
 from tests.engine.memory.sharing_process import loaded
 
 pytestmark = pytest.mark.skipif(not can_share(), reason="only Linux shares weights")
@@ -141,6 +144,27 @@ def test_the_next_process_fills_what_one_was_killed_in(processes: Processes, key
     # The first had filled the embeddings.
     assert 0 < found.pop("num_reads") <= alone.pop("num_reads")
     assert found == alone
+
+
+def test_workers_share_what_is_the_same_for_all_of_them() -> None:
+    identity = ModelIdentity(
+        checkpoint="aa", lora=None, dtype="bfloat16", generation_prompt="", interleave_prompt=""
+    )
+    share = HostShare(name="run", num_workers=2)
+    key = _share_key(share, identity)
+    assert key is not None
+    assert _share_key(share, replace(identity, generation_prompt="Draw")) == key
+    others = [
+        _share_key(replace(share, name="another"), identity),
+        _share_key(share, replace(identity, checkpoint="bb")),
+        _share_key(share, replace(identity, lora="cc")),
+        _share_key(share, replace(identity, dtype="float16")),
+        _share_key(share, replace(identity, precision=Precision.FP8)),
+    ]
+    assert len({key, *others}) == 6
+    assert None not in others
+    assert _share_key(replace(share, num_workers=1), identity) is None
+    assert _share_key(None, identity) is None
 
 
 def _ones(buffers: Mapping[str, Tensor]) -> None:
