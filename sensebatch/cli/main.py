@@ -43,6 +43,7 @@ from sensebatch.cli import (
 from sensebatch.cli.help import HelpCommand, new_app
 from sensebatch.cli.job_options import command_of
 from sensebatch.cli.messages import (
+    ClosedOutput,
     Output,
     OutputError,
     counted,
@@ -138,6 +139,8 @@ def main(args: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: Always, with the exit code.
     """
+    if sys.stdout is None:
+        sys.stdout = ClosedOutput()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Not every terminal can show every character.
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -50,6 +52,14 @@ class Output:
             self._stream.flush()
         except OSError as error:
             raise _output_error(error) from None
+
+
+class ClosedOutput(io.StringIO):
+    """Stands for a standard output that was closed before the program began."""
+
+    def write(self, text: str) -> int:
+        """Fails, as to write to any other output that is closed."""
+        raise OSError(errno.EBADF, "it is closed", text)
 
 
 def _output_error(error: OSError) -> OutputError:

@@ -57,6 +57,18 @@ def test_run_whose_output_cannot_be_written_is_still_done(
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.parametrize("args", [["manifest", "schema"], ["model", "inspect", "tiny"], ["--help"]])
+def test_command_whose_output_is_closed_ends_as_one_that_cannot_write(args: list[str]) -> None:
+    ended = _shell('"$@" >&-', *args)
+    assert (ended.returncode, ended.stderr) == (74, "sensebatch: stdout: it is closed\n")
+
+
+def test_run_whose_output_is_closed_is_still_done(manifest: Path, tmp_path: Path) -> None:
+    ended = _shell('"$@" >&-', "run", manifest, "--output-dir", tmp_path / "o", "--json")
+    assert ended.returncode == 0
+    assert "warning: stdout: it is closed" in ended.stderr
+
+
 def test_run_whose_reader_has_ended_is_still_done(manifest: Path, tmp_path: Path) -> None:
     # The pipe is closed before the run begins.
     line = '{ sleep 0.2; "$@"; echo "code $?" >&2; } | true'
