@@ -7,6 +7,7 @@ is cut.
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import fields
 from operator import itemgetter
@@ -29,6 +30,10 @@ MAX_NAMES = 5
 MEASURE_WIDTH = 1000
 FILE_WIDTH = 100
 """The width of what is not printed to a terminal."""
+
+
+ASCII_HEAD = box.Box(str(box.SIMPLE_HEAD).replace("─", "-"), ascii=True)
+"""Tables where standard output has no other characters."""
 
 
 class FittingTable(Table):
@@ -96,11 +101,22 @@ def print_parts(*parts: object) -> None:
         if isinstance(before, Table) or (isinstance(part, Table) and before is not None):
             console.print()
         if isinstance(part, FittingTable):
+            if not _has_lines():
+                part.box = ASCII_HEAD
             part.fit(console)
         # Paths, which people copy, are not broken into lines.
         console.print(part, soft_wrap=isinstance(part, str) and " " not in part)
         before = part
     show(printed.getvalue().removesuffix("\n"))
+
+
+def _has_lines() -> bool:
+    """Returns whether standard output can show the lines of tables."""
+    try:
+        str(box.SIMPLE_HEAD).encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def print_report(summary: Summary, *, max_calls: int | None) -> None:

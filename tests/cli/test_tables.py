@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -111,3 +114,16 @@ def test_nothing_but_messages_prints() -> None:
     for path in (ROOT / "sensebatch" / "cli").glob("*.py"):
         if path.name != "messages.py":
             assert not re.search(r"(?<![\w.])print\(", path.read_text(encoding="utf-8")), path
+
+
+def test_tables_have_ascii_lines_where_only_ascii_can_be_shown() -> None:
+    script = "from sensebatch.cli.main import main; main(['model', 'inspect', 'tiny'])"
+    shown = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "--------\n" in shown.stdout
+    assert "\\u" not in shown.stdout
