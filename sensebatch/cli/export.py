@@ -373,4 +373,4 @@ def _next_lines(
     if address is not None:
         yield f"  pushed   {address}"
     elif config.format != Format.WEBDATASET and "://" not in out:
-        yield f"  open     datasets.load_dataset({json.dumps(out)}, {json.dumps(done.tasks[0])})"
+        yield f"  open     datasets.load_dataset({out!r}, {done.tasks[0]!r})"

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import cache
 from typing import Any
 
 import pyarrow as pa
 
 from sensebatch.store.log import ROW_SCHEMA
 from sensebatch.store.rows import SAMPLING_COLUMNS
-from sensebatch.tasks import Output, TaskSpec
+from sensebatch.tasks import Output, Task, TaskSpec
 
 
 class Kind(Enum):
@@ -65,9 +66,10 @@ ANSWER_COLUMNS = ("answer", "choice_probabilities")
 """Those that it has of jobs that answer in text as well."""
 
 
-def columns_of(spec: TaskSpec) -> tuple[Column, ...]:
+@cache
+def columns_of(task: Task) -> tuple[Column, ...]:
     """Returns the columns of a task's rows, in their order."""
-    return (Column(name="id", type=TEXT), *_content(spec), TAGS, *_log_columns())
+    return (Column(name="id", type=TEXT), *_content(task.spec), TAGS, *_log_columns())
 
 
 def _content(spec: TaskSpec) -> Iterator[Column]:

@@ -60,7 +60,7 @@ def is_own(name: str, task: str) -> bool:
 
 def write(target: Target, shard: Shard, samples: Iterator[LoadedSample]) -> dict[str, int]:
     """Writes a shard and returns the bytes of its files by name."""
-    columns = columns_of(Task(shard.task).spec)
+    columns = columns_of(Task(shard.task))
     name = f"{shard.stem}.parquet"
     with target.write(name) as file:
         with pq.ParquetWriter(

@@ -47,7 +47,7 @@ def is_own(name: str, task: str) -> bool:
 
 def write(target: Target, shard: Shard, samples: Iterator[LoadedSample]) -> dict[str, int]:
     """Writes a shard and returns the bytes of its files by name."""
-    columns = columns_of(Task(shard.task).spec)
+    columns = columns_of(Task(shard.task))
     files: dict[str, int] = {}
     rows = []
     for number, loaded in enumerate(samples):

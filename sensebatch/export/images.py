@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,7 @@ from sensebatch.store.images import EXTENSIONS, encode_image, read_metadata
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+MAX_THREADS = 8
 AHEAD = 64
 """Rows that are read before they are written, at most."""
 
@@ -66,7 +68,6 @@ class ImageLoader:
         read_input: Returns the bytes of an input image, or raises a JobError.
         conversion: What is done to each image.
         sign: Signs each image that the run made; None does not.
-        threads: How many.
     """
 
     def __init__(
@@ -76,13 +77,14 @@ class ImageLoader:
         *,
         conversion: Conversion,
         sign: Sign | None,
-        threads: int,
     ) -> None:
         self._root = root
         self._read_input = reading(root, read_input)
         self._conversion = conversion
         self._sign = sign
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="export")
+        self._pool = ThreadPoolExecutor(
+            min(os.cpu_count() or 1, MAX_THREADS), thread_name_prefix="export"
+        )
 
     def __enter__(self) -> ImageLoader:
         return self

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sensebatch.errors import ConfigError
-from sensebatch.export.target import Target
+from sensebatch.export.target import LOCK, Target
 
 FOLDER = ".sensebatch"
 """Readers of datasets skip names that begin with a dot."""
@@ -157,7 +157,7 @@ _HARMLESS = frozenset([".git", ".gitattributes", ".cache", ".DS_Store", FOLDER])
 
 def is_record(name: str) -> bool:
     """Returns whether a file is the record of a shard."""
-    return name.startswith(f"{FOLDER}/") and name != _HEAD
+    return name.startswith(f"{FOLDER}/") and name not in (_HEAD, LOCK)
 
 
 def _record(shard: Shard) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -18,7 +17,7 @@ from sensebatch.export.formats import FORMATS
 from sensebatch.export.images import Conversion, ImageLoader, LoadedSample, Sign
 from sensebatch.export.ledger import Ledger, Shard, is_record
 from sensebatch.export.samples import Sample
-from sensebatch.export.shards import plan_shards
+from sensebatch.export.shards import ShardPlan, plan_shards
 from sensebatch.export.splits import Splits, unused
 from sensebatch.export.target import Target
 from sensebatch.jobs import InputImage
@@ -26,7 +25,6 @@ from sensebatch.tasks import Task
 
 SHARD_BYTES = 500 * 10**6
 """Of images in a shard, as `datasets` has it."""
-MAX_THREADS = 8
 VERSION = 1
 """Of the columns and their values; an export of another version is not continued."""
 
@@ -105,41 +103,38 @@ def export(
         StorageError: The target failed; the same export continues where it was.
     """
     observer = observer or ExportObserver()
-    ledger = Ledger(target)
-    whole, others = ledger.open(_terms(dataset, config))
+    ledger, terms = Ledger(target), _terms(dataset, config)
+    # What does not fit is refused before the folder is read.
+    ledger.open(terms)
     with Spool() as spool:
-        found = collect(
-            dataset.records(config.selection),
-            spool,
-            config.splits,
-            skip_missing=config.skip_missing,
-        )
+        records = dataset.records(config.selection)
+        found = collect(records, spool, config.splits, skip_missing=config.skip_missing)
         if not found.rows:
             raise ExportError(_nothing(dataset.root, found))
-        plan = plan_shards(whole, found.rows, FORMATS[config.format].limits(config.shard_bytes))
-        ledger.begin()
-        observer.planned(sum(row.num_images for _, rows in plan.written for row in rows))
-        with ImageLoader(
-            dataset.root, read_input, conversion=config.conversion, sign=sign, threads=_threads()
-        ) as loader:
+        loader = ImageLoader(dataset.root, read_input, conversion=config.conversion, sign=sign)
+        with target.held(), loader:
+            whole, others = ledger.open(terms)
+            limits = FORMATS[config.format].limits(config.shard_bytes)
+            plan = plan_shards(whole, found.rows, limits)
+            observer.planned(sum(row.num_images for _, rows in plan.written for row in rows))
+            ledger.begin()
             writing = _Writing(target, ledger, loader, config, observer)
-            writing.clear([shard for shard in whole if shard not in plan.kept], others)
-            written = [writing.write(shard, spool.get(rows)) for shard, rows in plan.written]
-    shards = [*plan.kept, *(shard for shard in written if shard is not None)]
-    if not shards:
-        raise ExportError(f"{dataset.root}: expected files that can be read, found none")
-    card_kept = not write_card(target, ledger, _facts(dataset, config, found, shards))
+            writing.clear(plan, whole, others)
+            shards = [*plan.kept, *writing.write(plan, spool)]
+            if not shards:
+                raise ExportError(f"{dataset.root}: expected files that can be read, found none")
+            is_ours = write_card(target, ledger, _facts(dataset, config, found, shards))
     return Exported(
         jobs=sum(len(shard.rows) for shard in shards),
         tasks=[task for task in Task if any(shard.task == task for shard in shards)],
         shards=len(shards),
-        written_shards=sum(shard is not None for shard in written),
+        written_shards=len(shards) - len(plan.kept),
         written_images=writing.num_images,
         written_bytes=writing.num_bytes,
         not_done=found.not_done,
         skipped=[*found.missing, *writing.skipped],
         empty_splits=unused(config.splits, [shard.split for shard in shards]),
-        card_kept=card_kept,
+        card_kept=not is_ours,
     )
 
 
@@ -164,9 +159,12 @@ class _Writing:
         self.num_bytes = 0
         self.skipped: list[str] = []
 
-    def clear(self, outdated: Iterable[Shard], others: Iterable[str]) -> None:
+    def clear(self, plan: ShardPlan, whole: Iterable[Shard], others: Iterable[str]) -> None:
         """Removes shards that change, and what an export that was interrupted left."""
-        for shard in outdated:
+        kept = {shard.stem for shard in plan.kept}
+        for shard in whole:
+            if shard.stem in kept:
+                continue
             self._ledger.drop(shard)
             for name in shard.files:
                 self._target.remove(name)
@@ -174,7 +172,12 @@ class _Writing:
             if any(self._format.is_own(name, task) for task in Task) or is_record(name):
                 self._target.remove(name)
 
-    def write(self, shard: Shard, samples: Iterator[Sample]) -> Shard | None:
+    def write(self, plan: ShardPlan, spool: Spool) -> list[Shard]:
+        """Writes the shards of a plan and returns those that have a row that can be read."""
+        written = (self._write(shard, spool.get(rows)) for shard, rows in plan.written)
+        return [shard for shard in written if shard is not None]
+
+    def _write(self, shard: Shard, samples: Iterator[Sample]) -> Shard | None:
         """Writes a shard and records it; returns None where no row of it can be read."""
         loaded = self._readable(self._loader.load(samples))
         first = next(loaded, None)
@@ -208,10 +211,6 @@ class _Writing:
             digests.append(row.digest)
             self.num_images += len(row.images)
             self._observer.wrote(len(row.images))
-
-
-def _threads() -> int:
-    return min(os.cpu_count() or 1, MAX_THREADS)
 
 
 def _terms(dataset: Dataset, config: ExportConfig) -> dict[str, Any]:

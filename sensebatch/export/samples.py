@@ -64,7 +64,7 @@ def sample_of(record: Record) -> Sample:
     """
     row = record.row
     assert row is not None
-    job, spec = record.job, record.job.task.spec
+    job = record.job
     inputs = tuple(
         ImageFile(name=_input_name(number, image), sha256=image.sha256, source=image)
         for number, image in enumerate(job.images)
@@ -90,7 +90,7 @@ def sample_of(record: Record) -> Sample:
         "matrix": _json(record.matrix),
         "metadata": _json(record.metadata),
     }
-    values = {column.name: known[column.name] for column in columns_of(spec)}
+    values = {column.name: known[column.name] for column in columns_of(job.task)}
     return Sample(task=job.task.value, values=values, images=(*inputs, *drawn))
 
 

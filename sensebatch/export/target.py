@@ -6,15 +6,18 @@ Names are relative, with `/`. A file of a folder is whole or absent; so is an ob
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
+from filelock import FileLock, Timeout
+
 from sensebatch.errors import ConfigError, SensebatchError, StorageError
 from sensebatch.store.files import atomic_file, reason, storage_errors, sync_folders
 
+LOCK = ".sensebatch/lock"
+"""In the folder of records, which readers skip."""
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 """Which of the package's extras brings what a protocol needs."""
 
@@ -47,6 +50,9 @@ class Target(Protocol):
 
     def remove(self, name: str) -> None:
         """Removes a file that may be missing."""
+
+    def held(self) -> Any:
+        """Returns a context manager during which no other process writes here, as far as known."""
 
 
 class Folder:
@@ -110,10 +116,21 @@ class Folder:
         with suppress(OSError):
             path.parent.rmdir()
 
-    def room(self) -> int:
-        """Returns the free bytes of the disk."""
-        there = next(folder for folder in (self.root, *self.root.parents) if folder.exists())
-        return shutil.disk_usage(there).free
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Holds the folder for this process; the lock dies with it."""
+        path = self.root / LOCK
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:  # an OSError as well
+                raise ConfigError(f"{self.name}: in use by another export; wait for it") from None
+        try:
+            yield
+        finally:
+            lock.release()
 
 
 def _walk(root: Path, below: str) -> Iterator[tuple[str, int]]:
@@ -178,6 +195,11 @@ class Remote:
 
     def settle(self) -> None:
         """Does nothing: an object that was written is safe."""
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Holds nothing: a bucket has no locks."""
+        yield
 
     def remove(self, name: str) -> None:
         """Removes a file that may be missing."""

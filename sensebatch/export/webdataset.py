@@ -58,7 +58,7 @@ def _members(loaded: LoadedSample) -> Iterator[tuple[str, bytes]]:
     endings = _endings(sample.images)
     yield from zip(endings, loaded.images, strict=True)
     values: dict[str, Any] = {}
-    for column in columns_of(Task(sample.task).spec):
+    for column in columns_of(Task(sample.task)):
         value = sample.values[column.name]
         match column.kind:
             case Kind.VALUE:

@@ -33,7 +33,7 @@ def test_export_prints_what_it_wrote_and_how_to_open_it(invoke: Invoke, folder: 
         "out: 8 jobs in 1 shard",
         "  written  1 shard with 8 images",
         "  left out 1 job that is not done",
-        '  open     datasets.load_dataset("out", "t2i")',
+        "  open     datasets.load_dataset('out', 't2i')",
     ]
     card = Path("out/README.md").read_text()
     assert "license: cc-by-4.0\npretty_name: ships\n" in card

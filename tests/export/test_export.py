@@ -257,7 +257,7 @@ def test_export_to_a_url(name: str, mixed: Path, tmp_path: Path) -> None:
     assert found == {
         path.relative_to(tmp_path / "out").as_posix(): path.read_bytes()
         for path in (tmp_path / "out").rglob("*")
-        if path.is_file()
+        if path.is_file() and path.name != "lock"
     }
 
 
@@ -342,6 +342,16 @@ def test_export_into_something_else_is_refused(grown: Path, mixed: Path, tmp_pat
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="expected a folder, found a file"):
         export_folder(grown, tmp_path / "file")
+
+
+def test_two_exports_to_one_folder_at_a_time_are_refused(grown: Path, tmp_path: Path) -> None:
+    class Other(ExportObserver):
+        def planned(self, num_images: int) -> None:
+            assert num_images == 200
+            with pytest.raises(ConfigError, match="in use by another export"):
+                export_folder(grown, tmp_path)
+
+    export_folder(grown, tmp_path, Other())
 
 
 def test_place_that_cannot_be_used_is_one_error(grown: Path) -> None:
