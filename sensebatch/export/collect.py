@@ -122,7 +122,7 @@ def _note(settings: dict[str, set[str]], sample: Sample) -> None:
     """Notes the settings that a row was made with."""
     for name in SETTINGS:
         values = settings.setdefault(name, set())
-        value = sample.values[name]
+        value = sample.values.get(name)
         if value is not None and len(values) <= MAX_VALUES:
             values.add(str(value))
 

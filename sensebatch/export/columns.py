@@ -14,6 +14,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from sensebatch.declarations import declared
+from sensebatch.jobs import Sampling
 from sensebatch.store.log import ROW_SCHEMA
 from sensebatch.store.rows import SAMPLING_COLUMNS
 from sensebatch.tasks import Output, Task, TaskSpec
@@ -59,7 +61,8 @@ LOG_COLUMNS = (
     "metadata",
     "key",
 )
-"""The log's columns that an export has. Its `model` is without the folders of this machine."""
+"""The log's columns that an export has, as far as a task has them. Its `model` is without the
+folders of this machine."""
 
 
 ANSWER_COLUMNS = ("answer", "choice_probabilities")
@@ -69,7 +72,7 @@ ANSWER_COLUMNS = ("answer", "choice_probabilities")
 @cache
 def columns_of(task: Task) -> tuple[Column, ...]:
     """Returns the columns of a task's rows, in their order."""
-    return (Column(name="id", type=TEXT), *_content(task.spec), TAGS, *_log_columns())
+    return (Column(name="id", type=TEXT), *_content(task.spec), TAGS, *_log_columns(task.spec))
 
 
 def _content(spec: TaskSpec) -> Iterator[Column]:
@@ -96,8 +99,14 @@ def _content(spec: TaskSpec) -> Iterator[Column]:
     yield Column(name="text", type=TEXT)
 
 
-def _log_columns() -> Iterator[Column]:
+def _log_columns(spec: TaskSpec) -> Iterator[Column]:
+    settings = declared(Sampling)
     for name in LOG_COLUMNS:
+        is_size = name in ("width", "height")
+        if name in settings and not settings[name].setting.of(spec):
+            continue
+        if is_size and spec.drawing is None:
+            continue
         yield Column(name=name, type=ROW_SCHEMA.field(name).type)
 
 

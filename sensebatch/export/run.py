@@ -126,7 +126,7 @@ def export(
             is_ours = write_card(target, ledger, _facts(dataset, config, found, shards))
     return Exported(
         jobs=sum(len(shard.rows) for shard in shards),
-        tasks=[task for task in Task if any(shard.task == task for shard in shards)],
+        tasks=[task.value for task in Task if any(shard.task == task for shard in shards)],
         shards=len(shards),
         written_shards=len(shards) - len(plan.kept),
         written_images=writing.num_images,

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from sensebatch.dataset.records import Record, open_dataset
+from sensebatch.declarations import plain
 from sensebatch.export.run import ExportConfig, Exported, ExportObserver, export
 from sensebatch.export.target import open_target
 from sensebatch.jobs import InputImage, Job
@@ -103,10 +104,12 @@ def parquet_ids(out: Path) -> list[str]:
 def expected_columns(record: Record) -> dict[str, Any]:
     """Returns what a row of any format has of a job besides its images."""
     row = dict(record.row)
-    names = ["seed", "width", "height", "num_steps", "cfg_scale", "think", "finish_reason", "key"]
+    names = ["seed", "think", "finish_reason", "key"]
+    if record.job.task.spec.drawing is not None:
+        names += ["width", "height", "num_steps", "cfg_scale", "cfg_interval"]
     names += ["answer", "choice_probabilities"] if row["answer"] is not None else []
     return {
-        **{name: row[name] for name in names},
+        **{name: plain(row[name]) for name in names},
         "id": record.id,
         "model": "fake",
         "model_license": "apache-2.0",

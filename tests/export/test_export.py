@@ -72,7 +72,8 @@ def test_every_row_equals_the_log_and_every_image_the_file(mixed: Path, tmp_path
         expected = expected_columns(record)
         assert {name: row[name] for name in expected} == expected
         drawn = row.get("image") or row.get("output")
-        images = [drawn] if drawn else [p["image"] for p in row.get("parts", ()) if p["image"]]
+        parts = [part["image"] for part in row.get("parts", []) if part["image"]]
+        images = [drawn] if drawn else parts
         assert [image["bytes"] for image in images] == [
             file.read_bytes() for file in record.image_files
         ]

@@ -22,7 +22,7 @@ LEAVES_FILES_OPEN = pytest.mark.filterwarnings(
 )
 """webdataset does not close what it has read to the end."""
 
-TASKS = ("t2i", "edit", "interleave")
+TASKS = ("t2i", "edit", "interleave", "ask")
 
 
 @pytest.fixture(scope="module")
@@ -147,10 +147,9 @@ def test_webdataset_reads_what_the_log_has(mixed: Path, tmp_path: Path) -> None:
             expected = expected_columns(record)
             assert {column: values[column] for column in expected} == expected
             assert sample["txt"].decode() == record.job.prompt
-            names = [values.get("image") or values.get("output")]
-            names = (
-                names if names[0] else [part["image"] for part in values["parts"] if part["image"]]
-            )
+            own = values.get("image") or values.get("output")
+            parts = [part["image"] for part in values.get("parts", []) if part["image"]]
+            names = [own] if own else parts
             drawn = [file.read_bytes() for file in record.image_files]
             assert [sample[name] for name in names] == drawn
             inputs = [sample[name] for name in values.get("input_images", [])]
