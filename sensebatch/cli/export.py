@@ -242,7 +242,7 @@ def export(
     target = open_target(out)
     hub = _hub(publish, target.folder)
     reader = InputReader()
-    with open_dataset(folder) as dataset, _progress() as observer:
+    with open_dataset(folder) as dataset, _continues(), _progress() as observer:
         warn_of_picks(dataset, config.selection)
         done = run.export(
             dataset, target, config, read_input=reader.read, sign=signer, observer=observer
@@ -314,6 +314,18 @@ def _hub(publish: PublishOptions, folder: Path | None) -> Hub | None:
             "published needs one (unknown is one as well)"
         )
     return Hub(publish.push)
+
+
+@contextmanager
+def _continues() -> Iterator[None]:
+    """Says, where Ctrl-C ends an export, that nothing is lost."""
+    from sensebatch.cli.messages import say
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("stopped; the same command continues the export")
+        raise
 
 
 @contextmanager

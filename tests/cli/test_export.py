@@ -134,6 +134,20 @@ def test_missing_and_damaged_files_are_left_out_on_request(invoke: Invoke, tmp_p
     assert parquet_ids(Path("out")) == ["image-0002", "image-0003"]
 
 
+def test_ctrl_c_says_that_nothing_is_lost(
+    invoke: Invoke, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("sensebatch.export.hf.write", interrupted)
+        ended = invoke("export", "hf", folder, "out")
+    assert ended.code == exits.INTERRUPTED
+    assert ended.err == "stopped; the same command continues the export\n"
+    assert invoke("export", "hf", folder, "out").code == exits.DONE
+
+
 WITHOUT_TORCH = """
 import sys
 from sensebatch.cli.main import main

@@ -14,6 +14,7 @@ from typing import Any
 import fsspec
 import pytest
 
+from sensebatch.dataset.selection import Selection
 from sensebatch.errors import ConfigError, ExportError, StorageError, StorageFullError
 from sensebatch.export.formats import FORMATS
 from sensebatch.export.run import ExportObserver
@@ -197,6 +198,21 @@ def test_export_that_was_interrupted_continues(
     for path in names:
         if (whole / path).is_file() and path.name not in ("export.json", "README.md"):
             assert (out / path).read_bytes() == (whole / path).read_bytes()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_an_interrupted_export_left_is_removed(name: str, grown: Path, tmp_path: Path) -> None:
+    with pytest.raises(_KilledError):
+        export_folder(grown, tmp_path, _Killer(60), format=name, shard_bytes=50_000)
+    chosen = Selection(where="seed = 150")
+    done = export_folder(grown, tmp_path, format=name, selection=chosen)
+    assert (done.jobs, done.shards) == (1, 1)
+    left = {path.name for path in tmp_path.glob("t2i/*")}
+    assert len(left) == 1
+    records = {path.stem for path in (tmp_path / ".sensebatch").glob("t2i-*")}
+    assert records == {"t2i-train-00000"}
+    if name == "imagefolder":
+        assert len(list(tmp_path.glob("t2i/*/*"))) == 2
 
 
 _CHILD = """
