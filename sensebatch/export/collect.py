@@ -107,7 +107,7 @@ def collect(
                 task=sample.task,
                 split=splits.of(prompt_group(sample)),
                 digest=sample.digest,
-                num_bytes=num_bytes,
+                num_bytes=num_bytes + len(sample.canonical()),
                 num_images=len(sample.images),
                 place=spool.put(sample),
             )

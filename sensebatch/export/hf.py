@@ -22,6 +22,8 @@ from sensebatch.export.target import Target
 from sensebatch.tasks import Task
 
 ROW_GROUP_BYTES = 100 * 10**6
+ROW_GROUP_ROWS = 10_000
+"""At most, where images are small or missing."""
 CHUNKING = {"min_chunk_size": 256 * 1024, "max_chunk_size": 1024 * 1024, "norm_level": 0}
 """Where pages end depends on the values, so that what did not change is stored once by the Hub."""
 
@@ -95,7 +97,7 @@ def _row_groups(columns: tuple[Column, ...], samples: Iterator[LoadedSample]) ->
     for loaded in samples:
         rows.append({column.name: _cell(column, loaded) for column in columns})
         num_bytes += sum(map(len, loaded.images))
-        if num_bytes >= ROW_GROUP_BYTES:
+        if num_bytes >= ROW_GROUP_BYTES or len(rows) == ROW_GROUP_ROWS:
             yield pa.Table.from_pylist(rows, schema)
             rows, num_bytes = [], 0
     if rows:

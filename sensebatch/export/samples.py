@@ -47,12 +47,15 @@ class Sample:
         """The job's id."""
         return self.values["id"]
 
+    def canonical(self) -> bytes:
+        """Returns all that a reader of the export sees of the row, images by their hashes."""
+        seen = [self.task, self.values, [(image.name, image.sha256) for image in self.images]]
+        return json.dumps(seen, sort_keys=True, separators=(",", ":")).encode()
+
     @property
     def digest(self) -> str:
-        """Hash (32 hex digits) of all that a reader of the export sees of the row."""
-        seen = [self.task, self.values, [(image.name, image.sha256) for image in self.images]]
-        text = json.dumps(seen, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        """Hash (32 hex digits) of `canonical`."""
+        return hashlib.sha256(self.canonical()).hexdigest()[:32]
 
 
 def sample_of(record: Record) -> Sample:
