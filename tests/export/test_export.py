@@ -19,6 +19,7 @@ from sensebatch.errors import ConfigError, ExportError, StorageError, StorageFul
 from sensebatch.export.formats import FORMATS
 from sensebatch.export.run import ExportObserver
 from sensebatch.export.splits import parse_splits
+from sensebatch.jobs import InputImage
 from sensebatch.tasks import Task
 from tests.executor.fakes import make_job, run_folder
 from tests.export.folders import (
@@ -148,6 +149,16 @@ def test_growth_of_real_images_is_written_once(tmp_path: Path) -> None:
     export_folder(root, out, shard_bytes=5_000_000)
     assert rewritten(before, out) <= 0.03 * total
     assert sorted(parquet_ids(out)) == sorted(records_of(root))
+
+
+def test_image_of_another_job_is_an_input_image(tmp_path: Path) -> None:
+    parent = InputImage(path="@a", sha256="", height=32, width=64, output=("a", 0))
+    jobs = [make_job("a"), make_job("child", Task.EDIT, images=(parent,), level=1)]
+    root = make_folder(tmp_path / "run", jobs)
+    export_folder(root, tmp_path / "out")
+    rows = {row["id"]: row for row in parquet_rows(tmp_path / "out")}
+    assert rows["child"]["input_images"][0]["bytes"] == rows["a"]["image"]["bytes"]
+    assert rows["child"]["input_images"][0]["path"] == "input-0.png"
 
 
 def test_answers_without_images_are_written_once(tmp_path: Path) -> None:
