@@ -152,15 +152,21 @@ def _details(record: Record, input_of: InputOf) -> dict[str, Any]:
     details = {
         "is_story": job.task.spec.output is not Output.IMAGE or None,
         "text": _text_of(record),
-        "inputs": [input_of(image, record.root) for image in job.images] or None,
+        "inputs": [_input(image, record.root, input_of) for image in job.images] or None,
         "manifest": manifest_row(job),
-        "command": command_line(job, values.get("model")),
+        "command": command_line(job, values.get("model"), record.root),
         "more": [[title, word(values[name])] for name, title in _MORE.items() if values.get(name)],
     }
     if record.status == FAILED:
         details["error"] = values.get("error_message")
         details["traceback"] = _file_text(record.root, values.get("error_file"))
     return {name: value for name, value in details.items() if value is not None}
+
+
+def _input(image: InputImage, root: Path, input_of: InputOf) -> Mapping[str, str]:
+    """Returns what is shown of an input image, with the job that made it if one did."""
+    made_by = {} if image.output is None else {"job": image.output[0]}
+    return {**input_of(image, root), **made_by}
 
 
 def _text_of(record: Record) -> str | None:

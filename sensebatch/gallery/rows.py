@@ -6,11 +6,12 @@ import json
 import re
 import shlex
 from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sensebatch.config import TaskDefaults
 from sensebatch.declarations import declared, item_of_any_number, plain, stated
-from sensebatch.jobs import Job, Sampling
+from sensebatch.jobs import InputImage, Job, Sampling
 
 _SETTINGS = {**declared(TaskDefaults), **declared(Sampling)}
 _NOT_IN_YAML = re.compile(r"[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
@@ -36,19 +37,21 @@ def manifest_row(job: Job) -> str | None:
     return "- " + "\n  ".join(lines) + "\n"
 
 
-def command_line(job: Job, model: str | None) -> str | None:
+def command_line(job: Job, model: str | None, root: Path) -> str | None:
     """Returns the command that makes the job on its own; None where none can.
 
     Args:
         job: The job.
         model: The checkpoint, as the user named it.
+        root: The run's folder, which has the images that other jobs have made.
     """
     fields = _fields(job)
     if fields is None:
         return None
+    fields.pop("images", None)
     words = ["sensebatch", fields.pop("task")]
-    for image in fields.pop("images", ()):
-        words += _option("image", image)
+    for image in job.images:
+        words += _option("image", image.path if image.output is None else str(root / image.path))
     for name, value in fields.items():
         words += _option(name, value)
     if model:
@@ -77,7 +80,7 @@ def _fields(job: Job) -> dict[str, Any] | None:
     spec = job.task.spec
     fields: dict[str, Any] = {"task": job.task.value, "prompt": job.prompt}
     if job.images:
-        fields["images"] = [image.path for image in job.images]
+        fields["images"] = [_image_name(image) for image in job.images]
     if job.resolution is not None:
         fields |= {"width": job.resolution.width, "height": job.resolution.height}
     pixels = "none" if job.input_max_pixels is None else job.input_max_pixels
@@ -95,6 +98,15 @@ def _fields(job: Job) -> dict[str, Any] | None:
     if job.system_prompt is not None:
         fields["system_prompt"] = job.system_prompt
     return fields
+
+
+def _image_name(image: InputImage) -> str:
+    """Returns what a manifest calls an input image: its path, or the job that makes it."""
+    if image.output is None:
+        return image.path
+    parent, index = image.output
+    is_one_of_several = image.path == f"images/{parent}/{PurePosixPath(image.path).name}"
+    return f"@{parent}/{index}" if is_one_of_several else f"@{parent}"
 
 
 def _yaml(value: Any) -> str:

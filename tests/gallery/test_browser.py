@@ -20,6 +20,7 @@ from tests.executor.fakes import Flag, make_job, run_folder
 from tests.gallery.browser import Opened, ids, open_item
 from tests.gallery.runs import HOSTILE, HOSTILE_ID, make_input_file, make_run
 from tests.gallery.synthetic import make_synthetic
+from tests.store.test_chains import child
 
 pytestmark = pytest.mark.slow
 
@@ -363,6 +364,16 @@ def test_an_answer_is_shown_as_text(opened: Opened, tmp_path: Path) -> None:
     assert answer.startswith("what is <b>it</b>? 1 ")
     assert page.locator(".thought").inner_text().startswith("Thought")
     page.wait_for_function("() => document.querySelector('.story .inputs img').naturalWidth === 64")
+
+
+def test_an_input_leads_to_the_job_that_made_it(opened: Opened, tmp_path: Path) -> None:
+    root = make_run(tmp_path / "run", [make_job("parent"), child("edited", "parent")])
+    make_gallery([root], root / "gallery")
+    page = opened.page(root / "gallery")
+    open_item(page, "edited")
+    page.locator(".panel").get_by_role("button", name="Input 1: parent").click()
+    page.wait_for_selector(".bar .id:has-text('parent')")
+    assert page.url.endswith("parent")
 
 
 def test_a_failure_shows_its_message_and_traceback(opened: Opened, night: Path) -> None:

@@ -81,7 +81,7 @@ def test_a_command_line_gives_the_same_job(
     tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = _jobs(tmp_path)[number]
-    line = command_line(job, "tiny")
+    line = command_line(job, "tiny", tmp_path)
     assert line is not None
     given: list[Any] = []
     monkeypatch.setattr(one_job, "run_command", given.append)
@@ -117,4 +117,17 @@ def test_images_inside_a_parquet_file_have_no_row_of_their_own(tmp_path: Path) -
     image = replace(make_input_file(tmp_path / "a.png"), member=(0, "image", 0))
     job = make_job("inside", Task.EDIT, images=(image,))
     assert manifest_row(job) is None
-    assert command_line(job, None) is None
+    assert command_line(job, None, tmp_path) is None
+
+
+def test_an_image_of_another_job_is_named_by_it(tmp_path: Path) -> None:
+    image = replace(make_input_file(tmp_path / "a.png"), path="images/a.png", output=("a", 0))
+    several = replace(image, path="images/tale/002.png", output=("tale", 2))
+    job = make_job("child", Task.EDIT, images=(image, several))
+    row = manifest_row(job)
+    assert row is not None
+    assert 'images: ["@a", "@tale/2"]' in row
+    line = command_line(job, None, tmp_path / "run")
+    assert line is not None
+    assert f"--image {tmp_path}/run/images/a.png" in line
+    assert f"--image {tmp_path}/run/images/tale/002.png" in line

@@ -250,7 +250,7 @@
       const { thoughts, parts } = SB.readStory(this.detail.text ?? "", images);
       const article = SB.el("article", { class: "story" });
       article.append(SB.el("p", { class: "asked" }, items.prompts.of(this.item) ?? ""));
-      if (this.detail.inputs.length) article.append(SB.el("div", { class: "inputs" }, this.detail.inputs.map(inputFigure)));
+      if (this.detail.inputs.length) article.append(this.inputFigures());
       if (thoughts) article.append(SB.el("details", { class: "thought" }, SB.el("summary", null, "Thought"), SB.el("p", null, thoughts)));
       for (const part of parts) {
         if (part.text !== undefined) article.append(SB.el("p", null, part.text));
@@ -274,6 +274,11 @@
         SB.el("figcaption", { class: "dim" }, `${number + 1}`, note));
     }
 
+    inputFigures() {
+      const open = (parent) => { this.open(parent); this.onmove(this.place()); };
+      return SB.el("div", { class: "inputs" }, this.detail.inputs.map((input, index) => inputFigure(input, index, SB.items.run[this.item], open)));
+    }
+
     drawPanel() {
       const items = SB.items;
       const detail = this.detail;
@@ -286,7 +291,7 @@
       ];
       if (detail?.problem) sections.push(SB.el("p", { class: "warning" }, detail.problem));
       if (detail?.text && !detail.is_story) sections.push(SB.el("section", null, SB.el("h3", null, "Thought"), SB.el("p", { class: "long" }, detail.text.replace(/\s*<\/think>\s*$/, ""))));
-      if (detail?.inputs?.length) sections.push(SB.el("section", null, SB.el("h3", null, "Input images"), SB.el("div", { class: "inputs" }, detail.inputs.map(inputFigure))));
+      if (detail?.inputs?.length) sections.push(SB.el("section", null, SB.el("h3", null, "Input images"), this.inputFigures()));
       for (const [group, columns] of SB.columnGroups()) {
         const rows = columns.map((column) => [column.title, column.shown(this.item), column.name]).filter(([, value]) => value !== "");
         if (rows.length) sections.push(SB.el("section", null, SB.el("h3", null, group), table(rows)));
@@ -335,7 +340,10 @@
     return image;
   }
 
-  function inputFigure(input, index) {
-    return SB.el("figure", null, inputImage(input), SB.el("figcaption", { class: "dim" }, `Input ${index + 1}: ${input.name}`));
+  // Returns an input image with its name, or with the way to the job that made it.
+  function inputFigure(input, index, run, open) {
+    const parent = input.job === undefined ? undefined : SB.items.byKey().get(`${SB.index.runs[run].id}/${input.job}`);
+    const words = `Input ${index + 1}: ${input.job ?? input.name}`;
+    return SB.el("figure", null, inputImage(input), SB.el("figcaption", { class: "dim" }, parent === undefined ? words : SB.button(words, () => open(parent), { class: "link", title: "Show the job that made it" })));
   }
 })();
