@@ -36,7 +36,7 @@ def demo(
         "outputs/catalog"
     ),
 ) -> None:
-    """Draw the 28 jobs of the catalog with the tiny checkpoint that comes with the package.
+    """Run the 30 jobs of the catalog with the tiny checkpoint that comes with the package.
 
     It is `sensebatch run` of that manifest: the same command again runs what is missing.
     """

@@ -45,10 +45,11 @@ from sensebatch.tiny.manifests import encode_png, read_answers, write_manifest
 from sensebatch.tiny.scores import Answer, Scores, score
 from sensebatch.tiny.world.edits import edit
 from sensebatch.tiny.world.examples import Example, text_to_image
+from sensebatch.tiny.world.questions import SHORT, ask
 from sensebatch.tiny.world.scene import Split, sample_resolution
 from sensebatch.tiny.world.stories import story
 
-KINDS = ("t2i", "think", "edit", "interleave")
+KINDS = ("t2i", "think", "edit", "interleave", "ask", "caption")
 BATCH_SIZE = 50
 
 
@@ -74,6 +75,10 @@ def held_out_examples(
                 examples.append(text_to_image(rng, split, size, think=kind == "think"))
             case "edit":
                 examples.append(edit(rng, split, size, think=False))
+            case "ask":
+                examples.append(ask(rng, split, size, kinds=SHORT))
+            case "caption":
+                examples.append(ask(rng, split, size, kinds=("caption",)))
             case _:
                 examples.append(story(rng, split, size, think=False))
     return examples
@@ -95,7 +100,7 @@ def example_job(example: Example, number: int, sampling: Sampling) -> Job:
         task=example.task,
         prompt=example.prompt,
         images=images,
-        resolution=example.resolution,
+        resolution=example.resolution if example.images else None,
         seed=number,
         think=example.think is not None,
         sampling=sampling,
@@ -109,14 +114,33 @@ def answer_examples(engine: Engine, examples: Sequence[Example], config: RunConf
     Raises:
         JobError: A job failed.
     """
-    groups: dict[GroupKey, list[int]] = defaultdict(list)
     jobs = [
         example_job(example, number, config.tasks[example.task].sampling)
         for number, example in enumerate(examples)
     ]
+    inputs = [[encode_png(scene) for scene in example.inputs] for example in examples]
+    return [
+        Answer(images=result.images, text=result.text) for result in run_jobs(engine, jobs, inputs)
+    ]
+
+
+def run_jobs(
+    engine: Engine, jobs: Sequence[Job], inputs: Sequence[Sequence[bytes]]
+) -> list[JobResult]:
+    """Returns what an engine makes of jobs, in their order.
+
+    Args:
+        engine: Runs them.
+        jobs: The jobs.
+        inputs: The encoded input images of each.
+
+    Raises:
+        JobError: A job failed.
+    """
+    groups: dict[GroupKey, list[int]] = defaultdict(list)
     for number, job in enumerate(jobs):
         groups[group_key(job)].append(number)
-    answers: dict[int, Answer] = {}
+    results: dict[int, JobResult] = {}
     for group, members in groups.items():
         for start in range(0, len(members), BATCH_SIZE):
             chosen = members[start : start + BATCH_SIZE]
@@ -127,20 +151,16 @@ def answer_examples(engine: Engine, examples: Sequence[Example], config: RunConf
                 jobs=tuple(jobs[number] for number in chosen),
                 keys=keys,
             )
-            prepared = [
-                engine.prepare(jobs[n], [encode_png(scene) for scene in examples[n].inputs])
-                for n in chosen
-            ]
-            result = engine.generate(batch, prepared, kept=(), channel=Channel())
-            made = zip(chosen, result.results, strict=True)
-            answers |= {number: _answer(job_result) for number, job_result in made}
-    return [answers[number] for number in range(len(examples))]
+            prepared = [engine.prepare(jobs[number], inputs[number]) for number in chosen]
+            made = engine.generate(batch, prepared, kept=(), channel=Channel()).results
+            results |= {n: _succeeded(one) for n, one in zip(chosen, made, strict=True)}
+    return [results[number] for number in range(len(jobs))]
 
 
-def _answer(result: JobResult | Failure) -> Answer:
+def _succeeded(result: JobResult | Failure) -> JobResult:
     if isinstance(result, Failure):
         raise JobError(result.message)
-    return Answer(images=result.images, text=result.text)
+    return result
 
 
 def open_engine(model: str, config: RunConfig) -> Engine:
@@ -201,18 +221,20 @@ def sample_grid(engine: Engine, config: RunConfig, count: int = 64) -> Image.Ima
     return contact_sheet(tiles)
 
 
-def evaluate_run(model: str, out: Path, config_file: Path | None, count: int) -> dict[str, Scores]:
+def evaluate_run(
+    model: str, out: Path, config_file: Path | None, counts: Mapping[str, int]
+) -> dict[str, Scores]:
     """Returns the scores of `sensebatch run` itself, on one manifest of each kind.
 
     Args:
         model: Checkpoint folder, or tiny.
         out: Receives the manifests and run folders; a run that was stopped continues there.
         config_file: Settings of the run; None for the defaults.
-        count: Held-out examples of each kind.
+        counts: Held-out examples of each kind.
     """
     settings = [] if config_file is None else ["--config", str(config_file)]
     scores = {}
-    for kind in KINDS:
+    for kind, count in counts.items():
         examples = held_out_examples(kind, count)
         manifest = write_manifest(examples, out / kind)
         folder = out / f"{kind}-run"
@@ -228,6 +250,9 @@ def main(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, or tiny.")],
     out: Annotated[Path, typer.Option(help="Folder for scores.json and grid.png.")],
     count: Annotated[int, typer.Option(help="Held-out examples of each kind.")] = 500,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="Only this kind; repeat the option for more.")
+    ] = None,
     first: Annotated[int, typer.Option(help="Number of the first example.")] = 0,
     through_run: Annotated[
         bool, typer.Option(help="Score `sensebatch run` on manifests of the examples.")
@@ -251,19 +276,21 @@ def main(
         raise typer.BadParameter("sampling settings of a run belong in its --config")
     if through_run and first:
         raise typer.BadParameter("a run is scored on the examples from 0 on")
+    kinds = [name for name in KINDS if not kind or name in kind]
     config = run_config(device=device, sampling=sampling)
     engine = open_engine(model, config)
     out.mkdir(parents=True, exist_ok=True)
     scores = (
-        evaluate_run(model, out, config_file, count)
+        evaluate_run(model, out, config_file, dict.fromkeys(kinds, count))
         if through_run
-        else evaluate(engine, config, dict.fromkeys(KINDS, count), first=first)
+        else evaluate(engine, config, dict.fromkeys(kinds, count), first=first)
     )
-    for kind, values in scores.items():
-        print(kind, values.line(), flush=True)
-    content = {kind: values.as_dict() for kind, values in scores.items()}
+    for name, values in scores.items():
+        print(name, values.line(), flush=True)
+    content = {name: values.as_dict() for name, values in scores.items()}
     (out / "scores.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    sample_grid(engine, config).save(out / "grid.png")
+    if "t2i" in kinds:
+        sample_grid(engine, config).save(out / "grid.png")
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sensebatch.checkpoint.tokenizer import IM_END
 from sensebatch.engine.model.network import Network
-from sensebatch.engine.model.state_dict_adapter import state_dict
+from sensebatch.engine.model.state_dict_adapter import checkpoint_slots, state_dict
 from sensebatch.tiny.vocabulary import (
     END_OF_TEXT,
     GENERATION_PROMPT,
@@ -88,6 +88,42 @@ def init_weights(network: Network, seed: int) -> None:
         if name == "head.conv2.weight":
             drawn *= 0
         parameter.copy_(drawn)
+
+
+@torch.no_grad()
+def start_from(network: Network, folder: Path, tokens: Mapping[str, int]) -> None:
+    """Copies the weights of an earlier checkpoint, whose vocabulary may be smaller.
+
+    The rows of new tokens keep their starting embeddings; their logits start at the mean of all.
+
+    Args:
+        network: Has the new vocabulary.
+        folder: The earlier checkpoint.
+        tokens: The new vocabulary.
+    """
+    tensors = load_file(folder / "model.safetensors")
+    earlier = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    known = {piece: index for index, (piece, _) in enumerate(earlier["model"]["vocab"])}
+    known |= {added["content"]: added["id"] for added in earlier["added_tokens"]}
+    common = [token for token in tokens if token in known]
+    new, old = (torch.tensor([ids[token] for token in common]) for ids in (tokens, known))
+    parameters = {name: parameter.detach() for name, parameter in network.named_parameters()}
+    for name, slots in checkpoint_slots(network.arch).items():
+        for slot in slots:
+            target = slot.view(parameters)
+            source = tensors[name].to(target)[
+                slice(None) if slot.rows is None else slice(*slot.rows)
+            ]
+            if (
+                source.shape == target.shape
+                and "embed_tokens" not in name
+                and "lm_head" not in name
+            ):
+                target.copy_(source)
+                continue
+            if "lm_head" in name:
+                target.copy_(source.mean(0).expand_as(target))
+            target[new.to(target.device)] = source[old.to(target.device)]
 
 
 def export(

@@ -6,7 +6,7 @@ here in one sequence, so that one pass trains on all of it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -56,12 +56,21 @@ class Sequence:
     learned: tuple[int, ...]
     """Indices of the tokens that the network must choose itself."""
     slots: tuple[Slot, ...]
+    faint: Scene | None = None
+    """The scene that the first image is blended with."""
+    is_answer: bool = False
+    """Whether the learned tokens are the answer to a question."""
 
 
 def system_prompt(task: Task) -> str:
     """Returns a task's system prompt in the training of the embedded checkpoint."""
-    interleave = task.spec.prompt.system is SystemPromptKind.INTERLEAVE
-    return INTERLEAVE_PROMPT if interleave else GENERATION_PROMPT
+    match task.spec.prompt.system:
+        case SystemPromptKind.INTERLEAVE:
+            return INTERLEAVE_PROMPT
+        case SystemPromptKind.GENERATION:
+            return GENERATION_PROMPT
+        case None:
+            return ""
 
 
 def token_grid(resolution: Resolution) -> Grid:
@@ -134,6 +143,10 @@ def cond_sequence(tokenizer: Tokenizer, example: Example) -> Sequence:
         think=example.think is not None,
     )
     writer = _Writer.after(tokenizer, prompt, example.inputs)
+    if example.task.spec.output is Output.TEXT:
+        writer.say(example.text)
+        writer.say(IM_END, special=True)
+        return replace(writer.finish(), faint=example.faint, is_answer=True)
     if example.think is not None:
         if interleave:
             writer.say(THINK_START, special=True)

@@ -45,11 +45,12 @@ def write_manifest(examples: Sequence[Example], folder: Path) -> Path:
             "id": job_id(number),
             "task": str(example.task),
             "prompt": example.prompt,
-            "width": example.resolution.width,
-            "height": example.resolution.height,
             "seed": number,
             "think": example.think is not None,
         }
+        if example.images:
+            size = example.resolution
+            row |= {"width": size.width, "height": size.height}
         lines.append(json.dumps(row | ({"images": names} if names else {})))
     manifest = folder / "manifest.jsonl"
     manifest.write_text("\n".join(lines) + "\n", encoding="utf-8")

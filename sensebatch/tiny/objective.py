@@ -47,6 +47,10 @@ class ObjectiveConfig:
     """Smallest divisor 1 - t of a velocity, so that nearly clean images do not dominate a step."""
     text_weight: float = 0.1
     """Weight of the cross-entropy relative to the velocity loss."""
+    answer_weight: float = 0.3
+    """The same of the answers to questions."""
+    faint: tuple[float, float] = (0.35, 0.65)
+    """Least and most share of the other image where two are blended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +62,9 @@ class Losses:
     image: Tensor
     """Unweighted mean squared error of the predicted images."""
     text: Tensor
+    """Cross-entropy of thoughts and stories."""
+    answer: Tensor
+    """Cross-entropy of answers to questions."""
 
 
 class _Keep:
@@ -189,10 +196,12 @@ class Objective:
         errors = (predicted.float() - clean).square().mean(dim=(1, 2))
         velocity = (errors / (1 - t).clamp(min=self._config.min_remaining).square()).mean()
         logits = self._network.logits(hidden_TD[batch.label_place]).float()
-        # A small batch may have no text, whose mean loss would be NaN.
-        text = F.cross_entropy(logits, batch.label, reduction="sum") / max(1, len(batch.label))
-        total = velocity + self._config.text_weight * text
-        return Losses(total=total, velocity=velocity, image=errors.mean(), text=text)
+        entropy = F.cross_entropy(logits, batch.label, reduction="none")
+        text = _mean(entropy, (batch.answer_weight == 0).float())
+        answer = _mean(entropy, batch.answer_weight)
+        config = self._config
+        total = velocity + config.text_weight * text + config.answer_weight * answer
+        return Losses(total=total, velocity=velocity, image=errors.mean(), text=text, answer=answer)
 
     def predict(
         self, batch: PackedBatch, images: Tensor, noisy_BNx: Tensor, t_B: Tensor
@@ -294,10 +303,23 @@ class Objective:
         x_TD = self._network.embed_tokens(batch.token_ids.flatten())
         mean = images.new_tensor(IMAGE_MEAN)[:, None, None]
         std = images.new_tensor(IMAGE_STD)[:, None, None]
-        tokens = image_to_tokens((images - mean) / std)
+        seen, index = self._blended(batch, images)
+        tokens = image_to_tokens((seen - mean) / std)
         embeds = self._embed_images(self._network.understanding_vision, tokens, batch.resolution)
-        read = embeds[batch.image_scene].flatten(0, 1).to(x_TD.dtype)
+        read = embeds[index].flatten(0, 1).to(x_TD.dtype)
         return x_TD.index_copy(0, batch.image_tokens.flatten(), read)
+
+    def _blended(self, batch: PackedBatch, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the images with the blends after them, and which of them each place reads."""
+        count = len(batch.faint_read)
+        if not count:
+            return images, batch.image_scene
+        share = torch.linspace(*self._config.faint, count, device=images.device)
+        first = images[batch.image_scene[batch.faint_read]]
+        blends = torch.lerp(first, images[batch.faint_scene], share[:, None, None, None])
+        places = torch.arange(len(images), len(images) + count, device=images.device)
+        index = batch.image_scene.index_copy(0, batch.faint_read, places)
+        return torch.cat((images, blends)), index
 
     def _embed_slots(self, batch: PackedBatch, noisy: Tensor, t: Tensor) -> Tensor:
         """Returns embedded noisy images in their slots, `[R * G, D]`; zeros in empty places."""
@@ -313,6 +335,11 @@ class Objective:
     def _timesteps(self, count: int, generator: torch.Generator) -> Tensor:
         normal = torch.randn(count, generator=generator, device=self._network.device)
         return torch.sigmoid(self._config.t_mean + self._config.t_std * normal)
+
+
+def _mean(values: Tensor, weights: Tensor) -> Tensor:
+    """Returns the weighted mean; 0 if there is nothing, as in a small batch without any text."""
+    return (values * weights).sum() / weights.sum().clamp(min=1e-6)
 
 
 def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:

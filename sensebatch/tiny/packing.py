@@ -26,6 +26,7 @@ from sensebatch.tiny.layout import (
 from sensebatch.tiny.world.draw import Drawing, plan_drawing
 from sensebatch.tiny.world.edits import edit
 from sensebatch.tiny.world.examples import Example, text_to_image
+from sensebatch.tiny.world.questions import ask
 from sensebatch.tiny.world.scene import Scene, Split, sample_resolution
 from sensebatch.tiny.world.stories import story
 
@@ -44,8 +45,9 @@ class PackingConfig:
     """How many images are denoised in a row."""
     slot_tokens: int = 64
     """Image tokens of the largest image."""
-    text_to_image: float = 0.42
-    edit: float = 0.40
+    text_to_image: float = 0.27
+    edit: float = 0.26
+    ask: float = 0.35
     """Shares of the examples; the rest are stories."""
     think: float = 0.3
     edit_think: float = 0.1
@@ -61,8 +63,8 @@ class PackingConfig:
 class PackedBatch:
     """Packed sequences as arrays.
 
-    R rows, U prompt tokens, S slots, I images that are read, D images that are denoised,
-    L learned tokens.
+    R rows, U prompt tokens, S slots, I images that are read, F of them that are blended, D images
+    that are denoised, L learned tokens.
     """
 
     resolution: Resolution
@@ -78,8 +80,14 @@ class PackedBatch:
     """int64 `[L]`, places in the flattened rows after which the network must choose a token."""
     label: torch.Tensor
     """int64 `[L]`, that token."""
+    answer_weight: torch.Tensor
+    """float32 `[L]`, its weight if it is of the answer to a question, else 0."""
     image_scene: torch.Tensor
     """int64 `[I]`, the images that the understanding path reads."""
+    faint_read: torch.Tensor
+    """int64 `[F]`, which of these are blended with other images."""
+    faint_scene: torch.Tensor
+    """int64 `[F]`, the other images."""
     image_tokens: torch.Tensor
     """int64 `[I, image tokens]`, their places in the flattened rows."""
     slot_sequence: torch.Tensor
@@ -104,6 +112,8 @@ def sample_example(
         return text_to_image(rng, Split.TRAIN, resolution, think=think)
     if draw < config.text_to_image + config.edit:
         return edit(rng, Split.TRAIN, resolution, think=rng.random() < config.edit_think)
+    if draw < config.text_to_image + config.edit + config.ask:
+        return ask(rng, Split.TRAIN, resolution)
     return story(rng, Split.TRAIN, resolution, think=rng.random() < config.think)
 
 
@@ -112,6 +122,8 @@ def sample_sequence(
 ) -> Sequence:
     """Returns an example as a random guidance branch sees it, mostly the conditional one."""
     example = sample_example(rng, config, resolution)
+    if not example.images:
+        return cond_sequence(tokenizer, example)
     draw = rng.random()
     if draw < config.uncond:
         return uncond_sequence(tokenizer, example, rng)
@@ -164,6 +176,8 @@ def collate(rows: list[list[Sequence]], config: PackingConfig) -> PackedBatch:
     label: list[int] = []
     image_scene: list[int] = []
     image_tokens: list[np.ndarray] = []
+    answer_weight: list[float] = []
+    faint: list[tuple[int, int]] = []
     for row, number, start, member in _placed(rows):
         end = start + len(member.token_ids)
         token_ids[row, start:end] = member.token_ids
@@ -172,6 +186,11 @@ def collate(rows: list[list[Sequence]], config: PackingConfig) -> PackedBatch:
         first = row * config.row_tokens + start
         label_place += [first + index - 1 for index in member.learned]
         label += [member.token_ids[index] for index in member.learned]
+        # Long answers count more than short ones, but not by all of their tokens.
+        count = len(member.learned)
+        answer_weight += [count**-0.5 if member.is_answer else 0.0] * count
+        if member.faint is not None:
+            faint.append((len(image_scene), scenes.setdefault(member.faint, len(scenes))))
         for span, scene in member.images:
             image_scene.append(scenes.setdefault(scene, len(scenes)))
             image_tokens.append(np.arange(first + span.start, first + span.end))
@@ -186,7 +205,10 @@ def collate(rows: list[list[Sequence]], config: PackingConfig) -> PackedBatch:
         sequence=torch.from_numpy(sequence),
         label_place=torch.tensor(label_place, dtype=torch.int64),
         label=torch.tensor(label, dtype=torch.int64),
+        answer_weight=torch.tensor(answer_weight, dtype=torch.float32),
         image_scene=torch.tensor(image_scene, dtype=torch.int64),
+        faint_read=torch.tensor([read for read, _ in faint], dtype=torch.int64),
+        faint_scene=torch.tensor([scene for _, scene in faint], dtype=torch.int64),
         image_tokens=torch.from_numpy(read),
         **slots,
     )

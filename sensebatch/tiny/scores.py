@@ -66,7 +66,9 @@ def score(kind: str, examples: Sequence[Example], answers: Sequence[Answer]) -> 
     scores = Scores()
     for example, answer in zip(examples, answers, strict=True):
         images, text = answer.images, answer.text
-        if kind == "edit":
+        if kind in ("ask", "caption"):
+            _score_answer(scores, example, text or "")
+        elif kind == "edit":
             _score_edit(scores, example, images[0])
         elif kind == "interleave":
             _score_story(scores, example, images, text or "")
@@ -75,6 +77,17 @@ def score(kind: str, examples: Sequence[Example], answers: Sequence[Answer]) -> 
             if kind == "think":
                 _score_think(scores, example, reading, text or "")
     return scores
+
+
+def _score_answer(scores: Scores, example: Example, text: str) -> None:
+    if example.kind == "ask-caption":
+        said, (scene,) = Counter(read_things(text)), example.inputs
+        scores.add("things", said == Counter(scene.things))
+        scores.add("exact", text == example.text)
+        return
+    is_right = text == example.text
+    scores.add("right", is_right)
+    scores.add(f"right:{example.kind.removeprefix('ask-')}", is_right)
 
 
 def _score_scene(scores: Scores, example: Example, image: np.ndarray) -> Reading:

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sensebatch.checkpoint.architecture import parse_architecture
+from sensebatch.checkpoint.files import open_checkpoint
 from sensebatch.engine.model.network import Network
 from sensebatch.tiny.evaluate import KINDS, evaluate, open_engine, run_config, sample_grid
-from sensebatch.tiny.export import export, init_weights, network_config
+from sensebatch.tiny.export import export, init_weights, network_config, start_from
 from sensebatch.tiny.objective import Kernels, Losses, Objective, ObjectiveConfig, to_device
 from sensebatch.tiny.packing import Batches, PackedBatch, PackingConfig
 from sensebatch.tiny.vocabulary import WorldTokenizer
@@ -60,6 +61,8 @@ class TrainConfig:
     ema_decay: float = 0.9995
     num_workers: int = 14
     compiled: bool = True
+    start: str | None = None
+    """The checkpoint that a new run starts from; None for weights that know nothing."""
     packing: PackingConfig
     objective: ObjectiveConfig
 
@@ -80,6 +83,8 @@ class Trainer:
         arch = parse_architecture(self.network_config)
         self.network = Network(arch)
         init_weights(self.network, config.seed)
+        if config.start is not None:
+            start_from(self.network, open_checkpoint(config.start).path, self.tokenizer.ids)
         self.network.to(device)
         self.average = Network(arch).to(device).requires_grad_(False)
         self.average.load_state_dict(self.network.state_dict())
@@ -243,17 +248,18 @@ class _Meter:
 
     def add(self, losses: Losses, images: int) -> None:
         self.sums += torch.stack(
-            (losses.velocity.detach(), losses.image.detach(), losses.text.detach())
+            [loss.detach() for loss in (losses.velocity, losses.image, losses.text, losses.answer)]
         )
         self.steps += 1
         self.images += images
 
     def line(self, trainer: Trainer) -> str:
-        velocity, image, text = (self.sums / self.steps).tolist()
+        velocity, image, text, answer = (self.sums / self.steps).tolist()
         seconds = time.perf_counter() - self.started
         return (
             f"step {trainer.step} {100 * trainer.progress:.1f}% velocity {velocity:.5f} "
-            f"image {image:.5f} text {text:.4f} lr {trainer.learning_rate():.2e} "
+            f"image {image:.5f} text {text:.4f} answer {answer:.4f} "
+            f"lr {trainer.learning_rate():.2e} "
             f"{self.images / seconds:.0f} images/s waiting {100 * self.waited_s / seconds:.0f}%"
         )
 
@@ -281,6 +287,7 @@ def run(trainer: Trainer, folder: Path, plan: RunPlan) -> None:
             break
         if now - saved > plan.save_s:
             trainer.save(folder)
+            trainer.export(folder / "checkpoint")
             saved = time.perf_counter()
         if now - evaluated > plan.evaluate_s:
             report(trainer, folder, plan.short_count, square=True)
@@ -291,7 +298,7 @@ def run(trainer: Trainer, folder: Path, plan: RunPlan) -> None:
 
 
 def _new_meter(trainer: Trainer) -> _Meter:
-    return _Meter(sums=torch.zeros(3, device=trainer.device), started=time.perf_counter())
+    return _Meter(sums=torch.zeros(4, device=trainer.device), started=time.perf_counter())
 
 
 def report(trainer: Trainer, folder: Path, count: int, *, square: bool) -> None:
@@ -334,6 +341,9 @@ def main(
     rows: Annotated[int, typer.Option(help="Packed rows of a batch.")] = 128,
     learning_rate: Annotated[float, typer.Option()] = LEARNING_RATE,
     workers: Annotated[int, typer.Option(help="Processes that make batches.")] = 14,
+    start: Annotated[
+        str | None, typer.Option(help="Checkpoint to start a new run from, such as tiny.")
+    ] = None,
     compile_: Annotated[bool, typer.Option("--compile/--no-compile")] = True,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     evaluate_minutes: Annotated[
@@ -350,6 +360,7 @@ def main(
         learning_rate=learning_rate,
         num_workers=workers,
         compiled=compile_,
+        start=start,
         packing=PackingConfig(num_rows=rows),
         objective=ObjectiveConfig(),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -13,6 +13,7 @@ from sensebatch.checkpoint.tokenizer import IM_END, SPECIAL_TOKENS, THINK_END, T
 from sensebatch.resolutions import BUCKETS_TINY
 from sensebatch.tiny.world.edits import edit
 from sensebatch.tiny.world.examples import Example, text_to_image
+from sensebatch.tiny.world.questions import ask
 from sensebatch.tiny.world.scene import Split
 from sensebatch.tiny.world.stories import story
 
@@ -47,6 +48,9 @@ def world_words() -> tuple[str, ...]:
         for index in range(SURVEY_EXAMPLES):
             for text in example_texts(sample(rng, Split.TRAIN, size, think=index % 2 == 0)):
                 words.update(word for word, _ in splitter.pre_tokenize_str(text))
+    for _ in range(SURVEY_EXAMPLES):
+        for text in example_texts(ask(rng, Split.TRAIN, size)):
+            words.update(word for word, _ in splitter.pre_tokenize_str(text))
     # A user may begin with any word, and with a capital where the world has none.
     for word in [w for w in words if re.fullmatch("Ġ?[a-z]+", w)]:
         words.add(word.removeprefix("Ġ"))
@@ -79,6 +83,11 @@ class WorldTokenizer:
     def vocab_size(self) -> int:
         """The number of ids."""
         return len(self._ids)
+
+    @property
+    def ids(self) -> Mapping[str, int]:
+        """The id of every token."""
+        return self._ids
 
     @property
     def eos_id(self) -> int:

@@ -82,7 +82,7 @@ def test_demo_draws_the_catalog_wherever_it_is_started(
     ended = invoke("demo", *args)
     assert ended.code == 0
     counts = invoke("status", folder, "--json").json
-    assert counts["done"] == counts["jobs"] == 28
+    assert counts["done"] == counts["jobs"] == 30
 
 
 @pytest.mark.parametrize("command", ["status", "report"])

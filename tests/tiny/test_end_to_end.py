@@ -26,6 +26,8 @@ RIGHT = {
     "think": ("colour", "shape", "place", "exact", "text_agrees", "text_right"),
     "edit": ("made", "kept"),
     "interleave": ("count", "content", "text"),
+    "ask": ("right",),
+    "caption": ("things", "exact"),
 }
 """What has to be right in every case."""
 DEADLINE_S = 120

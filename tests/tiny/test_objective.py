@@ -25,6 +25,7 @@ from sensebatch.tiny.vocabulary import WorldTokenizer
 from sensebatch.tiny.world.draw import draw, plan_drawing
 from sensebatch.tiny.world.edits import edit, join_two
 from sensebatch.tiny.world.examples import text_to_image
+from sensebatch.tiny.world.questions import ask
 from sensebatch.tiny.world.scene import Split
 from sensebatch.tiny.world.stories import story
 
@@ -64,7 +65,12 @@ def _rows(tokenizer: WorldTokenizer, size: str) -> list[list[Sequence]]:
         img_cond_sequence(tokenizer, examples[1]),
         uncond_sequence(tokenizer, examples[0], rng),
     ]
-    return [first, second, third]
+    judged = (ask(rng, Split.TRAIN, resolution, kinds=("judge",)) for _ in range(1000))
+    fourth = [
+        cond_sequence(tokenizer, next(one for one in judged if one.faint is not None)),
+        cond_sequence(tokenizer, ask(rng, Split.TRAIN, resolution, kinds=("compare",))),
+    ]
+    return [first, second, third, fourth]
 
 
 def _by_engine(
@@ -76,6 +82,9 @@ def _by_engine(
     def embeds(prefix: int) -> tuple[list[Any], list[torch.Tensor]]:
         kept = [(span, scene) for span, scene in sequence.images if span.end <= prefix]
         drawn = [draw(plan_drawing([scene]))[0] * 2 - 1 for _, scene in kept]
+        if sequence.faint is not None:
+            other = draw(plan_drawing([sequence.faint]))[0] * 2 - 1
+            drawn[0] = torch.lerp(drawn[0], other, ObjectiveConfig().faint[0])
         return [span for span, _ in kept], runner.embed_images(
             [drawn_to_patches(image) for image in drawn]
         )
@@ -117,9 +126,8 @@ def test_packed_rows_equal_the_engine(
             end += len(member.token_ids)
             stop = start + len(member.slots)
             images, last = _by_engine(network, tokenizer, member, list(noisy[start:stop]))
-            torch.testing.assert_close(
-                predicted[start:stop], torch.stack(images), atol=1e-4, rtol=1e-4
-            )
+            for found, image in zip(predicted[start:stop], images, strict=True):
+                torch.testing.assert_close(found, image, atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(hidden[end - 1], last, atol=1e-4, rtol=1e-4)
             start = stop
     assert start == count
@@ -132,6 +140,19 @@ def test_learned_tokens_are_those_the_job_decodes(tokenizer: WorldTokenizer) -> 
     said = tokenizer.decode([sequence.token_ids[index] for index in sequence.learned])
     assert said == "".join(part for part in example.answer if isinstance(part, str))
     assert sequence.token_ids[sequence.learned[-1]] == tokenizer.eos_id
+
+
+def test_an_answer_is_learned_after_the_prompt_of_the_engine(tokenizer: WorldTokenizer) -> None:
+    rng = np.random.default_rng(0)
+    example = ask(rng, Split.TRAIN, BUCKETS_TINY["1:1"], kinds=("there",))
+    sequence = cond_sequence(tokenizer, example)
+    said = [sequence.token_ids[index] for index in sequence.learned]
+    assert tokenizer.decode(said) in ("yes", "no")
+    assert len(said) == 2
+    assert said[-1] == tokenizer.eos_id
+    batch = collate([[sequence]], replace(PACKING, num_rows=1))
+    assert batch.answer_weight.tolist() == pytest.approx([2**-0.5] * 2)
+    assert batch.label.tolist() == said
 
 
 def test_batches_depend_on_seed_and_step_alone(tokenizer: WorldTokenizer) -> None:
@@ -149,9 +170,10 @@ def test_a_clean_image_is_seen_in_the_noisy_one(
     network: Network, tokenizer: WorldTokenizer
 ) -> None:
     """The losses are finite and their gradient reaches both experts and both embedders."""
-    batch = collate(_rows(tokenizer, "1:1"), replace(PACKING, num_rows=3))
+    packing = replace(PACKING, num_rows=4)
+    batch = collate(_rows(tokenizer, "1:1"), packing)
     network.requires_grad_(True)
-    objective = Objective(network, replace(PACKING, num_rows=3), ObjectiveConfig(), Kernels())
+    objective = Objective(network, packing, ObjectiveConfig(), Kernels())
     losses = objective.losses(batch, torch.Generator().manual_seed(0))
     losses.total.backward()
     missing = [name for name, p in network.named_parameters() if p.grad is None]

@@ -34,7 +34,13 @@ def test_right_answers_score_in_full(kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "zero"),
-    [("t2i", "exact"), ("think", "text_right"), ("edit", "made"), ("interleave", "content")],
+    [
+        ("t2i", "exact"),
+        ("think", "text_right"),
+        ("edit", "made"),
+        ("interleave", "content"),
+        ("caption", "things"),
+    ],
 )
 def test_answers_to_other_examples_score_nothing(kind: str, zero: str) -> None:
     examples = held_out_examples(kind, 13, square=True)
@@ -77,6 +83,6 @@ def test_manifests_of_examples_are_valid(tmp_path: Path, kind: str) -> None:
     jobs = list(read_manifest(tmp_path / "manifest.jsonl", default_config()))
     for job, example in zip(jobs, examples, strict=True):
         assert (job.task, job.prompt) == (example.task, example.prompt)
-        assert job.resolution == example.resolution
+        assert job.resolution == (example.resolution if example.images else None)
         assert job.think == (example.think is not None)
         assert len(job.images) == len(example.inputs)

@@ -128,7 +128,7 @@ def name_place(rng: np.random.Generator, cell: tuple[int, int]) -> str:
 
 def describe_fill(rng: np.random.Generator, background: Background) -> str:
     """Returns `a plain mint background` or the like, to follow `on` or `to`."""
-    bare = _bare_fill(background)
+    bare = bare_fill(background)
     if background.pattern is Pattern.PLAIN:
         return f"a {pick(rng, ('', 'plain '))}{bare} background"
     if background.pattern in (Pattern.ROWS, Pattern.COLUMNS):
@@ -136,7 +136,8 @@ def describe_fill(rng: np.random.Generator, background: Background) -> str:
     return pick(rng, (f"a gradient {bare}", f"a background fading {bare}"))
 
 
-def _bare_fill(background: Background) -> str:
+def bare_fill(background: Background) -> str:
+    """Returns `mint`, `vertical mint and sky stripes` or the like, always in this form."""
     first, last = background.colours[0], background.colours[-1]
     match background.pattern:
         case Pattern.PLAIN:
@@ -157,7 +158,7 @@ def _background_ending(rng: np.random.Generator, background: Background) -> str:
     if rng.random() < 0.15:
         fades = background.pattern in (Pattern.DOWN, Pattern.ACROSS)
         verb = "fades" if fades else "is"
-        return f". The background {verb} {_bare_fill(background)}"
+        return f". The background {verb} {bare_fill(background)}"
     return f" on {describe_fill(rng, background)}"
 
 

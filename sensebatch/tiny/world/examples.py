@@ -26,12 +26,19 @@ class Example:
     prompt: str
     inputs: tuple[Scene, ...] = ()
     """Input images, for which the prompt has no marks."""
+    faint: Scene | None = None
+    """In a question, a scene that the first input is blended with, so that it shows neither."""
     think: str | None = None
     """The text of the think block; None if the job does not think."""
     answer: tuple[Part, ...]
-    """One image, or text and images in turn for interleave."""
+    """One image, text and images in turn for interleave, or one text for a question."""
     changed: tuple[Thing, ...] = ()
     """In an edit, the things before and after it whose boxes may differ from the first input."""
+
+    @property
+    def text(self) -> str:
+        """The text of the answer without its images."""
+        return "".join(part for part in self.answer if isinstance(part, str))
 
     @property
     def images(self) -> tuple[Scene, ...]:
@@ -40,8 +47,8 @@ class Example:
 
     @property
     def resolution(self) -> Resolution:
-        """The resolution of every image of the answer."""
-        return self.images[0].resolution
+        """The resolution of every image, of the answer and of the inputs."""
+        return (self.images or self.inputs)[0].resolution
 
 
 def text_to_image(
