@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 
 from sensebatch.engine.preprocess import (
+    IMAGE_MEAN,
+    IMAGE_STD,
     decode_image,
     drawn_to_patches,
     image_to_patches,
@@ -168,3 +170,15 @@ def test_an_image_cut_short_is_the_jobs_error(format_: str) -> None:
     decode_image(data, "whole")
     with pytest.raises(JobError, match="cut: expected a"):
         decode_image(data[: len(data) // 3], "cut")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_patches_computed_in_place_are_those_of_the_formula(mode: str) -> None:
+    levels = np.random.default_rng(0).integers(0, 256, (96, 64, 3), dtype=np.uint8)
+    image = Image.fromarray(levels).convert(mode)
+    pixels = torch.from_numpy(np.array(image.convert("RGB"), dtype=np.float32)) / 255
+    mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
+    expected = patchify((pixels.permute(2, 0, 1) - mean) / std)
+    found = image_to_patches(image)
+    assert torch.equal(found.rows_PD, expected)
+    assert found.grid_hw == (6, 4)
