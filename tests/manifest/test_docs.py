@@ -84,6 +84,13 @@ def test_the_catalog_is_small_and_has_every_kind_of_job() -> None:
     assert {job.think for job in jobs} == {True, False}
 
 
+def test_the_pipeline_draws_edits_describes_and_checks() -> None:
+    jobs = read("pipeline.yaml", "tiny")
+    steps = [job.id.partition("-")[0] for job in jobs]
+    assert sorted(set(steps), key=steps.index) == ["draw", "edit", "caption", "check"]
+    assert [image.path for job in jobs[:6] for image in job.images] == []
+
+
 def test_the_8b_manifest_has_the_published_sizes() -> None:
     sizes = {job.id: str(job.resolution) for job in read("sensenova-8b.yaml", "some/model")}
     assert sizes == {

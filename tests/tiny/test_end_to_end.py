@@ -10,12 +10,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from sensebatch.cli.main import main
 from sensebatch.tiny.evaluate import held_out_examples
 from sensebatch.tiny.manifests import read_answers, write_manifest
 from sensebatch.tiny.scores import score
+from sensebatch.tiny.world.captions import read_things
+from sensebatch.tiny.world.checker import read_image
 from sensebatch.tiny.world.examples import Example
 
 pytestmark = pytest.mark.slow
@@ -77,3 +82,24 @@ def _kill_when_some_are_made(command: Sequence[str], folder: Path) -> list[Path]
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     return list(folder.glob("images/*.png"))
+
+
+def test_the_pipeline_says_what_the_checker_sees(tmp_path: Path) -> None:
+    """Every image is drawn, changed, described and judged by the same checkpoint."""
+    manifest = Path(__file__).parents[2] / "manifests/pipeline.yaml"
+    with pytest.raises(SystemExit) as ended:
+        main(["run", str(manifest), "--output-dir", str(tmp_path), "--device", "cpu"])
+    assert not ended.value.code
+    rows = {row["job_id"]: row for row in pq.read_table(tmp_path / "log.parquet").to_pylist()}
+    assert len(rows) == 24
+    for job_id, row in rows.items():
+        step, _, thing = job_id.partition("-")
+        if row["task"] == "ask":
+            edited = tmp_path / rows[f"edit-{thing}"]["image_paths"][0]
+            seen = read_image(np.asarray(Image.open(edited)))
+            colour, shape = thing.split("-")
+            assert [(t.colour, t.shape, t.cell) for t in seen.things] == [(colour, shape, (1, 2))]
+            if step == "check":
+                assert (row["answer"], row["choices"]) == ("yes", ["yes", "no"])
+            else:
+                assert read_things(row["answer"]) == seen.things
