@@ -20,6 +20,7 @@ from sensebatch.calibrate.trace import TracingBackend, read_trace
 from sensebatch.config import PRESETS, SCHEDULE_SETTINGS, RunConfig, converged_timesteps
 from sensebatch.errors import ConfigError
 from sensebatch.jobs import Job, Quality, Solver
+from sensebatch.report.distance import psnr, ssim
 from sensebatch.session import Backend, Request, TorchBackend
 from sensebatch.store.finished import FinishedJob, finished_jobs
 from sensebatch.tasks import Output, Task
@@ -219,7 +220,6 @@ def _verdict(
     finished: Mapping[str, FinishedJob],
 ) -> Verdict:
     """Measures every way on the images that decide."""
-    from sensebatch.engine.distance import psnr, ssim
 
     def images(name: str) -> list[Image.Image]:
         return [finished[_variant_id(job, name)].open_images()[0] for job in jobs]

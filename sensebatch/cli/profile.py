@@ -50,7 +50,7 @@ Only = Annotated[
 
 def profile(
     suite: Annotated[
-        Literal["tasks", "budgets", "modes", "speed", "night", "ask"] | None,
+        Literal["tasks", "budgets", "modes", "speed", "night", "ask", "quality"] | None,
         typer.Option(help="What the cases differ in."),
     ] = None,
     model: Model = None,
@@ -82,13 +82,15 @@ def profile(
     some failed, 2 nothing started because of a mistake, 75 stopped with cases missing.
     """
     from sensebatch.profile.rows import read_rows, with_ratios
+    from sensebatch.profile.suites import Suite
 
     if report is not None:
         if any((suite, model, steps, jobs, size, text_tokens, only, output_dir)):
             raise ConfigError("--report: expected no other option beside it")
         _finish(report, with_ratios(read_rows(report)))
     if suite is None:
-        raise ConfigError("--suite: expected tasks, budgets, modes, speed or night, found nothing")
+        *first, last = (choice.value for choice in Suite)
+        raise ConfigError(f"--suite: expected {', '.join(first)} or {last}, found nothing")
     given = {
         "model": model,
         "num_steps": steps,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from sensebatch.jobs import Quality
 from sensebatch.profile.published import PUBLISHED_STEPS, SOURCES, Published, published
 from sensebatch.profile.rows import DONE, Row
 from sensebatch.profile.suites import SQUARE, WIDE, Scale, Suite, suite_cases
@@ -30,7 +31,7 @@ def format_markdown(rows: Sequence[Row], missing: Sequence[str] = ()) -> str:
         f"# Profile: {suite}",
         _conditions(rows),
         "## Speed",
-        _speed_table(rows) if any(row.images for row in rows) else _answers_table(rows),
+        _first_table(suite, rows),
         "## Memory",
         _memory_table(rows),
     ]
@@ -76,6 +77,33 @@ def _conditions(rows: Sequence[Row]) -> str:
 
 def _all(values: Iterable[object]) -> str:
     return ", ".join(dict.fromkeys(str(value) for value in values if value is not None)) or NOTHING
+
+
+def _first_table(suite: Suite, rows: Sequence[Row]) -> str:
+    if suite is Suite.QUALITY:
+        return _quality_table(rows)
+    return _speed_table(rows) if any(row.images for row in rows) else _answers_table(rows)
+
+
+def _quality_table(rows: Sequence[Row]) -> str:
+    """Returns evaluations, seconds and the distance to the converged images."""
+    exact = next((row.seconds_per_image for row in rows if row.case == Quality.EXACT), None)
+    head = [
+        "case", "steps", "evaluations", "s/image", "of exact", "PSNR dB", "SSIM",
+    ]  # fmt: skip
+    lines = [
+        [
+            row.case if row.status == DONE else f"{row.case} ({row.status})",
+            str(row.num_steps),
+            _figure(row.evaluations, 0),
+            _figure(row.seconds_per_image, 3),
+            _figure(row.seconds_per_image / exact if row.seconds_per_image and exact else None, 3),
+            _figure(row.psnr_db, 1),
+            _figure(row.ssim, 4),
+        ]
+        for row in rows
+    ]
+    return _table(head, lines)
 
 
 def _speed_table(rows: Sequence[Row]) -> str:

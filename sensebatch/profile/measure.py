@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import sensebatch
 from sensebatch.plan.work import Speeds
 from sensebatch.process import last_words
+from sensebatch.profile.distances import with_distances
 from sensebatch.profile.expected import with_expectation
 from sensebatch.profile.figures import figures
 from sensebatch.profile.rows import (
@@ -96,6 +97,8 @@ def run_suite(
         hooks.say(_ending(row))
         by_name = {old.case: old for old in rows} | {row.case: row}
         rows = with_ratios(by_name.values())
+        if suite is Suite.QUALITY:
+            rows = with_distances(folder, rows)
         write_rows(folder, rows)
     return rows
 
@@ -132,7 +135,8 @@ def _run_case(
         think=case.think,
         width=case.resolution.width,
         height=case.resolution.height,
-        num_steps=scale.num_steps,
+        num_steps=case.num_steps(scale),
+        run_folder=root.name,
         num_jobs=case.num_jobs,
         scripted_tokens=scale.text_tokens if scale.scripted else None,
         model=scale.model,
@@ -149,7 +153,7 @@ def _run_case(
     log_path = RunDir(root).log
     log = read_log(log_path) if log_path.exists() else None
     if log is not None and log.num_rows:
-        row = replace(row, **figures(log, num_steps=scale.num_steps))
+        row = replace(row, **figures(log, num_steps=row.num_steps))
         row = with_expectation(row, case, scale, manifest, speeds)
     if code == 0:
         return replace(row, status=DONE)

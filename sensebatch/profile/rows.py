@@ -36,6 +36,10 @@ class Row:
     height: int
     num_steps: int
     num_jobs: int
+    evaluations: int | None = None
+    psnr_db: float | None = None
+    ssim: float | None = None
+    run_folder: str | None = None
     scripted_tokens: int | None = None
     """Tokens of a thought or before an image, where weights are synthetic."""
     model: str

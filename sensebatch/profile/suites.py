@@ -6,13 +6,15 @@ that what is measured is what a user gets.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from sensebatch.config import SYNTHETIC_PREFIX, TINY_MODEL
+from sensebatch.config import PRESETS, SYNTHETIC_PREFIX, TINY_MODEL, converged_timesteps
 from sensebatch.errors import ConfigError
+from sensebatch.jobs import Quality
 from sensebatch.profile.night import night_parts
 from sensebatch.resolutions import Resolution
 from sensebatch.store.files import write_atomic
@@ -47,6 +49,9 @@ PROMPTS = (
 EDIT_PROMPT = "Make the disc emerald green and keep everything else as it is"
 QUESTION = "Is there a red disc in the image?"
 CHOICES = ("yes", "no")
+CONVERGED = "converged"
+"""The case of suite `quality` whose images all others are compared with."""
+CONVERGED_STEPS = 128
 STORY_PROMPT = (
     "Explain how a sailing boat is built, in exactly six steps, with one picture for each step"
 )
@@ -61,6 +66,7 @@ class Suite(StrEnum):
     SPEED = "speed"
     NIGHT = "night"
     ASK = "ask"
+    QUALITY = "quality"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +122,8 @@ class Case:
     """Precision of linear layers; auto is that of the other weights."""
     baseline: str | None = None
     """The case of the same suite that this one's speed is compared with."""
+    steps: Mapping[str, Any] = field(default_factory=dict)
+    """How steps are taken, as fields of a manifest; those of the scale if empty."""
     parts: tuple[Case, ...] = ()
     """The cases whose jobs a mixed manifest holds; task, size and thinking are then theirs."""
 
@@ -127,6 +135,14 @@ class Case:
         if self.task.spec.drawing is None:
             return 0
         return self.num_jobs * (STORY_IMAGES if self.tells_stories else 1)
+
+    def num_steps(self, scale: Scale) -> int:
+        """Returns the steps of each image."""
+        if "timesteps" in self.steps:
+            return len(self.steps["timesteps"]) + 1
+        quality = self.steps.get("quality")
+        steps: int = scale.num_steps if quality is None else PRESETS[Quality(quality)]["num_steps"]
+        return steps
 
     @property
     def tells_stories(self) -> bool:
@@ -187,6 +203,8 @@ def suite_cases(suite: Suite, scale: Scale) -> tuple[Case, ...]:
         return (_night_case(scale.resolution or SQUARE),)
     elif suite is Suite.ASK:
         cases = _question_cases(full)
+    elif suite is Suite.QUALITY:
+        cases = _quality_cases(full)
     else:
         cases = _task_cases(full)
     if scale.resolution is not None:
@@ -255,6 +273,14 @@ def _question_cases(full: Case) -> list[Case]:
     ]
 
 
+def _quality_cases(full: Case) -> list[Case]:
+    """Returns the presets of `quality`, and before them what they are compared with."""
+    case = replace(full, vram_mode="auto", baseline=None)
+    converged = {"solver": "ab2", "timesteps": list(converged_timesteps(CONVERGED_STEPS))}
+    presets = [replace(case, name=one.value, steps={"quality": one.value}) for one in Quality]
+    return [replace(case, name=CONVERGED, steps=converged), *presets]
+
+
 def _night_case(size: Resolution) -> Case:
     parts = tuple(
         Case(
@@ -287,9 +313,8 @@ def write_manifest(case: Case, scale: Scale, folder: Path) -> Path:
     """Writes a case's manifest, with its input image if it has one, and returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     defaults: dict[str, Any] = {
-        "num_steps": scale.num_steps,
         "cfg_scale": scale.cfg_scale,
-        "timestep_shift": TIMESTEP_SHIFT,
+        **(case.steps or {"num_steps": scale.num_steps, "timestep_shift": TIMESTEP_SHIFT}),
         "width": case.resolution.width,
         "height": case.resolution.height,
         "think": case.think,

@@ -18,8 +18,8 @@ import typer
 
 from sensebatch.config import PRESETS, TINY_MODEL, converged_timesteps
 from sensebatch.contract import Engine
-from sensebatch.engine.distance import psnr, ssim
 from sensebatch.jobs import Solver
+from sensebatch.report.distance import psnr, ssim
 from sensebatch.tasks import Task
 from sensebatch.tiny.evaluate import answer_examples, held_out_examples, open_engine, run_config
 from sensebatch.tiny.scores import Answer, score

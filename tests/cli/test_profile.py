@@ -94,7 +94,7 @@ def test_report_writes_the_document_again(invoke: Invoke, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "--suite: expected tasks, budgets, modes, speed or night"),
+        ([], "--suite: expected tasks, budgets, modes, speed, night, ask or quality"),
         (["--suite", "modes", "--report", "x"], "--report: expected no other option"),
         (["--report", "x"], "expected the results of a profile, found no file"),
         (["--suite", "modes", "--size", "big"], "--size: expected WIDTHxHEIGHT, found 'big'"),

@@ -12,6 +12,8 @@ import pytest
 from sensebatch.cli.launch import launch
 from sensebatch.cli.signals import StopSignals
 from sensebatch.errors import RunFolderError
+from sensebatch.profile import suites
+from sensebatch.profile.markdown import format_markdown
 from sensebatch.profile.measure import Hooks, run_suite
 from sensebatch.profile.rows import DONE, FAILED, PARQUET_NAME, SCHEMA, Row, read_rows, with_ratios
 from sensebatch.profile.suites import Case, Scale, Suite, suite_cases
@@ -65,6 +67,25 @@ def test_real_runs_give_figures_and_a_refused_one_a_failed_row(tmp_path: Path) -
     assert low.command.startswith("sensebatch run ")
     assert len(list((tmp_path / "low" / "images").glob("*.png"))) == 2
     assert read_rows(tmp_path) == rows
+
+
+def test_quality_is_the_distance_to_the_converged_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suites, "CONVERGED_STEPS", 24)
+    scale = replace(SCALE, model="tiny", cfg_scale=2.0)
+    converged, exact, _, fast = suite_cases(Suite.QUALITY, scale)
+    hooks = Hooks(launch=_launch, say=_silent)
+    run_suite(Suite.QUALITY, [exact], scale, tmp_path, hooks=hooks)
+    (alone,) = read_rows(tmp_path)
+    assert (alone.evaluations, alone.psnr_db, alone.ssim) == (100, None, None)
+    rows = run_suite(Suite.QUALITY, [converged, fast], scale, tmp_path, hooks=hooks)
+    by_case = {row.case: row for row in rows}
+    assert [row.num_steps for row in rows] == [50, 24, 16]
+    assert by_case["converged"].psnr_db is None
+    assert 20 < by_case["exact"].psnr_db < 99
+    assert 0.5 < by_case["fast"].ssim < 1
+    assert "| fast | 16 | 32 |" in format_markdown(rows)
 
 
 def test_rows_of_cases_that_are_not_run_again_stay(tmp_path: Path) -> None:

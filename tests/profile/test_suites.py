@@ -76,6 +76,7 @@ SETTINGS = {
         "choices-balanced": "--vram-mode balanced",
         "choices-7gib": "--max-memory 0=7GiB",
     },
+    Suite.QUALITY: {"converged": "", "exact": "", "high": "", "fast": ""},
     Suite.TASKS: {
         "t2i": "--vram-mode full",
         "t2i-think": "--vram-mode full",
@@ -100,6 +101,18 @@ def test_cases_have_the_settings_of_the_published_tables(suite: Suite) -> None:
 def _jobs(case: Case, scale: Scale, folder: Path) -> list[Job]:
     config = resolve_settings(flags={"model.model": scale.model})
     return list(read_manifest(write_manifest(case, scale, folder), config))
+
+
+def test_cases_of_suite_quality_differ_in_their_steps_alone(tmp_path: Path) -> None:
+    scale = Scale(num_steps=30, num_jobs=2)
+    cases = suite_cases(Suite.QUALITY, scale)
+    steps = {}
+    for case in cases:
+        jobs = _jobs(case, scale, tmp_path)
+        assert {job.sampling.num_steps for job in jobs} == {case.num_steps(scale)}
+        assert [(job.seed, job.sampling.cfg_scale) for job in jobs] == [(42, 4.0), (43, 4.0)]
+        steps[case.name] = jobs[0].drawing.num_evaluations
+    assert steps == {"converged": 256, "exact": 100, "high": 50, "fast": 32}
 
 
 @pytest.mark.parametrize("suite", Suite)
@@ -184,8 +197,8 @@ def test_manifests_are_jobs_of_the_published_size(suite: Suite, tmp_path: Path) 
         for job in jobs:
             assert (job.task, job.think) == (case.task, case.think)
             assert str(job.resolution) == size
-            assert (job.sampling.num_steps, job.sampling.cfg_scale) == (50, 4.0)
-            assert job.sampling.timestep_shift == 3.0
+            assert (job.sampling.num_steps, job.sampling.cfg_scale) == (case.num_steps(scale), 4.0)
+            assert job.sampling.timestep_shift == 3.0 or suite is Suite.QUALITY
             assert [(image.width, image.height) for image in job.images] == (
                 [(2048, 2048)] if case.task is Task.EDIT else []
             )

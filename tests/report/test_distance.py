@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sensebatch.engine.distance import MAX_PSNR_DB, psnr, ssim
+from sensebatch.report.distance import MAX_PSNR_DB, psnr, ssim
 
 
 def _flat(value: int) -> np.ndarray:

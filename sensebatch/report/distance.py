@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import torch
-from torch.nn import functional
+from numpy.lib.stride_tricks import sliding_window_view
 
 MAX_PSNR_DB = 99.0
 """PSNR of equal images, which have no distance to take a logarithm of."""
+_WINDOW, _SPREAD = 11, 1.5
 
 
 def psnr(first: np.ndarray, second: np.ndarray) -> float:
@@ -28,19 +28,21 @@ def ssim(first: np.ndarray, second: np.ndarray) -> float:
     Source: Wang et al., Image Quality Assessment, 2004: a Gaussian window of 11 pixels with a
     standard deviation of 1.5, on each channel; only windows inside the image count.
     """
-    x, y = (
-        torch.from_numpy(image.astype(np.float64)).permute(2, 0, 1)[:, None]
-        for image in (first, second)
-    )
-    line = torch.exp(-(torch.arange(-5, 6).double() ** 2) / (2 * 1.5**2))
-    window = torch.outer(line, line)[None, None] / line.sum() ** 2
-
-    def smooth(values: torch.Tensor) -> torch.Tensor:
-        return functional.conv2d(values, window)
-
-    mean_x, mean_y = smooth(x), smooth(y)
-    var_x, var_y = smooth(x * x) - mean_x**2, smooth(y * y) - mean_y**2
-    covariance = smooth(x * y) - mean_x * mean_y
+    x, y = first.astype(np.float64), second.astype(np.float64)
+    mean_x, mean_y = _smooth(x), _smooth(y)
+    var_x, var_y = _smooth(x * x) - mean_x**2, _smooth(y * y) - mean_y**2
+    covariance = _smooth(x * y) - mean_x * mean_y
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     similar = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
     return float((similar / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))).mean())
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Returns means of `[height, width, channels]` under the window, row by row and column by
+    column, since the window is a product of the two."""
+    places = np.arange(_WINDOW) - _WINDOW // 2
+    weights = np.exp(-(places**2) / (2 * _SPREAD**2))
+    weights /= weights.sum()
+    rows = sliding_window_view(values, _WINDOW, axis=0) @ weights
+    means: np.ndarray = sliding_window_view(rows, _WINDOW, axis=1) @ weights
+    return means
