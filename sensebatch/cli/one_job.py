@@ -32,7 +32,7 @@ from sensebatch.session import Request
 from sensebatch.settings import resolve_settings
 from sensebatch.store.files import sha256_of, write_atomic
 from sensebatch.store.finished import FinishedJob, finished_jobs
-from sensebatch.store.images import EXTENSIONS
+from sensebatch.store.images import EXTENSIONS, with_xmp
 from sensebatch.tasks import Output, SizeRule, Task
 
 RUNS_FOLDER = ".sensebatch"
@@ -409,6 +409,8 @@ def _extras(job: JobOptions, finished: FinishedJob, compare: Path, voice: Voice)
     ]
     outputs = finished.open_images()
     buffer = io.BytesIO()
-    compose(inputs, outputs, finished.job.prompt).save(buffer, "PNG")
+    # It says of itself what the images in it say.
+    info = with_xmp(outputs[0].info.get("xmp"))
+    compose(inputs, outputs, finished.job.prompt).save(buffer, "PNG", pnginfo=info)
     write_atomic(compare, buffer.getvalue())
     return [compare]

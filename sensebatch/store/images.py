@@ -180,11 +180,22 @@ def metadata_of(path: Path) -> dict[str, Any]:
     return metadata
 
 
+def with_xmp(packet: bytes | None) -> PngInfo:
+    """Returns what a PNG is saved with to have XMP; nothing where there is none.
+
+    Args:
+        packet: As `image.info["xmp"]` has it.
+    """
+    info = PngInfo()
+    if packet:
+        info.add_itxt(XMP_KEY, packet.decode())
+    return info
+
+
 def _png_text(metadata: dict[str, Any] | None) -> PngInfo | None:
     if metadata is None:
         return None
-    info = PngInfo()
-    info.add_itxt(XMP_KEY, _xmp(metadata).decode())
+    info = with_xmp(_xmp(metadata))
     info.add_itxt(METADATA_KEY, json.dumps(metadata, ensure_ascii=False))
     return info
 

@@ -73,6 +73,7 @@ def test_published_edit_command_line_with_two_images(invoke: Invoke, red: Path) 
     assert embedded["sampling"]["img_cfg_scale"] == 1.5
     assert embedded["input_max_pixels"] is None
     compared = _opened("out/both_compare.png")
+    assert b"compositeWithTrainedAlgorithmicMedia" in compared.info["xmp"]
     assert compared.width > 3 * _opened("out/both.png").width
 
 
