@@ -228,3 +228,15 @@ def test_run_with_an_engine_takes_its_settings(tmp_path: Path, backend: FakeBack
     sensebatch.run(sensebatch.make_jobs(rows), tmp_path / "o", engine=engine, observer=Watch())
     assert sizes == [1, 1]
     assert backend.loaded == [config]
+
+
+@pytest.mark.usefixtures("backend")
+def test_finished_jobs_are_drawn_again_for_the_models_sake_only_if_that_is_said(
+    tmp_path: Path,
+) -> None:
+    jobs = sensebatch.make_jobs([{"prompt": "A star"}])
+    sensebatch.run(jobs, tmp_path)
+    other = sensebatch.configure({"model.precision": "fp8"})
+    with pytest.raises(sensebatch.RunFolderError, match="precision fp8 instead of auto"):
+        sensebatch.run(jobs, tmp_path, config=other)
+    assert sensebatch.run(jobs, tmp_path, config=other, redraw=True).done == 1
