@@ -19,8 +19,9 @@ from sensebatch.dataset.selection import Selection, matrix_conditions
 from sensebatch.errors import ConfigError, RunFolderError
 from sensebatch.jobs import Job
 from sensebatch.store.log import read_log
+from sensebatch.store.store import open_store
 from sensebatch.tasks import Task
-from tests.executor.fakes import FakeEngine, make_input, make_job, run_folder
+from tests.executor.fakes import IDENTITY, FakeEngine, make_input, make_job, run_folder
 
 
 def records(root: Path, **conditions: Any) -> list[Record]:
@@ -125,6 +126,20 @@ def test_removed_jobs_come_last_and_only_when_asked_for(tmp_path: Path) -> None:
     # Nothing is left to run, and the log still says that the job is back.
     run_folder(tmp_path, [make_job("a"), make_job("b"), make_job("c")])
     assert [row[3] for row in marks(tmp_path)] == [True, True, False, True]
+
+
+def test_log_is_marked_although_nothing_is_run(tmp_path: Path) -> None:
+    run_folder(tmp_path, [make_job("a"), make_job("b")])
+    with open_store(tmp_path) as store:
+        store.ingest([make_job("b")], IDENTITY)
+    assert [row[3] for row in marks(tmp_path)] == [False, True]
+    # Killed before the log was written, which the next process does.
+    with open_store(tmp_path) as store:
+        store.state.ingest([make_job("a"), make_job("b")], IDENTITY, tmp_path)
+    assert [row[3] for row in marks(tmp_path)] == [False, True]
+    with open_store(tmp_path):
+        pass
+    assert [row[3] for row in marks(tmp_path)] == [True, True]
 
 
 def test_row_of_a_job_whose_file_is_missing_is_superseded(tmp_path: Path) -> None:
