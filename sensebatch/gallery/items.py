@@ -95,7 +95,7 @@ def make_item(record: Record, *, run: str, alike: str | None, input_of: InputOf)
     Args:
         record: The job.
         run: What the gallery calls its run.
-        alike: The first of the jobs whose images look like its own; None where that is not known.
+        alike: The first of the jobs whose images look like its own; None if there is no other.
         input_of: Returns what is shown of an input image of a run's folder.
     """
     row = record.row or {}

@@ -6,6 +6,7 @@ Joins the records of runs, their thumbnails and the figures of their logs.
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -168,9 +169,11 @@ def _records(run: Run, selection: Selection | None) -> Iterator[Record]:
 
 
 def _alike(run: Run, selection: Selection | None) -> dict[str, str]:
-    """Returns the first of the jobs whose images look alike, for each of them."""
+    """Returns the first of the jobs whose images look alike, for each of them; none for others."""
     with open_dataset(run.root) as dataset:
-        return near_duplicates(dataset.records(selection))
+        first = near_duplicates(dataset.records(selection))
+    sizes = Counter(first.values())
+    return {job_id: other for job_id, other in first.items() if sizes[other] > 1}
 
 
 def _require_runs(runs: Sequence[Run]) -> None:
