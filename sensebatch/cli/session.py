@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 from sensebatch import session
 from sensebatch.cli.progress import watch
@@ -73,6 +75,7 @@ def settled(workers: WorkersConfig | None) -> WorkersConfig | None:
     if workers is None:
         return None
     _settle_allocator()
+    _settle_token(workers)
     environment = {name: os.environ.get(name) for name in _COMPUTES_ALIKE}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     shown = [gpu for gpu in visible.split(",") if gpu] if workers.cluster is None else []
@@ -92,3 +95,17 @@ def settled(workers: WorkersConfig | None) -> WorkersConfig | None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     budgets = {of_driver(gpu): amount for gpu, amount in workers.gpu_budget_bytes.items()}
     return replace(workers, gpus=gpus, gpu_budget_bytes=budgets, environment=environment)
+
+
+def _settle_token(workers: WorkersConfig) -> None:
+    """Says by which token Ray's processes know each other, unless the user does.
+
+    Ray that is started for the run gets one of its own, or else it would leave one at home. On a
+    cluster it is that of `ray start`, which is at home.
+    """
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    if workers.cluster is None:
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    elif (Path.home() / ".ray" / "auth_token").is_file() or "RAY_AUTH_TOKEN" in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"

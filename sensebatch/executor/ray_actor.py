@@ -86,6 +86,7 @@ class RayWorker:
         self._early: dict[int, Order] = {}
         """Orders that overtook others, by their place in order."""
         self._next_order = 0
+        self._taking = threading.Lock()
         self._asked_at = time.monotonic()
         self._place = Place.own()
         for call in (self._load, self._watch):
@@ -98,12 +99,13 @@ class RayWorker:
 
     def tell(self, place: int, order: Order) -> None:
         """Takes an order; large ones may be overtaken, so each has its place."""
-        self._early[place] = order
-        while self._next_order in self._early:
-            found = self._early.pop(self._next_order)
-            self._next_order += 1
-            if self._host is not None:
-                self._host.take(found)
+        with self._taking:
+            self._early[place] = order
+            while self._next_order in self._early:
+                found = self._early.pop(self._next_order)
+                self._next_order += 1
+                if self._host is not None:
+                    self._host.take(found)
 
     def _load(self) -> None:
         host = guarded(self._loaded)

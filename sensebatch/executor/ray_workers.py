@@ -101,7 +101,8 @@ class RayCrew:
             num_cpus=0 if self._uses_gpu else 1,
             max_restarts=0,
             max_task_retries=0,
-            concurrency_groups={"listen": 1, "tell": 1},
+            # One that waits for news, and one for orders.
+            max_concurrency=2,
             scheduling_strategy="DEFAULT" if self._uses_gpu else "SPREAD",
         )(RayWorker)
         actor = actor_class.remote(worker, self._recipe, max(len(self._numbers), worker + 1))
@@ -115,7 +116,7 @@ class RayCrew:
         actor, place = self._actors[worker], self._places[worker]
         self._places[worker] = place + 1
         with suppress(self._ray.exceptions.RayError):
-            actor.tell.options(concurrency_group="tell").remote(place, order)
+            actor.tell.remote(place, order)
 
     def end(self, worker: int) -> None:
         """Ends a worker at once, if it is alive."""
@@ -151,8 +152,8 @@ class RayCrew:
             return
         try:
             self._ray.init(address=address, **common)
-        except (ConnectionError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+        except (ConnectionError, ImportError, RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
             raise ConfigError(
                 f"--cluster: expected the address of a Ray cluster, found {address!r}: {reason}"
             ) from error
@@ -205,7 +206,7 @@ class RayCrew:
             actor = self._actors.get(worker)
             if actor is None or self._lives[worker] != life:
                 return
-            question = actor.listen.options(concurrency_group="listen").remote()
+            question = actor.listen.remote()
             self._questions[question] = (worker, life)
 
     def _listen(self) -> None:

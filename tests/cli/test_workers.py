@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from sensebatch.cli.main import app
 from sensebatch.cli.options import ModelOptions, WorkerOptions
 from sensebatch.cli.session import settled
+from sensebatch.config import WorkersConfig
 from sensebatch.errors import ConfigError
 
 pytest.importorskip("ray")
@@ -246,6 +247,33 @@ def test_budgets_of_gpus_follow_the_numbers_of_the_driver(monkeypatch: pytest.Mo
     assert workers.gpu_budget_bytes == {"4": 13 << 30, "6": 20 << 30}
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "6,4"
     assert model.flags()["memory.vram_budget_bytes"] == 13 << 30
+
+
+def test_ray_of_the_run_has_a_token_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, "-")
+        monkeypatch.delenv(name)
+    settled(WorkersConfig(count=2))
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+    settled(WorkersConfig(count=2))
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+
+
+@pytest.mark.parametrize("has_token", [True, False])
+def test_cluster_is_asked_with_the_token_that_is_at_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_token: bool
+) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, "-")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if has_token:
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "auth_token").write_text("secret")
+    settled(WorkersConfig(cluster="auto"))
+    assert os.environ.get("RAY_AUTH_MODE") == ("token" if has_token else None)
+    assert "RAY_AUTH_TOKEN" not in os.environ
 
 
 def test_one_amount_counts_for_every_gpu() -> None:
