@@ -6,6 +6,7 @@ a batch. One that cannot be started several times in a row is given up, and the 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 """Before a worker is started again."""
 START_PATIENCE_S = 1800.0
 """Seconds that a worker may take to start: to wait for a machine, and to load the weights."""
+WAITING_S = 60.0
+"""Seconds after which the run says that it waits for workers."""
 TICK_S = 0.2
 """Seconds after which a wait for news ends, to look at the clock and at the stop."""
 
@@ -137,7 +140,15 @@ class Roster:
         self.crew.open(self.events)
         for number in self.crew.numbers:
             self._start(self._hire(number))
+        say_at = self._clock() + WAITING_S
         while any(member.state in (Life.STARTING, Life.DEAD) for member in self.members.values()):
+            if self._clock() >= say_at:
+                say_at = math.inf
+                num_ready = sum(1 for _ in self.ready())
+                self._note(
+                    f"{num_ready:,} of {len(self.members):,} workers are ready; waiting for the "
+                    "others"
+                )
             if stop.is_set():
                 raise StoppedError("the run was stopped before any of its jobs ran")
             for event in self.wait():

@@ -16,12 +16,13 @@ import pyarrow.compute as pc
 
 from sensebatch.jobs import FinishReason
 from sensebatch.report.timeline import COLUMNS as TIMELINE_COLUMNS
-from sensebatch.report.timeline import Waiting, format_waiting, group_name, timeline, waiting
+from sensebatch.report.timeline import Batch, Waiting, format_waiting, group_name, timeline, waiting
 from sensebatch.report.workers import (
     Stint,
     WorkerShare,
     format_share,
     share_name,
+    together_s,
     worker_shares,
 )
 from sensebatch.resolutions import PATCH_PIXELS
@@ -146,6 +147,8 @@ class Summary:
     """How long devices waited between batches; None if there was one batch, or the log is older."""
     workers: tuple[WorkerShare, ...]
     """What each worker did; nothing where there was only one."""
+    together_s: float
+    """Seconds from the first batch of each session to the end of its last, of any worker."""
     calls: tuple[Call, ...]
     """In the order they were committed."""
 
@@ -174,6 +177,7 @@ def summarise(log: pa.Table, *, session: int | None = None) -> Summary:
     for call in calls:
         by_group.setdefault(call.group, []).append(call)
     text_tokens, batches = _text_tokens(done), timeline(log)
+    stints = [_stint(batch) for batch in batches]
     return Summary(
         vram_mode=_words(log["vram_mode"]),
         attn_backend=_words(log["attn_backend"]),
@@ -192,19 +196,21 @@ def summarise(log: pa.Table, *, session: int | None = None) -> Summary:
             name: _throughput(members, text_tokens[name]) for name, members in by_group.items()
         },
         waiting=waiting(batches),
-        workers=worker_shares(
-            Stint(
-                session=batch.session,
-                worker=batch.worker,
-                node=batch.node,
-                jobs=batch.jobs,
-                images=batch.images,
-                start_s=batch.start_s,
-                busy_s=batch.total_s,
-            )
-            for batch in batches
-        ),
+        workers=worker_shares(stints),
+        together_s=together_s(stints),
         calls=tuple(calls),
+    )
+
+
+def _stint(batch: Batch) -> Stint:
+    return Stint(
+        session=batch.session,
+        worker=batch.worker,
+        node=batch.node,
+        jobs=batch.jobs,
+        images=batch.images,
+        start_s=batch.start_s,
+        busy_s=batch.total_s,
     )
 
 
@@ -328,6 +334,12 @@ def format_totals(summary: Summary) -> str:
     ]
     if summary.waiting is not None:
         lines.append(f"waiting         {format_waiting(summary.waiting)}")
+    if summary.workers:
+        each = _figure((total.images and summary.together_s / total.images) or None, ".3f")
+        lines.append(
+            f"together        {len(summary.workers)} workers  {summary.together_s:.3f} s  "
+            f"{each} s/image"
+        )
     lines += [f"{share_name(share)}: {format_share(share)}" for share in summary.workers]
     if total.calls_with_kept:
         calls = "1 call" if total.calls_with_kept == 1 else f"{total.calls_with_kept} calls"

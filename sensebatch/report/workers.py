@@ -73,6 +73,14 @@ def worker_shares(stints: Iterable[Stint]) -> tuple[WorkerShare, ...]:
     return tuple(shares)
 
 
+def together_s(stints: Iterable[Stint]) -> float:
+    """Returns the seconds in which any worker had a batch or waited for one, over all sessions."""
+    sessions: dict[int, list[Stint]] = {}
+    for stint in stints:
+        sessions.setdefault(stint.session, []).append(stint)
+    return sum(map(_span_s, sessions.values()))
+
+
 def _span_s(stints: list[Stint]) -> float:
     """Returns the seconds from the first batch of a session to the end of the last."""
     end_s = max(stint.start_s + stint.busy_s for stint in stints)

@@ -21,7 +21,7 @@ version: 1
 defaults: {width: 128, height: 128, num_steps: 2, max_images: 2, max_new_tokens: 24}
 jobs:
   - {id: ball, task: t2i, prompt: a red circle, n: 80}
-  - {id: wide, task: t2i, prompt: a green star, width: 192, n: 30}
+  - {id: wide, task: t2i, prompt: a green star, width: 192, height: 128, n: 30}
   - {id: deep, task: t2i, prompt: a blue square, think: true, max_think_tokens: 16, n: 30}
   - {id: blue, task: edit, prompt: paint it blue, image: ball.png, n: 40}
   - {id: tale, task: interleave, prompt: two circles, n: 20}

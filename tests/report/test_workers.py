@@ -46,6 +46,7 @@ def test_summary_has_a_line_for_each_of_several_workers() -> None:
         log_row("c", "z", worker=1, node="two", queue_s=0.0),
     ]
     lines = format_totals(summarise(log_table(*rows))).splitlines()
+    assert "together        2 workers  8.000 s  2.667 s/image" in lines
     assert [line for line in lines if line.startswith("worker")] == [
         "worker 0 on one: 2 jobs (66.7%), idle 0.0%",
         "worker 1 on two: 1 job (33.3%), idle 50.0%",
