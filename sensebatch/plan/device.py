@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from heapq import nlargest
 
 from sensebatch.config import MemoryConfig
 from sensebatch.errors import ConfigError
@@ -366,13 +367,14 @@ class _Planner:
         After the only batch of a group comes one of another, which may be smaller. A larger one
         counts where its own group does.
         """
+        prepared = [_prepared(option) for option in options]
+        largest, runner_up = nlargest(2, [*prepared, 0, 0])
         found = []
-        for option in options:
-            following = [_prepared(other) for other in options if other is not option]
+        for option, own in zip(options, prepared, strict=True):
+            following = runner_up if own == largest else largest
             if option.load is None or not option.load.fills_one_batch:
-                following.append(_prepared(option))
-            meanwhile = min(_prepared(option), max(following, default=0))
-            found.append(self._host_working(option) + meanwhile)
+                following = max(following, own)
+            found.append(self._host_working(option) + min(own, following))
         return found
 
     def _host_working(self, option: _Option) -> int:

@@ -73,6 +73,7 @@ def test_the_cost_of_a_plan_per_group_does_not_include_listing_tensors(
         (weight_bytes, "expected_tensors"),
         (work, "expected_tensors"),
         (device, "working_bytes"),
+        (device, "prepared_bytes"),
         (footprint, "prompt_bytes"),
         (seconds, "understanding_work"),
     ):
@@ -85,6 +86,7 @@ def test_the_cost_of_a_plan_per_group_does_not_include_listing_tensors(
 
     few, many = counts(2), counts(12)
     assert many["expected_tensors"] == few["expected_tensors"] <= 4
+    assert 0 < many["prepared_bytes"] <= 4 * 12
     assert 0 < many["working_bytes"] == many["prompt_bytes"] <= 4 * 12
     # Silent and with all text, a few passes for each of ten images.
     assert 0 < many["understanding_work"] <= 60 * 12
