@@ -22,7 +22,7 @@ NEEDS = {"--c2pa-certificate": "c2pa", "load_dataset": "datasets"}
 class PrivateHub:
     """Stands for the Hub, which no test asks; tests/export/fake_hub.py has one that answers."""
 
-    def __init__(self, repo: str) -> None:
+    def __init__(self, repo: str, **_: Any) -> None:
         self.repo = repo
 
     def push(self, folder: Path, *_: Any, **__: Any) -> str:

@@ -313,7 +313,7 @@ def _hub(publish: PublishOptions, folder: Path | None) -> Hub | None:
             "--push: expected --license beside it, such as --license cc-by-4.0; a set that is "
             "published needs one (unknown is one as well)"
         )
-    return Hub(publish.push)
+    return Hub(publish.push, shows_progress=_is_terminal())
 
 
 @contextmanager
@@ -328,12 +328,17 @@ def _continues() -> Iterator[None]:
         raise
 
 
+def _is_terminal() -> bool:
+    """Returns whether somebody watches."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 @contextmanager
 def _progress() -> Iterator[ExportObserver]:
     """Yields what shows the progress on a terminal, and nothing elsewhere."""
     from sensebatch.export.run import ExportObserver
 
-    if sys.stderr is None or not sys.stderr.isatty():
+    if not _is_terminal():
         yield ExportObserver()
         return
     from rich.console import Console

@@ -1,4 +1,4 @@
-"""Uploads an export to a repository of the Hub, by huggingface_hub's own way for large folders.
+"""Uploads an export to a repository of the Hub, by huggingface_hub's upload of large folders.
 
 huggingface_hub itself finds the login token and the endpoint; neither is read or printed here.
 """
@@ -23,21 +23,25 @@ class Hub:
 
     Args:
         repo: `owner/name`, or `name` of the user who is logged in.
+        shows_progress: Whether huggingface_hub draws its bars on standard error.
 
     Raises:
         ConfigError: The name is not one of a repository, or nobody is logged in.
         StorageError: The Hub cannot be reached.
     """
 
-    def __init__(self, repo: str) -> None:
+    def __init__(self, repo: str, *, shows_progress: bool) -> None:
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HFValidationError
         from huggingface_hub.utils._validators import validate_repo_id
+        from huggingface_hub.utils.tqdm import disable_progress_bars
 
         try:
             validate_repo_id(repo)
         except HFValidationError as error:
             raise ConfigError(f"--push: expected owner/name, found {repo!r}: {error}") from None
+        if not shows_progress:
+            disable_progress_bars()
         self._repo = repo
         self._api = HfApi(library_name="sensebatch")
         user = self._asked(self._api.whoami)
@@ -67,9 +71,9 @@ class Hub:
             )
         where: dict[str, Any] = {"repo_id": self._repo, "repo_type": _TYPE}
         url = self._asked(self._api.create_repo, **where, private=private, exist_ok=True)
-        # Until version 2, large folders had a function of their own.
-        upload = getattr(self._api, "upload_large_folder", self._api.upload_folder)
-        self._asked(upload, **where, folder_path=folder, ignore_patterns=[f"{FOLDER}/*", "*.tmp"])
+        # In several commits, and resumable; `upload_large_folder` of earlier releases is no more.
+        left_out = [f"{FOLDER}/*", "*.tmp"]
+        self._asked(self._api.upload_folder, **where, folder_path=folder, ignore_patterns=left_out)
         there = self._asked(self._api.list_repo_files, **where)
         outdated = [name for name in there if is_own(name) and name not in files]
         if outdated:
