@@ -90,7 +90,7 @@ def _root(
         ),
     ] = False,
 ) -> None:
-    """Generate image datasets with SenseNova-U1 on one GPU, resumably."""
+    """Generate image datasets with SenseNova-U1, resumably, on one GPU or many."""
 
 
 def _make_app() -> typer.Typer:
