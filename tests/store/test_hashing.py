@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from sensebatch.errors import RunFolderError
 from sensebatch.store import log
@@ -52,7 +53,7 @@ def test_hashes_of_files_are_those_of_the_pixels(
 def test_image_that_is_not_as_it_was_made_is_left_out(tmp_path: Path) -> None:
     run_folder(tmp_path, [make_job("a"), make_job("b"), make_job("c")])
     without_hashes(tmp_path)
-    (tmp_path / "images" / "a.png").write_bytes(b"other")
+    Image.new("RGB", (64, 32)).save(tmp_path / "images" / "a.png")
     (tmp_path / "images" / "b.png").unlink()
     found = add_hashes(tmp_path)
     assert (found.jobs, found.wrong) == (1, ("a", "b"))

@@ -193,3 +193,29 @@ def test_rows_of_the_first_format_are_marked(folders: Path) -> None:
     # The row of the derived id that the edit had then is one of the same job.
     assert {row["in_manifest"] for row in rows} == {True}
     assert len([row for row in rows if row["status"] == "failed"]) == 1
+
+
+def test_current_row_is_the_last_of_the_jobs_key_and_status() -> None:
+    rows = [
+        ("done", "k", "failed"),
+        ("done", "k", "done"),
+        ("done", "other", "done"),
+        ("failed", "k", "done"),
+        ("failed", "k", "failed"),
+        ("edited", "other", "done"),
+        ("pending", "k", "failed"),
+    ]
+    before = migrations.STEPS.index(migrations._CURRENT)
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
+        db.executescript("".join(migrations.STEPS[:before]))
+        for job_id, key, status in rows:
+            text = json.dumps({"key": key, "status": status})
+            db.execute("INSERT INTO attempts (job_id, row) VALUES (?, ?)", (job_id, text))
+        for job_id in ("done", "failed", "edited", "pending"):
+            status = "pending" if job_id == "edited" else job_id
+            values = (job_id, job_id, 0, 1, 1, "k", 0, 1, 0, 0, "{}", status, 1, 1, 0, "[]")
+            marks = ", ".join("?" * len(values))
+            db.execute(f"INSERT INTO jobs VALUES (NULL, {marks})", values)
+        db.executescript("".join(migrations.STEPS[before:]))
+        found = dict(db.execute("SELECT id, current FROM jobs"))
+    assert found == {"done": 2, "failed": 5, "edited": None, "pending": None}
