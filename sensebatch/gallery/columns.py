@@ -29,6 +29,9 @@ JOB, MATRIX, METADATA, SETTINGS, FIGURES, MACHINE = (
     "Figures",
     "Model and machine",
 )
+RESERVED = frozenset(["id", "prompt", "pick", "pick_tag"])
+"""Names that the page gives to what it knows of every item."""
+
 _GROUPS = {
     **dict.fromkeys(
         (
@@ -165,10 +168,11 @@ class Columns:
         Names are unique: where a manifest's own name is that of another column, it gets its group
         before it. A matrix that varies a setting gives no column of its own.
         """
-        names = {name for group, name in self._columns if group not in (MATRIX, METADATA)}
+        own = {name for group, name in self._columns if group not in (MATRIX, METADATA)}
+        names = own | RESERVED
         columns = []
         for (group, name), column in self._columns.items():
-            if group == MATRIX and name in names & _ORDER.keys():
+            if group == MATRIX and name in own & _ORDER.keys():
                 continue
             column.values += [None] * (self._count - len(column.values))
             if group in (MATRIX, METADATA):

@@ -58,7 +58,7 @@ def opened(chromium: Browser) -> Iterator[Opened]:
         accept_downloads=True,
     )
     # Only what is broken takes long.
-    context.set_default_timeout(10_000)
+    context.set_default_timeout(60_000)
     opened = Opened(context)
     yield opened
     context.close()

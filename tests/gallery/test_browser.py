@@ -428,6 +428,19 @@ def test_axes_lay_out_matrix_values_by_seeds(opened: Opened, night: Path) -> Non
     assert page.locator(".more").count() == 0
 
 
+def test_a_cell_of_axes_shows_all_that_it_has(opened: Opened, tmp_path: Path) -> None:
+    prompts = ['a "dot" & <b>', "a line"]
+    jobs = [make_job(f"{n}-{s}", prompt=prompts[n], seed=s) for n in range(2) for s in range(3)]
+    root = make_run(tmp_path / "run", jobs)
+    make_gallery([root], root / "gallery")
+    page = opened.page(root / "gallery", "view=axes&rows=prompt&columns=")
+    cell = page.locator("td", has=page.locator('.cell[aria-label="0-0"]'))
+    cell.locator(".more").click()
+    assert ids(page) == ["0-0", "0-1", "0-2"]
+    page.go_back()
+    assert page.locator(".axes-table").count() == 1
+
+
 def test_axes_compare_runs_with_equal_ids(opened: Opened, tmp_path: Path) -> None:
     roots = [tmp_path / name for name in ("plain", "lora")]
     for number, root in enumerate(roots):

@@ -53,7 +53,14 @@ def test_names_of_a_matrix_and_of_metadata_stay_apart_from_columns() -> None:
     columns.add(
         {"seed": 1, "task": "t2i"},
         matrix={"colour": "red", "seed": 1},
-        metadata={"task": "mine", "colour": "deep", "a b": 2, "nested": {"x": 1}, "list": [1, "x"]},
+        metadata={
+            "task": "mine",
+            "pick": 3,
+            "colour": "deep",
+            "a b": 2,
+            "nested": {"x": 1},
+            "list": [1, "x"],
+        },
     )
     found = {column.name: column for column in columns.finished()}
     # A matrix that varies a setting is that setting.
@@ -62,6 +69,7 @@ def test_names_of_a_matrix_and_of_metadata_stay_apart_from_columns() -> None:
         "task",
         "colour",
         "metadata.task",
+        "metadata.pick",
         "metadata.colour",
         "metadata.a b",
         "list",

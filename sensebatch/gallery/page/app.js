@@ -267,7 +267,7 @@
   function filterCell(pairs) {
     for (const [field, value] of pairs) {
       if (!field) continue;
-      if (field.name === "prompt") { query.search = nodes.search.value = `"${field.shown(value)}"`; continue; }
+      if (field.name === "prompt") { query.search = nodes.search.value = field.whole(value).split('"').filter((part) => part.trim()).map((part) => `"${part}"`).join(" "); continue; }
       if (field.column.kind === "number") { if (!Number.isNaN(value)) query.facets.set(field.name, { from: value, to: value }); } else query.facets.set(field.name, new Set([value < 0 ? SB.NONE : field.column.words[value]]));
     }
     state.view = "images";

@@ -133,7 +133,7 @@
     const values = [...codes].sort((a, b) => a - b);
     const sample = new Map();
     for (let item = 0; item < SB.items.count; item += 1) if (codes.has(texts.codes[item]) && !sample.has(texts.codes[item])) sample.set(texts.codes[item], item);
-    return { name: "prompt", title: "Prompt", group: "Job", values, of: (item) => texts.codes[item], shown: (code) => texts.of(sample.get(code)) ?? "…", isNone: () => false };
+    return { name: "prompt", title: "Prompt", group: "Job", values, of: (item) => texts.codes[item], shown: (code) => SB.short(texts.of(sample.get(code))) ?? "…", isNone: () => false, whole: (code) => texts.of(sample.get(code)) };
   }
 
   function columnField(column, result) {

@@ -75,6 +75,9 @@ const SB = {};
     return SB.say(`Copied the ${what}`);
   };
 
+  // Returns the beginning of a text, for where nobody reads all of it.
+  SB.short = (text) => (text && text.length > 300 ? `${text.slice(0, 300)}…` : text);
+
   SB.count = (number) => number.toLocaleString("en-US");
   SB.counted = (number, noun) => `${SB.count(number)} ${noun}${number === 1 ? "" : "s"}`;
 

@@ -128,7 +128,7 @@
         thumb.remove();
         box.append(this.placeholder(item));
       }
-      const caption = SB.el("span", { class: "caption" }, items.prompts.of(item) || items.ids[item]);
+      const caption = SB.el("span", { class: "caption" }, SB.short(items.prompts.of(item)) || items.ids[item]);
       const node = SB.el(
         "div",
         { class: "tile", role: "option", tabindex: place === this.active ? 0 : -1, id: `tile-${place}`,
@@ -172,7 +172,7 @@
       node.dataset.pick = pick.verdict ?? "";
       const isSelected = this.selected.has(item);
       node.setAttribute("aria-selected", isSelected);
-      const prompt = SB.items.prompts.of(item);
+      const prompt = SB.short(SB.items.prompts.of(item));
       const run = SB.index.runs.length > 1 && SB.index.runs[SB.items.run[item]].name;
       const said = [SB.items.ids[item], run, prompt, pick.verdict === "keep" && "kept", pick.verdict === "reject" && "rejected", pick.tags && `tagged ${pick.tags.join(", ")}`];
       node.setAttribute("aria-label", said.filter(Boolean).join(", "));
@@ -184,7 +184,7 @@
         const item = this.result[place];
         this.mark(tile, item);
         const prompt = SB.items.prompts.of(item);
-        if (prompt) tile.querySelector(".caption").textContent = prompt;
+        if (prompt) tile.querySelector(".caption").textContent = SB.short(prompt);
       }
     }
 
