@@ -6,6 +6,7 @@ runs. Knows no backend: whoever moves the messages calls `take` and `news`.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
@@ -75,7 +76,7 @@ class Outbox:
             return found
 
 
-NUM_ENCODERS = 2
+MIN_ENCODERS, MAX_ENCODERS = 2, 8
 """Threads that encode where nobody said how many."""
 
 
@@ -106,7 +107,7 @@ class WorkerHost:
         self._running = ThreadPoolExecutor(1, thread_name_prefix="generate")
         self._ending = ThreadPoolExecutor(1, thread_name_prefix="end")
         self._encoders = ThreadPoolExecutor(
-            output.num_writers or NUM_ENCODERS, thread_name_prefix="encode"
+            output.num_writers or _default_encoders(), thread_name_prefix="encode"
         )
 
     def close(self) -> None:
@@ -264,6 +265,11 @@ class WorkerHost:
             image_phash=tuple(map(phash, result.images)),
             encode_s=time.monotonic() - start,
         )
+
+
+def _default_encoders() -> int:
+    """Returns how many threads encode: a host with many cores may have several workers."""
+    return min(max((os.cpu_count() or 1) // 4, MIN_ENCODERS), MAX_ENCODERS)
 
 
 class _HostChannel(Channel):

@@ -29,7 +29,7 @@ LISTEN_S = 1.0
 LONELY_S = 60.0
 """Seconds without a question after which a worker ends itself. Ray ends the workers of a process
 that died within a second or so; this is for networks that part."""
-_FINAL = {kind.__name__ for kind in (CheckpointError, ConfigError)}
+FINAL = {kind.__name__ for kind in (CheckpointError, ConfigError)}
 """What another try to load the engine would come to again."""
 
 
@@ -110,7 +110,7 @@ class RayWorker:
     def _load(self) -> None:
         host = guarded(self._loaded)
         if isinstance(host, Raised):
-            is_final = host.failure.type in _FINAL
+            is_final = host.failure.type in FINAL
             self._outbox.put(Unusable(failure=host.failure, is_final=is_final))
             return
         self._host = host

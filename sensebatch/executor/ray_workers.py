@@ -162,8 +162,8 @@ class RayCrew:
         self._temp = _new_temp()
         num_workers = self._workers.count or 1
         resources: dict[str, Any] = {"num_cpus": num_workers}
-        if not self._uses_gpu:
-            resources["num_gpus"] = 0
+        if self._workers.gpus or not self._uses_gpu:
+            resources["num_gpus"] = len(self._workers.gpus) if self._uses_gpu else 0
         self._ray.init(
             address="local",
             include_dashboard=False,

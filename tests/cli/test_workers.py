@@ -194,7 +194,7 @@ def test_workers_end_with_a_run_that_is_killed_and_one_engine_resumes_it(
 
 
 @pytest.mark.slow
-def test_stop_ends_workers_in_order_and_they_resume(
+def test_stop_ends_workers_in_order_and_the_run_is_resumed(
     manifest: Path, within: Path, tmp_path: Path
 ) -> None:
     with Started(manifest, tmp_path) as started:
@@ -203,7 +203,7 @@ def test_stop_ends_workers_in_order_and_they_resume(
         said = started.end()
     assert started.process.returncode == 75, said
     assert "died" not in said
-    ended = sensebatch(manifest, tmp_path, "--workers", "2")
+    ended = sensebatch(manifest, tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert made(tmp_path) == made(within)
 

@@ -16,6 +16,7 @@ from sensebatch.executor.guard import guarded
 from sensebatch.executor.host import Outbox, WorkerHost
 from sensebatch.executor.messages import Died, News, Order, Said, Unusable
 from sensebatch.executor.observer import Summary
+from sensebatch.executor.ray_actor import FINAL
 from sensebatch.executor.roster import Event, Roster
 from sensebatch.jobs import GroupKey, Job, group_key
 from sensebatch.store.chains import reading
@@ -72,7 +73,7 @@ class ThreadCrew:
         num_workers: int,
         config: RunConfig,
         jobs: Sequence[Job],
-        make_engine: Callable[[int, ThreadCrew], FakeEngine] = lambda _n, _c: FakeEngine(a_pass=1),
+        make_engine: Callable[[int, ThreadCrew], Any] = lambda _n, _c: FakeEngine(a_pass=1),
     ) -> None:
         self.config = config
         self.numbers = range(num_workers)
@@ -92,7 +93,8 @@ class ThreadCrew:
         self.lives.append(worker)
         engine = guarded(lambda: self._make_engine(worker, self))
         if isinstance(engine, Raised):
-            self.said(worker, life, Unusable(failure=engine.failure, is_final=False))
+            is_final = engine.failure.type in FINAL
+            self.said(worker, life, Unusable(failure=engine.failure, is_final=is_final))
             return
         self.actors[worker] = _Actor(worker, life, engine, self, self._groups)
 

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from sensebatch.config import ExecutionConfig
-from sensebatch.errors import DeviceError, WorkersLostError
+from sensebatch.errors import ConfigError, DeviceError, WorkersLostError
 from sensebatch.executor import roster
 from sensebatch.executor.messages import Began, Drew, Ended, Joined, News, Prepared, Run
 from sensebatch.executor.worker import EngineWorker
-from sensebatch.jobs import Batch, Job, group_key
+from sensebatch.jobs import Batch, EngineInfo, Job, group_key
 from sensebatch.resolutions import Resolution
 from sensebatch.store.attempts import Attempt
 from sensebatch.tasks import Task
@@ -316,3 +317,31 @@ def test_a_thousand_workers_start_and_drain(tmp_path: Path) -> None:
     assert len({row["job_id"] for row in rows}) == len(rows) == 1500
     assert len({row["worker"] for row in rows}) == 1000
     assert meter.notes == []
+
+
+class OtherDevice(FakeEngine):
+    """Computes on a device of another name."""
+
+    @property
+    def info(self) -> EngineInfo:
+        return replace(super().info, device="another GPU")
+
+
+def test_devices_that_differ_are_named(tmp_path: Path) -> None:
+    jobs = [make_job("a")]
+    crew = ThreadCrew(2, CONFIG, jobs, lambda worker, _: (FakeEngine, OtherDevice)[worker]())
+    seen = Recorder()
+    run_crew(tmp_path, jobs, CONFIG, crew, seen=seen)
+    assert seen.notes == [
+        "the workers have different devices (another GPU, cpu): an image may differ in the last "
+        "bits with the worker that draws it"
+    ]
+
+
+def test_settings_that_no_worker_can_use_are_the_user_s_to_fix(tmp_path: Path) -> None:
+    def make_engine(_worker: int, _crew: ThreadCrew) -> FakeEngine:
+        raise ConfigError("vram_budget: expected at least 13 GiB")
+
+    jobs = [make_job("a")]
+    with pytest.raises(ConfigError, match="vram_budget: expected at least 13 GiB"):
+        run_crew(tmp_path, jobs, CONFIG, ThreadCrew(2, CONFIG, jobs, make_engine))
