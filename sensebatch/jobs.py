@@ -355,6 +355,30 @@ class Drawing:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptAt:
+    """Which try of a series a job is."""
+
+    series: str
+    """The name of the tries that differ in their seeds alone."""
+    number: int
+    """From 0."""
+    keep: int
+    """How many of the series are to be accepted; the rest need not run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerdictOn:
+    """What the answer of a question decides."""
+
+    job: str
+    """The id of the try that it is about."""
+    answer: str
+    """The choice that speaks for it."""
+    at_least: float
+    """The probability that the choice must have."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """One unit of work; it succeeds or fails alone."""
 
@@ -379,6 +403,10 @@ class Job:
     level: int = 0
     """How many jobs have to be done before it, one after the other, because each starts from an
     image of the one before."""
+    attempt_at: AttemptAt | None = None
+    """The series of which it is a try; None if it is to be run in any case."""
+    verdict: VerdictOn | None = None
+    """What it decides about a try; None if nothing."""
     source: Source
 
     @property

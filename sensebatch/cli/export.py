@@ -62,6 +62,14 @@ class ContentOptions:
             rich_help_panel=_CONTENT,
         ),
     ] = False
+    rejected: Annotated[
+        bool,
+        typer.Option(
+            "--rejected",
+            help="Take images that accept did not accept as well, and its questions.",
+            rich_help_panel=_CONTENT,
+        ),
+    ] = False
     shard_size: Annotated[
         str | None,
         typer.Option(
@@ -280,6 +288,7 @@ def _config(
         conversion=images.conversion(),
         shard_bytes=SHARD_BYTES if content.shard_size is None else _bytes(content.shard_size),
         skip_missing=content.skip_missing,
+        with_rejected=content.rejected,
         title=publish.title or "",
         license=checked_license(publish.license),
         signer=None if signer is None else signer.fingerprint,
@@ -369,6 +378,9 @@ def _lines(out: str, config: ExportConfig, done: Exported) -> Iterator[str]:
         yield f"  written  {counted(done.written_shards, 'shard')} with {written}"
     else:
         yield "  written  nothing, as it was all there"
+    if done.not_accepted:
+        jobs = counted(done.not_accepted, "job")
+        yield f"  left out {jobs}: images that were not accepted, and questions; see --rejected"
     if done.not_done:
         which = "that is" if done.not_done == 1 else "that are"
         yield f"  left out {counted(done.not_done, 'job')} {which} not done"

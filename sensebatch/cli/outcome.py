@@ -13,6 +13,7 @@ import typer
 
 from sensebatch.cli import exits
 from sensebatch.cli.messages import counted, show_anyway, truncated_words
+from sensebatch.cli.series import series_lines
 from sensebatch.cli.voice import Level, Voice
 from sensebatch.errors import RunStoppedError
 from sensebatch.executor.observer import Summary
@@ -20,7 +21,7 @@ from sensebatch.report.summary import Summary as Report
 from sensebatch.report.summary import format_summary, read_log, summarise, summary_json
 from sensebatch.store.run_dir import RunDir
 from sensebatch.store.state import Counts
-from sensebatch.store.status import read_status
+from sensebatch.store.status import read_series, read_status
 from sensebatch.units import duration
 
 
@@ -132,6 +133,7 @@ def _next_lines(root: Path, summary: Summary, until: float | None) -> Iterator[s
         yield _late_line(summary, until)
     elif summary.too_many_failures:
         yield "stopped after too many failures; the same command resumes the run"
+    yield from series_lines(read_series(root))
     yield from _advice(root, summary.counts)
 
 

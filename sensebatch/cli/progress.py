@@ -113,6 +113,8 @@ class Tracker(RunObserver):
         """A batch is committed."""
         done = [attempt for attempt in attempts if attempt.status == DONE]
         self.num_done += len(done)
+        # More may be found to be needed as the run goes on.
+        self.num_jobs = max(self.num_jobs, self.num_done + self.num_failed)
         for attempt in done:
             self._voice.detail(f"done: {attempt.job_id}: {', '.join(attempt.outputs)}")
         what = f"{batch.group}, {counted(len(batch.jobs), 'job')} in {attempts[0].total_s:.1f} s"

@@ -89,6 +89,7 @@ def _values(found: RunStatus) -> dict[str, Any]:
 
     seconds_per_image, left_s = pace(found)
     return {
+        "series": [asdict(one) for one in found.series],
         "state": None if found.pointer is None else found.pointer.state,
         "shard": None if found.shard is None else str(found.shard),
         **asdict(found.counts),
@@ -104,10 +105,12 @@ def _values(found: RunStatus) -> dict[str, Any]:
 def _lines(folder: Path, found: RunStatus) -> Iterator[str]:
     from sensebatch.cli.eta import pace
     from sensebatch.cli.messages import truncated_words
+    from sensebatch.cli.series import series_lines
     from sensebatch.report.workers import format_share, share_name
     from sensebatch.units import duration
 
     yield f"{folder}: {', '.join(_count_words(found))}"
+    yield from series_lines(found.series)
     if found.pointer is not None:
         yield f"  state  {found.pointer.state} on {found.pointer.host}"
     seconds_per_image, left_s = pace(found)

@@ -16,6 +16,8 @@ class JobStatus(StrEnum):
     PENDING = "pending"
     DONE = "done"
     FAILED = "failed"
+    HELD = "held"
+    """It is a try that is not needed so far, or starts from one."""
     BLOCKED = "blocked"
     """It starts from an image of a job that failed."""
 

@@ -20,6 +20,7 @@ from sensebatch.dataset.picks import Pick, PickedJob, Picks
 from sensebatch.dataset.selection import Selection, Selector
 from sensebatch.declarations import declared, plain
 from sensebatch.jobs import Job, Sampling
+from sensebatch.store.acceptance import Verdict
 from sensebatch.store.attempts import DONE, row_from_json
 from sensebatch.store.codec import job_from_json
 from sensebatch.store.log import ROW_SCHEMA
@@ -29,7 +30,7 @@ from sensebatch.store.state import DescribedJob, State
 TAGS = "tags"
 """Name in a job's metadata: its tags."""
 
-OWN_COLUMNS = ("id", "status", "in_manifest", "attempts", "pick", TAGS, "text")
+OWN_COLUMNS = ("id", "status", "verdict", "in_manifest", "attempts", "pick", TAGS, "text")
 """What a record has besides the columns of the log, or in the place of one of them."""
 
 SETTINGS = tuple(declared(Sampling))
@@ -55,6 +56,8 @@ class Record:
     attempts: int
     row_text: str | None = field(repr=False)
     """The row as the state keeps it."""
+    verdict: Verdict | None = None
+    """What became of a try that was judged; None for any other job."""
     picked: PickedJob = field(default_factory=PickedJob)
     """What a person said of it."""
 
@@ -159,6 +162,7 @@ _OWN: Mapping[str, Callable[[Record], Any]] = {
     "job_id": lambda record: record.job.id,
     "key": lambda record: record.key,
     "status": lambda record: record.status,
+    "verdict": lambda record: None if record.verdict is None else record.verdict.value,
     "in_manifest": lambda record: record.in_manifest,
     "attempts": lambda record: record.attempts,
     "pick": lambda record: None if record.pick is None else record.pick.value,
@@ -264,6 +268,7 @@ def _record(root: Path, described: DescribedJob, selector: Selector) -> Record:
         in_manifest=described.in_manifest,
         attempts=described.attempts,
         row_text=described.row,
+        verdict=described.verdict,
         picked=selector.picked(job.id, described.key),
     )
 

@@ -52,16 +52,20 @@ def plan_levels(
 
     def later() -> Iterator[Groups]:
         # Batches on record precede the first level as well: their jobs may be parents.
-        level = 0
+        before: set[str] = set()
         while True:
             store.state.settle_chains()
-            to_come = sorted({entry.level for entry in store.state.entries()})
-            level = next((one for one in to_come if one >= level), -1)
-            if level < 0:
+            to_come = min((entry.level for entry in store.state.entries()), default=None)
+            if to_come is None:
+                # Every verdict is there, so it is known which tries are needed next.
+                if not store.state.release_tries():
+                    return
+                continue
+            entries = [entry for entry in store.state.entries() if entry.level == to_come]
+            ids = {entry.id for entry in entries}
+            if ids <= before:
                 return
-            entries = (entry for entry in store.state.entries() if entry.level == level)
-            own = make_plan(entries, memory, fitting)
-            yield deadline.groups(own, store.state.entries)
-            level += 1
+            before = ids
+            yield deadline.groups(make_plan(entries, memory, fitting), store.state.entries)
 
     return Levels(plan=plan, groups=(), later=later())

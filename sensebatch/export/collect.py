@@ -14,6 +14,7 @@ from sensebatch.export.columns import LOG_COLUMNS
 from sensebatch.export.samples import ImageFile, Sample, prompt_group, sample_of
 from sensebatch.export.shards import Row
 from sensebatch.export.splits import Splits
+from sensebatch.store.acceptance import Verdict
 from sensebatch.store.files import reason
 from sensebatch.store.rows import SAMPLING_COLUMNS
 
@@ -67,6 +68,8 @@ class Collected:
     rows: list[Row] = field(default_factory=list)
     not_done: int = 0
     """Selected jobs without images or text to export."""
+    not_accepted: int = 0
+    """Tries that were not accepted, and the questions that said so, which are left out."""
     missing: list[str] = field(default_factory=list)
     """What is wrong with the files of jobs that are left out."""
     settings: dict[str, set[str]] = field(default_factory=dict)
@@ -79,6 +82,7 @@ def collect(
     splits: Splits,
     *,
     skip_missing: bool,
+    with_rejected: bool = False,
 ) -> Collected:
     """Returns the rows of jobs that are done.
 
@@ -87,6 +91,7 @@ def collect(
         spool: Keeps the rows.
         splits: Which of them each row is in.
         skip_missing: Whether jobs with missing files are left out.
+        with_rejected: Whether tries that were not accepted are in it, and questions about tries.
 
     Raises:
         ExportError: Files are missing, all of which were looked for, or no job is done.
@@ -95,6 +100,9 @@ def collect(
     for record in records:
         if not record.is_done:
             found.not_done += 1
+            continue
+        if not (with_rejected or is_accepted(record)):
+            found.not_accepted += 1
             continue
         try:
             sample = sample_of(record)
@@ -116,6 +124,13 @@ def collect(
     if found.missing and not skip_missing:
         raise ExportError(_missing(found.missing))
     return found
+
+
+def is_accepted(record: Record) -> bool:
+    """Returns whether a job is no try, or one that was accepted, and no question about one."""
+    if record.job.attempt_at is not None:
+        return record.verdict is Verdict.ACCEPTED
+    return record.job.verdict is None
 
 
 def _note(settings: dict[str, set[str]], sample: Sample) -> None:

@@ -41,6 +41,8 @@ class ExportConfig:
     shard_bytes: int = SHARD_BYTES
     skip_missing: bool = False
     """Whether jobs whose files are missing or damaged are left out."""
+    with_rejected: bool = False
+    """Whether tries that were not accepted are in it, and the questions about tries."""
     title: str = ""
     """Of the card; empty for the name of the run's folder."""
     license: str = "unknown"
@@ -61,6 +63,8 @@ class Exported:
     written_bytes: int = 0
     not_done: int = 0
     """Selected jobs that are not done, and so not in it."""
+    not_accepted: int = 0
+    """Tries that were not accepted, and the questions about tries; likewise."""
     skipped: list[str] = field(default_factory=list)
     """Jobs left out because of their files, and why."""
     empty_splits: list[str] = field(default_factory=list)
@@ -107,8 +111,7 @@ def export(
     # What does not fit is refused before the folder is read.
     ledger.open(terms)
     with Spool() as spool:
-        records = dataset.records(config.selection)
-        found = collect(records, spool, config.splits, skip_missing=config.skip_missing)
+        found = _collected(dataset, spool, config)
         if not found.rows:
             raise ExportError(_nothing(dataset.root, found))
         loader = ImageLoader(dataset.root, read_input, conversion=config.conversion, sign=sign)
@@ -132,6 +135,7 @@ def export(
         written_images=writing.num_images,
         written_bytes=writing.num_bytes,
         not_done=found.not_done,
+        not_accepted=found.not_accepted,
         skipped=[*found.missing, *writing.skipped],
         empty_splits=unused(config.splits, [shard.split for shard in shards]),
         card_kept=not is_ours,
@@ -225,6 +229,16 @@ def _terms(dataset: Dataset, config: ExportConfig) -> dict[str, Any]:
         "certificate": config.signer,
         "version": VERSION,
     }
+
+
+def _collected(dataset: Dataset, spool: Spool, config: ExportConfig) -> Collected:
+    return collect(
+        dataset.records(config.selection),
+        spool,
+        config.splits,
+        skip_missing=config.skip_missing,
+        with_rejected=config.with_rejected,
+    )
 
 
 def _nothing(root: Path, found: Collected) -> str:

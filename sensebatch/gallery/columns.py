@@ -37,6 +37,7 @@ _GROUPS = {
         (
             "run",
             "status",
+            "verdict",
             "task",
             "finish_reason",
             "tags",

@@ -74,6 +74,11 @@ def convert_manifest(
     def rows() -> Iterator[Row]:
         nonlocal count
         for read in read_jobs([src], config, task=task):
+            if read.job.attempt_at is not None:
+                raise ConfigError(
+                    f"{src}: expected jobs without accept, which other formats do not say in full, "
+                    f"found {read.job.id}"
+                )
             count += 1
             yield _row(read, dst, reader, embed_images)
 

@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sensebatch.jobs import MAX_SEED
-from sensebatch.manifest.fields import EXPANSION_FIELDS, JOB_FIELD_NAMES, JobFields
+from sensebatch.manifest.fields import ACCEPT_FIELDS, EXPANSION_FIELDS, JOB_FIELD_NAMES, JobFields
 from sensebatch.manifest.ids import slug, with_suffixes
 from sensebatch.manifest.problems import RowErrors, found, suggestion
 
@@ -26,7 +26,7 @@ Axis = tuple[str, Sequence[Any]]
 """A name and the values it takes."""
 
 MATRIX_FIELDS = frozenset(JOB_FIELD_NAMES) - EXPANSION_FIELDS.union(
-    ["id", "task", "tags", "metadata", "type", "think_mode", "conversations"]
+    ACCEPT_FIELDS, ["id", "task", "tags", "metadata", "type", "think_mode", "conversations"]
 )
 """The fields that a matrix can set."""
 

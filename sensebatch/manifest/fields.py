@@ -20,7 +20,7 @@ from sensebatch.config import TaskDefaults
 from sensebatch.declarations import declared, item_of_any_number
 from sensebatch.jobs import COUNT, MAX_SEED, Sampling
 from sensebatch.resolutions import MAX_SIDE
-from sensebatch.tasks import Task, TaskSpec
+from sensebatch.tasks import Output, Task, TaskSpec
 
 SKIP_RESIZE = "none"
 """The `input_max_pixels` that leaves inputs as they are; the readers turn null into it."""
@@ -174,9 +174,50 @@ else:
     )
 
 
+class Check(StrictModel):
+    """A question about an image, and the answer that speaks for it."""
+
+    ask: str = Field(min_length=1, description="The question.")
+    choices: Annotated[list[str], Field(min_length=2)] = Field(
+        description="The answers to choose from, in the model's own words."
+    )
+    expected: str = Field(alias="is", description="The answer that speaks for the image.")
+    at_least: float = Field(
+        0.5, gt=0, le=1, description="The probability that this answer must have."
+    )
+
+
+def _check_tag(value: object) -> str | None:
+    if isinstance(value, dict | Check):
+        return "<check>"
+    return "<list>" if isinstance(value, list) else None
+
+
+Checks = Annotated[
+    Annotated[Check, Tag("<check>")] | Annotated[list[Check], Field(min_length=1), Tag("<list>")],
+    Discriminator(
+        _check_tag,
+        custom_error_type="wrong_type",
+        custom_error_message="a mapping of ask, choices, is and at_least, or a list of these",
+    ),
+]
+"""One check or several."""
+
+
 class SharedFields(_SettingFields):
     """The fields that a job and a manifest's `defaults` can both have."""
 
+    accept: Checks | None = Field(
+        None, description="Questions about the image, all of which must be answered as said."
+    )
+    keep: Count | None = Field(
+        None, description="How many accepted images are wanted; 1 if not given."
+    )
+    tries: Count | None = Field(
+        None,
+        description="The most images that are drawn for them, with one seed each; three for each "
+        "that is wanted, if not given.",
+    )
     tags: list[str] | None = Field(None, description="Words that are passed through to the log.")
     metadata: dict[str, JsonValue] | None = Field(
         None, description="Anything that JSON can hold; passed through to the log."
@@ -245,6 +286,7 @@ IMAGE_FIELDS = frozenset({"image", "images"})
 SIZE_FIELDS = frozenset({"resolution", "width", "height"})
 EXPANSION_FIELDS = frozenset({"matrix", "seeds", "n"})
 PASSED_THROUGH = frozenset({"tags", "metadata"})
+ACCEPT_FIELDS = frozenset({"accept", "keep", "tries"})
 
 JOB_FIELD_NAMES = tuple(JobFields.model_fields)
 DEFAULTS_FIELD_NAMES = tuple(DefaultsFields.model_fields)
@@ -258,6 +300,8 @@ def _foreign_fields(spec: TaskSpec) -> frozenset[str]:
     if not spec.takes_images:
         foreign |= IMAGE_FIELDS
     foreign |= SIZE_FIELDS if spec.drawing is None else {"question"}
+    if spec.output is not Output.IMAGE:
+        foreign |= ACCEPT_FIELDS
     return frozenset(foreign)
 
 

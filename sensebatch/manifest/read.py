@@ -20,6 +20,7 @@ from sensebatch.config import RunConfig
 from sensebatch.errors import ManifestError, Problem
 from sensebatch.image_files import UnusableImageError
 from sensebatch.jobs import Job, Source
+from sensebatch.manifest.accept import Acceptance, acceptance_of
 from sensebatch.manifest.chains import cycle, parse
 from sensebatch.manifest.defaults import defaults_for, overlaid
 from sensebatch.manifest.expand import Expanded, expand, image_references, without_expansion
@@ -172,6 +173,7 @@ class _Waiting:
     task: Task
     origin: Origin
     row: RawRow
+    accept: Acceptance | None
 
     @property
     def job_id(self) -> str | None:
@@ -278,10 +280,10 @@ class ManifestReader:
             source=source,
             parquet_row=(path, row.number) if manifest.stores_images else None,
         )
-        waiting = partial(_Waiting, task=task, origin=origin, row=row)
-        default_seed = self._config.tasks[task].seed
-        own = frozenset(row_fields)
+        own, default_seed = frozenset(row_fields), self._config.tasks[task].seed
         num_jobs = num_bad = 0
+        fields, accept = acceptance_of(fields, task, default_seed, errors)
+        waiting = partial(_Waiting, task=task, origin=origin, row=row, accept=accept)
         for expanded in expand(fields, own, default_seed=default_seed, errors=errors):
             num_jobs += 1
             if self._outputs.is_waiting(expanded.fields, expanded.axes):
@@ -289,7 +291,7 @@ class ManifestReader:
                 continue
             read = self._job(expanded, task, origin, row.number, errors)
             if read is not None:
-                yield read
+                yield from self._with_questions(read, accept, origin, row.number, errors)
                 continue
             num_bad += 1
             if num_bad == MAX_KEPT:
@@ -323,13 +325,32 @@ class ManifestReader:
                     continue
                 errors, source = RowErrors(), one.origin.source
                 read = self._job(one.expanded, one.task, one.origin, one.row.number, errors)
-                self._report(Path(source.file), source.row, one.row, errors)
                 if read is not None:
-                    yield read
+                    number = one.row.number
+                    yield from self._with_questions(read, one.accept, one.origin, number, errors)
+                self._report(Path(source.file), source.row, one.row, errors)
             if len(left) == len(waiting):
                 self._refuse(left)
                 return
             waiting = left
+
+    def _with_questions(
+        self,
+        read: ReadJob,
+        accept: Acceptance | None,
+        origin: Origin,
+        number: int,
+        errors: RowErrors,
+    ) -> Iterator[ReadJob]:
+        """Yields a job, and the questions that decide whether it is accepted."""
+        if accept is None:
+            yield read
+            return
+        yield replace(read, job=accept.as_try(read.job))
+        for question, verdict in accept.questions(read.job):
+            found = self._job(question, Task.ASK, origin, number, errors)
+            if found is not None:
+                yield replace(found, job=replace(found.job, verdict=verdict))
 
     def _refuse(self, waiting: Sequence[_Waiting]) -> None:
         """Reports why jobs can never run."""

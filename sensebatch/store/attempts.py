@@ -13,6 +13,8 @@ FAILED = "failed"
 PENDING = "pending"
 BLOCKED = "blocked"
 """Status of a job that starts from an image of one that failed."""
+HELD = "held"
+"""Status of a try that is not needed so far, and of what starts from it."""
 ELSEWHERE = "elsewhere"
 """Status of a job that another shard runs."""
 

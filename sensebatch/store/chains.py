@@ -16,7 +16,7 @@ from pathlib import Path
 from sensebatch.errors import JobError
 from sensebatch.jobs import InputImage, Job, folded_id
 from sensebatch.store import tables
-from sensebatch.store.attempts import BLOCKED, DONE, FAILED, PENDING, row_from_json
+from sensebatch.store.attempts import BLOCKED, DONE, FAILED, HELD, PENDING, row_from_json
 from sensebatch.store.files import reason
 
 _OUTDATED = (
@@ -30,6 +30,14 @@ _IN_THE_WAY = (
     f" WHERE parents.child = jobs.folded AND own.status IN ('{FAILED}', '{BLOCKED}'))"
 )
 """Whether it has one that failed, or is blocked itself."""
+
+
+_HELD = (
+    f"EXISTS (SELECT 1 FROM parents JOIN jobs AS own ON own.folded = parents.parent"
+    f" WHERE parents.child = jobs.folded AND own.status = '{HELD}')"
+)
+"""Whether it has one that is held."""
+_IS_TRY = "EXISTS (SELECT 1 FROM tries WHERE tries.job = jobs.folded)"
 
 
 def has_any(db: sqlite3.Connection) -> bool:
@@ -78,12 +86,14 @@ def waits(db: sqlite3.Connection, folded: str) -> bool:
 
 
 def settle(db: sqlite3.Connection) -> None:
-    """Blocks jobs whose parents failed, and lets those run whose parents no longer have."""
+    """Blocks or holds jobs as their parents are, and lets those run whose parents are not."""
     if not has_any(db):
         return
     reading = tables.latest_reading(db)
     for status, former, condition in (
         (PENDING, BLOCKED, f"NOT {_IN_THE_WAY}"),
+        (PENDING, HELD, f"NOT {_HELD} AND NOT {_IS_TRY}"),
+        (HELD, PENDING, _HELD),
         (BLOCKED, PENDING, _IN_THE_WAY),
     ):
         # Each round is one generation.

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 from sensebatch.declarations import restored, stated
-from sensebatch.jobs import Drawing, GroupKey, InputImage, Job, Sampling, Solver, Source
+from sensebatch.jobs import (
+    AttemptAt,
+    Drawing,
+    GroupKey,
+    InputImage,
+    Job,
+    Sampling,
+    Solver,
+    Source,
+    VerdictOn,
+)
 from sensebatch.resolutions import Resolution
 from sensebatch.tasks import Branch, Task
 
@@ -23,7 +34,11 @@ def job_to_json(job: Job) -> str:
     """
     # A later field, which is there only if it is used.
     matrix = {"matrix": dict(job.matrix)} if job.matrix else {}
-    level = {"level": job.level} if job.level else {}
+    level: dict[str, Any] = {"level": job.level} if job.level else {}
+    if job.attempt_at is not None:
+        level["try"] = asdict(job.attempt_at)
+    if job.verdict is not None:
+        level["verdict"] = asdict(job.verdict)
     return _dumps(
         {
             "id": job.id,
@@ -92,6 +107,8 @@ def job_from_json(text: str) -> Job:
         metadata=values["metadata"],
         matrix=values.get("matrix", {}),
         level=values.get("level", 0),
+        attempt_at=AttemptAt(**values["try"]) if "try" in values else None,
+        verdict=VerdictOn(**values["verdict"]) if "verdict" in values else None,
         source=Source(file=values["source"][0], row=values["source"][1]),
     )
 

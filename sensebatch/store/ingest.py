@@ -17,7 +17,7 @@ from sensebatch.declarations import stated
 from sensebatch.errors import ManifestError, Problem
 from sensebatch.jobs import Job, ModelIdentity, folded_id, group_key, job_key, parents_of
 from sensebatch.plan.batches import plan_entry
-from sensebatch.store import chains, tables
+from sensebatch.store import acceptance, chains, tables
 from sensebatch.store.attempts import DONE, PENDING, digests_of, row_from_json
 from sensebatch.store.codec import job_from_json, job_to_json
 from sensebatch.store.files import is_file, sha256_of, storage_errors
@@ -115,6 +115,7 @@ class Ingest:
         self._redefined: set[str] = set()
         """Jobs with files whose definition changed, or that of one they start from."""
         self._has_chains = chains.has_any(db)
+        self._has_tries = acceptance.has_any(db)
         self._is_other = False
         """Whether a job that was known is another one now, or has another place."""
         self._problems: list[Problem] = []
@@ -198,6 +199,8 @@ class Ingest:
                 self._update(new, old)
             known[new.folded] = old._replace(seen=self._number)
             self._reading.add(image.path for image in new.job.images if image.output is None)
+            if new.job.attempt_at or new.job.verdict or self._has_tries:
+                acceptance.link(self._db, new.job)
             if new.job.level or self._has_chains:
                 chains.link(self._db, new.folded, [folded_id(one) for one in parents_of(new.job)])
         self._db.executemany("UPDATE jobs SET seen = ? WHERE number = ?", unchanged)
@@ -346,7 +349,11 @@ class Ingest:
             )
             returned = self._take_back(root)
             descendants = chains.draw_again(self._db)
+            acceptance.hold(self._db)
             chains.settle(self._db)
+            if not self._has_pending():
+                acceptance.release(self._db)
+                chains.settle(self._db)
             self._drop_outdated_batches(root)
         self._of_model -= returned.keys()
         self._reasons.update(dict.fromkeys(restored, "a file is missing"))
@@ -407,6 +414,10 @@ class Ingest:
             for number, outputs in rows
             if not all(is_file(folder + path) for path in json.loads(outputs))
         ]
+
+    def _has_pending(self) -> bool:
+        query = "SELECT 1 FROM jobs WHERE wanted = 1 AND status = ? AND seen = ? LIMIT 1"
+        return self._db.execute(query, (PENDING, self._number)).fetchone() is not None
 
     def _take_back(self, root: Path) -> dict[int, int]:
         """Makes jobs done again that are to be run and were done as they are; see `_returned`."""

@@ -84,7 +84,24 @@ CREATE TABLE parents (               -- jobs that start from images of other job
 CREATE INDEX children ON parents (parent);
 """
 
-STEPS = (_FIRST, _STARTS, _READING, _CURRENT, _PARENTS)
+_TRIES = """
+CREATE TABLE tries (                 -- jobs of which only as many run as are needed; folded ids
+    job TEXT PRIMARY KEY,
+    series TEXT NOT NULL,
+    number INTEGER NOT NULL,         -- in the series, from 0
+    keep INTEGER NOT NULL            -- how many of the series are to be accepted
+) WITHOUT ROWID;
+CREATE TABLE verdicts (              -- questions that decide whether a try is accepted
+    judge TEXT PRIMARY KEY,
+    job TEXT NOT NULL,
+    answer TEXT NOT NULL,
+    at_least REAL NOT NULL           -- the probability that the answer must have
+) WITHOUT ROWID;
+CREATE INDEX tries_of_series ON tries (series, number);
+CREATE INDEX verdicts_on_job ON verdicts (job);
+"""
+
+STEPS = (_FIRST, _STARTS, _READING, _CURRENT, _PARENTS, _TRIES)
 """SQL scripts, in order. `PRAGMA user_version` of a file says how many of them it has had."""
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from sensebatch.jobs import FinishReason, Job, ModelIdentity, folded_id
 from sensebatch.plan.batches import PlanEntry, plan_entry
-from sensebatch.store import chains, shards, tables
-from sensebatch.store.attempts import BLOCKED, DONE, ELSEWHERE, FAILED, PENDING, Attempt
+from sensebatch.store import acceptance, chains, shards, tables
+from sensebatch.store.acceptance import Series, Verdict
+from sensebatch.store.attempts import BLOCKED, DONE, ELSEWHERE, FAILED, HELD, PENDING, Attempt
 from sensebatch.store.codec import group_from_json, job_from_json, job_to_json
 from sensebatch.store.database import Database
 from sensebatch.store.files import storage_errors
@@ -42,6 +43,8 @@ class Counts:
     """Jobs that the latest reading ended before, because of its limit; not among `jobs`."""
     blocked: int = 0
     """Jobs that start from an image of one that failed; they wait for it to be tried again."""
+    held: int = 0
+    """Tries that are not needed so far, and what starts from them; not among `jobs`."""
     elsewhere: int = 0
     """Jobs that other shards run; not among `jobs`."""
     truncated: Mapping[str, int] = field(default_factory=dict)
@@ -89,6 +92,8 @@ class DescribedJob:
     attempts: int
     row: str | None
     """Its current row of the log, see `attempts.row_from_json`; None where there is none."""
+    verdict: Verdict | None = None
+    """What became of a try that was judged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,7 +228,7 @@ class State:
                 for job_id in batch.ids
             )
         wanted = {status: count for is_wanted, seen, status, count in rows if is_wanted and seen}
-        elsewhere = wanted.pop(ELSEWHERE, 0)
+        elsewhere, held = wanted.pop(ELSEWHERE, 0), wanted.pop(HELD, 0)
         return Counts(
             jobs=sum(wanted.values()),
             pending=wanted.get(PENDING, 0) - started,
@@ -233,6 +238,7 @@ class State:
             removed=sum(count for is_wanted, _, _, count in rows if not is_wanted),
             unread=sum(count for is_wanted, seen, _, count in rows if is_wanted and not seen),
             blocked=wanted.get(BLOCKED, 0),
+            held=held,
             elsewhere=elsewhere,
             truncated={
                 reason: count for reason, count in reasons if FinishReason(reason).is_truncated
@@ -261,6 +267,23 @@ class State:
                 return
         with self._db.transaction() as db:
             chains.settle(db)
+
+    def release_tries(self) -> int:
+        """Lets tries run that are needed now; returns how many; see `acceptance.release`."""
+        with self._db.transaction() as db:
+            number = acceptance.release(db)
+            chains.settle(db)
+            return number
+
+    def series(self) -> list[Series]:
+        """Returns the series of tries that the manifests have, and how far they are."""
+        with self._db.reading() as db:
+            return list(acceptance.series(db))
+
+    def verdicts(self) -> dict[str, Verdict]:
+        """Returns what became of each try that was judged, by the job's id."""
+        with self._db.reading() as db:
+            return acceptance.verdicts(db)
 
     def has_chains(self) -> bool:
         """Returns whether jobs start from images of other jobs."""
@@ -417,11 +440,13 @@ class State:
                 " ORDER BY listed DESC, position, number",
                 (ELSEWHERE,),
             )
-            has_chains = chains.has_any(db)
+            has_chains, verdicts = chains.has_any(db), acceptance.verdicts(db)
             for definition, key, status, listed, attempts, row in rows:
+                verdict = None
                 if has_chains:
                     # With the images that its parents made, as far as they are there.
                     job = chains.with_inputs(db, job_from_json(definition))
+                    verdict = verdicts.get(job.id)
                     definition = job_to_json(job)
                 yield DescribedJob(
                     definition=definition,
@@ -430,6 +455,7 @@ class State:
                     in_manifest=bool(listed),
                     attempts=attempts,
                     row=row,
+                    verdict=verdict,
                 )
 
     def keys_of(self, ids: Iterable[str]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from sensebatch.errors import RunFolderError, StorageError
 from sensebatch.jobs import GroupKey, group_key
+from sensebatch.store.acceptance import Series
 from sensebatch.store.attempts import row_from_json
 from sensebatch.store.kept import KeptImages
 from sensebatch.store.run_dir import RunDir
@@ -72,6 +73,8 @@ class RunStatus:
     """The last batches of the latest process, in the order they were committed."""
     shard: Shard | None = None
     """Which shard the folder is; None if it is none."""
+    series: tuple[Series, ...] = ()
+    """The series of tries, and how many of each are accepted."""
     pointer: Pointer | None = None
     """Where the state is, if it is not in the folder."""
 
@@ -91,6 +94,16 @@ def num_unlogged(root: Path, num_rows: int) -> int:
             return max(state.num_attempts() - num_rows, 0)
     except (RunFolderError, StorageError):
         return 0
+
+
+def read_series(root: Path) -> list[Series]:
+    """Returns the series of tries of a run's folder, and how many of each are accepted.
+
+    Raises:
+        RunFolderError: Its state has to be rebuilt.
+    """
+    with closing(State(RunDir(root).state, read_only=True)) as state:
+        return state.series()
 
 
 def folder_shard(root: Path) -> Shard | None:
@@ -126,6 +139,7 @@ def read_status(root: Path) -> RunStatus:
             to_come=Counter(entry.group for entry in state.entries(with_started=True)),
             recent=tuple(recent_batches(state)),
             shard=state.shard(),
+            series=tuple(state.series()),
             pointer=read_pointer(root),
         )
     finally:

@@ -1,0 +1,112 @@
+"""Rows of which only as many images are drawn as it takes until enough are accepted.
+
+Such a row is one of as many jobs as it has tries, each with the next seed, and of a question about
+each image for every check.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pydantic import ValidationError
+
+from sensebatch.jobs import AttemptAt, Job, VerdictOn
+from sensebatch.manifest.expand import Expanded
+from sensebatch.manifest.fields import ACCEPT_FIELDS, Check, JobFields
+from sensebatch.manifest.problems import RowErrors
+from sensebatch.tasks import Output, Task
+
+_SEEDS = frozenset({"seeds", "n"})
+_TRIES_FOR_EACH = 3
+"""Tries for each image that is wanted, if a row does not say how many."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Acceptance:
+    """What the images of a row must be like, and how many are wanted."""
+
+    checks: tuple[Check, ...]
+    keep: int
+    tries: int
+    first_seed: int
+
+    def as_try(self, job: Job) -> Job:
+        """Returns a job of the row as what it is a try at."""
+        # The name of all is the id without the seed, which alone tells them apart.
+        series = re.sub(r"-seed=[0-9]+(?=-|$)", "", job.id)
+        if series == job.id:
+            series = "*".join(job.id.rsplit(str(job.seed), 1))
+        number = job.seed - self.first_seed
+        return replace(job, attempt_at=AttemptAt(series=series, number=number, keep=self.keep))
+
+    def questions(self, job: Job) -> Iterator[tuple[Expanded, VerdictOn]]:
+        """Yields the questions about the image of a job, with what each decides."""
+        for number, check in enumerate(self.checks, start=1):
+            suffix = f"-{number}" if len(self.checks) > 1 else ""
+            fields = {
+                "id": f"{job.id}-check{suffix}",
+                "prompt": check.ask,
+                "image": f"@{job.id}",
+                "choices": list(check.choices),
+            }
+            verdict = VerdictOn(job=job.id, answer=check.expected, at_least=check.at_least)
+            yield Expanded(fields=fields, own=frozenset(fields)), verdict
+
+
+def acceptance_of(
+    fields: Mapping[str, Any], task: Task, default_seed: int, errors: RowErrors
+) -> tuple[dict[str, Any], Acceptance | None]:
+    """Returns the fields that make the tries of a row, and what they must be like.
+
+    Args:
+        fields: The row, merged with the defaults.
+        task: Of the row.
+        default_seed: The first seed if the row has none.
+        errors: Receives what is wrong.
+
+    Returns:
+        The fields as they are and None for a row that accepts whatever is drawn, or has mistakes.
+    """
+    given = {name: fields[name] for name in ACCEPT_FIELDS if name in fields}
+    if not given or task.spec.output is not Output.IMAGE:
+        return dict(fields), None
+    others = {name: value for name, value in fields.items() if name not in ACCEPT_FIELDS}
+    if "accept" not in given:
+        # In the defaults they may be meant for other jobs; alone they say nothing.
+        return others, None
+    try:
+        checked = JobFields.model_validate(given)
+    except ValidationError as error:
+        errors.add_validation(error, ())
+        return others, None
+    assert checked.accept is not None
+    keep, seed = checked.keep or 1, fields.get("seed")
+    accept = Acceptance(
+        checks=tuple(checked.accept if isinstance(checked.accept, list) else [checked.accept]),
+        keep=keep,
+        tries=checked.tries or _TRIES_FOR_EACH * keep,
+        first_seed=seed if isinstance(seed, int) else default_seed,
+    )
+    num_errors = len(errors)
+    _check(accept, fields, errors)
+    if len(errors) > num_errors:
+        return {name: value for name, value in others.items() if name not in _SEEDS}, None
+    return {**others, "n": accept.tries}, accept
+
+
+def _check(accept: Acceptance, fields: Mapping[str, Any], errors: RowErrors) -> None:
+    for check in accept.checks:
+        if check.expected not in check.choices:
+            known = ", ".join(check.choices)
+            message = f"expected one of the choices ({known}) for is, found {check.expected!r}"
+            errors.add("accept", message)
+    if accept.keep > accept.tries:
+        message = f"expected at most as many as tries, {accept.tries}, found {accept.keep}"
+        errors.add("keep", message)
+    for name in sorted(_SEEDS & fields.keys()):
+        errors.add(name, "expected none beside accept; tries says how many seeds there are")
+    if "id" not in fields:
+        errors.add("id", "expected an id for a job with accept, found none")

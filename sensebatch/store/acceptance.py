@@ -1,0 +1,200 @@
+"""Series of tries, of which as many are drawn as it takes until enough are accepted.
+
+The tries of a series differ in their seeds alone, and come in a fixed order. Only so many are open
+at a time as may still be needed, so which are drawn depends on nothing but the verdicts on those
+before. A try that is not needed is held, and so is what starts from it. All inside a transaction.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from sensebatch.jobs import Job, folded_id
+from sensebatch.store import tables
+from sensebatch.store.attempts import DONE, FAILED, HELD, PENDING, row_from_json
+
+_UNDECIDED = (PENDING, HELD)
+
+
+class Verdict(StrEnum):
+    """What became of a try that was drawn."""
+
+    ACCEPTED = "accepted"
+    REJECTED = "rejected"
+    SPARE = "spare"
+    """It would have been accepted, and enough others were before it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Series:
+    """The tries at one prompt."""
+
+    name: str
+    keep: int
+    """How many are to be accepted."""
+    tries: int
+    """The most that are drawn."""
+    judged: int
+    """How many were accepted or rejected."""
+    passed: int
+    """How many would do."""
+    accepted: int
+    """Those that are taken: at most `keep`."""
+
+    @property
+    def is_short(self) -> bool:
+        """Whether all tries are used, and too few were accepted."""
+        return self.judged == self.tries and self.accepted < self.keep
+
+
+@dataclass(slots=True)
+class _Try:
+    number: int
+    folded: str
+    job_id: str
+    status: str
+    passed: bool | None
+    """None until all verdicts on it are there."""
+
+
+def has_any(db: sqlite3.Connection) -> bool:
+    """Returns whether the folder has a series."""
+    return db.execute("SELECT 1 FROM tries LIMIT 1").fetchone() is not None
+
+
+def link(db: sqlite3.Connection, job: Job) -> None:
+    """Records of which series a job is a try, and what it is a verdict on."""
+    folded = folded_id(job.id)
+    db.execute("DELETE FROM tries WHERE job = ?", (folded,))
+    db.execute("DELETE FROM verdicts WHERE judge = ?", (folded,))
+    if (one := job.attempt_at) is not None:
+        values = (folded, one.series, one.number, one.keep)
+        db.execute("INSERT INTO tries VALUES (?, ?, ?, ?)", values)
+    if (verdict := job.verdict) is not None:
+        db.execute(
+            "INSERT INTO verdicts VALUES (?, ?, ?, ?)",
+            (folded, folded_id(verdict.job), verdict.answer, verdict.at_least),
+        )
+
+
+def hold(db: sqlite3.Connection) -> None:
+    """Holds tries that are to be run and may never be needed."""
+    for _, keep, tries in _series(db):
+        needed = _needed(keep, tries)
+        _set_status(db, HELD, [one for one in tries if one.status == PENDING], besides=needed)
+
+
+def release(db: sqlite3.Connection) -> int:
+    """Lets tries run that are needed now; returns how many.
+
+    It is for a time at which nothing else is to be run: were some verdicts still to come, what runs
+    together would depend on when a run was interrupted.
+    """
+    number = 0
+    for _, keep, tries in _series(db):
+        needed = _needed(keep, tries)
+        held = [one for one in tries if one.status == HELD and one.number in needed]
+        _set_status(db, PENDING, held)
+        number += len(held)
+    return number
+
+
+def series(db: sqlite3.Connection) -> Iterator[Series]:
+    """Yields the series of the manifests, by their names."""
+    for name, keep, tries in _series(db):
+        decided = [one.passed for one in tries if one.passed is not None]
+        yield Series(
+            name=name,
+            keep=keep,
+            tries=len(tries),
+            judged=len(decided),
+            passed=sum(decided),
+            accepted=min(sum(decided), keep),
+        )
+
+
+def verdicts(db: sqlite3.Connection) -> dict[str, Verdict]:
+    """Returns what became of each try that was judged, by the job's id."""
+    found = {}
+    for _, keep, tries in _series(db):
+        accepted = 0
+        for one in tries:
+            if one.passed is None or one.status != DONE:
+                continue
+            if not one.passed:
+                found[one.job_id] = Verdict.REJECTED
+                continue
+            found[one.job_id] = Verdict.ACCEPTED if accepted < keep else Verdict.SPARE
+            accepted += 1
+    return found
+
+
+def _needed(keep: int, tries: Sequence[_Try]) -> set[int]:
+    """Returns the numbers of the tries that are accepted, or open and may have to be."""
+    needed: set[int] = set()
+    for one in tries:
+        if len(needed) == keep:
+            break
+        if one.passed is not False:
+            needed.add(one.number)
+    return needed
+
+
+def _series(db: sqlite3.Connection) -> Iterator[tuple[str, int, list[_Try]]]:
+    """Yields (name, keep, tries in order) of each series of the latest reading."""
+    rows = db.execute(
+        "SELECT series, keep, tries.number, folded, id, status FROM tries"
+        " JOIN jobs ON folded = job WHERE wanted = 1 AND seen = ? ORDER BY series, tries.number",
+        (tables.latest_reading(db),),
+    ).fetchall()
+    name, keep, tries = "", 0, list[_Try]()
+    for own, own_keep, number, folded, job_id, status in rows:
+        if own != name and tries:
+            yield name, keep, tries
+            tries = []
+        name, keep = own, own_keep
+        passed = _passed(db, folded, status)
+        tries.append(_Try(number, folded, job_id, status, passed))
+    if tries:
+        yield name, keep, tries
+
+
+def _passed(db: sqlite3.Connection, folded: str, status: str) -> bool | None:
+    """Returns whether a try is accepted; None until it is known."""
+    if status == FAILED:
+        return False
+    if status != DONE:
+        return None
+    judges = db.execute(
+        "SELECT answer, at_least, status, row FROM verdicts JOIN jobs ON folded = judge"
+        " LEFT JOIN attempts ON attempts.seq = current WHERE verdicts.job = ? AND wanted = 1",
+        (folded,),
+    ).fetchall()
+    if any(state in _UNDECIDED for _, _, state, _ in judges):
+        return None
+    return all(
+        state == DONE and _probability(row, answer) >= at_least
+        for answer, at_least, state, row in judges
+    )
+
+
+def _probability(text: str, answer: str) -> float:
+    row = row_from_json(text)
+    choices, probabilities = row["choices"], row["choice_probabilities"]
+    return dict(zip(choices, probabilities, strict=True)).get(answer, 0.0)
+
+
+def _set_status(
+    db: sqlite3.Connection,
+    status: str,
+    tries: Sequence[_Try],
+    *,
+    besides: set[int] | frozenset[int] = frozenset(),
+) -> None:
+    db.executemany(
+        "UPDATE jobs SET status = ? WHERE folded = ?",
+        ((status, one.folded) for one in tries if one.number not in besides),
+    )

@@ -1,0 +1,114 @@
+"""Rows of which only accepted images are taken, as they are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sensebatch.config import default_config
+from sensebatch.errors import ConfigError, ManifestError
+from sensebatch.jobs import Job
+from sensebatch.manifest.convert import convert_manifest
+from sensebatch.manifest.read import read_manifest
+
+CHECK = "{ask: is it red, choices: [yes, no], is: yes, at_least: 0.8}"
+
+
+def read(tmp_path: Path, text: str) -> list[Job]:
+    path = tmp_path / "m.yaml"
+    path.write_text(f"version: 1\n{text}", encoding="utf-8")
+    return list(read_manifest(path, default_config()))
+
+
+def test_each_combination_of_a_matrix_is_a_series(tmp_path: Path) -> None:
+    jobs = read(
+        tmp_path,
+        f"""jobs:
+  - id: "{{c}}"
+    prompt: A {{c}} dot
+    matrix: {{c: [red, blue]}}
+    accept: {CHECK}
+    keep: 2
+    tries: 3
+""",
+    )
+    tries = [job.attempt_at for job in jobs if job.attempt_at]
+    assert [(one.series, one.number, one.keep) for one in tries] == [
+        (name, number, 2) for name in ("red", "blue") for number in range(3)
+    ]
+    assert [job.id for job in jobs if job.verdict][:2] == ["red-seed=42-check", "red-seed=43-check"]
+
+
+def test_a_seed_in_the_id_names_no_series(tmp_path: Path) -> None:
+    jobs = read(
+        tmp_path, f'jobs: [{{id: "x{{seed}}y", prompt: a dot, seed: 5, accept: {CHECK}}}]\n'
+    )
+    assert {job.attempt_at.series for job in jobs if job.attempt_at} == {"x*y"}
+    assert len(jobs) == 6
+
+
+def test_defaults_are_for_jobs_that_make_one_image(tmp_path: Path) -> None:
+    jobs = read(
+        tmp_path,
+        f"""defaults: {{accept: {CHECK}, tries: 2}}
+jobs:
+  - {{id: a, prompt: a dot}}
+  - {{id: b, task: interleave, prompt: a story}}
+  - {{id: c, task: ask, prompt: what is it, image: "@a-seed=42"}}
+""",
+    )
+    assert [job.id for job in jobs] == [
+        "a-seed=42", "a-seed=42-check", "a-seed=43", "a-seed=43-check", "b", "c",
+    ]  # fmt: skip
+    assert [job.attempt_at is None for job in jobs] == [False, True, False, True, True, True]
+
+
+def test_a_try_may_start_from_another_jobs_image(tmp_path: Path) -> None:
+    jobs = read(
+        tmp_path,
+        f"""jobs:
+  - {{id: b, prompt: make it red, image: "@a", accept: {CHECK}}}
+  - {{id: a, prompt: a dot}}
+""",
+    )
+    assert [(job.id, job.level) for job in jobs][:3] == [
+        ("a", 0),
+        ("b-seed=42", 1),
+        ("b-seed=42-check", 2),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (f"{{prompt: a, accept: {CHECK}}}", "id: expected an id for a job with accept, found none"),
+        (
+            "{id: a, prompt: a, accept: {ask: q, choices: [yes, no], is: maybe}}",
+            "accept: expected one of the choices (yes, no) for is, found 'maybe'",
+        ),
+        (
+            f"{{id: a, prompt: a, accept: {CHECK}, n: 3}}",
+            "n: expected none beside accept; tries says how many seeds there are",
+        ),
+        (
+            f"{{id: a, prompt: a, accept: {CHECK}, keep: 4, tries: 3}}",
+            "keep: expected at most as many as tries, 3, found 4",
+        ),
+        (
+            f"{{id: a, task: interleave, prompt: a, accept: {CHECK}}}",
+            "accept: expected a field of interleave jobs, found one of other tasks",
+        ),
+    ],
+)
+def test_mistakes_are_named(row: str, expected: str, tmp_path: Path) -> None:
+    with pytest.raises(ManifestError) as raised:
+        read(tmp_path, f"jobs:\n  - {row}\n")
+    assert [f"{one.field}: {one.message}" for one in raised.value.problems] == [expected]
+
+
+def test_such_rows_are_not_converted_in_part(tmp_path: Path) -> None:
+    read(tmp_path, f"jobs: [{{id: a, prompt: a dot, accept: {CHECK}}}]\n")
+    with pytest.raises(ConfigError, match="expected jobs without accept"):
+        convert_manifest(tmp_path / "m.yaml", tmp_path / "new.jsonl", default_config())
+    assert not (tmp_path / "new.jsonl").exists()

@@ -1,0 +1,239 @@
+"""Series of tries: as many are drawn as it takes, the same ones whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sensebatch.cli.series import series_lines
+from sensebatch.config import ExecutionConfig, default_config
+from sensebatch.contract import Channel, Kept
+from sensebatch.dataset.records import open_dataset
+from sensebatch.dataset.selection import Selection
+from sensebatch.jobs import Batch, BatchMetrics, BatchResult, Job, JobResult
+from sensebatch.manifest.read import read_rows
+from sensebatch.store.acceptance import Series, Verdict
+from sensebatch.store.status import read_status
+from sensebatch.store.store import open_store
+from sensebatch.tasks import Task
+from tests.executor.crews import ThreadCrew, run_crew
+from tests.executor.fakes import FakeEngine, Flag, digest, make_config, outcome, run_folder
+from tests.executor.test_crash import MEMORY, Killed, Life, mortal
+from tests.export.folders import export_folder, parquet_ids
+
+CONFIG = make_config(max_batch_size=4, execution=ExecutionConfig(max_attempts=1))
+CHECK = {"ask": "Is it good?", "choices": ["yes", "no"], "is": "yes", "at_least": 0.6}
+
+
+class Judge(FakeEngine):
+    """Answers questions by the bytes of the image, so that some are good and some are not."""
+
+    def generate(
+        self,
+        batch: Batch,
+        prepared: Sequence[tuple[bytes, ...]],
+        *,
+        kept: Kept,
+        channel: Channel,
+    ) -> BatchResult:
+        if batch.group.task is not Task.ASK:
+            return super().generate(batch, prepared, kept=kept, channel=channel)
+        self.batches.append(tuple(job.id for job in batch.jobs))
+        self.on_step()
+        results = []
+        for job, inputs in zip(batch.jobs, prepared, strict=True):
+            share = (1 + digest(job.prompt, *inputs)[0]) / 258
+            logs = (math.log(share), math.log(1 - share))
+            results.append(JobResult(text="yes", answer="yes", choice_log_probabilities=logs))
+        return BatchResult(results=tuple(results), metrics=BatchMetrics(total_s=1.0))
+
+
+def series(*names: str, **changes: Any) -> list[Job]:
+    """Returns the tries at some prompts with their questions."""
+    rows = [
+        {
+            "id": name,
+            "prompt": f"a {name}",
+            "width": 64,
+            "height": 32,
+            "num_steps": 2,
+            "accept": CHECK,
+            "keep": 2,
+            "tries": 6,
+            **changes,
+        }
+        for name in names
+    ]
+    return list(read_rows(rows, default_config(), path=Path("rows")))
+
+
+NAMES = ("cat", "dog", "owl", "fox", "elk")
+
+
+def verdicts(root: Path) -> dict[str, Verdict]:
+    with open_store(root) as store:
+        return store.state.verdicts()
+
+
+def judged(root: Path) -> list[Series]:
+    with open_store(root) as store:
+        return store.state.series()
+
+
+def test_a_row_is_a_series_of_tries_with_a_question_for_each() -> None:
+    jobs = series("cat", seed=7)
+    assert [job.id for job in jobs[:4]] == [
+        "cat-seed=7",
+        "cat-seed=7-check",
+        "cat-seed=8",
+        "cat-seed=8-check",
+    ]
+    assert len(jobs) == 12
+    one, question = jobs[2:4]
+    assert one.attempt_at is not None
+    assert (one.attempt_at.series, one.attempt_at.number, one.attempt_at.keep) == ("cat", 1, 2)
+    assert question.verdict is not None
+    assert (question.verdict.job, question.verdict.answer) == ("cat-seed=8", "yes")
+    assert question.images[0].output == ("cat-seed=8", 0)
+
+
+def test_tries_are_drawn_until_enough_are_accepted(tmp_path: Path) -> None:
+    ran = run_folder(tmp_path, series(*NAMES), CONFIG, engine=Judge())
+    found = verdicts(tmp_path)
+    assert ran.summary.counts.remaining == 0
+    for one in judged(tmp_path):
+        assert one.accepted == 2 or one.is_short
+        own = [found.get(f"{one.name}-seed={seed}") for seed in range(42, 48)]
+        # In the order of the seeds, and none after the last that is needed.
+        assert own[: one.judged] == [verdict for verdict in own if verdict]
+        if not one.is_short:
+            assert own[one.judged - 1] is Verdict.ACCEPTED
+    assert Verdict.REJECTED in found.values()
+    assert len(found) < 6 * len(NAMES)
+    assert ran.summary.counts.held == 2 * (6 * len(NAMES) - len(found))
+    assert ran.engine.batches[0] == ("cat-seed=42", "cat-seed=43", "dog-seed=42", "dog-seed=43")
+    assert run_folder(tmp_path, series(*NAMES), CONFIG, engine=Judge()).engine.batches == []
+
+
+def test_a_series_that_comes_short_says_so(tmp_path: Path) -> None:
+    jobs = series("cat", accept={**CHECK, "at_least": 1.0})
+    ran = run_folder(tmp_path, jobs, CONFIG, engine=Judge())
+    (one,) = judged(tmp_path)
+    assert (one.is_short, one.judged, one.accepted) == (True, 6, 0)
+    assert ran.summary.counts.held == 0
+
+
+def test_all_checks_must_hold(tmp_path: Path) -> None:
+    other = {**CHECK, "ask": "Is it sharp?"}
+    run_folder(tmp_path, series(*NAMES, accept=[CHECK, other]), CONFIG, engine=Judge())
+    rows = {row["job_id"]: row for row in outcome(tmp_path)[1]}
+    for job_id, verdict in verdicts(tmp_path).items():
+        shares = [rows[f"{job_id}-check-{n}"]["choice_probabilities"][0] for n in (1, 2)]
+        assert (verdict is Verdict.REJECTED) == (min(shares) < 0.6)
+
+
+def test_another_threshold_draws_nothing_again(tmp_path: Path) -> None:
+    run_folder(tmp_path, series(*NAMES), CONFIG, engine=Judge())
+    lower = series(*NAMES, accept={**CHECK, "at_least": 0.01})
+    ran = run_folder(tmp_path, lower, CONFIG, engine=Judge())
+    assert ran.engine.batches == []
+    found = list(verdicts(tmp_path).values())
+    assert found.count(Verdict.ACCEPTED) == 2 * len(NAMES)
+    assert Verdict.SPARE in found
+
+
+def test_more_that_are_wanted_continue_the_series(tmp_path: Path) -> None:
+    run_folder(tmp_path, series(*NAMES), CONFIG, engine=Judge())
+    before = verdicts(tmp_path)
+    run_folder(tmp_path, series(*NAMES, keep=3), CONFIG, engine=Judge())
+    after = verdicts(tmp_path)
+    assert before.items() < after.items()
+    assert all(one.accepted == 3 or one.is_short for one in judged(tmp_path))
+
+
+def test_a_failed_try_is_used_up(tmp_path: Path) -> None:
+    jobs = series("cat", prompt="fails")
+    ran = run_folder(tmp_path, jobs, CONFIG, engine=Judge())
+    assert ran.summary.counts.failed == 6
+    (one,) = judged(tmp_path)
+    assert one.is_short
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 4])
+def test_any_number_of_workers_accepts_the_same(num_workers: int, tmp_path: Path) -> None:
+    run_folder(tmp_path / "one", series(*NAMES), CONFIG, engine=Judge())
+    crew = ThreadCrew(num_workers, CONFIG, series(*NAMES), lambda *_: Judge())
+    run_crew(tmp_path / "many", series(*NAMES), CONFIG, crew)
+    assert verdicts(tmp_path / "many") == verdicts(tmp_path / "one")
+    assert outcome(tmp_path / "many")[0] == outcome(tmp_path / "one")[0]
+
+
+def test_killed_at_any_step_and_resumed_the_same_are_accepted() -> None:
+    jobs = series("cat", "dog", "owl")
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+        run_folder(Path(folder, "whole"), jobs, CONFIG, engine=Judge())
+        whole = outcome(Path(folder, "whole"))[0], verdicts(Path(folder, "whole"))
+        for every in (11, 23):
+            root = Path(folder, str(every))
+            for steps in range(every, 10_000, every):
+                life = Life(steps)
+                try:
+                    with mortal(life):
+                        run_folder(root, jobs, CONFIG, engine=Judge(life.step))
+                except Killed:
+                    continue
+                break
+            assert (outcome(root)[0], verdicts(root)) == whole
+
+
+def test_stopped_between_batches_and_resumed_the_same_are_accepted(tmp_path: Path) -> None:
+    run_folder(tmp_path / "whole", series(*NAMES), CONFIG, engine=Judge())
+    for _ in range(40):
+        ran = run_folder(
+            tmp_path / "parts", series(*NAMES), CONFIG, engine=Judge(), stop=Flag(after=2)
+        )
+        if not ran.summary.counts.remaining:
+            break
+    assert outcome(tmp_path / "parts")[0] == outcome(tmp_path / "whole")[0]
+    assert verdicts(tmp_path / "parts") == verdicts(tmp_path / "whole")
+
+
+def test_status_counts_what_is_accepted(tmp_path: Path) -> None:
+    run_folder(tmp_path, series(*NAMES), CONFIG, engine=Judge())
+    assert [one.name for one in read_status(tmp_path).series] == sorted(NAMES)
+
+
+def test_an_export_has_accepted_images_alone_unless_it_is_told(tmp_path: Path) -> None:
+    run_folder(tmp_path / "run", series(*NAMES), CONFIG, engine=Judge())
+    found = verdicts(tmp_path / "run")
+    export_folder(tmp_path / "run", tmp_path / "some")
+    export_folder(tmp_path / "run", tmp_path / "all", with_rejected=True)
+    accepted = {job_id for job_id, verdict in found.items() if verdict is Verdict.ACCEPTED}
+    assert set(parquet_ids(tmp_path / "some")) == accepted
+    assert set(parquet_ids(tmp_path / "all")) == found.keys() | {f"{one}-check" for one in found}
+
+
+def test_expressions_know_verdicts(tmp_path: Path) -> None:
+    run_folder(tmp_path, series(*NAMES), CONFIG, engine=Judge())
+    with open_dataset(tmp_path) as dataset:
+        chosen = dataset.records(Selection(where="verdict = 'rejected'"))
+        rejected = {record.id for record in chosen}
+    assert rejected == {
+        job_id for job_id, verdict in verdicts(tmp_path).items() if verdict is Verdict.REJECTED
+    }
+
+
+def test_what_was_accepted_and_what_came_short_is_said() -> None:
+    def one(name: str, accepted: int, judged: int) -> Series:
+        return Series(name=name, keep=2, tries=4, judged=judged, passed=accepted, accepted=accepted)
+
+    assert list(series_lines([one("cat", 2, 3), one("dog", 1, 4), one("owl", 0, 1)])) == [
+        "  accepted 3 of 6 images wanted; 38% of 8 judged would do",
+        "  short    dog: 1 of 2 after 4 tries",
+    ]
+    assert list(series_lines([])) == []
