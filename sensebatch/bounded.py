@@ -172,6 +172,20 @@ def escaped(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def in_the_way(folder: Path) -> str | None:
+    """Returns what keeps a folder from being made, for people; None if it is nothing of that kind.
+
+    Args:
+        folder: The folder; those it lies in may be missing as well.
+    """
+    for path in (*reversed(folder.parents), folder):
+        if path.is_symlink() and not path.exists():
+            return f"{shown(str(path))} is a link that leads nowhere"
+        if path.exists() and not path.is_dir():
+            return f"{shown(str(path))} is a file"
+    return None
+
+
 def shown(name: str) -> str:
     """Returns a name as it is, or as `quoted` if it is long or would do something to a terminal."""
     return name if len(name) <= MAX_SHOWN and name.isprintable() else quoted(name)

@@ -19,6 +19,7 @@ from sensebatch.bounded import (
     UnreadableFileError,
     check_depth,
     check_file,
+    in_the_way,
     load_json,
     read_file,
 )
@@ -119,3 +120,14 @@ def test_a_pipe_and_a_device_are_not_waited_for(tmp_path: Path) -> None:
     for path in (tmp_path / "pipe", Path("/dev/zero")):
         with pytest.raises(UnreadableFileError, match="found a device or pipe"):
             check_file(path)
+
+
+def test_what_is_in_the_way_of_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "there").symlink_to(tmp_path)
+    assert in_the_way(tmp_path / "file" / "a") == f"{tmp_path}/file is a file"
+    assert (
+        in_the_way(tmp_path / "link" / "a" / "b") == f"{tmp_path}/link is a link that leads nowhere"
+    )
+    assert in_the_way(tmp_path / "there" / "new") is None

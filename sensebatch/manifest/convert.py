@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, get_args, get_origin
 
+from sensebatch.bounded import in_the_way
 from sensebatch.config import RunConfig
 from sensebatch.errors import ConfigError, StorageError
 from sensebatch.jobs import InputImage
@@ -93,7 +94,8 @@ def convert_manifest(
                 )
         temporary.replace(dst)
     except OSError as error:
-        raise StorageError(f"{dst}: cannot be written: {error.strerror or error}") from error
+        why = in_the_way(dst.parent) or error.strerror or str(error)
+        raise StorageError(f"{dst}: cannot be written: {why}") from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)

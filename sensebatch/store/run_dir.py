@@ -21,7 +21,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-from sensebatch.bounded import is_unicode
+from sensebatch.bounded import in_the_way, is_unicode
 from sensebatch.errors import JobError, RunFolderError, StorageError
 from sensebatch.store import state_dir
 from sensebatch.store.files import (
@@ -169,8 +169,9 @@ class RunDir:
             except OSError as error:
                 if error.errno not in _NO_FOLDER:
                     raise
+                why = in_the_way(self.root) or reason(error)
                 raise RunFolderError(
-                    f"{self.root}: expected a folder that can be made: {reason(error)}"
+                    f"{self.root}: expected a folder that can be made: {why}"
                 ) from None
 
     def _require_parts(self) -> None:

@@ -234,4 +234,6 @@ def test_convert_to_a_place_that_cannot_be_written_is_one_line(
 ) -> None:
     ended = invoke("manifest", "convert", manifest, manifest / "out.jsonl")
     assert ended.code == 75
-    assert ended.err == f"sensebatch: {manifest}/out.jsonl: cannot be written: File exists\n"
+    assert (
+        ended.err == f"sensebatch: {manifest}/out.jsonl: cannot be written: {manifest} is a file\n"
+    )

@@ -72,7 +72,7 @@ def test_state_that_lost_its_jobs_costs_neither_images_nor_log(tmp_path: Path) -
 def test_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     with (
-        pytest.raises(RunFolderError, match="that can be made: File exists"),
+        pytest.raises(RunFolderError, match=r"that can be made: .*run is a file"),
         open_store(tmp_path / "run"),
     ):
         pass
@@ -81,7 +81,7 @@ def test_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     root = tmp_path / "file" / "run"
-    with pytest.raises(RunFolderError, match="that can be made: Not a directory"), open_store(root):
+    with pytest.raises(RunFolderError, match=r"made: .*file is a file"), open_store(root):
         pass
 
 
