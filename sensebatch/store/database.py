@@ -43,7 +43,7 @@ class Database:
         path: The file.
         read_only: Reads an existing file, also beside the process that writes it. Nothing is left
             beside the file afterwards, and nobody has to be allowed to write there.
-        in_memory: Takes a copy of what there is, or an empty file, and never writes it back.
+        as_copy: Works on a copy of what there is, or on an empty file; nothing is written back.
 
     Raises:
         RunFolderError: The file is not a state database, or a newer version made it.
@@ -51,13 +51,13 @@ class Database:
         StorageError: The file cannot be read or written.
     """
 
-    def __init__(self, path: Path, *, read_only: bool = False, in_memory: bool = False) -> None:
+    def __init__(self, path: Path, *, read_only: bool = False, as_copy: bool = False) -> None:
         self.path = path
         self._lock = threading.RLock()
         self._copy: tempfile.TemporaryDirectory[str] | None = None
         with self.errors():
-            if in_memory:
-                self._connection = self._copied_to_memory()
+            if as_copy:
+                self._connection = self._opened_as_copy()
             else:
                 self._connection = self._opened_to_read() if read_only else self._opened_to_write()
 
@@ -105,17 +105,22 @@ class Database:
         self._remove_copy()
         return memory
 
-    def _copied_to_memory(self) -> sqlite3.Connection:
-        """Returns a connection to a copy with today's tables."""
-        memory = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-        if not self.path.exists():
-            migrations.apply_steps(memory, len(migrations.STEPS))
-            return memory
-        connection = self._opened_to_read()
-        connection.backup(memory)
+    def _opened_as_copy(self) -> sqlite3.Connection:
+        """Returns a connection to a temporary copy with today's tables."""
+        connection = self._opened_to_read() if self.path.exists() else None
+        # What a reader without the right to write reads is a copy already.
+        read = self._copy
+        self._copy = tempfile.TemporaryDirectory(prefix="sensebatch-")
+        copy = _connect(Path(self._copy.name) / self.path.name)
+        copy.execute("PRAGMA synchronous = OFF")
+        if connection is None:
+            migrations.apply_steps(copy, len(migrations.STEPS))
+            return copy
+        connection.backup(copy)
         connection.close()
-        self._remove_copy()
-        return memory
+        if read is not None:
+            read.cleanup()
+        return copy
 
     def _connected_to_read(self) -> sqlite3.Connection:
         """Returns a connection that sees every commit, those in the WAL included.

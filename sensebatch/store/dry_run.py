@@ -1,4 +1,4 @@
-"""What a run would do with each job, from a copy of the state in memory: nothing is written."""
+"""What a run would do with each job, from a copy of the state: nothing is written."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def dry_run(
     run_dir = RunDir(root)
     if not run_dir.state.exists():
         run_dir.require_no_outputs()
-    with closing(State(run_dir.state, in_memory=True)) as state:
+    with closing(State(run_dir.state, as_copy=True)) as state:
         if run_dir.state.exists() and not run_dir.in_use():
             require_whole(run_dir, state)
         changes = read(state)

@@ -512,7 +512,7 @@ def _changed_model(row: Mapping[str, Any], identity: ModelIdentity) -> str:
     words = []
     for name in changed:
         if name == "checkpoint":
-            words.append(f"another checkpoint than {row['model'] or 'before'}")
+            words.append(f"another checkpoint (drawn by {row['model'] or 'an unknown one'})")
         elif name == "lora":
             words.append("no LoRA" if identity.lora is None else "another LoRA")
         else:

@@ -116,14 +116,14 @@ class State:
     Args:
         path: `state.db`; made where it does not exist.
         read_only: Reads beside the process that writes.
-        in_memory: Works on a copy that is never written back; of an empty file where there is none.
+        as_copy: Works on a copy of what there is, or on an empty file; nothing is written back.
 
     Raises:
         RunFolderError: The file is not a state database, or a newer version made it.
     """
 
-    def __init__(self, path: Path, *, read_only: bool = False, in_memory: bool = False) -> None:
-        self._db = Database(path, read_only=read_only, in_memory=in_memory)
+    def __init__(self, path: Path, *, read_only: bool = False, as_copy: bool = False) -> None:
+        self._db = Database(path, read_only=read_only, as_copy=as_copy)
         if not read_only:
             with self._db.transaction() as db:
                 db.execute("INSERT OR IGNORE INTO meta VALUES ('run', ?)", (uuid.uuid4().hex[:12],))
