@@ -259,6 +259,28 @@ def test_a_picks_file_is_opened_elsewhere(opened: Opened, night: Path, tmp_path:
     )
 
 
+def test_two_pages_of_a_run_have_the_same_picks(opened: Opened, night: Path) -> None:
+    pages = [opened.page(night / "gallery") for _ in range(2)]
+    for page, job_id in zip(pages, ("red-1", "red-2"), strict=True):
+        page.locator(f'.tile[data-item="{job_id}"]').focus()
+        page.keyboard.press("k")
+        for other in pages:
+            other.wait_for_selector(f'.tile[data-item="{job_id}"][data-pick="keep"]')
+    again = opened.page(night / "gallery")
+    assert again.locator('.tile[data-pick="keep"]').count() == 2
+
+
+def test_a_browser_that_keeps_nothing_says_so(opened: Opened, night: Path) -> None:
+    opened.context.add_init_script("Storage.prototype.setItem = () => { throw new Error('full'); }")
+    page = opened.page(night / "gallery")
+    page.locator('.tile[data-item="red-1"]').focus()
+    page.keyboard.press("k")
+    page.wait_for_selector('.tile[data-item="red-1"][data-pick="keep"]')
+    page.wait_for_function(
+        "() => document.getElementById('status').textContent.includes('save the picks')"
+    )
+
+
 def test_a_pick_of_an_image_that_was_replaced_does_not_count(
     opened: Opened, tmp_path: Path
 ) -> None:

@@ -391,7 +391,7 @@
       dialog.close();
       if (tag) {
         SB.picks.set(items, { tag });
-        SB.say(`Tagged ${items.length === 1 ? SB.items.ids[items[0]] : SB.counted(items.length, "item")}: ${tag}`);
+        SB.picks.say(`Tagged ${items.length === 1 ? SB.items.ids[items[0]] : SB.counted(items.length, "item")}: ${tag}`);
       }
       done?.();
     };

@@ -3,11 +3,16 @@
 
 (() => {
   const WORDS = ["keep", "reject"];
+  // Writing more of them than this takes long enough to be noticed at every key.
+  const MANY = 2000;
 
   class Picks {
     constructor() {
       this.all = new Map();
       this.listeners = [];
+      this.unwritten = new Set();
+      addEventListener("pagehide", () => this.write());
+      addEventListener("storage", (event) => this.follow(event));
       for (const run of SB.index.runs) this.read(run);
     }
 
@@ -21,20 +26,35 @@
         const kept = JSON.parse(localStorage.getItem(this.place(run)) ?? "{}");
         for (const [id, pick] of Object.entries(kept)) this.all.set(`${run.id}/${id}`, clean(pick));
       } catch {
-        this.unkept = true;
+        // What cannot be read cannot be written either, which is said then.
       }
     }
 
-    write(runs) {
+    // Takes over what another page of the run has kept.
+    follow(event) {
+      const run = SB.index.runs.find((one) => this.place(one) === event.key);
+      if (!run) return;
+      const before = [...this.all.keys()].filter((key) => key.startsWith(`${run.id}/`));
+      for (const key of before) this.all.delete(key);
+      this.read(run);
+      const byKey = SB.items.byKey();
+      for (const key of new Set([...before, ...this.all.keys()])) if (byKey.has(key)) this.mark(byKey.get(key));
+      for (const listener of this.listeners) listener();
+    }
+
+    // Writes the picks of the runs whose picks have changed.
+    write() {
+      clearTimeout(this.writing);
       try {
-        for (const run of runs) {
+        for (const run of this.unwritten) {
           const start = `${run.id}/`;
           const own = [...this.all].filter(([key]) => key.startsWith(start)).map(([key, pick]) => [key.slice(start.length), pick]);
           if (own.length) localStorage.setItem(this.place(run), JSON.stringify(Object.fromEntries(own)));
           else localStorage.removeItem(this.place(run));
         }
+        this.unwritten.clear();
       } catch {
-        if (!this.unkept) SB.say("This browser keeps nothing for this page: save the picks as a file before you leave");
+        if (!this.unkept) this.complaint = "This browser keeps no more for this page: save the picks as a file before you leave";
         this.unkept = true;
       }
     }
@@ -73,11 +93,20 @@
       const has = items.every((item) => this.of(item).verdict === verdict);
       this.set(items, { verdict: has ? null : verdict });
       const done = verdict === "keep" ? "kept" : "rejected";
-      SB.say(has ? `No longer ${done}: ${named(items)}` : `${done[0].toUpperCase()}${done.slice(1)}: ${named(items)}`);
+      this.say(has ? `No longer ${done}: ${named(items)}` : `${done[0].toUpperCase()}${done.slice(1)}: ${named(items)}`);
+    }
+
+    // Says what was done, or what went wrong with it.
+    say(words) {
+      SB.say(this.complaint ?? words);
+      this.complaint = undefined;
     }
 
     changed(runs) {
-      this.write([...runs].map((run) => SB.index.runs[run]));
+      for (const run of runs) this.unwritten.add(SB.index.runs[run]);
+      clearTimeout(this.writing);
+      if (this.all.size <= MANY) this.write();
+      else this.writing = setTimeout(() => this.write(), 400);
       for (const listener of this.listeners) listener();
     }
 
@@ -171,7 +200,7 @@
         }
       }
       this.changed(SB.index.runs.keys());
-      SB.say(`Opened ${SB.counted(added, "pick")}${skipped ? `; ${SB.count(skipped)} are of other runs or of images that were replaced` : ""}`);
+      this.say(`Opened ${SB.counted(added, "pick")}${skipped ? `; ${SB.count(skipped)} are of other runs or of images that were replaced` : ""}`);
     }
   }
   SB.Picks = Picks;
