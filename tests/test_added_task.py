@@ -34,7 +34,8 @@ ROW = """\
         resizes_inputs=False,
         output=Output.TEXT,
         prompt=PromptRule(
-            system=None, numbered=False, empty_thought=False, opens_image=False
+            system=None, numbered=False, empty_thought=False, opens_thought=False,
+            opens_image=False,
         ),
         text=TextRule(limit="max_new_tokens", always=True),
         drawing=None,
@@ -169,7 +170,7 @@ def test_the_command_of_the_task_has_its_options_and_writes_its_file(root: Path)
     )
     assert "--max-new-tokens" in help_
     assert "--image" in help_
-    absent = ("--num-steps", "--resolution", "--think", "--output ")
+    absent = ("--num-steps", "--resolution", "--think", "--image-format")
     assert [option for option in absent if option in help_] == []
     assert (root / "one/a.txt").read_text().startswith("hello: ")
 
