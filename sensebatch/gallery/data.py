@@ -18,7 +18,7 @@ from sensebatch.gallery.files import FILES, DataFiles
 from sensebatch.gallery.inputs import address
 from sensebatch.gallery.items import Item
 from sensebatch.gallery.sheets import ACROSS, MARGIN, Sheets
-from sensebatch.store.attempts import DONE, FAILED, PENDING
+from sensebatch.store.attempts import BLOCKED, DONE, FAILED, PENDING
 from sensebatch.store.log import read_log
 from sensebatch.store.run_dir import RunDir
 
@@ -42,7 +42,6 @@ class Run:
     failures: list[tuple[str, str, str]] = field(default_factory=list)
     """(id, type of the error, message) of each failed job."""
     finish_reasons: Counter[str] = field(default_factory=Counter)
-    num_images: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -198,9 +197,14 @@ def path_form(path: str, job_id: str, number: int) -> str:
 def _report(run: Run) -> dict[str, Any]:
     log = RunDir(run.root).log
     counts = run.counts
-    words = [f"{counts[DONE]:,} jobs done", f"{counts[FAILED]:,} failed"]
+    words = [
+        f"{counts[DONE]:,} {'job' if counts[DONE] == 1 else 'jobs'} done",
+        f"{counts[FAILED]:,} failed",
+    ]
     if counts[PENDING]:
         words.append(f"{counts[PENDING]:,} still to be run")
+    if counts[BLOCKED]:
+        words.append(f"{counts[BLOCKED]:,} blocked by jobs that failed")
     if run.is_running:
         words.append("running when this gallery was made")
     found = figures.run_figures(read_log(log, figures.COLUMNS)) if log.is_file() else {}

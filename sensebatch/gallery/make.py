@@ -158,7 +158,6 @@ def _records(run: Run, selection: Selection | None) -> Iterator[Record]:
             run.counts[record.status] += 1
             if record.status not in (DONE, FAILED):
                 continue
-            run.num_images += len(record.image_files)
             if record.finish_reason is not None:
                 run.finish_reasons[record.finish_reason] += 1
             if record.status == FAILED:

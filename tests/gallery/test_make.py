@@ -22,6 +22,7 @@ from sensebatch.jobs import InputImage
 from sensebatch.tasks import Task
 from tests.executor.fakes import Flag, make_job, run_folder
 from tests.gallery.runs import HOSTILE, HOSTILE_ID, make_input_file, make_run
+from tests.store.test_chains import child
 
 
 def read_data(out: Path, name: str) -> Any:
@@ -171,6 +172,14 @@ def test_a_run_in_progress_shows_what_is_done(tmp_path: Path) -> None:
     report = read_data(made.page.parent, "report")["runs"][0]
     assert f"{made.pending} still to be run" in report["words"]
     assert read_data(made.page.parent, "index")["pending"] == made.pending
+
+
+def test_the_report_counts_what_failed_jobs_block(tmp_path: Path) -> None:
+    jobs = [make_job("a", prompt="this fails"), child("b", "a"), make_job("c")]
+    out = _make(make_run(tmp_path / "run", jobs)).page.parent
+    assert read_data(out, "items")["ids"] == ["a", "c"]
+    words = read_data(out, "report")["runs"][0]["words"]
+    assert words == "1 job done; 1 failed; 1 blocked by jobs that failed"
 
 
 def test_runs_with_equal_ids_stay_apart(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@
   const MOST_WORDS = 400;
   const SHOWN_WORDS = 12;
   const GROUPS = ["Picks", "Job", "Matrix", "Metadata", "Settings", "Figures", "Model and machine"];
-  const OPEN_AT_FIRST = ["pick", "run", "status", "task", "finish_reason", "tags"];
+  const OPEN_AT_FIRST = ["pick", "run", "status", "task", "verdict", "finish_reason", "tags"];
   const VIEWS = { images: "Images", axes: "Axes", report: "Report" };
 
   const state = { view: "images", side: innerWidth < 600 ? 110 : 170 };
