@@ -161,11 +161,13 @@ def _said(root: Path, error: Exception) -> str:
 
 
 def _missing(problems: list[str]) -> str:
-    lines = [f"expected the files of every job, found {len(problems):,} jobs without theirs:"]
-    if len(problems) == 1:
-        lines = ["expected the files of every job, found one job without its:"]
+    which = "1 job that lacks" if len(problems) == 1 else f"{len(problems):,} jobs that lack"
+    lines = [f"expected the files of every job, found {which} some:"]
     lines += [f"  {problem}" for problem in problems[:NUM_NAMED]]
     if len(problems) > NUM_NAMED:
         lines.append(f"  ... and {len(problems) - NUM_NAMED:,} more")
-    lines.append("sensebatch run makes missing files again; --skip-missing leaves such jobs out")
+    lines.append(
+        "sensebatch run makes images and texts again; relative paths of input images are those "
+        "from where it was started; --skip-missing leaves such jobs out"
+    )
     return "\n".join(lines)

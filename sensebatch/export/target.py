@@ -20,6 +20,8 @@ LOCK = ".sensebatch/lock"
 """In the folder of records, which readers skip."""
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 """Which of the package's extras brings what a protocol needs."""
+_BUCKETS = tuple(f"{protocol}://" for protocol in (*EXTRAS, "hf", "az", "abfs", "oci", "r2"))
+"""Places without folders."""
 
 
 class Target(Protocol):
@@ -159,6 +161,8 @@ class Remote:
     def __init__(self, fs: Any, root: str, name: str) -> None:
         self._fs = fs
         self._root = root.rstrip("/")
+        self._has_folders = not name.startswith(_BUCKETS)
+        self._was_reached = False
         self.name = name
 
     def files(self) -> dict[str, int]:
@@ -182,7 +186,7 @@ class Remote:
         """Yields a file to write, which is whole when the block ends."""
         path = f"{self._root}/{name}"
         with self._errors():
-            self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            self._make_folder(path)
             with self._fs.open(path, "wb") as file:
                 yield cast(BinaryIO, file)
 
@@ -190,7 +194,7 @@ class Remote:
         """Writes one of many files."""
         path = f"{self._root}/{name}"
         with self._errors():
-            self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            self._make_folder(path)
             self._fs.pipe_file(path, content)
 
     def settle(self) -> None:
@@ -206,14 +210,23 @@ class Remote:
         with self._errors(), suppress(FileNotFoundError):
             self._fs.rm_file(f"{self._root}/{name}")
 
+    def _make_folder(self, path: str) -> None:
+        # Where there are no folders, this would make a bucket whose name was mistyped.
+        if self._has_folders:
+            self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+
     @contextmanager
     def _errors(self) -> Iterator[None]:
+        """Turns errors into a mistake as long as nothing was reached, and a failure after that."""
         try:
             yield
+            self._was_reached = True
         except SensebatchError:
             raise
         # Each of fsspec's file systems raises errors of its own library.
         except Exception as error:
+            if not self._was_reached:
+                raise ConfigError(f"{self.name}: cannot be used: {_said(error)}") from error
             raise StorageError(
                 f"{self.name}: {_said(error)}; run the same command again"
             ) from error

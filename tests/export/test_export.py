@@ -332,7 +332,7 @@ def test_missing_files_are_named_before_anything_is_written(grown: Path, tmp_pat
     root = Path(shutil.copytree(grown, tmp_path / "run"))
     for number in range(8):
         (root / f"images/image-{number:04d}.png").unlink()
-    with pytest.raises(ExportError, match="found 8 jobs without theirs") as caught:
+    with pytest.raises(ExportError, match="found 8 jobs that lack some") as caught:
         export_folder(root, tmp_path / "out")
     assert "images/image-0000.png" in str(caught.value)
     assert "3 more" in str(caught.value)
@@ -418,8 +418,23 @@ def test_bucket_that_cannot_be_reached_is_one_error(
         raise ConnectionError("Could not connect to the endpoint")
 
     monkeypatch.setattr(MemoryFileSystem, "find", unreachable)
-    with pytest.raises(StorageError, match="memory://b: Could not connect to the endpoint"):
+    with pytest.raises(ConfigError, match="memory://b: cannot be used: Could not connect"):
         export_folder(grown, "memory://b")
+
+
+def test_bucket_that_is_lost_on_the_way_can_be_continued_with(
+    grown: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    def lost(*_: Any, **__: Any) -> None:
+        raise ConnectionError("Connection reset by peer")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MemoryFileSystem, "_open", lost)
+        with pytest.raises(StorageError, match="peer; run the same command again"):
+            export_folder(grown, "memory://lost")
+    assert export_folder(grown, "memory://lost").written_images == 200
 
 
 def test_full_disk_stops_an_export_that_continues_afterwards(
