@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sensebatch.jobs import AttemptAt, Job, VerdictOn
-from sensebatch.manifest.expand import Expanded
+from sensebatch.manifest.expand import Expanded, as_text, check_template, filled
 from sensebatch.manifest.fields import ACCEPT_FIELDS, Check, JobFields
 from sensebatch.manifest.problems import RowErrors
 from sensebatch.tasks import Output, Task
@@ -44,11 +44,13 @@ class Acceptance:
 
     def questions(self, job: Job) -> Iterator[tuple[Expanded, VerdictOn]]:
         """Yields the questions about the image of a job, with what each decides."""
+        texts = {name: as_text(value) for name, value in job.matrix.items()}
+        texts["prompt"] = job.prompt
         for number, check in enumerate(self.checks, start=1):
             suffix = f"-{number}" if len(self.checks) > 1 else ""
             fields = {
                 "id": f"{job.id}-check{suffix}",
-                "prompt": check.ask,
+                "prompt": filled(check.ask, texts),
                 "image": f"@{job.id}",
                 "choices": list(check.choices),
             }
@@ -98,7 +100,10 @@ def acceptance_of(
 
 
 def _check(accept: Acceptance, fields: Mapping[str, Any], errors: RowErrors) -> None:
+    matrix = fields.get("matrix")
+    names = {"prompt", *(matrix if isinstance(matrix, dict) else ())}
     for check in accept.checks:
+        check_template("accept", check.ask, names, errors)
         if check.expected not in check.choices:
             known = ", ".join(check.choices)
             message = f"expected one of the choices ({known}) for is, found {check.expected!r}"

@@ -186,14 +186,22 @@ def _check_used(fields: Mapping[str, Any], axes: Sequence[Axis], errors: RowErro
     used: set[str] = set()
     for field, template in templates:
         used |= placeholders(template)
-        _check_template(field, template, names - {field}, errors)
+        check_template(field, template, names - {field}, errors)
     for name in sorted(names - used - MATRIX_FIELDS):
         hint = suggestion(name, MATRIX_FIELDS)
         message = f"expected {{{name}}} in the prompt or the id, or the name of a field"
         errors.add(("matrix", name), f"{message}, found neither{hint}")
 
 
-def _check_template(field: str, template: object, names: set[str], errors: RowErrors) -> None:
+def check_template(field: str, template: object, names: set[str], errors: RowErrors) -> None:
+    """Adds what is wrong with the braces of a text.
+
+    Args:
+        field: The text's.
+        template: The text, or something else in its place.
+        names: What may be in braces.
+        errors: Receives what is wrong.
+    """
     if not isinstance(template, str):
         return
     for match in _TOKEN.finditer(template):
@@ -212,7 +220,7 @@ def _combined(
     """Returns the fields of one combination, with the names in prompt and id replaced."""
     set_by_matrix = {name: v for name, v in combination.items() if name in MATRIX_FIELDS}
     fields = {**base, **set_by_matrix}
-    texts = {name: _text(value) for name, value in combination.items()}
+    texts = {name: as_text(value) for name, value in combination.items()}
     for name in _TEMPLATES if in_matrix else ():
         if isinstance(template := fields.get(name), str):
             fields[name] = filled(template, texts)
@@ -234,5 +242,6 @@ def filled(template: str, texts: Mapping[str, str]) -> str:
     return _TOKEN.sub(replacement, template)
 
 
-def _text(value: object) -> str:
+def as_text(value: object) -> str:
+    """Returns the value of a matrix as it is put into a text."""
     return value if isinstance(value, str) else json.dumps(value, default=repr)

@@ -177,7 +177,10 @@ else:
 class Check(StrictModel):
     """A question about an image, and the answer that speaks for it."""
 
-    ask: str = Field(min_length=1, description="The question.")
+    ask: str = Field(
+        min_length=1,
+        description="The question; `{prompt}` is the prompt, names of the matrix are values.",
+    )
     choices: Annotated[list[str], Field(min_length=2)] = Field(
         description="The answers to choose from, in the model's own words."
     )

@@ -40,6 +40,19 @@ def test_each_combination_of_a_matrix_is_a_series(tmp_path: Path) -> None:
     assert [job.id for job in jobs if job.verdict][:2] == ["red-seed=42-check", "red-seed=43-check"]
 
 
+def test_a_question_names_the_prompt_and_values_of_the_matrix(tmp_path: Path) -> None:
+    jobs = read(
+        tmp_path,
+        """defaults:
+  accept: {ask: "{{Is}} {c} in: {prompt}?", choices: [yes, no], is: yes}
+  tries: 1
+jobs:
+  - {id: "{c}", prompt: "A {c} dot", matrix: {c: [red]}}
+""",
+    )
+    assert [job.prompt for job in jobs if job.verdict] == ["{Is} red in: A red dot?"]
+
+
 def test_a_seed_in_the_id_names_no_series(tmp_path: Path) -> None:
     jobs = read(
         tmp_path, f'jobs: [{{id: "x{{seed}}y", prompt: a dot, seed: 5, accept: {CHECK}}}]\n'
@@ -86,6 +99,10 @@ def test_a_try_may_start_from_another_jobs_image(tmp_path: Path) -> None:
         (
             "{id: a, prompt: a, accept: {ask: q, choices: [yes, no], is: maybe}}",
             "accept: expected one of the choices (yes, no) for is, found 'maybe'",
+        ),
+        (
+            '{id: a, prompt: a, accept: {ask: "{c}?", choices: [yes, no], is: yes}}',
+            "accept: expected one of {prompt}, found {c}; a plain brace is doubled",
         ),
         (
             f"{{id: a, prompt: a, accept: {CHECK}, n: 3}}",
