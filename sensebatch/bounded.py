@@ -179,10 +179,13 @@ def in_the_way(folder: Path) -> str | None:
         folder: The folder; those it lies in may be missing as well.
     """
     for path in (*reversed(folder.parents), folder):
-        if path.is_symlink() and not path.exists():
-            return f"{shown(str(path))} is a link that leads nowhere"
-        if path.exists() and not path.is_dir():
-            return f"{shown(str(path))} is a file"
+        try:
+            if path.is_symlink() and not path.exists():
+                return f"{shown(str(path))} is a link that leads nowhere"
+            if path.exists() and not path.is_dir():
+                return f"{shown(str(path))} is a file"
+        except OSError:  # a name that no folder can have
+            return None
     return None
 
 
