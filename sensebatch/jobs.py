@@ -516,6 +516,8 @@ def job_key(job: Job, identity: ModelIdentity, parents: Mapping[str, str] | None
 
 def parents_of(job: Job) -> tuple[str, ...]:
     """Returns the ids of the jobs whose images a job starts from, each once."""
+    if not job.images:
+        return ()
     return tuple(dict.fromkeys(image.output[0] for image in job.images if image.output))
 
 

@@ -60,7 +60,7 @@ class Acceptance:
 
 def acceptance_of(
     fields: Mapping[str, Any], task: Task, default_seed: int, errors: RowErrors
-) -> tuple[dict[str, Any], Acceptance | None]:
+) -> tuple[Mapping[str, Any], Acceptance | None]:
     """Returns the fields that make the tries of a row, and what they must be like.
 
     Args:
@@ -72,9 +72,9 @@ def acceptance_of(
     Returns:
         The fields as they are and None for a row that accepts whatever is drawn, or has mistakes.
     """
+    if ACCEPT_FIELDS.isdisjoint(fields) or task.spec.output is not Output.IMAGE:
+        return fields, None
     given = {name: fields[name] for name in ACCEPT_FIELDS if name in fields}
-    if not given or task.spec.output is not Output.IMAGE:
-        return dict(fields), None
     others = {name: value for name, value in fields.items() if name not in ACCEPT_FIELDS}
     if "accept" not in given:
         # In the defaults they may be meant for other jobs; alone they say nothing.

@@ -15,6 +15,7 @@ from typing import Any
 from sensebatch.image_files import UnusableImageError
 from sensebatch.jobs import InputImage, Job
 from sensebatch.manifest.expand import filled, image_references, placeholders
+from sensebatch.manifest.fields import IMAGE_FIELDS
 from sensebatch.manifest.ids import slug, with_suffixes
 from sensebatch.manifest.problems import found, suggestion
 from sensebatch.resolutions import Resolution
@@ -63,6 +64,8 @@ class Outputs:
 
     def is_waiting(self, fields: Mapping[str, Any], axes: Mapping[str, Any]) -> bool:
         """Returns whether a row names a job that was not read yet."""
+        if IMAGE_FIELDS.isdisjoint(fields):
+            return False
         for _, reference in image_references(fields):
             try:
                 self.image(reference, axes)

@@ -282,9 +282,9 @@ class ManifestReader:
         )
         own, default_seed = frozenset(row_fields), self._config.tasks[task].seed
         num_jobs = num_bad = 0
-        fields, accept = acceptance_of(fields, task, default_seed, errors)
+        tried, accept = acceptance_of(fields, task, default_seed, errors)
         waiting = partial(_Waiting, task=task, origin=origin, row=row, accept=accept)
-        for expanded in expand(fields, own, default_seed=default_seed, errors=errors):
+        for expanded in expand(tried, own, default_seed=default_seed, errors=errors):
             num_jobs += 1
             if self._outputs.is_waiting(expanded.fields, expanded.axes):
                 self._waiting.append(waiting(expanded=expanded))
