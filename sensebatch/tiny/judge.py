@@ -134,9 +134,12 @@ def judge(engine: Engine, config: RunConfig, count: int) -> dict[str, Any]:
         own = [(matches, chance) for kind, matches, chance in found if kind in kinds]
         right = [chance for matches, chance in own if matches]
         wrong = [chance for matches, chance in own if not matches]
+        accepted = [matches for matches, chance in own if chance >= 0.5]
         return {
             "right": len(right),
             "wrong": len(wrong),
+            "right_of_all": _rounded(len(right) / len(own)),
+            "right_of_accepted": _rounded(np.mean(accepted) if accepted else None),
             "auroc": _rounded(auroc(right, wrong)),
             "agrees": _rounded(np.mean([matches == (c >= 0.5) for matches, c in own])),
             "mean_of_right": _rounded(np.mean(right) if right else None),
