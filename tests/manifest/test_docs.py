@@ -84,10 +84,10 @@ def test_the_catalog_is_small_and_has_every_kind_of_job() -> None:
     assert {job.think for job in jobs} == {True, False}
 
 
-def test_the_pipeline_draws_edits_describes_and_checks() -> None:
+def test_the_pipeline_draws_edits_describes_and_accepts() -> None:
     jobs = read("pipeline.yaml", "tiny")
     steps = [job.id.partition("-")[0] for job in jobs]
-    assert sorted(set(steps), key=steps.index) == ["draw", "edit", "caption", "check"]
+    assert sorted(set(steps), key=steps.index) == ["draw", "edit", "caption", "night"]
     assert [image.path for job in jobs[:6] for image in job.images] == []
 
 
