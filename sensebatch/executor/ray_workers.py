@@ -34,6 +34,9 @@ _WAIT_S = 0.1
 """Seconds after which a wait for news looks for workers that were started meanwhile."""
 _LOOK_S = 5.0
 """Seconds between two looks at the cluster for machines that were added."""
+_DOUBT_S, _AGAIN_S = 40.0, 1.0
+"""Seconds until Ray knows what became of a worker that it cannot reach, and between two questions
+meanwhile: whether its machine is gone decides if its batch is to blame."""
 _NEWS_BYTES = 256 << 20
 """Of Ray's shared memory for each worker: a batch's images on their way, or those to be kept."""
 _MAX_SHARE = 0.3
@@ -69,6 +72,10 @@ class RayCrew:
         """How many orders each worker has been given in its life."""
         self._nodes: dict[int, str] = {}
         """The node that each worker was last heard from."""
+        self._doubted: dict[int, float] = {}
+        """Since when workers cannot be reached."""
+        self._again: list[tuple[float, int, int]] = []
+        """When to ask which of them next, in which life."""
         self._lock = threading.Lock()
         self._questions: dict[Any, tuple[int, int]] = {}
         """Worker and life of each question for news that is not answered yet."""
@@ -109,6 +116,7 @@ class RayCrew:
         with self._lock:
             self._actors[worker], self._lives[worker] = actor, life
             self._places[worker] = 0
+            self._doubted.pop(worker, None)
         self._ask(worker, life)
 
     def tell(self, worker: int, order: Order) -> None:
@@ -229,6 +237,10 @@ class RayCrew:
                 answered, _ = self._ray.wait(questions, num_returns=len(questions), timeout=0)
             for question in answered:
                 self._take_answer(question)
+            due = [one for one in self._again if time.monotonic() >= one[0]]
+            for one in due:
+                self._again.remove(one)
+                self._ask(*one[1:])
             if time.monotonic() >= look_at:
                 self._look()
                 look_at = time.monotonic() + _LOOK_S
@@ -242,11 +254,24 @@ class RayCrew:
         try:
             self._nodes[worker], news = self._ray.get(question)
         except self._ray.exceptions.RayError as error:
-            self._say(worker, life, self._death(worker, error))
+            if not self._doubts(worker, life, error):
+                self._say(worker, life, self._death(worker, error))
+            return
+        if worker in self._doubted:
+            lost = "what it said was lost while it could not be reached"
+            self._say(worker, life, Died(reason=lost))
             return
         for one in news:
             self._say(worker, life, one)
         self._ask(worker, life)
+
+    def _doubts(self, worker: int, life: int, error: Exception) -> bool:
+        """Returns whether Ray may soon know more of a worker that cannot be reached."""
+        if not isinstance(error, self._ray.exceptions.ActorUnavailableError):
+            return False
+        now = time.monotonic()
+        self._again.append((now + _AGAIN_S, worker, life))
+        return now < self._doubted.setdefault(worker, now) + _DOUBT_S
 
     def _say(self, worker: int, life: int, news: News) -> None:
         self._events.put(Said(worker=worker, life=life, news=news))
