@@ -5,13 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sensebatch import session
+from sensebatch.checkpoint.fingerprint import model_identity
 from sensebatch.cli import messages
+from sensebatch.cli.demo import catalog
 from sensebatch.dataset.records import open_dataset
+from sensebatch.jobs import ModelIdentity
 from sensebatch.store.log import read_log
 from tests.backends import FakeBackend
 from tests.cli.conftest import Ended, Invoke
@@ -219,3 +224,21 @@ def test_picks_of_another_folder_are_refused(invoke: Invoke, write: Any) -> None
     ended = invoke("run", "jobs.yaml", "--retry-from", path)
     assert ended.code == 2
     assert "picks.json: expected picks of the folder with the id" in ended.err
+
+
+def test_demo_draws_again_what_an_earlier_embedded_checkpoint_drew(
+    invoke: Invoke, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert invoke("demo").code == 0
+
+    def later(*args: Any, **options: Any) -> ModelIdentity:
+        return replace(model_identity(*args, **options), checkpoint="e" * 64)
+
+    monkeypatch.setattr(session, "model_identity", later)
+    backend.engine.batches.clear()
+    ended = invoke("run", catalog(), "--output-dir", "outputs/catalog")
+    assert ended.code == 2
+    assert "another checkpoint (drawn by tiny)" in ended.err
+    assert backend.engine.batches == []
+    assert invoke("demo").code == 0
+    assert backend.engine.batches
