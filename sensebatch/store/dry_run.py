@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from sensebatch.store.attempts import BLOCKED, DONE, FAILED
+from sensebatch.store.attempts import BLOCKED, DONE, FAILED, HELD
 from sensebatch.store.ingest import Changes
 from sensebatch.store.run_dir import RunDir
 from sensebatch.store.state import JobProgress, State
@@ -28,6 +28,10 @@ class Verdict(StrEnum):
     """Its batch was interrupted."""
     LEFT = "left failed"
     """It failed, and is not tried again."""
+    BLOCKED = "blocked"
+    """It starts from an image of a job that failed."""
+    HELD = "held"
+    """It is a try that may not be needed, or starts from one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,17 +89,22 @@ def dry_run(
         )
 
 
+_LEFT = {
+    DONE: (Verdict.KEPT, "done"),
+    FAILED: (Verdict.LEFT, "failed; --retry-failed tries it again"),
+    BLOCKED: (Verdict.BLOCKED, "starts from an image of a job that failed"),
+    HELD: (Verdict.HELD, "drawn only if too few others are accepted"),
+}
+"""What becomes of jobs that are not run, by their status."""
+
+
 def _decided(
     jobs: Iterator[JobProgress], before: dict[str, str], picked: set[str], changes: Changes
 ) -> Iterator[Decided]:
     for job in jobs:
         verdict = Verdict.REDRAWN if job.has_files else Verdict.DRAWN
-        if job.status == DONE:
-            verdict, reason = Verdict.KEPT, "done"
-        elif job.status == FAILED:
-            verdict, reason = Verdict.LEFT, "failed; --retry-failed tries it again"
-        elif job.status == BLOCKED:
-            verdict, reason = Verdict.LEFT, "starts from an image of a job that failed"
+        if job.status in _LEFT:
+            verdict, reason = _LEFT[job.status]
         elif job.is_started:
             verdict, reason = Verdict.CONTINUED, "interrupted"
         elif job.id in picked:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,20 @@ from sensebatch.dataset.selection import Selection
 from sensebatch.jobs import Batch, BatchMetrics, BatchResult, Job, JobResult
 from sensebatch.manifest.read import read_rows
 from sensebatch.store.acceptance import Series, Verdict
+from sensebatch.store.dry_run import dry_run
 from sensebatch.store.status import read_status
 from sensebatch.store.store import open_store
 from sensebatch.tasks import Task
 from tests.executor.crews import ThreadCrew, run_crew
-from tests.executor.fakes import FakeEngine, Flag, digest, make_config, outcome, run_folder
+from tests.executor.fakes import (
+    IDENTITY,
+    FakeEngine,
+    Flag,
+    digest,
+    make_config,
+    outcome,
+    run_folder,
+)
 from tests.executor.test_crash import MEMORY, Killed, Life, mortal
 from tests.export.folders import export_folder, parquet_ids
 
@@ -237,3 +247,14 @@ def test_what_was_accepted_and_what_came_short_is_said() -> None:
         "  short    dog: 1 of 2 after 4 tries",
     ]
     assert list(series_lines([])) == []
+
+
+def test_a_dry_run_holds_what_may_not_be_needed(tmp_path: Path) -> None:
+    found = dry_run(
+        tmp_path,
+        lambda state: state.ingest(series("cat"), IDENTITY, tmp_path),
+        lambda _: None,
+        retry_failed=False,
+    )
+    counted = Counter(one.verdict.value for one in found.jobs)
+    assert counted == {"drawn": 4, "held": 8}

@@ -273,7 +273,7 @@ def test_a_dry_run_says_why_children_run_again_and_which_are_blocked(tmp_path: P
     assert reasons["a"] == ("redrawn", "a file is missing")
     assert reasons["b"] == ("redrawn", "seed changed")
     assert reasons["a-edited"] == reasons["a-twice"] == reasons["b-edited"] == again
-    assert reasons["both"] == ("left failed", "starts from an image of a job that failed")
+    assert reasons["both"] == ("blocked", "starts from an image of a job that failed")
     assert reasons["alone"] == ("kept", "done")
 
 
