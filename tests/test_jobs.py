@@ -9,7 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sensebatch.jobs import CfgNorm, Job, ModelIdentity, Sampling, Source, folded_id, job_key
+from sensebatch.jobs import (
+    AttemptAt,
+    CfgNorm,
+    Job,
+    ModelIdentity,
+    Sampling,
+    Solver,
+    Source,
+    VerdictOn,
+    folded_id,
+    job_key,
+)
 from sensebatch.resolutions import Resolution
 from sensebatch.tasks import SystemPromptKind, Task
 from tests.executor.fakes import IDENTITY, make_input, make_job
@@ -29,6 +40,10 @@ DECIDING: dict[str, Any] = {
 IDLE: dict[str, Any] = {
     "id": "b",
     "metadata": {"tag": 1},
+    "matrix": {"ship": "schooner"},
+    "level": 2,
+    "attempt_at": AttemptAt(series="b", number=1, keep=2),
+    "verdict": VerdictOn(job="a", answer="yes", at_least=0.5),
     "source": Source(file="other.yaml", row="line 9"),
 }
 SAMPLING: dict[str, Any] = {
@@ -36,6 +51,9 @@ SAMPLING: dict[str, Any] = {
     "cfg_interval": (0.25, 0.75),
     **dict.fromkeys(("timestep_shift", "cfg_scale", "img_cfg_scale"), 9.5),
     **dict.fromkeys(("num_steps", "max_think_tokens", "max_images", "max_new_tokens"), 99),
+    "solver": Solver.AB2,
+    "timesteps": (0.5,),
+    "guidance_stride": 2,
     "choices": ("yes", "no"),
     "do_sample": True,
     **dict.fromkeys(("temperature", "top_p", "repetition_penalty"), 0.5),
