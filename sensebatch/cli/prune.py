@@ -29,9 +29,9 @@ def prune(
 ) -> None:
     """List, or with --yes remove, the images and texts of jobs that are no longer in the manifest.
 
-    Nothing else is removed: no file of another job, none that was changed since the job made it,
-    no row of the log, and nothing of a manifest that is still there and that the latest run did not
-    read.
+    Nothing else is removed: no file of another job, none that another job starts from, none that
+    was changed since the job made it, no row of the log, and nothing of a manifest that is still
+    there and that the latest run did not read.
     """
     from sensebatch.cli.messages import show
     from sensebatch.store.prune import prunable
@@ -67,6 +67,8 @@ def _lines(folder: Path, found: Prunable, *, is_removed: bool) -> Iterator[str]:
         yield f"  ... and {len(found.files) - MAX_FILES:,} more; --json lists all"
     for name in found.changed:
         yield f"  {escaped(name)}: kept, because it has changed since the job made it"
+    for name in found.inputs:
+        yield f"  {escaped(name)}: kept, because a job of the manifest starts from it"
     for name in found.unread:
         yield (
             f"kept what the jobs of {escaped(name)} made, because the latest run did not read that "

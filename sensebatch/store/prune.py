@@ -1,8 +1,8 @@
 """Removes the files of jobs that are no longer in the manifests, and nothing else.
 
 A file goes only if it is still the one that such a job made, by its SHA-256, and no job of the
-manifests has it. What was put in its place since stays. So do the files of jobs whose manifest the
-latest run merely did not read.
+manifests has it or starts from it. What was put in its place since stays. So do the files of jobs
+whose manifest the latest run merely did not read.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ class Prunable:
     files: tuple[PrunedFile, ...]
     changed: tuple[str, ...]
     """Files that are no longer as the job made them; they stay."""
+    inputs: tuple[str, ...]
+    """Images that a job of the manifests starts from; they stay."""
     unread: tuple[str, ...]
     """Manifests that are still there, and that the latest run did not read; what their jobs made
     stays."""
@@ -80,7 +82,8 @@ def prune(root: Path) -> Prunable:
 
 
 def _prunable(root: Path, state: State) -> Prunable:
-    listed = state.outputs()
+    listed, starts = state.outputs(), state.input_digests()
+    inputs: list[str] = []
     numbers: list[int] = []
     files: list[PrunedFile] = []
     changed: list[str] = []
@@ -91,10 +94,12 @@ def _prunable(root: Path, state: State) -> Prunable:
             unread.add(manifest)
             continue
         numbers.append(job.number)
-        for path, is_whole in _files(root, job):
+        for path, digest, is_whole in _files(root, job):
             if path in listed:
                 continue
-            if is_whole:
+            if is_whole and digest in starts:
+                inputs.append(path)
+            elif is_whole:
                 nbytes = (root / path).stat().st_size
                 files.append(PrunedFile(job_id=job.id, path=path, nbytes=nbytes))
             else:
@@ -103,14 +108,15 @@ def _prunable(root: Path, state: State) -> Prunable:
         numbers=tuple(numbers),
         files=tuple(files),
         changed=tuple(changed),
+        inputs=tuple(inputs),
         unread=tuple(sorted(unread)),
     )
 
 
-def _files(root: Path, job: RemovedJob) -> Iterator[tuple[str, bool]]:
-    """Yields the files of a job that are there, and whether each is as the job made it."""
+def _files(root: Path, job: RemovedJob) -> Iterator[tuple[str, str, bool]]:
+    """Yields the files of a job that are there, with their hashes and whether they still fit."""
     if job.row is None:
         return
     for path, digest in digests_of(row_from_json(job.row)):
         if os.path.lexists(root / path):
-            yield path, sha256_of(root / path) == digest
+            yield path, digest, sha256_of(root / path) == digest

@@ -516,6 +516,15 @@ class State:
         with self._db.reading() as db:
             return {path for (text,) in db.execute(query) for path in json.loads(text)}
 
+    def input_digests(self) -> set[str]:
+        """Returns the SHA-256 of each input image of the jobs that are in the manifests."""
+        query = (
+            "SELECT DISTINCT json_extract(image.value, '$[2]') FROM jobs,"
+            f" json_each(definition, '$.images') AS image WHERE {tables.LISTED}"
+        )
+        with self._db.reading() as db:
+            return {digest for (digest,) in db.execute(query)}
+
     def is_read_last(self, manifest: str) -> bool:
         """Returns whether the latest reading had a manifest among its files."""
         with self._db.reading() as db:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from sensebatch.dataset.records import open_dataset
 from sensebatch.dataset.selection import Selection
 from sensebatch.errors import RunFolderError
-from sensebatch.jobs import Job, Source
+from sensebatch.jobs import InputImage, Job, Source
 from sensebatch.store import store as store_module
 from sensebatch.store.log import read_log
 from sensebatch.store.manifests import ManifestFiles
@@ -100,6 +101,20 @@ def test_file_that_another_job_has_stays(tmp_path: Path) -> None:
     assert STORY[0] not in paths(tmp_path)
     prune(tmp_path)
     assert files(tmp_path) == {STORY[0]}
+
+
+def test_image_that_another_job_starts_from_stays(tmp_path: Path) -> None:
+    run_folder(tmp_path, [make_job("a"), make_job("b")])
+    digest = hashlib.sha256((tmp_path / "images" / "a.png").read_bytes()).hexdigest()
+    start = InputImage(path="elsewhere/images/a.png", sha256=digest, height=32, width=64)
+    with open_store(tmp_path) as store:
+        store.ingest([make_job("edit", Task.EDIT, images=(start,))], IDENTITY)
+    found = prune(tmp_path)
+    assert ([file.path for file in found.files], found.inputs) == (
+        ["images/b.png"],
+        ("images/a.png",),
+    )
+    assert files(tmp_path) == {"images/a.png"}
 
 
 def test_jobs_beyond_a_limit_are_not_removed_ones(tmp_path: Path) -> None:
