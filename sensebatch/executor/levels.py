@@ -57,10 +57,7 @@ def plan_levels(
             store.state.settle_chains()
             to_come = min((entry.level for entry in store.state.entries()), default=None)
             if to_come is None:
-                # Every verdict is there, so it is known which tries are needed next.
-                if not store.state.release_tries():
-                    return
-                continue
+                return
             entries = [entry for entry in store.state.entries() if entry.level == to_come]
             ids = {entry.id for entry in entries}
             if ids <= before:

@@ -351,8 +351,7 @@ class Ingest:
             descendants = chains.draw_again(self._db)
             acceptance.hold(self._db)
             chains.settle(self._db)
-            if not self._has_pending():
-                acceptance.release(self._db)
+            if not tables.has_pending(self._db) and acceptance.release(self._db):
                 chains.settle(self._db)
             self._drop_outdated_batches(root)
         self._of_model -= returned.keys()
@@ -414,10 +413,6 @@ class Ingest:
             for number, outputs in rows
             if not all(is_file(folder + path) for path in json.loads(outputs))
         ]
-
-    def _has_pending(self) -> bool:
-        query = "SELECT 1 FROM jobs WHERE wanted = 1 AND status = ? AND seen = ? LIMIT 1"
-        return self._db.execute(query, (PENDING, self._number)).fetchone() is not None
 
     def _take_back(self, root: Path) -> dict[int, int]:
         """Makes jobs done again that are to be run and were done as they are; see `_returned`."""

@@ -261,19 +261,17 @@ class State:
             return number
 
     def settle_chains(self) -> None:
-        """Blocks jobs that start from images of failed ones, and lets others run again."""
+        """Blocks jobs that start from images of failed ones, and lets others run again.
+
+        If nothing else is to be run, every verdict is there, and tries that are needed now may run.
+        """
         with self._db.reading() as db:
             if not chains.has_any(db):
                 return
         with self._db.transaction() as db:
             chains.settle(db)
-
-    def release_tries(self) -> int:
-        """Lets tries run that are needed now; returns how many; see `acceptance.release`."""
-        with self._db.transaction() as db:
-            number = acceptance.release(db)
-            chains.settle(db)
-            return number
+            if not tables.has_pending(db) and acceptance.release(db):
+                chains.settle(db)
 
     def series(self) -> list[Series]:
         """Returns the series of tries that the manifests have, and how far they are."""

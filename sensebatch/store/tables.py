@@ -91,6 +91,12 @@ def is_read(db: sqlite3.Connection, job_id: str) -> bool:
     return db.execute(query, (folded_id(job_id), latest_reading(db))).fetchone() is not None
 
 
+def has_pending(db: sqlite3.Connection) -> bool:
+    """Returns whether a job is to be run, or is running."""
+    query = "SELECT 1 FROM jobs WHERE wanted = 1 AND status = ? AND seen = ? LIMIT 1"
+    return db.execute(query, (PENDING, latest_reading(db))).fetchone() is not None
+
+
 def started_batches(db: sqlite3.Connection) -> list[StartedBatch]:
     """Returns the batches that were begun and not committed, in the order they were begun."""
     rows = db.execute(

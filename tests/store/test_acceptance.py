@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -258,3 +260,26 @@ def test_a_dry_run_holds_what_may_not_be_needed(tmp_path: Path) -> None:
     )
     counted = Counter(one.verdict.value for one in found.jobs)
     assert counted == {"drawn": 4, "held": 8}
+
+
+@pytest.mark.parametrize("has_crew", [False, True])
+def test_a_stop_between_two_rounds_of_tries_leaves_a_run_to_resume(
+    has_crew: bool, tmp_path: Path
+) -> None:
+    jobs = series("cat", accept={**CHECK, "at_least": 1.0})
+    stop = threading.Event()
+    steps = itertools.count(1)
+
+    def stop_at_verdicts() -> None:
+        if next(steps) == 2:
+            stop.set()
+
+    engine = Judge(stop_at_verdicts)
+    if has_crew:
+        crew = ThreadCrew(1, CONFIG, jobs, lambda *_: engine)
+        summary = run_crew(tmp_path, jobs, CONFIG, crew, stop=stop)
+    else:
+        summary = run_folder(tmp_path, jobs, CONFIG, engine=engine, stop=stop).summary
+    assert summary.stopped
+    assert summary.counts.remaining == 4
+    assert run_folder(tmp_path, jobs, CONFIG, engine=Judge()).summary.counts.done == 12
