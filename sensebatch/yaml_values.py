@@ -58,6 +58,7 @@ _MISTAKES = (
     ),
     ("escape", "expected two backslashes for one in double quotes, found {found}"),
     ("quoted scalar", "expected a closing quote, found none"),
+    ("flow node", "expected a value or a closing bracket, found {found}"),
     ("flow sequence", "expected ',' or ']' for the '[' on line {opened}, found {found}"),
     ("flow mapping", "expected ',' or '}}' for the '{{' on line {opened}, found {found}"),
     (
@@ -233,6 +234,9 @@ def _syntax_error(error: yaml.MarkedYAMLError, lines: Sequence[str]) -> YamlText
     mark = error.problem_mark or error.context_mark
     if mark is None:
         return YamlTextError(f"expected YAML, found an error: {said}", 1)
+    if "could not find expected ':'" in said and error.context_mark is not None:
+        # The library looks on for the colon, up to the end.
+        mark = error.context_mark
     line = mark.line
     rest = lines[line][mark.column :] if line < len(lines) else ""
     opened = line if error.context_mark is None else error.context_mark.line

@@ -38,7 +38,7 @@ from sensebatch.plan.fallback import leaner
 from sensebatch.plan.load import Load, group_load
 from sensebatch.plan.placement import Placement, Placements
 from sensebatch.resolutions import Resolution
-from sensebatch.tasks import Branch, Task
+from sensebatch.tasks import Branch, SystemPromptKind, Task
 from sensebatch.units import MIB
 from tests.engine.golden_model import KeptImages, succeeded
 
@@ -184,8 +184,13 @@ def test_a_job_reads_its_own_system_prompt_before_the_runs(task: Task) -> None:
     )
     decode = engine._tokenizer.decode
     assert decode(own.system_ids) == "system\nSpeak in rhymes.\n"
-    said = "You tell." if task is Task.INTERLEAVE else "You draw."
-    assert decode(runs.system_ids) == f"system\n{said}\n"
+    kind = task.spec.prompt.system
+    said = {
+        None: "",
+        SystemPromptKind.GENERATION: "system\nYou draw.\n",
+        SystemPromptKind.INTERLEAVE: "system\nYou tell.\n",
+    }
+    assert decode(runs.system_ids) == said[kind]
 
 
 def test_a_scale_below_1_draws_what_1_draws() -> None:
@@ -210,7 +215,7 @@ def test_a_job_that_cannot_be_laid_out_is_refused_before_any_batch() -> None:
     engine = load(make_config())
     with pytest.raises(JobError, match="expected valid Unicode"):
         engine.prepare(make_job("b", prompt="\ud800"), ())
-    with pytest.raises(JobError, match="expected at most 0 <image> marks"):
+    with pytest.raises(JobError, match="one <image> mark per image, found 1 for 0"):
         engine.prepare(make_job("b", task=Task.EDIT, prompt="<image>"), ())
     with pytest.raises(JobError, match="input image 1: expected an image"):
         engine.prepare(make_job("b", task=Task.EDIT, images=(planned(8, 8),)), [b"no image"])

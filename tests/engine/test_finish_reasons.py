@@ -28,7 +28,7 @@ WORD = TOKENIZER.encode("a")[0]
 
 def writes(monkeypatch: pytest.MonkeyPatch, module: Any, *choices: int) -> None:
     """Replaces what jobs choose by these tokens, one after the other, over all their texts."""
-    decode = module.greedy_decode
+    decode = module.decode_text
     left = list(choices)
 
     def scripted(first: Any, limits: Any, step: Any, **options: Any) -> Any:
@@ -38,7 +38,7 @@ def writes(monkeypatch: pytest.MonkeyPatch, module: Any, *choices: int) -> None:
         del left[: len(decoded[0].tokens) + (decoded[0].stopped_by is not None)]
         return decoded
 
-    monkeypatch.setattr(module, "greedy_decode", scripted)
+    monkeypatch.setattr(module, "decode_text", scripted)
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,8 @@ def test_what_is_written_is_read_again(value: object) -> None:
 @pytest.mark.parametrize(
     ("text", "line", "message"),
     [
-        ("a: 1\nb: [1,", 3, "expected ',' or ']' for the '[' on line 2, found the end"),
+        ("a: 1\nb: [1,", 3, "expected a value or a closing bracket, found the end"),
+        ("a: [1\nb: 2", 2, r"expected ',' or '\]' for the '\[' on line 1, found : 2"),
         ("a: 1\nb: 2\na: 3", 3, "expected every key once, found 'a' again"),
         ("x:\n  - {b: 1, b: 2}", 2, "expected every key once, found 'b' again"),
         ("a: 1\n2: x", 2, "expected text as a key, found '2'"),
