@@ -1,0 +1,195 @@
+"""What the backend makes of what Ray says; a stub stands for Ray."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from queue import SimpleQueue
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sensebatch.config import OutputConfig, WorkersConfig
+from sensebatch.errors import ConfigError
+from sensebatch.executor import ray_workers
+from sensebatch.executor.messages import Began, Died, Joined, News, Said
+from sensebatch.executor.ray_actor import Recipe
+from sensebatch.executor.ray_workers import RayCrew
+
+exceptions = pytest.importorskip("ray.exceptions")
+
+UNAVAILABLE = exceptions.ActorUnavailableError("socket closed", None)
+RECIPE = Recipe(
+    open_engine=lambda _gpu, _share: None,
+    output=OutputConfig(),
+    groups=(),
+    environment={},
+    version="0",
+    share="run",
+)
+
+
+class Ray:
+    """Answers as it is told."""
+
+    exceptions = exceptions
+
+    def __init__(self) -> None:
+        self.answer: Any = None
+        self.alive, self.num_gpus = True, 0
+        self.asked = 0
+
+    def get(self, _: object) -> Any:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"NodeID": "here", "Alive": self.alive}]
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"GPU": float(self.num_gpus)}
+
+    def remote(self) -> object:
+        """Is asked for news."""
+        self.asked += 1
+        return object()
+
+
+def new_crew(ray: Ray, monkeypatch: pytest.MonkeyPatch, **workers: Any) -> RayCrew:
+    monkeypatch.setattr(ray_workers, "import_ray", lambda: ray)
+    crew = RayCrew(WorkersConfig(**workers), RECIPE, uses_gpu=True)
+    crew._events = SimpleQueue()
+    crew._actors[0], crew._lives[0] = SimpleNamespace(listen=ray), 1
+    return crew
+
+
+def heard(crew: RayCrew, answer: Any) -> list[News]:
+    """Returns what a worker's answer comes to."""
+    crew._ray.answer = answer
+    crew._questions["question"] = (0, 1)
+    crew._take_answer("question")
+    found: list[News] = []
+    while not crew._events.empty():
+        said = crew._events.get()
+        assert isinstance(said, Said)
+        found.append(said.news)
+    return found
+
+
+def death(error: str) -> Exception:
+    died: Exception = exceptions.ActorDiedError()
+    died.error_msg = error  # type: ignore[attr-defined]
+    return died
+
+
+def test_news_are_passed_on_and_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Ray()
+    crew = new_crew(ray, monkeypatch)
+    assert heard(crew, ("here", [Began(number=1)])) == [Began(number=1)]
+    assert ray.asked == 1
+
+
+def test_a_process_that_was_killed_is_told_from_a_machine_that_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray = Ray()
+    crew = new_crew(ray, monkeypatch)
+    (killed,) = heard(crew, death("The actor is dead because its worker process has died."))
+    assert isinstance(killed, Died)
+    assert "its process was killed" in killed.reason
+    assert not killed.is_of_node
+    gone = heard(crew, death("The actor died because its node has died. Node Id: 7"))
+    assert gone == [Died(reason="its machine left the cluster", is_of_node=True)]
+
+
+def test_a_node_that_is_no_longer_alive_took_its_workers_along(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray = Ray()
+    crew = new_crew(ray, monkeypatch)
+    heard(crew, ("here", []))
+    ray.alive = False
+    assert heard(crew, death("nothing is known")) == [
+        Died(reason="its machine left the cluster", is_of_node=True)
+    ]
+
+
+def test_a_worker_that_cannot_be_reached_is_asked_until_ray_knows_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    crew = new_crew(Ray(), monkeypatch)
+    assert heard(crew, UNAVAILABLE) == []
+    assert [(worker, life) for _, worker, life in crew._again] == [(0, 1)]
+    (gone,) = heard(crew, death("The actor died because its node has died. Node Id: 7"))
+    assert isinstance(gone, Died)
+    assert gone.is_of_node
+
+
+def test_a_worker_that_is_reached_again_may_have_said_what_is_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    crew = new_crew(Ray(), monkeypatch)
+    heard(crew, UNAVAILABLE)
+    (died,) = heard(crew, ("here", [Began(number=1)]))
+    assert died == Died(reason="what it said was lost while it could not be reached")
+
+
+def test_a_worker_that_stays_out_of_reach_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_workers, "_DOUBT_S", 0.0)
+    (died,) = heard(new_crew(Ray(), monkeypatch), UNAVAILABLE)
+    assert died == Died(reason="its process or its machine can no longer be reached")
+
+
+def test_gpus_that_are_added_to_a_cluster_are_said_unless_workers_are_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for count, expected in ((None, [2]), (2, [])):
+        ray = Ray()
+        ray.num_gpus = 2
+        crew = new_crew(ray, monkeypatch, cluster="auto", count=count)
+        crew._numbers = range(crew._num_workers())
+        ray.num_gpus = 3
+        crew._look()
+        found = []
+        while not crew._events.empty():
+            said = crew._events.get()
+            assert isinstance(said, Said)
+            assert said.news == Joined()
+            found.append(said.worker)
+        assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("workers", "num_gpus", "message"),
+    [
+        ({}, 0, "--gpus: expected GPUs on this machine, found none"),
+        ({"cluster": "auto"}, 0, "--gpus: expected GPUs on the cluster, found none"),
+        ({"count": 3}, 2, "--workers: expected at most 2, one for each GPU, found 3"),
+    ],
+)
+def test_workers_without_gpus_for_them_are_refused(
+    monkeypatch: pytest.MonkeyPatch, workers: dict[str, Any], num_gpus: int, message: str
+) -> None:
+    ray = Ray()
+    ray.num_gpus = num_gpus
+    with pytest.raises(ConfigError, match=message):
+        new_crew(ray, monkeypatch, **workers)._num_workers()
+
+
+def test_files_of_runs_that_were_killed_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(ray_workers, "_MAX_TEMP_NAME", 1000)
+    no_process = 2**22 + 1  # more than Linux ever gives
+    left = tmp_path / f"sensebatch-ray-{no_process}-x"
+    running = tmp_path / f"sensebatch-ray-{os.getpid()}-x"
+    for folder in (left, running):
+        folder.mkdir()
+    made = ray_workers._new_temp()
+    assert not left.exists()
+    assert running.exists()
+    assert made.name.startswith(f"sensebatch-ray-{os.getpid()}-")
