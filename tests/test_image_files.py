@@ -66,7 +66,7 @@ def test_a_truncated_image_is_refused(kind: str, part: float) -> None:
         check_image(content[: int(len(content) * part)], as_stored=False)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(kind=st.sampled_from(FORMATS), place=st.floats(0, 1), junk=st.binary(min_size=1, max_size=9))
 def test_what_is_accepted_can_be_used_whatever_is_damaged(
     kind: str, place: float, junk: bytes

@@ -78,7 +78,7 @@ def fields_of(config: dict[str, Any], prefix: tuple[str, ...] = ()) -> list[tupl
     return places
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.sampled_from(CONFIGS), st.data())
 def test_any_configuration_is_read_or_refused(name: str, data: st.DataObject) -> None:
     config = golden_config(name)
@@ -276,9 +276,7 @@ def test_a_malformed_header_is_refused(tmp_path: Path, header: object) -> None:
     assert str(raised.value).isprintable()
 
 
-@settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(st.text(max_size=8), VALUES | st.just(ENTRY), max_size=4), st.data())
 def test_any_header_is_read_or_refused(
     tmp_path: Path, header: dict[str, Any], data: st.DataObject
@@ -326,9 +324,7 @@ ADAPTERS = st.dictionaries(
 )
 
 
-@settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     tensors=st.dictionaries(LORA_KEYS | st.text(max_size=8), MATRICES, max_size=4),
     adapter=st.none() | ADAPTERS | VALUES,
@@ -397,9 +393,7 @@ def test_only_so_much_python_is_parsed(tmp_path: Path, monkeypatch: pytest.Monke
     assert resolve_system_prompts(checkpoint).of_task(Task.T2I).text == "found"
 
 
-@settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=200) | st.text(max_size=200).map(lambda t: t.encode(errors="replace")))
 @example(b"SYSTEM_MESSAGE_FOR_GEN = 'a'")
 def test_any_python_is_passed_over_or_read(tmp_path: Path, source: bytes) -> None:

@@ -59,7 +59,7 @@ def load_fp8(
     return loader.load(make_placement(num_buffers, False, host_budget_bytes))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 1000),
     exponent=st.integers(-30, 30),

@@ -114,7 +114,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return outcome(root)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(lives=st.lists(st.integers(1, 300), min_size=1, max_size=5))
 def test_killed_at_any_step_and_resumed_equals_uninterrupted(
     uninterrupted: Any, lives: list[int]

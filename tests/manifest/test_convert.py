@@ -78,9 +78,7 @@ prompts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(
 )
 
 
-@settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(prompts, unique=True, min_size=1, max_size=4))
 def test_any_prompt_survives_every_format(
     tmp_path: Path, config: RunConfig, write_jsonl: WriteJsonl, texts: list[str]

@@ -129,7 +129,7 @@ def test_the_same_mistake_in_every_combination_is_said_once(mistakes: Mistakes) 
 words = st.text(alphabet="abcdé /:-.{}", min_size=1, max_size=8)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lists=st.dictionaries(
         st.sampled_from(["animal", "place", "seed", "num_steps"]),

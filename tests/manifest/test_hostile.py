@@ -122,9 +122,7 @@ VALUES = st.recursive(
 )
 NAMES = st.sampled_from([*JOB_FIELD_NAMES, "x", "steps"]) | st.text(max_size=4)
 ROWS = st.lists(st.dictionaries(NAMES, VALUES, max_size=5) | VALUES, max_size=3)
-FUZZED = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+FUZZED = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @FUZZED

@@ -41,7 +41,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 rows = st.lists(st.tuples(st.integers(0, NUM_ROWS - 1), st.sampled_from([0, 1])), max_size=12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(asked=rows)
 def test_members_are_read_in_any_order(table: Path, asked: list[tuple[int, int]]) -> None:
     reader = InputReader()

@@ -59,7 +59,7 @@ SCENE = st.builds(
 ).filter(lambda scene: scene.is_valid)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(SCENE)
 def test_recovers_every_scene_the_world_draws(scene: Scene) -> None:
     reading = read_image(draw_uint8(scene))
@@ -67,7 +67,7 @@ def test_recovers_every_scene_the_world_draws(scene: Scene) -> None:
     assert reading.background == scene.background
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(SCENE, st.integers(0, 2**32 - 1))
 def test_recovers_scenes_from_blurred_noisy_shifted_images(scene: Scene, seed: int) -> None:
     rng = np.random.default_rng(seed)
