@@ -33,6 +33,7 @@ __all__ = [
     "Summary",
     "Task",
     "WarmEngine",
+    "WorkersConfig",
     "configure",
     "finished_jobs",
     "iter_jobs",

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sensebatch.config import RunConfig, default_config
+from sensebatch.config import RunConfig, WorkersConfig, default_config
 from sensebatch.contract import Stop
 from sensebatch.errors import (
     CheckpointError,
@@ -67,6 +67,7 @@ __all__ = [
     "Summary",
     "Task",
     "WarmEngine",
+    "WorkersConfig",
     "configure",
     "finished_jobs",
     "iter_jobs",
@@ -211,6 +212,7 @@ def run(
     observer: RunObserver | None = None,
     stop: Stop | None = None,
     redraw: bool = False,
+    workers: WorkersConfig | None = None,
 ) -> Summary:
     """Runs the jobs that are not done yet in a folder, and returns what became of them.
 
@@ -227,6 +229,7 @@ def run(
             `threading.Event` is one.
         redraw: Whether finished jobs may be drawn again although only the model, its dtype or its
             precision has changed since; otherwise they are refused.
+        workers: Workers in processes of their own, in place of one engine in this process.
 
     Raises:
         SensebatchError: Something the user can fix, raised before any job runs.
@@ -234,10 +237,17 @@ def run(
         RunStoppedError: The disk is full, or the device failed; the same call resumes the run.
         StoppedError: The stop was set before any job ran.
     """
+    if engine is not None and workers is not None:
+        raise ConfigError("workers: expected no engine beside them; each loads one of its own")
     if config is None:
         config = default_config() if engine is None else engine.config
     request = Request(
-        root=Path(folder), config=config, sources=(), jobs=lambda: _some(jobs), redraw=redraw
+        root=Path(folder),
+        config=config,
+        sources=(),
+        jobs=lambda: _some(jobs),
+        redraw=redraw,
+        workers=workers,
     )
     with nullcontext() if engine is None else engine.held(config.model) as backend:
         return run_session(request, backend, observer=observer, stop=stop)

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+import sensebatch
+from sensebatch import session
 from sensebatch.config import RunConfig, WorkersConfig
 from sensebatch.contract import Engine, HostShare
 from sensebatch.errors import CheckpointError, ConfigError
@@ -106,3 +108,19 @@ def test_worker_keeps_to_the_budget_of_its_gpu() -> None:
         opens(gpu, share)
     loaded: list[RunConfig] = backend.loaded
     assert [config.memory.vram_budget_bytes for config in loaded] == [7, None]
+
+
+def test_python_programs_have_workers_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipes = backed_by_threads(monkeypatch)
+    workers = sensebatch.WorkersConfig(
+        backend="threads", count=2, environment={"OMP_NUM_THREADS": "1"}
+    )
+    monkeypatch.setattr(session, "TorchBackend", FakeBackend)
+    assert sensebatch.run(JOBS, tmp_path, config=make_config(), workers=workers).done == 5
+    assert recipes[0].environment == {"OMP_NUM_THREADS": "1"}
+
+
+def test_workers_share_no_engine_that_is_loaded_already(tmp_path: Path) -> None:
+    engine = session.WarmEngine(make_config(), FakeBackend())
+    with pytest.raises(ConfigError, match="workers: expected no engine beside them"):
+        sensebatch.run(JOBS, tmp_path, engine=engine, workers=WorkersConfig(count=2))
