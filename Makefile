@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt
 .PHONY: run test quick lint help clean
 
 run: $(VENV)/.installed
-	$(BIN)/sensebatch run manifests/catalog.yaml
+	$(BIN)/sensebatch run manifests/catalog.yaml --redraw
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --cov=sensebatch

@@ -93,7 +93,7 @@ def test_the_cpu_build_of_the_configured_indexes_is_taken_first(checkout: Checko
     ended = checkout.make(allowed=CPU)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert checkout.asked == [f"--quiet {CPU}"]
-    assert "ran run manifests/catalog.yaml" in ended.stdout
+    assert "ran run manifests/catalog.yaml --redraw" in ended.stdout
 
 
 def test_the_cpu_build_is_asked_of_pytorch_where_the_indexes_have_none(checkout: Checkout) -> None:
