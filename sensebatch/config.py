@@ -219,8 +219,8 @@ class RunConfig:
 
 PRESETS: Mapping[Quality, Mapping[str, Any]] = {
     Quality.EXACT: {"num_steps": 50, "timestep_shift": 3.0, "solver": Solver.EULER},
-    Quality.HIGH: {"num_steps": 25, "timestep_shift": 1.0, "solver": Solver.AB2},
-    Quality.FAST: {"num_steps": 16, "timestep_shift": 1.0, "solver": Solver.AB2},
+    Quality.HIGH: {"num_steps": 25, "timestep_shift": 1.0, "solver": Solver.EULER},
+    Quality.FAST: {"num_steps": 16, "timestep_shift": 1.0, "solver": Solver.EULER},
 }
 """What `quality` stands for, among `SCHEDULE_SETTINGS`; those it does not name are neutral.
 

@@ -142,7 +142,7 @@ def test_a_preset_that_wins_is_written_as_its_settings(tmp_path: Path) -> None:
     write_files(tmp_path, [verdict], (16,), model="tiny", made_by="today")
     sampling = resolve_settings(config_file=tmp_path / "16-steps.yaml").tasks[Task.T2I].sampling
     assert (sampling.num_steps, sampling.timestep_shift) == (16, 1.0)
-    assert (sampling.solver, sampling.timesteps) == (Solver.AB2, ())
+    assert (sampling.solver, sampling.timesteps) == (Solver.EULER, ())
 
 
 def _variant(name: str, settings: dict[str, object], psnr_db: float) -> Variant:

@@ -54,7 +54,7 @@ def test_what_is_said_beside_a_quality_or_above_it_wins(tmp_path: Path) -> None:
     beside = _job(tmp_path, {"quality": "high", "num_steps": 9})
     above = _job(tmp_path, {"num_steps": 9}, {"quality": "high"})
     assert _steps(beside.sampling) == _steps(above.sampling)
-    assert (above.sampling.num_steps, above.sampling.solver) == (9, Solver.AB2)
+    assert (above.sampling.num_steps, above.sampling.timestep_shift) == (9, 1.0)
 
 
 def test_timesteps_say_how_many_steps_there_are(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_file_and_a_flag_say_it_alike(tmp_path: Path) -> None:
     assert _steps(resolve_settings(config_file=path, flags=flags).tasks[Task.T2I].sampling) == EXACT
     by_flag = resolve_settings(config_file=path, flags={"tasks.t2i.num_steps": 7})
     found = by_flag.tasks[Task.T2I].sampling
-    assert (found.num_steps, found.solver) == (7, Solver.AB2)
+    assert (found.num_steps, found.timestep_shift) == (7, 1.0)
 
 
 def test_settings_with_timesteps_can_be_read_again(tmp_path: Path) -> None:
