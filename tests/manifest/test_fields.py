@@ -184,4 +184,5 @@ def test_fields_of_other_tasks_are_named(mistakes: Mistakes, draw_input: Any, ta
     named = {message.split(": ")[1] for message in found}
     assert named == FOREIGN_FIELDS[task] - {
         "image", "images", "question", "resolution", "quality", "timesteps",
+        "accept", "keep", "tries",
     }  # fmt: skip
