@@ -731,7 +731,7 @@ def _new_crew(
         ConfigError: The backend is not installed, or it is not said how many workers there are.
     """
     uses_gpu = model.device == "cuda"
-    if not uses_gpu and workers.count is None:
+    if not uses_gpu and (workers.count is None or workers.gpus):
         raise ConfigError(
             "--gpus: expected a GPU that torch can use, found none; --workers N computes on the CPU"
         )

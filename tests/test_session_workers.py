@@ -75,6 +75,12 @@ def test_workers_without_a_gpu_have_to_be_counted(tmp_path: Path) -> None:
         run_session(request(tmp_path, WorkersConfig()), FakeBackend())
 
 
+def test_named_gpus_that_are_not_there_are_not_replaced_by_the_cpu(tmp_path: Path) -> None:
+    workers = WorkersConfig(gpus=("0", "1"), count=2)
+    with pytest.raises(ConfigError, match="--gpus: expected a GPU that torch can use, found none"):
+        run_session(request(tmp_path, workers), FakeBackend())
+
+
 def worker_engine(**changes: Any) -> tuple[WorkerEngine, FakeBackend]:
     config, backend = make_config(), FakeBackend()
     model = open_model(config.model, backend, RunObserver())

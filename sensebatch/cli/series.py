@@ -24,6 +24,7 @@ def series_lines(series: Sequence[Series]) -> Iterator[str]:
     yield f"  accepted {accepted:,} of {counted(wanted, 'image')} wanted{rate}"
     short = [one for one in series if one.is_short]
     for one in short[:MAX_SHORT]:
-        yield f"  short    {one.name}: {one.accepted} of {one.keep} after {one.tries} tries"
+        tries = "1 try" if one.tries == 1 else f"{one.tries:,} tries"
+        yield f"  short    {one.name}: {one.accepted} of {one.keep} after {tries}"
     if len(short) > MAX_SHORT:
         yield f"  ... and {len(short) - MAX_SHORT:,} more; status --json lists all"

@@ -209,6 +209,12 @@ class Dataset:
         """The folder's id: 12 hex digits, drawn when it was made."""
         return self._state.run_id
 
+    @property
+    def knows_manifests(self) -> bool:
+        """Whether manifests were read since `sensebatch repair`, which finds neither the input
+        images of jobs nor what was decided about tries."""
+        return self._state.knows_manifests
+
     @cached_property
     def extra_columns(self) -> Mapping[str, str]:
         """Names of matrix and metadata that `COLUMNS` has not, and in which of the two they are."""

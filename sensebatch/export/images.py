@@ -126,7 +126,13 @@ class ImageLoader:
 
     def _content(self, file: ImageFile) -> bytes:
         if not isinstance(file.source, str):
-            return self._read_input(file.source)
+            content = self._read_input(file.source)
+            if file.sha256 and hashlib.sha256(content).hexdigest() != file.sha256:
+                raise JobError(
+                    f"{file.name}: expected the image that the job was made from, found another "
+                    "one; the same run makes the job again"
+                )
+            return content
         try:
             content = (self._root / file.source).read_bytes()
         except OSError as error:

@@ -110,6 +110,7 @@ def export(
     ledger, terms = Ledger(target), _terms(dataset, config)
     # What does not fit is refused before the folder is read.
     ledger.open(terms)
+    _require_manifests(dataset)
     with Spool() as spool:
         found = _collected(dataset, spool, config)
         if not found.rows:
@@ -215,6 +216,15 @@ class _Writing:
             digests.append(row.digest)
             self.num_images += len(row.images)
             self._observer.wrote(len(row.images))
+
+
+def _require_manifests(dataset: Dataset) -> None:
+    if not dataset.knows_manifests:
+        raise ExportError(
+            f"{dataset.root}: expected manifests that were read since sensebatch repair, which "
+            "finds neither input images nor what was accepted; run them once more (what is done "
+            "stays), then export"
+        )
 
 
 def _terms(dataset: Dataset, config: ExportConfig) -> dict[str, Any]:

@@ -68,9 +68,11 @@ def sample_of(record: Record) -> Sample:
     row = record.row
     assert row is not None
     job = record.job
+    # What the job was made from, which another job may have replaced since.
+    made_from = row.get("input_image_sha256") or [image.sha256 for image in job.images]
     inputs = tuple(
-        ImageFile(name=_input_name(number, image), sha256=image.sha256, source=image)
-        for number, image in enumerate(job.images)
+        ImageFile(name=_input_name(number, image), sha256=sha256, source=image)
+        for number, (image, sha256) in enumerate(zip(job.images, made_from, strict=True))
     )
     drawn = tuple(
         ImageFile(name=PurePosixPath(path).name, sha256=sha256, source=path)

@@ -287,7 +287,13 @@ class Ingest:
         query = "SELECT row FROM attempts WHERE seq = ?"
         found = self._db.execute(query, (old.current,)).fetchone()
         row = {} if found is None else row_from_json(found[0])
-        self._reasons[old.number] = _changed_model(row, self._identity)
+        changed = _changed_model(row, self._identity)
+        if parents and not changed:
+            # An earlier reading, which did not get as far as this job, has changed a parent.
+            self._reasons[old.number] = "an image it starts from was made again"
+            self._redefined.add(new.job.id)
+            return
+        self._reasons[old.number] = changed or _OTHER_PROMPTS
         if old.status == DONE:
             self._of_model.add(old.number)
 
@@ -495,8 +501,12 @@ def _changed_fields(before: Job, now: Job) -> list[str]:
     return changed + [name for name in {**old, **new} if old.get(name) != new.get(name)]
 
 
+_OTHER_PROMPTS = "other system prompts or another version of sensebatch"
+"""Why a job runs again of which nothing that the log has is another."""
+
+
 def _changed_model(row: Mapping[str, Any], identity: ModelIdentity) -> str:
-    """Returns what is not as it was of the model that drew a row."""
+    """Returns what is not as it was of the model that drew a row; empty where all of it is."""
     now = {
         "checkpoint": identity.checkpoint,
         "lora": identity.lora,
@@ -512,4 +522,4 @@ def _changed_model(row: Mapping[str, Any], identity: ModelIdentity) -> str:
             words.append("no LoRA" if identity.lora is None else "another LoRA")
         else:
             words.append(f"{name} {now[name] or 'auto'} instead of {row[name] or 'auto'}")
-    return ", ".join(words) or "other system prompts or another version of sensebatch"
+    return ", ".join(words)

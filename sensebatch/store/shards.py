@@ -140,7 +140,8 @@ def require_same_jobs(db: sqlite3.Connection, root: Path) -> None:
     if shard is not None and chains.has_any(db):
         raise RunFolderError(
             f"{root}: expected jobs that start from files alone, found some that start from images "
-            "of other jobs, which may be in another shard; run them without --shard"
+            "of other jobs, as the questions of accept do. These may be in another shard; run them "
+            "without --shard"
         )
     if shard is None or found is None or found.jobs == _jobs_digest(db):
         return

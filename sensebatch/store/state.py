@@ -138,6 +138,12 @@ class State:
         with self._db.reading() as db:
             return tables.get_meta(db, "run") or ""
 
+    @property
+    def knows_manifests(self) -> bool:
+        """Whether manifests were read since the state was made, or rebuilt by a repair."""
+        with self._db.reading() as db:
+            return tables.get_meta(db, "reading") is not None
+
     def next_session(self) -> int:
         """Returns a number for a process that works in the folder; the first is 1."""
         with self._db.transaction() as db:

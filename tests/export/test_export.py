@@ -20,12 +20,14 @@ from sensebatch.export.formats import FORMATS
 from sensebatch.export.run import ExportObserver
 from sensebatch.export.splits import parse_splits
 from sensebatch.jobs import InputImage
+from sensebatch.store.repair import repair
 from sensebatch.tasks import Task
 from tests.executor.fakes import make_job, run_folder
 from tests.export.folders import (
     expected_columns,
     export_folder,
     grid,
+    input_file,
     make_folder,
     mixed_jobs,
     parquet_ids,
@@ -159,6 +161,21 @@ def test_image_of_another_job_is_an_input_image(tmp_path: Path) -> None:
     rows = {row["id"]: row for row in parquet_rows(tmp_path / "out")}
     assert rows["child"]["input_images"][0]["bytes"] == rows["a"]["image"]["bytes"]
     assert rows["child"]["input_images"][0]["path"] == "input-0.png"
+
+
+def test_folder_that_was_repaired_is_exported_once_its_manifest_was_read(tmp_path: Path) -> None:
+    image = input_file(tmp_path / "inputs", "one.png")
+    jobs = [make_job("a"), make_job("edit", Task.EDIT, images=(image,))]
+    root = make_folder(tmp_path / "run", jobs)
+    for file in root.glob("state.db*"):
+        file.unlink()
+    repair(root)
+    with pytest.raises(ExportError, match="manifests that were read since sensebatch repair"):
+        export_folder(root, tmp_path / "out")
+    run_folder(root, jobs)
+    export_folder(root, tmp_path / "out")
+    rows = {row["id"]: row for row in parquet_rows(tmp_path / "out")}
+    assert len(rows["edit"]["input_images"]) == 1
 
 
 def test_answers_without_images_are_written_once(tmp_path: Path) -> None:

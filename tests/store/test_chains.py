@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sensebatch.config import ExecutionConfig
-from sensebatch.errors import ManifestError, RunFolderError
+from sensebatch.errors import ExportError, ManifestError, RunFolderError
 from sensebatch.executor.run import execute
 from sensebatch.executor.worker import EngineWorker
 from sensebatch.gallery.inputs import Inputs
@@ -21,7 +21,7 @@ from sensebatch.store.codec import job_from_json, job_to_json
 from sensebatch.store.dry_run import dry_run
 from sensebatch.store.shards import Shard
 from sensebatch.store.status import read_status
-from sensebatch.store.store import open_store
+from sensebatch.store.store import Store, open_store
 from sensebatch.tasks import Task
 from tests.executor.crews import ThreadCrew, run_crew
 from tests.executor.fakes import (
@@ -275,6 +275,39 @@ def test_a_dry_run_says_why_children_run_again_and_which_are_blocked(tmp_path: P
     assert reasons["a-edited"] == reasons["a-twice"] == reasons["b-edited"] == again
     assert reasons["both"] == ("blocked", "starts from an image of a job that failed")
     assert reasons["alone"] == ("kept", "done")
+
+
+def test_a_parent_that_was_drawn_again_on_its_own_is_not_taken_for_another_model(
+    tmp_path: Path,
+) -> None:
+    root = tmp_path / "run"
+    run_folder(root, family(), CONFIG)
+    changed = [replace(job, seed=8) if job.id == "a" else job for job in family()]
+    # As with --limit: the reading does not get to the children.
+    run_folder(root, [job for job in changed if job.id == "a"], CONFIG)
+    with open_store(root) as store:
+        changes = store.ingest(changed, IDENTITY)
+    assert (changes.redraw, changes.changed) == (None, 4)
+    ran = run_folder(root, changed, CONFIG)
+    assert ran.engine.batches == [("a-edited", "both"), ("a-twice", "mixed")]
+
+
+def test_a_child_is_not_exported_with_an_image_that_it_was_not_made_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, out = tmp_path / "run", tmp_path / "out"
+    jobs = [job for job in family() if job.id != "alone"]
+    run_folder(root, jobs, CONFIG)
+    changed = [replace(job, seed=8) if job.id == "a" else job for job in jobs]
+    ingest = Store.ingest
+    with monkeypatch.context() as patched:
+        # As with `--limit 1`: what the reading does not get to stays as it is.
+        patched.setattr(Store, "ingest", lambda *args: ingest(*args, limit=1))
+        assert run_folder(root, changed[:1], CONFIG).engine.batches == [("a",)]
+    with pytest.raises(ExportError, match="expected the image that the job was made from"):
+        export_folder(root, out)
+    run_folder(root, changed, CONFIG)
+    export_folder(root, out)
 
 
 def test_another_model_is_what_draws_a_whole_chain_again(tmp_path: Path) -> None:
