@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from sensebatch.engine.model.attention import sdpa
+from sensebatch.engine.model.patchify import tokens_to_image
+from sensebatch.engine.runner import Runner
 from sensebatch.engine.sampling.flow_matching import explicit_timesteps, timesteps
 from sensebatch.engine.sampling.guidance import Guidance
 from sensebatch.engine.sampling.solvers import SOLVERS, integrate
+from sensebatch.engine.tasks.denoise import Canvas, denoise
 from sensebatch.jobs import CfgNorm, Solver
+from sensebatch.resolutions import Resolution
 from sensebatch.tasks import Branch, Task
+from tests.engine.drawings import drawing_of
+from tests.engine.golden_model import infer
+from tests.engine.memory.test_estimates import small_network
 from tests.engine.test_sampling import SAMPLING
+from tests.golden_data import ByteTokenizer
 
 SECOND_ORDER = [Solver.AB2, Solver.DPM2M]
 
@@ -101,3 +111,31 @@ def test_the_step_that_cfg_zero_star_leaves_out_is_not_used_again() -> None:
     sampling = replace(SAMPLING, cfg_scale=4.0, cfg_norm=CfgNorm.CFG_ZERO_STAR, guidance_stride=2)
     steps = Guidance(Task.T2I, sampling).evaluations([0.0, 0.2, 0.4, 0.6])
     assert [step.uses_effect for step in steps] == [False, False, True, False]
+
+
+def test_an_effect_that_never_changes_is_as_good_as_a_fresh_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a network that predicts the same images at every step."""
+    network, size = small_network(), Resolution(height=64, width=64)
+    runner = Runner(network=network, tokenizer=ByteTokenizer(), attention=sdpa)
+    cond, uncond = torch.randn(2, size.image_tokens, 3072, generator=torch.Generator())
+    num_evaluations = []
+
+    def predict(_z: Tensor, *args: Any) -> Tensor:
+        num_evaluations.append(len(args[-1]))
+        return torch.stack([cond, uncond][: len(args[-1])])
+
+    monkeypatch.setattr(network, "predict_image", predict)
+    drawn = {}
+    for stride in (1, 3):
+        guidance = Guidance(Task.T2I, replace(SAMPLING, cfg_scale=3.0, guidance_stride=stride))
+        caches = {branch: network.new_cache() for branch in guidance.branches}
+        canvas = Canvas(guidance=guidance, caches=caches, noise=torch.ones(3, 64, 64))
+        drawing = drawing_of(guidance, size, num_steps=5, guidance_stride=stride)
+        with infer():
+            drawn[stride] = denoise(runner, [canvas], drawing=drawing)
+    assert num_evaluations == [2] * 5 + [2, 1, 1, 2, 1]
+    torch.testing.assert_close(drawn[3], drawn[1], rtol=0, atol=1e-4)
+    expected = tokens_to_image((uncond + 3 * (cond - uncond))[None], 64, 64)
+    torch.testing.assert_close(drawn[1], expected, rtol=0, atol=1e-4)
