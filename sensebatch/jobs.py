@@ -364,6 +364,8 @@ class AttemptAt:
     """From 0."""
     keep: int
     """How many of the series are to be accepted; the rest need not run."""
+    checks: int = 1
+    """How many questions decide about a try; it is open until all are answered."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

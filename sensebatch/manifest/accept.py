@@ -40,7 +40,10 @@ class Acceptance:
         if series == job.id:
             series = "*".join(job.id.rsplit(str(job.seed), 1))
         number = job.seed - self.first_seed
-        return replace(job, attempt_at=AttemptAt(series=series, number=number, keep=self.keep))
+        attempt_at = AttemptAt(
+            series=series, number=number, keep=self.keep, checks=len(self.checks)
+        )
+        return replace(job, attempt_at=attempt_at)
 
     def questions(self, job: Job) -> Iterator[tuple[Expanded, VerdictOn]]:
         """Yields the questions about the image of a job, with what each decides."""

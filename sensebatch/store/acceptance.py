@@ -173,7 +173,10 @@ def _passed(db: sqlite3.Connection, folded: str, status: str) -> bool | None:
         " LEFT JOIN attempts ON attempts.seq = current WHERE verdicts.job = ? AND wanted = 1",
         (folded,),
     ).fetchall()
-    if any(state in _UNDECIDED for _, _, state, _ in judges):
+    # A reading with a limit may have ended between a try and its questions.
+    query = "SELECT json_extract(definition, '$.try.checks') FROM jobs WHERE folded = ?"
+    (num_checks,) = db.execute(query, (folded,)).fetchone()
+    if len(judges) < (num_checks or 1) or any(state in _UNDECIDED for _, _, state, _ in judges):
         return None
     return all(
         state == DONE and _probability(row, answer) >= at_least

@@ -23,7 +23,7 @@ from sensebatch.manifest.read import read_rows
 from sensebatch.store.acceptance import Series, Verdict
 from sensebatch.store.dry_run import dry_run
 from sensebatch.store.status import read_status
-from sensebatch.store.store import open_store
+from sensebatch.store.store import Store, open_store
 from sensebatch.tasks import Task
 from tests.executor.crews import ThreadCrew, run_crew
 from tests.executor.fakes import (
@@ -149,9 +149,26 @@ def test_all_checks_must_hold(tmp_path: Path) -> None:
         assert (verdict is Verdict.REJECTED) == (min(shares) < 0.6)
 
 
+@pytest.mark.parametrize("limit", [1, 2])
+def test_a_try_is_open_until_all_its_checks_were_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    checks = [CHECK | {"at_least": 0.001}, CHECK | {"ask": "Is it?", "at_least": 0.001}]
+    jobs = series("ship", accept=checks, keep=1, tries=1)
+    assert len(jobs) == 3
+    ingest = Store.ingest
+    with monkeypatch.context() as patched:
+        # As with `--limit`, which counts a try and its questions as jobs.
+        patched.setattr(Store, "ingest", lambda *args: ingest(*args, limit=limit))
+        run_folder(tmp_path, jobs[:limit], CONFIG, engine=Judge())
+    assert verdicts(tmp_path) == {}
+    run_folder(tmp_path, jobs, CONFIG, engine=Judge())
+    assert list(verdicts(tmp_path).values()) == [Verdict.ACCEPTED]
+
+
 def test_another_threshold_draws_nothing_again(tmp_path: Path) -> None:
     run_folder(tmp_path, series(*NAMES), CONFIG, engine=Judge())
-    lower = series(*NAMES, accept={**CHECK, "at_least": 0.01})
+    lower = series(*NAMES, accept={**CHECK, "at_least": 0.0011})
     ran = run_folder(tmp_path, lower, CONFIG, engine=Judge())
     assert ran.engine.batches == []
     found = list(verdicts(tmp_path).values())
