@@ -187,9 +187,11 @@ class Watch:
         if self.killed or self._kill_after is None:
             return
         if sum(path.is_file() for path in self._images.rglob("*")) >= self._kill_after:
-            worker = next(filter(_is_worker, driver.children(recursive=True)))
-            os.kill(worker.pid, signal.SIGKILL)
-            self.killed = True
+            # None where the last worker has ended meanwhile.
+            for worker in filter(_is_worker, driver.children(recursive=True)):
+                os.kill(worker.pid, signal.SIGKILL)
+                self.killed = True
+                return
 
 
 def _is_worker(process: psutil.Process) -> bool:

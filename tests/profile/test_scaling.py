@@ -95,7 +95,8 @@ def test_workers_took_the_memory_of_the_host_that_is_expected(workers: int, tmp_
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux")
 def test_a_killed_worker_leaves_the_bytes_as_they_are(tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    words = ["--cpu", "--model", "synthetic:tiny", "--jobs", "40", "--steps", "6", "--side", "64"]
+    # So many steps that the run is looked at many times after a quarter of its jobs.
+    words = ["--cpu", "--model", "synthetic:tiny", "--jobs", "40", "--steps", "90", "--side", "64"]
     app = typer.Typer()
     app.command()(scaling.main)
     for more in (["--workers", "0"], ["--workers", "2", "--kill"]):
