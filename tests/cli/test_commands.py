@@ -18,6 +18,8 @@ from sensebatch.checkpoint.files import TINY_FOLDER
 from tests.checkpoint.folders import write_folder, zeros
 from tests.cli.conftest import Invoke
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -21,6 +21,8 @@ from sensebatch.store.log import read_log
 from tests.backends import FakeBackend
 from tests.cli.conftest import Ended, Invoke
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path("outputs/jobs")
 PROMPTS = {"a": "a star", "b": "a ring", "c": "a circle", "bad": "this one fails"}
 

@@ -16,6 +16,8 @@ from tests.executor.fakes import make_job
 from tests.export.fake_hub import TOKEN, FakeHub, fake_hub
 from tests.export.folders import grid, make_folder, parquet_ids
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -13,6 +13,8 @@ from sensebatch.dataset.records import open_dataset
 from tests.cli.conftest import Invoke
 from tests.executor.fakes import Flag, make_job, run_folder
 
+pytestmark = pytest.mark.slow
+
 
 def _run(root: Path, count: int = 3) -> Path:
     run_folder(root, [make_job(f"job{n}") for n in range(count)])

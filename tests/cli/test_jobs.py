@@ -17,6 +17,8 @@ from sensebatch.tasks import Task
 from tests.cli.conftest import Invoke
 from tests.executor.fakes import make_input, make_job, run_folder
 
+pytestmark = pytest.mark.slow
+
 FOLDER = "run"
 
 

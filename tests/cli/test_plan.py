@@ -13,6 +13,8 @@ from sensebatch.cli.plan_tables import MAX_GROUPS
 from sensebatch.units import GIB
 from tests.cli.conftest import Invoke
 
+pytestmark = pytest.mark.slow
+
 MODEL = ("--model", "synthetic:8b")
 SPEEDS = {
     "gpu": "NVIDIA Test",

@@ -25,6 +25,8 @@ from tests.engine.test_batches import fresh
 from tests.engine.test_engine import generate, load, make_config, make_job
 from tests.golden_data import TOLERANCE, ByteTokenizer, case_ids, load_case, relative_error
 
+pytestmark = pytest.mark.slow
+
 END = ByteTokenizer().eos_id
 
 

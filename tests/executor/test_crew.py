@@ -35,6 +35,8 @@ from tests.executor.fakes import (
 )
 from tests.executor.scale import run_scaled
 
+pytestmark = pytest.mark.slow
+
 CONFIG = make_config(max_batch_size=3, execution=ExecutionConfig(max_attempts=2))
 
 

@@ -36,6 +36,8 @@ from tests.executor.fakes import (
     run_folder,
 )
 
+pytestmark = pytest.mark.slow
+
 BATCH_S = 8.0
 """Seconds that the fake engine says of every batch."""
 GROUP = group_key(make_job("a"))

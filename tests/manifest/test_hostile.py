@@ -19,6 +19,8 @@ from sensebatch.manifest.fields import JOB_FIELD_NAMES
 from sensebatch.manifest.read import read_manifest, run_name
 from tests.bounds import bounded
 
+pytestmark = pytest.mark.slow
+
 MAX_BYTES = 64 * 2**20
 """Most memory that a small manifest may take to be refused or read."""
 

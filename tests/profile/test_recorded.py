@@ -18,6 +18,8 @@ from sensebatch.resolutions import Resolution
 from sensebatch.units import GIB
 from tests.profile.results import result
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parents[2] / "docs" / "measured"
 LOWEST, HIGHEST = 0.97, 1.10
 """What is expected, by what was reserved or resident."""

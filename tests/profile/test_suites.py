@@ -29,6 +29,8 @@ from sensebatch.settings import resolve_settings
 from sensebatch.tasks import Task
 from sensebatch.units import GIB
 
+pytestmark = pytest.mark.slow
+
 NUM_JOBS = {
     "interleave": 1, "interleave-4": 4, "interleave-13gib": 1, "plain-16": 16, "think-16": 16,
     "think-16-7gib": 16, "t2i-1024": 32, "t2i-1024-no-compile": 32, "answers": 32,

@@ -38,6 +38,8 @@ from tests.executor.fakes import (
 from tests.executor.test_crash import MEMORY, Killed, Life, mortal
 from tests.export.folders import export_folder, parquet_ids
 
+pytestmark = pytest.mark.slow
+
 CONFIG = make_config(max_batch_size=4, execution=ExecutionConfig(max_attempts=1))
 CHECK = {"ask": "Is it good?", "choices": ["yes", "no"], "is": "yes", "at_least": 0.6}
 

@@ -39,6 +39,8 @@ from tests.executor.fakes import (
 from tests.executor.test_crash import MEMORY, Killed, Life, mortal
 from tests.export.folders import export_folder, parquet_rows
 
+pytestmark = pytest.mark.slow
+
 CONFIG = make_config(max_batch_size=2)
 
 

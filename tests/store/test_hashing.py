@@ -18,6 +18,8 @@ from sensebatch.store.run_dir import RunDir
 from sensebatch.tasks import Task
 from tests.executor.fakes import make_job, run_folder
 
+pytestmark = pytest.mark.slow
+
 
 def hashes(root: Path) -> list[list[str] | None]:
     return read_log(root / "log.parquet")["image_phash"].to_pylist()

@@ -45,6 +45,8 @@ from tests.executor.fakes import (
 )
 from tests.executor.test_crash import Killed, Life, mortal
 
+pytestmark = pytest.mark.slow
+
 CONFIG = make_config(execution=ExecutionConfig(max_attempts=2))
 
 

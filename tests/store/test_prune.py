@@ -21,6 +21,8 @@ from sensebatch.store.store import open_store
 from sensebatch.tasks import Task
 from tests.executor.fakes import IDENTITY, make_job, run_folder
 
+pytestmark = pytest.mark.slow
+
 
 def files(root: Path) -> set[str]:
     return {

@@ -21,6 +21,8 @@ from sensebatch.store.finished import finished_jobs
 from sensebatch.store.status import read_status
 from tests.executor.fakes import FakeEngine, make_job, run_folder
 
+pytestmark = pytest.mark.slow
+
 JOBS = [make_job(f"j{i}") for i in range(5)]
 
 AS_ANYBODY = """

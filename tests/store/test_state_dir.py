@@ -42,6 +42,8 @@ from tests.executor.fakes import (
 from tests.executor.test_crash import Killed, Life, mortal
 from tests.store.test_merge import run_shards
 
+pytestmark = pytest.mark.slow
+
 CONFIG = make_config(execution=ExecutionConfig(max_attempts=2))
 
 MOUNTS = r"""

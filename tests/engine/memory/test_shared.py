@@ -30,7 +30,10 @@ from sensebatch.errors import StoppedError
 from sensebatch.jobs import ModelIdentity, Precision
 from tests.engine.memory.sharing_process import loaded
 
-pytestmark = pytest.mark.skipif(not can_share(), reason="only Linux shares weights")
+pytestmark = [
+    pytest.mark.skipif(not can_share(), reason="only Linux shares weights"),
+    pytest.mark.slow,
+]
 
 
 @pytest.fixture
