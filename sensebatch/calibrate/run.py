@@ -87,6 +87,9 @@ class Verdict:
 def chosen_jobs(jobs: Sequence[Job], scale: Scale) -> dict[Task, list[Job]]:
     """Returns the jobs to calibrate with, by task: those of the size that most jobs have.
 
+    Jobs that start from images of other jobs are left out, since those would have to be drawn
+    first, and tries count as jobs like any other.
+
     Raises:
         ConfigError: No task that makes one image has two jobs of one size.
     """
@@ -96,7 +99,7 @@ def chosen_jobs(jobs: Sequence[Job], scale: Scale) -> dict[Task, list[Job]]:
             continue
         by_size: dict[Any, list[Job]] = {}
         for job in jobs:
-            if job.task is task:
+            if job.task is task and not job.level:
                 by_size.setdefault((job.resolution, job.think), []).append(job)
         largest = max(by_size.values(), key=len, default=[])
         if len(largest) >= 2:
@@ -204,7 +207,11 @@ def _steps_of(job: Job) -> dict[str, Any]:
 def _variant(job: Job, name: str, settings: Mapping[str, Any]) -> Job:
     """Returns a job with other steps, under an id of its own."""
     return replace(
-        job, id=_variant_id(job, name), sampling=replace(job.sampling, **settings), matrix={}
+        job,
+        id=_variant_id(job, name),
+        sampling=replace(job.sampling, **settings),
+        matrix={},
+        attempt_at=None,
     )
 
 

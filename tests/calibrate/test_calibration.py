@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from PIL import Image
 
 from sensebatch.calibrate.files import config_name, write_files
 from sensebatch.calibrate.run import AS_IT_IS, Calibration, Scale, Variant, Verdict, chosen_jobs
+from sensebatch.calibrate.run import _variant as variant_of
 from sensebatch.calibrate.trace import read_trace
 from sensebatch.config import PRESETS, converged_timesteps, default_config
 from sensebatch.errors import ConfigError, RunFolderError
@@ -30,7 +33,7 @@ ROWS = [
 ]
 
 
-def _jobs(rows: list[dict[str, str]]) -> list[Job]:
+def _jobs(rows: Sequence[Mapping[str, Any]]) -> list[Job]:
     return list(read_rows(rows, CONFIG, path=Path("rows")))
 
 
@@ -155,6 +158,19 @@ def test_jobs_of_the_most_common_size_are_taken() -> None:
     rows = [*ROWS, *({**row, "id": f"{row['id']}-wide", "resolution": "16:9"} for row in ROWS[:2])]
     chosen = chosen_jobs(_jobs(rows), replace(SCALE, max_jobs=3))
     assert [job.id for job in chosen[Task.T2I]] == ["circle-red", "circle-blue", "circle-green"]
+
+
+def test_jobs_that_start_from_others_are_left_out_and_tries_are_jobs() -> None:
+    check = {"ask": "Is it red?", "choices": ["yes", "no"], "is": "yes", "at_least": 0.5}
+    rows: list[dict[str, Any]] = [
+        {**ROWS[0], "accept": check, "keep": 1, "tries": 3},
+        *({"id": f"e{n}", "task": "edit", "prompt": "bluer", "image": "@a"} for n in range(2)),
+        {"id": "a", "prompt": "A star"},
+    ]
+    chosen = chosen_jobs(_jobs(rows), SCALE)
+    assert list(chosen) == [Task.T2I]
+    assert len(chosen[Task.T2I]) == 4
+    assert all(variant_of(job, "", {}).attempt_at is None for job in chosen[Task.T2I])
 
 
 @pytest.mark.parametrize("rows", [ROWS[:1], [{"id": "a", "prompt": "a", "task": "interleave"}] * 1])
