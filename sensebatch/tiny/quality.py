@@ -20,8 +20,13 @@ from sensebatch.config import PRESETS, TINY_MODEL, converged_timesteps
 from sensebatch.contract import Engine
 from sensebatch.jobs import Solver
 from sensebatch.report.distance import psnr, ssim
-from sensebatch.tasks import Task
-from sensebatch.tiny.evaluate import answer_examples, held_out_examples, open_engine, run_config
+from sensebatch.tiny.evaluate import (
+    answer_examples,
+    example_job,
+    held_out_examples,
+    open_engine,
+    run_config,
+)
 from sensebatch.tiny.scores import Answer, score
 
 RIGHT = {"t2i": "exact", "edit": "both", "interleave": "content"}
@@ -53,7 +58,7 @@ class Point:
     cfg_scale: float
     method: str
     num_steps: int
-    evaluations: float
+    evaluations: int
     """Of the network, for each image."""
     psnr_db: float
     """Mean over images, to the converged image."""
@@ -103,6 +108,15 @@ class Measurement:
         config = run_config(device=self._device, sampling=sampling)
         return answer_examples(self._engine, self._examples, config)
 
+    def _evaluations(self, settings: Mapping[str, Any]) -> int:
+        config = run_config(
+            device=self._device, sampling={"cfg_scale": self._cfg_scale, **settings}
+        )
+        (example, *_) = self._examples
+        drawing = example_job(example, 0, config.tasks[example.task].sampling).drawing
+        assert drawing is not None
+        return drawing.num_evaluations
+
     def point(self, method: str, settings: Mapping[str, Any]) -> Point:
         """Returns what a way to take steps comes to.
 
@@ -123,21 +137,12 @@ class Measurement:
             cfg_scale=self._cfg_scale,
             method=method,
             num_steps=settings["num_steps"],
-            evaluations=_evaluations(self._kind, self._cfg_scale, settings),
+            evaluations=self._evaluations(settings),
             psnr_db=float(np.mean([psnr(*pair) for pair in pairs])),
             ssim=float(np.mean([ssim(*pair) for pair in pairs])),
             right=scores.rate(RIGHT[self._kind]),
             compared=len(pairs),
         )
-
-
-def _evaluations(kind: str, cfg_scale: float, settings: Mapping[str, Any]) -> float:
-    rule = Task(kind).spec.drawing
-    assert rule is not None
-    sampling = run_config(device="cpu", sampling=dict(settings)).tasks[Task(kind)].sampling
-    branches = rule.guidance.branches(cfg_scale, sampling.img_cfg_scale)
-    guided = -(-sampling.num_steps // sampling.guidance_stride)
-    return sampling.num_steps + (len(branches) - 1) * guided
 
 
 def ways(num_steps: Sequence[int]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -156,7 +161,7 @@ def table(points: Sequence[Point]) -> str:
         "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     lines += [
-        f"| {p.kind} | {p.cfg_scale:g} | {p.method} | {p.num_steps} | {p.evaluations:g} "
+        f"| {p.kind} | {p.cfg_scale:g} | {p.method} | {p.num_steps} | {p.evaluations} "
         f"| {p.psnr_db:.1f} | {p.ssim:.4f} | {100 * p.right:.1f} % |"
         for p in points
     ]
