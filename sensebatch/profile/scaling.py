@@ -3,7 +3,8 @@
     python -m sensebatch.profile.scaling outputs/scaling --workers 1,2 --mode full --mode balanced
 
 Makes each run in a process of its own, reads what its log says, and watches the memory and the
-processor time of all processes that belong to it. `--workers 0` stands for a run in one process,
+processor time of all processes that belong to it. What each of them held at the run's peak is in
+NAME.memory.md beside its folder. `--workers 0` stands for a run in one process,
 without Ray; `--cpu` gives the workers no GPU. Rows of earlier calls with the same folder stay.
 """
 
@@ -31,6 +32,13 @@ import pyarrow.parquet as pq
 import typer
 
 import sensebatch
+from sensebatch.profile.host_memory import (
+    WORKER,
+    ProcessMemory,
+    look,
+    memory_table,
+    shared_weights,
+)
 from sensebatch.profile.suites import (
     Case,
     Scale,
@@ -52,7 +60,6 @@ LOOK_S = 0.5
 """Seconds between two looks at the processor time of the driver."""
 MEMORY_S = 3.0
 """Seconds between two looks at memory, for which the system walks every page."""
-WORKER_NAME = "ray::RayWorker"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +99,8 @@ class Row:
     """Most memory of all processes together, shared pages counted once."""
     worker_bytes: int | None = None
     """The same of the workers alone."""
+    shared_bytes: int | None = None
+    """How much of both is the copy of the weights that workers share."""
     driver_cpu_share: float | None = None
     """Processor time of the driver by `elapsed_s`; 1 is a core."""
     sha256: str | None = None
@@ -100,6 +109,13 @@ class Row:
     sensebatch_version: str
     started_at: datetime
     command: str
+
+    @property
+    def besides_bytes(self) -> int | None:
+        """What all processes took besides the copy of the weights that workers share."""
+        if self.host_bytes is None or self.shared_bytes is None:
+            return None
+        return self.host_bytes - self.shared_bytes
 
 
 SCHEMA = arrow_schema(Row)
@@ -143,7 +159,9 @@ class Watch:
         self._kill_after = kill_after
         self.cpu: list[tuple[float, float]] = []
         """Seconds since the epoch, and the driver's processor time until then."""
-        self.host_bytes = self.worker_bytes = 0
+        self.peak: list[ProcessMemory] = []
+        """What each process held when all together held the most."""
+        self.worker_bytes = 0
         self.killed = False
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()
@@ -168,20 +186,22 @@ class Watch:
                 times = driver.cpu_times()
                 self.cpu.append((time.time(), times.user + times.system))
                 if time.monotonic() >= memory_at:
-                    self._measure([driver, *driver.children(recursive=True)])
+                    self._measure(driver)
                     memory_at = time.monotonic() + MEMORY_S
                 self._kill(driver)
             time.sleep(LOOK_S)
 
-    def _measure(self, processes: Iterable[psutil.Process]) -> None:
-        total = workers = 0
-        for process in processes:
-            with suppress(psutil.Error, OSError):
-                taken = proportional_bytes(process.pid)
-                total += taken
-                workers += taken if _is_worker(process) else 0
-        self.host_bytes = max(self.host_bytes, total)
-        self.worker_bytes = max(self.worker_bytes, workers)
+    def _measure(self, driver: psutil.Process) -> None:
+        found = look([driver, *driver.children(recursive=True)])
+        if _share(found) > self.host_bytes:
+            self.peak = found
+        workers = (process for process in found if process.is_worker)
+        self.worker_bytes = max(self.worker_bytes, _share(workers))
+
+    @property
+    def host_bytes(self) -> int:
+        """Most memory of all processes together."""
+        return _share(self.peak)
 
     def _kill(self, driver: psutil.Process) -> None:
         if self.killed or self._kill_after is None:
@@ -195,19 +215,15 @@ class Watch:
 
 
 def _is_worker(process: psutil.Process) -> bool:
-    return any(WORKER_NAME in word for word in process.cmdline()[:1])
+    return any(word.startswith(WORKER) for word in process.cmdline()[:1])
 
 
-def proportional_bytes(pid: int) -> int:
-    """Returns a process's share of memory: pages that several map count for a part in each."""
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024
-    return 0
+def _share(processes: Iterable[ProcessMemory]) -> int:
+    return sum(process.pss_bytes for process in processes)
 
 
-def run_trial(trial: Trial, folder: Path) -> Row:
-    """Makes a run and returns what became of it."""
+def run_trial(trial: Trial, folder: Path) -> tuple[Row, str]:
+    """Makes a run; returns what became of it, and a table of what its processes held at most."""
     case = trial.case
     manifest = write_manifest(case, trial.scale, folder / "manifests")
     name = f"{case.what}-{trial.vram_mode}-{trial.workers}{'-killed' if trial.kill else ''}"
@@ -220,9 +236,11 @@ def run_trial(trial: Trial, folder: Path) -> Row:
         watch = Watch(process, RunDir(root).images, case.num_jobs // 4 if trial.kill else None)
         row = replace(row, exit_code=process.wait())
         watch.end()
+    memory = memory_table(watch.peak)
+    root.with_name(f"{root.name}.memory.md").write_text(f"{memory}\n")
     log = RunDir(root).log
     row = replace(row, killed=watch.killed)
-    return with_figures(row, read_log(log), watch) if log.exists() else row
+    return with_figures(row, read_log(log), watch) if log.exists() else row, memory
 
 
 def _begun(trial: Trial, command: str) -> Row:
@@ -280,6 +298,7 @@ def with_figures(row: Row, log: pa.Table, watch: Watch) -> Row:
         tail_s=end - min(_end(mine[-1]) for mine in own.values()),
         host_bytes=watch.host_bytes,
         worker_bytes=watch.worker_bytes,
+        shared_bytes=shared_weights(watch.peak),
         driver_cpu_share=None if cpu is None else cpu / elapsed,
         sha256=images_hash(log),
     )
@@ -299,7 +318,7 @@ def images_hash(log: pa.Table) -> str:
 def format_rows(rows: Sequence[Row]) -> str:
     """Returns a Markdown table; speeds and bytes are compared with the fewest workers'."""
     names = "jobs, mode, workers, images/s, times, same bytes, idle %, waited %, tail s"
-    names += ", first step s, host GiB, workers GiB, driver cores"
+    names += ", first step s, host GiB, besides shared weights, workers GiB, driver cores"
     titles = names.split(", ")
     lines = [f"| {' | '.join(titles)} |", f"|{' --- |' * 2}{' ---: |' * (len(titles) - 2)}"]
     for row in rows:
@@ -316,6 +335,7 @@ def format_rows(rows: Sequence[Row]) -> str:
             _figure(row.tail_s, 1),
             ", ".join(f"{seconds:.1f}" for seconds in row.first_batch_s),
             _figure(row.host_bytes and row.host_bytes / GIB, 2),
+            _figure(row.besides_bytes and row.besides_bytes / GIB, 2),
             _figure(row.worker_bytes and row.worker_bytes / GIB, 2),
             _figure(row.driver_cpu_share, 2),
         ]
@@ -437,9 +457,10 @@ def main(
     counts = [int(word) for word in workers.split(",")]
     folder.mkdir(parents=True, exist_ok=True)
     for trial in trials(case, scale, counts, mode or ["full"], on_cpu=cpu, kill=kill):
-        rows = [*read_rows(folder), run_trial(trial, folder)]
+        row, memory = run_trial(trial, folder)
+        rows = [*read_rows(folder), row]
         write_rows(folder, rows)
-        print(format_rows(rows).splitlines()[-1], flush=True)
+        print(format_rows(rows).splitlines()[-1], memory, sep="\n\n", end="\n\n", flush=True)
     rows = read_rows(folder)
     plot(folder, rows)
     print(format_rows(rows))
