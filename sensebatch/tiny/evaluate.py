@@ -41,7 +41,7 @@ from sensebatch.jobs import (
 )
 from sensebatch.report.sheet import Tile, contact_sheet
 from sensebatch.resolutions import BUCKETS_TINY
-from sensebatch.tiny.manifests import encode_png, read_answers, write_manifest
+from sensebatch.tiny.manifests import encode_inputs, read_answers, write_manifest
 from sensebatch.tiny.scores import Answer, Scores, score
 from sensebatch.tiny.world.edits import edit
 from sensebatch.tiny.world.examples import Example, text_to_image
@@ -118,7 +118,7 @@ def answer_examples(engine: Engine, examples: Sequence[Example], config: RunConf
         example_job(example, number, config.tasks[example.task].sampling)
         for number, example in enumerate(examples)
     ]
-    inputs = [[encode_png(scene) for scene in example.inputs] for example in examples]
+    inputs = [encode_inputs(example) for example in examples]
     return [
         Answer(images=result.images, text=result.text) for result in run_jobs(engine, jobs, inputs)
     ]

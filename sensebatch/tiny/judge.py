@@ -30,6 +30,9 @@ from sensebatch.tiny.world.questions import JUDGEMENTS, spoil
 from sensebatch.tiny.world.scene import Scene, Split, sample_resolution
 
 FEW_STEPS = (1, 2, 3)
+STRONG_GUIDANCE = 7.0
+"""Guidance at which the embedded checkpoint makes mistakes of its own."""
+STRONG = f"guidance {STRONG_GUIDANCE:g}"
 CHOICES = ("yes", "no")
 SEED = 77
 """Begins the numbers of the examples, so that they are not those of other scores."""
@@ -40,7 +43,7 @@ class Case:
     """A drawing and the prompt that it is judged by."""
 
     kind: str
-    """How it was drawn: `8 steps`, `1 step`, `wrong prompt` or `not drawn`."""
+    """How it was drawn, such as `8 steps` or `wrong prompt`; `clean, ...` if by the world."""
     prompt: str
     scene: Scene
     """What the prompt asks for."""
@@ -64,11 +67,13 @@ def drawn_cases(engine: Engine, config: RunConfig, count: int) -> list[Case]:
         for example, scene in zip(asked, wrong, strict=True)
     ]
     own = config.tasks[Task.T2I].sampling.num_steps
-    ways = [(f"{own} steps", asked, own), ("wrong prompt", others, own)]
-    ways += [(f"{steps} steps", asked, steps) for steps in FEW_STEPS]
+    given = config.tasks[Task.T2I].sampling
+    strong = replace(given, cfg_scale=STRONG_GUIDANCE)
+    ways = [(f"{own} steps", asked, given), ("wrong prompt", others, given)]
+    ways += [(f"{steps} steps", asked, replace(given, num_steps=steps)) for steps in FEW_STEPS]
+    ways += [(STRONG, asked, strong)]
     cases = []
-    for kind, drawn, steps in ways:
-        sampling = replace(config.tasks[Task.T2I].sampling, num_steps=steps)
+    for kind, drawn, sampling in ways:
         jobs = [example_job(example, number, sampling) for number, example in enumerate(drawn)]
         for example, made in zip(asked, run_jobs(engine, jobs, [()] * count), strict=True):
             cases.append(_case(kind, example, made.images[0]))
@@ -156,6 +161,7 @@ def judge(engine: Engine, config: RunConfig, count: int) -> dict[str, Any]:
         "all drawings": summary(drawn),
         "few steps": summary(few),
         "clean": summary(clean),
+        "own mistakes": summary([kind for kind in drawn if kind != "wrong prompt"]),
         **{kind: summary([kind]) for kind in drawn},
     }
 

@@ -58,8 +58,11 @@ class Sequence:
     slots: tuple[Slot, ...]
     faint: Scene | None = None
     """The scene that the first image is blended with."""
-    is_answer: bool = False
-    """Whether the learned tokens are the answer to a question."""
+    answers: tuple[int, ...] = ()
+    """How many of the learned tokens each answer to a question has; none in other tasks."""
+    forks: tuple[int, ...] = ()
+    """Where each of several questions begins, if they share the tokens before the first of them.
+    They do not see one another."""
 
 
 def system_prompt(task: Task) -> str:
@@ -146,7 +149,7 @@ def cond_sequence(tokenizer: Tokenizer, example: Example) -> Sequence:
     if example.task.spec.output is Output.TEXT:
         writer.say(example.text)
         writer.say(IM_END, special=True)
-        return replace(writer.finish(), faint=example.faint, is_answer=True)
+        return replace(writer.finish(), faint=example.faint, answers=(len(writer.learned),))
     if example.think is not None:
         if interleave:
             writer.say(THINK_START, special=True)
@@ -168,6 +171,48 @@ def cond_sequence(tokenizer: Tokenizer, example: Example) -> Sequence:
         writer.read_back(part)
     writer.say(IM_END, special=True)
     return writer.finish()
+
+
+def asked_sequence(tokenizer: Tokenizer, examples: list[Example]) -> Sequence:
+    """Returns questions about the same images as one sequence, in which the images are read once.
+
+    Every question has the positions and sees the tokens that it has on its own.
+    """
+    first = cond_sequence(tokenizer, examples[0])
+    shared = first.images[-1][0].end + 1
+    ids, learned = list(first.token_ids), list(first.learned)
+    answers, forks = [len(learned)], [shared]
+    kept, after = [first.positions], int(first.positions[0, shared - 1]) + 1
+    for example in examples[1:]:
+        asked = _asked_ids(tokenizer, example)
+        said = [*tokenizer.encode(example.text), tokenizer.token_id(IM_END)]
+        assert asked[:shared] == first.token_ids[:shared]
+        forks.append(len(ids))
+        ids += (*asked[shared:], *said)
+        learned += range(len(ids) - len(said), len(ids))
+        answers.append(len(said))
+        own = np.zeros((3, len(ids) - forks[-1]), dtype=np.int64)
+        own[0] = np.arange(after, after + own.shape[1])
+        kept.append(own)
+    return replace(
+        first,
+        token_ids=tuple(ids),
+        positions=np.concatenate(kept, axis=1),
+        learned=tuple(learned),
+        answers=tuple(answers),
+        forks=tuple(forks),
+    )
+
+
+def _asked_ids(tokenizer: Tokenizer, example: Example) -> tuple[int, ...]:
+    return cond_prompt(
+        tokenizer,
+        task=example.task,
+        system=system_prompt(example.task),
+        prompt=example.prompt,
+        grids=_grids(example),
+        think=False,
+    ).token_ids
 
 
 def img_cond_sequence(tokenizer: Tokenizer, example: Example) -> Sequence:

@@ -18,11 +18,20 @@ from sensebatch.tiny.world.examples import Example
 from sensebatch.tiny.world.scene import Scene
 
 
-def encode_png(scene: Scene) -> bytes:
-    """Returns the image of a scene, encoded as PNG."""
+def encode_png(scene: Scene, faint: Scene | None = None) -> bytes:
+    """Returns the image of a scene, encoded as PNG; half of it is of the other scene, if any."""
+    image = Image.fromarray(draw_uint8(scene))
+    if faint is not None:
+        image = Image.blend(image, Image.fromarray(draw_uint8(faint)), 0.5)
     buffer = io.BytesIO()
-    Image.fromarray(draw_uint8(scene)).save(buffer, format="PNG")
+    image.save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def encode_inputs(example: Example) -> list[bytes]:
+    """Returns the input images of an example, encoded as PNG."""
+    blends = [example.faint, *[None] * len(example.inputs)]
+    return [encode_png(scene, faint) for scene, faint in zip(example.inputs, blends, strict=False)]
 
 
 def job_id(number: int) -> str:
@@ -39,8 +48,8 @@ def write_manifest(examples: Sequence[Example], folder: Path) -> Path:
     lines = []
     for number, example in enumerate(examples):
         names = [f"{job_id(number)}-{place}.png" for place in range(len(example.inputs))]
-        for name, scene in zip(names, example.inputs, strict=True):
-            (folder / name).write_bytes(encode_png(scene))
+        for name, encoded in zip(names, encode_inputs(example), strict=True):
+            (folder / name).write_bytes(encoded)
         row: dict[str, Any] = {
             "id": job_id(number),
             "task": str(example.task),

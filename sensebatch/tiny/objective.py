@@ -94,7 +94,8 @@ class _Read:
         rows = self._bias.shape[0]
         q, k, v = (_by_row(x, rows) for x in (q_THE, k_TKE, v_TKE))
         keys, values = self._kept[layer]
-        return _attend(q, torch.cat((keys, k), dim=2), torch.cat((values, v), dim=2), self._bias)
+        keys, values = torch.cat((keys[:rows], k), dim=2), torch.cat((values[:rows], v), dim=2)
+        return _attend(q, keys, values, self._bias)
 
 
 def _by_row(x: Tensor, rows: int) -> Tensor:
@@ -230,26 +231,27 @@ class Objective:
 
     def draw(self, batch: PackedBatch) -> Tensor:
         """Returns every image of the batch, float32 `[B, 3, height, width]` in [0, 1]."""
-        drawing, device = batch.drawing, self._network.device
         size = batch.resolution
         if size not in self._patterns:
             weights = [background_weight(p, size.height, size.width) for p in Pattern]
-            self._patterns[size] = torch.stack(weights).to(device)
-        arrays = (drawing.soft, drawing.shape, drawing.geometry, drawing.colour)
-        soft, shape, geometry, colour = (torch.from_numpy(a).to(device) for a in arrays)
-        pattern = torch.from_numpy(drawing.pattern).to(device)
+            self._patterns[size] = torch.stack(weights).to(self._network.device)
+        weight = self._patterns[size][batch.pattern]
         with torch.no_grad():
-            return self._kernels.paint(self._patterns[size][pattern], soft, shape, geometry, colour)
+            return self._kernels.paint(
+                weight, batch.soft, batch.shape, batch.geometry, batch.colour
+            )
 
     def understanding_bias(self, batch: PackedBatch) -> Tensor:
         """Returns the additive mask of the understanding path, `[R, 1, U, U]`.
 
-        A token sees the tokens before it in its own sequence, and all tokens of its own image.
+        A token sees the tokens before it in its own sequence, and all tokens of its own image, but
+        none of another question.
         """
-        sequence, t = batch.sequence, batch.positions[0]
+        sequence, fork, t = batch.sequence, batch.fork, batch.positions[0]
         index = torch.arange(sequence.shape[1], device=sequence.device)
         same = sequence[:, :, None] == sequence[:, None, :]
         earlier = index[None, :, None] >= index[None, None, :]
+        same &= (fork[:, None, :] == 0) | (fork[:, :, None] == fork[:, None, :])
         allowed = same & (earlier | (t[:, :, None] == t[:, None, :]))
         return self._bias(allowed)
 
@@ -260,10 +262,10 @@ class Objective:
         because a query that sees nothing would give NaN.
         """
         index = torch.arange(batch.sequence.shape[1], device=batch.sequence.device)
-        prefix = (batch.slot_sequence[:, :, None] == batch.sequence[:, None, :]) & (
+        rows, slots = batch.slot_sequence.shape
+        prefix = (batch.slot_sequence[:, :, None] == batch.sequence[:rows, None, :]) & (
             index < batch.slot_prefix[:, :, None]
         )
-        rows, slots = batch.slot_sequence.shape
         width = self._packing.slot_tokens
         filled = torch.arange(width, device=index.device) < batch.resolution.image_tokens
         own = torch.eye(slots, dtype=torch.bool, device=index.device)
@@ -303,23 +305,19 @@ class Objective:
         x_TD = self._network.embed_tokens(batch.token_ids.flatten())
         mean = images.new_tensor(IMAGE_MEAN)[:, None, None]
         std = images.new_tensor(IMAGE_STD)[:, None, None]
-        seen, index = self._blended(batch, images)
-        tokens = image_to_tokens((seen - mean) / std)
+        tokens = image_to_tokens((self._read_images(batch, images) - mean) / std)
         embeds = self._embed_images(self._network.understanding_vision, tokens, batch.resolution)
-        read = embeds[index].flatten(0, 1).to(x_TD.dtype)
+        read = embeds.flatten(0, 1).to(x_TD.dtype)
         return x_TD.index_copy(0, batch.image_tokens.flatten(), read)
 
-    def _blended(self, batch: PackedBatch, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the images with the blends after them, and which of them each place reads."""
+    def _read_images(self, batch: PackedBatch, images: Tensor) -> Tensor:
+        """Returns the images that the understanding path reads, those to be blended blended."""
+        read = images[batch.image_scene]
         count = len(batch.faint_read)
-        if not count:
-            return images, batch.image_scene
         share = torch.linspace(*self._config.faint, count, device=images.device)
-        first = images[batch.image_scene[batch.faint_read]]
-        blends = torch.lerp(first, images[batch.faint_scene], share[:, None, None, None])
-        places = torch.arange(len(images), len(images) + count, device=images.device)
-        index = batch.image_scene.index_copy(0, batch.faint_read, places)
-        return torch.cat((images, blends)), index
+        first, other = read[batch.faint_read], images[batch.faint_scene]
+        blends = torch.lerp(first, other, share[:, None, None, None])
+        return read.index_copy(0, batch.faint_read, blends)
 
     def _embed_slots(self, batch: PackedBatch, noisy: Tensor, t: Tensor) -> Tensor:
         """Returns embedded noisy images in their slots, `[R * G, D]`; zeros in empty places."""
@@ -343,9 +341,14 @@ def _mean(values: Tensor, weights: Tensor) -> Tensor:
 
 
 def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
-    """Returns the batch with its tensors on a device; the arrays for drawing stay."""
+    """Returns the batch with its tensors on a device, without waiting for the device."""
+
+    def moved(value: Tensor) -> Tensor:
+        pinned = value.pin_memory() if device.type == "cuda" else value
+        return pinned.to(device, non_blocking=True)
+
     tensors: dict[str, Any] = {
-        item.name: value.to(device, non_blocking=True)
+        item.name: moved(value)
         for item in fields(batch)
         if isinstance(value := getattr(batch, item.name), Tensor)
     }

@@ -7,7 +7,7 @@ would have seen. Rows have a fixed length.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +19,15 @@ from sensebatch.engine.model.tokenizer import Tokenizer
 from sensebatch.resolutions import Resolution
 from sensebatch.tiny.layout import (
     Sequence,
+    asked_sequence,
     cond_sequence,
     img_cond_sequence,
     uncond_sequence,
 )
-from sensebatch.tiny.world.draw import Drawing, plan_drawing
+from sensebatch.tiny.world.draw import plan_drawing
 from sensebatch.tiny.world.edits import edit
 from sensebatch.tiny.world.examples import Example, text_to_image
-from sensebatch.tiny.world.questions import ask
+from sensebatch.tiny.world.questions import ask_together
 from sensebatch.tiny.world.scene import Scene, Split, sample_resolution
 from sensebatch.tiny.world.stories import story
 
@@ -38,17 +39,21 @@ IGNORED = -100
 class PackingConfig:
     """What a batch holds."""
 
-    num_rows: int = 128
+    num_rows: int = 64
+    """Rows of examples with images to be denoised."""
+    question_rows: int = 192
+    """Rows of questions, which the generation path is spared."""
     row_tokens: int = 416
     """Prompt and answer tokens of a row, in which the longest example must fit."""
     row_slots: int = 4
     """How many images are denoised in a row."""
     slot_tokens: int = 64
     """Image tokens of the largest image."""
-    text_to_image: float = 0.27
-    edit: float = 0.26
-    ask: float = 0.35
-    """Shares of the examples; the rest are stories."""
+    text_to_image: float = 0.42
+    edit: float = 0.4
+    """Shares of the examples with images; the rest are stories."""
+    asked: int = 6
+    """The most questions about one image or two."""
     think: float = 0.3
     edit_think: float = 0.1
     uncond: float = 0.08
@@ -63,19 +68,26 @@ class PackingConfig:
 class PackedBatch:
     """Packed sequences as arrays.
 
-    R rows, U prompt tokens, S slots, I images that are read, F of them that are blended, D images
-    that are denoised, L learned tokens.
+    R rows, P of them with images to be denoised, U prompt tokens, S slots, C images, I images that
+    are read, F of them that are blended, D images that are denoised, L learned tokens.
     """
 
     resolution: Resolution
-    drawing: Drawing
-    """Every image of the batch, once."""
+    pattern: torch.Tensor
+    """int64 `[C]`, of the images of the batch, each once, as `plan_drawing` makes it."""
+    soft: torch.Tensor
+    shape: torch.Tensor
+    geometry: torch.Tensor
+    colour: torch.Tensor
+    """The other arrays of the same drawing."""
     token_ids: torch.Tensor
-    """int64 `[R, U]`."""
+    """int32 `[R, U]`."""
     positions: torch.Tensor
-    """int64 `[3, R, U]`."""
+    """int32 `[3, R, U]`."""
     sequence: torch.Tensor
-    """int64 `[R, U]`, which of the row's sequences a token is of; `IGNORED` after the last."""
+    """int32 `[R, U]`, which of the row's sequences a token is of; `IGNORED` after the last."""
+    fork: torch.Tensor
+    """int32 `[R, U]`, which of the questions of a sequence a token is of; 0 if of all."""
     label_place: torch.Tensor
     """int64 `[L]`, places in the flattened rows after which the network must choose a token."""
     label: torch.Tensor
@@ -91,11 +103,11 @@ class PackedBatch:
     image_tokens: torch.Tensor
     """int64 `[I, image tokens]`, their places in the flattened rows."""
     slot_sequence: torch.Tensor
-    """int64 `[R, S]`, the sequence of each denoised image; `IGNORED` in an empty slot."""
+    """int64 `[P, S]`, the sequence of each denoised image; `IGNORED` in an empty slot."""
     slot_prefix: torch.Tensor
-    """int64 `[R, S]`, the place in the row up to which the image sees its sequence."""
+    """int64 `[P, S]`, the place in the row up to which the image sees its sequence."""
     slot_t: torch.Tensor
-    """int64 `[R, S]`, position t of the image's tokens."""
+    """int64 `[P, S]`, position t of the image's tokens."""
     drawn_slot: torch.Tensor
     """int64 `[D]`, the filled slots among all flattened slots."""
     drawn_scene: torch.Tensor
@@ -105,15 +117,13 @@ class PackedBatch:
 def sample_example(
     rng: np.random.Generator, config: PackingConfig, resolution: Resolution
 ) -> Example:
-    """Returns a training example of a random task."""
+    """Returns a training example of a random task that draws."""
     draw = rng.random()
     if draw < config.text_to_image:
         think = rng.random() < config.think
         return text_to_image(rng, Split.TRAIN, resolution, think=think)
     if draw < config.text_to_image + config.edit:
         return edit(rng, Split.TRAIN, resolution, think=rng.random() < config.edit_think)
-    if draw < config.text_to_image + config.edit + config.ask:
-        return ask(rng, Split.TRAIN, resolution)
     return story(rng, Split.TRAIN, resolution, think=rng.random() < config.think)
 
 
@@ -122,8 +132,6 @@ def sample_sequence(
 ) -> Sequence:
     """Returns an example as a random guidance branch sees it, mostly the conditional one."""
     example = sample_example(rng, config, resolution)
-    if not example.images:
-        return cond_sequence(tokenizer, example)
     draw = rng.random()
     if draw < config.uncond:
         return uncond_sequence(tokenizer, example, rng)
@@ -132,11 +140,20 @@ def sample_sequence(
     return cond_sequence(tokenizer, example)
 
 
-def pack(sequences: Iterator[Sequence], config: PackingConfig) -> list[list[Sequence]]:
+def sample_questions(
+    rng: np.random.Generator, tokenizer: Tokenizer, config: PackingConfig, resolution: Resolution
+) -> Sequence:
+    """Returns questions about the same image or the same two."""
+    return asked_sequence(tokenizer, ask_together(rng, Split.TRAIN, resolution, config.asked))
+
+
+def pack(
+    sequences: Iterator[Sequence], config: PackingConfig, num_rows: int
+) -> list[list[Sequence]]:
     """Returns rows of sequences by first fit, until `patience` in succession fit nowhere."""
-    rows: list[list[Sequence]] = [[] for _ in range(config.num_rows)]
-    free_tokens = np.full(config.num_rows, config.row_tokens)
-    free_slots = np.full(config.num_rows, config.row_slots)
+    rows: list[list[Sequence]] = [[] for _ in range(num_rows)]
+    free_tokens = np.full(num_rows, config.row_tokens)
+    free_slots = np.full(num_rows, config.row_slots)
     misses = 0
     for sequence in sequences:
         tokens, slots = len(sequence.token_ids), len(sequence.slots)
@@ -159,18 +176,23 @@ def make_batch(seed: int, step: int, tokenizer: Tokenizer, config: PackingConfig
     rng = np.random.default_rng((seed, step))
     resolution = sample_resolution(rng)
 
-    def sequences() -> Iterator[Sequence]:
+    def sequences(sample: Callable[..., Sequence]) -> Iterator[Sequence]:
         while True:
-            yield sample_sequence(rng, tokenizer, config, resolution)
+            yield sample(rng, tokenizer, config, resolution)
 
-    return collate(pack(sequences(), config), config)
+    rows = pack(sequences(sample_sequence), config, config.num_rows)
+    rows += pack(sequences(sample_questions), config, config.question_rows)
+    return collate(rows, config)
 
 
 def collate(rows: list[list[Sequence]], config: PackingConfig) -> PackedBatch:
-    """Returns rows of sequences as arrays; all images have one size."""
-    token_ids = np.zeros((len(rows), config.row_tokens), dtype=np.int64)
-    sequence = np.full_like(token_ids, IGNORED)
-    positions = np.zeros((3, *token_ids.shape), dtype=np.int64)
+    """Returns rows of sequences as arrays; all images have one size.
+
+    Only the first `num_rows` of the rows have images to be denoised.
+    """
+    token_ids = np.zeros((len(rows), config.row_tokens), dtype=np.int32)
+    sequence, fork = np.full_like(token_ids, IGNORED), np.zeros_like(token_ids)
+    positions = np.zeros((3, *token_ids.shape), dtype=np.int32)
     scenes: dict[Scene, int] = {}
     label_place: list[int] = []
     label: list[int] = []
@@ -183,26 +205,28 @@ def collate(rows: list[list[Sequence]], config: PackingConfig) -> PackedBatch:
         token_ids[row, start:end] = member.token_ids
         positions[:, row, start:end] = member.positions
         sequence[row, start:end] = number
+        for question, place in enumerate(member.forks, start=1):
+            fork[row, start + place : end] = question
         first = row * config.row_tokens + start
         label_place += [first + index - 1 for index in member.learned]
         label += [member.token_ids[index] for index in member.learned]
         # Long answers count more than short ones, but not by all of their tokens.
-        count = len(member.learned)
-        answer_weight += [count**-0.5 if member.is_answer else 0.0] * count
+        weights = [count**-0.5 for count in member.answers for _ in range(count)]
+        answer_weight += weights or [0.0] * len(member.learned)
         if member.faint is not None:
             faint.append((len(image_scene), scenes.setdefault(member.faint, len(scenes))))
         for span, scene in member.images:
             image_scene.append(scenes.setdefault(scene, len(scenes)))
             image_tokens.append(np.arange(first + span.start, first + span.end))
-    slots = _collate_slots(rows, config, scenes)
+    slots = _collate_slots(rows[: config.num_rows], config, scenes)
     resolution = next(iter(scenes)).resolution
     read = np.array(image_tokens, dtype=np.int64).reshape(-1, resolution.image_tokens)
     return PackedBatch(
         resolution=resolution,
-        drawing=plan_drawing(list(scenes)),
         token_ids=torch.from_numpy(token_ids),
         positions=torch.from_numpy(positions),
         sequence=torch.from_numpy(sequence),
+        fork=torch.from_numpy(fork),
         label_place=torch.tensor(label_place, dtype=torch.int64),
         label=torch.tensor(label, dtype=torch.int64),
         answer_weight=torch.tensor(answer_weight, dtype=torch.float32),
@@ -211,7 +235,17 @@ def collate(rows: list[list[Sequence]], config: PackingConfig) -> PackedBatch:
         faint_scene=torch.tensor([scene for _, scene in faint], dtype=torch.int64),
         image_tokens=torch.from_numpy(read),
         **slots,
+        **_collate_drawing(list(scenes)),
     )
+
+
+def _collate_drawing(scenes: list[Scene]) -> dict[str, torch.Tensor]:
+    """Returns the fields of a batch from which its images are painted."""
+    drawing = plan_drawing(scenes)
+    return {
+        name: torch.from_numpy(getattr(drawing, name))
+        for name in ("pattern", "soft", "shape", "geometry", "colour")
+    }
 
 
 def _placed(rows: list[list[Sequence]]) -> Iterator[tuple[int, int, int, Sequence]]:

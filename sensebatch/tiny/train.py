@@ -11,10 +11,12 @@ import json
 import math
 import pickle
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Iterator
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from queue import Empty, Queue
+from threading import Event, Thread
 from typing import Annotated, Any
 
 import torch
@@ -38,6 +40,8 @@ REPORTED = {"cfg 1": {"cfg_scale": 1.0}, "cfg 2": {"cfg_scale": 2.0}}
 """Sampling settings of the reported scores; the second are for t2i and edit alone."""
 GRID_COUNT = 64
 """How many samples the grid shows."""
+AHEAD = 3
+"""How many batches wait on the device."""
 MAX_STEPS = 10_000_000
 """Upper bound for the steps of a run that ends by the clock."""
 
@@ -64,7 +68,7 @@ class TrainConfig:
     start: str | None = None
     """The checkpoint that a new run starts from; None for weights that know nothing."""
     packing: PackingConfig
-    objective: ObjectiveConfig
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
 
 
 class Trainer:
@@ -134,7 +138,7 @@ class Trainer:
         return config.learning_rate * warm * fall
 
     def train_step(self, batch: PackedBatch) -> Losses:
-        """Learns from one batch; noise and timesteps depend on seed and step alone."""
+        """Learns from a batch on the device; noise and timesteps depend on seed and step alone."""
         config = self.config
         self.generator.manual_seed(config.seed * 1_000_003 + self.step)
         for group in self.optimizer.param_groups:
@@ -145,7 +149,7 @@ class Trainer:
             else nullcontext()
         )
         with autocast:
-            losses = self.objective.losses(to_device(batch, self.device), self.generator)
+            losses = self.objective.losses(batch, self.generator)
         losses.total.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), config.clip_norm)
         self.optimizer.step()
@@ -200,7 +204,7 @@ class Trainer:
         export(folder, self.network_config, self.average)
 
     def batches(self) -> Iterator[PackedBatch]:
-        """Yields the batches from the next step on."""
+        """Yields the batches from the next step on, on the device."""
         config = self.config
         batches = Batches(
             seed=config.seed,
@@ -216,8 +220,42 @@ class Trainer:
             num_workers=workers,
             prefetch_factor=4 if workers else None,
         )
-        for pickled in loader:
-            yield pickle.loads(pickled)
+        pickled = iter(loader)
+        moved = (to_device(pickle.loads(one), self.device) for one in pickled)
+        return ahead(moved, AHEAD) if workers else moved
+
+
+def ahead(batches: Iterator[PackedBatch], count: int) -> Generator[PackedBatch]:
+    """Yields batches that a thread makes, up to `count` of them ahead.
+
+    To unpickle a batch and to copy it takes as long as to start the kernels of a step.
+    """
+    made: Queue[PackedBatch | BaseException | None] = Queue(count)
+    stopped = Event()
+
+    def make() -> None:
+        last = None
+        try:
+            for batch in batches:
+                made.put(batch)
+                if stopped.is_set():
+                    return
+        except BaseException as error:
+            last = error
+        made.put(last)
+
+    thread = Thread(target=make, name="batches", daemon=True)
+    thread.start()
+    try:
+        while isinstance(found := made.get(), PackedBatch):
+            yield found
+        if found is not None:
+            raise found
+    finally:
+        stopped.set()
+        while thread.is_alive():
+            with suppress(Empty):
+                made.get(timeout=0.1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -338,8 +376,10 @@ def main(
     ] = math.inf,
     steps: Annotated[int | None, typer.Option(help="Steps, instead of minutes.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
-    rows: Annotated[int, typer.Option(help="Packed rows of a batch.")] = 128,
+    rows: Annotated[int, typer.Option(help="Rows of a batch with images to be drawn.")] = 64,
+    question_rows: Annotated[int, typer.Option(help="Rows of a batch with questions.")] = 192,
     learning_rate: Annotated[float, typer.Option()] = LEARNING_RATE,
+    warmup_steps: Annotated[int, typer.Option()] = 400,
     workers: Annotated[int, typer.Option(help="Processes that make batches.")] = 14,
     start: Annotated[
         str | None, typer.Option(help="Checkpoint to start a new run from, such as tiny.")
@@ -358,11 +398,11 @@ def main(
         minutes=minutes,
         steps=steps,
         learning_rate=learning_rate,
+        warmup_steps=warmup_steps,
         num_workers=workers,
         compiled=compile_,
         start=start,
-        packing=PackingConfig(num_rows=rows),
-        objective=ObjectiveConfig(),
+        packing=PackingConfig(num_rows=rows, question_rows=question_rows),
     )
     plan = RunPlan(
         session_s=60 * session_minutes,

@@ -25,6 +25,8 @@ END_OF_TEXT = "<|endoftext|>"
 LAYOUT_TEXT = "system\nuser\nassistant\n\n\nImage-1:\nImage-2:\nImage-3:\nImage-4:\n"
 SURVEY_EXAMPLES = 6000
 """How many examples of each task words are collected from."""
+MAX_KNOWN = 100_000
+"""How many texts a tokenizer remembers; many are short and come again."""
 _WORD_SCORE, _BYTE_SCORE = -1.0, -20.0
 
 
@@ -78,6 +80,7 @@ class WorldTokenizer:
     def __init__(self) -> None:
         self._tokenizer = build_tokenizer()
         self._ids: dict[str, int] = self._tokenizer.get_vocab()
+        self._known: dict[str, list[int]] = {}
 
     @property
     def vocab_size(self) -> int:
@@ -96,7 +99,12 @@ class WorldTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of the world's plain text, which never spells out a special token."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        found = self._known.get(text)
+        if found is None:
+            found = self._tokenizer.encode(text, add_special_tokens=False).ids
+            if len(self._known) < MAX_KNOWN:
+                self._known[text] = found
+        return list(found)
 
     def token_id(self, token: str) -> int:
         """Returns the id of a special token."""

@@ -25,6 +25,7 @@ def test_the_embedded_checkpoint_tells_right_images_from_near_misses() -> None:
     assert clean["auroc"] > 0.9
     assert wrong["right"] == 0
     assert wrong["yes_to_wrong"] <= 0.2
+    assert figures["own mistakes"]["wrong"] >= 2, "strong guidance spoils drawings"
     drawn = figures["all drawings"]
-    assert drawn["right_of_all"] == 0.8
+    assert 0.6 < drawn["right_of_all"] < 0.8
     assert drawn["right_of_accepted"] > 0.9, "what is accepted is right more often"

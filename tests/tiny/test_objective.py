@@ -18,20 +18,26 @@ from sensebatch.engine.prompts import Prompt
 from sensebatch.engine.runner import Runner
 from sensebatch.resolutions import BUCKETS_TINY
 from sensebatch.tiny.export import init_weights, network_config
-from sensebatch.tiny.layout import Sequence, cond_sequence, img_cond_sequence, uncond_sequence
+from sensebatch.tiny.layout import (
+    Sequence,
+    asked_sequence,
+    cond_sequence,
+    img_cond_sequence,
+    uncond_sequence,
+)
 from sensebatch.tiny.objective import Kernels, Objective, ObjectiveConfig
 from sensebatch.tiny.packing import PackedBatch, PackingConfig, collate
 from sensebatch.tiny.vocabulary import WorldTokenizer
 from sensebatch.tiny.world.draw import draw, plan_drawing
 from sensebatch.tiny.world.edits import edit, join_two
 from sensebatch.tiny.world.examples import text_to_image
-from sensebatch.tiny.world.questions import ask
+from sensebatch.tiny.world.questions import ask, ask_together
 from sensebatch.tiny.world.scene import Split
 from sensebatch.tiny.world.stories import story
 
 pytestmark = pytest.mark.slow
 
-PACKING = PackingConfig(num_rows=2)
+PACKING = PackingConfig(num_rows=2, question_rows=1)
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +137,38 @@ def test_packed_rows_equal_the_engine(
             torch.testing.assert_close(hidden[end - 1], last, atol=1e-4, rtol=1e-4)
             start = stop
     assert start == count
+
+
+@pytest.mark.parametrize("kind", ["there", "compare"])
+def test_questions_about_an_image_that_is_read_once_are_as_if_asked_alone(
+    network: Network, tokenizer: WorldTokenizer, kind: str
+) -> None:
+    rng, size = np.random.default_rng(5), BUCKETS_TINY["3:1"]
+    asked = next(
+        found
+        for found in iter(lambda: ask_together(rng, Split.TRAIN, size, 4), None)
+        if found[0].kind == f"ask-{kind}" and len(found) == 4
+    )
+    alone = [cond_sequence(tokenizer, example) for example in asked]
+    together = asked_sequence(tokenizer, asked)
+    assert len(together.token_ids) < sum(len(one.token_ids) for one in alone) / 1.5
+    packing = replace(PACKING, num_rows=1, question_rows=len(alone))
+    drawn = cond_sequence(tokenizer, text_to_image(rng, Split.TRAIN, size, think=False))
+    rows = [[drawn], [together], *([one] for one in alone[1:])]
+    batch = collate(rows, packing)
+    objective = Objective(network, packing, ObjectiveConfig(), Kernels())
+    noisy = torch.zeros(1, size.image_tokens, 3072)
+    _, hidden = objective.predict(batch, objective.draw(batch), noisy, torch.zeros(1))
+    by_row = hidden.unflatten(0, (len(rows), packing.row_tokens))
+    ends = [*together.forks[1:], len(together.token_ids)]
+    for one, end in list(zip(alone, ends, strict=True))[1:]:
+        row = 1 + alone.index(one)
+        last = by_row[row, len(one.token_ids) - 1]
+        torch.testing.assert_close(by_row[1, end - 1], last, atol=1e-5, rtol=1e-5)
+    labels = [token for one in alone for token in (one.token_ids[i] for i in one.learned)]
+    assert [together.token_ids[index] for index in together.learned] == labels
+    assert batch.label[: len(labels)].tolist() == labels
+    assert batch.answer_weight.min() > 0
 
 
 def test_learned_tokens_are_those_the_job_decodes(tokenizer: WorldTokenizer) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from sensebatch.config import default_config
 from sensebatch.manifest.read import read_manifest
 from sensebatch.tiny.evaluate import KINDS, held_out_examples
-from sensebatch.tiny.manifests import write_manifest
+from sensebatch.tiny.manifests import encode_inputs, write_manifest
 from sensebatch.tiny.scores import Answer, score
 from sensebatch.tiny.world.draw import draw_uint8
 from sensebatch.tiny.world.examples import Example
@@ -69,6 +72,17 @@ def test_held_out_examples_do_not_depend_on_their_number() -> None:
 
 def test_held_out_examples_can_begin_anywhere() -> None:
     assert held_out_examples("t2i", 3, first=5) == held_out_examples("t2i", 8)[5:]
+
+
+def test_a_faint_image_is_scored_as_it_is_learned() -> None:
+    judged = held_out_examples("ask", 300)
+    example = next(one for one in judged if one.faint is not None)
+    (encoded,) = encode_inputs(example)
+    seen = np.asarray(Image.open(io.BytesIO(encoded))).astype(int)
+    assert example.faint is not None
+    of_two = [draw_uint8(scene).astype(int) for scene in (example.inputs[0], example.faint)]
+    assert np.abs(seen - sum(of_two) / 2).max() <= 1
+    assert min(np.abs(seen - one).max() for one in of_two) > 10
 
 
 def test_held_out_prompts_ask_for_held_out_combinations_alone() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,8 @@ from sensebatch.tasks import Task
 from sensebatch.tiny import train
 from sensebatch.tiny.export import network_config
 from sensebatch.tiny.objective import ObjectiveConfig
-from sensebatch.tiny.packing import PackingConfig
-from sensebatch.tiny.train import TrainConfig, Trainer
+from sensebatch.tiny.packing import PackedBatch, PackingConfig
+from sensebatch.tiny.train import TrainConfig, Trainer, ahead
 from sensebatch.tiny.vocabulary import GENERATION_PROMPT, INTERLEAVE_PROMPT, WorldTokenizer
 
 pytestmark = pytest.mark.slow
@@ -27,7 +29,7 @@ CONFIG = TrainConfig(
     warmup_steps=2,
     num_workers=0,
     compiled=False,
-    packing=PackingConfig(num_rows=1),
+    packing=PackingConfig(num_rows=1, question_rows=1),
     objective=ObjectiveConfig(),
 )
 
@@ -64,6 +66,33 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     assert second.step == whole.step
     for a, b in zip(whole.average.parameters(), second.average.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_batches_made_ahead_come_in_order_and_end() -> None:
+    trainer = Trainer(replace(CONFIG, steps=3), torch.device("cpu"))
+    expected = [batch.token_ids for batch in trainer.batches()]
+    found = [batch.token_ids for batch in ahead(trainer.batches(), 2)]
+    assert len(found) == 3
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_an_error_while_batches_are_made_ahead_ends_the_training() -> None:
+    def broken() -> Iterator[PackedBatch]:
+        yield next(Trainer(CONFIG, torch.device("cpu")).batches())
+        raise ValueError("no batch")
+
+    batches = ahead(broken(), 1)
+    next(batches)
+    with pytest.raises(ValueError, match="no batch"):
+        next(batches)
+
+
+def test_a_training_that_ends_early_leaves_no_thread() -> None:
+    batches = ahead(Trainer(CONFIG, torch.device("cpu")).batches(), 1)
+    next(batches)
+    assert [thread.name for thread in threading.enumerate()].count("batches") == 1
+    batches.close()
+    assert "batches" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_a_state_of_another_seed_is_refused(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ are in the fixed form, which can be read back.
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -55,6 +57,8 @@ class Asked:
     faint: Scene | None = None
     """Another scene that the first image is blended with, as a drawing is that came out as neither
     of two; the answer is then no."""
+    named: tuple[Thing, ...] = ()
+    """Things that it names and that need not be there."""
 
 
 def _is(true: bool) -> str:
@@ -211,7 +215,9 @@ def _is_there(rng: np.random.Generator, scene: Scene) -> Asked:
         (f"Is there {text}?", f"Is there {text}?", f"Does the image show {text}?",
          f"Do you see {text}?"),
     )  # fmt: skip
-    return Asked(question=question, answer=_is(_has(scene, **known)), scenes=(scene,))
+    return Asked(
+        question=question, answer=_is(_has(scene, **known)), scenes=(scene,), named=(thing,)
+    )
 
 
 def _other(rng: np.random.Generator, value: T, values: Iterable[T]) -> T:
@@ -222,10 +228,11 @@ def _other(rng: np.random.Generator, value: T, values: Iterable[T]) -> T:
 def _property(rng: np.random.Generator, scene: Scene) -> Asked:
     thing = pick(rng, scene.things)
     it = f"the {thing.shape}" if _only(scene, thing) else _spot(rng, thing)
+    named = thing
     match pick(rng, ("colour", "size", "shape", "place", "background")):
         case "colour":
             said = _other(rng, thing.colour, COLOURS)
-            true = said == thing.colour
+            true, named = said == thing.colour, replace(thing, colour=said)
         case "size":
             it, said = _named(rng, scene, thing), _other(rng, thing.size, SIZES)
             true = said == thing.size
@@ -233,14 +240,15 @@ def _property(rng: np.random.Generator, scene: Scene) -> Asked:
             it = pick(rng, (f"the {thing.colour} thing", _spot(rng, thing)))
             shape = _other(rng, thing.shape, SHAPES)
             said, true = article(shape), shape == thing.shape
+            named = replace(thing, shape=shape)
         case "place":
             cell = _other(rng, thing.cell, CELLS)
             it, said = _named(rng, scene, thing), name_place(rng, cell)
-            true = cell == thing.cell
+            true, named = cell == thing.cell, replace(thing, row=cell[0], column=cell[1])
         case _:
             background = scene.background if rng.random() < 0.5 else sample_background(rng)
             it, said, true = "the background", bare_fill(background), background == scene.background
-    return Asked(question=f"Is {it} {said}?", answer=_is(true), scenes=(scene,))
+    return Asked(question=f"Is {it} {said}?", answer=_is(true), scenes=(scene,), named=(named,))
 
 
 _SIDES: dict[str, Callable[[Thing, Thing], bool]] = {
@@ -318,6 +326,16 @@ def _judge(rng: np.random.Generator, scene: Scene) -> Asked:
     return Asked(question=question, answer="no", scenes=(scene,), faint=other)
 
 
+def _judge_by_other(rng: np.random.Generator, scene: Scene, faint: Scene | None) -> Asked:
+    """Returns a question about an image that stays, by a prompt of its own or of a near miss."""
+    asked = scene if rng.random() < 0.5 else faint or spoil(rng, scene)
+    question = pick(rng, JUDGEMENTS).format(describe_scene(rng, asked))
+    true = asked == scene and faint is None
+    return Asked(
+        question=question, answer=_is(true), scenes=(scene,), faint=faint, named=asked.things
+    )
+
+
 CAPTIONS = (
     "Describe the image.",
     "Describe this image.",
@@ -338,8 +356,8 @@ def _caption(rng: np.random.Generator, scene: Scene) -> Asked:
     return Asked(question=pick(rng, CAPTIONS), answer=caption(scene), scenes=(scene,))
 
 
-def _compare(rng: np.random.Generator, scene: Scene, split: Split) -> Asked:
-    """Returns a question about two images."""
+def _pair(rng: np.random.Generator, scene: Scene, split: Split) -> tuple[Scene, Scene]:
+    """Returns the scene and another one, which may have some of the same."""
     other = sample_scene(rng, split, scene.resolution)
     if rng.random() < 0.4:
         other = spoil(rng, scene)
@@ -349,7 +367,12 @@ def _compare(rng: np.random.Generator, scene: Scene, split: Split) -> Asked:
         other = replace(other, background=scene.background)
     if rng.random() < 0.2:
         other = replace(other, things=scene.things)
-    scenes = (scene, other)
+    return scene, other
+
+
+def _compare(rng: np.random.Generator, scenes: tuple[Scene, Scene]) -> Asked:
+    """Returns a question about two images."""
+    scene, other = scenes
     match pick(rng, ("which", "which", "more", "background", "number", "same")):
         case "which":
             thing = _mostly(rng, pick(rng, (scene if rng.random() < 0.5 else other).things))
@@ -362,7 +385,12 @@ def _compare(rng: np.random.Generator, scene: Scene, split: Split) -> Asked:
                 rng, (f"Which image shows {named}?", f"In which image is there {named}?")
             )
             answer = {(True, False): 0, (False, True): 1, (True, True): 2, (False, False): 3}
-            return Asked(question=question, answer=WHICH[answer[found[0], found[1]]], scenes=scenes)
+            return Asked(
+                question=question,
+                answer=WHICH[answer[found[0], found[1]]],
+                scenes=scenes,
+                named=(thing,),
+            )
         case "more":
             counts = [len(one.things) for one in scenes]
             index = 3 if counts[0] == counts[1] else int(counts[1] > counts[0])
@@ -390,18 +418,18 @@ def _compare(rng: np.random.Generator, scene: Scene, split: Split) -> Asked:
 KINDS: dict[str, tuple[float, Callable[[np.random.Generator, Scene], Asked]]] = {
     "colour": (1.0, _colour),
     "shape": (1.2, _shape),
-    "size": (0.8, _size),
-    "where": (1.0, _where),
-    "count": (1.0, _count),
+    "size": (0.9, _size),
+    "where": (1.2, _where),
+    "count": (1.5, _count),
     "background": (0.6, _background),
-    "there": (1.2, _is_there),
-    "property": (1.0, _property),
-    "relation": (1.0, _relation),
-    "judge": (4.0, _judge),
-    "caption": (1.6, _caption),
+    "there": (1.4, _is_there),
+    "property": (2.0, _property),
+    "relation": (2.0, _relation),
+    "judge": (3.0, _judge),
+    "caption": (0.8, _caption),
 }
 """How often each kind of question about one image is asked, and what asks it."""
-COMPARE = 1.2
+COMPARE = 4.0
 """The same of questions about two images."""
 SHORT = tuple(kind for kind in (*KINDS, "compare") if kind != "caption")
 """The kinds with short answers."""
@@ -430,17 +458,61 @@ def ask(
         kinds: The kinds to choose from, all equally likely; every kind as often as in training if
             there are none.
     """
-    if kinds:
-        kind = pick(rng, kinds)
-    else:
-        names = [*KINDS, "compare"]
-        weights = np.array([weight for weight, _ in KINDS.values()] + [COMPARE])
-        kind = names[int(rng.choice(len(names), p=weights / weights.sum()))]
+    kind = pick(rng, kinds) if kinds else _kind(rng, compare=COMPARE)
     while True:
         scene = sample_scene(rng, split, resolution)
-        found = _compare(rng, scene, split) if kind == "compare" else KINDS[kind][1](rng, scene)
-        shown = [thing for one in found.scenes for thing in one.things]
-        shown += found.faint.things if found.faint is not None else ()
-        # A near miss may be a combination that training is not to show.
-        if split is Split.HELD_OUT or not any(thing.is_held_out for thing in shown):
+        if kind == "compare":
+            found = _compare(rng, _pair(rng, scene, split))
+        else:
+            found = KINDS[kind][1](rng, scene)
+        if _belongs(found, split):
             return _example(kind, found)
+
+
+def ask_together(
+    rng: np.random.Generator, split: Split, resolution: Resolution, count: int
+) -> list[Example]:
+    """Returns up to `count` different questions about the same image or the same two."""
+    first = ask(rng, split, resolution)
+    found = {first.prompt: first}
+    # Some images have few questions.
+    for _ in range(2 * count):
+        kind, asked = _ask_again(rng, first)
+        told = any(one.kind == "ask-caption" for one in found.values())
+        if len(found) < count and _belongs(asked, split) and not (told and kind == "caption"):
+            found.setdefault(asked.question, _example(kind, asked))
+    return list(found.values())
+
+
+def _ask_again(rng: np.random.Generator, first: Example) -> tuple[str, Asked]:
+    """Returns another question about an example's images, and its kind."""
+    if len(first.inputs) == 2:
+        return "compare", _compare(rng, (first.inputs[0], first.inputs[1]))
+    (scene,) = first.inputs
+    while True:
+        kind = "judge" if first.faint else _kind(rng, compare=0) if scene.things else "count"
+        asked = (
+            _judge_by_other(rng, scene, first.faint)
+            if kind == "judge"
+            else KINDS[kind][1](rng, scene)
+        )
+        if asked.scenes == first.inputs:
+            return kind, asked
+
+
+def _kind(rng: np.random.Generator, compare: float) -> str:
+    """Returns a kind of question, as often as in training."""
+    sums = list(itertools.accumulate(weight for weight, _ in KINDS.values()))
+    found = bisect(sums, rng.random() * (sums[-1] + compare))
+    return "compare" if found == len(sums) else tuple(KINDS)[found]
+
+
+def _belongs(asked: Asked, split: Split) -> bool:
+    """Returns whether a question may be asked of a split.
+
+    A near miss may be a combination that training is not to show. Nor may a question name one: what
+    is never shown is never there, so the answer would always be no.
+    """
+    told = [thing for scene in asked.scenes for thing in scene.things] + list(asked.named)
+    told += asked.faint.things if asked.faint is not None else ()
+    return split is Split.HELD_OUT or not any(thing.is_held_out for thing in told)

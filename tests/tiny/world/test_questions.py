@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -19,10 +20,11 @@ from sensebatch.tiny.world.questions import (
     WHICH,
     YES_NO,
     ask,
+    ask_together,
     other_thing,
     spoil,
 )
-from sensebatch.tiny.world.scene import COLOURS, SHAPES, SIZES, Split, sample_scene
+from sensebatch.tiny.world.scene import COLOURS, SHAPES, SIZES, Split, Thing, sample_scene
 
 SQUARE = BUCKETS_TINY["1:1"]
 
@@ -59,6 +61,52 @@ def test_training_never_shows_what_is_held_out(kind: str) -> None:
         seen = [*example.inputs, *([example.faint] if example.faint is not None else [])]
         assert not any(thing.is_held_out for scene in seen for thing in scene.things)
         assert all(scene.is_valid for scene in seen)
+
+
+@pytest.mark.parametrize("kind", ["there", "property"])
+def test_training_never_asks_for_what_is_held_out(kind: str) -> None:
+    """What is never shown is never there: the answer would be known without the image."""
+    hidden = [
+        (f"{colour} {shape}", f" {phrase}?")
+        for shape, colour, (row, column) in itertools.product(SHAPES, COLOURS, PLACES)
+        for phrase in PLACES[row, column]
+        if Thing(shape=shape, colour=colour, size="small", row=row, column=column).is_held_out
+    ]
+
+    def names_one(example: Example) -> bool:
+        text = example.prompt
+        return any(name in text and text.endswith(place) for name, place in hidden)
+
+    assert not any(map(names_one, examples(kind, 200)))
+    assert any(map(names_one, examples(kind, 200, Split.HELD_OUT)))
+
+
+def test_questions_asked_together_differ_and_are_about_the_same_images() -> None:
+    rng = np.random.default_rng(2)
+    kinds: set[str] = set()
+    for _ in range(60):
+        asked = ask_together(rng, Split.TRAIN, SQUARE, 5)
+        assert len({example.prompt for example in asked}) == len(asked) <= 5
+        assert len({(example.inputs, example.faint) for example in asked}) == 1
+        assert sum(example.kind == "ask-caption" for example in asked) <= 1
+        if asked[0].faint is not None:
+            assert {example.text for example in asked} == {"no"}
+        kinds |= {example.kind for example in asked[1:]}
+    assert kinds == {f"ask-{kind}" for kind in (*SHORT, "caption")}
+
+
+def test_judgements_asked_together_are_true_of_the_image() -> None:
+    rng, found = np.random.default_rng(3), Counter[str]()
+    while found.total() < 60:
+        asked = ask_together(rng, Split.TRAIN, SQUARE, 6)
+        for example in asked[1:]:
+            if example.kind == "ask-judge" and example.faint is None:
+                found[example.text] += 1
+                named = [colour for colour in COLOURS if f" {colour} " in example.prompt]
+                shown = [thing.colour for thing in example.inputs[0].things]
+                if example.text == "yes":
+                    assert sorted(named) == sorted(shown)
+    assert 15 < found["yes"] < 45
 
 
 def test_captions_name_what_the_image_shows() -> None:
