@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from annotated_types import Interval
 
 from sensebatch.declarations import Setting
+from sensebatch.functions import AcceptFunction
 from sensebatch.image_files import MAX_PIXELS
 from sensebatch.jobs import (
     MAX_SEED,
@@ -214,6 +215,8 @@ class RunConfig:
     output: OutputConfig = field(default_factory=OutputConfig)
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     pixel_limits: PixelLimits = field(default_factory=PixelLimits)
+    accept: tuple[AcceptFunction, ...] = ()
+    """Functions of the user's that judge each image of which only accepted ones are wanted."""
     tasks: Mapping[Task, TaskDefaults]
 
 

@@ -381,6 +381,16 @@ class VerdictOn:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class JudgedBy:
+    """The function that answers a question in place of the model."""
+
+    function: str
+    """`module:function`."""
+    source_sha256: str
+    """Of the module's file; another one may say something else."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """One unit of work; it succeeds or fails alone."""
 
@@ -409,6 +419,8 @@ class Job:
     """The series of which it is a try; None if it is to be run in any case."""
     verdict: VerdictOn | None = None
     """What it decides about a try; None if nothing."""
+    judged_by: JudgedBy | None = None
+    """The function of the user's that answers it; None for what the model does."""
     source: Source
 
     @property
@@ -509,9 +521,11 @@ def job_key(job: Job, identity: ModelIdentity, parents: Mapping[str, str] | None
         "lora": identity.lora,
         "dtype": identity.dtype,
     }
-    # A later field, which is in the key only if it is used.
+    # Later fields, which are in the key only if they are used.
     if identity.precision is not None:
         content["precision"] = identity.precision
+    if job.judged_by is not None:
+        content["function"] = asdict(job.judged_by)
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -545,6 +559,8 @@ class GroupKey:
     think: bool
     drawing: Drawing | None
     """None for jobs that make no images."""
+    by_function: bool = False
+    """Whether functions of the user's do the jobs, and no engine."""
 
     @property
     def image_tokens(self) -> int:
@@ -558,12 +574,15 @@ class GroupKey:
 
     def __str__(self) -> str:
         size = "" if self.drawing is None else f" {self.drawing.resolution}"
-        return f"{self.task}{size}{' with thinking' if self.think else ''}"
+        return f"{self.task}{size}{' with thinking' if self.think else ''}" + (
+            " by function" if self.by_function else ""
+        )
 
 
 def group_key(job: Job) -> GroupKey:
     """Returns the group a job belongs to."""
-    return GroupKey(task=job.task, think=job.think, drawing=job.drawing)
+    by_function = job.judged_by is not None
+    return GroupKey(task=job.task, think=job.think, drawing=job.drawing, by_function=by_function)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -43,6 +43,7 @@ from sensebatch.executor.ray_actor import Recipe
 from sensebatch.executor.roster import Crew, Roster
 from sensebatch.executor.run import execute
 from sensebatch.executor.worker import EngineWorker
+from sensebatch.functions import Judge, load_functions
 from sensebatch.jobs import Batch, EngineInfo, InputImage, Job, ModelIdentity
 from sensebatch.manifest.inputs import InputReader
 from sensebatch.manifest.problems import ProblemList
@@ -450,6 +451,7 @@ def run_session(
     backend = TorchBackend() if backend is None else backend
     observer = RunObserver() if observer is None else observer
     stop = NeverStop() if stop is None else stop
+    functions = load_functions(request.config.accept)
     with _summarised(request.root):
         model = open_model(request.config.model, _runtime(request, backend), observer)
         with open_store(request.root, state_dir=request.state_dir) as store:
@@ -458,8 +460,15 @@ def run_session(
             store.run_dir.write_settings(_settings_document(request))
             observer.jobs_read(request.root, changes)
             _run_again(request, store.state, observer)
+            _warn_of_unused(functions, store.state, observer)
             return _run_pending(
-                request, store, model, backend=backend, observer=observer, stop=stop
+                request,
+                store,
+                model,
+                backend=backend,
+                functions=functions,
+                observer=observer,
+                stop=stop,
             )
 
 
@@ -581,6 +590,14 @@ def _run_again(request: Request, state: State, observer: RunObserver) -> None:
         )
 
 
+def _warn_of_unused(functions: Mapping[str, Judge], state: State, observer: RunObserver) -> None:
+    if functions and not state.has_tries():
+        observer.warning(
+            f"{', '.join(functions)}: called for no image, since no row of the manifest has "
+            "accept, keep or tries"
+        )
+
+
 def _runtime(request: Request, backend: Backend) -> Backend:
     """Returns what says on which device the run computes."""
     workers = request.workers
@@ -663,6 +680,7 @@ def _run_pending(
     model: Model,
     *,
     backend: Backend,
+    functions: Mapping[str, Judge],
     observer: RunObserver,
     stop: Stop,
 ) -> Summary:
@@ -670,17 +688,14 @@ def _run_pending(
     if config.execution.retry_failed:
         store.state.retry_failed()
     counts = store.state.counts()
-    earlier = () if request.until is None else recent_batches(store.state)
-    deadline = Deadline(request.until, clock=clock, earlier=earlier)
+    deadline = _deadline(request, store.state)
     if not counts.remaining or deadline.is_set():
         return _nothing_to_run(counts)
-    if (config.model.device, model.device, model.name == TINY_MODEL) == ("auto", "cpu", False):
-        observer.warning("found no GPU that torch can use, so the CPU computes")
+    _warn_of_cpu(config, model, observer)
     observer.loading(counts, model)
     loads = _loads(config, store, model)
-    reader = InputReader()
-    read_image = reading(store.run_dir.root, reader.read)
-    with closing(reader):
+    with closing(InputReader()) as reader:
+        read_image = reading(store.run_dir.root, reader.read)
         if request.workers is not None:
             crew = _new_crew(request.workers, config, model, backend, loads)
             return _run_on_crew(
@@ -688,6 +703,7 @@ def _run_pending(
                 config,
                 store,
                 read_image=read_image,
+                functions=functions,
                 observer=observer,
                 stop=stop,
                 deadline=deadline,
@@ -702,10 +718,22 @@ def _run_pending(
                 worker=EngineWorker(engine),
                 config=config,
                 read_image=read_image,
+                functions=functions,
                 observer=observer,
                 stop=stop,
                 deadline=deadline,
             )
+
+
+def _deadline(request: Request, state: State) -> Deadline:
+    """Returns the deadline of a request, with what is known of how long batches take."""
+    earlier = () if request.until is None else recent_batches(state)
+    return Deadline(request.until, clock=clock, earlier=earlier)
+
+
+def _warn_of_cpu(config: RunConfig, model: Model, observer: RunObserver) -> None:
+    if (config.model.device, model.device, model.name == TINY_MODEL) == ("auto", "cpu", False):
+        observer.warning("found no GPU that torch can use, so the CPU computes")
 
 
 @contextmanager
@@ -759,6 +787,7 @@ def _run_on_crew(
     store: Store,
     *,
     read_image: Callable[[InputImage], bytes],
+    functions: Mapping[str, Judge],
     observer: RunObserver,
     stop: Stop,
     deadline: Deadline,
@@ -777,6 +806,7 @@ def _run_on_crew(
                 roster=roster,
                 config=config,
                 read_image=read_image,
+                functions=functions,
                 observer=observer,
                 stop=stop,
                 deadline=deadline,
@@ -799,7 +829,11 @@ def _nothing_to_run(counts: Counts) -> Summary:
 def _loads(config: RunConfig, store: Store, model: Model) -> list[Load]:
     """Returns the most demanding job of every group that is to be run."""
     # Jobs of all levels run in the same memory.
-    entries = (replace(entry, level=0) for entry in store.state.entries(with_started=True))
+    entries = (
+        replace(entry, level=0)
+        for entry in store.state.entries(with_started=True)
+        if not entry.group.by_function
+    )
     to_run = make_plan(entries, config.memory)
     prompt_bytes = model.identity.system_prompt_bytes
     return plan_loads(to_run, system_prompt_bytes=prompt_bytes)

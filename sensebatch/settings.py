@@ -10,7 +10,7 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -41,6 +41,7 @@ from sensebatch.config import (
 )
 from sensebatch.declarations import Declared, declared, implications, plain
 from sensebatch.errors import ConfigError
+from sensebatch.functions import FUNCTION_NAME, AcceptFunction, is_function_name
 from sensebatch.image_files import MAX_PIXELS
 from sensebatch.jobs import (
     COUNT,
@@ -169,6 +170,41 @@ class PixelLimitsSection(_Section):
     min_asked_pixels: Count
 
 
+def _listed(value: object) -> object:
+    """Returns functions as a list of sections, however they are written."""
+    listed = value if isinstance(value, list) else [value]
+    sections = [{"function": one} if isinstance(one, str) else one for one in listed]
+    for one in sections:
+        names = one.keys() if isinstance(one, dict) else set()
+        if "function" not in names or names - FunctionSection.model_fields.keys():
+            raise ValueError(
+                f"expected module:function, or a mapping of function, at_least and folder, found "
+                f"{one!r}"
+            )
+    return sections
+
+
+def _function_name(value: object) -> object:
+    if not is_function_name(value):
+        raise ValueError(f"expected module:function, found {value!r}")
+    return value
+
+
+class FunctionSection(_Section):
+    """The file's form of `functions.AcceptFunction`."""
+
+    function: Annotated[str, Field(pattern=FUNCTION_NAME), BeforeValidator(_function_name)]
+    at_least: Annotated[float, Field(gt=0, le=1)] = 0.5
+    folder: str = ""
+
+
+def _different(functions: list[FunctionSection]) -> list[FunctionSection]:
+    names = [one.function for one in functions]
+    if again := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"expected every function once, found {again} again")
+    return functions
+
+
 def _checked(setting: Declared, spec: TaskSpec) -> Any:
     """Returns the type of a task's setting, which accepts valid values alone."""
     error_of = setting.setting.error
@@ -218,6 +254,7 @@ class Settings(_Section):
     output: OutputSection
     execution: ExecutionSection
     pixel_limits: PixelLimitsSection
+    accept: Annotated[list[FunctionSection], BeforeValidator(_listed), AfterValidator(_different)]
     tasks: TasksSection
 
 
@@ -264,7 +301,7 @@ def resolve_settings(
             return f"{config_file}: line {document.line_of(path)}: {name}"
 
         raise ConfigError(_complaints(error.errors(), values, place)) from None
-    return _run_config(settings)
+    return _run_config(settings, Path.cwd() if config_file is None else config_file.parent)
 
 
 def dump_settings(config: RunConfig) -> dict[str, Any]:
@@ -276,6 +313,7 @@ def dump_settings(config: RunConfig) -> dict[str, Any]:
         "output": asdict(config.output),
         "execution": asdict(config.execution),
         "pixel_limits": asdict(config.pixel_limits),
+        "accept": [asdict(one) for one in config.accept],
         "tasks": {task.value: _dump_task(defaults) for task, defaults in config.tasks.items()},
     }
 
@@ -300,7 +338,14 @@ def _task_defaults(section: _Section) -> TaskDefaults:
     return TaskDefaults(sampling=sampling, **values)
 
 
-def _run_config(settings: Settings) -> RunConfig:
+def _run_config(settings: Settings, folder: Path) -> RunConfig:
+    """Returns the settings of a run.
+
+    Args:
+        settings: Checked.
+        folder: Where functions are looked for that do not say where they are.
+    """
+    functions = (AcceptFunction(**one.model_dump()) for one in settings.accept)
     return RunConfig(
         model=ModelConfig(**settings.model.model_dump()),
         memory=MemoryConfig(**settings.memory.model_dump()),
@@ -308,6 +353,7 @@ def _run_config(settings: Settings) -> RunConfig:
         output=OutputConfig(**settings.output.model_dump()),
         execution=ExecutionConfig(**settings.execution.model_dump()),
         pixel_limits=PixelLimits(**settings.pixel_limits.model_dump()),
+        accept=tuple(replace(one, folder=str(folder.resolve() / one.folder)) for one in functions),
         tasks={task: _task_defaults(getattr(settings.tasks, task.value)) for task in Task},
     )
 
@@ -407,7 +453,8 @@ def _complaints(
             message = message.removeprefix("a valid ")
             message = re.sub("^greater than or equal to", "a number of at least", message)
             message = re.sub("^less than or equal to", "a number of at most", message)
-            message = re.sub("^(greater|less)", r"a number \1", message)
+            message = re.sub("^greater than", "a number of more than", message)
+            message = re.sub("^less than", "a number of less than", message)
             message = message.replace("an object", "a section")
             if error["type"] == "string_too_short":
                 message = "text"

@@ -31,6 +31,7 @@ def log_row(job_id: str, batch_id: str, **changes: Any) -> dict[str, Any]:
         "session": 1,
         "task": "t2i",
         "status": "done",
+        "function": None,
         "width": 256,
         "height": 256,
         "num_images": 1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +23,7 @@ from sensebatch.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from sensebatch.jobs import Job
     from sensebatch.plan.batches import Plan, PlanEntry
 
 clock = time.time
@@ -64,13 +66,16 @@ def plan(
     jobs = read_manifests(manifests, config, task=task, limit=limit, warn=warn_of)
     jobs = long_prompts(config, gpu, warn_of).watch(jobs)
     ids: list[str] = []
-    made = make_plan(_noting(ids, map(plan_entry, jobs)), config.memory)
+    judged: Counter[str] = Counter()
+    entries = _noting(ids, map(plan_entry, _without_functions(jobs, judged)))
+    made = make_plan(entries, config.memory)
     memory = memory_summary(made, config, gpu)
     found = _forecast(made, ids, memory, forecasting, now)
     summary = plan_summary(made) | {
         "memory": memory,
         "machine": None if machine is None else machine.model_dump(),
         "forecast": found,
+        "functions": dict(judged),
     }
     if as_json:
         show(json.dumps(summary))
@@ -120,6 +125,15 @@ def _forecast_lines(
         yield UNKNOWN
     else:
         yield from forecast_lines(found, forecasting.at(now))
+
+
+def _without_functions(jobs: Iterable[Job], judged: Counter[str]) -> Iterator[Job]:
+    """Yields the jobs that a model does, and counts those that functions of the user's do."""
+    for job in jobs:
+        if job.judged_by is None:
+            yield job
+        else:
+            judged[job.judged_by.function] += 1
 
 
 def _noting(ids: list[str], entries: Iterable[PlanEntry]) -> Iterator[PlanEntry]:

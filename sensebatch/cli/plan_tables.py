@@ -41,6 +41,10 @@ def print_plan(summary: Summary, *forecast: str) -> None:
     )
     more = len(summary["groups"]) - MAX_GROUPS
     lines = [f"... and {counted(more, 'more group')}; --json prints all", total]
+    lines += [
+        f"{counted(number, 'image')} judged by {name}, in this process beside the drawing"
+        for name, number in summary["functions"].items()
+    ]
     print_parts(table, *(lines if more > 0 else lines[1:]), *_memory(summary), *forecast)
 
 

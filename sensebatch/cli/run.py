@@ -28,6 +28,7 @@ from sensebatch.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from sensebatch.config import RunConfig
     from sensebatch.store.manifests import ManifestFiles
 
 
@@ -73,7 +74,7 @@ def run(
     from sensebatch.cli.outcome import finish, reporting_stops
     from sensebatch.cli.session import run_session, settled
     from sensebatch.manifest.read import read_manifests, run_name
-    from sensebatch.settings import dump_settings, resolve_settings
+    from sensebatch.settings import resolve_settings
 
     until = deadline.at(session.clock())
     flags = flags_of(model, batch, execution, images, reading)
@@ -87,7 +88,7 @@ def run(
         sources=tuple(str(path) for path in manifests),
         jobs=jobs,
         limit=limit,
-        files=_files(manifests, folder, [task, limit, dump_settings(config)]),
+        files=_files(manifests, folder, config, [task, limit]),
         until=until,
         workers=settled(workers.config(model, config.model.device)),
         **folder.said(),
@@ -101,10 +102,12 @@ def run(
 
 
 def _files(
-    manifests: Sequence[Path], folder: FolderOptions, settings: list[object]
+    manifests: Sequence[Path], folder: FolderOptions, config: RunConfig, said: list[object]
 ) -> ManifestFiles:
     """Returns the files of a run, with what else decides its jobs."""
+    from sensebatch.settings import dump_settings
     from sensebatch.store.manifests import ManifestFiles
 
-    said = json.dumps(settings)
-    return ManifestFiles(paths=tuple(manifests), settings=said, is_other=folder.other_manifest)
+    functions = [one.source_sha256 for one in config.accept]
+    settings = json.dumps([*said, dump_settings(config), functions])
+    return ManifestFiles(paths=tuple(manifests), settings=settings, is_other=folder.other_manifest)

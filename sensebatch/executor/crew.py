@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -24,6 +24,7 @@ from sensebatch.config import RunConfig
 from sensebatch.contract import Concerns, Progress, Raised, Stop
 from sensebatch.executor.claim import claim_batches
 from sensebatch.executor.deadline import Deadline
+from sensebatch.executor.judging import MAX_WAITING, Judging
 from sensebatch.executor.ledger import Begun, Ledger
 from sensebatch.executor.levels import plan_levels
 from sensebatch.executor.messages import (
@@ -48,7 +49,8 @@ from sensebatch.executor.prepare import read_inputs
 from sensebatch.executor.recovery import MAX_DEATHS, recover, worker_death
 from sensebatch.executor.roster import TICK_S, Member, Roster
 from sensebatch.executor.schedule import Assignment, Idle, Schedule
-from sensebatch.jobs import BatchMetrics, EncodedJob, Failure, InputImage, group_key
+from sensebatch.functions import Judge
+from sensebatch.jobs import BatchMetrics, BatchResult, EncodedJob, Failure, InputImage, group_key
 from sensebatch.store.attempts import Attempt
 from sensebatch.store.kept import KeptOfBatch
 from sensebatch.store.store import Store
@@ -140,7 +142,7 @@ def execute_crew(
     observer: Observer,
     stop: Stop,
     deadline: Deadline | None = None,
-    patience_s: float | None = None,
+    functions: Mapping[str, Judge] | None = None,
 ) -> Summary:
     """Runs every job of the store that is neither done nor given up, on several workers.
 
@@ -152,8 +154,7 @@ def execute_crew(
         observer: Who watches.
         stop: As for `run.execute`, for every batch that is in an engine.
         deadline: As for `run.execute`.
-        patience_s: The least time without news after which a worker that has something to do
-            counts as dead; None for what its device may take.
+        functions: As for `run.execute`; they run in this process.
 
     Raises:
         RunStoppedError: As `run.execute`; WorkersLostError if no worker is left.
@@ -168,15 +169,16 @@ def execute_crew(
         BatchWriter(store, config.output, config.execution) as writer,
         ThreadPoolExecutor(NUM_READERS, thread_name_prefix="read") as readers,
         ThreadPoolExecutor(NUM_READERS, thread_name_prefix="keep") as keepers,
+        Judging(functions or {}, read_image, store.state.rows) as judging,
     ):
         run = _CrewRun(
             store=store,
             roster=roster,
             config=config,
             writer=writer,
-            pools=_Pools(readers=readers, keepers=keepers, read_image=read_image),
+            pools=_Pools(readers=readers, keepers=keepers, judging=judging, read_image=read_image),
             observer=observer,
-            ends=_Ends(stop=deadline.beside(stop), deadline=deadline, patience_s=patience_s),
+            ends=_Ends(stop=deadline.beside(stop), deadline=deadline),
         )
         try:
             run.loop()
@@ -193,6 +195,7 @@ class _Pools:
 
     readers: ThreadPoolExecutor
     keepers: ThreadPoolExecutor
+    judging: Judging
     read_image: Callable[[InputImage], bytes]
 
     def cancel(self) -> None:
@@ -207,7 +210,6 @@ class _Ends:
 
     stop: Stop
     deadline: Deadline
-    patience_s: float | None
 
 
 class _CrewRun:
@@ -230,7 +232,7 @@ class _CrewRun:
         self._desks: dict[int, _Desk] = {}
         self._returned: deque[Begun] = deque()
         """Batches that came back; they go out before anything else."""
-        self._unwritten_bytes = self._num_unwritten = 0
+        self._unwritten_bytes = self._num_unwritten = self._num_judged = 0
         self._is_ending = False
         self.tally = Tally(observer, config.execution)
         fitting, note = roster.fitting(), partial(report, observer.note)
@@ -255,6 +257,7 @@ class _CrewRun:
             deadline=ends.deadline,
         )
         report(observer.run_started, store.state.counts(), levels.plan)
+        self._judge_by = next(roster.ready()).by
         roster.changed = self._show
         for member in roster.ready():
             self._seat(member)
@@ -310,11 +313,32 @@ class _CrewRun:
             if begun is None:
                 self._level()
                 return
-            self._give(desk, begun)
+            if begun.batch.group.by_function:
+                self._judge(begun)
+            else:
+                self._give(desk, begun)
 
     @property
     def _can_take_more(self) -> bool:
+        if self._num_judged >= MAX_WAITING:
+            return False
         return self._unwritten_bytes <= MAX_UNWRITTEN_BYTES and self._num_unwritten <= MAX_UNWRITTEN
+
+    def _judge(self, begun: Begun) -> None:
+        """Has functions judge a batch, beside whatever the workers do."""
+        self._num_judged += 1
+        future = self.pools.judging.start(begun.jobs)
+        judged = partial(self._was_judged, begun, future)
+        future.add_done_callback(lambda _: self._roster.events.put(judged))
+
+    def _was_judged(self, begun: Begun, future: Future[BatchResult]) -> None:
+        self._num_judged -= 1
+        self._num_unwritten += 1
+        result, by = future.result(), next(self._roster.ready(), None)
+        self._judge_by = self._judge_by if by is None else by.by
+        written = self._ledger.write(begun, result.results, result.metrics, self._judge_by)
+        was_written = partial(self._was_written, begun, 0, written)
+        written.add_done_callback(lambda _: self._roster.events.put(was_written))
 
     def _freest(self) -> _Desk | None:
         open_desks = [
@@ -615,7 +639,7 @@ class _CrewRun:
     def _patience_s(self, desk: _Desk) -> float:
         """Returns how long a worker may say nothing: many times what its batch should take."""
         is_cpu = desk.member.by.info.device == "cpu"
-        least_s = self._ends.patience_s or (CPU_PATIENCE_S if is_cpu else PATIENCE_S)
+        least_s = self._roster.patience_s or (CPU_PATIENCE_S if is_cpu else PATIENCE_S)
         if desk.running is None:
             return least_s
         batch = desk.running.begun.batch

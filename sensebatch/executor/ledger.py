@@ -186,7 +186,8 @@ class Ledger:
         )
         if ran.has_failures:
             self._schedule.hold(begun.assignment)
-        self._deadline.ran(by.worker, begun.batch.group, len(begun.jobs), metrics)
+        if not begun.batch.group.by_function:
+            self._deadline.ran(by.worker, begun.batch.group, len(begun.jobs), metrics)
         ended = time.monotonic()
         future = self._writer.submit(ran)
         future.add_done_callback(lambda _: self._deadline.wrote(time.monotonic() - ended))

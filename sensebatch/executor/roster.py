@@ -110,6 +110,8 @@ class Roster:
         crew: Starts them.
         note: Takes what a person may want to know.
         clock: Returns monotonic seconds.
+        patience_s: The least time without news after which a worker that has something to do
+            counts as dead; None for what its device may take.
     """
 
     def __init__(
@@ -117,8 +119,9 @@ class Roster:
         crew: Crew,
         note: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
+        patience_s: float | None = None,
     ) -> None:
-        self.crew = crew
+        self.crew, self.patience_s = crew, patience_s
         self.events: SimpleQueue[Event] = SimpleQueue()
         self.members: dict[int, Member] = {}
         self._note = note

@@ -9,9 +9,11 @@ at any moment leaves is run in the compositions it would have been run in.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 
@@ -21,23 +23,23 @@ from sensebatch.errors import BatchStoppedError, RunFolderError, RunStoppedError
 from sensebatch.executor.claim import claim_batches
 from sensebatch.executor.deadline import Deadline
 from sensebatch.executor.guard import raise_again
+from sensebatch.executor.judging import MAX_WAITING, Judging
 from sensebatch.executor.ledger import Begun, Ledger, members_of
 from sensebatch.executor.levels import plan_levels
 from sensebatch.executor.observer import Observer, Summary, Tally, report
 from sensebatch.executor.prepare import Preparer
 from sensebatch.executor.recovery import death, recover
 from sensebatch.executor.schedule import Assignment, Idle, Schedule
-from sensebatch.jobs import (
-    BatchMetrics,
-    BatchResult,
-    InputImage,
-    group_key,
-)
+from sensebatch.functions import Judge
+from sensebatch.jobs import BatchMetrics, BatchResult, GroupKey, InputImage, group_key
 from sensebatch.store.attempts import Attempt
 from sensebatch.store.kept import KeptOfBatch
 from sensebatch.store.state import StoredJob
 from sensebatch.store.store import Store
 from sensebatch.store.writer import BatchWriter, RanBy
+
+POLL_S = 0.2
+"""Seconds after which a run that waits for functions looks whether it is to stop."""
 
 
 def execute(
@@ -49,6 +51,7 @@ def execute(
     observer: Observer,
     stop: Stop,
     deadline: Deadline | None = None,
+    functions: Mapping[str, Judge] | None = None,
 ) -> Summary:
     """Runs every job of the store that is neither done nor given up.
 
@@ -62,6 +65,7 @@ def execute(
             with that batch on record as started and its finished images kept; else after it.
         deadline: Ends the run likewise, and before a batch that would not be through by then. With
             one, batches come in the order of their first jobs in the manifests.
+        functions: Those that judge images, by their names.
 
     Raises:
         RunStoppedError: The disk is full, or the device failed; what was committed stays, the
@@ -76,14 +80,14 @@ def execute(
         store.complete_log(),
         BatchWriter(store, config.output, config.execution) as writer,
         Preparer(worker, read_image) as preparer,
+        Judging(functions or {}, read_image, store.state.rows) as judging,
     ):
         run = _Run(
             store=store,
             worker=worker,
             config=config,
-            preparer=preparer,
+            beside=_Beside(preparer=preparer, judging=judging, writer=writer),
             observer=observer,
-            writer=writer,
             stop=deadline.beside(stop),
             deadline=deadline,
         )
@@ -97,6 +101,15 @@ def execute(
     return run.tally.summary(store.state.counts(), stop, seconds, deadline)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Beside:
+    """What works while a batch is in the worker."""
+
+    preparer: Preparer
+    judging: Judging
+    writer: BatchWriter
+
+
 class _Run:
     """One call of `execute`."""
 
@@ -106,28 +119,29 @@ class _Run:
         store: Store,
         worker: Worker,
         config: RunConfig,
-        preparer: Preparer,
+        beside: _Beside,
         observer: Observer,
-        writer: BatchWriter,
         stop: Stop,
         deadline: Deadline,
     ) -> None:
         self._deadline = deadline
         self._store = store
         self._worker = worker
-        self._preparer = preparer
+        self._preparer, self._judging = beside.preparer, beside.judging
+        self._verdicts: deque[tuple[Begun, Future[BatchResult]]] = deque()
+        """Batches that functions judge."""
         self._observer = observer
-        self._writer = writer
         self._stop = stop
         self._start = time.monotonic()
         self._writing: tuple[Begun, Future[tuple[Attempt, ...]]] | None = None
         self._blamed: set[int] = set()
         """Numbers of batches whose start counts against them if the process is killed."""
         self.tally = Tally(observer, config.execution)
-        found = recover(store, worker.largest_batch, config.memory, partial(report, observer.note))
+        note = partial(report, observer.note)
+        found = recover(store, self._fitting, config.memory, note)
         self._doubtful = found.doubtful
-        claim_batches(store, config, worker.largest_batch, partial(report, observer.note))
-        levels = plan_levels(store, config.memory, worker.largest_batch, self._deadline)
+        claim_batches(store, config, self._fitting, note)
+        levels = plan_levels(store, config.memory, self._fitting, self._deadline)
         self._schedule = Schedule(
             recorded=found.recorded,
             groups=levels.groups,
@@ -136,7 +150,7 @@ class _Run:
         )
         self._ledger = Ledger(
             store=store,
-            writer=writer,
+            writer=beside.writer,
             schedule=self._schedule,
             observer=observer,
             tally=self.tally,
@@ -154,23 +168,72 @@ class _Run:
             RunStoppedError: See `execute`.
             RunFolderError: Likewise.
         """
-        while (found := self._schedule.next()) is not Idle.FINISHED:
-            if found is Idle.WAITING:
-                self.settle()
-                continue
-            if self._stop.is_set() or self.tally.too_many_failures or not self._admits(found):
+        while True:
+            self._take_verdicts()
+            found = self._schedule.next()
+            if found is Idle.FINISHED:
                 return
-            alone = found.is_last or found.seq in self._doubtful
-            if alone:
-                self.settle()
-            begun = self._begin(found)
-            if not alone:
-                self._prepare_next()
-            if begun is not None:
-                self._end(begun, self._generate(begun))
-            self._worker.release(found.number)
-            if alone:
-                self.settle()
+            if found is Idle.WAITING:
+                self._wait()
+            is_over = self._stop.is_set() or self.tally.too_many_failures
+            if is_over and (found is not Idle.WAITING or self._verdicts):
+                return
+            if found is Idle.WAITING:
+                continue
+            if self._is_judged(found):
+                self._judge(found)
+            elif self._admits(found):
+                self._run(found)
+            else:
+                return
+
+    def _run(self, assignment: Assignment) -> None:
+        """Has the worker run an assignment."""
+        alone = assignment.is_last or assignment.seq in self._doubtful
+        if alone:
+            self.settle()
+        begun = self._begin(assignment)
+        if not alone:
+            self._prepare_next()
+        if begun is not None:
+            self._end(begun, self._generate(begun))
+        self._worker.release(assignment.number)
+        if alone:
+            self.settle()
+
+    def _fitting(self, group: GroupKey) -> int | None:
+        return None if group.by_function else self._worker.largest_batch(group)
+
+    def _is_judged(self, assignment: Assignment) -> bool:
+        """Returns whether functions do the jobs of an assignment, and not the worker."""
+        (first,) = self._store.state.jobs(assignment.ids[:1])
+        return first.job.judged_by is not None
+
+    def _judge(self, assignment: Assignment) -> None:
+        """Has functions judge a batch, beside whatever the worker does."""
+        while len(self._verdicts) >= MAX_WAITING and not self._stop.is_set():
+            self._wait()
+        self._store.run_dir.require_in_place()
+        begun = self._ledger.hand_out(
+            assignment, queue_s=time.monotonic() - self._start, started_at=datetime.now(UTC)
+        )
+        self._verdicts.append((begun, self._judging.start(begun.jobs)))
+
+    def _take_verdicts(self) -> None:
+        """Has the verdicts written that are there."""
+        while self._verdicts and self._verdicts[0][1].done():
+            begun, future = self._verdicts.popleft()
+            result = future.result()
+            self.settle()
+            written = self._ledger.write(begun, result.results, result.metrics, self._by())
+            self._writing = (begun, written)
+
+    def _wait(self) -> None:
+        """Waits until what was done is on record, or a while for a verdict."""
+        if self._writing is None and self._verdicts:
+            wait([self._verdicts[0][1]], POLL_S)
+        self.settle()
+        self._take_verdicts()
 
     def _admits(self, assignment: Assignment) -> bool:
         """Returns whether an assignment would be through by the deadline."""
@@ -223,7 +286,7 @@ class _Run:
     def _prepare_next(self) -> None:
         """Has the batch prepared that comes next if nothing goes wrong with the current one."""
         expected = self._schedule.peek()
-        if expected is not None and not expected.is_last:
+        if expected is not None and not (expected.is_last or self._is_judged(expected)):
             jobs = self._store.state.jobs(expected.ids)
             self._preparer.start(expected, [stored.job for stored in jobs])
 

@@ -9,19 +9,34 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from pydantic import ValidationError
 
-from sensebatch.jobs import AttemptAt, Job, VerdictOn
+from sensebatch.functions import AcceptFunction
+from sensebatch.jobs import AttemptAt, Job, JudgedBy, VerdictOn
 from sensebatch.manifest.expand import Expanded, as_text, check_template, filled
 from sensebatch.manifest.fields import ACCEPT_FIELDS, Check, JobFields
 from sensebatch.manifest.problems import RowErrors
 from sensebatch.tasks import Output, Task
 
 _SEEDS = frozenset({"seeds", "n"})
+_OR_FUNCTION = "or a function that the configuration file names (accept), found neither"
 _TRIES_FOR_EACH = 3
 """Tries for each image that is wanted, if a row does not say how many."""
+YES, NO = "yes", "no"
+"""The choices of a function, whose score is the probability of the first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question about a try, which becomes a job of its own."""
+
+    expanded: Expanded
+    verdict: VerdictOn
+    judged_by: JudgedBy | None
+    """The function that answers it; None for the model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +44,7 @@ class Acceptance:
     """What the images of a row must be like, and how many are wanted."""
 
     checks: tuple[Check, ...]
+    functions: tuple[AcceptFunction, ...]
     keep: int
     tries: int
     first_seed: int
@@ -40,29 +56,53 @@ class Acceptance:
         if series == job.id:
             series = "*".join(job.id.rsplit(str(job.seed), 1))
         number = job.seed - self.first_seed
-        attempt_at = AttemptAt(
-            series=series, number=number, keep=self.keep, checks=len(self.checks)
-        )
+        checks = len(self.checks) + len(self.functions)
+        attempt_at = AttemptAt(series=series, number=number, keep=self.keep, checks=checks)
         return replace(job, attempt_at=attempt_at)
 
-    def questions(self, job: Job) -> Iterator[tuple[Expanded, VerdictOn]]:
-        """Yields the questions about the image of a job, with what each decides."""
+    def questions(self, job: Job) -> Iterator[Question]:
+        """Yields the questions about the image of a job."""
         texts = {name: as_text(value) for name, value in job.matrix.items()}
         texts["prompt"] = job.prompt
         for number, check in enumerate(self.checks, start=1):
             suffix = f"-{number}" if len(self.checks) > 1 else ""
-            fields = {
+            fields: dict[str, Any] = {
                 "id": f"{job.id}-check{suffix}",
                 "prompt": filled(check.ask, texts),
                 "image": f"@{job.id}",
                 "choices": list(check.choices),
             }
             verdict = VerdictOn(job=job.id, answer=check.expected, at_least=check.at_least)
-            yield Expanded(fields=fields, own=frozenset(fields)), verdict
+            yield Question(Expanded(fields=fields, own=frozenset(fields)), verdict, None)
+        for one in self.functions:
+            fields = {
+                "id": f"{job.id}-{one.function.replace(':', '.')}",
+                "prompt": one.function,
+                "image": f"@{job.id}",
+                "choices": [YES, NO],
+                "think": False,
+            }
+            yield Question(
+                Expanded(fields=fields, own=frozenset(fields)),
+                VerdictOn(job=job.id, answer=YES, at_least=one.at_least),
+                _judged_by(one),
+            )
+
+
+@cache
+def _judged_by(function: AcceptFunction) -> JudgedBy:
+    """Returns the function as the questions of a process name it: as it was when first asked."""
+    return JudgedBy(function=function.function, source_sha256=function.source_sha256)
 
 
 def acceptance_of(
-    fields: Mapping[str, Any], task: Task, default_seed: int, errors: RowErrors
+    fields: Mapping[str, Any],
+    task: Task,
+    default_seed: int,
+    errors: RowErrors,
+    *,
+    own: frozenset[str],
+    functions: tuple[AcceptFunction, ...],
 ) -> tuple[Mapping[str, Any], Acceptance | None]:
     """Returns the fields that make the tries of a row, and what they must be like.
 
@@ -71,6 +111,8 @@ def acceptance_of(
         task: Of the row.
         default_seed: The first seed if the row has none.
         errors: Receives what is wrong.
+        own: The names in the row itself.
+        functions: Those of the configuration, which judge images beside the row's questions.
 
     Returns:
         The fields as they are and None for a row that accepts whatever is drawn, or has mistakes.
@@ -79,18 +121,21 @@ def acceptance_of(
         return fields, None
     given = {name: fields[name] for name in ACCEPT_FIELDS if name in fields}
     others = {name: value for name, value in fields.items() if name not in ACCEPT_FIELDS}
-    if "accept" not in given:
-        # In the defaults they may be meant for other jobs; alone they say nothing.
+    if "accept" not in given and not functions:
+        # In the defaults they may be meant for other jobs.
+        for name in sorted(ACCEPT_FIELDS & own):
+            errors.add(name, f"expected accept beside it, which says what is kept, {_OR_FUNCTION}")
         return others, None
     try:
         checked = JobFields.model_validate(given)
     except ValidationError as error:
         errors.add_validation(error, ())
         return others, None
-    assert checked.accept is not None
+    checks = checked.accept or ()
     keep, seed = checked.keep or 1, fields.get("seed")
     accept = Acceptance(
-        checks=tuple(checked.accept if isinstance(checked.accept, list) else [checked.accept]),
+        checks=(checks,) if isinstance(checks, Check) else tuple(checks),
+        functions=functions,
         keep=keep,
         tries=checked.tries or _TRIES_FOR_EACH * keep,
         first_seed=seed if isinstance(seed, int) else default_seed,

@@ -151,6 +151,8 @@ def _plain_type(kind: Any) -> Any:
 def _setting_fields() -> dict[str, Any]:
     types = {name: _plain_type(setting.type) for name, setting in SETTINGS.items()}
     types["input_max_pixels"] = InputMaxPixels
+    some_timesteps: Any = types["timesteps"]
+    types["timesteps"] = Annotated[some_timesteps, Len(1)]
     return {
         name: (kind | None, Field(None, description=SETTINGS[name].setting.help))
         for name, kind in types.items()

@@ -31,7 +31,7 @@ class Unreadable:
 MAX_MESSAGE_CHARS = 1000
 """The most characters of a message; paths and errors of libraries may be longer."""
 
-_BRANCHES = frozenset(["<path>", "<struct>", "<list>", "<number>", "<word>"])
+_BRANCHES = frozenset(["<path>", "<struct>", "<list>", "<number>", "<word>", "<check>"])
 """Parts of a location that name a branch of a union rather than a field."""
 
 Location = tuple[str | int, ...]
@@ -50,6 +50,14 @@ _INSTEAD = {
 }
 """Our fields by the names that other tools use."""
 
+_INNER = {"accept": ("ask", "choices", "is", "at_least")}
+"""The names of mappings inside fields, where they are not those of images."""
+
+NO_FUNCTION = (
+    "a mapping of ask, choices, is and at_least, or a list of these; a function (module:function) "
+    "is named in the configuration file, under accept, and never in a manifest"
+)
+
 _EXPECTED = {
     "bool_type": "true or false",
     "bytes_type": "bytes",
@@ -60,6 +68,7 @@ _EXPECTED = {
     "greater_than_equal": "at least {ge}",
     "int_type": "a whole number",
     "invalid-json-value": "a value that JSON can hold",
+    "less_than": "less than {lt}",
     "less_than_equal": "at most {le}",
     "list_type": "a list",
     "literal_error": "{expected}",
@@ -176,6 +185,8 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 def unknown_field(name: str, known: Iterable[str]) -> str:
     """Returns the message about an unknown field."""
     known = list(known)
+    if name == "function" and tuple(known) == _INNER["accept"]:
+        return f"expected {NO_FUNCTION}, found {found(name)}"
     meant = _INSTEAD.get(name.lower())
     if meant is not None and meant in known:
         advice = f"; it is called {meant!r} here"
@@ -197,9 +208,11 @@ def _worded(record: Any, known: Iterable[str]) -> tuple[Location, str]:
     """Returns the location and the message of one of pydantic's error records."""
     location: Location = tuple(part for part in record["loc"] if part not in _BRANCHES)
     if record["type"] == "extra_forbidden":
-        # A struct inside a field has names of its own.
-        inner = ("bytes", "path") if len(location) > 1 else known
+        # A mapping inside a field has names of its own.
+        inner = _INNER.get(str(location[0]), ("bytes", "path")) if len(location) > 1 else known
         return location, unknown_field(str(location[-1]), inner)
+    if location[0] == "accept" and record["type"] in ("model_type", "wrong_type"):
+        return location, f"expected {NO_FUNCTION}, found {found(record['input'])}"
     if location[0] == "metadata":
         # Every other part is a branch of the union that makes up a JSON value.
         location = ("metadata", *record["loc"][1::2])

@@ -202,6 +202,7 @@ class ManifestReader:
         self.problems = ProblemList()
         self._config = config
         self._task = task
+        self._acceptance_of = partial(acceptance_of, functions=config.accept)
         self._resolver = JobResolver(config, warn)
         self._ids = IdRegistry()
         self._outputs = self._resolver.outputs
@@ -282,7 +283,7 @@ class ManifestReader:
         )
         own, default_seed = frozenset(row_fields), self._config.tasks[task].seed
         num_jobs = num_bad = 0
-        tried, accept = acceptance_of(fields, task, default_seed, errors)
+        tried, accept = self._acceptance_of(fields, task, default_seed, errors, own=own)
         waiting = partial(_Waiting, task=task, origin=origin, row=row, accept=accept)
         for expanded in expand(tried, own, default_seed=default_seed, errors=errors):
             num_jobs += 1
@@ -347,10 +348,11 @@ class ManifestReader:
             yield read
             return
         yield replace(read, job=accept.as_try(read.job))
-        for question, verdict in accept.questions(read.job):
-            found = self._job(question, Task.ASK, origin, number, errors)
+        for question in accept.questions(read.job):
+            found = self._job(question.expanded, Task.ASK, origin, number, errors)
             if found is not None:
-                yield replace(found, job=replace(found.job, verdict=verdict))
+                job = replace(found.job, verdict=question.verdict, judged_by=question.judged_by)
+                yield replace(found, job=job)
 
     def _refuse(self, waiting: Sequence[_Waiting]) -> None:
         """Reports why jobs can never run."""

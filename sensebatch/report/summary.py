@@ -16,7 +16,15 @@ import pyarrow.compute as pc
 
 from sensebatch.jobs import FinishReason
 from sensebatch.report.timeline import COLUMNS as TIMELINE_COLUMNS
-from sensebatch.report.timeline import Batch, Waiting, format_waiting, group_name, timeline, waiting
+from sensebatch.report.timeline import (
+    Batch,
+    Waiting,
+    format_waiting,
+    group_name,
+    of_engines,
+    timeline,
+    waiting,
+)
 from sensebatch.report.workers import (
     Stint,
     WorkerShare,
@@ -171,6 +179,8 @@ def summarise(log: pa.Table, *, session: int | None = None) -> Summary:
     """
     if session is not None:
         log = log.filter(pc.field("session") == session)
+    failed_attempts = log.filter(pc.field("status") != "done").num_rows
+    log = of_engines(log)
     done = log.filter(pc.field("status") == "done")
     calls = _calls(done)
     by_group: dict[str, list[Call]] = {}
@@ -190,7 +200,7 @@ def summarise(log: pa.Table, *, session: int | None = None) -> Summary:
         load_peak=_peak(log, "load_peak_"),
         total=_throughput(calls, sum(text_tokens.values())),
         peak=_peak(done, "peak_"),
-        failed_attempts=log.num_rows - done.num_rows,
+        failed_attempts=failed_attempts,
         finish_reasons=_finish_reasons(done),
         by_group={
             name: _throughput(members, text_tokens[name]) for name, members in by_group.items()

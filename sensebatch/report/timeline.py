@@ -29,7 +29,7 @@ _SHARED = [
     "total_s",
 ]
 """Figures of a batch: the same in each of its rows."""
-COLUMNS = [*_SHARED, "job_id", "num_images"]
+COLUMNS = [*_SHARED, "job_id", "num_images", "function"]
 """What a log must have."""
 
 _SECONDS = ("start", "waited", "prefill", "think", "denoise", "other")
@@ -82,8 +82,14 @@ class Waiting:
     """The waiting as a part of these batches' generation and waiting together."""
 
 
+def of_engines(log: pa.Table) -> pa.Table:
+    """Returns the rows of a log that engines made, and not functions of the user's beside them."""
+    return log.filter(pc.is_null(log["function"]))
+
+
 def timeline(log: pa.Table) -> tuple[Batch, ...]:
     """Returns every batch that went through an engine, worker by worker, in their order."""
+    log = of_engines(log)
     log = log.filter(pc.is_valid(log["batch_id"]))
     table = log.group_by(_SHARED).aggregate([("job_id", "count"), ("num_images", "sum")])
     batches = [

@@ -17,6 +17,8 @@ from sensebatch.store import tables
 from sensebatch.store.attempts import DONE, FAILED, HELD, PENDING, row_from_json
 
 _UNDECIDED = (PENDING, HELD)
+_ROUNDING = 1e-9
+"""What a share of probabilities may lack that were kept as logarithms."""
 
 
 class Verdict(StrEnum):
@@ -179,7 +181,7 @@ def _passed(db: sqlite3.Connection, folded: str, status: str) -> bool | None:
     if len(judges) < (num_checks or 1) or any(state in _UNDECIDED for _, _, state, _ in judges):
         return None
     return all(
-        state == DONE and _probability(row, answer) >= at_least
+        state == DONE and _probability(row, answer) >= at_least - _ROUNDING
         for answer, at_least, state, row in judges
     )
 

@@ -96,6 +96,9 @@ class Attempt:
     """Whether the model thinks before it draws or answers."""
     choices: tuple[str, ...] | None = None
     """Answers that a question may have; empty if it is answered freely, null for other tasks."""
+    function: str | None = None
+    """The function of the user's that answered in place of the model, `module:function`
+    (manifest.md#functions-of-your-own); null for everything else."""
     do_sample: bool | None = None
     """Whether the tokens of an answer are drawn at random; null for other tasks."""
     temperature: float | None = None

@@ -13,6 +13,7 @@ from sensebatch.jobs import (
     GroupKey,
     InputImage,
     Job,
+    JudgedBy,
     Sampling,
     Solver,
     Source,
@@ -39,6 +40,8 @@ def job_to_json(job: Job) -> str:
         level["try"] = asdict(job.attempt_at)
     if job.verdict is not None:
         level["verdict"] = asdict(job.verdict)
+    if job.judged_by is not None:
+        level["function"] = asdict(job.judged_by)
     return _dumps(
         {
             "id": job.id,
@@ -109,6 +112,7 @@ def job_from_json(text: str) -> Job:
         level=values.get("level", 0),
         attempt_at=AttemptAt(**values["try"]) if "try" in values else None,
         verdict=VerdictOn(**values["verdict"]) if "verdict" in values else None,
+        judged_by=JudgedBy(**values["function"]) if "function" in values else None,
         source=Source(file=values["source"][0], row=values["source"][1]),
     )
 
@@ -118,7 +122,8 @@ def group_to_json(group: GroupKey) -> str:
     values: dict[str, Any] = {"task": group.task}
     if group.drawing is None:
         values["think"] = group.think
-        return _dumps(values)
+        # A later field, which is there only if it is used.
+        return _dumps({**values, "function": True} if group.by_function else values)
     values["resolution"] = _size(group.drawing.resolution)
     values["num_steps"] = group.drawing.num_steps
     values["timestep_shift"] = group.drawing.timestep_shift
@@ -144,4 +149,9 @@ def group_from_json(text: str) -> GroupKey:
             timesteps=tuple(values.get("timesteps", ())),
             guidance_stride=values.get("guidance_stride", 1),
         )
-    return GroupKey(task=Task(values["task"]), think=values["think"], drawing=drawing)
+    return GroupKey(
+        task=Task(values["task"]),
+        think=values["think"],
+        drawing=drawing,
+        by_function=values.get("function", False),
+    )

@@ -83,6 +83,7 @@ def job_columns(context: RowContext, stored: StoredJob) -> dict[str, Any]:
             if name not in OPTIONAL_COLUMNS or setting.setting.of(job.task.spec)
         },
         "think": job.think,
+        "function": None if job.judged_by is None else job.judged_by.function,
         "num_input_images": len(job.images),
         "input_image_paths": tuple(image.place for image in job.images),
         "input_image_sha256": tuple(image.sha256 for image in job.images),

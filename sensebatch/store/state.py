@@ -11,12 +11,22 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from sensebatch.jobs import FinishReason, Job, ModelIdentity, folded_id
 from sensebatch.plan.batches import PlanEntry, plan_entry
 from sensebatch.store import acceptance, chains, shards, tables
 from sensebatch.store.acceptance import Series, Verdict
-from sensebatch.store.attempts import BLOCKED, DONE, ELSEWHERE, FAILED, HELD, PENDING, Attempt
+from sensebatch.store.attempts import (
+    BLOCKED,
+    DONE,
+    ELSEWHERE,
+    FAILED,
+    HELD,
+    PENDING,
+    Attempt,
+    row_from_json,
+)
 from sensebatch.store.codec import group_from_json, job_from_json, job_to_json
 from sensebatch.store.database import Database
 from sensebatch.store.files import storage_errors
@@ -289,6 +299,11 @@ class State:
         with self._db.reading() as db:
             return acceptance.verdicts(db)
 
+    def has_tries(self) -> bool:
+        """Returns whether the folder has a series of tries."""
+        with self._db.reading() as db:
+            return acceptance.has_any(db)
+
     def has_chains(self) -> bool:
         """Returns whether jobs start from images of other jobs."""
         with self._db.reading() as db:
@@ -427,6 +442,13 @@ class State:
                 job = chains.with_inputs(db, job_from_json(row[0]))
                 found.append(StoredJob(job=job, key=row[1], attempts=row[2], tries=row[3]))
         return found
+
+    def rows(self, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Returns the current rows of the log of those of some jobs that have one, by their ids."""
+        query = "SELECT row FROM jobs JOIN attempts ON attempts.seq = current WHERE folded = ?"
+        with self._db.reading() as db:
+            found = ((one, db.execute(query, (folded_id(one),)).fetchone()) for one in ids)
+            return {job_id: row_from_json(row[0]) for job_id, row in found if row}
 
     def described(self, *, removed: bool = False) -> Iterator[DescribedJob]:
         """Yields what the state knows of each job, in the order of the manifests.

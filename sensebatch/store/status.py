@@ -164,7 +164,8 @@ def recent_batches(state: State) -> Iterator[PastBatch]:
     rows = [row_from_json(text) for text in state.attempt_rows(max(last - NUM_RECENT, 0) + 1, last)]
     batches: dict[tuple[str, datetime], list[dict[str, Any]]] = {}
     for row in rows:
-        if row["session"] == rows[-1]["session"] and row["batch_id"] is not None:
+        is_of_engine = row["batch_id"] is not None and row.get("function") is None
+        if row["session"] == rows[-1]["session"] and is_of_engine:
             batches.setdefault((row["batch_id"], row["started_at"]), []).append(row)
     for members in batches.values():
         first = members[0]

@@ -300,3 +300,13 @@ def test_plan_for_people_has_steps_branches_and_modes_of_each_group(
         ["1", "balanced", "2", "2", "39"],
         ["2", "fast", "1", "1", "42"],
     ]
+
+
+def test_what_functions_judge_costs_a_gpu_nothing(invoke: Invoke, tmp_path: Path) -> None:
+    manifest, config = tmp_path / "m.yaml", tmp_path / "c.yaml"
+    manifest.write_text("version: 1\njobs: [{id: a, prompt: a dot, keep: 2, tries: 4}]")
+    config.write_text("accept: nowhere:own")
+    values = invoke("plan", manifest, "--config", config, "--json").json
+    assert [group["task"] for group in values["groups"]] == ["t2i"]
+    assert values["functions"] == {"nowhere:own": 4}
+    assert "4 images judged by nowhere:own" in invoke("plan", manifest, "--config", config).out

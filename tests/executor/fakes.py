@@ -7,7 +7,7 @@ among other neighbours comes out different, and a test sees it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from sensebatch.errors import BatchStoppedError, JobError, OutOfMemoryError
 from sensebatch.executor.observer import Summary, WorkerState
 from sensebatch.executor.run import execute
 from sensebatch.executor.worker import EngineWorker
+from sensebatch.functions import Judge
 from sensebatch.jobs import (
     Batch,
     BatchMetrics,
@@ -407,6 +408,7 @@ def run_store(
     *,
     engine: FakeEngine | None = None,
     stop: Stop | None = None,
+    functions: Mapping[str, Judge] | None = None,
 ) -> Ran:
     """Ingests jobs into an open store and runs them."""
     engine, seen = engine or FakeEngine(), Recorder()
@@ -418,6 +420,7 @@ def run_store(
         read_image=reading(store.run_dir.root, read_input),
         observer=seen,
         stop=stop or Flag(),
+        functions=functions,
     )
     return Ran(summary=summary, engine=engine, seen=seen, changes=changes)
 
@@ -451,10 +454,11 @@ def run_folder(
     *,
     engine: FakeEngine | None = None,
     stop: Stop | None = None,
+    functions: Mapping[str, Judge] | None = None,
 ) -> Ran:
     """Opens a run's folder, ingests jobs and runs them."""
     with open_store(root) as store:
-        return run_store(store, jobs, config, engine=engine, stop=stop)
+        return run_store(store, jobs, config, engine=engine, stop=stop, functions=functions)
 
 
 def mixed_jobs() -> list[Job]:

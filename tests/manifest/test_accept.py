@@ -12,6 +12,10 @@ from sensebatch.jobs import Job
 from sensebatch.manifest.convert import convert_manifest
 from sensebatch.manifest.read import read_manifest
 
+NO_FUNCTION = (
+    "expected a mapping of ask, choices, is and at_least, or a list of these; a function "
+    "(module:function) is named in the configuration file, under accept, and never in a manifest"
+)
 CHECK = "{ask: is it red, choices: [yes, no], is: yes, at_least: 0.8}"
 
 
@@ -111,6 +115,31 @@ def test_a_try_may_start_from_another_jobs_image(tmp_path: Path) -> None:
         (
             f"{{id: a, prompt: a, accept: {CHECK}, keep: 4, tries: 3}}",
             "keep: expected at most as many as tries, 3, found 4",
+        ),
+        (
+            '{id: a, prompt: a, accept: "checks:sharp"}',
+            f"accept: {NO_FUNCTION}, found 'checks:sharp'",
+        ),
+        (
+            '{id: a, prompt: a, accept: ["checks:sharp"]}',
+            f"accept[0]: {NO_FUNCTION}, found 'checks:sharp'",
+        ),
+        (
+            "{id: a, prompt: a, accept: {ask: q, choices: [yes, no], is: yes, function: 'm:f'}}",
+            f"accept.function: {NO_FUNCTION}, found 'function'",
+        ),
+        (
+            "{id: a, prompt: a, keep: 2}",
+            "keep: expected accept beside it, which says what is kept, or a function that the "
+            "configuration file names (accept), found neither",
+        ),
+        (
+            "{id: a, prompt: a, timesteps: [0.5, 1]}",
+            "timesteps[1]: expected less than 1.0, found 1",
+        ),
+        (
+            "{id: a, prompt: a, timesteps: []}",
+            "timesteps: expected a list of at least 1, found a list of 0",
         ),
         (
             f"{{id: a, task: interleave, prompt: a, accept: {CHECK}}}",

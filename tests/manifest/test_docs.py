@@ -13,11 +13,14 @@ from sensebatch.errors import Problem
 from sensebatch.jobs import Job
 from sensebatch.manifest.fields import FOREIGN_FIELDS, SETTINGS, JobFields
 from sensebatch.manifest.read import read_manifest
+from sensebatch.settings import resolve_settings
 from sensebatch.tasks import Task
 
 ROOT = Path(__file__).parents[2]
 DOCS = (ROOT / "docs/manifest.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"^```(yaml|jsonl)\n(.*?)^```", DOCS, re.MULTILINE | re.DOTALL)
+BLOCKS = re.findall(r"^```(yaml|jsonl)\n(.*?)^```", DOCS, re.MULTILINE | re.DOTALL)
+CONFIGURATIONS = [text for _, text in BLOCKS if text.startswith("accept:")]
+EXAMPLES = [(suffix, text) for suffix, text in BLOCKS if text not in CONFIGURATIONS]
 
 
 @pytest.mark.parametrize(("suffix", "text"), EXAMPLES, ids=range(len(EXAMPLES)))
@@ -29,6 +32,13 @@ def test_every_example_is_a_manifest(
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "photos/0003.jpg")
     assert list(read_manifest(path, config))
+
+
+def test_the_example_of_a_configuration_is_one(tmp_path: Path) -> None:
+    (text,) = CONFIGURATIONS
+    path = tmp_path / "example.yaml"
+    path.write_text(text, encoding="utf-8")
+    assert [one.at_least for one in resolve_settings(config_file=path).accept] == [0.5, 0.8]
 
 
 def test_there_are_examples_of_both_text_formats() -> None:

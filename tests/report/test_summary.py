@@ -24,6 +24,13 @@ TWO_CALLS = (
 )
 
 
+def test_what_functions_did_beside_the_drawing_is_no_generation() -> None:
+    beside = log_row("q", "z", task="ask", function="m:f", num_images=0, status="failed")
+    found, alone = summarise(log_table(*TWO_CALLS, beside)), summarise(log_table(*TWO_CALLS))
+    assert (found.total, found.calls, found.workers) == (alone.total, alone.calls, alone.workers)
+    assert found.failed_attempts == alone.failed_attempts + 1
+
+
 def test_batch_seconds_are_counted_once_for_all_its_jobs() -> None:
     total = summarise(log_table(*TWO_CALLS)).total
     assert (total.calls, total.jobs, total.images, total.wall_s) == (2, 3, 5, 12.0)

@@ -1,0 +1,135 @@
+"""Functions of the user's that judge images: what they are called, where they are, what they say.
+
+They are named in configuration files alone. Reading a manifest looks at the file that one is in and
+never runs it; a run imports it before anything else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from sensebatch.errors import ConfigError, JobError
+
+FUNCTION_NAME = r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
+"""`module:function`; the module may be inside of packages."""
+
+Judge: TypeAlias = Callable[[Any, Mapping[str, Any]], Any]
+"""Takes an image (PIL) and the row of the log of the job that drew it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AcceptFunction:
+    """A function that decides, beside questions, whether an image is accepted."""
+
+    function: str
+    """`module:function`."""
+    at_least: float = 0.5
+    """The score that an image must have; True is 1 and False is 0."""
+    folder: str = ""
+    """Where the module is looked for before the working directory and Python's own path."""
+
+    @property
+    def source_sha256(self) -> str:
+        """The SHA-256 of the module's file; empty where there is none that can be read."""
+        path = _source(self)
+        try:
+            return "" if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError:
+            return ""
+
+
+def is_function_name(text: object) -> bool:
+    """Returns whether a value names a function."""
+    return isinstance(text, str) and re.fullmatch(FUNCTION_NAME, text) is not None
+
+
+def load_functions(functions: Iterable[AcceptFunction]) -> dict[str, Judge]:
+    """Imports functions and returns them by their names.
+
+    Raises:
+        ConfigError: A module or a function is missing, or the module cannot be imported.
+    """
+    return {one.function: _load(one) for one in functions}
+
+
+def score(function: str, judge: Judge, image: Any, row: Mapping[str, Any]) -> float:
+    """Returns what a function says of an image, from 0 to 1; lets through what it raises.
+
+    Args:
+        function: Its name.
+        judge: The function.
+        image: As PIL has it.
+        row: The row of the log of the job that drew it.
+
+    Raises:
+        JobError: What it returns is no score.
+    """
+    found = judge(image, row)
+    # numpy's booleans and numbers are neither, but they say what they are.
+    value = found.item() if hasattr(found, "item") and getattr(found, "ndim", 0) == 0 else found
+    if not isinstance(value, bool | Real) or not 0 <= float(value) <= 1:
+        raise JobError(
+            f"{function}: expected True, False or a number from 0 to 1, found {_shown(found)}"
+        )
+    return float(value)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, float) and math.isnan(value):
+        return "NaN"
+    return repr(value) if isinstance(value, Real | str) or value is None else type(value).__name__
+
+
+def _own_places(function: AcceptFunction) -> list[str]:
+    """Returns the folders that a module is looked for in before Python's path, in order."""
+    return list(dict.fromkeys((*filter(None, [function.folder]), str(Path.cwd()))))
+
+
+def _source(function: AcceptFunction) -> Path | None:
+    """Returns the file of a function's module, which is not imported."""
+    name = function.function.partition(":")[0].replace(".", "/")
+    for place in (*_own_places(function), *sys.path):
+        for path in (Path(place, f"{name}.py"), Path(place, name, "__init__.py")):
+            if path.is_file():
+                return path
+    return None
+
+
+def _load(function: AcceptFunction) -> Judge:
+    module_name, _, name = function.function.partition(":")
+    sys.path[:0] = [place for place in _own_places(function) if place not in sys.path]
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module_name.startswith(error.name):
+            raise _cannot_import(function, error) from error
+        where = ", ".join(_own_places(function))
+        raise ConfigError(
+            f"accept: expected a module that can be imported, found none named {module_name!r} in "
+            f"{where} or on Python's path"
+        ) from None
+    except (Exception, SystemExit) as error:
+        raise _cannot_import(function, error) from error
+    judge = getattr(module, name, None)
+    if not callable(judge):
+        found = "none" if judge is None else f"a {type(judge).__name__}"
+        raise ConfigError(
+            f"accept: expected a function {name} in {module.__file__ or module_name}, found {found}"
+        )
+    return judge
+
+
+def _cannot_import(function: AcceptFunction, error: BaseException) -> ConfigError:
+    return ConfigError(
+        f"accept: expected a module that can be imported for {function.function}, found "
+        f"{type(error).__name__}: {error}"
+    )

@@ -1,0 +1,136 @@
+"""Functions of the user's that judge images: how they are found, and what they may say."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sensebatch.errors import ConfigError, JobError
+from sensebatch.functions import AcceptFunction, load_functions, score
+from sensebatch.settings import dump_settings, resolve_settings
+
+
+@pytest.fixture(autouse=True)
+def own_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Leaves neither modules nor places of modules to the next test."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+def load(name: str, folder: Path) -> Any:
+    return load_functions([AcceptFunction(function=name, folder=str(folder))])[name]
+
+
+def test_a_module_beside_the_configuration_comes_before_others(tmp_path: Path) -> None:
+    beside = tmp_path / "conf"
+    (beside / "judges_of_test").mkdir(parents=True)
+    (beside / "judges_of_test/__init__.py").write_text("def own(image, job): return 0.25")
+    (tmp_path / "judges_of_test.py").write_text("def own(image, job): return 0.75")
+    assert load("judges_of_test:own", beside)(None, {}) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "found none named 'judges_of_test' in .* or on Python's path"),
+        ("", r"expected a function own in .*judges_of_test.py, found none"),
+        ("own = 7", "found a int"),
+        ("import missing_of_test", "found ModuleNotFoundError: No module named 'missing_of_test'"),
+        ("own = 1 / 0", "for judges_of_test:own, found ZeroDivisionError"),
+        ("raise SystemExit(3)", "found SystemExit: 3"),
+    ],
+)
+def test_what_cannot_be_called_is_an_error_at_the_start(
+    content: str | None, expected: str, tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / "judges_of_test.py").write_text(content)
+    with pytest.raises(ConfigError, match=expected):
+        load("judges_of_test:own", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (True, 1.0),
+        (False, 0.0),
+        (1, 1.0),
+        (0.25, 0.25),
+        (np.float32(0.5), 0.5),
+        (np.bool_(True), 1.0),
+        (np.array(0.75), 0.75),
+    ],
+)
+def test_a_score_is_a_number_or_a_truth(said: object, expected: float) -> None:
+    assert score("m:f", lambda _image, _job: said, None, {}) == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        (None, "None"),
+        (1.5, "1.5"),
+        (-1, "-1"),
+        (float("nan"), "NaN"),
+        ("yes", "'yes'"),
+        ([0.5], "list"),
+        (np.array([0.5]), "ndarray"),
+    ],
+)
+def test_anything_else_is_no_score(said: object, found: str) -> None:
+    with pytest.raises(JobError) as raised:
+        score("m:f", lambda _image, _job: said, None, {})
+    assert str(raised.value) == f"m:f: expected True, False or a number from 0 to 1, found {found}"
+
+
+def test_another_file_is_another_function(tmp_path: Path) -> None:
+    function = AcceptFunction(function="judges_of_test:own", folder=str(tmp_path))
+    assert function.source_sha256 == ""
+    (tmp_path / "judges_of_test.py").write_text("raise SystemExit")
+    first = function.source_sha256
+    (tmp_path / "judges_of_test.py").write_text("raise SystemExit  # at once")
+    assert len({"", first, function.source_sha256}) == 3
+
+
+def test_a_configuration_names_one_function_or_several(tmp_path: Path) -> None:
+    file = tmp_path / "conf.yaml"
+    file.write_text("accept: judges:own")
+    config = resolve_settings(config_file=file)
+    assert config.accept == (AcceptFunction(function="judges:own", folder=str(tmp_path)),)
+    file.write_text("accept: [a.b:c, {function: d:e, at_least: 0.7, folder: mine}]")
+    config = resolve_settings(config_file=file)
+    assert config.accept == (
+        AcceptFunction(function="a.b:c", folder=str(tmp_path)),
+        AcceptFunction(function="d:e", at_least=0.7, folder=str(tmp_path / "mine")),
+    )
+    assert resolve_settings(flags={"accept": dump_settings(config)["accept"]}) == config
+    assert resolve_settings().accept == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("judges", "accept: expected module:function, found 'judges'"),
+        ("judges.py:own()", "accept: expected module:function, found 'judges.py:own()'"),
+        ("[a:b, a:b]", "accept: expected every function once, found a:b again"),
+        ("{function: a:b, at_least: 2}", "accept: expected a number of at most 1, found 2"),
+        ("{functions: a:b}", "accept: expected module:function, or a mapping of function,"),
+        ("{at_least: 1}", "accept: expected module:function, or a mapping of function,"),
+        ("7", "accept: expected module:function, or a mapping of function, at_least and folder,"),
+    ],
+)
+def test_mistakes_in_a_configuration_are_named(text: str, expected: str, tmp_path: Path) -> None:
+    file = tmp_path / "conf.yaml"
+    file.write_text(f"accept: {text}")
+    with pytest.raises(ConfigError) as raised:
+        resolve_settings(config_file=file)
+    assert str(raised.value).startswith(f"{file}: line 1: {expected}")
