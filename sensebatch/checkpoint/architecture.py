@@ -60,6 +60,12 @@ OFFICIAL_8B: Mapping[str, Any] = {
     },
 }
 """The `config.json` of SenseNova-U1-8B-MoT as far as it is read, for synthetic weights."""
+OFFICIAL_U15: Mapping[str, Any] = {
+    **OFFICIAL_8B,
+    "use_pixel_head": True,
+    "noise_scale_max_value": 16.0,
+}
+"""The same of SenseNova-U1.5-8B-MoT."""
 
 
 class HeadKind(StrEnum):

@@ -13,9 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from sensebatch.bounded import check_file, load_json, quoted, read_file, shown
-from sensebatch.checkpoint.architecture import OFFICIAL_8B, Architecture, parse_architecture
+from sensebatch.checkpoint.architecture import (
+    OFFICIAL_8B,
+    OFFICIAL_U15,
+    Architecture,
+    parse_architecture,
+)
 from sensebatch.checkpoint.hub import download, is_hub_id
-from sensebatch.checkpoint.tensors import expected_tensors
+from sensebatch.checkpoint.tensors import TensorGroup, expected_tensors
 from sensebatch.config import SYNTHETIC_PREFIX, TINY_MODEL
 from sensebatch.errors import CheckpointError
 
@@ -87,8 +92,9 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
 
     Args:
         model: `tiny`; synthetic weights for profiling, `synthetic:8b`, `synthetic:u1.5` (of the
-            same sizes, with the convolutional head) or `synthetic:tiny`; a folder; or a Hub id
-            `owner/name`. A folder wins over a Hub id; write `./tiny` for a folder of that name.
+            same sizes, with the convolutional head and the generation expert in float32) or
+            `synthetic:tiny`; a folder; or a Hub id `owner/name`. A folder wins over a Hub id;
+            write `./tiny` for a folder of that name.
         revision: Branch, tag or commit of a Hub id.
 
     Raises:
@@ -130,7 +136,7 @@ def _synthetic(model: str) -> Checkpoint:
     size = model.removeprefix(SYNTHETIC_PREFIX)
     configs = {
         "8b": OFFICIAL_8B,
-        "u1.5": {**OFFICIAL_8B, "use_pixel_head": True},
+        "u1.5": OFFICIAL_U15,
         "tiny": read_json(TINY_FOLDER / "config.json"),
     }
     if size not in configs:
@@ -138,16 +144,17 @@ def _synthetic(model: str) -> Checkpoint:
             f"{shown(model)}: expected {' or '.join(SYNTHETIC_PREFIX + name for name in configs)}"
         )
     architecture = parse_architecture(configs[size])
-    tensors = {
-        name: TensorFile(
+    tensors = {}
+    for name, spec in expected_tensors(architecture).items():
+        wide = size == "u1.5" and spec.group is TensorGroup.GENERATION
+        dtype = "F32" if wide else "BF16"
+        tensors[name] = TensorFile(
             file=Path(model),
-            dtype="BF16",
+            dtype=dtype,
             shape=spec.shape,
             offset=0,
-            nbytes=DTYPE_BYTES["BF16"] * spec.num_elements,
+            nbytes=DTYPE_BYTES[dtype] * spec.num_elements,
         )
-        for name, spec in expected_tensors(architecture).items()
-    }
     return Checkpoint(
         name=model,
         path=TINY_FOLDER,

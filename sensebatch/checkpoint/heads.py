@@ -19,6 +19,10 @@ PIXEL_CHANNELS = 1024
 PIXEL_OUT = 3 * 8 * 8
 """Channels of its second: the last shuffle makes each place a square of 8 by 8 pixels."""
 
+PIXEL_REACH = 1
+"""Rows of tokens on either side that its pixels depend on: the first convolution sees half a token
+beyond its own, the second a quarter."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadLayer:
@@ -40,6 +44,9 @@ class Head:
     layers: tuple[HeadLayer, ...]
     working_numbers: Callable[[Architecture], int]
     """Numbers that a token takes at most while the head runs, its hidden state not counted."""
+    reach: int | None = None
+    """Rows of tokens on either side that a prediction depends on, where large images go through
+    the head some rows at a time (`plan.passes.head_parts`); None where they go through whole."""
 
 
 HEADS: Mapping[HeadKind, Head] = {
@@ -79,6 +86,7 @@ HEADS: Mapping[HeadKind, Head] = {
         ),
         # The first convolution beside its input; then before and after the activation.
         working_numbers=lambda arch: 4 * PIXEL_CHANNELS + max(arch.hidden_size, 4 * PIXEL_CHANNELS),
+        reach=PIXEL_REACH,
     ),
 }
 

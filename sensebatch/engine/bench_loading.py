@@ -24,8 +24,9 @@ from sensebatch.checkpoint.files import INDEX_SUFFIX, Checkpoint, open_checkpoin
 from sensebatch.checkpoint.tokenizer import TOKENIZER_FILES
 from sensebatch.config import default_config
 from sensebatch.engine.device.memory import empty_cache
-from sensebatch.engine.weights.loader import NetworkLoader, open_weights
+from sensebatch.engine.weights.loader import NetworkLoader, open_weights, wide_tensors
 from sensebatch.engine.weights.sources import SyntheticWeights
+from sensebatch.engine.weights.tensor_files import FILE_DTYPES
 from sensebatch.jobs import VramMode
 from sensebatch.plan.device import place
 from sensebatch.plan.host import ENOUGH_BYTES
@@ -38,12 +39,13 @@ READ_BYTES = 1 << 24
 def write_files(checkpoint: Checkpoint, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes a checkpoint with synthetic weights as files, in shards and with an index."""
     folder.mkdir(parents=True, exist_ok=True)
-    source = SyntheticWeights(torch.bfloat16)
+    source = SyntheticWeights(torch.bfloat16, wide=wide_tensors(checkpoint))
     weight_map: dict[str, str] = {}
     for number, names in enumerate(_shards(checkpoint, shard_bytes)):
         tensors = {}
         for name in names:
-            tensors[name] = torch.empty(checkpoint.tensors[name].shape, dtype=torch.bfloat16)
+            tensor = checkpoint.tensors[name]
+            tensors[name] = torch.empty(tensor.shape, dtype=FILE_DTYPES[tensor.dtype])
             source.read_into(name, None, tensors[name])
         file = f"model-{number:05}.safetensors"
         save_file(tensors, folder / file)

@@ -21,11 +21,12 @@ from sensebatch.plan.passes import (
     ROWS,
     RUN_SCORES,
     SPLIT_QUERIES,
+    head_parts,
     images_per_part,
     prefixes_wait,
 )
 from sensebatch.plan.weight_bytes import SCALE_BYTES
-from sensebatch.resolutions import TOKEN_NUMBERS
+from sensebatch.resolutions import PATCH_PIXELS, TOKEN_NUMBERS, Resolution
 from sensebatch.units import MIB
 
 WORKSPACE_BYTES = 224 * MIB
@@ -126,14 +127,15 @@ def denoise_bytes(
         jobs: How many share the pass.
         cached_jobs: How many have their prefixes on the device; only those of the pass if None.
     """
-    if load.group.drawing is None:
+    drawing = load.group.drawing
+    if drawing is None:
         return 0
-    tokens, branches = load.image_tokens, len(load.group.branches)
+    tokens, branches = load.image_tokens, len(drawing.branches)
     caches = cache_bytes(computation, (cached_jobs or jobs) * load.prefix_tokens)
-    state = 4 * TOKEN_NUMBERS * tokens * jobs * (1 + kept_per_image(load.group.drawing))
+    state = 4 * TOKEN_NUMBERS * tokens * jobs * (1 + kept_per_image(drawing))
     patch_rotary = 2 * 4 * 4 * tokens * computation.arch.vision_hidden_size // 2
     velocities = velocity_bytes(tokens, jobs, branches)
-    network = _image_pass_bytes(computation, load, jobs, jobs * branches)
+    network = _image_pass_bytes(computation, load, drawing, jobs)
     return caches + state + patch_rotary + max(network, velocities)
 
 
@@ -267,16 +269,17 @@ def _prompt_pass_bytes(
     return computation.item_bytes * (held + max(project, attend, attended + finish))
 
 
-def _image_pass_bytes(computation: Computation, load: Load, jobs: int, evaluations: int) -> int:
+def _image_pass_bytes(computation: Computation, load: Load, drawing: Drawing, jobs: int) -> int:
     """Returns what a denoising pass needs besides the caches.
 
     Args:
         computation: The network, and how it is computed.
         load: The group's.
+        drawing: The group's; each of a job's guidance branches sees one image.
         jobs: Jobs of the pass.
-        evaluations: Their guidance branches, each of which sees one image.
     """
     arch, item_bytes = computation.arch, computation.item_bytes
+    evaluations = jobs * len(drawing.branches)
     image, prefix = load.image_tokens, load.longest_tokens
     query, key = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     part = min(images_per_part(image), evaluations) * image
@@ -286,12 +289,25 @@ def _image_pass_bytes(computation: Computation, load: Load, jobs: int, evaluatio
     attended_to = 2 * (image + prefix) * key
     attend = part * (2 * query + 3 * key) + 2 * attended
     network = item_bytes * (held + attended_to + max(project, attend, attended + finish))
-    head = item_bytes * (held + part * head_of(arch).working_numbers(arch))
+    head = item_bytes * (held + head_numbers(arch, drawing.resolution, part // image))
     # Each job's image is embedded once, a part at a time; a part's outputs outlive the next part.
     seen = min(images_per_part(image), jobs)
     before = seen * image * arch.hidden_size if seen < jobs else 0
     embed = item_bytes * (held + before) + _patch_bytes(arch, seen * image)
     return max(network, head + 4 * TOKEN_NUMBERS * evaluations * image, embed)
+
+
+def head_numbers(arch: Architecture, size: Resolution, images: int) -> int:
+    """Returns the numbers that predicting some images of one size takes for a moment."""
+    head = head_of(arch)
+    rows, columns = size.height // PATCH_PIXELS, size.width // PATCH_PIXELS
+    seen = rows
+    parts = [] if head.reach is None else head_parts(rows, columns, head.reach)
+    if len(parts) > 1:
+        seen = max(around.stop - around.start for _, around in parts)
+    # Predictions of a part are put together with those of the others.
+    whole = TOKEN_NUMBERS * rows if len(parts) > 1 else 0
+    return images * columns * (whole + seen * head.working_numbers(arch))
 
 
 def _patch_bytes(arch: Architecture, tokens: int) -> int:

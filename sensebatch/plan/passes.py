@@ -70,6 +70,19 @@ def evaluation_parts(images: Sequence[int], image_tokens: int) -> list[slice]:
     return parts
 
 
+def head_parts(rows: int, columns: int, reach: int) -> list[tuple[slice, slice]]:
+    """Returns which rows of an image's tokens a head predicts at a time, and which it sees for it.
+
+    Args:
+        rows: Of tokens, in an image.
+        columns: Tokens of a row.
+        reach: Rows on either side that a prediction depends on.
+    """
+    size = max(ROWS // columns, 1)
+    parts = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+    return [(p, slice(max(p.start - reach, 0), min(p.stop + reach, rows))) for p in parts]
+
+
 def images_per_pass(image_tokens: int, tokens_per_pass: int) -> int:
     """Returns how many jobs' images are drawn together at most.
 

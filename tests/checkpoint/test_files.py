@@ -24,6 +24,7 @@ from sensebatch.checkpoint.files import (
     read_folder,
     read_header,
 )
+from sensebatch.checkpoint.tensors import TensorGroup, expected_tensors
 from sensebatch.errors import CheckpointError
 from tests.checkpoint.folders import write_folder, zeros
 
@@ -220,8 +221,23 @@ def test_hub_id_is_read_from_the_cache_without_a_network(tmp_path: Path) -> None
 def test_synthetic_checkpoints_have_both_heads() -> None:
     mlp, pixel = (open_checkpoint(f"synthetic:{size}") for size in ("8b", "u1.5"))
     assert (mlp.architecture.head, pixel.architecture.head) == (HeadKind.MLP, HeadKind.PIXEL)
-    assert replace(pixel.architecture, head=HeadKind.MLP) == mlp.architecture
+    of_mlp = replace(pixel.architecture, head=HeadKind.MLP, noise_scale_max_value=8.0)
+    assert of_mlp == mlp.architecture
+    assert pixel.architecture.noise_scale_max_value == 16.0
     assert "fm_modules.fm_head.conv2.weight" in set(pixel.tensors) - set(mlp.tensors)
+
+
+def test_synthetic_u15_has_its_generation_expert_in_float32() -> None:
+    checkpoint = open_checkpoint("synthetic:u1.5")
+    specs = expected_tensors(checkpoint.architecture)
+    for name, tensor in checkpoint.tensors.items():
+        wide = specs[name].group is TensorGroup.GENERATION
+        assert tensor.dtype == ("F32" if wide else "BF16"), name
+        assert tensor.nbytes == (4 if wide else 2) * specs[name].num_elements
+    assert sum(tensor.nbytes for tensor in checkpoint.tensors.values()) == pytest.approx(
+        50.2e9, rel=0.03
+    )
+    check_tensors(checkpoint)
 
 
 @pytest.mark.parametrize("model", ["", " "])

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sensebatch.checkpoint.architecture import Architecture, HeadKind
-from sensebatch.checkpoint.heads import MLP_HIDDEN, PIXEL_CHANNELS, PIXEL_OUT
+from sensebatch.checkpoint.heads import MLP_HIDDEN, PIXEL_CHANNELS, PIXEL_OUT, PIXEL_REACH
 from sensebatch.engine.model.rope import Rotary, rotate_patches
+from sensebatch.plan.passes import head_parts
 from sensebatch.resolutions import PATCH_PIXELS, TOKEN_NUMBERS
 
 MERGE = 2
@@ -110,9 +111,27 @@ class PixelHead(nn.Module):
         self.conv2 = nn.Conv2d(PIXEL_CHANNELS // 4, PIXEL_OUT, 3, padding=1)
 
     def forward(self, x_BND: Tensor, height: int, width: int) -> Tensor:
-        """Returns predicted images `[B, N, 3072]` of this height and width in pixels."""
+        """Returns predicted images `[B, N, 3072]` of this height and width in pixels.
+
+        A large image goes through some of its rows at a time, each time with those around them
+        that their pixels depend on. So temporaries do not grow with the image.
+        """
         rows, columns = height // PATCH_PIXELS, width // PATCH_PIXELS
-        x = x_BND.transpose(1, 2).unflatten(2, (rows, columns))
+        x_BRCD = x_BND.unflatten(1, (rows, columns))
+        parts = head_parts(rows, columns, PIXEL_REACH)
+        if len(parts) == 1:
+            return self._predict(x_BRCD)
+        x_BRCx = x_BND.new_empty(*x_BRCD.shape[:3], TOKEN_NUMBERS)
+        for part, seen in parts:
+            own = slice(part.start - seen.start, part.stop - seen.start)
+            predicted = self._predict(x_BRCD[:, seen]).unflatten(1, (-1, columns))
+            x_BRCx[:, part] = predicted[:, own]
+            del predicted
+        return x_BRCx.flatten(1, 2)
+
+    def _predict(self, x_BRCD: Tensor) -> Tensor:
+        """Returns `[B, N, 3072]` of rows of tokens as if there were nothing around them."""
+        x = x_BRCD.permute(0, 3, 1, 2)
         # Otherwise cuDNN may round float32 to the 10 bits of TF32.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             # One statement a step, so that a step's input is freed once its output is there.

@@ -27,6 +27,7 @@ from sensebatch.engine.weights.sources import (
     SyntheticWeights,
     WeightSource,
 )
+from sensebatch.engine.weights.tensor_files import FILE_DTYPES
 from sensebatch.jobs import Precision
 from sensebatch.plan.computation import Computation
 from sensebatch.plan.load import Load
@@ -44,9 +45,15 @@ def open_weights(checkpoint: Checkpoint, lora_path: str | None, dtype: torch.dty
     if lora_path is not None:
         lora = Lora.open(Path(lora_path), expected_tensors(checkpoint.architecture))
     if checkpoint.synthetic:
-        return SyntheticWeights(dtype, lora)
+        return SyntheticWeights(dtype, lora, wide_tensors(checkpoint))
     check_tensors(checkpoint)
     return FileWeights(checkpoint, lora)
+
+
+def wide_tensors(checkpoint: Checkpoint) -> frozenset[str]:
+    """Returns the names of the tensors that a checkpoint holds in float32."""
+    found = checkpoint.tensors.items()
+    return frozenset(name for name, tensor in found if FILE_DTYPES[tensor.dtype] == torch.float32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

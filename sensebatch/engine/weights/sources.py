@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from threading import Lock
 from typing import Protocol
 
@@ -16,7 +16,12 @@ from torch import Tensor
 
 from sensebatch.checkpoint.files import Checkpoint
 from sensebatch.engine.weights.lora import Lora
-from sensebatch.engine.weights.tensor_files import FILE_DTYPES, read_bytes
+from sensebatch.engine.weights.tensor_files import (
+    FILE_DTYPES,
+    convert,
+    read_bytes,
+    read_converted,
+)
 from sensebatch.errors import CheckpointError, StoppedError
 
 SYNTHETIC_PERIOD = 1_048_583
@@ -51,15 +56,14 @@ class FileWeights:
         tensor = self._tensors[name]
         first, end = (0, tensor.shape[0]) if rows is None else rows
         start = first * (tensor.nbytes // tensor.shape[0])
-        changed = self._lora is not None and name in self._lora
-        if FILE_DTYPES[tensor.dtype] == target.dtype and not changed:
-            read_bytes(tensor, start, target)
-        else:
+        if self._lora is not None and name in self._lora:
             weight = torch.empty((end - first, *tensor.shape[1:]), dtype=FILE_DTYPES[tensor.dtype])
             read_bytes(tensor, start, weight)
-            if self._lora is not None:
-                weight = self._lora.apply(name, weight, first_row=first)
-            target.copy_(weight)
+            target.copy_(self._lora.apply(name, weight, first_row=first))
+        elif FILE_DTYPES[tensor.dtype] == target.dtype:
+            read_bytes(tensor, start, target)
+        else:
+            read_converted(tensor, start, target)
         if not _is_finite(target):
             raise CheckpointError(
                 f"{tensor.file}: {name}: expected numbers that are finite in "
@@ -83,14 +87,18 @@ class SyntheticWeights:
     Args:
         dtype: Dtype of the weights.
         lora: Is merged into the weights.
+        wide: Names of those that are made in float32 and rounded, as if files held them so.
     """
 
-    def __init__(self, dtype: torch.dtype, lora: Lora | None = None) -> None:
+    def __init__(
+        self, dtype: torch.dtype, lora: Lora | None = None, wide: Collection[str] = ()
+    ) -> None:
         self._lora = lora
+        self._wide = wide
         generator = torch.Generator().manual_seed(0)
         self._normal = torch.randn(SYNTHETIC_PERIOD, generator=generator)
         self._dtype = dtype
-        self._tables: dict[float, Tensor] = {}
+        self._tables: dict[tuple[float, torch.dtype], Tensor] = {}
         self._lock = Lock()
 
     def read_into(self, name: str, rows: tuple[int, int] | None, target: Tensor) -> None:
@@ -98,29 +106,37 @@ class SyntheticWeights:
         if target.ndim == 1 and "norm" in name:
             target.fill_(1)
             return
+        dtype = torch.float32 if name in self._wide else self._dtype
         fan_in = math.prod(target.shape[1:])
-        table = self._table(0.02 if target.ndim == 1 or "embed_tokens" in name else fan_in**-0.5)
+        scale = 0.02 if target.ndim == 1 or "embed_tokens" in name else fan_in**-0.5
+        table = self._table(scale, dtype)
         first_row = 0 if rows is None else rows[0]
-        first = first_row * fan_in
-        place = (zlib.crc32(name.encode()) + first) % SYNTHETIC_PERIOD
-        # As bytes, which numpy copies at the speed of the memory; it has no bfloat16.
-        size = self._dtype.itemsize
-        source, flat = table.view(torch.uint8).numpy(), target.view(-1).view(torch.uint8).numpy()
-        place *= size
-        done = 0
-        while done < flat.size:
-            count = min(source.size - place, flat.size - done)
-            flat[done : done + count] = source[place : place + count]
-            done, place = done + count, 0
+        first = zlib.crc32(name.encode()) + first_row * fan_in
+        if dtype == target.dtype:
+            _repeat(table, first, target.view(-1))
+        else:
+            convert(dtype, target, lambda start, part: _repeat(table, first + start, part))
         if self._lora is not None and name in self._lora:
             target.copy_(self._lora.apply(name, target, first_row=first_row))
 
-    def _table(self, scale: float) -> Tensor:
+    def _table(self, scale: float, dtype: torch.dtype) -> Tensor:
         """Returns the table at one scale, which is made once."""
         with self._lock:
-            if scale not in self._tables:
-                self._tables[scale] = (scale * self._normal).to(self._dtype)
-            return self._tables[scale]
+            if (scale, dtype) not in self._tables:
+                self._tables[scale, dtype] = (scale * self._normal).to(dtype)
+            return self._tables[scale, dtype]
+
+
+def _repeat(table: Tensor, first: int, target: Tensor) -> None:
+    """Fills flat memory with a table's numbers from an index on, again and again."""
+    # As bytes, which numpy copies at the speed of the memory; it has no bfloat16.
+    source, flat = table.view(torch.uint8).numpy(), target.view(torch.uint8).numpy()
+    place = first % table.numel() * table.element_size()
+    done = 0
+    while done < flat.size:
+        count = min(source.size - place, flat.size - done)
+        flat[done : done + count] = source[place : place + count]
+        done, place = done + count, 0
 
 
 class StoppableWeights:

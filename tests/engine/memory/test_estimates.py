@@ -15,7 +15,6 @@ from sensebatch.checkpoint.architecture import (
     HeadKind,
     parse_architecture,
 )
-from sensebatch.checkpoint.heads import HEADS
 from sensebatch.checkpoint.tokenizer import IMG_START
 from sensebatch.config import MemoryConfig, default_config
 from sensebatch.contract import Channel
@@ -40,6 +39,7 @@ from sensebatch.plan.footprint import (
     cache_bytes,
     decodes_fast,
     denoise_bytes,
+    head_numbers,
     kept_per_image,
     prompt_bytes,
     text_bytes,
@@ -47,7 +47,7 @@ from sensebatch.plan.footprint import (
 )
 from sensebatch.plan.load import Load, group_load
 from sensebatch.plan.passes import ROOM_SPARE
-from sensebatch.resolutions import Resolution
+from sensebatch.resolutions import TOKEN_NUMBERS, Resolution
 from sensebatch.tasks import Branch, Task
 from tests.engine.drawings import drawing_of
 from tests.engine.golden_model import infer
@@ -185,16 +185,27 @@ def drawn_bytes(
 
 
 @pytest.mark.parametrize("hidden", [64, 4096, 8192])
+@pytest.mark.parametrize(("height", "width"), [(1024, 1536), (4096, 4096), (1024, 8192)])
 @pytest.mark.parametrize("head", HeadKind)
-def test_a_head_takes_what_its_row_says(head: HeadKind, hidden: int) -> None:
+def test_a_head_takes_what_is_expected(
+    head: HeadKind, height: int, width: int, hidden: int
+) -> None:
     arch = replace(small_architecture(hidden), head=head)
-    side, tokens = 4096, 128 * 128
+    size = Resolution(height=height, width=width)
     with torch.device("meta"):
         module = HEAD_MODULES[head](arch)
-        hidden_BND = torch.zeros(1, tokens, hidden)
+        hidden_BND = torch.zeros(1, size.image_tokens, hidden)
     with infer(), LiveBytes() as live:
-        module(hidden_BND, side, side)
-    assert live.peak == 4 * tokens * HEADS[head].working_numbers(arch)
+        module(hidden_BND, height, width)
+    assert live.peak == 4 * head_numbers(arch, size, 1)
+
+
+def test_the_convolutional_head_takes_no_more_for_a_larger_image() -> None:
+    arch = replace(small_architecture(4096), head=HeadKind.PIXEL)
+    sizes = [Resolution(height=side, width=side) for side in (2048, 4096)]
+    small, large = (head_numbers(arch, size, 1) for size in sizes)
+    # Besides its predictions, and the rows that parts see as well.
+    assert large - TOKEN_NUMBERS * sizes[1].image_tokens < 1.1 * small
 
 
 @pytest.mark.parametrize(("jobs", "prompt"), [(1, 6000), (3, 2500), (4, 500)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from threading import local
 from unittest.mock import Mock
 
 import pytest
@@ -11,9 +12,12 @@ from safetensors.torch import save_file
 
 from sensebatch.checkpoint.files import Checkpoint, open_checkpoint, read_header
 from sensebatch.checkpoint.tensors import expected_tensors
+from sensebatch.engine.weights import tensor_files
 from sensebatch.engine.weights.lora import Lora
 from sensebatch.engine.weights.sources import FileWeights, SyntheticWeights, WeightSource
+from sensebatch.engine.weights.tensor_files import CONVERTED_BYTES
 from sensebatch.errors import CheckpointError
+from tests.engine.memory.tracker import LiveBytes
 
 GATE = "language_model.model.layers.0.mlp_mot_gen.gate_proj.weight"
 
@@ -59,6 +63,34 @@ def test_rows_of_a_file_are_those_of_the_whole(
     assert torch.equal(whole, plain) == (not with_lora)
     found = by_rows(source, GATE, shape, step)
     torch.testing.assert_close(found, whole, rtol=0, atol=1e-2 if with_lora else 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes_are_rounded_once_and_a_little_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(tensor_files, "_OF_THREAD", local())
+    # Not a multiple of what is read at a time, nor of a row.
+    weight = torch.randn(1100, 700, generator=torch.Generator().manual_seed(0))
+    source = one_tensor(tmp_path, weight)
+    found = torch.empty(900, 700, dtype=dtype)
+    with LiveBytes() as live:
+        source.read_into("a.weight", (50, 950), found)
+    assert torch.equal(found, weight[50:950].to(dtype))
+    assert live.peak < 1.1 * CONVERTED_BYTES < weight.nbytes
+
+
+def test_synthetic_weights_in_float32_are_the_same_once_rounded(checkpoint: Checkpoint) -> None:
+    shape = tuple(checkpoint.tensors[GATE].shape)
+    plain, rounded = (torch.empty(shape, dtype=torch.bfloat16) for _ in range(2))
+    exact = torch.empty(shape)
+    SyntheticWeights(torch.bfloat16).read_into(GATE, None, plain)
+    source = SyntheticWeights(torch.bfloat16, wide=[GATE])
+    source.read_into(GATE, None, rounded)
+    source.read_into(GATE, None, exact)
+    assert torch.equal(rounded, plain)
+    assert torch.equal(exact.bfloat16(), plain)
+    assert not torch.equal(exact, plain.float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
