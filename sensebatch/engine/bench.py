@@ -174,7 +174,7 @@ def token_seconds(runner: Runner, *, sequences: int, tokens: int, plain: bool) -
     caches = [extension.cache for extension in extensions]
     step = runner.text_step(caches, tokens + 3)
     if plain:
-        step = PlainDecoder(caches, runner.append_tokens, runner.network.logits).step
+        step = PlainDecoder(caches, runner.appending, runner.network.lm_head.through).step
     for _ in range(3):
         choices = [*step(list(enumerate(choices)))]
     start = _now(runner)

@@ -2,7 +2,9 @@
 
 `PlainDecoder` runs the network's ordinary passes and works everywhere. `FastDecoder` keeps the
 caches of all sequences in one buffer and computes a step with a few kernels a layer, as a CUDA
-graph if the weights that it needs stay on the device. Shape suffixes: S sequences.
+graph if the weights that it needs stay on the device. The steps of several decoders can be
+computed side by side, so that weights that are streamed come once for all of them; each computes
+what it would alone. Shape suffixes: S sequences.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sensebatch.engine.model.kv_cache import KVCache, SharedRoom, part_caches
+from sensebatch.engine.model.lockstep import Pass, run, run_together
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.transformer import DecoderLayer, SwiGLU
 from sensebatch.plan.passes import ROOM_SPARE, ROOM_TOKENS
@@ -24,19 +27,35 @@ if TYPE_CHECKING:
 TILE_SIDE = 16
 """Rows and columns of matrices must be multiples of this, or their tiles would be too small."""
 
-Extend = Callable[[Sequence[tuple[KVCache, Sequence[int]]]], Tensor]
-"""Caches tokens of some sequences and returns the outputs of their last ones, `[S, D]`."""
-
+Extend = Callable[[Sequence[tuple[KVCache, Sequence[int]]]], Pass[Tensor]]
+"""Returns a pass that caches tokens of some sequences and returns the outputs of their last ones,
+`[S, D]`."""
 
 Choose = Callable[[Tensor, Sequence[int]], list[int]]
 """Returns the next tokens after logits `[S, V]`, which are of these sequences."""
 
 
+Taken = Sequence[tuple[int, int]]
+"""Tokens of a step, as (sequence, token)."""
+
+
 class Decoder(Protocol):
     """Caches one token of some sequences and chooses the next ones."""
 
-    def step(self, taken: Sequence[tuple[int, int]]) -> list[int]:
-        """Returns the choices after tokens, which are given as (sequence, token)."""
+    def step(self, taken: Taken) -> list[int]:
+        """Returns the choices after tokens."""
+
+    def begin(self, taken: Taken) -> Pass[None]:
+        """Returns the pass of a step, to be run before `end`."""
+
+    def end(self, taken: Taken) -> list[int]:
+        """Returns the choices that a step's pass came to."""
+
+
+def step_together(steps: Sequence[tuple[Decoder, Taken]]) -> list[list[int]]:
+    """Returns the choices of each decoder after its tokens; see `Decoder.step`."""
+    run_together([decoder.begin(taken) for decoder, taken in steps])
+    return [decoder.end(taken) for decoder, taken in steps]
 
 
 class PlainDecoder:
@@ -44,8 +63,8 @@ class PlainDecoder:
 
     Args:
         caches: The cache of each sequence.
-        extend: Runs such a pass.
-        logits: Returns logits `[S, V]` of outputs `[S, D]`.
+        extend: Returns such a pass.
+        logits: Returns a pass that comes to the logits `[S, V]` of outputs `[S, D]`.
         choose: Chooses by them; the most probable tokens if None.
     """
 
@@ -53,18 +72,30 @@ class PlainDecoder:
         self,
         caches: Sequence[KVCache],
         extend: Extend,
-        logits: Callable[[Tensor], Tensor],
+        logits: Callable[[Tensor], Pass[Tensor]],
         choose: Choose | None = None,
     ) -> None:
         self._caches = caches
         self._extend = extend
         self._logits = logits
         self._choose = choose or choose_greedily
+        self._logits_SV: Tensor | None = None
 
-    def step(self, taken: Sequence[tuple[int, int]]) -> list[int]:
+    def step(self, taken: Taken) -> list[int]:
         """See `Decoder`."""
-        hidden = self._extend([(self._caches[index], [token]) for index, token in taken])
-        return self._choose(self._logits(hidden), [index for index, _ in taken])
+        run(self.begin(taken))
+        return self.end(taken)
+
+    def begin(self, taken: Taken) -> Pass[None]:
+        """See `Decoder`."""
+        hidden = yield from self._extend([(self._caches[i], [token]) for i, token in taken])
+        self._logits_SV = yield from self._logits(hidden)
+
+    def end(self, taken: Taken) -> list[int]:
+        """See `Decoder`."""
+        logits_SV, self._logits_SV = self._logits_SV, None
+        assert logits_SV is not None, "a step must have begun"
+        return self._choose(logits_SV, [index for index, _ in taken])
 
 
 def choose_greedily(logits_SV: Tensor, _: Sequence[int]) -> list[int]:
@@ -137,15 +168,27 @@ class FastDecoder:
         self._angles_S.copy_(torch.tensor([cache.next_t for cache in self._caches]))
         self._left_in_room = room
 
-    def step(self, taken: Sequence[tuple[int, int]]) -> list[int]:
+    def step(self, taken: Taken) -> list[int]:
         """See `Decoder`."""
+        self._take(taken)
+        self._run()
+        return self.end(taken)
+
+    def begin(self, taken: Taken) -> Pass[None]:
+        """See `Decoder`."""
+        self._take(taken)
+        return self._compute()
+
+    def _take(self, taken: Taken) -> None:
         if self._left_in_room == 0:
             self._make_room()
         for index, token in taken:
             self._given[index] = token
         # Outside the graph: the table may be in host memory.
         self._x_SD.copy_(self._network.embed_text(self._given))
-        self._run()
+
+    def end(self, taken: Taken) -> list[int]:
+        """See `Decoder`."""
         sequences = [index for index, _ in taken]
         for index in sequences:
             cache = self._caches[index]
@@ -162,44 +205,27 @@ class FastDecoder:
             # The first step in every room also loads the kernels that its size needs, which must
             # happen before a step is captured.
             self._is_first = False
-            self._compute()
+            run(self._compute())
             return
         if self._graph is None:
             self._graph = torch.cuda.CUDAGraph()
             # Other threads may use the device meanwhile.
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                self._compute()
+                run(self._compute())
         self._graph.replay()
 
-    def _compute(self) -> None:
+    def _compute(self) -> Pass[None]:
         """Computes the next choices from embedded tokens, with the same allocations each time."""
-        network, expert, decoding = self._network, self._network.understanding, self._operations
-        rms_norm, eps = network.operations.rms_norm, network.arch.rms_norm_eps
-        x_SD = self._x_SD
-        room = self._room
+        network, expert = self._network, self._network.understanding
+        x_SD, room = self._x_SD, self._room
         assert room is not None
         places_S = room.places(self._sequences_S, self._lengths_S)
         for index in range(len(expert.layers)):
-            with expert.lend(index) as layer:
-                assert isinstance(layer, DecoderLayer)
-                assert isinstance(layer.mlp, SwiGLU)
-                cache = room.layer(index)
-                normed = rms_norm(x_SD, layer.input_norm, eps)
-                q_SHE = decoding.heads(
-                    decoding.product(normed, layer.qkv.weight),
-                    (layer.q_norm, layer.k_norm),
-                    self._rotary,
-                    eps=eps,
-                    cache=cache,
-                    rotary_rows_S=self._angles_S,
-                    places_S=places_S,
-                )
-                attended = decoding.attend(q_SHE, cache, self._lengths_S)
-                x_SD = decoding.product(attended, layer.o.weight, residual=x_SD)
-                normed = rms_norm(x_SD, layer.post_norm, eps)
-                hidden = decoding.product(normed, layer.mlp.gate_up.weight, swiglu=True)
-                x_SD = decoding.product(hidden, layer.mlp.down.weight, residual=x_SD)
-        logits = network.logits(rms_norm(x_SD, expert.norm, eps))
+            layer = yield expert.lend, index
+            assert isinstance(layer, DecoderLayer)
+            x_SD = self._through(layer, x_SD, room.layer(index), places_S)
+        normed = network.operations.rms_norm(x_SD, expert.norm, network.arch.rms_norm_eps)
+        logits = yield from network.lm_head.through(normed)
         if self._choose is None:
             self._choices_S.copy_(logits.argmax(-1))
         else:
@@ -207,6 +233,29 @@ class FastDecoder:
         # Sequences that have ended stay at the last place of their room.
         self._lengths_S.add_(1).clamp_(max=room.num_tokens - 1)
         self._angles_S.add_(1).clamp_(max=self._rotary[0].shape[0] - 1)
+
+    def _through(
+        self, layer: DecoderLayer, x_SD: Tensor, cache: tuple[Tensor, Tensor], places_S: Tensor
+    ) -> Tensor:
+        """Returns a layer's output, `[S, D]`."""
+        network, decoding = self._network, self._operations
+        rms_norm, eps = network.operations.rms_norm, network.arch.rms_norm_eps
+        assert isinstance(layer.mlp, SwiGLU)
+        normed = rms_norm(x_SD, layer.input_norm, eps)
+        q_SHE = decoding.heads(
+            decoding.product(normed, layer.qkv.weight),
+            (layer.q_norm, layer.k_norm),
+            self._rotary,
+            eps=eps,
+            cache=cache,
+            rotary_rows_S=self._angles_S,
+            places_S=places_S,
+        )
+        attended = decoding.attend(q_SHE, cache, self._lengths_S)
+        x_SD = decoding.product(attended, layer.o.weight, residual=x_SD)
+        normed = rms_norm(x_SD, layer.post_norm, eps)
+        hidden = decoding.product(normed, layer.mlp.gate_up.weight, swiglu=True)
+        return decoding.product(hidden, layer.mlp.down.weight, residual=x_SD)
 
 
 def decoding_operations(network: Network) -> DecodingOperations | None:
@@ -272,4 +321,4 @@ def new_decoder(
         )
     for cache in caches:
         cache.bring()
-    return PlainDecoder(caches, extend, network.logits, choose)
+    return PlainDecoder(caches, extend, network.lm_head.through, choose)

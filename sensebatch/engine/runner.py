@@ -11,7 +11,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,14 +20,21 @@ from torch import Tensor
 
 from sensebatch.checkpoint.tokenizer import IMG_CONTEXT, IMG_END
 from sensebatch.contract import Phase, Progress
-from sensebatch.engine.decoding import Choose, choose_greedily, new_decoder
+from sensebatch.engine.decoding import (
+    Choose,
+    Decoder,
+    choose_greedily,
+    new_decoder,
+    step_together,
+)
 from sensebatch.engine.model.attention import Attention
 from sensebatch.engine.model.kv_cache import KVCache, Parcel, Span
+from sensebatch.engine.model.lockstep import Pass, run
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.tokenizer import Tokenizer
 from sensebatch.engine.preprocess import Patches
 from sensebatch.engine.prompts import Grid, ImageSpan, Prompt, positions, segments
-from sensebatch.engine.sampling.text import Step
+from sensebatch.engine.sampling.text import Step, Writing, decode_text
 from sensebatch.errors import BatchStoppedError
 from sensebatch.plan.passes import MAX_PREFILL_TOKENS, TOKENS_PER_PASS, images_per_pass
 from sensebatch.resolutions import Resolution
@@ -45,6 +52,18 @@ class Extension:
     """How many cached tokens other sequences begin with as well."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    """The text of a batch, to be decoded after what its sequences have cached."""
+
+    caches: Sequence[KVCache]
+    """The cache of each sequence, wherever it is; they end up on the device."""
+    writing: Writing
+    """Its sequences are numbered from 0."""
+    choose: Choose | None = None
+    """Chooses by logits; None takes the most probable tokens."""
+
+
 class Weights(Protocol):
     """Learns which phase is next, so that it can bring the weights for it."""
 
@@ -57,6 +76,9 @@ class Weights(Protocol):
 
     def decode(self) -> None:
         """Prepares for many passes of the understanding expert with logits."""
+
+    def resized(self, num_buffers: int) -> AbstractContextManager[None]:
+        """Keeps fewer or more blocks on the device as long as the context is open."""
 
     def denoise(self) -> None:
         """Prepares for many passes of the generation expert."""
@@ -71,6 +93,9 @@ class PassLimits:
     park: Callable[[int], Parcel] | None = None
     """Returns host memory in which prefixes wait while other jobs' images are drawn; None leaves
     them on the device."""
+    text_buffers: int | None = None
+    """Buffers of weights while the texts of several batches are decoded; None for as many as
+    ever."""
     draws_once: bool = False
     """Whether a batch has one pass or round, and so is finished once its prompts are read."""
 
@@ -160,6 +185,16 @@ class Runner:
             yield
 
     @contextmanager
+    def writing(self, num_texts: int) -> Iterator[None]:
+        """Times the phase that decodes the texts of so many batches, with the memory for that."""
+        buffers = self.limits.text_buffers
+        room: AbstractContextManager[None] = nullcontext()
+        if self._weights is not None and buffers is not None and num_texts > 1:
+            room = self._weights.resized(buffers)
+        with room, self.decoding():
+            yield
+
+    @contextmanager
     def denoising(self) -> Iterator[None]:
         """Times the phase that draws images: many passes of the generation expert."""
         with self._phase(Phase.DENOISE):
@@ -237,17 +272,21 @@ class Runner:
         Returns:
             The normed output of each sequence's last token, `[S, D]`.
         """
-        hidden_TD = self._extend(extensions, self.attention if attention is None else attention)
+        return run(self._extending(extensions, self.attention if attention is None else attention))
+
+    def _extending(self, extensions: Sequence[Extension], attention: Attention) -> Pass[Tensor]:
+        """Returns a pass that computes what `extend` returns."""
+        hidden_TD = yield from self._caching(extensions, attention)
         lengths = [len(extension.prompt.token_ids) for extension in extensions]
         return hidden_TD[torch.tensor(lengths, device=hidden_TD.device).cumsum(0) - 1]
 
     def extend_whole(self, extensions: Sequence[Extension]) -> Sequence[Tensor]:
         """Caches tokens as `extend` does; returns the outputs of all of them, `[tokens, D]`."""
-        hidden_TD = self._extend(extensions, self.attention)
+        hidden_TD = run(self._caching(extensions, self.attention))
         return hidden_TD.split([len(extension.prompt.token_ids) for extension in extensions])
 
-    def _extend(self, extensions: Sequence[Extension], attention: Attention) -> Tensor:
-        """Caches tokens of several sequences in one pass; returns their outputs, `[T, D]`."""
+    def _caching(self, extensions: Sequence[Extension], attention: Attention) -> Pass[Tensor]:
+        """Returns a pass that caches tokens of several sequences, to their outputs, `[T, D]`."""
         ids = torch.tensor([i for e in extensions for i in e.prompt.token_ids])
         x_TD = self.network.embed_text(ids)
         spans, places, next_ts, start = [], [], [], 0
@@ -263,7 +302,9 @@ class Runner:
             num_tokens = len(prompt.token_ids)
             spans.append(Span(cache=extension.cache, num_tokens=num_tokens, segments=runs))
             start += num_tokens
-        hidden_TD = self.network.understand(x_TD, torch.cat(places, 1), spans, attention)
+        hidden_TD = yield from self.network.understanding_pass(
+            x_TD, torch.cat(places, 1), spans, attention
+        )
         for span, next_t in zip(spans, next_ts, strict=True):
             span.cache.advance(span.num_tokens, next_t)
         return hidden_TD
@@ -286,28 +327,69 @@ class Runner:
             choose: Chooses by logits; None takes the most probable tokens.
         """
         numbers = itertools.count(1)
-        decoder = new_decoder(
-            self.network,
-            caches,
-            most_tokens,
-            extend=self.append_tokens,
-            as_graph=self._weights is None or self._weights.keeps_text,
-            choose=choose,
-        )
+        decoder = self._new_decoder(caches, most_tokens, choose)
 
         def step(taken: Sequence[tuple[int, int]]) -> list[int]:
-            if not self.num_denoise_steps:
-                self.heed_stop()
-            self.progress(Progress(phase=Phase.THINK, step=next(numbers), num_steps=0))
+            self._writes_token(next(numbers))
             return decoder.step(taken)
 
         return step
 
+    def _new_decoder(
+        self, caches: Sequence[KVCache], most_tokens: int, choose: Choose | None
+    ) -> Decoder:
+        return new_decoder(
+            self.network,
+            caches,
+            most_tokens,
+            extend=self.appending,
+            as_graph=self._weights is None or self._weights.keeps_text,
+            choose=choose,
+        )
+
+    def _writes_token(self, number: int) -> None:
+        """Reports a step of decoding before it is made, and heeds a stop as `text_step` says."""
+        if not self.num_denoise_steps:
+            self.heed_stop()
+        self.progress(Progress(phase=Phase.THINK, step=number, num_steps=0))
+
+    def write(self, texts: Sequence[Text]) -> None:
+        """Decodes the texts of several batches together; see `text_step`.
+
+        Weights that are streamed come once for all of them. Each batch makes the operations that it
+        would make alone, so its text and caches are the same to the bit.
+        """
+        if len(texts) == 1:
+            (text,) = texts
+            step = self.text_step(text.caches, text.writing.most_tokens, text.choose)
+            decode_text(text.writing, step)
+            return
+        decoders = [
+            self._new_decoder(text.caches, text.writing.most_tokens, text.choose) for text in texts
+        ]
+        for number in itertools.count(1):
+            steps = [
+                (text.writing, decoder, taken)
+                for text, decoder in zip(texts, decoders, strict=True)
+                if (taken := text.writing.taken())
+            ]
+            if not steps:
+                return
+            self._writes_token(number)
+            choices = step_together([(decoder, taken) for _, decoder, taken in steps])
+            for (writing, _, _), chosen in zip(steps, choices, strict=True):
+                writing.follow(chosen)
+
     def append_tokens(self, taken: Sequence[tuple[KVCache, Sequence[int]]]) -> Tensor:
         """Caches text tokens; see `extend`."""
-        return self.extend(
-            [Extension(cache=cache, prompt=Prompt(token_ids=tuple(ids))) for cache, ids in taken]
-        )
+        return run(self.appending(taken))
+
+    def appending(self, taken: Sequence[tuple[KVCache, Sequence[int]]]) -> Pass[Tensor]:
+        """Returns a pass that does what `append_tokens` does."""
+        extensions = [
+            Extension(cache=cache, prompt=Prompt(token_ids=tuple(ids))) for cache, ids in taken
+        ]
+        return self._extending(extensions, self.attention)
 
     def generated_image(self, cache: KVCache, grid: Grid, embeds: Tensor) -> Extension:
         """Returns a drawn image and its `</img>` as tokens that follow a cached `<img>`."""

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 
 from sensebatch.config import default_config
 from sensebatch.contract import Channel, Drawn, KeptImage
 from sensebatch.engine.model.attention import Attention, sdpa
 from sensebatch.engine.model.kv_cache import KVCache, Span
+from sensebatch.engine.model.lockstep import Pass
 from sensebatch.engine.model.network import ImagePositions, Network
 from sensebatch.engine.model.operations import choose_operations
 from sensebatch.engine.model.patchify import image_to_tokens
@@ -66,6 +68,19 @@ def build_runner(case: Case, *, fused: bool = False) -> Runner:
     """Returns a runner of the case's model."""
     network = build_network(case.config, case.weight_edits, fused=fused)
     return Runner(network=network, tokenizer=ByteTokenizer(), attention=_attention(fused))
+
+
+def watch_logits(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Returns a list to which the logits of every choice are added."""
+    seen: list[torch.Tensor] = []
+    through = runner.network.lm_head.through
+
+    def watched(hidden_SD: torch.Tensor) -> Pass[torch.Tensor]:
+        seen.append((yield from through(hidden_SD)))
+        return seen[-1]
+
+    monkeypatch.setattr(runner.network.lm_head, "through", watched)
+    return seen
 
 
 def _attention(fused: bool) -> Attention:

@@ -20,7 +20,7 @@ from sensebatch.engine.tasks.state import PreparedJob, job_generator, prepare_jo
 from sensebatch.errors import BatchStoppedError, JobError
 from sensebatch.jobs import FinishReason, JobResult, Sampling
 from sensebatch.tasks import Branch, Task
-from tests.engine.golden_model import build_job, build_runner, infer, succeeded
+from tests.engine.golden_model import build_job, build_runner, infer, succeeded, watch_logits
 from tests.engine.test_batches import fresh
 from tests.engine.test_engine import generate, load, make_config, make_job
 from tests.golden_data import TOLERANCE, ByteTokenizer, case_ids, load_case, relative_error
@@ -35,18 +35,6 @@ def answer(runner: Runner, *jobs: PreparedJob) -> list[JobResult]:
         return succeeded(run_ask(runner, fresh(list(jobs)), kept=(), channel=Channel()))
 
 
-def watched_logits(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    seen: list[torch.Tensor] = []
-    logits = runner.network.logits
-
-    def watched(hidden: torch.Tensor) -> torch.Tensor:
-        seen.append(logits(hidden))
-        return seen[-1]
-
-    monkeypatch.setattr(runner.network, "logits", watched)
-    return seen
-
-
 @pytest.mark.parametrize(("config", "name"), case_ids("ask"))
 def test_answers_match_the_reference(
     config: str, name: str, monkeypatch: pytest.MonkeyPatch
@@ -56,7 +44,7 @@ def test_answers_match_the_reference(
     prompt = job.prompts[Branch.COND]
     assert list(prompt.token_ids) == case.tensor("input_ids").tolist()
     assert positions(prompt).tolist() == case.tensor("indexes").tolist()
-    seen = watched_logits(runner, monkeypatch)
+    seen = watch_logits(runner, monkeypatch)
     (result,) = answer(runner, job)
     assert result.text == result.answer == case.outputs["answer_text"]
     assert result.text_tokens == len(case.outputs["answer_token_ids"])
@@ -128,7 +116,7 @@ def test_choices_are_scored_by_their_first_token_and_nothing_is_decoded(
     case = load_case("dense_fm", "ask_1img")
     runner = build_runner(case)
     job = changed(runner, build_job(case, ""), choices=("yes", "no", "maybe"))
-    seen = watched_logits(runner, monkeypatch)
+    seen = watch_logits(runner, monkeypatch)
     (result,) = answer(runner, job)
     assert [len(logits) for logits in seen] == [1], "one prefill"
     expected = case.tensor("choice_logits").log_softmax(0)[list(b"ynm")]
@@ -179,7 +167,7 @@ def test_choices_after_thoughts_are_scored_after_two_newlines(
     job = changed(runner, build_job(case, ""), think=True, choices=("yes", "no"), max_new_tokens=4)
     (result,) = answer(runner, job)
     with monkeypatch.context() as patch:
-        seen = watched_logits(runner, patch)
+        seen = watch_logits(runner, patch)
         (thoughts,) = answer(runner, changed(runner, job, think=True, choices=(), max_new_tokens=4))
     written = torch.cat(seen)[:4].argmax(-1).tolist()
     assert (result.think_tokens, result.text_tokens) == (4, 0)

@@ -9,6 +9,7 @@ import pytest
 
 from sensebatch.checkpoint.tokenizer import IMG_START, THINK_END
 from sensebatch.contract import Channel
+from sensebatch.engine.sampling.text import Writing
 from sensebatch.engine.tasks import interleave, single_image
 from sensebatch.engine.tasks.interleave import run_interleave
 from sensebatch.engine.tasks.single_image import run_single_image
@@ -28,17 +29,17 @@ WORD = TOKENIZER.encode("a")[0]
 
 def writes(monkeypatch: pytest.MonkeyPatch, module: Any, *choices: int) -> None:
     """Replaces what jobs choose by these tokens, one after the other, over all their texts."""
-    decode = module.decode_text
-    left = list(choices)
+    texts: list[Writing] = []
 
-    def scripted(first: Any, limits: Any, step: Any, **options: Any) -> Any:
-        options["scripts"] = {0: left}
-        decoded = decode(first, limits, step, **options)
+    def scripted(first: Any, limits: Any, **options: Any) -> Writing:
         # A choice that was not cached is taken, too.
-        del left[: len(decoded[0].tokens) + (decoded[0].stopped_by is not None)]
-        return decoded
+        said = [text.decoded[0] for text in texts]
+        taken = sum(len(one.tokens) + (one.stopped_by is not None) for one in said)
+        options["scripts"] = {0: choices[taken:]}
+        texts.append(Writing(first, limits, **options))
+        return texts[-1]
 
-    monkeypatch.setattr(module, "decode_text", scripted)
+    monkeypatch.setattr(module, "Writing", scripted)
 
 
 @pytest.mark.parametrize(

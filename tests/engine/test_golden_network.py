@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from sensebatch.engine.model.lockstep import Pass
 from sensebatch.engine.model.patchify import tokens_to_patches
 from sensebatch.engine.prompts import ImageSpan, Prompt
 from sensebatch.engine.runner import Extension
@@ -71,24 +72,22 @@ def test_image_prefix_matches_the_reference(config: str, name: str) -> None:
         place = ids.index(context, place)
         spans.append(ImageSpan(place, image.token_grid))
         place = spans[-1].end
-    with infer():
+    with infer(), pytest.MonkeyPatch.context() as patch:
         embeds = runner.embed_images(patches)
         prompt = Prompt(token_ids=tuple(ids), images=tuple(spans))
         seen: list[torch.Tensor] = []
-        original = network.understanding.forward
+        original = network.understanding.through
 
-        def record(*args: Any, **_: Any) -> torch.Tensor:
+        def record(*args: Any) -> Pass[torch.Tensor]:
             # Copied, because the layers compute in their input's memory.
             seen.append(args[0].clone())
-            seen.append(original(*args))
+            seen.append((yield from original(*args)))
             return seen[1]
 
-        network.understanding.forward = record
-        try:
-            extension = Extension(cache=network.new_cache(), prompt=prompt, embeds=embeds)
-            last = runner.extend([extension])
-        finally:
-            network.understanding.forward = original
+        patch.setattr(network.understanding, "through", record)
+        extension = Extension(cache=network.new_cache(), prompt=prompt, embeds=embeds)
+        last = runner.extend([extension])
+        patch.undo()
         assert_close(seen[0], case.tensor("input_embeds"))
         assert_close(seen[1], case.tensor("last_hidden_state"))
         assert_close(network.logits(seen[1]), case.tensor("logits"))

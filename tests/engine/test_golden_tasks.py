@@ -33,6 +33,7 @@ from tests.engine.golden_model import (
     draw_together,
     infer,
     succeeded,
+    watch_logits,
 )
 from tests.golden_data import (
     TOLERANCE,
@@ -161,19 +162,6 @@ def test_every_step_of_an_image_matches_the_reference(monkeypatch: pytest.Monkey
     for branch, found in velocities[1].items():
         expected = case.tensor(f"v_{branch}_step_1")
         assert relative_error(found.reshape(expected.shape), expected) < TOLERANCE
-
-
-def watch_logits(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """Returns a list to which the logits of every greedy choice are added."""
-    seen: list[torch.Tensor] = []
-    logits = runner.network.logits
-
-    def watched(hidden_SD: torch.Tensor) -> torch.Tensor:
-        seen.append(logits(hidden_SD))
-        return seen[-1]
-
-    monkeypatch.setattr(runner.network, "logits", watched)
-    return seen
 
 
 def assert_chosen_from(seen: Sequence[torch.Tensor], case: Case) -> None:

@@ -29,7 +29,7 @@ from sensebatch.engine.model.operations import choose_operations, rms_norm
 from sensebatch.engine.model.quantized import quantise_rows
 from sensebatch.engine.model.rope import rotate_token_heads, token_rotary
 from sensebatch.engine.prompts import Prompt
-from sensebatch.engine.sampling.text import decode_text
+from sensebatch.engine.sampling.text import Writing, decode_text
 from sensebatch.engine.weights.loader import NetworkLoader, warm_up
 from sensebatch.jobs import Precision
 from sensebatch.plan.computation import is_tileable
@@ -336,7 +336,7 @@ def test_decoding_together_in_small_rooms_says_what_each_says_alone(
         caches = [extension.cache for extension in extensions]
         first = dict(enumerate(runner.choose(runner.extend(extensions))))
         step = runner.text_step(caches, max(limits.values()), choose)
-        decoded = decode_text(first, limits, step, stop_before=frozenset())
+        decoded = decode_text(Writing(first, limits, stop_before=frozenset()), step)
         for index, cache in enumerate(caches):
             assert cache.length == len(prompts[index]) + limits[index] == cache.next_t
         following = runner.choose(runner.append_tokens([(cache, [1, 2]) for cache in caches]))

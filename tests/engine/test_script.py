@@ -11,7 +11,7 @@ import pytest
 from sensebatch.contract import Channel, Progress
 from sensebatch.engine.engine import synthetic_text
 from sensebatch.engine.runner import Runner
-from sensebatch.engine.sampling.text import decode_text
+from sensebatch.engine.sampling.text import Writing, decode_text
 from sensebatch.engine.tasks.interleave import run_interleave
 from sensebatch.engine.tasks.single_image import run_single_image
 from sensebatch.engine.tasks.state import PreparedJob
@@ -95,9 +95,10 @@ def test_choices_are_replaced_and_passes_are_not() -> None:
         taken.append(pairs)
         return [0 for _ in pairs]
 
-    decoded = decode_text(
-        {0: 0, 1: 5}, {0: 3, 1: 2}, step, stop_before=frozenset({0}), scripts={0: [1, 2, 3]}
+    writing = Writing(
+        {0: 0, 1: 5}, {0: 3, 1: 2}, stop_before=frozenset({0}), scripts={0: [1, 2, 3]}
     )
+    decoded = decode_text(writing, step)
     assert decoded[0].tokens == [1, 2, 3]
     assert (decoded[1].tokens, decoded[1].stopped_by) == ([5], 0)
     assert taken == [[(0, 1), (1, 5)], [(0, 2)], [(0, 3)]]

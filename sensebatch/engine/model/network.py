@@ -6,7 +6,7 @@ image, P patches, A the axes t, h, w.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -23,6 +23,7 @@ from sensebatch.engine.model.kv_cache import (
     Span,
     UnderstandingContext,
 )
+from sensebatch.engine.model.lockstep import Lend, Pass, run
 from sensebatch.engine.model.operations import Operations
 from sensebatch.engine.model.patchify import (
     HEAD_MODULES,
@@ -85,7 +86,7 @@ class VocabularyHead(nn.Module):
         self.parts = nn.ModuleList(
             HeadPart(rows, arch.hidden_size) for rows in head_part_rows(arch)
         )
-        self.lend: Callable[[int], AbstractContextManager[nn.Module]] = self._own
+        self.lend: Lend = self._own
         """Lends a part with its weights on the device; see `Expert.lend`."""
 
     def _own(self, index: int) -> AbstractContextManager[nn.Module]:
@@ -93,11 +94,15 @@ class VocabularyHead(nn.Module):
 
     def forward(self, hidden_TD: Tensor) -> Tensor:
         """Returns the logits, `[T, V]`."""
+        return run(self.through(hidden_TD))
+
+    def through(self, hidden_TD: Tensor) -> Pass[Tensor]:
+        """Returns a pass that computes what `forward` returns."""
         logits = []
         for index in range(len(self.parts)):
-            with self.lend(index) as part:
-                assert isinstance(part, HeadPart)
-                logits.append(F.linear(hidden_TD, part.weight))
+            part = yield self.lend, index
+            assert isinstance(part, HeadPart)
+            logits.append(F.linear(hidden_TD, part.weight))
         return torch.cat(logits, dim=-1)
 
 
@@ -195,7 +200,13 @@ class Network(nn.Module):
     def understand(
         self, x_TD: Tensor, positions_AT: Tensor, spans: Sequence[Span], attention: Attention
     ) -> Tensor:
-        """Runs prompt tokens of several sequences and caches them; returns normed `[T, D]`.
+        """Runs prompt tokens of several sequences and caches them; returns normed `[T, D]`."""
+        return run(self.understanding_pass(x_TD, positions_AT, spans, attention))
+
+    def understanding_pass(
+        self, x_TD: Tensor, positions_AT: Tensor, spans: Sequence[Span], attention: Attention
+    ) -> Pass[Tensor]:
+        """Returns a pass that caches prompt tokens of several sequences; see `understand`.
 
         The caller advances the caches.
 
@@ -206,7 +217,8 @@ class Network(nn.Module):
             attention: How one run attends.
         """
         context = UnderstandingContext(spans, attention)
-        return self.understanding(x_TD, self.token_rotary(positions_AT.to(self.device)), context)
+        rotary = self.token_rotary(positions_AT.to(self.device))
+        return self.understanding.through(x_TD, rotary, context)
 
     def image_positions(self, caches: Sequence[KVCache], resolution: Resolution) -> ImagePositions:
         """Returns the positions of one image after each cache."""

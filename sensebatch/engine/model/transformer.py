@@ -10,7 +10,7 @@ I intermediate, X feed-forward experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sensebatch.checkpoint.architecture import Architecture, Moe
+from sensebatch.engine.model.lockstep import Lend, Pass, run
 from sensebatch.engine.model.operations import Operations, Room
 from sensebatch.engine.model.quantized import Fp8Linear
 from sensebatch.engine.model.rope import Rotary
@@ -201,7 +202,7 @@ class Expert(nn.Module):
             for i in range(arch.num_layers)
         )
         self.norm = nn.Parameter(torch.empty(arch.hidden_size))
-        self.lend: Callable[[int], AbstractContextManager[nn.Module]] = self._own
+        self.lend: Lend = self._own
         """Lends a layer with its weights on the device while the context is open. Replaced where
         weights are not on the device all the time."""
 
@@ -224,20 +225,24 @@ class Expert(nn.Module):
 
     def forward(self, x_TD: Tensor, rotary: Rotary, context: AttentionContext) -> Tensor:
         """Returns the normed output of all layers, `[T, D]`, in the memory of `x_TD`."""
+        return run(self.through(x_TD, rotary, context))
+
+    def through(self, x_TD: Tensor, rotary: Rotary, context: AttentionContext) -> Pass[Tensor]:
+        """Returns a pass that computes what `forward` returns."""
         parts = context.parts(x_TD.shape[0])
         angles = [(rotary[0][part], rotary[1][part]) for part in parts]
         for index in range(len(self.layers)):
-            with self.lend(index) as layer:
-                assert isinstance(layer, DecoderLayer)
-                for part, of_part in zip(parts, angles, strict=True):
-                    room = context.room(part.stop - part.start)
-                    # Not named, so that they are freed before the second half begins.
-                    attended_THE = context.attend(
-                        index, part, *_project(layer, x_TD[part], of_part, room)
-                    )
-                    _finish(layer, x_TD[part], attended_THE)
-                    # Freed before the next part or layer attends.
-                    del attended_THE
+            layer = yield self.lend, index
+            assert isinstance(layer, DecoderLayer)
+            for part, of_part in zip(parts, angles, strict=True):
+                room = context.room(part.stop - part.start)
+                # Not named, so that they are freed before the second half begins.
+                attended_THE = context.attend(
+                    index, part, *_project(layer, x_TD[part], of_part, room)
+                )
+                _finish(layer, x_TD[part], attended_THE)
+                # Freed before the next part or layer attends.
+                del attended_THE
         for rows_TD in x_TD.split(passes.ROWS):
             rows_TD.copy_(self._operations.rms_norm(rows_TD, self.norm, self._eps))
         return x_TD

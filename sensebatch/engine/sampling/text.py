@@ -48,44 +48,71 @@ class Script:
         return [self.word] * share + [self.image_start]
 
 
-def decode_text(
-    first: Mapping[int, int],
-    limits: Mapping[int, int],
-    step: Step,
-    *,
-    stop_before: frozenset[int],
-    stop_after: frozenset[int] = frozenset(),
-    scripts: Mapping[int, Sequence[int]] | None = None,
-) -> dict[int, Decoded]:
-    """Decodes until every sequence has ended. Sequences that have not share each step.
+class Writing:
+    """The text of several sequences while it is decoded. Those that have not ended share each step.
 
     Args:
         first: The first choice of each sequence.
         limits: Most tokens of each sequence; checked after a token, so at least one is taken.
-        step: Caches one token of some sequences and returns their next choices.
         stop_before: Choices that end a sequence and are not cached.
         stop_after: Tokens that end a sequence once they are cached.
         scripts: Choices that replace the network's for some sequences; at least as many as the
             sequence's limit.
-
-    Returns:
-        The text of each sequence, by the keys of `first`.
     """
-    decoded = {index: Decoded() for index in first}
-    scripts = scripts or {}
-    choices = {index: scripts[index][0] if index in scripts else first[index] for index in first}
-    while choices:
-        for index in [index for index, choice in choices.items() if choice in stop_before]:
-            decoded[index].stopped_by = choices.pop(index)
-        if not choices:
-            break
-        taken = list(choices.items())
-        following = step(taken)
-        for (index, token), choice in zip(taken, following, strict=True):
-            said = decoded[index].tokens
+
+    def __init__(
+        self,
+        first: Mapping[int, int],
+        limits: Mapping[int, int],
+        *,
+        stop_before: frozenset[int],
+        stop_after: frozenset[int] = frozenset(),
+        scripts: Mapping[int, Sequence[int]] | None = None,
+    ) -> None:
+        self._limits = limits
+        self._stop_before, self._stop_after = stop_before, stop_after
+        self._scripts = scripts or {}
+        self.decoded = {index: Decoded() for index in first}
+        """The text of each sequence so far, by the keys of `first`."""
+        self._choices = {index: self._said(index, choice) for index, choice in first.items()}
+
+    @property
+    def most_tokens(self) -> int:
+        """The most tokens of any sequence."""
+        return max(self._limits.values())
+
+    def taken(self) -> list[tuple[int, int]]:
+        """Returns (sequence, token) of the next step; nothing if every sequence has ended."""
+        choices = self._choices
+        for index in [index for index, one in choices.items() if one in self._stop_before]:
+            self.decoded[index].stopped_by = choices.pop(index)
+        return list(choices.items())
+
+    def follow(self, choices: Sequence[int]) -> None:
+        """Takes the next choices after the tokens of a step, which are cached."""
+        taken = list(self._choices.items())
+        for (index, token), choice in zip(taken, choices, strict=True):
+            said = self.decoded[index].tokens
             said.append(token)
-            if token in stop_after or len(said) >= limits[index]:
-                del choices[index]
+            if token in self._stop_after or len(said) >= self._limits[index]:
+                del self._choices[index]
             else:
-                choices[index] = scripts[index][len(said)] if index in scripts else choice
-    return decoded
+                self._choices[index] = self._said(index, choice)
+
+    def _said(self, index: int, choice: int) -> int:
+        """Returns a sequence's next choice, or what its script has in its place."""
+        if index not in self._scripts:
+            return choice
+        return self._scripts[index][len(self.decoded[index].tokens)]
+
+
+def decode_text(writing: Writing, step: Step) -> dict[int, Decoded]:
+    """Returns the text of each sequence, decoded until every one has ended.
+
+    Args:
+        writing: What has not begun.
+        step: Caches one token of some sequences and returns their next choices.
+    """
+    while taken := writing.taken():
+        writing.follow(step(taken))
+    return writing.decoded

@@ -18,11 +18,11 @@ from sensebatch.checkpoint.tokenizer import IM_END, THINK_END, THINK_START
 from sensebatch.contract import Channel, Kept
 from sensebatch.engine.model.kv_cache import KVCache, part_caches
 from sensebatch.engine.prompts import Prompt
-from sensebatch.engine.runner import Extension, Runner
+from sensebatch.engine.runner import Extension, Runner, Text
 from sensebatch.engine.sampling.draws import Drawer, chooses_greedily, log_probabilities
 from sensebatch.engine.sampling.guidance import COND
-from sensebatch.engine.sampling.text import Script, decode_text
-from sensebatch.engine.tasks.registry import TaskRunner
+from sensebatch.engine.sampling.text import Script, Writing
+from sensebatch.engine.tasks.registry import TaskRunner, WritesTogether
 from sensebatch.engine.tasks.state import PreparedJob, RunningJob, start_jobs
 from sensebatch.errors import JobError
 from sensebatch.jobs import Failure, FinishReason, JobResult
@@ -94,6 +94,32 @@ def run_ask(
     Raises:
         BatchStoppedError: A stop was heeded, while prompts were read or answers written.
     """
+    (answers,) = answer_together(runner, [jobs], script)
+    return answers
+
+
+def answer_together(
+    runner: Runner, batches: Sequence[Sequence[PreparedJob]], script: Script | None = None
+) -> list[list[JobResult | Failure]]:
+    """Returns the results of each batch of one group; their texts are written together."""
+    started = [_start(runner, jobs) for jobs in batches]
+    free = [[q for q in questions if q.writes and not q.paths] for questions in started]
+    thinking = [[q for q in questions if q.writes and q.paths] for questions in started]
+    _write(runner, free, script)
+    _write(runner, thinking, script, stop_after=frozenset({runner.tokenizer.token_id(THINK_END)}))
+    results = []
+    for questions, thought in zip(started, thinking, strict=True):
+        _score_after_thoughts(runner, thought)
+        _score_rest(runner, [q for q in questions if q.paths and q.failure is None])
+        results.append([_result(runner, question) for question in questions])
+        # What is left waits on the device or the host until then.
+        for question in questions:
+            question.state = None
+    return results
+
+
+def _start(runner: Runner, jobs: Sequence[PreparedJob]) -> list[Question]:
+    """Returns the questions of a batch, their prompts read."""
     questions = [
         Question(
             prepared=prepared,
@@ -112,12 +138,7 @@ def run_ask(
     running = start_jobs(runner, jobs, decodes=True, choose=begin)
     for question, state in zip(questions, running, strict=True):
         question.state = state
-    thinking = [question for question in questions if question.writes and question.paths]
-    _write(runner, [q for q in questions if q.writes and not q.paths], script)
-    _write(runner, thinking, script, stop_after=frozenset({runner.tokenizer.token_id(THINK_END)}))
-    _score_after_thoughts(runner, thinking)
-    _score_rest(runner, [q for q in questions if q.paths and q.failure is None])
-    return [_result(runner, question) for question in questions]
+    return questions
 
 
 def choice_paths(choices: Sequence[Sequence[int]], end: int) -> list[Sequence[int]]:
@@ -150,14 +171,34 @@ def choice_paths(choices: Sequence[Sequence[int]], end: int) -> list[Sequence[in
 
 def _write(
     runner: Runner,
-    questions: Sequence[Question],
+    batches: Sequence[Sequence[Question]],
     script: Script | None,
     *,
     stop_after: frozenset[int] = frozenset(),
 ) -> None:
     """Decodes the text of questions together."""
-    if not questions:
+    writing = [questions for questions in batches if questions]
+    if not writing:
         return
+    texts = [_text(runner, questions, script, stop_after) for questions in writing]
+    with runner.writing(len(texts)):
+        runner.write(texts)
+        for text in texts:
+            runner.park(text.caches)
+    for questions, text in zip(writing, texts, strict=True):
+        for place, question in enumerate(questions):
+            said = text.writing.decoded[place]
+            question.written = said.tokens
+            question.is_cut = said.stopped_by is None and said.tokens[-1] not in stop_after
+
+
+def _text(
+    runner: Runner,
+    questions: Sequence[Question],
+    script: Script | None,
+    stop_after: frozenset[int],
+) -> Text:
+    """Returns what the questions of a batch are to write."""
     first, limits, scripts = {}, {}, {}
     for place, question in enumerate(questions):
         assert question.state is not None
@@ -172,21 +213,17 @@ def _write(
     def choose(logits_SV: Tensor, sequences: Sequence[int]) -> list[int]:
         return [drawers[i].choose(row) for i, row in zip(sequences, logits_SV, strict=True)]
 
-    caches = [question.cache for question in questions]
-    with runner.decoding():
-        step = runner.text_step(caches, max(limits.values()), None if greedy else choose)
-        decoded = decode_text(
+    return Text(
+        caches=[question.cache for question in questions],
+        writing=Writing(
             first,
             limits,
-            step,
             stop_before=frozenset({runner.tokenizer.eos_id}),
             stop_after=stop_after,
             scripts=scripts,
-        )
-    for place, question in enumerate(questions):
-        said = decoded[place]
-        question.written = said.tokens
-        question.is_cut = said.stopped_by is None and said.tokens[-1] not in stop_after
+        ),
+        choose=None if greedy else choose,
+    )
 
 
 def _score_after_thoughts(runner: Runner, questions: Sequence[Question]) -> None:
@@ -195,6 +232,7 @@ def _score_after_thoughts(runner: Runner, questions: Sequence[Question]) -> None
         return
     caches = [question.cache for question in questions]
     with runner.prefilling(decodes=True):
+        runner.bring(caches)
         part_caches(caches)
         leading = runner.tokenizer.encode("\n\n")
         logits_SV = runner.network.logits(runner.append_tokens([(c, leading) for c in caches]))
@@ -205,6 +243,8 @@ def _score_after_thoughts(runner: Runner, questions: Sequence[Question]) -> None
 def _score_rest(runner: Runner, questions: Sequence[Question]) -> None:
     """Scores the other tokens of choices that have some; one choice of every job in a pass."""
     rounds = max((len(question.paths) for question in questions), default=0)
+    if any(len(path) > 1 for question in questions for path in question.paths):
+        runner.bring(question.cache for question in questions)
     for number in range(rounds):
         scored = [q for q in questions if number < len(q.paths) and len(q.paths[number]) > 1]
         if not scored:
@@ -255,4 +295,10 @@ def _result(runner: Runner, question: Question) -> JobResult | Failure:
     )
 
 
-RUNNER = TaskRunner(run=run_ask, draws_once=lambda _batch, _limits: False)
+RUNNER = TaskRunner(
+    run=run_ask,
+    draws_once=lambda _batch, _limits: False,
+    together=WritesTogether(
+        write=answer_together, finish=lambda _runner, answers, _kept, _channel: answers
+    ),
+)

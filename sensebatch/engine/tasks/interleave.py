@@ -23,7 +23,7 @@ from sensebatch.engine.preprocess import drawn_to_patches, to_uint8
 from sensebatch.engine.prompts import Grid
 from sensebatch.engine.runner import Extension, PassLimits, Runner
 from sensebatch.engine.sampling.guidance import COND, IMG_COND
-from sensebatch.engine.sampling.text import Script, decode_text
+from sensebatch.engine.sampling.text import Script, Writing, decode_text
 from sensebatch.engine.tasks.denoise import Canvas, denoise, draw_noise, passes
 from sensebatch.engine.tasks.registry import TaskRunner
 from sensebatch.engine.tasks.state import PreparedJob, RunningJob, check_finite, start_jobs
@@ -149,14 +149,14 @@ def _write(
         if script is not None:
             scripts[place] = script.to_image(job.state.job.sampling)
             limits[place] = len(scripts[place])
+    writing = Writing(
+        first,
+        limits,
+        stop_before=frozenset({runner.tokenizer.eos_id, image_start}),
+        scripts=scripts,
+    )
     with runner.decoding():
-        decoded = decode_text(
-            first,
-            limits,
-            runner.text_step(caches, max(limits.values())),
-            stop_before=frozenset({runner.tokenizer.eos_id, image_start}),
-            scripts=scripts,
-        )
+        decoded = decode_text(writing, runner.text_step(caches, writing.most_tokens))
     drawing = []
     for place, job in enumerate(jobs):
         said = decoded[place]

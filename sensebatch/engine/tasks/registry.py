@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 from sensebatch.contract import Channel, Kept
 from sensebatch.engine.runner import PassLimits, Runner
@@ -41,6 +41,21 @@ class RunBatch(Protocol):
         """
 
 
+Written: TypeAlias = Any
+"""What `WritesTogether.write` left of a batch for `finish`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WritesTogether:
+    """How the texts of several batches are written side by side, in the same bytes as alone."""
+
+    write: Callable[[Runner, Sequence[Sequence[PreparedJob]], Script | None], Sequence[Written]]
+    """Reads the prompts of batches of one group and writes their texts; what jobs need from then
+    on waits where the runner's limits say."""
+    finish: Callable[[Runner, Written, Kept, Channel], Sequence[JobResult | Failure]]
+    """Returns what `run` returns of such a batch."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskRunner:
     """How the batches of a task are run; the `RUNNER` of a module of this package."""
@@ -48,6 +63,8 @@ class TaskRunner:
     run: RunBatch
     draws_once: Callable[[Batch, PassLimits], bool]
     """Whether a batch is finished after its only pass or round, so that no stop is heeded."""
+    together: WritesTogether | None = None
+    """None for a task that writes nothing, or writes after images."""
 
 
 def runner_of(task: Task) -> TaskRunner:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -19,20 +20,23 @@ from torch import Tensor
 from sensebatch.checkpoint.tokenizer import THINK_END
 from sensebatch.contract import Channel, Kept, KeptImage
 from sensebatch.engine.model.kv_cache import part_caches
+from sensebatch.engine.model.lockstep import run_together
 from sensebatch.engine.preprocess import to_uint8
 from sensebatch.engine.prompts import after_think
-from sensebatch.engine.runner import PassLimits, Runner
+from sensebatch.engine.runner import PassLimits, Runner, Text
 from sensebatch.engine.sampling.guidance import COND
-from sensebatch.engine.sampling.text import Script, decode_text
+from sensebatch.engine.sampling.text import Script, Writing
 from sensebatch.engine.tasks.denoise import Canvas, denoise, passes
 from sensebatch.engine.tasks.keeping import Keeper
-from sensebatch.engine.tasks.registry import TaskRunner
+from sensebatch.engine.tasks.registry import TaskRunner, WritesTogether
 from sensebatch.engine.tasks.state import PreparedJob, RunningJob, check_finite, start_jobs
 from sensebatch.errors import JobError
 from sensebatch.jobs import Batch, Failure, FinishReason, Job, JobResult
 
 Thought = Sequence[int] | None
 """Tokens of a think text; None for a job that does not think."""
+Begun: TypeAlias = tuple[list[RunningJob], list[Thought]]
+"""Jobs of a batch whose prompts are read, and what they have thought."""
 
 
 def run_single_image(
@@ -59,13 +63,18 @@ def run_single_image(
         BatchStoppedError: A stop was heeded, before a pass or in a thought.
         Exception: What keeping an image raised.
     """
-    running, thoughts = begin(runner, jobs, script)
+    return finish(runner, begin(runner, jobs, script), kept, channel)
+
+
+def finish(runner: Runner, begun: Begun, kept: Kept, channel: Channel) -> list[JobResult | Failure]:
+    """Draws the images of jobs that have thought; see `run_single_image`."""
+    running, thoughts = begun
     drawn_before = [
         _kept_image(kept[index] if index < len(kept) else (), thought)
         for index, thought in enumerate(thoughts)
     ]
     finished: list[np.ndarray | Failure] = []
-    drawing = jobs[0].job.drawing
+    drawing = running[0].job.drawing
     assert drawing is not None
     together = passes(runner, len(running), drawing.resolution)
     with Keeper(channel) as keeper:
@@ -87,13 +96,22 @@ def run_single_image(
     ]
 
 
-def begin(
-    runner: Runner, jobs: Sequence[PreparedJob], script: Script | None = None
-) -> tuple[list[RunningJob], list[Thought]]:
+def begin(runner: Runner, jobs: Sequence[PreparedJob], script: Script | None = None) -> Begun:
     """Reads the prompts of jobs and lets them think; returns them with their thoughts."""
-    thinks = jobs[0].job.think
-    running = start_jobs(runner, jobs, decodes=thinks)
-    return running, [*think(runner, running, script)] if thinks else [None] * len(running)
+    (begun,) = begin_together(runner, [jobs], script)
+    return begun
+
+
+def begin_together(
+    runner: Runner, batches: Sequence[Sequence[PreparedJob]], script: Script | None = None
+) -> list[Begun]:
+    """Returns what `begin` returns of each batch of one group; they think together."""
+    thinks = batches[0][0].job.think
+    begun = [start_jobs(runner, jobs, decodes=thinks) for jobs in batches]
+    if not thinks:
+        return [(running, [None] * len(running)) for running in begun]
+    thoughts = think(runner, begun, script)
+    return [(running, [*said]) for running, said in zip(begun, thoughts, strict=True)]
 
 
 def draw(runner: Runner, running: Sequence[RunningJob], place: tuple[int, int] = (0, 1)) -> Tensor:
@@ -180,40 +198,49 @@ def _finish_reason(runner: Runner, job: Job, thought: Sequence[int]) -> FinishRe
 
 
 def think(
-    runner: Runner, running: Sequence[RunningJob], script: Script | None = None
-) -> list[list[int]]:
+    runner: Runner, batches: Sequence[Sequence[RunningJob]], script: Script | None = None
+) -> list[list[list[int]]]:
     """Decodes the think text of every job and caches what leads over to the image.
 
     Args:
         runner: The network.
-        running: The jobs, their prompts cached.
+        batches: The jobs of each batch, their prompts cached.
         script: What they think, for synthetic weights.
 
     Returns:
-        The tokens of each job, with `</think>` if the network wrote it.
+        The tokens of each job of each batch, with `</think>` if the network wrote it.
     """
-    caches = [state.caches[COND] for state in running]
-    limits = {index: state.job.sampling.max_think_tokens for index, state in enumerate(running)}
-    with runner.decoding():
-        first, scripts = {}, {}
-        for index, state in enumerate(running):
-            assert state.choice is not None
-            first[index] = state.choice
-            if script is not None:
-                scripts[index] = script.thought(state.job.sampling)
-        decoded = decode_text(
+    texts = [_thought(runner, running, script) for running in batches]
+    ending = after_think(runner.tokenizer)
+    with runner.writing(len(texts)):
+        runner.write(texts)
+        run_together(
+            [runner.appending([(cache, ending) for cache in text.caches]) for text in texts]
+        )
+        for text in texts:
+            part_caches(text.caches)
+            runner.park(text.caches)
+    return [[said.tokens for said in text.writing.decoded.values()] for text in texts]
+
+
+def _thought(runner: Runner, running: Sequence[RunningJob], script: Script | None) -> Text:
+    """Returns what the jobs of a batch are to think."""
+    first, scripts = {}, {}
+    for index, state in enumerate(running):
+        assert state.choice is not None
+        first[index] = state.choice
+        if script is not None:
+            scripts[index] = script.thought(state.job.sampling)
+    return Text(
+        caches=[state.caches[COND] for state in running],
+        writing=Writing(
             first,
-            limits,
-            runner.text_step(caches, max(limits.values())),
+            {index: state.job.sampling.max_think_tokens for index, state in enumerate(running)},
             stop_before=frozenset({runner.tokenizer.eos_id}),
             stop_after=frozenset({runner.tokenizer.token_id(THINK_END)}),
             scripts=scripts,
-        )
-        ending = after_think(runner.tokenizer)
-        runner.append_tokens([(cache, ending) for cache in caches])
-        part_caches(caches)
-        runner.park(caches)
-    return [decoded[index].tokens for index in range(len(running))]
+        ),
+    )
 
 
 def _draws_once(batch: Batch, limits: PassLimits) -> bool:
@@ -223,4 +250,8 @@ def _draws_once(batch: Batch, limits: PassLimits) -> bool:
     return len(batch.jobs) <= limits.together(drawing.resolution)
 
 
-RUNNER = TaskRunner(run=run_single_image, draws_once=_draws_once)
+RUNNER = TaskRunner(
+    run=run_single_image,
+    draws_once=_draws_once,
+    together=WritesTogether(write=begin_together, finish=finish),
+)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -162,6 +162,16 @@ class Residency:
             self._num_buffers = num_buffers
         self._pool.give(memory)
         return self._num_buffers
+
+    @contextmanager
+    def resized(self, num_buffers: int) -> Iterator[None]:
+        """Keeps fewer or more blocks on the device as long as the context is open; see `resize`."""
+        before = self._num_buffers
+        self.resize(num_buffers)
+        try:
+            yield
+        finally:
+            self.resize(before)
 
     def _new_memory(self, num_bytes: int) -> Tensor:
         with translated_out_of_memory(f"{num_bytes >> 20} MiB of weights did not fit"):

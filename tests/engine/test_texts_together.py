@@ -1,0 +1,189 @@
+"""Texts of several batches are written side by side, to the bytes that each comes to alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sensebatch.contract import Channel
+from sensebatch.engine.decoding import FastDecoder
+from sensebatch.engine.model.lockstep import Pass, run, run_together
+from sensebatch.engine.prompts import Prompt
+from sensebatch.engine.runner import Runner, Text
+from sensebatch.engine.sampling.text import Writing
+from sensebatch.engine.tasks.ask import RUNNER as ASK
+from sensebatch.engine.tasks.registry import TaskRunner
+from sensebatch.engine.tasks.single_image import RUNNER as SINGLE_IMAGE
+from sensebatch.engine.tasks.state import PreparedJob
+from sensebatch.jobs import Failure, JobResult
+from tests.engine.golden_model import build_job, build_runner, infer
+from tests.engine.test_batches import fresh
+from tests.engine.test_kernels import interpreted
+from tests.golden_data import load_case
+
+SYSTEM = "Draw. "
+
+
+def thinking(config: str, fused: bool = False) -> tuple[Runner, list[list[PreparedJob]]]:
+    """Returns batches of thinking jobs that end at different lengths."""
+    name = "t2i_think_max"
+    case = load_case(config, name)
+    job = build_job(case, SYSTEM)
+    batches = [
+        [longest(job, 3), longest(job, 5)],
+        [longest(job, 6)],
+        [longest(job, 1), longest(job, 2), longest(job, 4)],
+    ]
+    return build_runner(case, fused=fused), batches
+
+
+def longest(job: PreparedJob, tokens: int) -> PreparedJob:
+    sampling = replace(job.job.sampling, max_think_tokens=tokens)
+    return replace(job, job=replace(job.job, sampling=sampling))
+
+
+def outputs(results: Sequence[JobResult | Failure]) -> list[tuple[Any, ...]]:
+    found = []
+    for result in results:
+        assert isinstance(result, JobResult), result
+        images = [image.tobytes() for image in result.images]
+        scores = result.choice_log_probabilities
+        found.append((images, result.text, scores, result.finish_reason, result.think_tokens))
+    return found
+
+
+def alone(
+    task: TaskRunner, runner: Runner, batches: Sequence[Sequence[PreparedJob]]
+) -> list[list[tuple[Any, ...]]]:
+    return [
+        outputs(task.run(runner, fresh(list(jobs)), kept=(), channel=Channel())) for jobs in batches
+    ]
+
+
+def together(
+    task: TaskRunner, runner: Runner, batches: Sequence[Sequence[PreparedJob]]
+) -> list[list[tuple[Any, ...]]]:
+    assert task.together is not None
+    written = task.together.write(runner, [fresh(list(jobs)) for jobs in batches], None)
+    return [outputs(task.together.finish(runner, one, (), Channel())) for one in written]
+
+
+@pytest.mark.parametrize("config", ["dense_fm", "moe"])
+def test_batches_that_think_together_end_in_the_bytes_of_each_alone(config: str) -> None:
+    runner, batches = thinking(config)
+    with infer():
+        expected = alone(SINGLE_IMAGE, runner, batches)
+        assert together(SINGLE_IMAGE, runner, batches) == expected
+        assert together(SINGLE_IMAGE, runner, batches[::-1]) == expected[::-1]
+        assert together(SINGLE_IMAGE, runner, batches[1:]) == expected[1:]
+
+
+@interpreted
+def test_kernels_decode_batches_together_to_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rooms are replaced on the way, at other steps in each batch."""
+    runner, _ = thinking("dense_fm", fused=True)
+    batches: list[tuple[list[tuple[int, ...]], int]] = [
+        ([(5, 9), (7,)], 1),
+        ([(3,)], 2),
+    ]
+    begun = []
+    begin = FastDecoder.begin
+
+    def watched(self: FastDecoder, taken: Any) -> Pass[None]:
+        begun.append(id(self))
+        return begin(self, taken)
+
+    def read(batch: Sequence[tuple[int, ...]], limit: int) -> Text:
+        extensions = [runner.new_extension(Prompt(token_ids=ids)) for ids in batch]
+        first = dict(enumerate(runner.choose(runner.extend(extensions))))
+        writing = Writing(first, dict.fromkeys(first, limit), stop_before=frozenset())
+        return Text(caches=[extension.cache for extension in extensions], writing=writing)
+
+    def content(text: Text) -> list[Any]:
+        cached = [
+            tensor.numpy().tobytes()
+            for cache in text.caches
+            for layer in range(cache.num_layers)
+            for tensor in cache.read(layer)
+        ]
+        return [text.writing.decoded, cached]
+
+    monkeypatch.setattr("sensebatch.engine.decoding.ROOM_TOKENS", 1)
+    monkeypatch.setattr(FastDecoder, "begin", watched)
+    with infer():
+        alone = [read(*batch) for batch in batches]
+        for text in alone:
+            runner.write([text])
+        assert not begun
+        texts = [read(*batch) for batch in batches]
+        runner.write(texts)
+    assert len(begun) == sum(limit for _, limit in batches)
+    assert [content(text) for text in texts] == [content(text) for text in alone]
+
+
+@pytest.mark.parametrize("think", [False, True])
+def test_questions_of_several_batches_get_the_answers_of_each_alone(think: bool) -> None:
+    case = load_case("dense_fm", "ask_1img")
+    runner, job = build_runner(case), build_job(case, "")
+    none = build_job(load_case("dense_fm", "ask_noimg"), "")
+
+    def asked(one: PreparedJob, **sampling: Any) -> PreparedJob:
+        changed = replace(one.job, think=think, sampling=replace(one.job.sampling, **sampling))
+        return replace(one, job=changed)
+
+    batches = [
+        [asked(job), asked(none, do_sample=True, temperature=2.0)],
+        [asked(job, choices=("red", "read", "rose", "a")), asked(job, max_new_tokens=2)],
+        [asked(none, choices=("yes", "no"))],
+    ]
+    with infer():
+        expected = alone(ASK, runner, batches)
+        assert together(ASK, runner, batches) == expected
+
+
+def test_blocks_are_lent_once_for_all_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, batches = thinking("dense_fm")
+    network, lent = runner.network, []
+    own = network.understanding.lend
+
+    @contextmanager
+    def counted(index: int) -> Iterator[nn.Module]:
+        lent.append(index)
+        with own(index) as layer:
+            yield layer
+
+    with infer():
+        assert SINGLE_IMAGE.together is not None
+        monkeypatch.setattr(network.understanding, "lend", counted)
+        SINGLE_IMAGE.together.write(runner, [fresh(jobs) for jobs in batches], None)
+    num_layers = network.arch.num_layers
+    # The turn that all begin with is kept. Prompts of each batch, steps of the longest text, and
+    # what leads over to the images.
+    prompts, ending, longest_text = len(batches), 1, 6
+    assert lent.count(0) <= 1 + prompts + longest_text + ending
+    assert len(lent) == num_layers * lent.count(0)
+
+
+def test_passes_that_ask_for_other_blocks_are_refused() -> None:
+    @contextmanager
+    def lend(_: int) -> Iterator[nn.Module]:
+        yield nn.Identity()
+
+    def walk(*blocks: int) -> Pass[int]:
+        for block in blocks:
+            yield lend, block
+        return len(blocks)
+
+    assert run(walk(1, 2, 3)) == 3
+    assert run_together([walk(1, 2), walk(1, 2)]) == [2, 2]
+    with pytest.raises(AssertionError, match="same blocks"):
+        run_together([walk(1, 2), walk(1, 3)])
+    with pytest.raises(AssertionError, match="after the same block"):
+        run_together([walk(1, 2), walk(1)])
+    assert torch.is_inference_mode_enabled() is False
