@@ -117,7 +117,7 @@ class ModelConfig:
     """`bfloat16`, `float16`, `float32`; auto is bfloat16 on a GPU and float32 on a CPU."""
     precision: Precision = Precision.AUTO
     """How the decoder layers' matrices are stored: `auto` in the dtype, `fp8` in float8 for the
-    generation expert, `fp8-all` in float8 for both experts."""
+    generation expert, `fp8-all` in float8 for both experts, `int8` and `int8-all` in int8."""
     attn_backend: str = "auto"
     """`auto`, `cudnn`, `flash` or `sdpa`; auto is the fastest that is available."""
     compile: bool = True

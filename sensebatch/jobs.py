@@ -70,8 +70,15 @@ class Quality(StrEnum):
     """A third of the evaluations."""
 
 
+class Stored(StrEnum):
+    """8-bit numbers that matrices may be stored in."""
+
+    FLOAT8 = "float8"
+    INT8 = "int8"
+
+
 class Precision(StrEnum):
-    """How the decoder layers' matrices are stored and multiplied."""
+    """How the decoder layers' matrices are stored and multiplied; `QUANTISED` has the facts."""
 
     AUTO = "auto"
     """In the dtype of the other weights."""
@@ -79,6 +86,38 @@ class Precision(StrEnum):
     """Those of the generation expert in float8."""
     FP8_ALL = "fp8-all"
     """Those of both experts in float8."""
+    INT8 = "int8"
+    """Those of the generation expert in int8."""
+    INT8_ALL = "int8-all"
+    """Those of both experts in int8."""
+
+    @property
+    def stored(self) -> Stored | None:
+        """The 8-bit numbers of the generation expert; None where there are none."""
+        return QUANTISED[self].stored if self in QUANTISED else None
+
+    @property
+    def stored_for_text(self) -> Stored | None:
+        """Those of the understanding expert, which reads prompts and writes text."""
+        return QUANTISED[self].stored if self in QUANTISED and QUANTISED[self].text else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantisation:
+    """What a precision quantises."""
+
+    stored: Stored
+    text: bool
+    """Whether the understanding expert is quantised as well as the generation expert."""
+
+
+QUANTISED = {
+    Precision.FP8: Quantisation(stored=Stored.FLOAT8, text=False),
+    Precision.FP8_ALL: Quantisation(stored=Stored.FLOAT8, text=True),
+    Precision.INT8: Quantisation(stored=Stored.INT8, text=False),
+    Precision.INT8_ALL: Quantisation(stored=Stored.INT8, text=True),
+}
+"""A row for each precision that is not the dtype."""
 
 
 class FinishReason(StrEnum):
@@ -471,7 +510,7 @@ class ModelIdentity:
     dtype: str
     """Type of weights and activations: `bfloat16`, `float16` or `float32`."""
     precision: Precision | None = None
-    """How matrices are stored in float8; None if all weights are in the dtype."""
+    """How matrices are stored in 8 bits; None if all weights are in the dtype."""
     generation_prompt: str
     """System prompt of t2i and edit jobs without one of their own."""
     interleave_prompt: str

@@ -115,6 +115,7 @@ def _able(facts: Mapping[str, Any]) -> Machine:
         has_gpu=gpu is not None,
         kernels_obstacle=facts["kernels_obstacle"],
         fp8_obstacle=facts["fp8_obstacle"],
+        int8_obstacle=facts["int8_obstacle"],
         free_bytes=None if gpu is None else gpu["free_bytes"],
     )
 
@@ -180,6 +181,7 @@ def _lines(machine: Mapping[str, Any]) -> list[str]:
         f"flash-attn      {usable('flash')}",
         f"kernels         {usable('kernels')}",
         f"float8          {usable('fp8')}",
+        f"int8            {usable('int8')}",
         f"host memory     {free:.1f} GiB free of {total:.1f}",
     ]
     gpu = machine["gpu"]

@@ -114,7 +114,8 @@ class ModelOptions:
         Precision | None,
         typer.Option(
             help="How the layers' matrices are stored: fp8 in float8 for the generation expert, "
-            "fp8-all for both experts; half the bytes, faster, different images.",
+            "fp8-all for both experts, int8 and int8-all in int8 likewise; half the bytes, faster, "
+            "different images.",
             rich_help_panel=_MODEL,
         ),
     ] = None

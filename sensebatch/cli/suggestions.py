@@ -19,7 +19,7 @@ _INSTEAD = {
     **dict.fromkeys(("checkpoint", "ckpt", "model-name", "model-id", "weights"), ("model",)),
     **dict.fromkeys(("lora", "adapter"), ("lora-path",)),
     **dict.fromkeys(("gpu", "cuda", "cpu"), ("device",)),
-    **dict.fromkeys(("fp8", "quantize", "quantization"), ("precision",)),
+    **dict.fromkeys(("fp8", "int8", "quantize", "quantization"), ("precision",)),
     **dict.fromkeys(("vram", "gpu-memory", "max-vram"), ("vram-budget",)),
     **dict.fromkeys(("batch", "batch-size", "bs"), ("max-batch-size",)),
     **dict.fromkeys(("retries", "attempts", "max-retries"), ("max-attempts",)),

@@ -34,7 +34,12 @@ from sensebatch.engine.model.attention import Attention, sdpa
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.operations import Operations
 from sensebatch.engine.model.patchify import image_to_tokens
-from sensebatch.engine.model.quantized import Fp8Linear, quantise_rows
+from sensebatch.engine.model.quantized import (
+    NUMBERS,
+    Numbers,
+    QuantisedLinear,
+    quantise_rows,
+)
 from sensebatch.engine.model.tokenizer import HFTokenizer
 from sensebatch.engine.model.transformer import DecoderLayer, Expert, SwiGLU
 from sensebatch.engine.prompts import Prompt
@@ -43,7 +48,7 @@ from sensebatch.engine.sampling.guidance import Guidance
 from sensebatch.engine.tasks.denoise import Canvas, denoise, draw_noise, image_noise_scale
 from sensebatch.engine.tasks.state import job_generator
 from sensebatch.engine.weights.loader import NetworkLoader, open_weights, warm_up
-from sensebatch.jobs import Drawing, VramMode
+from sensebatch.jobs import QUANTISED, Drawing, VramMode
 from sensebatch.plan.device import place
 from sensebatch.resolutions import Resolution
 from sensebatch.tasks import Branch, Task
@@ -183,11 +188,16 @@ def token_seconds(runner: Runner, *, sequences: int, tokens: int, plain: bool) -
     return (_now(runner) - start) / tokens
 
 
-def limit_seconds(runner: Runner, *, fp8: bool, steps: int) -> float:
+def limit_seconds(runner: Runner, *, numbers: Numbers | None, steps: int) -> float:
     """Returns the seconds that products and attention alone take of a step of two branches.
 
     They are those of images of `LIMIT_ROWS` tokens after a prompt, one after the other and with
     nothing in between.
+
+    Args:
+        runner: The network.
+        numbers: What is multiplied, if it is not the dtype.
+        steps: How many are timed.
     """
     network, arch = runner.network, runner.network.arch
 
@@ -206,10 +216,10 @@ def limit_seconds(runner: Runner, *, fp8: bool, steps: int) -> float:
     products: list[Callable[[], object]] = []
     for rows, columns in shapes:
         x, weight = noise(LIMIT_ROWS, columns), noise(rows, columns) / columns**0.5
-        if fp8:
-            linear = _quantised(weight, network.operations)
-            quantised, scales = quantise_rows(x)
-            products.append(partial(linear.multiply, quantised, scales, network.dtype))
+        if numbers is not None:
+            linear = _quantised(weight, numbers, network.operations)
+            tokens = quantise_rows(x, numbers)
+            products.append(partial(linear.multiply, tokens, network.dtype))
         else:
             products.append(partial(F.linear, x, weight))
     queries = noise(LIMIT_ROWS, arch.num_heads, arch.head_dim)
@@ -285,23 +295,27 @@ def in_float32(layer: nn.Module) -> Iterator[nn.Module]:
         yield copy.deepcopy(twin).float()
 
 
-@contextmanager
-def in_fp8(layer: nn.Module) -> Iterator[nn.Module]:
-    """Lends a layer whose products are in float8."""
-    assert isinstance(layer, DecoderLayer)
-    twin = copy.deepcopy(layer)
-    twin.qkv = _quantised(twin.qkv.weight, layer.operations)
-    twin.o = _quantised(twin.o.weight, layer.operations)
-    if isinstance(twin.mlp, SwiGLU):
-        twin.mlp.gate_up = _quantised(twin.mlp.gate_up.weight, layer.operations)
-        twin.mlp.down = _quantised(twin.mlp.down.weight, layer.operations)
-    yield twin
+def in_numbers(numbers: Numbers) -> Lend:
+    """Returns what lends a layer whose products are of quantised tokens and weights."""
+
+    @contextmanager
+    def quantised(layer: nn.Module) -> Iterator[nn.Module]:
+        assert isinstance(layer, DecoderLayer)
+        twin = copy.deepcopy(layer)
+        twin.qkv = _quantised(twin.qkv.weight, numbers, layer.operations)
+        twin.o = _quantised(twin.o.weight, numbers, layer.operations)
+        if isinstance(twin.mlp, SwiGLU):
+            twin.mlp.gate_up = _quantised(twin.mlp.gate_up.weight, numbers, layer.operations)
+            twin.mlp.down = _quantised(twin.mlp.down.weight, numbers, layer.operations)
+        yield twin
+
+    return quantised
 
 
-def _quantised(weight: Tensor, operations: Operations) -> Fp8Linear:
+def _quantised(weight: Tensor, numbers: Numbers, operations: Operations) -> QuantisedLinear:
     rows, columns = weight.shape
-    linear = Fp8Linear(columns, rows, weight.device, operations.quantise)
-    quantised, scale = quantise_rows(weight)
+    linear = QuantisedLinear(columns, rows, numbers, weight.device, operations)
+    quantised, scale = quantise_rows(weight, numbers)
     linear.weight = nn.Parameter(quantised, requires_grad=False)
     linear.scale = nn.Parameter(scale[:, 0].contiguous(), requires_grad=False)
     return linear
@@ -327,12 +341,11 @@ def errors(runner: Runner, side: int) -> dict[str, float]:
     exact = variant(network, in_float32, in_float32, operations=Operations(), dtype=torch.float32)
     expected = velocity(runner, exact, sdpa, side)
     plain = variant(network, naive, naive, operations=Operations())
-    paths = {
-        "torch's operations": (plain, sdpa),
-        "as it is run": (network, runner.attention),
-        "fp8": (variant(network, generation=in_fp8), runner.attention),
-        "fp8-all": (variant(network, in_fp8, in_fp8), runner.attention),
-    }
+    paths = {"torch's operations": (plain, sdpa), "as it is run": (network, runner.attention)}
+    for precision, quantisation in QUANTISED.items():
+        form = in_numbers(NUMBERS[quantisation.stored])
+        text = form if quantisation.text else nullcontext
+        paths[precision] = variant(network, text, form), runner.attention
     return {
         name: float((velocity(runner, path, attention, side) - expected).norm() / expected.norm())
         for name, (path, attention) in paths.items()
@@ -345,9 +358,10 @@ def rows(runner: Runner, sizes: Sizes) -> Iterator[tuple[str, str]]:
     prompts = (PROMPT_TOKENS, 8)
     plain = variant(runner.network, naive, naive, operations=Operations())
     slow = Runner(network=plain, tokenizer=runner.tokenizer, attention=sdpa)
-    for precision in (False, True):
-        limit = limit_seconds(runner, fp8=precision, steps=steps)
-        yield f"limit of a step{' in float8' if precision else ''}", f"{limit:.4f} s"
+    yield "limit of a step", f"{limit_seconds(runner, numbers=None, steps=steps):.4f} s"
+    for stored, numbers in NUMBERS.items():
+        limit = limit_seconds(runner, numbers=numbers, steps=steps)
+        yield f"limit of a step in {stored}", f"{limit:.4f} s"
     cases: Sequence[tuple[str, Runner, int, int, tuple[int, int]]] = (
         ("t2i", runner, 1, side, prompts),
         ("t2i", runner, 2, side, prompts),

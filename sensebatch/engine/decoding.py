@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sensebatch.engine.model.kv_cache import KVCache, SharedRoom, part_caches
 from sensebatch.engine.model.lockstep import Pass, run, run_together
@@ -110,7 +110,7 @@ class FastDecoder:
     is what takes the time. What it writes after the end of a sequence is ignored.
 
     Args:
-        network: Has dense layers of unquantised weights in the understanding expert.
+        network: Has dense layers in the understanding expert.
         operations: What `decoding_operations` returns for this network.
         caches: The cache of each sequence, on the device or waiting; at most
             `operations.max_sequences`. They share one buffer as long as the decoder lives.
@@ -243,7 +243,7 @@ class FastDecoder:
         assert isinstance(layer.mlp, SwiGLU)
         normed = rms_norm(x_SD, layer.input_norm, eps)
         q_SHE = decoding.heads(
-            decoding.product(normed, layer.qkv.weight),
+            decoding.product(normed, layer.qkv),
             (layer.q_norm, layer.k_norm),
             self._rotary,
             eps=eps,
@@ -252,20 +252,20 @@ class FastDecoder:
             places_S=places_S,
         )
         attended = decoding.attend(q_SHE, cache, self._lengths_S)
-        x_SD = decoding.product(attended, layer.o.weight, residual=x_SD)
+        x_SD = decoding.product(attended, layer.o, residual=x_SD)
         normed = rms_norm(x_SD, layer.post_norm, eps)
-        hidden = decoding.product(normed, layer.mlp.gate_up.weight, swiglu=True)
-        return decoding.product(hidden, layer.mlp.down.weight, residual=x_SD)
+        hidden = decoding.product(normed, layer.mlp.gate_up, swiglu=True)
+        return decoding.product(hidden, layer.mlp.down, residual=x_SD)
 
 
 def decoding_operations(network: Network) -> DecodingOperations | None:
     """Returns what `FastDecoder` computes with, or None if it cannot decode with a network.
 
-    It knows neither sparse nor quantised layers, nor matrices whose sides no tile fits.
+    It knows neither sparse layers, nor matrices whose sides no tile fits.
     """
     layers, arch = network.understanding.layers, network.arch
     known = arch.hidden_size % TILE_SIDE == arch.intermediate_size % TILE_SIDE == 0 and all(
-        isinstance(layer.mlp, SwiGLU) and type(layer.qkv) is nn.Linear for layer in layers
+        isinstance(layer.mlp, SwiGLU) for layer in layers
     )
     return network.operations.decoding if known else None
 

@@ -20,7 +20,7 @@ class Computation:
     item_bytes: int
     """Bytes of a weight, an activation or a cached number."""
     precision: Precision | None = None
-    """How the decoder layers' matrices are stored if that is float8; None if it is the dtype."""
+    """How the decoder layers' matrices are stored if that is in 8 bits; None for the dtype."""
     fused: bool = False
     """Whether chains of small operations are one kernel each."""
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.checkpoint.heads import head_of
-from sensebatch.jobs import Drawing, Precision, Solver
+from sensebatch.jobs import Drawing, Solver
 from sensebatch.plan.computation import Computation
 from sensebatch.plan.load import Load
 from sensebatch.plan.passes import (
@@ -106,8 +106,9 @@ def cache_bytes(computation: Computation, tokens: int) -> int:
 def quantising_bytes(computation: Computation) -> int:
     """Returns what quantising the activations of a pass takes for a moment.
 
-    Kernels that quantise take nothing on top: float8 numbers replace wider ones, and the two
-    together are more than the product that is added to the residual.
+    Kernels that quantise take nothing on top: 8-bit numbers replace wider ones, and the two
+    together are more than the product that is added to the residual. Without them, the sums of
+    torch's int8 product take no more afterwards than quantising did before.
     """
     if computation.precision is None or computation.fused:
         return 0
@@ -213,10 +214,9 @@ def text_bytes(computation: Computation, load: Load, *, parked: bool) -> int:
 
 
 def decodes_fast(computation: Computation) -> bool:
-    """Returns whether kernels decode text, which need dense layers of unquantised weights."""
+    """Returns whether kernels decode text, which need dense layers."""
     moe = computation.arch.understanding_moe
-    is_dense = moe is None or not any(moe.sparse_layers)
-    return computation.fused and computation.precision != Precision.FP8_ALL and is_dense
+    return computation.fused and (moe is None or not any(moe.sparse_layers))
 
 
 def _embedded_bytes(computation: Computation, load: Load) -> int:

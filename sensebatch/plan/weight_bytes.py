@@ -11,11 +11,10 @@ from sensebatch.checkpoint.tensors import (
     expected_tensors,
     head_part_rows,
 )
-from sensebatch.jobs import Precision
 from sensebatch.plan.computation import Computation
 
 SCALE_BYTES = 4
-"""A float32: the scale of a row of float8 numbers."""
+"""A float32: the scale of a row of 8-bit numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,13 +97,13 @@ def weight_bytes(computation: Computation) -> WeightBytes:
 
 
 def _stored_bytes(computation: Computation, name: str, spec: TensorSpec) -> int:
-    """Returns the bytes of a decoder layer's tensor, with its scales where it is float8."""
+    """Returns the bytes of a decoder layer's tensor, with its scales where it is quantised."""
     arch, precision = computation.arch, computation.precision
     generation = spec.group is TensorGroup.GENERATION
     moe = arch.generation_moe if generation else arch.understanding_moe
     assert spec.layer is not None
     sparse = moe is not None and moe.sparse_layers[spec.layer] and ".mlp" in name
-    chosen = precision == Precision.FP8_ALL or (precision == Precision.FP8 and generation)
-    if not chosen or sparse or len(spec.shape) < 2:
+    stored = precision and (precision.stored if generation else precision.stored_for_text)
+    if stored is None or sparse or len(spec.shape) < 2:
         return spec.num_elements * computation.item_bytes
     return spec.num_elements + spec.shape[0] * SCALE_BYTES

@@ -32,8 +32,10 @@ FIRST_SEED = 42
 STORY_IMAGES = 6
 TEXT_TOKENS = 300
 """Tokens of a thought, and before every image of a story, where weights are synthetic."""
-FP8_CASES = ("t2i", "balanced", "7gib")
-"""Cases of suite `speed` that are also run with linear layers in float8."""
+QUANTISED_CASES = ("t2i", "balanced", "7gib")
+"""Cases of suite `speed` that are also run with linear layers of 8-bit numbers."""
+QUANTISED_TO = ("fp8", "int8")
+"""The precisions that they are run with."""
 MANY_JOBS = 16
 """Jobs of the cases that compare thinking with not thinking."""
 PROMPTS = (
@@ -251,8 +253,11 @@ def _speed_cases(full: Case) -> list[Case]:
     for case in (plain, small, edit, balanced, lean):
         variant = replace(case, baseline=case.name)
         cases += [case, replace(variant, name=f"{case.name}-no-compile", compile=False)]
-        if case.name in FP8_CASES:
-            cases.append(replace(variant, name=f"{case.name}-fp8", precision="fp8"))
+        if case.name in QUANTISED_CASES:
+            cases += [
+                replace(variant, name=f"{case.name}-{precision}", precision=precision)
+                for precision in QUANTISED_TO
+            ]
     return cases
 
 

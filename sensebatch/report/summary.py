@@ -139,7 +139,7 @@ class Summary:
     attn_backend: str
     dtype: str
     precision: str
-    """`-` if no weights are float8; if those of some rows are, the dtype names the others."""
+    """`-` if no weights are quantised; if those of some rows are, the dtype names the others."""
     sessions: int
     load_s: float
     """Seconds of all loads together; a session that found nothing to do has none."""

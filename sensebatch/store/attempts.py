@@ -200,8 +200,8 @@ class Attempt:
     dtype: str
     """Type of weights and activations."""
     precision: str | None
-    """`fp8` or `fp8-all` if matrices are float8 (memory.md); null if all weights are in the
-    dtype."""
+    """`fp8` or `fp8-all` if matrices are float8, `int8` or `int8-all` if they are int8 (memory.md);
+    null if all weights are in the dtype."""
     device: str
     """The device, as torch names it."""
     torch_version: str

@@ -45,6 +45,8 @@ class Machine:
     """Why chains of small operations cannot be compiled to kernels; None where they can."""
     fp8_obstacle: str | None = None
     """Why float8 matrices cannot be multiplied; None where they can."""
+    int8_obstacle: str | None = None
+    """Why int8 matrices cannot be multiplied; None where they can."""
     free_bytes: int | None = None
     """Free memory of the GPU."""
 
@@ -166,8 +168,8 @@ class _Planner:
     def _lacks(self, need: Need | None) -> str | None:
         """Returns why the machine or the model does not have what a trial needs."""
         machine = self._machine
-        if need is Need.FP8:
-            return machine.fp8_obstacle
+        if need in (Need.FP8, Need.INT8):
+            return machine.fp8_obstacle if need is Need.FP8 else machine.int8_obstacle
         if need is Need.KERNELS and not is_tileable(self._checkpoint.architecture):
             return "the kernels' tiles do not fit the heads of this model"
         if need is Need.KERNELS:

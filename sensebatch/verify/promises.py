@@ -20,6 +20,7 @@ class Need(Enum):
     GPU = auto()
     KERNELS = auto()
     FP8 = auto()
+    INT8 = auto()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +46,7 @@ class Trial:
 
 _ALONE = ("--max-batch-size", "1")
 _FP8 = ("--precision", "fp8")
+_INT8 = ("--precision", "int8-all")
 _PLAIN = ("--no-compile",)
 
 TRIALS = (
@@ -101,6 +103,15 @@ TRIALS = (
         options=_FP8,
         kills=2,
         needs=Need.FP8,
+    ),
+    Trial(name="int8", what="`--precision int8-all`", options=_INT8, needs=Need.INT8),
+    Trial(
+        name="int8-balanced",
+        like="int8",
+        what="`--precision int8-all` in `balanced`",
+        mode="balanced",
+        options=_INT8,
+        needs=Need.INT8,
     ),
     Trial(name="plain", what="`--no-compile`", options=_PLAIN, needs=Need.KERNELS),
     Trial(

@@ -42,6 +42,7 @@ MACHINE = Machine(
     flash_obstacle=None,
     kernels_obstacle=None,
     fp8_obstacle="fp8 needs another GPU",
+    int8_obstacle=None,
     host_free_bytes=1 << 34,
     host_total_bytes=1 << 35,
     gpu=GPU,
@@ -61,6 +62,7 @@ def test_speeds_are_kept_and_where_is_said(invoke: Invoke, tmp_path: Path) -> No
     assert f"speeds kept in  {kept}" in printed
     assert "attention       120 TFLOP/s" in printed
     assert "memory reads    838 GiB/s" in printed
+    assert "float8          not usable: fp8 needs another GPU\nint8            usable" in printed
     speeds, mistake = read_speeds()
     assert mistake is None
     assert speeds is not None

@@ -17,7 +17,10 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from sensebatch.checkpoint.files import open_checkpoint
-from sensebatch.engine.model import attention_kernels, decode_kernels, kernels
+from sensebatch.engine.model import attention_kernels, decode_kernels, int8_kernels
+from sensebatch.engine.model.quantized import NUMBERS
+from sensebatch.engine.model.triton_operations import TritonOperations
+from sensebatch.jobs import Stored
 
 CAPABILITY, SHARED_BYTES = map(int, sys.argv[1:])
 found: dict[str, int] = {}
@@ -49,11 +52,18 @@ def compiled(self: JITFunction, grid: object) -> Callable[..., None]:
 
 driver.set_active(Absent())
 JITFunction.__getitem__ = compiled
-vars(decode_kernels)["shared_bytes"] = lambda _: SHARED_BYTES
+for module in (decode_kernels, int8_kernels):
+    vars(module)["shared_bytes"] = lambda _: SHARED_BYTES
 arch, nowhere = open_checkpoint("synthetic:8b").architecture, torch.device("meta")
-kernels.warm_up(arch, torch.bfloat16, nowhere, quantised=CAPABILITY >= 89)
+stored = (Stored.INT8, Stored.FLOAT8) if CAPABILITY >= 89 else (Stored.INT8,)
+for kind in stored:
+    TritonOperations().warm_up(arch, torch.bfloat16, nowhere, NUMBERS[kind])
 for dtype in (torch.bfloat16, torch.float32):
     attention_kernels.warm_up_runs(arch, dtype, nowhere)
 for num_sequences in (1, 16, decode_kernels.MAX_SEQUENCES):
     decode_kernels.warm_up(arch, torch.bfloat16, nowhere, num_sequences)
+for kind in stored:
+    decode_kernels.warm_up(
+        arch, torch.bfloat16, nowhere, decode_kernels.MAX_SEQUENCES, NUMBERS[kind]
+    )
 print(json.dumps(found))

@@ -7,7 +7,9 @@ import torch
 
 from sensebatch.engine import bench
 from sensebatch.engine.model.attention import sdpa
+from sensebatch.engine.model.quantized import NUMBERS
 from sensebatch.engine.runner import Runner
+from sensebatch.jobs import QUANTISED, Stored
 from tests.engine.golden_model import build_network, infer
 from tests.golden_data import ByteTokenizer
 
@@ -23,23 +25,24 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> Runner:
 def test_every_part_is_measured(runner: Runner) -> None:
     with infer():
         measured = dict(bench.rows(runner, bench.SMALL))
-    assert len(measured) == 2 + 6 + 4 + 4
+    assert len(measured) == 1 + len(NUMBERS) + 6 + 4 + 2 + len(QUANTISED)
     assert all(float(value.split()[0].rstrip("%")) >= 0 for value in measured.values())
 
 
 def test_errors_are_those_of_the_paths(runner: Runner) -> None:
-    """In float32 nothing is off but float8, which is by more the more there is of it."""
+    """In float32 nothing is off but 8-bit numbers, by more the more there are of them."""
     with infer():
         errors = bench.errors(runner, 64)
     assert errors["torch's operations"] == errors["as it is run"] == 0
     assert 0.001 < errors["fp8"] < errors["fp8-all"] < 0.2
+    assert 0.0002 < errors["int8"] < errors["int8-all"] < errors["fp8"]
 
 
 def test_a_variant_shares_weights_and_leaves_the_network_as_it_is(runner: Runner) -> None:
     network = runner.network
     before = {name: parameter.clone() for name, parameter in network.named_parameters()}
     with infer():
-        float8 = bench.variant(network, generation=bench.in_fp8)
+        float8 = bench.variant(network, generation=bench.in_numbers(NUMBERS[Stored.FLOAT8]))
         bench.velocity(runner, float8, sdpa, 64)
         plain = bench.variant(network, bench.naive)
         with plain.understanding.lend(0) as layer:

@@ -26,12 +26,12 @@ from sensebatch.engine.decoding import (
 from sensebatch.engine.model.attention import sdpa
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.operations import choose_operations, rms_norm
-from sensebatch.engine.model.quantized import quantise_rows
+from sensebatch.engine.model.quantized import NUMBERS, Numbers, Quantised, quantise_rows
 from sensebatch.engine.model.rope import rotate_token_heads, token_rotary
 from sensebatch.engine.prompts import Prompt
 from sensebatch.engine.sampling.text import Writing, decode_text
 from sensebatch.engine.weights.loader import NetworkLoader, warm_up
-from sensebatch.jobs import Precision
+from sensebatch.jobs import Precision, Stored
 from sensebatch.plan.computation import is_tileable
 from sensebatch.plan.passes import SPLIT_QUERIES
 from tests.engine.golden_model import build_network, build_runner, golden_step, infer, predict
@@ -39,7 +39,8 @@ from tests.golden_data import TOLERANCE, case_ids, golden_architecture, load_cas
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
-from sensebatch.engine.model import attention_kernels, decode_kernels, kernels
+from sensebatch.engine.model import attention_kernels, decode_kernels, int8_kernels, kernels
+from sensebatch.engine.model.triton_operations import TritonOperations
 
 pytestmark = pytest.mark.slow
 
@@ -77,39 +78,85 @@ def test_swiglu_is_the_layers_activation(width: int) -> None:
     assert_equal(kernels.swiglu(gate_up), F.silu(gate) * up)
 
 
+def assert_quantised_alike(found: Quantised, expected: Quantised) -> None:
+    (quantised, scales), (numbers, expected_scales) = found, expected
+    assert_equal(scales, expected_scales)
+    if numbers.dtype == torch.int8:
+        # A number between two may become either where it was rounded otherwise before.
+        assert quantised.dtype == torch.int8
+        difference = (quantised.int() - numbers.int()).abs()
+        assert difference.max() <= 1
+        assert (difference > 0).float().mean() < 0.02
+        return
+    # Triton's interpreter halves some numbers that float8 rounds up to a power of two.
+    share = 1.0 if DEVICE == "cuda" else 0.9
+    near = (quantised.float() - numbers.float()).abs() <= FP8_STEP * numbers.float().abs() + 2**-9
+    assert near.float().mean() >= share
+
+
+EIGHT_BITS = pytest.mark.parametrize("numbers", NUMBERS.values(), ids=[*NUMBERS])
+
+
+@EIGHT_BITS
 @pytest.mark.parametrize("normed", [True, False])
-def test_rows_are_quantised_as_in_torch(normed: bool) -> None:
-    x, norm = noise(5, 24), noise(24)
-    quantised, scales = kernels.quantise_rows(x, norm if normed else None, EPS)
-    expected, expected_scales = quantise_rows(rms_norm(x, norm, EPS) if normed else x)
-    assert_equal(scales, expected_scales)
-    # Triton's interpreter halves some numbers that float8 rounds up to a power of two.
-    share = 1.0 if DEVICE == "cuda" else 0.9
-    near = (quantised.float() - expected.float()).abs() <= FP8_STEP * expected.float().abs() + 2**-9
-    assert near.float().mean() >= share
+def test_rows_are_quantised_as_in_torch(normed: bool, numbers: Numbers) -> None:
+    x, norm = noise(5, 240), noise(240)
+    found = kernels.quantise_rows(x, numbers, norm if normed else None, EPS)
+    expected = quantise_rows(rms_norm(x, norm, EPS) if normed else x, numbers)
+    assert_quantised_alike(found, expected)
 
 
-def test_activations_are_quantised_as_in_torch() -> None:
-    gate_up = noise(3, 40)
+@EIGHT_BITS
+def test_activations_are_quantised_as_in_torch(numbers: Numbers) -> None:
+    gate_up = noise(3, 400)
     gate, up = gate_up.chunk(2, dim=-1)
-    quantised, scales = kernels.swiglu_quantised(gate_up)
-    expected, expected_scales = quantise_rows(F.silu(gate) * up)
-    assert_equal(scales, expected_scales)
-    # Triton's interpreter halves some numbers that float8 rounds up to a power of two.
-    share = 1.0 if DEVICE == "cuda" else 0.9
-    near = (quantised.float() - expected.float()).abs() <= FP8_STEP * expected.float().abs() + 2**-9
-    assert near.float().mean() >= share
+    found = kernels.swiglu_quantised(gate_up, numbers)
+    assert_quantised_alike(found, quantise_rows(F.silu(gate) * up, numbers))
+
+
+SMALL_TILE = int8_kernels.Tile(tokens=32, outputs=16, inputs=64, stages=2, warps=4)
+
+
+@pytest.mark.parametrize("tile", [None, SMALL_TILE])
+@pytest.mark.parametrize(("tokens", "width"), [(1, 64), (77, 128), (33, 96)])
+def test_int8_products_are_those_of_torch(
+    tokens: int, width: int, tile: int8_kernels.Tile | None
+) -> None:
+    numbers = NUMBERS[Stored.INT8]
+    x, weight, residual = noise(tokens, width), noise(40, width), noise(tokens, 40)
+    rows, (weight8, scale) = quantise_rows(x, numbers), quantise_rows(weight, numbers)
+    expected = numbers.product(rows, weight8, scale[:, 0], torch.float32)
+    found = int8_kernels.product(rows, weight8, scale[:, 0], torch.float32, tile=tile)
+    assert_equal(found, expected)
+    kept = residual.clone()
+    total = int8_kernels.product(rows, weight8, scale[:, 0], torch.float32, kept, tile=tile)
+    assert total is kept
+    assert_equal(total, expected + residual)
+    half = int8_kernels.product(rows, weight8, scale[:, 0], torch.float16, tile=tile)
+    assert torch.equal(half, found.half())
+
+
+@pytest.mark.parametrize("shared", [101_376, 166_912, 232_448, None])
+@pytest.mark.parametrize("tokens", [1, 64, 65, 4096])
+def test_tiles_of_int8_products_fit_what_a_program_may_have(
+    tokens: int, shared: int | None
+) -> None:
+    tile = int8_kernels.choose_tile(tokens, shared)
+    assert shared is None or tile.shared_bytes < shared
+    best = int8_kernels.choose_tile(tokens, None)
+    assert tile == best or shared != 232_448
 
 
 def test_only_kernels_that_will_run_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
     monkeypatch.setattr(kernels, "warm_up", Mock())
-    monkeypatch.setattr(decode_kernels, "warm_up", lambda *args: compiled.append(args[-1]))
+    monkeypatch.setattr(int8_kernels, "warm_up", Mock())
+    monkeypatch.setattr(decode_kernels, "warm_up", lambda *args: compiled.append(args[3]))
     monkeypatch.setattr(torch.cuda, "synchronize", Mock())
     for arch, precision, expected in (
         (golden_architecture("dense_fm"), None, [1, 64]),
         (golden_architecture("dense_fm"), Precision.FP8, [1, 64]),
-        (golden_architecture("dense_fm"), Precision.FP8_ALL, []),
+        (golden_architecture("dense_fm"), Precision.INT8_ALL, [1, 64]),
         (replace(golden_architecture("dense_fm"), intermediate_size=100), None, []),
         (golden_architecture("moe"), None, []),
     ):
@@ -196,6 +243,21 @@ def test_product_of_few_rows_takes_activation_and_residual_along(
     assert_equal(decode_kernels.product(x, weight, swiglu=True), F.silu(gate) * up)
 
 
+@EIGHT_BITS
+@pytest.mark.parametrize(("sequences", "height"), [(1, 96), (19, 96), (2, 4160)])
+def test_product_of_few_rows_takes_8_bit_weights_as_they_are(
+    sequences: int, height: int, numbers: Numbers
+) -> None:
+    x, residual = noise(sequences, 64), noise(sequences, height)
+    weight8, scale = quantise_rows(noise(height, 64), numbers)
+    expected = F.linear(x, weight8.float() * scale)
+    quantised = weight8, scale[:, 0]
+    assert_equal(decode_kernels.product(x, *quantised), expected)
+    assert_equal(decode_kernels.product(x, *quantised, residual=residual), expected + residual)
+    gate, up = expected.chunk(2, dim=-1)
+    assert_equal(decode_kernels.product(x, *quantised, swiglu=True), F.silu(gate) * up)
+
+
 SHARED_BYTES = {86: 101_376, 90: 232_448}
 """Most that a program may have, by compute capability."""
 
@@ -240,12 +302,11 @@ def test_kernels_compile_for_gpus_without_one(tmp_path: Path, capability: int) -
     )
     assert ended.returncode == 0, ended.stderr
     shared = json.loads(ended.stdout)
-    quantised = {"_rms_norm_quantised", "_swiglu_quantised"}
-    assert shared.keys() - quantised == {
+    assert shared.keys() == {
         *("_rms_norm", "_swiglu", "_norm_rotate", "_vector_product", "_matrix_product"),
         *("_attend_token", "_attend_run", "_combine"),
+        *("_rms_norm_quantised", "_swiglu_quantised", "_int8_product"),
     }
-    assert (quantised <= shared.keys()) == (capability >= 89)
     assert max(shared.values()) <= SHARED_BYTES[capability]
 
 
@@ -288,11 +349,13 @@ def test_a_run_attends_as_torch_does(
     assert_equal(out, sdpa(q, k, v, causal))
 
 
+@EIGHT_BITS
 @pytest.mark.parametrize("sequences", [1, 3])
-def test_warming_up_runs_every_kernel(sequences: int) -> None:
+def test_warming_up_runs_every_kernel(sequences: int, numbers: Numbers) -> None:
     arch = golden_architecture("dense_fm")
-    kernels.warm_up(arch, torch.float32, torch.device(DEVICE), quantised=True)
-    decode_kernels.warm_up(arch, torch.float32, torch.device(DEVICE), sequences)
+    TritonOperations().warm_up(arch, torch.float32, torch.device(DEVICE), numbers)
+    for chosen in (None, numbers):
+        decode_kernels.warm_up(arch, torch.float32, torch.device(DEVICE), sequences, chosen)
 
 
 def tileable_cases(*kinds: str) -> list[tuple[str, str]]:
@@ -384,7 +447,7 @@ def test_a_step_is_captured_only_where_its_kernels_have_run(
         return q.flatten(1)
 
     def product(
-        x: torch.Tensor, weight: torch.Tensor, *, swiglu: bool = False, **_: Any
+        x: torch.Tensor, weight: torch.Tensor, _: None, *, swiglu: bool = False, **__: Any
     ) -> torch.Tensor:
         return x.new_zeros(x.shape[0], weight.shape[0] // (2 if swiglu else 1))
 

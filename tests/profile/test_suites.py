@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -58,6 +59,7 @@ SETTINGS = {
         "t2i": "--vram-mode full",
         "t2i-no-compile": "--vram-mode full --no-compile",
         "t2i-fp8": "--vram-mode full --precision fp8",
+        "t2i-int8": "--vram-mode full --precision int8",
         "t2i-1024": "--vram-mode full",
         "t2i-1024-no-compile": "--vram-mode full --no-compile",
         "edit": "--vram-mode full",
@@ -65,9 +67,11 @@ SETTINGS = {
         "balanced": "--vram-mode balanced",
         "balanced-no-compile": "--vram-mode balanced --no-compile",
         "balanced-fp8": "--vram-mode balanced --precision fp8",
+        "balanced-int8": "--vram-mode balanced --precision int8",
         "7gib": "--max-memory 0=7GiB",
         "7gib-no-compile": "--max-memory 0=7GiB --no-compile",
         "7gib-fp8": "--max-memory 0=7GiB --precision fp8",
+        "7gib-int8": "--max-memory 0=7GiB --precision int8",
     },
     Suite.NIGHT: {"night": ""},
     Suite.ASK: {
@@ -180,7 +184,7 @@ def test_flags_say_what_the_command_line_says() -> None:
 def test_variants_are_held_against_what_they_vary() -> None:
     cases = {case.name: case for case in suite_cases(Suite.SPEED, Scale())}
     for name, case in cases.items():
-        plain = name.removesuffix("-no-compile").removesuffix("-fp8")
+        plain = re.sub("-(no-compile|fp8|int8)$", "", name)
         if plain != name:
             changes = {"compile": True} if name.endswith("compile") else {"precision": "auto"}
             assert replace(case, name=plain, **changes) == replace(cases[plain], baseline=plain)

@@ -92,7 +92,7 @@ def test_equal_files_keep_every_promise_a_cpu_can_check(tmp_path: Path) -> None:
     }
     compared = [verdict for verdict in found.values() if verdict.holds is not None]
     assert all(verdict.holds and set(verdict.outcomes) == set(GROUPS) for verdict in compared)
-    assert len(compared) == 8
+    assert len(compared) == 9
 
 
 def test_a_file_that_differs_breaks_its_promise_alone(tmp_path: Path) -> None:

@@ -82,6 +82,8 @@ class Machine:
     """Why chains of small operations cannot be compiled to kernels; None where they can."""
     fp8_obstacle: str | None
     """Why float8 matrices cannot be multiplied; None where they can."""
+    int8_obstacle: str | None
+    """Why int8 matrices cannot be multiplied; None where they can."""
     host_free_bytes: int
     host_total_bytes: int
     gpu: Gpu | None
@@ -102,7 +104,8 @@ def look_at_machine() -> Machine:
         cuda=torch.version.cuda,
         flash_obstacle=_flash_obstacle("cuda" if has_gpu else "cpu"),
         kernels_obstacle=_kernels_obstacle(has_gpu),
-        fp8_obstacle=_fp8_obstacle("cuda" if has_gpu else "cpu"),
+        fp8_obstacle=_precision_obstacle(Precision.FP8, "cuda" if has_gpu else "cpu"),
+        int8_obstacle=_precision_obstacle(Precision.INT8, "cuda" if has_gpu else "cpu"),
         host_free_bytes=free_memory_bytes(),
         host_total_bytes=host.total,
         gpu=_look_at_gpu(torch.device("cuda", torch.cuda.current_device())) if has_gpu else None,
@@ -123,9 +126,9 @@ def _kernels_obstacle(has_gpu: bool) -> str | None:
     return None if importlib.util.find_spec("triton") else "Triton is not installed"
 
 
-def _fp8_obstacle(device: str) -> str | None:
+def _precision_obstacle(precision: Precision, device: str) -> str | None:
     try:
-        check_precision(Precision.FP8, device, "bfloat16")
+        check_precision(precision, device, "bfloat16")
     except ConfigError as error:
         return str(error).partition(": ")[2].partition(";")[0]
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -19,7 +20,7 @@ from sensebatch.engine.model.attention import (
     torch_runs,
 )
 from sensebatch.errors import ConfigError
-from sensebatch.jobs import Precision
+from sensebatch.jobs import Precision, Stored
 from sensebatch.plan.attention import AttentionSpeeds
 from sensebatch.plan.computation import is_tileable
 from sensebatch.plan.load import Load
@@ -29,8 +30,36 @@ DTYPES = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
-FP8_CAPABILITY = (8, 9)
-"""The first CUDA devices that multiply float8."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needed:
+    """What products of 8-bit numbers need."""
+
+    capability: tuple[int, int]
+    """Of the first CUDA devices that have them."""
+    generations: str
+    """The names of these and of newer ones."""
+    on_cpu: bool
+    """Whether a CPU computes them as well."""
+    dtypes: Sequence[str]
+    """Dtypes of activations."""
+
+
+NEEDED = {
+    Stored.FLOAT8: Needed(
+        capability=(8, 9),
+        generations="Ada, Hopper, Blackwell",
+        on_cpu=False,
+        dtypes=("bfloat16",),
+    ),
+    Stored.INT8: Needed(
+        capability=(8, 0),
+        generations="Ampere, Ada, Hopper, Blackwell",
+        on_cpu=True,
+        dtypes=tuple(DTYPES),
+    ),
+}
 BACKENDS: dict[str, Attention] = {"cudnn": cudnn, "flash": flash, "sdpa": sdpa}
 CUDNN_LEAST_CAPABILITY = (9, 0)
 """From here on `auto` takes cuDNN: on an H200 it attends 4096 queries to 4416 keys at 612 TFLOP/s,
@@ -38,7 +67,7 @@ torch's FlashAttention 2 at 346 (torch 2.11, CUDA 13.0, 32 heads of 128 channels
 
 
 def check_precision(precision: Precision | None, device: str, dtype: str) -> None:
-    """Makes sure that float8 matrices can be multiplied, before anything is loaded.
+    """Makes sure that quantised matrices can be multiplied, before anything is loaded.
 
     Args:
         precision: None for weights in the dtype.
@@ -48,20 +77,34 @@ def check_precision(precision: Precision | None, device: str, dtype: str) -> Non
     Raises:
         ConfigError: They cannot.
     """
-    if precision is None:
+    if precision is None or precision.stored is None:
         return
-    found, capability = device, (0, 0)
+    needed = NEEDED[precision.stored]
+    found = device
     if device == "cuda":
-        capability = torch.cuda.get_device_capability()
-        found = f"{torch.cuda.get_device_name()} of {'.'.join(map(str, capability))}"
-    if capability < FP8_CAPABILITY:
+        capability = ".".join(map(str, torch.cuda.get_device_capability()))
+        found = f"{torch.cuda.get_device_name()} of {capability}"
+    if not _multiplies(precision, device):
+        others = [p for p in Precision if p.stored_for_text is None and _multiplies(p, device)]
         raise ConfigError(
             f"precision: {precision} needs a CUDA device of compute capability "
-            f"{'.'.join(map(str, FP8_CAPABILITY))} or newer (Ada, Hopper, Blackwell), found "
-            f"{found}; auto keeps the weights in the dtype"
+            f"{'.'.join(map(str, needed.capability))} or newer ({needed.generations}), found "
+            f"{found}; usable there: {', '.join(others)}"
         )
-    if dtype != "bfloat16":
-        raise ConfigError(f"precision: {precision} needs dtype bfloat16, found {dtype}")
+    if dtype not in needed.dtypes:
+        raise ConfigError(
+            f"precision: {precision} needs dtype {' or '.join(needed.dtypes)}, found {dtype}"
+        )
+
+
+def _multiplies(precision: Precision, device: str) -> bool:
+    """Returns whether a device has the products of a precision."""
+    if precision.stored is None:
+        return True
+    needed = NEEDED[precision.stored]
+    if device != "cuda":
+        return needed.on_cpu
+    return torch.cuda.get_device_capability() >= needed.capability
 
 
 def resolve_attention(backend: str, device: str, dtype: str, ranking: Sequence[str] = ()) -> str:

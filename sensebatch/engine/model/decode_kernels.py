@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.engine.model import attention_kernels, kernels
+from sensebatch.engine.model.quantized import Numbers
 
 MAX_SEQUENCES = 64
 """Most sequences that share a step."""
@@ -35,10 +36,12 @@ SHARED_REST = 1024
 def _vector_product(
     x,
     weight,
+    scale,
     residual,
     out,
     width,
     height,
+    SCALED: tl.constexpr,
     SWIGLU: tl.constexpr,
     RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
@@ -57,6 +60,10 @@ def _vector_product(
             up_total += up.to(tl.float32) * values[None, :]
     result = tl.sum(total, 1)
     up_result = tl.sum(up_total, 1)
+    if SCALED:
+        result *= tl.load(scale + rows)
+        if SWIGLU:
+            up_result *= tl.load(scale + height + rows)
     if SWIGLU:
         result = result / (1 + tl.exp(-result)) * up_result
     if RESIDUAL:
@@ -68,11 +75,13 @@ def _vector_product(
 def _matrix_product(
     x,
     weight,
+    scale,
     residual,
     out,
     num_sequences,
     width,
     height,
+    SCALED: tl.constexpr,
     SWIGLU: tl.constexpr,
     RESIDUAL: tl.constexpr,
     SEQUENCES: tl.constexpr,
@@ -89,10 +98,16 @@ def _matrix_product(
     for start in range(0, width, BLOCK):
         source = x + sequences[None, :] * width + start + columns[:, None]
         values = tl.load(source, mask=there, other=0.0)
-        total = tl.dot(tl.load(places + start), values, total, input_precision="ieee")
+        # A number of 8 bits is the same in any dtype of activations.
+        weights = tl.load(places + start).to(values.dtype)
+        total = tl.dot(weights, values, total, input_precision="ieee")
         if SWIGLU:
-            up = tl.load(places + start + height.to(tl.int64) * width)
+            up = tl.load(places + start + height.to(tl.int64) * width).to(values.dtype)
             up_total = tl.dot(up, values, up_total, input_precision="ieee")
+    if SCALED:
+        total *= tl.load(scale + rows)[:, None]
+        if SWIGLU:
+            up_total *= tl.load(scale + height + rows)[:, None]
     if SWIGLU:
         total = total / (1 + tl.exp(-total)) * up_total
     target = sequences[None, :] * height + rows[:, None]
@@ -141,6 +156,7 @@ def tile(
 def product(
     x_SD: Tensor,
     weight: Tensor,
+    scale: Tensor | None = None,
     *,
     swiglu: bool = False,
     residual: Tensor | None = None,
@@ -150,6 +166,7 @@ def product(
     Args:
         x_SD: Contiguous, at most `MAX_SEQUENCES` rows.
         weight: Contiguous `[rows, D]`; with `swiglu` `[2 * rows, D]`, gates first.
+        scale: Float32 of each of its rows, if they are 8-bit numbers.
         swiglu: Whether the result is `silu(gate) * up`.
         residual: Contiguous `[S, rows]` that is added.
     """
@@ -159,11 +176,12 @@ def product(
     pointers = (
         x_SD,
         weight,
+        x_SD if scale is None else scale,
         x_SD if residual is None else residual,
         out,
     )
     flags: dict[str, int] = {"SWIGLU": swiglu, "RESIDUAL": residual is not None}
-    flags |= {"num_warps": 4, "enable_fp_fusion": True}
+    flags |= {"SCALED": scale is not None, "num_warps": 4, "enable_fp_fusion": True}
     if num_sequences == 1:
         rows, block = _divisor(height, 2 if swiglu else 4), _divisor(width, 2048)
         _vector_product[(height // rows,)](
@@ -191,7 +209,11 @@ def product(
 
 
 def warm_up(
-    arch: Architecture, dtype: torch.dtype, device: torch.device, num_sequences: int
+    arch: Architecture,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_sequences: int,
+    numbers: Numbers | None = None,
 ) -> None:
     """Compiles every kernel for so many sequences; see `kernels.warm_up`."""
     hidden, inner, dim = arch.hidden_size, arch.intermediate_size, arch.head_dim
@@ -200,11 +222,17 @@ def warm_up(
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
+    def weights(rows: int, columns: int) -> tuple[Tensor, Tensor | None]:
+        if numbers is None:
+            return zeros(rows, columns), None
+        scale = torch.zeros(rows, device=device)
+        return torch.zeros(rows, columns, device=device).to(numbers.dtype), scale
+
     x_SD = zeros(num_sequences, hidden)
-    product(x_SD, zeros((heads + 2 * kv_heads) * dim, hidden))
-    product(zeros(num_sequences, heads * dim), zeros(hidden, heads * dim), residual=x_SD)
-    hidden_SI = product(x_SD, zeros(2 * inner, hidden), swiglu=True)
-    product(hidden_SI, zeros(hidden, inner), residual=x_SD)
+    product(x_SD, *weights((heads + 2 * kv_heads) * dim, hidden))
+    product(zeros(num_sequences, heads * dim), *weights(hidden, heads * dim), residual=x_SD)
+    hidden_SI = product(x_SD, *weights(2 * inner, hidden), swiglu=True)
+    product(hidden_SI, *weights(hidden, inner), residual=x_SD)
     cache = zeros(2, num_sequences, 1, kv_heads, dim)
     rows_S = torch.zeros(num_sequences, dtype=torch.int64, device=device)
     norm, table = zeros(2, dim // 2), zeros(1, 1, dim)

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.engine.model import quantized
-from sensebatch.engine.model.quantized import FP8, LARGEST
+from sensebatch.engine.model.quantized import Numbers, Quantised
 from sensebatch.engine.model.rope import Rotary
 
 SWIGLU_BLOCK = 2048
 LEAST = tl.constexpr(quantized.LEAST)
+NEAREST = tl.constexpr(1.5 * 2**23)
+"""The sum with it of a float32 below 2^22 has no room for anything after the point."""
 
 
 @triton.jit
@@ -56,10 +58,14 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 @triton.jit
 def _store_quantised(x_row, out, scales, row, columns, inside, width, LARGEST: tl.constexpr):
-    """Stores a row as float8 with its scale; see `quantized.quantise_rows`."""
+    """Stores a quantised row with its scale; see `quantized.quantise_rows`."""
     scale = tl.maximum(tl.max(tl.abs(x_row), 0), LEAST) / LARGEST
     tl.store(scales + row, scale)
-    tl.store(out + row * width + columns, (x_row / scale).to(out.dtype.element_ty), mask=inside)
+    x_row = x_row / scale
+    if out.dtype.element_ty == tl.int8:
+        # To the nearest integer, which the cast does not do, and ties to even.
+        x_row = (x_row + NEAREST) - NEAREST
+    tl.store(out + row * width + columns, x_row.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -97,14 +103,14 @@ def _swiglu_quantised(gate_up, out, scales, width, BLOCK: tl.constexpr, LARGEST:
 
 
 def quantise_rows(
-    x_TI: Tensor, norm_I: Tensor | None = None, eps: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """Returns contiguous rows in float8, normed first if there is a norm.
+    x_TI: Tensor, numbers: Numbers, norm_I: Tensor | None = None, eps: float = 0.0
+) -> Quantised:
+    """Returns contiguous rows quantised, normed first if there is a norm.
 
     See `quantized.quantise_rows` for what is returned.
     """
     num_tokens, width = x_TI.shape
-    out_TI = x_TI.new_empty(num_tokens, width, dtype=FP8)
+    out_TI = x_TI.new_empty(num_tokens, width, dtype=numbers.dtype)
     scales_T1 = x_TI.new_empty(num_tokens, 1, dtype=torch.float32)
     _rms_norm_quantised[(num_tokens,)](
         x_TI,
@@ -115,17 +121,17 @@ def quantise_rows(
         width,
         BLOCK=triton.next_power_of_2(width),
         NORM=norm_I is not None,
-        LARGEST=LARGEST,
+        LARGEST=numbers.largest,
         num_warps=8,
         enable_fp_fusion=True,
     )
     return out_TI, scales_T1
 
 
-def swiglu_quantised(gate_up_TI: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the result of `swiglu` in float8; see `quantized.quantise_rows`."""
+def swiglu_quantised(gate_up_TI: Tensor, numbers: Numbers) -> Quantised:
+    """Returns the result of `swiglu` quantised; see `quantized.quantise_rows`."""
     num_tokens, width = gate_up_TI.shape[0], gate_up_TI.shape[1] // 2
-    out_TI = gate_up_TI.new_empty(num_tokens, width, dtype=FP8)
+    out_TI = gate_up_TI.new_empty(num_tokens, width, dtype=numbers.dtype)
     scales_T1 = gate_up_TI.new_empty(num_tokens, 1, dtype=torch.float32)
     _swiglu_quantised[(num_tokens,)](
         gate_up_TI,
@@ -133,7 +139,7 @@ def swiglu_quantised(gate_up_TI: Tensor) -> tuple[Tensor, Tensor]:
         scales_T1,
         width,
         BLOCK=triton.next_power_of_2(width),
-        LARGEST=LARGEST,
+        LARGEST=numbers.largest,
         num_warps=16,
         enable_fp_fusion=True,
     )
@@ -288,18 +294,25 @@ def norm_rotate(
 
 
 def warm_up(
-    arch: Architecture, dtype: torch.dtype, device: torch.device, *, quantised: bool
+    arch: Architecture, dtype: torch.dtype, device: torch.device, numbers: Numbers | None = None
 ) -> None:
-    """Compiles every kernel for a network, or fetches it from Triton's cache on disk."""
+    """Compiles every kernel for a network, or fetches it from Triton's cache on disk.
+
+    Args:
+        arch: The network's shape.
+        dtype: Of its activations.
+        device: Where it computes.
+        numbers: What its layers are quantised to, if they are.
+    """
     half, kv_heads = arch.head_dim // 2, arch.num_kv_heads
     row = torch.zeros(1, arch.hidden_size, dtype=dtype, device=device)
     rms_norm(row, row[0], arch.rms_norm_eps)
     gate_up = row.new_zeros(1, 2 * arch.intermediate_size)
     swiglu(gate_up)
-    if quantised:
-        swiglu_quantised(gate_up)
-        quantise_rows(row, row[0], arch.rms_norm_eps)
-        quantise_rows(row)
+    if numbers is not None:
+        swiglu_quantised(gate_up, numbers)
+        quantise_rows(row, numbers, row[0], arch.rms_norm_eps)
+        quantise_rows(row, numbers)
     norm = row.new_zeros(2, half)
     table = row.new_zeros(1, 1, arch.head_dim)
     room = row.new_zeros(1, kv_heads, arch.head_dim)

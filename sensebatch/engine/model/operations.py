@@ -16,7 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sensebatch.checkpoint.architecture import Architecture
-from sensebatch.engine.model.quantized import quantise_rows
+from sensebatch.engine.model.quantized import (
+    BY_DTYPE,
+    Numbers,
+    Quantised,
+    quantise_rows,
+)
 from sensebatch.engine.model.rope import Rotary, rotate_token_heads
 
 if TYPE_CHECKING:
@@ -24,8 +29,6 @@ if TYPE_CHECKING:
 
 Room = tuple[Tensor, Tensor]
 """Contiguous `[T, K, E]` for keys and for values."""
-Quantised = tuple[Tensor, Tensor]
-"""Rows in float8 and their scales; see `quantized.quantise_rows`."""
 
 
 class Operations:
@@ -78,16 +81,42 @@ class Operations:
         activated_TI = F.silu(gate_TI)
         return activated_TI.mul_(up_TI) if in_place else activated_TI * up_TI
 
-    def quantise(self, x_TI: Tensor, norm_I: Tensor | None = None, eps: float = 0.0) -> Quantised:
-        """Returns rows in float8, normed first if there is a norm."""
-        return quantise_rows(x_TI if norm_I is None else rms_norm(x_TI, norm_I, eps))
+    def quantise(
+        self, x_TI: Tensor, numbers: Numbers, norm_I: Tensor | None = None, eps: float = 0.0
+    ) -> Quantised:
+        """Returns rows quantised, normed first if there is a norm."""
+        return quantise_rows(x_TI if norm_I is None else rms_norm(x_TI, norm_I, eps), numbers)
 
-    def quantised_swiglu(self, gate_up_Tx: Tensor) -> Quantised:
-        """Returns `swiglu` in float8."""
-        return quantise_rows(self.swiglu(gate_up_Tx, in_place=True))
+    def quantised_swiglu(self, gate_up_Tx: Tensor, numbers: Numbers) -> Quantised:
+        """Returns `swiglu` quantised."""
+        return quantise_rows(self.swiglu(gate_up_Tx, in_place=True), numbers)
+
+    def scaled_product(
+        self,
+        tokens: Quantised,
+        weight_OI: Tensor,
+        scale_O: Tensor,
+        dtype: torch.dtype,
+        residual_TO: Tensor | None = None,
+    ) -> Tensor:
+        """Returns quantised tokens by quantised weights, `[T, O]`.
+
+        Args:
+            tokens: What `quantise` or `quantised_swiglu` returns.
+            weight_OI: Weights of the same numbers.
+            scale_O: The scales of their rows.
+            dtype: Of what is returned.
+            residual_TO: Is added, in its own memory.
+        """
+        product_TO = BY_DTYPE[weight_OI.dtype].product(tokens, weight_OI, scale_O, dtype)
+        return product_TO if residual_TO is None else residual_TO.add_(product_TO)
 
     def warm_up(
-        self, arch: Architecture, dtype: torch.dtype, device: torch.device, *, quantised: bool
+        self,
+        arch: Architecture,
+        dtype: torch.dtype,
+        device: torch.device,
+        numbers: Numbers | None = None,
     ) -> None:
         """Compiles what a network will use, or fetches it from a cache on disk: nothing here."""
 

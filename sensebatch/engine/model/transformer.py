@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from sensebatch.checkpoint.architecture import Architecture, Moe
 from sensebatch.engine.model.lockstep import Lend, Pass, run
 from sensebatch.engine.model.operations import Operations, Room
-from sensebatch.engine.model.quantized import Fp8Linear
+from sensebatch.engine.model.quantized import Numbers, QuantisedLinear
 from sensebatch.engine.model.rope import Rotary
 from sensebatch.plan import passes
 
-Linear = nn.Linear | Fp8Linear
+Linear = nn.Linear | QuantisedLinear
 
 
 class AttentionContext(Protocol):
@@ -60,10 +60,9 @@ class SwiGLU(nn.Module):
             gate_up_Tx: `[T, 2 * I]`.
             in_place: See `DecoderLayer.finish`.
         """
-        if isinstance(self.down, Fp8Linear):
-            quantised = self.operations.quantised_swiglu(gate_up_Tx)
-            product_TD = self.down.multiply(*quantised, gate_up_Tx.dtype)
-            return residual_TD.add_(product_TD) if in_place else residual_TD + product_TD
+        if isinstance(self.down, QuantisedLinear):
+            tokens = self.operations.quantised_swiglu(gate_up_Tx, self.down.numbers)
+            return self.down.add_to(residual_TD, tokens, in_place=in_place)
         hidden_TI = self.operations.swiglu(gate_up_Tx, in_place=in_place)
         return _add_linear(residual_TD, self.down, hidden_TI, in_place)
 
@@ -101,11 +100,11 @@ class SparseMlp(nn.Module):
 
 
 def _add_linear(residual_TD: Tensor, linear: Linear, x: Tensor, in_place: bool) -> Tensor:
+    if isinstance(linear, QuantisedLinear):
+        return linear.add_product(residual_TD, x, in_place=in_place)
     if not in_place:
         return residual_TD + linear(x)
-    if isinstance(linear, nn.Linear):
-        return torch.addmm(residual_TD, x, linear.weight.t(), out=residual_TD)
-    return residual_TD.add_(linear(x))
+    return torch.addmm(residual_TD, x, linear.weight.t(), out=residual_TD)
 
 
 class DecoderLayer(nn.Module):
@@ -158,9 +157,9 @@ class DecoderLayer(nn.Module):
         )
 
     def _normed_product(self, linear: Linear, x_TD: Tensor, norm: Tensor) -> Tensor:
-        if isinstance(linear, Fp8Linear):
-            quantised = self.operations.quantise(x_TD, norm, self._eps)
-            return linear.multiply(*quantised, x_TD.dtype)
+        if isinstance(linear, QuantisedLinear):
+            tokens = self.operations.quantise(x_TD, linear.numbers, norm, self._eps)
+            return linear.multiply(tokens, x_TD.dtype)
         product: Tensor = linear(self._norm(x_TD, norm))
         return product
 
@@ -206,19 +205,25 @@ class Expert(nn.Module):
         """Lends a layer with its weights on the device while the context is open. Replaced where
         weights are not on the device all the time."""
 
-    def use_fp8(self) -> None:
-        """Replaces linear layers by float8 ones on the meta device; sparse blocks stay."""
+    def quantise(self, numbers: Numbers) -> None:
+        """Replaces linear layers by quantised ones on the meta device; sparse blocks stay."""
+
+        def quantised(linear: Linear) -> QuantisedLinear:
+            assert isinstance(linear, nn.Linear)
+            return QuantisedLinear(
+                linear.in_features,
+                linear.out_features,
+                numbers,
+                torch.device("meta"),
+                self._operations,
+            )
+
         for layer in self.layers:
             assert isinstance(layer, DecoderLayer)
-            layer.qkv, layer.o = self._in_fp8(layer.qkv), self._in_fp8(layer.o)
+            layer.qkv, layer.o = quantised(layer.qkv), quantised(layer.o)
             if isinstance(layer.mlp, SwiGLU):
-                layer.mlp.gate_up = self._in_fp8(layer.mlp.gate_up)
-                layer.mlp.down = self._in_fp8(layer.mlp.down)
-
-    def _in_fp8(self, linear: Linear) -> Fp8Linear:
-        assert isinstance(linear, nn.Linear)
-        device = torch.device("meta")
-        return Fp8Linear(linear.in_features, linear.out_features, device, self._operations.quantise)
+                layer.mlp.gate_up = quantised(layer.mlp.gate_up)
+                layer.mlp.down = quantised(layer.mlp.down)
 
     def _own(self, index: int) -> AbstractContextManager[nn.Module]:
         return nullcontext(self.layers[index])

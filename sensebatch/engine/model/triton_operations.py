@@ -8,12 +8,18 @@ Shape suffixes: S sequences; see `operations` for the others.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sensebatch.checkpoint.architecture import Architecture
-from sensebatch.engine.model import attention_kernels, decode_kernels, kernels
-from sensebatch.engine.model.operations import Operations, Quantised, Room
+from sensebatch.engine.model import attention_kernels, decode_kernels, int8_kernels, kernels
+from sensebatch.engine.model.operations import Operations, Room
+from sensebatch.engine.model.quantized import Numbers, Quantised, QuantisedLinear
 from sensebatch.engine.model.rope import Rotary
+
+PRODUCTS = {torch.int8: int8_kernels.product}
+"""Products of quantised tokens and weights that torch has no single kernel for, by their dtype."""
+WARM_UPS = {torch.int8: int8_kernels.warm_up}
+"""What compiles them."""
 
 
 class DecodingOperations:
@@ -25,13 +31,17 @@ class DecodingOperations:
     def product(
         self,
         x_SD: Tensor,
-        weight: Tensor,
+        linear: nn.Linear | QuantisedLinear,
         *,
         swiglu: bool = False,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """Returns a product with a weight matrix; see `decode_kernels.product`."""
-        return decode_kernels.product(x_SD, weight, swiglu=swiglu, residual=residual)
+        """Returns a product with a layer's weights; see `decode_kernels.product`.
+
+        Only weights are quantised here: reading them takes the time, and tokens are as they were.
+        """
+        scale = linear.scale if isinstance(linear, QuantisedLinear) else None
+        return decode_kernels.product(x_SD, linear.weight, scale, swiglu=swiglu, residual=residual)
 
     def heads(
         self,
@@ -71,10 +81,15 @@ class DecodingOperations:
         return attention_kernels.attend_token(q_SHE, *cache, lengths_S)
 
     def warm_up(
-        self, arch: Architecture, dtype: torch.dtype, device: torch.device, num_sequences: int
+        self,
+        arch: Architecture,
+        dtype: torch.dtype,
+        device: torch.device,
+        num_sequences: int,
+        numbers: Numbers | None = None,
     ) -> None:
         """Compiles what a step of so many sequences will use."""
-        decode_kernels.warm_up(arch, dtype, device, num_sequences)
+        decode_kernels.warm_up(arch, dtype, device, num_sequences, numbers)
 
 
 class TritonOperations(Operations):
@@ -107,17 +122,38 @@ class TritonOperations(Operations):
         """See `Operations.swiglu`."""
         return kernels.swiglu(gate_up_Tx)
 
-    def quantise(self, x_TI: Tensor, norm_I: Tensor | None = None, eps: float = 0.0) -> Quantised:
+    def quantise(
+        self, x_TI: Tensor, numbers: Numbers, norm_I: Tensor | None = None, eps: float = 0.0
+    ) -> Quantised:
         """See `Operations.quantise`."""
-        return kernels.quantise_rows(x_TI.contiguous(), norm_I, eps)
+        return kernels.quantise_rows(x_TI.contiguous(), numbers, norm_I, eps)
 
-    def quantised_swiglu(self, gate_up_Tx: Tensor) -> Quantised:
+    def quantised_swiglu(self, gate_up_Tx: Tensor, numbers: Numbers) -> Quantised:
         """See `Operations.quantised_swiglu`."""
-        return kernels.swiglu_quantised(gate_up_Tx)
+        return kernels.swiglu_quantised(gate_up_Tx, numbers)
+
+    def scaled_product(
+        self,
+        tokens: Quantised,
+        weight_OI: Tensor,
+        scale_O: Tensor,
+        dtype: torch.dtype,
+        residual_TO: Tensor | None = None,
+    ) -> Tensor:
+        """See `Operations.scaled_product`."""
+        if weight_OI.dtype not in PRODUCTS:
+            return super().scaled_product(tokens, weight_OI, scale_O, dtype, residual_TO)
+        return PRODUCTS[weight_OI.dtype](tokens, weight_OI, scale_O, dtype, residual_TO)
 
     def warm_up(
-        self, arch: Architecture, dtype: torch.dtype, device: torch.device, *, quantised: bool
+        self,
+        arch: Architecture,
+        dtype: torch.dtype,
+        device: torch.device,
+        numbers: Numbers | None = None,
     ) -> None:
         """See `Operations.warm_up`."""
-        kernels.warm_up(arch, dtype, device, quantised=quantised)
+        kernels.warm_up(arch, dtype, device, numbers)
+        if numbers is not None and numbers.dtype in WARM_UPS:
+            WARM_UPS[numbers.dtype](arch, dtype, device)
         attention_kernels.warm_up_runs(arch, dtype, device)

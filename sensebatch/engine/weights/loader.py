@@ -19,6 +19,7 @@ from sensebatch.engine.memory.shared import SharedBuffers
 from sensebatch.engine.model.attention import Attention
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.operations import choose_operations
+from sensebatch.engine.model.quantized import NUMBERS, Numbers
 from sensebatch.engine.weights.lora import Lora
 from sensebatch.engine.weights.residency import Residency
 from sensebatch.engine.weights.sources import (
@@ -71,7 +72,7 @@ class NetworkLoader:
     fused: bool = False
     """Whether chains of small operations are one kernel each."""
     precision: Precision | None = None
-    """Precision of linear layers in float8; None if there are none."""
+    """Precision of quantised linear layers; None if there are none."""
     share: str | None = None
     """The key under which other processes share weights in host memory; None if none does."""
 
@@ -112,11 +113,20 @@ class NetworkLoader:
         with init_empty_weights():
             network = Network(self.arch, choose_operations(fused=self.fused))
         network = network.to(self.dtype).requires_grad_(False).eval()
-        if self.precision is not None:
-            network.generation.use_fp8()
-        if self.precision is Precision.FP8_ALL:
-            network.understanding.use_fp8()
+        drawing, text = self.numbers
+        if drawing is not None:
+            network.generation.quantise(drawing)
+        if text is not None:
+            network.understanding.quantise(text)
         return network
+
+    @property
+    def numbers(self) -> tuple[Numbers | None, Numbers | None]:
+        """What the generation expert and the understanding expert are quantised to, if they are."""
+        if self.precision is None or self.precision.stored is None:
+            return None, None
+        drawing, text = self.precision.stored, self.precision.stored_for_text
+        return NUMBERS[drawing], None if text is None else NUMBERS[text]
 
 
 def warm_up(
@@ -139,9 +149,8 @@ def warm_up(
     start = time.perf_counter()
     arch, network = loader.arch, loader.new_network()
     with torch.inference_mode():
-        network.operations.warm_up(
-            arch, loader.dtype, loader.device, quantised=loader.precision is not None
-        )
+        numbers, numbers_of_text = loader.numbers
+        network.operations.warm_up(arch, loader.dtype, loader.device, numbers)
         q_THE = torch.zeros(
             LONG_RUN,
             arch.num_heads,
@@ -157,7 +166,7 @@ def warm_up(
             # A job may end up alone, because its batch is split or it is tried again.
             counts = {1, *writers} if writers else set()
             for count in sorted(n for n in counts if n <= decoding.max_sequences):
-                decoding.warm_up(arch, loader.dtype, loader.device, count)
+                decoding.warm_up(arch, loader.dtype, loader.device, count, numbers_of_text)
     del q_THE, k_TKE
     empty_cache(loader.device)
     torch.cuda.synchronize(loader.device)

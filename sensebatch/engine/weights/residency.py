@@ -24,7 +24,7 @@ from sensebatch.engine.memory.pool import Pool
 from sensebatch.engine.memory.readers import Readers
 from sensebatch.engine.memory.shared import SharedBuffers
 from sensebatch.engine.model.network import Network
-from sensebatch.engine.model.quantized import FP8, quantise_rows, scale_of
+from sensebatch.engine.model.quantized import BY_DTYPE, quantise_rows, scale_of
 from sensebatch.engine.model.state_dict_adapter import Slot, checkpoint_slots
 from sensebatch.engine.weights.sources import WeightSource
 from sensebatch.errors import OutOfMemoryError
@@ -251,7 +251,7 @@ def _parts(
     at_a_time = max(PART_BYTES // (math.prod(shape[1:]) * dtype.itemsize), 1)
     for start in range(0, shape[0], at_a_time):
         rows = range(start, min(start + at_a_time, shape[0]))
-        if entry.dtype == FP8:
+        if entry.dtype in BY_DTYPE:
             scales = next(e for e in layout.entries if e.name == scale_of(entry.name))
             yield partial(_quantise_rows, (entry, scales), tensor, slot, first, rows, source, dtype)
         else:
@@ -282,7 +282,7 @@ def _quantise_rows(
     dtype: torch.dtype,
     flat: Tensor,
 ) -> None:
-    """Reads rows as `dtype` and quantises them into a float8 parameter and its scales."""
+    """Reads rows as `dtype` and quantises them into a parameter and its scales."""
     weight, scale = (slot.view({slot.parameter: entry.view(flat)}) for entry in entries)
     # So few at a time that they stay in the processor's cache between operations.
     at_a_time = max(CACHED_BYTES // (weight.shape[1] * dtype.itemsize), 1)
@@ -291,7 +291,7 @@ def _quantise_rows(
         end = min(start + at_a_time, rows.stop)
         values = room[: end - start]
         source.read_into(tensor, (first + start, first + end), values)
-        quantised, scales = quantise_rows(values)
+        quantised, scales = quantise_rows(values, BY_DTYPE[weight.dtype])
         weight[start:end] = quantised
         scale[start:end] = scales[:, 0]
 

@@ -19,6 +19,7 @@ from sensebatch.engine.device.machine import (
 )
 from sensebatch.engine.device.runtime import BACKENDS
 from sensebatch.errors import OutOfMemoryError
+from sensebatch.jobs import Precision
 
 
 def test_a_machine_without_a_gpu_has_no_speeds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +73,9 @@ def test_a_gpu_that_is_full_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(machine, "copy_speed", full)
     with pytest.raises(OutOfMemoryError, match="NVIDIA Test has too little memory free"):
         look_at_machine()
-    assert str(machine._fp8_obstacle("cuda")).endswith("found NVIDIA Test of 8.6")
+    obstacle = machine._precision_obstacle(Precision.FP8, "cuda")
+    assert str(obstacle).endswith("found NVIDIA Test of 8.6")
+    assert machine._precision_obstacle(Precision.INT8, "cuda") is None
 
 
 @pytest.mark.gpu

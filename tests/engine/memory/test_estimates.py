@@ -24,6 +24,7 @@ from sensebatch.engine.model.kv_cache import KVCache, SharedRoom
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.operations import choose_operations
 from sensebatch.engine.model.patchify import HEAD_MODULES
+from sensebatch.engine.model.quantized import NUMBERS
 from sensebatch.engine.preprocess import Patches
 from sensebatch.engine.prompts import Prompt
 from sensebatch.engine.runner import Extension, PassLimits, Runner
@@ -32,7 +33,7 @@ from sensebatch.engine.sampling.text import Script
 from sensebatch.engine.tasks import interleave, single_image
 from sensebatch.engine.tasks.denoise import Canvas, denoise
 from sensebatch.engine.tasks.state import PreparedJob, prepare_job
-from sensebatch.jobs import CfgNorm, Drawing, GroupKey, Job, Precision, Solver, Source
+from sensebatch.jobs import CfgNorm, Drawing, GroupKey, Job, Precision, Solver, Source, Stored
 from sensebatch.plan.batches import make_plan, plan_entry
 from sensebatch.plan.computation import Computation
 from sensebatch.plan.footprint import (
@@ -370,7 +371,7 @@ def _prepared(runner: Runner, task: Task, size: Resolution, *, think: bool) -> P
     return prepare_job(runner.network.arch, runner.tokenizer, job, system_prompt="Draw.")
 
 
-@pytest.mark.parametrize("precision", [None, Precision.FP8, Precision.FP8_ALL])
+@pytest.mark.parametrize("precision", [None, Precision.INT8_ALL])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_the_plan_knows_how_text_is_decoded(config: str, precision: Precision | None) -> None:
     pytest.importorskip("triton", reason="Triton has no build for this platform")
@@ -378,9 +379,7 @@ def test_the_plan_knows_how_text_is_decoded(config: str, precision: Precision | 
     with torch.device("meta"):
         network = Network(arch, choose_operations(fused=True))
     if precision is not None:
-        network.generation.use_fp8()
-    if precision is Precision.FP8_ALL:
-        network.understanding.use_fp8()
+        network.understanding.quantise(NUMBERS[Stored.INT8])
     fused = Computation(arch=arch, item_bytes=4, precision=precision, fused=True)
     assert decodes_fast(fused) == (decoding_operations(network) is not None)
     assert not decodes_fast(replace(fused, fused=False))
