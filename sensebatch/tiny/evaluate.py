@@ -108,7 +108,9 @@ def example_job(example: Example, number: int, sampling: Sampling) -> Job:
     )
 
 
-def answer_examples(engine: Engine, examples: Sequence[Example], config: RunConfig) -> list[Answer]:
+def answer_examples(
+    engine: Engine, examples: Sequence[Example], config: RunConfig, batch_size: int = BATCH_SIZE
+) -> list[Answer]:
     """Returns the engine's answers, in the order of the examples.
 
     Raises:
@@ -119,13 +121,15 @@ def answer_examples(engine: Engine, examples: Sequence[Example], config: RunConf
         for number, example in enumerate(examples)
     ]
     inputs = [encode_inputs(example) for example in examples]
-    return [
-        Answer(images=result.images, text=result.text) for result in run_jobs(engine, jobs, inputs)
-    ]
+    results = run_jobs(engine, jobs, inputs, batch_size)
+    return [Answer(images=result.images, text=result.text) for result in results]
 
 
 def run_jobs(
-    engine: Engine, jobs: Sequence[Job], inputs: Sequence[Sequence[bytes]]
+    engine: Engine,
+    jobs: Sequence[Job],
+    inputs: Sequence[Sequence[bytes]],
+    batch_size: int = BATCH_SIZE,
 ) -> list[JobResult]:
     """Returns what an engine makes of jobs, in their order.
 
@@ -133,6 +137,7 @@ def run_jobs(
         engine: Runs them.
         jobs: The jobs.
         inputs: The encoded input images of each.
+        batch_size: The most jobs of a batch.
 
     Raises:
         JobError: A job failed.
@@ -142,8 +147,8 @@ def run_jobs(
         groups[group_key(job)].append(number)
     results: dict[int, JobResult] = {}
     for group, members in groups.items():
-        for start in range(0, len(members), BATCH_SIZE):
-            chosen = members[start : start + BATCH_SIZE]
+        for start in range(0, len(members), batch_size):
+            chosen = members[start : start + batch_size]
             keys = tuple(jobs[number].id for number in chosen)
             batch = Batch(
                 id=batch_id(keys),

@@ -2,13 +2,15 @@
 
 Draws held-out examples with every solver and schedule at several numbers of steps, and measures how
 far each image is from the one that the same flow converges to, and how often the checker finds it
-right. docs/quality.md has the figures.
+right. Presets are chosen on some examples (`--first 5000`) and reported on others.
+docs/quality.md has the figures.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,9 +20,10 @@ import typer
 
 from sensebatch.config import PRESETS, TINY_MODEL, converged_timesteps
 from sensebatch.contract import Engine
-from sensebatch.jobs import Solver
+from sensebatch.jobs import Quality, Solver
 from sensebatch.report.distance import psnr, ssim
 from sensebatch.tiny.evaluate import (
+    BATCH_SIZE,
     answer_examples,
     example_job,
     held_out_examples,
@@ -31,6 +34,8 @@ from sensebatch.tiny.scores import Answer, score
 
 RIGHT = {"t2i": "exact", "edit": "both", "interleave": "content"}
 """The score of each kind that says whether a whole answer is right."""
+Z_95 = 1.96
+"""Standard deviations from a mean to the ends of its 95 % confidence interval."""
 GUIDANCE = (2.0, 4.0, 7.0)
 NUM_STEPS = (8, 12, 16, 20, 25, 33, 50)
 METHODS: Mapping[str, Mapping[str, Any]] = {
@@ -60,14 +65,50 @@ class Point:
     num_steps: int
     evaluations: int
     """Of the network, for each image."""
-    psnr_db: float
-    """Mean over images, to the converged image."""
-    ssim: float
+    psnrs_db: tuple[float | None, ...]
+    """Of each example to the converged one, mean over its images. None for a story that was told in
+    other words, and where no images are converged."""
+    ssims: tuple[float | None, ...]
     """Likewise."""
-    right: float
-    """Share of whole answers that the checker finds right."""
-    compared: int
-    """Images that were compared. Stories that were told in other words are left out."""
+    rights: tuple[bool, ...]
+    """Whether the checker finds the whole answer right, of each example."""
+
+    @property
+    def right(self) -> float:
+        """The share of the examples that are right."""
+        return sum(self.rights) / len(self.rights)
+
+
+Interval = tuple[float, float]
+"""A mean, and how far the ends of its 95 % confidence interval are from it."""
+
+
+def mean(values: Sequence[float | None]) -> Interval:
+    """Returns the mean of what there is; NaN if there is nothing."""
+    known = np.array([value for value in values if value is not None])
+    if not len(known):
+        return math.nan, math.nan
+    spread = float(known.std(ddof=1)) if len(known) > 1 else math.inf
+    return float(known.mean()), Z_95 * spread / math.sqrt(len(known))
+
+
+def difference(first: Sequence[float | None], second: Sequence[float | None]) -> Interval:
+    """Returns the mean difference of pairs of the same examples."""
+    pairs = zip(first, second, strict=True)
+    return mean([None if a is None or b is None else a - b for a, b in pairs])
+
+
+def share_difference(first: Sequence[bool], second: Sequence[bool]) -> Interval:
+    """Returns the difference of two shares of the same examples.
+
+    Source: Agresti and Min, Simple improved confidence intervals for comparing matched
+    proportions, 2005: half a case more in each of the four cells, so that no interval is empty.
+    """
+    only_first = sum(a and not b for a, b in zip(first, second, strict=True)) + 0.5
+    only_second = sum(b and not a for a, b in zip(first, second, strict=True)) + 0.5
+    count, found = len(first) + 2, only_first - only_second
+    variance = only_first + only_second - found**2 / count
+    return found / count, Z_95 * math.sqrt(variance) / count
 
 
 class Measurement:
@@ -78,8 +119,10 @@ class Measurement:
         kind: A key of `RIGHT`.
         cfg_scale: Guidance towards the prompt.
         count: Examples.
-        converged_steps: Steps of the images that all others are compared with.
+        first: Number of the first example.
+        converged_steps: Steps of the images that all others are compared with; 0 for no distances.
         device: Where the engine computes.
+        batch_size: The most examples drawn together.
     """
 
     def __init__(
@@ -89,24 +132,28 @@ class Measurement:
         kind: str,
         cfg_scale: float,
         count: int,
+        first: int,
         converged_steps: int,
         device: str,
+        batch_size: int,
     ) -> None:
         self._engine = engine
         self._kind = kind
         self._cfg_scale = cfg_scale
         self._device = device
-        # Settings are chosen on these; reported scores are of others.
-        self._examples = held_out_examples(kind, count, first=5000, square=True)
-        steps = converged_timesteps(converged_steps)
-        self._converged = self._answers(
-            {"timesteps": steps, "num_steps": len(steps) + 1, "timestep_shift": 1.0}
-        )
+        self._batch_size = batch_size
+        self._examples = held_out_examples(kind, count, first=first, square=True)
+        self._converged: list[Answer] | list[None] = [None] * count
+        if converged_steps:
+            steps = converged_timesteps(converged_steps)
+            self._converged = self._answers(
+                {"timesteps": steps, "num_steps": len(steps) + 1, "timestep_shift": 1.0}
+            )
 
     def _answers(self, settings: Mapping[str, Any]) -> list[Answer]:
         sampling = {"cfg_scale": self._cfg_scale, **settings}
         config = run_config(device=self._device, sampling=sampling)
-        return answer_examples(self._engine, self._examples, config)
+        return answer_examples(self._engine, self._examples, config, self._batch_size)
 
     def _evaluations(self, settings: Mapping[str, Any]) -> int:
         config = run_config(
@@ -125,28 +172,38 @@ class Measurement:
             settings: Among `config.SCHEDULE_SETTINGS`.
         """
         answers = self._answers(settings)
-        pairs = [
-            (image, converged)
-            for answer, other in zip(answers, self._converged, strict=True)
-            if answer.text == other.text
-            for image, converged in zip(answer.images, other.images, strict=True)
+        rights = [
+            score(self._kind, [example], [answer]).rate(RIGHT[self._kind]) == 1
+            for example, answer in zip(self._examples, answers, strict=True)
         ]
-        scores = score(self._kind, self._examples, answers)
         return Point(
             kind=self._kind,
             cfg_scale=self._cfg_scale,
             method=method,
             num_steps=settings["num_steps"],
             evaluations=self._evaluations(settings),
-            psnr_db=float(np.mean([psnr(*pair) for pair in pairs])),
-            ssim=float(np.mean([ssim(*pair) for pair in pairs])),
-            right=scores.rate(RIGHT[self._kind]),
-            compared=len(pairs),
+            psnrs_db=self._distances(psnr, answers),
+            ssims=self._distances(ssim, answers),
+            rights=tuple(rights),
+        )
+
+    def _distances(
+        self, distance: Callable[[np.ndarray, np.ndarray], float], answers: Sequence[Answer]
+    ) -> tuple[float | None, ...]:
+        return tuple(
+            None
+            if other is None or answer.text != other.text
+            else round(float(np.mean([*map(distance, answer.images, other.images)])), 5)
+            for answer, other in zip(answers, self._converged, strict=True)
         )
 
 
 def ways(num_steps: Sequence[int]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yields (name, settings) of every way to take steps: the methods, then the presets."""
+    """Yields (name, settings) of every way to take steps: the methods, then the presets.
+
+    Args:
+        num_steps: At which the methods are measured; none for the presets alone.
+    """
     for method, settings in METHODS.items():
         for steps in num_steps:
             yield method, {**settings, "num_steps": steps}
@@ -162,10 +219,41 @@ def table(points: Sequence[Point]) -> str:
     ]
     lines += [
         f"| {p.kind} | {p.cfg_scale:g} | {p.method} | {p.num_steps} | {p.evaluations} "
-        f"| {p.psnr_db:.1f} | {p.ssim:.4f} | {100 * p.right:.1f} % |"
+        f"| {mean(p.psnrs_db)[0]:.1f} | {mean(p.ssims)[0]:.4f} | {100 * p.right:.1f} % |"
         for p in points
     ]
     return "\n".join(lines) + "\n"
+
+
+def verdicts(points: Sequence[Point]) -> str:
+    """Returns the presets beside the published sampler as a Markdown table."""
+    lines = [
+        "| kind | guidance | preset | compared | PSNR dB | beside exact | SSIM beside exact "
+        "| right | beside exact, points |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    exact = {(p.kind, p.cfg_scale): p for p in points if p.method == f"quality {Quality.EXACT}"}
+    for p in points:
+        if p.method.startswith("quality "):
+            other = exact[p.kind, p.cfg_scale]
+            compared = sum(value is not None for value in p.psnrs_db)
+            points_apart = tuple(100 * value for value in share_difference(p.rights, other.rights))
+            cells = [
+                _with_margin(mean(p.psnrs_db), 1),
+                _with_margin(difference(p.psnrs_db, other.psnrs_db), 1),
+                _with_margin(difference(p.ssims, other.ssims), 4),
+                f"{100 * p.right:.1f} % of {len(p.rights)}",
+                _with_margin((points_apart[0], points_apart[1]), 1),
+            ]
+            name = p.method.removeprefix("quality ")
+            lines.append(
+                f"| {p.kind} | {p.cfg_scale:g} | {name} | {compared} | {' | '.join(cells)} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _with_margin(found: Interval, digits: int) -> str:
+    return f"{found[0]:.{digits}f} ± {found[1]:.{digits}f}"
 
 
 def plot(points: Sequence[Point], path: Path) -> None:
@@ -181,10 +269,10 @@ def plot(points: Sequence[Point], path: Path) -> None:
             own = [point for point in points if (point.kind, point.cfg_scale) == (kind, scale)]
             for method in METHODS:
                 line = [point for point in own if point.method == method]
-                x, y = [p.evaluations for p in line], [p.psnr_db for p in line]
+                x, y = [p.evaluations for p in line], [mean(p.psnrs_db)[0] for p in line]
                 panel.plot(x, y, marker="o", markersize=3, linewidth=1, label=method)
             exact = next(point for point in own if point.method == "quality exact")
-            panel.axhline(exact.psnr_db, color="black", linewidth=0.8, linestyle="--")
+            panel.axhline(mean(exact.psnrs_db)[0], color="black", linewidth=0.8, linestyle="--")
             panel.set_title(f"{kind}, guidance {scale:g}", fontsize=9)
             panel.tick_params(labelsize=8)
     for panel in axes[-1]:
@@ -199,15 +287,19 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for quality.json, .md and .png.")],
     model: Annotated[str, typer.Option(help="Checkpoint folder, or tiny.")] = TINY_MODEL,
     count: Annotated[int, typer.Option(help="Examples of each kind.")] = 48,
-    converged_steps: Annotated[int, typer.Option(help="Steps of the converged images.")] = 400,
+    first: Annotated[int, typer.Option(help="Number of the first example.")] = 20_000,
+    converged_steps: Annotated[
+        int, typer.Option(help="Steps of the converged images; 0 to count right answers alone.")
+    ] = 400,
     kinds: Annotated[str, typer.Option(help="Which, with commas between them.")] = ",".join(RIGHT),
-    num_steps: Annotated[str, typer.Option(help="Which, likewise.")] = ",".join(
-        map(str, NUM_STEPS)
-    ),
+    num_steps: Annotated[
+        str, typer.Option(help="Which, likewise; empty for the presets alone.")
+    ] = ",".join(map(str, NUM_STEPS)),
     guidance: Annotated[str, typer.Option(help="Which scales, likewise.")] = ",".join(
         map("{:g}".format, GUIDANCE)
     ),
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    batch_size: Annotated[int, typer.Option(help="Examples drawn together.")] = BATCH_SIZE,
 ) -> None:
     """Measures how near every way to take steps comes to the converged image."""
     engine = open_engine(model, run_config(device=device, sampling={}))
@@ -220,20 +312,30 @@ def main(
                 kind=kind,
                 cfg_scale=scale,
                 count=count,
+                first=first,
                 converged_steps=converged_steps,
                 device=device,
+                batch_size=batch_size,
             )
-            for method, settings in ways([int(steps) for steps in num_steps.split(",")]):
+            for method, settings in ways([int(steps) for steps in num_steps.split(",") if steps]):
                 points.append(measurement.point(method, settings))
                 print(table(points[-1:]).splitlines()[-1], flush=True)
             # What there is so far: a run may be stopped.
-            content = json.dumps([asdict(point) for point in points], indent=1)
-            (out / "quality.json").write_text(content + "\n", encoding="utf-8")
-            (out / "quality.md").write_text(table(points), encoding="utf-8")
-    try:
-        plot(points, out / "quality.png")
-    except ImportError:
-        print('no plot: matplotlib is not installed (pip install "sensebatch[profile]")')
+            write(points, out)
+    print(verdicts(points), end="", flush=True)
+    if converged_steps and num_steps:
+        try:
+            plot(points, out / "quality.png")
+        except ImportError:
+            print('no plot: matplotlib is not installed (pip install "sensebatch[profile]")')
+
+
+def write(points: Sequence[Point], out: Path) -> None:
+    """Writes points, with every example's figures, and their tables."""
+    content = json.dumps([asdict(point) for point in points])
+    (out / "quality.json").write_text(content + "\n", encoding="utf-8")
+    text = f"{table(points)}\n{verdicts(points)}"
+    (out / "quality.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from sensebatch.config import CONVERGED_END, PRESETS, converged_timesteps
 from sensebatch.engine.sampling.flow_matching import T_EPS, explicit_timesteps
-from sensebatch.tiny.quality import METHODS, Point, main, table, ways
+from sensebatch.tiny.quality import (
+    METHODS,
+    Point,
+    difference,
+    main,
+    mean,
+    share_difference,
+    table,
+    verdicts,
+    ways,
+)
 
 
 def test_converged_timesteps_stop_where_the_divisor_is_bounded() -> None:
@@ -35,8 +46,9 @@ def points(tmp_path_factory: pytest.TempPathFactory) -> list[Point]:
         num_steps="4",
         guidance="2",
         device="cpu",
+        batch_size=2,
     )
-    assert (out / "quality.md").read_text(encoding="utf-8").count("| t2i | 2 |") == 10
+    assert (out / "quality.md").read_text(encoding="utf-8").count("| t2i | 2 |") == 10 + 3
     return [Point(**point) for point in json.loads((out / "quality.json").read_text())]
 
 
@@ -51,7 +63,56 @@ def test_evaluations_count_both_branches(points: list[Point]) -> None:
 @pytest.mark.slow
 def test_more_steps_come_nearer_to_the_converged_image(points: list[Point]) -> None:
     found = {point.method: point for point in points}
-    assert found["euler, shift 3"].psnr_db + 10 < found["quality exact"].psnr_db
-    assert found["euler, shift 3"].ssim < found["quality exact"].ssim <= 1
-    assert all(point.compared == 2 for point in points)
+    few, exact = found["euler, shift 3"], found["quality exact"]
+    assert mean(few.psnrs_db)[0] + 10 < mean(exact.psnrs_db)[0]
+    assert mean(few.ssims)[0] < mean(exact.ssims)[0] <= 1
+    assert all(len(point.psnrs_db) == len(point.rights) == 2 for point in points)
     assert table(points).count("\n") == len(points) + 2
+
+
+def _point(method: str, psnrs_db: tuple[float | None, ...], rights: tuple[bool, ...]) -> Point:
+    return Point(
+        kind="t2i",
+        cfg_scale=2.0,
+        method=method,
+        num_steps=1,
+        evaluations=2,
+        psnrs_db=psnrs_db,
+        ssims=psnrs_db,
+        rights=rights,
+    )
+
+
+def test_presets_are_compared_image_by_image() -> None:
+    exact = _point("quality exact", (40.0, 50.0, 60.0, None), (True, True, False, False))
+    high = _point("quality high", (41.0, 51.0, None, 30.0), (True, True, True, False))
+    assert difference(high.psnrs_db, exact.psnrs_db) == (1.0, 0.0)
+    text = verdicts([exact, high]).splitlines()[-1]
+    # Equal differences, although the images are 10 dB apart from one another.
+    assert text.startswith("| t2i | 2 | high | 3 | 40.7 ± 11.9 | 1.0 ± 0.0 |")
+    assert "| 75.0 % of 4 | 16.7 ± 44.2 |" in text
+
+
+def test_no_share_is_found_the_same_for_certain() -> None:
+    few, many = ([True] * count for count in (8, 1000))
+    assert share_difference(few, few)[0] == share_difference(many, many)[0] == 0
+    assert 0.15 < share_difference(few, few)[1] < 0.25
+    assert share_difference(many, many)[1] < 0.002
+
+
+@pytest.mark.slow
+def test_right_answers_are_counted_without_converged_images(tmp_path: Path) -> None:
+    main(
+        out=tmp_path,
+        count=1,
+        converged_steps=0,
+        kinds="edit",
+        num_steps="",
+        guidance="2",
+        device="cpu",
+        batch_size=1,
+    )
+    points = json.loads((tmp_path / "quality.json").read_text())
+    assert [point["method"] for point in points] == [f"quality {one}" for one in PRESETS]
+    assert all(point["psnrs_db"] == [None] for point in points)
+    assert not (tmp_path / "quality.png").exists()
