@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
 
 from sensebatch.config import MemoryConfig
 from sensebatch.executor.deadline import Deadline
+from sensebatch.executor.schedule import Groups
 from sensebatch.jobs import GroupKey
 from sensebatch.plan.batches import Plan, make_plan
 from sensebatch.store.store import Store
+from sensebatch.store.tables import Span
 
-Groups: TypeAlias = Iterable[Iterable[tuple[str, ...]]]
-"""The batches of each group."""
+MIN_FULL_BATCHES = 2
+"""Full batches that the first tries of each lane fill, or else there is one lane."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +25,9 @@ class Levels:
     """Of all levels, as far as is known now."""
     groups: Groups
     """What may run at once."""
-    later: Iterator[Groups]
-    """The levels, where there are several; each is planned when all before it is through."""
+    later: tuple[Iterator[Groups], ...]
+    """The levels, where there are several; each is planned when all before it is through. Jobs
+    that have nothing to do with each other may be in lanes, of which each has levels of its own."""
 
 
 def plan_levels(
@@ -37,7 +39,9 @@ def plan_levels(
     """Returns the plan of the jobs that are to be run.
 
     A level is cut into batches only when it is known which of its jobs are blocked. So it is cut
-    alike, whether the run was interrupted before or not.
+    alike, whether the run was interrupted before or not. Where many series of tries are drawn, half
+    of them are in a lane of their own: the verdicts on one half are asked for, and what they decide
+    is planned, while the other half is drawn.
 
     Args:
         store: The run's folder, with the manifests ingested.
@@ -48,21 +52,23 @@ def plan_levels(
     plan = make_plan(store.state.entries(), memory, fitting)
     if not store.state.has_chains():
         groups = deadline.groups(plan, store.state.entries)
-        return Levels(plan=plan, groups=groups, later=iter(()))
+        return Levels(plan=plan, groups=groups, later=())
 
-    def later() -> Iterator[Groups]:
+    def later(span: Span) -> Iterator[Groups]:
         # Batches on record precede the first level as well: their jobs may be parents.
         before: set[str] = set()
         while True:
-            store.state.settle_chains()
-            to_come = min((entry.level for entry in store.state.entries()), default=None)
+            store.state.settle_chains(span)
+            to_come = min((entry.level for entry in store.state.entries(span)), default=None)
             if to_come is None:
                 return
-            entries = [entry for entry in store.state.entries() if entry.level == to_come]
+            entries = [entry for entry in store.state.entries(span) if entry.level == to_come]
             ids = {entry.id for entry in entries}
             if ids <= before:
                 return
             before = ids
             yield deadline.groups(make_plan(entries, memory, fitting), store.state.entries)
 
-    return Levels(plan=plan, groups=(), later=later())
+    # Neither how far a run is nor how many workers it has may decide what shares a batch.
+    spans = store.state.lanes(MIN_FULL_BATCHES * memory.max_batch_size)
+    return Levels(plan=plan, groups=(), later=tuple(map(later, spans)))

@@ -15,6 +15,7 @@ from enum import StrEnum
 from sensebatch.jobs import Job, folded_id
 from sensebatch.store import tables
 from sensebatch.store.attempts import DONE, FAILED, HELD, PENDING, row_from_json
+from sensebatch.store.tables import WHOLE, Span
 
 _UNDECIDED = (PENDING, HELD)
 _ROUNDING = 1e-9
@@ -89,14 +90,19 @@ def hold(db: sqlite3.Connection) -> None:
         _set_status(db, HELD, [one for one in tries if one.status == PENDING], besides=needed)
 
 
-def release(db: sqlite3.Connection) -> int:
+def release(db: sqlite3.Connection, span: Span = WHOLE) -> int:
     """Lets tries run that are needed now; returns how many.
 
-    It is for a time at which nothing else is to be run: were some verdicts still to come, what runs
-    together would depend on when a run was interrupted.
+    It is for a time at which nothing else of these jobs is to be run: were some verdicts still to
+    come, what runs together would depend on when a run was interrupted. Which tries run in the end
+    does not depend on it: a try is needed if fewer than are wanted of those before it pass.
+
+    Args:
+        db: Inside a transaction.
+        span: The jobs; whole series.
     """
     number = 0
-    for _, keep, tries in _series(db):
+    for _, keep, tries in _series(db, span):
         needed = _needed(keep, tries)
         held = [one for one in tries if one.status == HELD and one.number in needed]
         _set_status(db, PENDING, held)
@@ -145,12 +151,13 @@ def _needed(keep: int, tries: Sequence[_Try]) -> set[int]:
     return needed
 
 
-def _series(db: sqlite3.Connection) -> Iterator[tuple[str, int, list[_Try]]]:
+def _series(db: sqlite3.Connection, span: Span = WHOLE) -> Iterator[tuple[str, int, list[_Try]]]:
     """Yields (name, keep, tries in order) of each series of the latest reading."""
     rows = db.execute(
         "SELECT series, keep, tries.number, folded, id, status FROM tries"
-        " JOIN jobs ON folded = job WHERE wanted = 1 AND seen = ? ORDER BY series, tries.number",
-        (tables.latest_reading(db),),
+        " JOIN jobs ON folded = job WHERE wanted = 1 AND seen = ? AND position BETWEEN ? AND ?"
+        " ORDER BY series, tries.number",
+        (tables.latest_reading(db), *span),
     ).fetchall()
     name, keep, tries = "", 0, list[_Try]()
     for own, own_keep, number, folded, job_id, status in rows:

@@ -15,7 +15,7 @@ from typing import Any
 
 from sensebatch.jobs import FinishReason, Job, ModelIdentity, folded_id
 from sensebatch.plan.batches import PlanEntry, plan_entry
-from sensebatch.store import acceptance, chains, shards, tables
+from sensebatch.store import acceptance, chains, lanes, shards, tables
 from sensebatch.store.acceptance import Series, Verdict
 from sensebatch.store.attempts import (
     BLOCKED,
@@ -33,7 +33,7 @@ from sensebatch.store.files import storage_errors
 from sensebatch.store.ingest import Changes, Ingest
 from sensebatch.store.manifests import ManifestFiles, Reading
 from sensebatch.store.shards import Shard
-from sensebatch.store.tables import StartedBatch
+from sensebatch.store.tables import WHOLE, Span, StartedBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,18 +276,31 @@ class State:
             chains.settle(db)
             return number
 
-    def settle_chains(self) -> None:
+    def settle_chains(self, span: Span = WHOLE) -> None:
         """Blocks jobs that start from images of failed ones, and lets others run again.
 
-        If nothing else is to be run, every verdict is there, and tries that are needed now may run.
+        If nothing else of a lane is to be run, every verdict of it is there, and those of its tries
+        that are needed now may run.
+
+        Args:
+            span: The jobs of the lane.
         """
         with self._db.reading() as db:
             if not chains.has_any(db):
                 return
         with self._db.transaction() as db:
             chains.settle(db)
-            if not tables.has_pending(db) and acceptance.release(db):
+            if not tables.has_pending(db, span) and acceptance.release(db, span):
                 chains.settle(db)
+
+    def lanes(self, least: int) -> list[Span]:
+        """Returns the jobs in one or two lanes that have nothing to do with each other.
+
+        Args:
+            least: Tries that must be open from the beginning in each of two.
+        """
+        with self._db.reading() as db:
+            return lanes.lanes(db, least)
 
     def series(self) -> list[Series]:
         """Returns the series of tries that the manifests have, and how far they are."""
@@ -383,10 +396,11 @@ class State:
                     is_started=job_id in started,
                 )
 
-    def entries(self, *, with_started: bool = False) -> Iterator[PlanEntry]:
+    def entries(self, span: Span = WHOLE, *, with_started: bool = False) -> Iterator[PlanEntry]:
         """Yields what the plan needs of every job that is to be run and is in no started batch.
 
         Args:
+            span: The jobs.
             with_started: Whether members of started batches count as well.
         """
         with self._db.reading() as db:
@@ -399,8 +413,8 @@ class State:
             rows = db.execute(
                 "SELECT id, group_number, max_images, prompt_tokens, text_tokens, alone,"
                 f" {level} FROM jobs WHERE wanted = 1 AND status = ? AND seen = ?"
-                " ORDER BY position",
-                (PENDING, tables.latest_reading(db)),
+                " AND position BETWEEN ? AND ? ORDER BY position",
+                (PENDING, tables.latest_reading(db), *span),
             )
             for job_id, number, max_images, prompt_tokens, text_tokens, alone, its_level in rows:
                 if with_started or job_id not in started:

@@ -8,6 +8,7 @@ import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TypeAlias
 
 from sensebatch.jobs import GroupKey, Job, folded_id
 from sensebatch.plan.batches import plan_entry
@@ -36,6 +37,11 @@ class StartedBatch:
         """The ids of its jobs, in its order."""
         return tuple(job_id for job_id, _ in self.members)
 
+
+Span: TypeAlias = tuple[int, int]
+"""The jobs between two places in the manifests, both included."""
+WHOLE: Span = (0, 2**63 - 1)
+"""All jobs."""
 
 LOG = "log.parquet"
 """Name in `meta`: the SHA-256 of the log as it was last written."""
@@ -91,10 +97,13 @@ def is_read(db: sqlite3.Connection, job_id: str) -> bool:
     return db.execute(query, (folded_id(job_id), latest_reading(db))).fetchone() is not None
 
 
-def has_pending(db: sqlite3.Connection) -> bool:
-    """Returns whether a job is to be run, or is running."""
-    query = "SELECT 1 FROM jobs WHERE wanted = 1 AND status = ? AND seen = ? LIMIT 1"
-    return db.execute(query, (PENDING, latest_reading(db))).fetchone() is not None
+def has_pending(db: sqlite3.Connection, span: Span = WHOLE) -> bool:
+    """Returns whether one of some jobs is to be run, or is running."""
+    query = (
+        "SELECT 1 FROM jobs WHERE wanted = 1 AND status = ? AND seen = ?"
+        " AND position BETWEEN ? AND ? LIMIT 1"
+    )
+    return db.execute(query, (PENDING, latest_reading(db), *span)).fetchone() is not None
 
 
 def started_batches(db: sqlite3.Connection) -> list[StartedBatch]:

@@ -281,3 +281,42 @@ def test_plan_is_read_only_as_far_as_it_is_needed() -> None:
     schedule = Schedule(groups=[batches()])
     schedule.next()
     assert len(taken) == 2
+
+
+def test_a_lane_reads_its_next_part_while_another_is_in_flight() -> None:
+    read: list[str] = []
+
+    def parts(name: str) -> Iterator[list[list[Ids]]]:
+        for number in range(2):
+            read.append(f"{name}{number}")
+            yield [[(f"{name}{number}x",), (f"{name}{number}y",)]]
+
+    schedule = Schedule(groups=[[("first",)]], later=[parts("a"), parts("b")])
+    first = schedule.next()
+    assert isinstance(first, Assignment)
+    assert schedule.next() is Idle.WAITING
+    assert read == []
+    schedule.done(first)
+    flying = [one for one in (schedule.next() for _ in range(4)) if isinstance(one, Assignment)]
+    assert [one.ids[0] for one in flying] == ["a0x", "a0y", "b0x", "b0y"]
+    assert schedule.next() is Idle.WAITING
+    for one in flying[:2]:
+        schedule.done(one)
+    assert schedule.peek() is not None
+    assert read == ["a0", "b0", "a1"]
+    schedule.done(flying[2])
+    again = schedule.next()
+    assert isinstance(again, Assignment)
+    assert again.ids == ("a1x",)
+    schedule.retry("b0y")
+    schedule.done(flying[3])
+    # The lane that is less far comes first, with what is to be tried again, and reads on after it.
+    retried = schedule.next()
+    assert isinstance(retried, Assignment)
+    assert (retried.ids, retried.is_retry, read[-1]) == (("b0y",), True, "a1")
+    schedule.done(retried)
+    rest = [one for one in (schedule.next() for _ in range(3)) if isinstance(one, Assignment)]
+    assert [one.ids[0] for one in rest] == ["a1y", "b1x", "b1y"]
+    for one in (again, *rest):
+        schedule.done(one)
+    assert schedule.next() is Idle.FINISHED

@@ -8,22 +8,24 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sensebatch.cli.series import series_lines
-from sensebatch.config import ExecutionConfig, default_config
+from sensebatch.config import ExecutionConfig, MemoryConfig, RunConfig, default_config
 from sensebatch.contract import Channel, Kept
 from sensebatch.dataset.records import open_dataset
 from sensebatch.dataset.selection import Selection
-from sensebatch.jobs import Batch, BatchMetrics, BatchResult, Job, JobResult
+from sensebatch.jobs import Batch, BatchMetrics, BatchResult, InputImage, Job, JobResult
 from sensebatch.manifest.read import read_rows
 from sensebatch.store.acceptance import Series, Verdict
 from sensebatch.store.dry_run import dry_run
 from sensebatch.store.status import read_status
 from sensebatch.store.store import Store, open_store
+from sensebatch.store.tables import WHOLE
 from sensebatch.tasks import Task
 from tests.executor.crews import ThreadCrew, run_crew
 from tests.executor.fakes import (
@@ -41,6 +43,8 @@ from tests.export.folders import export_folder, parquet_ids
 pytestmark = pytest.mark.slow
 
 CONFIG = make_config(max_batch_size=4, execution=ExecutionConfig(max_attempts=1))
+IN_LANES = replace(CONFIG, memory=MemoryConfig(max_batch_size=2))
+"""Batches so small that the series below are in two lanes."""
 CHECK = {"ask": "Is it good?", "choices": ["yes", "no"], "is": "yes", "at_least": 0.6}
 
 
@@ -195,19 +199,23 @@ def test_a_failed_try_is_used_up(tmp_path: Path) -> None:
     assert one.is_short
 
 
+@pytest.mark.parametrize("config", [CONFIG, IN_LANES], ids=["one lane", "two lanes"])
 @pytest.mark.parametrize("num_workers", [1, 2, 4])
-def test_any_number_of_workers_accepts_the_same(num_workers: int, tmp_path: Path) -> None:
-    run_folder(tmp_path / "one", series(*NAMES), CONFIG, engine=Judge())
-    crew = ThreadCrew(num_workers, CONFIG, series(*NAMES), lambda *_: Judge())
-    run_crew(tmp_path / "many", series(*NAMES), CONFIG, crew)
+def test_any_number_of_workers_accepts_the_same(
+    config: RunConfig, num_workers: int, tmp_path: Path
+) -> None:
+    run_folder(tmp_path / "one", series(*NAMES), config, engine=Judge())
+    crew = ThreadCrew(num_workers, config, series(*NAMES), lambda *_: Judge())
+    run_crew(tmp_path / "many", series(*NAMES), config, crew)
     assert verdicts(tmp_path / "many") == verdicts(tmp_path / "one")
     assert outcome(tmp_path / "many")[0] == outcome(tmp_path / "one")[0]
 
 
-def test_killed_at_any_step_and_resumed_the_same_are_accepted() -> None:
-    jobs = series("cat", "dog", "owl")
+@pytest.mark.parametrize("config", [CONFIG, IN_LANES], ids=["one lane", "two lanes"])
+def test_killed_at_any_step_and_resumed_the_same_are_accepted(config: RunConfig) -> None:
+    jobs = series("cat", "dog", "owl", "fox")
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
-        run_folder(Path(folder, "whole"), jobs, CONFIG, engine=Judge())
+        run_folder(Path(folder, "whole"), jobs, config, engine=Judge())
         whole = outcome(Path(folder, "whole"))[0], verdicts(Path(folder, "whole"))
         for every in (11, 23):
             root = Path(folder, str(every))
@@ -215,7 +223,7 @@ def test_killed_at_any_step_and_resumed_the_same_are_accepted() -> None:
                 life = Life(steps)
                 try:
                     with mortal(life):
-                        run_folder(root, jobs, CONFIG, engine=Judge(life.step))
+                        run_folder(root, jobs, config, engine=Judge(life.step))
                 except Killed:
                     continue
                 break
@@ -232,6 +240,39 @@ def test_stopped_between_batches_and_resumed_the_same_are_accepted(tmp_path: Pat
             break
     assert outcome(tmp_path / "parts")[0] == outcome(tmp_path / "whole")[0]
     assert verdicts(tmp_path / "parts") == verdicts(tmp_path / "whole")
+
+
+def test_one_half_is_drawn_while_the_other_is_judged(tmp_path: Path) -> None:
+    batches = run_folder(tmp_path, series(*NAMES), IN_LANES, engine=Judge()).engine.batches
+    halves = [{job_id[:3] for job_id in batch} for batch in batches]
+    # No batch has jobs of both.
+    assert all(half <= {"cat", "dog"} or half <= {"owl", "fox", "elk"} for half in halves)
+    is_first = [half <= {"cat", "dog"} for half in halves]
+    is_verdict = ["check" in batch[0] for batch in batches]
+    first_verdict = is_verdict.index(True)
+    assert {True, False} == set(is_first[:first_verdict])
+    # After the verdicts on one half, those on the other precede what the former decide.
+    assert is_first[first_verdict]
+    again = next(n for n in range(first_verdict, len(batches)) if not is_verdict[n])
+    assert {True, False} == set(is_first[first_verdict:again])
+
+
+def test_few_series_and_those_of_one_chain_are_in_one_lane(tmp_path: Path) -> None:
+    def spans(root: Path, jobs: list[Job], least: int) -> list[tuple[int, int]]:
+        with open_store(root) as store:
+            store.state.ingest(jobs, IDENTITY, root)
+            return store.state.lanes(least)
+
+    jobs = series(*NAMES)
+    # Twelve jobs a series, of which two tries are open: the cut is after the second or the third.
+    (_, end), (start, _) = spans(tmp_path / "many", jobs, 4)
+    assert (end + 1, start % 12) == (start, 0)
+    assert start in (24, 36)
+    assert spans(tmp_path / "few", jobs, 6) == [WHOLE]
+    first = replace(jobs[0], id="first", attempt_at=None)
+    image = InputImage(path="@first", sha256="", height=32, width=64, output=("first", 0))
+    last = replace(jobs[0], id="last", task=Task.EDIT, images=(image,), attempt_at=None, level=1)
+    assert spans(tmp_path / "chain", [first, *jobs, last], 2) == [WHOLE]
 
 
 def test_status_counts_what_is_accepted(tmp_path: Path) -> None:
