@@ -80,9 +80,9 @@ def doctor(
     """Print what this machine computes with, what memory is free, and how fast a GPU is.
 
     Speeds are measured in a few seconds: copies from host memory to the device, pinned and
-    pageable, a matrix product and attention in bfloat16, the attention backends at three sizes of
-    images, and reads of the device's memory. They are kept for sensebatch plan and run. A machine
-    without a GPU has none of them.
+    pageable, a matrix product in bfloat16, float8 and int8, attention in bfloat16, the attention
+    backends at three sizes of images, and reads of the device's memory. They are kept for
+    sensebatch plan and run. A machine without a GPU has none of them.
 
     With --verify the same jobs of every task are then run again and again, in every memory mode
     and precision, with memory in disorder, killed and resumed, and their files compared. Exit
@@ -140,6 +140,7 @@ def _keep(machine: Mapping[str, Any]) -> str | None:
         attention_flop_per_s=gpu["attention_flop_per_s"],
         memory_bytes_per_s=gpu["memory_bytes_per_s"],
         attention=gpu["attention_backends"],
+        quantised_flop_per_s=gpu["quantised_flop_per_s"],
     )
     try:
         return str(write_speeds(speeds))
@@ -193,7 +194,11 @@ def _lines(machine: Mapping[str, Any]) -> list[str]:
         f"device memory   {gpu['free_bytes'] / GIB:.1f} GiB free of {gpu['total_bytes'] / GIB:.1f}",
         f"copy, pinned    {gpu['pinned_bytes_per_s'] / GIB:.1f} GiB/s",
         f"copy, pageable  {gpu['pageable_bytes_per_s'] / GIB:.1f} GiB/s",
-        f"matrix product  {gpu['gemm_flop_per_s'] / 1e12:.0f} TFLOP/s in bfloat16",
+        f"matrix product  {gpu['gemm_flop_per_s'] / 1e12:.0f} TFLOP/s in bfloat16"
+        + "".join(
+            f", {speed / 1e12:.0f} in {stored}"
+            for stored, speed in gpu["quantised_flop_per_s"].items()
+        ),
         f"attention       {gpu['attention_flop_per_s'] / 1e12:.0f} TFLOP/s in bfloat16",
         *_backend_lines(gpu["attention_backends"]),
         f"memory reads    {gpu['memory_bytes_per_s'] / GIB:,.0f} GiB/s",

@@ -88,7 +88,10 @@ def _memory(summary: Summary) -> list[object]:
             "the time of a run, which is longer."
         )
     elif machine is not None:
-        lines.append("No time is known: speeds are measured in half precision.")
+        lines.append(
+            "No time is known: speeds are measured in half precision, and of 8-bit numbers by "
+            "sensebatch doctor as far as the GPU multiplies them."
+        )
     lines += [f"{text[0].upper()}{text[1:]}." for text in placement["refusals"]]
     return [_of_placement(placement, summary["groups"]), *lines]
 

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from sensebatch.jobs import Stored
 from sensebatch.plan.attention import AttentionSpeeds
 from sensebatch.plan.work import Machine, Speeds
 from sensebatch.store.files import write_atomic
@@ -37,6 +38,8 @@ class MachineSpeeds(BaseModel):
     memory_bytes_per_s: _Measured
     attention: dict[str, dict[Annotated[int, Field(gt=0)], _Measured]] = {}
     """What attention backends reach, by the number of an image's tokens."""
+    quantised_flop_per_s: dict[Stored, _Measured] = {}
+    """Products of 8-bit numbers; none where they were not measured."""
 
     @property
     def attention_speeds(self) -> AttentionSpeeds | None:
@@ -53,6 +56,7 @@ class MachineSpeeds(BaseModel):
             gemm_flop_per_s=self.gemm_flop_per_s,
             attention_flop_per_s=self.attention_flop_per_s,
             memory_bytes_per_s=self.memory_bytes_per_s,
+            quantised_flop_per_s=self.quantised_flop_per_s,
         )
         return Machine(free_bytes=self.free_bytes, speeds=speeds, attention=self.attention_speeds)
 

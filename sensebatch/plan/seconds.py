@@ -17,7 +17,6 @@ from sensebatch.plan.placement import Placement
 from sensebatch.plan.weight_bytes import weight_bytes
 from sensebatch.plan.work import (
     MEASURED_ITEM_BYTES,
-    Sizes,
     Speeds,
     denoising_work,
     network_sizes,
@@ -53,25 +52,25 @@ class Orders:
     images: Blocks
 
 
-def pass_orders(computation: Computation, sizes: Sizes) -> Orders:
+def pass_orders(computation: Computation) -> Orders:
     """Returns what the passes of a network go through."""
-    arch, item_bytes = computation.arch, computation.item_bytes
-    weights = weight_bytes(computation)
+    arch, weights = computation.arch, weight_bytes(computation)
+    head = arch.vocab_size * arch.hidden_size * computation.item_bytes
     return Orders(
         prompts=Blocks(
             expert=Expert.UNDERSTANDING,
             count=arch.num_layers,
-            num_bytes=sizes.understanding * item_bytes,
+            num_bytes=weights.understanding_layers,
         ),
         text=Blocks(
             expert=Expert.UNDERSTANDING,
             count=weights.num_understanding,
-            num_bytes=(sizes.understanding + sizes.vocabulary_head) * item_bytes,
+            num_bytes=weights.understanding_layers + head,
         ),
         images=Blocks(
             expert=Expert.GENERATION,
             count=weights.num_generation,
-            num_bytes=sizes.generation * item_bytes,
+            num_bytes=weights.generation_layers,
         ),
     )
 
@@ -168,7 +167,7 @@ class Clock:
         self._speeds = speeds
         self._attention = attention
         self._sizes = network_sizes(computation.arch)
-        self._orders = pass_orders(computation, self._sizes)
+        self._orders = pass_orders(computation)
 
     def group_seconds(self, load: Load, num_jobs: int, placement: Placement) -> GroupSeconds:
         """Returns the least time of a group; bringing the first weights is not counted.
@@ -292,7 +291,9 @@ def new_clock(
 
     It is None where a network computes with other numbers than speeds are measured with.
     """
-    if computation.item_bytes != MEASURED_ITEM_BYTES or computation.precision is not None:
+    stored = None if computation.precision is None else computation.precision.stored
+    measured = stored is None or stored in speeds.quantised_flop_per_s
+    if computation.item_bytes != MEASURED_ITEM_BYTES or not measured:
         return None
     return Clock(computation, speeds, attention)
 

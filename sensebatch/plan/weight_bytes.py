@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.checkpoint.tensors import (
     TensorGroup,
     TensorSpec,
@@ -33,6 +35,10 @@ class WeightBytes:
     """Blocks of the understanding expert, the vocabulary head included."""
     blocks: int
     """All blocks together."""
+    understanding_layers: int
+    """The decoder layers of the understanding expert."""
+    generation_layers: int
+    """Those of the generation expert."""
     embeddings: int
     """The table of token embeddings."""
     rest: int
@@ -91,19 +97,38 @@ def weight_bytes(computation: Computation) -> WeightBytes:
         num_generation=arch.num_layers,
         num_understanding=arch.num_layers + len(parts),
         blocks=sum(layers.values()) + vocabulary * item_bytes,
+        understanding_layers=_of_group(layers, TensorGroup.UNDERSTANDING),
+        generation_layers=_of_group(layers, TensorGroup.GENERATION),
         embeddings=vocabulary * item_bytes,
         rest=rest,
     )
 
 
+def _of_group(layers: Mapping[tuple[TensorGroup, int], int], group: TensorGroup) -> int:
+    return sum(size for (of, _), size in layers.items() if of is group)
+
+
 def _stored_bytes(computation: Computation, name: str, spec: TensorSpec) -> int:
     """Returns the bytes of a decoder layer's tensor, with its scales where it is quantised."""
-    arch, precision = computation.arch, computation.precision
+    quantised = is_quantised(computation, spec.group)
+    if not quantised or not may_be_quantised(computation.arch, name, spec):
+        return spec.num_elements * computation.item_bytes
+    return spec.num_elements + spec.shape[0] * SCALE_BYTES
+
+
+def is_quantised(computation: Computation, group: TensorGroup) -> bool:
+    """Returns whether the layers of an expert are quantised."""
+    precision = computation.precision
+    if precision is None:
+        return False
+    generation = group is TensorGroup.GENERATION
+    return (precision.stored if generation else precision.stored_for_text) is not None
+
+
+def may_be_quantised(arch: Architecture, name: str, spec: TensorSpec) -> bool:
+    """Returns whether a tensor of a decoder layer is a matrix that precisions quantise."""
     generation = spec.group is TensorGroup.GENERATION
     moe = arch.generation_moe if generation else arch.understanding_moe
     assert spec.layer is not None
     sparse = moe is not None and moe.sparse_layers[spec.layer] and ".mlp" in name
-    stored = precision and (precision.stored if generation else precision.stored_for_text)
-    if stored is None or sparse or len(spec.shape) < 2:
-        return spec.num_elements * computation.item_bytes
-    return spec.num_elements + spec.shape[0] * SCALE_BYTES
+    return not sparse and len(spec.shape) > 1

@@ -7,14 +7,16 @@ launches, sampling) is left out, so a pass takes longer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.checkpoint.heads import head_of
 from sensebatch.checkpoint.tensors import TensorGroup, expected_tensors
+from sensebatch.jobs import Stored
 from sensebatch.plan.attention import AttentionSpeeds
 from sensebatch.plan.computation import Computation
+from sensebatch.plan.weight_bytes import is_quantised, may_be_quantised
 
 MEASURED_ITEM_BYTES = 2
 """Speeds are measured with numbers of this many bytes."""
@@ -34,6 +36,8 @@ class Speeds:
     """Two products for each query, key and head."""
     memory_bytes_per_s: float
     """Reads of the device's own memory."""
+    quantised_flop_per_s: Mapping[Stored, float] = field(default_factory=dict)
+    """Products of quantised tokens and weights, counted likewise, as far as they were measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,12 +61,17 @@ class Work:
     """Weights that matrix products read."""
     cache_bytes: int
     """Keys and values that attention reads."""
+    stored: Stored | None = None
+    """What some of the weights are quantised to."""
+    quantised_flop: int = 0
+    """The part of `gemm_flop` that these are multiplied in."""
 
     def seconds(self, speeds: Speeds) -> float:
         """Returns the least time: products, then attention, each by the slower of its limits."""
-        products = max(
-            self.gemm_flop / speeds.gemm_flop_per_s, self.weight_bytes / speeds.memory_bytes_per_s
-        )
+        computed = (self.gemm_flop - self.quantised_flop) / speeds.gemm_flop_per_s
+        if self.stored is not None:
+            computed += self.quantised_flop / speeds.quantised_flop_per_s[self.stored]
+        products = max(computed, self.weight_bytes / speeds.memory_bytes_per_s)
         attention = max(
             self.attention_flop / speeds.attention_flop_per_s,
             self.cache_bytes / speeds.memory_bytes_per_s,
@@ -74,12 +83,12 @@ class Work:
 class Sizes:
     """How many weights a token meets, all layers of an expert taken together."""
 
-    understanding: int
-    """Weights of its layers: what is copied where all of them are streamed."""
-    generation: int
     understanding_matrices: int
     """What each token is multiplied with; of sparse blocks, only the experts it is sent to."""
     generation_matrices: int
+    understanding_quantisable: int
+    """The part of it that precisions quantise."""
+    generation_quantisable: int
     vocabulary_head: int
     image_token: int
     """What each token of an image is multiplied with before the layers, once for all branches."""
@@ -92,13 +101,14 @@ def network_sizes(arch: Architecture) -> Sizes:
 
     It goes through every tensor, so it is called once for a run and not once for a group.
     """
-    weights = dict.fromkeys(TensorGroup, 0)
     matrices = dict.fromkeys(TensorGroup, 0)
+    quantisable = dict.fromkeys(TensorGroup, 0)
     specs = expected_tensors(arch)
-    for spec in specs.values():
+    for name, spec in specs.items():
         if spec.layer is not None:
-            weights[spec.group] += spec.num_elements
             matrices[spec.group] += 0 if len(spec.shape) == 1 else spec.num_elements
+            chosen = may_be_quantised(arch, name, spec)
+            quantisable[spec.group] += spec.num_elements if chosen else 0
     for group, moe in (
         (TensorGroup.UNDERSTANDING, arch.understanding_moe),
         (TensorGroup.GENERATION, arch.generation_moe),
@@ -111,10 +121,10 @@ def network_sizes(arch: Architecture) -> Sizes:
     embedder = "fm_modules.vision_model_mot_gen.embeddings."
     patches = specs[f"{embedder}patch_embedding.weight"].num_elements
     return Sizes(
-        understanding=weights[TensorGroup.UNDERSTANDING],
-        generation=weights[TensorGroup.GENERATION],
         understanding_matrices=matrices[TensorGroup.UNDERSTANDING],
         generation_matrices=matrices[TensorGroup.GENERATION],
+        understanding_quantisable=quantisable[TensorGroup.UNDERSTANDING],
+        generation_quantisable=quantisable[TensorGroup.GENERATION],
         vocabulary_head=arch.vocab_size * arch.hidden_size,
         image_token=PATCHES * patches + specs[f"{embedder}dense_embedding.weight"].num_elements,
         evaluation_token=sum(
@@ -145,11 +155,16 @@ def understanding_work(
     keys = sum(new + cached for new, cached in spans)
     attention_flop, cache_bytes = _attention(computation, pairs, keys)
     head = sizes.vocabulary_head if logits else 0
+    stored, quantised = _quantised(
+        computation, TensorGroup.UNDERSTANDING, sizes.understanding_quantisable
+    )
     return Work(
         gemm_flop=2 * (tokens * sizes.understanding_matrices + logits * head),
         attention_flop=attention_flop,
-        weight_bytes=(sizes.understanding_matrices + head) * computation.item_bytes,
+        weight_bytes=_read_bytes(computation, sizes.understanding_matrices + head, quantised),
         cache_bytes=cache_bytes,
+        stored=stored,
+        quantised_flop=2 * tokens * quantised,
     )
 
 
@@ -174,12 +189,31 @@ def denoising_work(
     keys = sum(prefixes) + evaluations * tokens
     attention_flop, cache_bytes = _attention(computation, tokens * keys, keys)
     of_token = sizes.generation_matrices + sizes.evaluation_token
+    stored, quantised = _quantised(
+        computation, TensorGroup.GENERATION, sizes.generation_quantisable
+    )
     return Work(
         gemm_flop=2 * tokens * (evaluations * of_token + images * sizes.image_token),
         attention_flop=attention_flop,
-        weight_bytes=(of_token + sizes.image_token) * computation.item_bytes,
+        weight_bytes=_read_bytes(computation, of_token + sizes.image_token, quantised),
         cache_bytes=cache_bytes,
+        stored=stored,
+        quantised_flop=2 * tokens * evaluations * quantised,
     )
+
+
+def _quantised(
+    computation: Computation, group: TensorGroup, quantisable: int
+) -> tuple[Stored | None, int]:
+    """Returns what an expert's weights are quantised to, and how many are."""
+    if computation.precision is None or not is_quantised(computation, group):
+        return None, 0
+    return computation.precision.stored, quantisable
+
+
+def _read_bytes(computation: Computation, weights: int, quantised: int) -> int:
+    """Returns the bytes of weights of which some are quantised; a number of 8 bits is one."""
+    return weights * computation.item_bytes - quantised * (computation.item_bytes - 1)
 
 
 def _attention(computation: Computation, pairs: int, keys: int) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from sensebatch.cli import verification
 from sensebatch.cli.speed_cache import read_speeds, speeds_path
 from sensebatch.engine.device import machine
 from sensebatch.engine.device.machine import Gpu, Machine
+from sensebatch.jobs import Stored
 from sensebatch.plan.attention import AttentionSpeeds
 from sensebatch.verify.promises import TRIALS
 from tests.backends import FakeBackend
@@ -31,6 +32,7 @@ GPU = Gpu(
     gemm_flop_per_s=150e12,
     attention_flop_per_s=120e12,
     memory_bytes_per_s=9e11,
+    quantised_flop_per_s={Stored.INT8: 300e12},
     attention_backends={"cudnn": {1024: 9e13, 4096: 12e13}, "sdpa": {1024: 8e13}},
 )
 
@@ -60,6 +62,7 @@ def test_speeds_are_kept_and_where_is_said(invoke: Invoke, tmp_path: Path) -> No
     printed = invoke("doctor").out
     kept = tmp_path / "cache" / "speeds.json"
     assert f"speeds kept in  {kept}" in printed
+    assert "matrix product  150 TFLOP/s in bfloat16, 300 in int8" in printed
     assert "attention       120 TFLOP/s" in printed
     assert "memory reads    838 GiB/s" in printed
     assert "float8          not usable: fp8 needs another GPU\nint8            usable" in printed
@@ -69,6 +72,7 @@ def test_speeds_are_kept_and_where_is_said(invoke: Invoke, tmp_path: Path) -> No
     assert (speeds.gpu, speeds.torch, speeds.free_bytes) == (GPU.name, "2.11.0", GPU.free_bytes)
     assert speeds.machine.speeds.copy_bytes_per_s == GPU.pinned_bytes_per_s
     assert speeds.machine.speeds.attention_flop_per_s == GPU.attention_flop_per_s
+    assert speeds.machine.speeds.quantised_flop_per_s == {Stored.INT8: 300e12}
     assert "  cudnn         90 TFLOP/s for 1,024 tokens, 120 TFLOP/s for 4,096 tokens" in printed
     assert speeds.attention_speeds == AttentionSpeeds(
         gpu=GPU.name, torch="2.11.0", flop_per_s=GPU.attention_backends

@@ -157,7 +157,7 @@ def test_a_model_that_would_be_downloaded_is_left_alone(invoke: Invoke, large: P
 @pytest.mark.usefixtures("measured")
 def test_plan_takes_what_fits_the_measured_gpu_and_times_it(invoke: Invoke, large: Path) -> None:
     plan = invoke("plan", large, *MODEL, "--json").json
-    assert plan["machine"] == SPEEDS | {"attention": {}}
+    assert plan["machine"] == SPEEDS | {"attention": {}, "quantised_flop_per_s": {}}
     (mode,) = plan["memory"]
     assert mode["vram_mode"] == "full"
     images = [group["seconds"]["images"] for group in mode["groups"]]
@@ -216,16 +216,23 @@ def test_speeds_of_half_precision_are_not_used_for_float32(invoke: Invoke, large
 
 
 @pytest.mark.usefixtures("measured")
-def test_float8_takes_less_memory_and_has_no_seconds(invoke: Invoke, large: Path) -> None:
-    def planned(precision: str) -> dict[str, Any]:
-        options = ("--precision", precision, "--vram-mode", "fast", "--json")
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+def test_8_bits_take_less_memory_and_the_seconds_that_were_measured(
+    invoke: Invoke, large: Path, measured: Path, precision: str
+) -> None:
+    def planned(*words: str) -> dict[str, Any]:
+        options = (*words, "--vram-mode", "fast", "--json")
         return invoke("plan", large, *MODEL, *options).json["memory"][0]
 
-    plain, fp8 = planned("auto"), planned("fp8")
+    plain, quantised = planned(), planned("--precision", precision)
     assert plain["seconds"] is not None
-    assert fp8["seconds"] is None
+    assert quantised["seconds"] is None
     for memory in ("device_bytes", "host_bytes"):
-        assert plain[memory] - fp8[memory] > 7 * 2**30
+        assert plain[memory] - quantised[memory] > 7 * 2**30
+    speeds = {"float8": 1.4e15, "int8": 1.4e15}
+    measured.write_text(json.dumps(SPEEDS | {"quantised_flop_per_s": speeds}), encoding="utf-8")
+    images = planned("--precision", precision)["seconds"]["images"]
+    assert 0.5 < images / plain["seconds"]["images"] < 0.8
 
 
 @pytest.mark.usefixtures("measured")

@@ -11,9 +11,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sensebatch.engine.model.attention import sdpa
 from sensebatch.engine.model.kv_cache import KVCache
+from sensebatch.engine.model.network import Network
+from sensebatch.engine.model.operations import Operations
+from sensebatch.engine.model.quantized import NUMBERS, QuantisedLinear
+from sensebatch.engine.model.transformer import Expert
 from sensebatch.engine.prompts import Prompt
 from sensebatch.engine.runner import Extension, Runner
+from sensebatch.jobs import Precision, Stored
 from sensebatch.plan.computation import Computation
+from sensebatch.plan.weight_bytes import weight_bytes
 from sensebatch.plan.work import Work, denoising_work, network_sizes, understanding_work
 from sensebatch.resolutions import Resolution
 from tests.engine.golden_model import build_network
@@ -107,10 +113,11 @@ def test_a_denoising_step_is_counted_exactly(config: str) -> None:
 @pytest.mark.parametrize("config", [name for name in CONFIGS if name != "moe"])
 def test_dense_layers_are_multiplied_with_all_their_matrices(config: str) -> None:
     network = build_network(config)
-    sizes = network_sizes(golden_architecture(config))
+    arch = golden_architecture(config)
+    sizes, stored = network_sizes(arch), weight_bytes(Computation(arch=arch, item_bytes=1))
     for expert, weights, matrices in (
-        (network.understanding, sizes.understanding, sizes.understanding_matrices),
-        (network.generation, sizes.generation, sizes.generation_matrices),
+        (network.understanding, stored.understanding_layers, sizes.understanding_matrices),
+        (network.generation, stored.generation_layers, sizes.generation_matrices),
     ):
         layers = list(expert.layers.parameters())
         norms = [parameter for parameter in layers if max(parameter.shape) == parameter.numel()]
@@ -118,3 +125,38 @@ def test_dense_layers_are_multiplied_with_all_their_matrices(config: str) -> Non
         assert weights == sum(parameter.numel() for parameter in layers)
         small = sum(parameter.numel() for parameter in [*norms, *halves])
         assert matrices == weights - small
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("precision", [Precision.INT8, Precision.INT8_ALL])
+def test_products_of_8_bits_are_those_of_quantised_layers(
+    config: str, precision: Precision
+) -> None:
+    arch = golden_architecture(config)
+    with torch.device("meta"):
+        network = Network(arch, Operations())
+    network.generation.quantise(NUMBERS[Stored.INT8])
+    if precision is Precision.INT8_ALL:
+        network.understanding.quantise(NUMBERS[Stored.INT8])
+    plain = Computation(arch=arch, item_bytes=ITEM_BYTES)
+    quantised = Computation(arch=arch, item_bytes=ITEM_BYTES, precision=precision)
+    sizes = network_sizes(arch)
+
+    def works(computation: Computation) -> list[Work]:
+        return [
+            understanding_work(computation, sizes, [(7, 3)]),
+            denoising_work(computation, sizes, tokens=7, images=1, prefixes=[3]),
+        ]
+
+    experts = (network.understanding, network.generation)
+    for expert, before, after in zip(experts, works(plain), works(quantised), strict=True):
+        weights = _quantised_weights(expert)
+        assert before.quantised_flop == 0
+        assert after.quantised_flop == 2 * 7 * weights
+        assert after.gemm_flop == before.gemm_flop
+        assert before.weight_bytes - after.weight_bytes == (ITEM_BYTES - 1) * weights
+
+
+def _quantised_weights(expert: Expert) -> int:
+    layers = (layer for layer in expert.modules() if isinstance(layer, QuantisedLinear))
+    return sum(layer.weight.numel() for layer in layers)

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sensebatch.jobs import Drawing, GroupKey
+from sensebatch.jobs import Drawing, GroupKey, Precision, Stored
 from sensebatch.plan.load import Load, interleave_tokens
-from sensebatch.plan.seconds import Clock, GroupSeconds
+from sensebatch.plan.seconds import Clock, GroupSeconds, new_clock
+from sensebatch.plan.weight_bytes import weight_bytes
 from sensebatch.plan.work import Speeds, Work, denoising_work, network_sizes
 from sensebatch.resolutions import Resolution
 from sensebatch.tasks import Branch, Task
@@ -82,7 +83,7 @@ def test_a_resident_step_takes_as_long_as_the_limit_found_by_hand() -> None:
 
 
 def test_one_streamed_job_waits_for_copies_and_two_hide_them() -> None:
-    copies = SIZES.generation * 2 / H200.copy_bytes_per_s
+    copies = weight_bytes(COMPUTATION).generation_layers / H200.copy_bytes_per_s
     assert copies == pytest.approx(0.293, rel=0.003)
     # Beside the steps there is one pass over the prompt, which copies as much.
     alone = step(make_load(), vram_mode="balanced")
@@ -146,6 +147,25 @@ def test_a_smaller_last_batch_is_counted() -> None:
     times = [seconds(make_load(4), jobs, vram_mode="full").images for jobs in (4, 5, 8)]
     assert times[0] < times[1] < times[2]
     assert times[2] == pytest.approx(2 * times[0])
+
+
+def test_8_bits_halve_the_time_of_products_and_of_copies() -> None:
+    computation = replace(COMPUTATION, precision=Precision.INT8)
+    assert new_clock(computation, H200) is None
+    fast = replace(H200, quantised_flop_per_s={Stored.INT8: 2 * H200.gemm_flop_per_s})
+    clock = new_clock(computation, fast)
+    assert clock is not None
+    load = make_load()
+    copies = weight_bytes(COMPUTATION).generation_layers / H200.copy_bytes_per_s
+    products = 2 * 8192 * SIZES.generation_matrices / H200.gemm_flop_per_s
+    for mode, expected in (
+        ("full", step(load, vram_mode="full") - products / 2),
+        # The prompts' pass copies an expert that is not quantised.
+        ("low", copies / 2 + copies / STEPS),
+    ):
+        placement = place_all([load], precision=Precision.INT8, vram_mode=mode).of(load.group)
+        found = clock.group_seconds(load, 1, placement).images / STEPS
+        assert found == pytest.approx(expected, rel=0.01)
 
 
 def test_products_of_few_rows_wait_for_their_weights() -> None:

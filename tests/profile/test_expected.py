@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sensebatch.jobs import Stored
 from sensebatch.plan.work import Speeds
 from sensebatch.profile.expected import Expectation, expectation, with_expectation
 from sensebatch.profile.suites import Scale, Suite, chosen_cases, suite_cases, write_manifest
@@ -61,6 +63,10 @@ def test_text_counts_where_it_is_sure_to_be_written(tmp_path: Path) -> None:
 def test_speeds_of_other_numbers_say_nothing_of_float8(tmp_path: Path) -> None:
     expected = _expected("t2i-fp8", tmp_path, Suite.SPEED)
     assert expected.limits(SPEEDS, with_text=True) is None
+    speeds = replace(SPEEDS, quantised_flop_per_s={Stored.INT8: 1.4e15})
+    assert expected.limits(speeds, with_text=True) is None
+    int8 = _expected("t2i-int8", tmp_path, Suite.SPEED).limits(speeds, with_text=True)
+    assert int8 is not None
     plain = _expected("t2i", tmp_path, Suite.SPEED).placements
     assert expected.placements.device_bytes < plain.device_bytes - 5 * GIB
 

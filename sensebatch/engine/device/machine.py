@@ -19,8 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import sensebatch
 from sensebatch.engine.device.memory import translated_out_of_memory
 from sensebatch.engine.device.runtime import BACKENDS, check_precision, resolve_attention
+from sensebatch.engine.model.operations import choose_operations
+from sensebatch.engine.model.quantized import NUMBERS, quantise_rows
 from sensebatch.errors import ConfigError
-from sensebatch.jobs import Precision
+from sensebatch.jobs import QUANTISED, Precision, Stored
 from sensebatch.process import free_memory_bytes
 
 MEASURED_S = 0.2
@@ -59,6 +61,8 @@ class Gpu:
     pageable_bytes_per_s: float
     gemm_flop_per_s: float
     """bfloat16; a product of n by n matrices counts 2 n^3."""
+    quantised_flop_per_s: Mapping[Stored, float]
+    """The same of quantised tokens and weights, as far as the GPU multiplies them."""
     attention_flop_per_s: float
     """bfloat16, torch's fastest kernel; two products for each query, key and head."""
     memory_bytes_per_s: float
@@ -145,6 +149,7 @@ def _look_at_gpu(device: torch.device) -> Gpu:
             pinned_bytes_per_s=copy_speed(device, COPY_BYTES, MEASURED_S, pin=True),
             pageable_bytes_per_s=copy_speed(device, COPY_BYTES, MEASURED_S, pin=False),
             gemm_flop_per_s=gemm_speed(device, GEMM_SIZE, MEASURED_S),
+            quantised_flop_per_s=quantised_speeds(device, GEMM_SIZE, MEASURED_S),
             attention_flop_per_s=attention_speed(device, ATTENTION_SHAPE, MEASURED_S),
             memory_bytes_per_s=read_speed(device, READ_BYTES, MEASURED_S),
             attention_backends=backend_speeds(device, IMAGE_TOKENS, MEASURED_S),
@@ -165,6 +170,30 @@ def gemm_speed(device: torch.device, size: int, seconds: float) -> float:
     out = torch.empty_like(left)
     rounds = _rounds_per_s(device, seconds, lambda: torch.matmul(left, right, out=out), BURST)
     return 2 * size**3 * rounds
+
+
+def quantised_speeds(device: torch.device, size: int, seconds: float) -> dict[Stored, float]:
+    """Returns the operations a second of products of square quantised matrices, as runs make them.
+
+    Args:
+        device: Where they are multiplied; numbers that it does not multiply are left out.
+        size: Side of the matrices.
+        seconds: That each is measured for.
+    """
+    operations = choose_operations(fused=_kernels_obstacle(device.type == "cuda") is None)
+    found = {}
+    for precision in (Precision.FP8, Precision.INT8):
+        stored = QUANTISED[precision].stored
+        if _precision_obstacle(precision, device.type) is not None:
+            continue
+        left, right = (
+            quantise_rows(torch.randn(size, size, device=device).bfloat16(), NUMBERS[stored])
+            for _ in range(2)
+        )
+        scale = right[1][:, 0].contiguous()
+        once = partial(operations.scaled_product, left, right[0], scale, torch.bfloat16)
+        found[stored] = 2 * size**3 * _rounds_per_s(device, seconds, once, BURST)
+    return found
 
 
 def attention_speed(

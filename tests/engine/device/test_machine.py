@@ -19,7 +19,7 @@ from sensebatch.engine.device.machine import (
 )
 from sensebatch.engine.device.runtime import BACKENDS
 from sensebatch.errors import OutOfMemoryError
-from sensebatch.jobs import Precision
+from sensebatch.jobs import Precision, Stored
 
 
 def test_a_machine_without_a_gpu_has_no_speeds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,6 +78,12 @@ def test_a_gpu_that_is_full_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) ->
     assert machine._precision_obstacle(Precision.INT8, "cuda") is None
 
 
+def test_only_numbers_that_are_multiplied_here_are_measured() -> None:
+    found = machine.quantised_speeds(torch.device("cpu"), 64, 0.001)
+    assert found.keys() == {Stored.INT8}
+    assert found[Stored.INT8] > 0
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_is_described_and_measured() -> None:
@@ -87,6 +93,7 @@ def test_a_gpu_is_described_and_measured() -> None:
     assert gpu.pageable_bytes_per_s > 0
     assert gpu.pinned_bytes_per_s > 0
     assert gpu.gemm_flop_per_s > 0
+    assert all(speed > 0 for speed in gpu.quantised_flop_per_s.values())
     assert gpu.attention_flop_per_s > 0
     assert len(gpu.attention_backends["sdpa"]) == len(machine.IMAGE_TOKENS)
     assert gpu.memory_bytes_per_s > gpu.pinned_bytes_per_s

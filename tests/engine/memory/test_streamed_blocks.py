@@ -70,7 +70,7 @@ def counted_blocks(num_buffers: int, text_passes: int, monkeypatch: pytest.Monke
 def expected_blocks(num_buffers: int, text_passes: int) -> float:
     """Returns the blocks that the arithmetic expects for the same."""
     computation = Computation(arch=ARCH, item_bytes=4)
-    orders = pass_orders(computation, network_sizes(ARCH))
+    orders = pass_orders(computation)
     seconds = understanding_work(computation, network_sizes(ARCH), [(1, 0)]).seconds(SPEEDS)
 
     def in_blocks(blocks: Blocks) -> Blocks:
