@@ -86,12 +86,13 @@ def _int8_product(
     total = tl.zeros((TOKENS, OUTPUTS), dtype=tl.int32)
     for start in range(0, width, INPUTS):
         if WHOLE:
-            total = tl.dot(tl.load(x + start), tl.load(weight + start), total)
+            left, right = tl.load(x + start), tl.load(weight + start)
+            total = tl.dot(left, right, total, out_dtype=tl.int32)
         else:
             inside = start + columns < width
             left = tl.load(x + start, mask=inside[None, :], other=0)
             right = tl.load(weight + start, mask=inside[:, None], other=0)
-            total = tl.dot(left, right, total)
+            total = tl.dot(left, right, total, out_dtype=tl.int32)
     there = tokens < num_tokens
     exists = rows < height
     result = total.to(tl.float32) * tl.load(x_scales + tokens, mask=there, other=0.0)[:, None]
