@@ -414,7 +414,7 @@ def load_engine(
         compile_s=compile_s,
         vram_mode=placements.first.mode,
         budget_bytes=config.memory.vram_budget_bytes,
-        torch_version=torch.__version__,
+        torch_version=str(torch.__version__),  # which brings torch along where it is unpickled
         refusals=placements.refusals(),
         **_load_figures(start, peak),
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import pickle
+import pickletools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -131,6 +133,14 @@ def png(width: int, height: int) -> bytes:
 
 def pixels(result: BatchResult) -> list[bytes]:
     return [image.tobytes() for job in succeeded(result.results) for image in job.images]
+
+
+def test_what_an_engine_says_is_read_without_torch() -> None:
+    engine, kept, said = load(make_config()), KeptImages(1), list[Progress]()
+    result = generate(engine, make_job("circle"), kept=kept, progress=said.append)
+    for news in (engine.info, result.metrics, said, kept.load()):
+        words = {str(found) for _, found, _ in pickletools.genops(pickle.dumps(news)) if found}
+        assert not [word for word in words if word.split(".")[0] == "torch"]
 
 
 def test_figures_of_a_batch_add_up() -> None:
