@@ -1,35 +1,34 @@
 """Workers as actors of Ray: on this machine, where Ray is started and stopped with the run, or on a
-cluster that somebody else has started. The only module that speaks to Ray, but for the actor.
+cluster that somebody else has started.
+
+One thread starts or joins Ray, carries the news of all workers, and leaves Ray again. Nobody waits
+for it longer than some seconds, whatever becomes of the cluster meanwhile.
 """
 
 from __future__ import annotations
 
-import logging
-import os
+import atexit
 import shutil
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-import psutil
-
 from sensebatch.config import WorkersConfig
 from sensebatch.contract import Raised
-from sensebatch.errors import ConfigError
+from sensebatch.errors import ConfigError, SensebatchError, WorkersLostError
 from sensebatch.executor.guard import guarded, raise_again
 from sensebatch.executor.messages import Died, Joined, News, Order, Said
 from sensebatch.executor.ray_actor import RayWorker, Recipe
+from sensebatch.executor.ray_start import import_ray, join, new_temp, start_local
+from sensebatch.executor.ray_watch import ClusterWatch
 from sensebatch.executor.roster import Event
 
-INSTALL_COMMAND = "pip install 'sensebatch[cluster]'"
 _WAIT_S = 0.1
 """Seconds after which a wait for news looks for workers that were started meanwhile."""
 _LOOK_S = 5.0
@@ -37,14 +36,10 @@ _LOOK_S = 5.0
 _DOUBT_S, _AGAIN_S = 40.0, 1.0
 """Seconds until Ray knows what became of a worker that it cannot reach, and between two questions
 meanwhile: whether its machine is gone decides if its batch is to blame."""
-_NEWS_BYTES = 256 << 20
-"""Of Ray's shared memory for each worker: a batch's images on their way, or those to be kept."""
-_MAX_SHARE = 0.3
-"""Most of the host's memory for that; Ray brings what does not fit to the disk."""
-_TEMP_PREFIX = "sensebatch-ray-"
-"""Begins the name of the folder of Ray's files; the number of the process follows."""
-_MAX_TEMP_NAME = 30
-"""Characters of the folder for temporary files that leave room for the names of Ray's sockets."""
+CONNECT_S = 90.0
+"""Seconds within which Ray has to be started or joined."""
+CLOSE_S = 15.0
+"""Seconds that it may take to leave it; what the run has started ends with its process anyway."""
 
 
 class RayCrew:
@@ -80,9 +75,11 @@ class RayCrew:
         self._questions: dict[Any, tuple[int, int]] = {}
         """Worker and life of each question for news that is not answered yet."""
         self._is_closing = threading.Event()
-        # Ray's processes end with the thread that started them.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ray")
-        self._listening: Future[None] | None = None
+        # Ray's processes end with the thread that started them. The process does not wait for it.
+        self._thread = threading.Thread(target=self._live, name="ray", daemon=True)
+        self._is_connected = threading.Event()
+        self._refusal: SensebatchError | None = None
+        """Why Ray was neither started nor joined."""
 
     @property
     def numbers(self) -> Sequence[int]:
@@ -94,12 +91,18 @@ class RayCrew:
 
         Raises:
             ConfigError: There is no such cluster, or it has no room for the workers.
+            WorkersLostError: It does not answer any more.
         """
         self._events = events
-        self._thread.submit(self._connect).result()
+        self._thread.start()
+        if not self._is_connected.wait(CONNECT_S):
+            cluster = self._workers.cluster
+            what = "Ray on this machine" if cluster is None else f"the Ray cluster at {cluster}"
+            raise WorkersLostError(f"{what} did not answer within {CONNECT_S:.0f} s")
+        if self._refusal is not None:
+            raise self._refusal
         _take_back_sigterm()
         self._numbers = range(self._num_workers())
-        self._listening = self._thread.submit(self._listen)
 
     def start(self, worker: int, life: int) -> None:
         """Starts a worker; the cluster says where."""
@@ -142,10 +145,26 @@ class RayCrew:
         for worker in list(self._actors):
             self.end(worker)
         self._is_closing.set()
-        self._thread.submit(self._ray.shutdown).result()
-        self._thread.shutdown()
+        if self._thread.is_alive():
+            self._thread.join(CLOSE_S if self._is_connected.is_set() else 0.0)
+        if self._thread.is_alive():
+            # It would be waited for where the process ends.
+            atexit.unregister(self._ray.shutdown)
         if self._temp is not None:
             shutil.rmtree(self._temp, ignore_errors=True)
+
+    def _live(self) -> None:
+        """Starts or joins Ray, and leaves it when the crew is closed."""
+        try:
+            self._connect()
+        except SensebatchError as error:
+            self._refusal = error
+        finally:
+            self._is_connected.set()
+        if self._refusal is None:
+            self._listen()
+            self._watch.close()
+        self._ray.shutdown()
 
     def _connect(self) -> None:
         """Starts Ray or joins the cluster; in the thread that stays."""
@@ -153,36 +172,12 @@ class RayCrew:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
         # Ray prints on stdout what it notices of processes that end; the run says that itself.
         self._ray._private.worker.print_worker_logs = lambda *_: None
-        address = self._workers.cluster
-        common = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "sensebatch"}
-        if address is None:
-            self._start_ray(common)
-            return
-        try:
-            self._ray.init(address=address, **common)
-        except (ConnectionError, ImportError, RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ConfigError(
-                f"--cluster: expected the address of a Ray cluster, found {address!r}: {reason}"
-            ) from error
-
-    def _start_ray(self, common: dict[str, Any]) -> None:
-        self._temp = _new_temp()
-        num_workers = self._workers.count or 1
-        resources: dict[str, Any] = {"num_cpus": num_workers}
-        if self._workers.gpus or not self._uses_gpu:
-            resources["num_gpus"] = len(self._workers.gpus) if self._uses_gpu else 0
-        self._ray.init(
-            address="local",
-            include_dashboard=False,
-            object_store_memory=_store_bytes(num_workers),
-            _temp_dir=str(self._temp),
-            _node_ip_address="127.0.0.1",
-            # Budgets say what workers may take of the host.
-            _system_config={"memory_monitor_refresh_ms": 0},
-            **resources,
-            **common,
-        )
+        if self._workers.cluster is not None:
+            join(self._ray, self._workers.cluster)
+        else:
+            self._temp = new_temp()
+            start_local(self._ray, self._workers, uses_gpu=self._uses_gpu, temp=self._temp)
+        self._watch = ClusterWatch(self._ray, self._ray.get_runtime_context().get_node_id())
 
     def _num_workers(self) -> int:
         """Returns how many workers the run has at its start.
@@ -193,7 +188,7 @@ class RayCrew:
         wanted = self._workers.count
         if not self._uses_gpu:
             return wanted or 1
-        num_gpus = self._num_gpus()
+        num_gpus = self._watch.num_gpus
         where = "this machine" if self._workers.cluster is None else "the cluster"
         if not num_gpus and (wanted is None or self._workers.cluster is None):
             raise ConfigError(f"--gpus: expected GPUs on {where}, found none")
@@ -204,9 +199,6 @@ class RayCrew:
                 f"--workers: expected at most {num_gpus}, one for each GPU, found {wanted}"
             )
         return wanted
-
-    def _num_gpus(self) -> int:
-        return int(self._ray.cluster_resources().get("GPU", 0))
 
     def _ask(self, worker: int, life: int) -> None:
         """Asks a worker for news, unless its life is over."""
@@ -226,6 +218,8 @@ class RayCrew:
     def _pass_on(self) -> None:
         look_at = time.monotonic() + _LOOK_S
         while not self._is_closing.is_set():
+            if (lost := self._watch.lost) is not None:
+                raise WorkersLostError(f"{lost}; the same command resumes the run")
             with self._lock:
                 questions = list(self._questions)
             answered: Sequence[Any] = ()
@@ -279,8 +273,8 @@ class RayCrew:
     def _death(self, worker: int, error: Exception) -> Died:
         """Returns what is known of a worker that does not answer."""
         text = str(error)
-        alive = {node["NodeID"] for node in self._ray.nodes() if node["Alive"]}
-        is_of_node = "node has died" in text or self._nodes.get(worker) not in {None, *alive}
+        node = self._nodes.get(worker)
+        is_of_node = "node has died" in text or node not in {None, *self._watch.alive()}
         if is_of_node or getattr(error, "preempted", False):
             return Died(reason="its machine left the cluster", is_of_node=True)
         if isinstance(error, self._ray.exceptions.RayTaskError):
@@ -294,23 +288,8 @@ class RayCrew:
     def _look(self) -> None:
         """Says which workers there is room for on machines that were added."""
         if self._workers.cluster is not None and self._uses_gpu and self._workers.count is None:
-            for worker in range(len(self._numbers), self._num_gpus()):
+            for worker in range(len(self._numbers), self._watch.num_gpus):
                 self._say(worker, 0, Joined())
-
-
-def import_ray() -> Any:
-    """Returns the package `ray`.
-
-    Raises:
-        ConfigError: It is not installed.
-    """
-    try:
-        import ray
-    except ImportError:
-        raise ConfigError(
-            f"several workers need Ray, which is not installed; install it with: {INSTALL_COMMAND}"
-        ) from None
-    return ray
 
 
 def _take_back_sigterm() -> None:
@@ -318,21 +297,3 @@ def _take_back_sigterm() -> None:
     handler = signal.getsignal(signal.SIGTERM)
     if threading.current_thread() is threading.main_thread() and handler is not None:
         signal.signal(signal.SIGTERM, handler)
-
-
-def _new_temp() -> Path:
-    """Makes a folder for what Ray writes; removes those of runs that were killed."""
-    base = Path(tempfile.gettempdir())
-    if len(str(base)) > _MAX_TEMP_NAME:
-        base = Path("/tmp")
-    for folder in base.glob(f"{_TEMP_PREFIX}*-*"):
-        owner = folder.name.removeprefix(_TEMP_PREFIX).partition("-")[0]
-        if owner.isdigit() and not psutil.pid_exists(int(owner)):
-            shutil.rmtree(folder, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"{_TEMP_PREFIX}{os.getpid()}-", dir=base))
-
-
-def _store_bytes(num_workers: int) -> int:
-    """Returns how much of the host's memory Ray may use for messages on their way."""
-    most = int(psutil.virtual_memory().total * _MAX_SHARE)
-    return min(max(num_workers, 2) * _NEWS_BYTES, most)

@@ -116,7 +116,8 @@ class Started:
             stderr=subprocess.PIPE,
             text=True,
         )
-        self._mark = f"sensebatch-ray-{self.process.pid}-"
+        self.pid = self.process.pid
+        self._mark = f"sensebatch-ray-{self.pid}-"
 
     def __enter__(self) -> Started:
         return self
@@ -131,7 +132,11 @@ class Started:
 
     def workers(self) -> list[psutil.Process]:
         """Returns the processes of the workers."""
-        return [one for one in self._of_ray() if "ray::RayWorker" in " ".join(one.cmdline())]
+        return self.of_ray("ray::RayWorker")
+
+    def of_ray(self, name: str) -> list[psutil.Process]:
+        """Returns the processes of Ray that have a name in their command line."""
+        return [one for one in self._of_ray() if name in " ".join(one.cmdline())]
 
     def end(self) -> str:
         """Waits for the end of the run and of all that Ray started for it; returns what it said."""
@@ -169,9 +174,13 @@ def test_two_workers_of_which_one_is_killed_make_the_same_and_leave_nothing(
 ) -> None:
     with Started(manifest, tmp_path) as started:
         started.wait_for_an_image()
+        unwanted = [started.of_ray(name) for name in ("monitor.py", "dashboard.py")]
+        libraries = {Path(one.path).name for one in psutil.Process(started.pid).memory_maps()}
         started.workers()[0].send_signal(signal.SIGKILL)
         said = started.end()
     assert started.process.returncode == 0, said
+    assert not any(unwanted)
+    assert not [name for name in libraries if name.startswith("libtorch")]
     assert "died and is started again: its process was killed" in said
     assert json.loads(started.printed)["done"] == 20
     assert not temp_folders(started)
@@ -203,6 +212,22 @@ def test_stop_ends_workers_in_order_and_the_run_is_resumed(
         said = started.end()
     assert started.process.returncode == 75, said
     assert "died" not in said
+    ended = sensebatch(manifest, tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert made(tmp_path) == made(within)
+
+
+@pytest.mark.slow
+def test_a_run_whose_ray_is_killed_ends_and_is_resumed(
+    manifest: Path, within: Path, tmp_path: Path
+) -> None:
+    with Started(manifest, tmp_path) as started:
+        started.wait_for_an_image()
+        for process in started.of_ray("raylet/raylet"):
+            process.kill()
+        said = started.end()
+    assert started.process.returncode == 75, said
+    assert "Ray has ended on the machine of the run; the same command resumes the run" in said
     ended = sensebatch(manifest, tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert made(tmp_path) == made(within)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from pathlib import Path
+import threading
+from collections.abc import Iterator
 from queue import SimpleQueue
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from sensebatch.config import OutputConfig, WorkersConfig
-from sensebatch.errors import ConfigError
+from sensebatch.errors import ConfigError, WorkersLostError
 from sensebatch.executor import ray_workers
 from sensebatch.executor.messages import Began, Died, Joined, News, Said
 from sensebatch.executor.ray_actor import Recipe
+from sensebatch.executor.ray_watch import ClusterWatch
 from sensebatch.executor.ray_workers import RayCrew
 
 exceptions = pytest.importorskip("ray.exceptions")
@@ -35,6 +35,7 @@ class Ray:
     """Answers as it is told."""
 
     exceptions = exceptions
+    watches: ClassVar[list[ClusterWatch]] = []
 
     def __init__(self) -> None:
         self.answer: Any = None
@@ -47,10 +48,11 @@ class Ray:
         return self.answer
 
     def nodes(self) -> list[dict[str, Any]]:
-        return [{"NodeID": "here", "Alive": self.alive}]
-
-    def cluster_resources(self) -> dict[str, float]:
-        return {"GPU": float(self.num_gpus)}
+        resources = {"GPU": float(self.num_gpus)}
+        return [
+            {"NodeID": "driver", "Alive": True, "Resources": resources},
+            {"NodeID": "here", "Alive": self.alive, "Resources": {"CPU": 2.0}},
+        ]
 
     def remote(self) -> object:
         """Is asked for news."""
@@ -63,7 +65,18 @@ def new_crew(ray: Ray, monkeypatch: pytest.MonkeyPatch, **workers: Any) -> RayCr
     crew = RayCrew(WorkersConfig(**workers), RECIPE, uses_gpu=True)
     crew._events = SimpleQueue()
     crew._actors[0], crew._lives[0] = SimpleNamespace(listen=ray), 1
+    crew._watch = ClusterWatch(ray, "driver")
+    ray.watches.append(crew._watch)
     return crew
+
+
+@pytest.fixture(autouse=True)
+def _no_watch_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    watches: list[ClusterWatch] = []
+    monkeypatch.setattr(Ray, "watches", watches)
+    yield
+    for watch in watches:
+        watch.close()
 
 
 def heard(crew: RayCrew, answer: Any) -> list[News]:
@@ -152,6 +165,7 @@ def test_gpus_that_are_added_to_a_cluster_are_said_unless_workers_are_counted(
         crew = new_crew(ray, monkeypatch, cluster="auto", count=count)
         crew._numbers = range(crew._num_workers())
         ray.num_gpus = 3
+        crew._watch.alive()  # Asks again.
         crew._look()
         found = []
         while not crew._events.empty():
@@ -179,17 +193,35 @@ def test_workers_without_gpus_for_them_are_refused(
         new_crew(ray, monkeypatch, **workers)._num_workers()
 
 
-def test_files_of_runs_that_were_killed_are_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_cluster_that_stops_answering_while_it_is_joined_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
-    monkeypatch.setattr(ray_workers, "_MAX_TEMP_NAME", 1000)
-    no_process = 2**22 + 1  # more than Linux ever gives
-    left = tmp_path / f"sensebatch-ray-{no_process}-x"
-    running = tmp_path / f"sensebatch-ray-{os.getpid()}-x"
-    for folder in (left, running):
-        folder.mkdir()
-    made = ray_workers._new_temp()
-    assert not left.exists()
-    assert running.exists()
-    assert made.name.startswith(f"sensebatch-ray-{os.getpid()}-")
+    answers = threading.Event()
+
+    def join(*_: object) -> None:
+        answers.wait()
+        raise ConfigError("no cluster")
+
+    monkeypatch.setattr(ray_workers, "CONNECT_S", 0.01)
+    monkeypatch.setattr(ray_workers, "join", join)
+    ray = Ray()
+    monkeypatch.setattr(ray, "_private", SimpleNamespace(worker=SimpleNamespace()), raising=False)
+    monkeypatch.setattr(ray, "shutdown", lambda: None, raising=False)
+    crew = new_crew(ray, monkeypatch, cluster="head:6379")
+    crew._actors.clear()
+    with pytest.raises(WorkersLostError, match="the Ray cluster at head:6379 did not answer"):
+        crew.open(SimpleQueue())
+    crew.close()
+    assert crew._thread.is_alive(), "nobody waits for it"
+    answers.set()
+    crew._thread.join()
+
+
+def test_a_cluster_that_is_lost_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    crew = new_crew(Ray(), monkeypatch, cluster="auto")
+    monkeypatch.setattr(ClusterWatch, "lost", "the Ray cluster is silent")
+    crew._listen()
+    said = crew._events.get()
+    assert not isinstance(said, Said)
+    with pytest.raises(WorkersLostError, match="is silent; the same command resumes the run"):
+        said()

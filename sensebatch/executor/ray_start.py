@@ -1,0 +1,164 @@
+"""How Ray is reached: started on this machine for a run, or joined where somebody started it.
+
+Knows addresses, options and folders, and no workers.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import psutil
+
+from sensebatch.config import WorkersConfig
+from sensebatch.errors import ConfigError
+
+INSTALL_COMMAND = "pip install 'sensebatch[cluster]'"
+REACH_S = 10.0
+"""Seconds within which a cluster has to take a connection."""
+CLIENT_PORT = 10001
+"""Where a cluster takes those that come from outside, unless an address says another one."""
+_COMMON = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "sensebatch"}
+_NEWS_BYTES = 256 << 20
+"""Of Ray's shared memory for each worker: a batch's images on their way, or those to be kept."""
+_MAX_SHARE = 0.3
+"""Most of the host's memory for that; Ray brings what does not fit to the disk."""
+_TEMP_PREFIX = "sensebatch-ray-"
+"""Begins the name of the folder of Ray's files; the number of the process follows."""
+_MAX_TEMP_NAME = 30
+"""Characters of the folder for temporary files that leave room for the names of Ray's sockets."""
+
+
+def import_ray() -> Any:
+    """Returns the package `ray`.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise ConfigError(
+            f"several workers need Ray, which is not installed; install it with: {INSTALL_COMMAND}"
+        ) from None
+    return ray
+
+
+def join(ray: Any, address: str) -> None:
+    """Joins a cluster.
+
+    Raises:
+        ConfigError: There is none at this address, or it does not let the run in.
+    """
+    found = f"--cluster: expected the address of a Ray cluster, found {address!r}"
+    try:
+        # A dead one would be waited for, for ten minutes.
+        _require_answer(_place(ray, address), found)
+        ray.init(address=address, **_COMMON)
+    except (ConnectionError, ImportError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{found}: {reason}") from error
+
+
+def start_local(ray: Any, workers: WorkersConfig, *, uses_gpu: bool, temp: Path) -> None:
+    """Starts Ray on this machine; it ends with the thread that calls this."""
+    num_workers = workers.count or 1
+    resources: dict[str, Any] = {"num_cpus": num_workers}
+    if workers.gpus or not uses_gpu:
+        resources["num_gpus"] = len(workers.gpus) if uses_gpu else 0
+    with _without_helpers(ray):
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            object_store_memory=_store_bytes(num_workers),
+            _temp_dir=str(temp),
+            _node_ip_address="127.0.0.1",
+            # Budgets say what workers may take of the host.
+            _system_config={"memory_monitor_refresh_ms": 0},
+            **resources,
+            **_COMMON,
+        )
+
+
+def new_temp() -> Path:
+    """Makes a folder for what Ray writes; removes those of runs that were killed."""
+    base = Path(tempfile.gettempdir())
+    if len(str(base)) > _MAX_TEMP_NAME:
+        base = Path("/tmp")
+    for folder in base.glob(f"{_TEMP_PREFIX}*-*"):
+        owner = folder.name.removeprefix(_TEMP_PREFIX).partition("-")[0]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(folder, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{_TEMP_PREFIX}{os.getpid()}-", dir=base))
+
+
+def _place(ray: Any, address: str) -> tuple[str, int] | None:
+    """Returns the host and the port of a cluster; None if only Ray can make sense of the address.
+
+    Raises:
+        ConnectionError: Ray knows of no cluster on this machine.
+    """
+    if address == "auto":
+        # What ray.init does first. There is no public way to ask for it.
+        with suppress(AttributeError):
+            logging.getLogger("ray._private.services").setLevel(logging.ERROR)
+            address = ray._private.services.get_ray_address_from_environment(address, None)
+    default = CLIENT_PORT if address.startswith("ray://") else None
+    with suppress(ValueError):
+        parts = urlsplit(address if "://" in address else f"//{address}")
+        port = parts.port or default
+        if parts.hostname and port:
+            return parts.hostname, port
+    return None
+
+
+def _require_answer(place: tuple[str, int] | None, found: str) -> None:
+    """Makes sure that something takes connections at a place.
+
+    Raises:
+        ConfigError: Nothing does.
+    """
+    if place is None:
+        return
+    host, port = place
+    try:
+        socket.create_connection(place, REACH_S).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(f"{found}: nothing answers at {host}:{port} ({reason})") from error
+
+
+@contextmanager
+def _without_helpers(ray: Any) -> Iterator[None]:
+    """Lets Ray start without what a run has no use for: autoscaler, log reader, dashboard.
+
+    They take 150 MiB and half of the time that it takes to start. The command `ray start` has
+    options for that and `ray.init` has none; a version of Ray that calls them otherwise starts
+    them all.
+    """
+    parameter, node = ray._private.parameter, ray._private.node.Node
+    as_found = parameter.RayParams, node.start_api_server
+    unwanted = {"no_monitor": True, "include_log_monitor": False}
+    if unwanted.keys() <= inspect.signature(parameter.RayParams).parameters.keys():
+        parameter.RayParams = partial(parameter.RayParams, **unwanted)
+        node.start_api_server = lambda _node, **_: None
+    try:
+        yield
+    finally:
+        parameter.RayParams, node.start_api_server = as_found
+
+
+def _store_bytes(num_workers: int) -> int:
+    """Returns how much of the host's memory Ray may use for messages on their way."""
+    most = int(psutil.virtual_memory().total * _MAX_SHARE)
+    return min(max(num_workers, 2) * _NEWS_BYTES, most)

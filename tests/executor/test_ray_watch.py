@@ -1,0 +1,92 @@
+"""Whether a cluster still answers; a stub stands for Ray."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from sensebatch.executor import ray_watch
+from sensebatch.executor.ray_watch import ClusterWatch
+
+PATIENCE_S = 60.0
+
+
+class Ray:
+    """A cluster of two nodes."""
+
+    def __init__(self) -> None:
+        self.answers = threading.Event()
+        self.answers.set()
+        self.fails = False
+        self.alive = {"driver": True, "other": True}
+
+    def nodes(self) -> list[dict[str, Any]]:
+        self.answers.wait()
+        if self.fails:
+            raise ConnectionError("no such head")
+        return [
+            {"NodeID": name, "Alive": alive, "Resources": {"CPU": 8.0, "GPU": 2.0}}
+            for name, alive in self.alive.items()
+        ]
+
+
+@pytest.fixture
+def ray(monkeypatch: pytest.MonkeyPatch) -> Ray:
+    for name, seconds in {"LOOK_S": 0.01, "TICK_S": 0.01, "FRESH_S": 0.02, "LOST_S": 0.1}.items():
+        monkeypatch.setattr(ray_watch, name, seconds)
+    return Ray()
+
+
+@pytest.fixture
+def watch(ray: Ray) -> Iterator[ClusterWatch]:
+    watch = ClusterWatch(ray, "driver")
+    yield watch
+    watch.close()
+    ray.answers.set()
+
+
+def wait_until_lost(watch: ClusterWatch) -> str:
+    end = time.monotonic() + PATIENCE_S
+    while (lost := watch.lost) is None and time.monotonic() < end:
+        time.sleep(0.01)
+    assert lost is not None
+    return lost
+
+
+@pytest.mark.parametrize("how", ["waits", "fails"])
+def test_a_cluster_that_does_not_answer_is_lost_until_it_does(
+    how: str, ray: Ray, watch: ClusterWatch
+) -> None:
+    if how == "waits":
+        ray.answers.clear()
+    else:
+        ray.fails = True
+    assert wait_until_lost(watch) == "the Ray cluster has not answered for 0 s"
+    assert watch.alive() == {"driver", "other"}, "as it was heard last"
+    ray.fails = False
+    ray.answers.set()
+    end = time.monotonic() + PATIENCE_S
+    while watch.lost is not None and time.monotonic() < end:
+        time.sleep(0.01)
+    assert watch.lost is None
+
+
+def test_nodes_are_those_of_now(
+    ray: Ray, watch: ClusterWatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_watch, "LOOK_S", PATIENCE_S)
+    monkeypatch.setattr(ray_watch, "FRESH_S", PATIENCE_S)
+    assert watch.num_gpus == 4
+    ray.alive["other"] = False
+    assert watch.alive() == {"driver"}
+    assert watch.num_gpus == 2
+    assert watch.lost is None
+
+
+def test_a_run_whose_own_node_has_ended_is_lost(ray: Ray, watch: ClusterWatch) -> None:
+    ray.alive["driver"] = False
+    assert wait_until_lost(watch) == "Ray has ended on the machine of the run"
