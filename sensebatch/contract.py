@@ -7,12 +7,15 @@ come out, and exceptions come out as `Raised`. What passes while a batch runs go
 `Channel`. A worker is called in this order:
 
 1. `largest_batch`, for each group, while the run is planned.
-2. `prepare`, for each job of an assignment, from a thread of its own: at most one assignment
-   ahead, while `generate` or `make_room` works on the one before. A job that cannot be prepared
-   fails here, before the composition of its batch is on record.
-3. `generate`, for the jobs that could be prepared, once their batch is on record. If a single job
+2. `prepare`, for each job of an assignment, from a thread of its own, while `generate` or
+   `make_room` works on an assignment before. A job that cannot be prepared fails here, before the
+   composition of its batch is on record.
+3. `expect`, from the same thread, once all jobs of the assignment are prepared, if it comes next
+   unless something goes wrong. The worker may then have its prompts read while it draws the one
+   before: nothing is kept of that, and its own `generate` gives the same bytes without it.
+4. `generate`, for the jobs that could be prepared, once their batch is on record. If a single job
    does not fit, `make_room` and `generate` again, until it fits or there is no more room to make.
-4. `release`, when the executor is through with the assignment, however it ended.
+5. `release`, when the executor is through with the assignment, however it ended.
 """
 
 from __future__ import annotations
@@ -91,7 +94,7 @@ class Channel:
     """
 
     def progress(self, progress: Progress) -> None:
-        """Takes where the batch is; called between steps."""
+        """Takes where the batch is; called between steps, while the device computes the last."""
 
     def keep(self, drawn: Drawn) -> None:
         """Keeps images that were drawn together, all of them or none, until the batch is committed.
@@ -143,6 +146,23 @@ class Raised:
     concerns: Concerns
 
 
+class Reading(Protocol):
+    """The prompts of a batch that are read beside the drawing of another one.
+
+    It never leaves the engine's process. What it has read is freed when it is dropped.
+    """
+
+    def advance(self, num_calls: int) -> None:
+        """Has the device read on, between two steps of the batch that is drawn.
+
+        Args:
+            num_calls: How many more calls are expected; the last one reads what is left.
+
+        Raises:
+            Exception: Anything that reading them in their own batch would raise.
+        """
+
+
 class Engine(Protocol):
     """A loaded model. It raises what goes wrong; its worker makes data of it."""
 
@@ -164,8 +184,25 @@ class Engine(Protocol):
             JobError: The job cannot be run; others can.
         """
 
+    def read(self, prepared: Sequence[Prepared]) -> Reading | None:
+        """Begins to read the prompts of a batch; called while `generate` draws another one.
+
+        Args:
+            prepared: What `prepare` returned for each job of the batch that is expected next.
+
+        Returns:
+            None where nothing is to be read ahead: there is no room, or the weights for it are not
+            on the device.
+        """
+
     def generate(
-        self, batch: Batch, prepared: Sequence[Prepared], *, kept: Kept, channel: Channel
+        self,
+        batch: Batch,
+        prepared: Sequence[Prepared],
+        *,
+        kept: Kept,
+        channel: Channel,
+        reading: Reading | None = None,
     ) -> BatchResult:
         """Runs a batch.
 
@@ -179,6 +216,8 @@ class Engine(Protocol):
             prepared: What `prepare` returned, one for each job.
             kept: Images that an interrupted or split batch has drawn; they are not drawn again.
             channel: Takes the progress and finished images, and says whether to stop.
+            reading: What `read` returned for `prepared`, however far it came; None reads all
+                prompts now. The result is the same.
 
         Raises:
             OutOfMemoryError: The batch does not fit; nothing of it is kept on the device.
@@ -231,6 +270,13 @@ class Worker(Protocol):
             Why the job cannot be run; None if it can.
         """
 
+    def expect(self, number: int) -> None:
+        """Takes note that all jobs of an assignment are prepared, and that it comes next.
+
+        Args:
+            number: The assignment's.
+        """
+
     def generate(
         self, number: int, batch: Batch, *, kept: Kept, channel: Channel
     ) -> BatchResult | Raised:
@@ -247,4 +293,4 @@ class Worker(Protocol):
         """Continues with less memory; see `Engine.make_room`."""
 
     def release(self, number: int) -> None:
-        """Forgets what was prepared of an assignment."""
+        """Forgets what was prepared of an assignment, and what was read of it."""

@@ -14,7 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from sensebatch.contract import Channel, Drawn, HostShare, Kept, Prepared, Progress, Stop
+from sensebatch.contract import (
+    Channel,
+    Drawn,
+    HostShare,
+    Kept,
+    Prepared,
+    Progress,
+    Reading,
+    Stop,
+)
 from sensebatch.errors import RunFolderError
 from sensebatch.jobs import Batch, BatchResult, EngineInfo, GroupKey, Job
 from sensebatch.plan.load import Load
@@ -95,6 +104,7 @@ class _TracingEngine:
         self._folder = folder
         self.largest_batch = engine.largest_batch
         self.make_room = engine.make_room
+        self.read = engine.read
         self.replan = engine.replan
         self.close = engine.close
 
@@ -108,11 +118,19 @@ class _TracingEngine:
         return self._engine.prepare(job, inputs)
 
     def generate(
-        self, batch: Batch, prepared: Sequence[Prepared], *, kept: Kept, channel: Channel
+        self,
+        batch: Batch,
+        prepared: Sequence[Prepared],
+        *,
+        kept: Kept,
+        channel: Channel,
+        reading: Reading | None = None,
     ) -> BatchResult:
         """Runs a batch, and writes its record before it returns."""
         recorder = _Recorder(channel, batch.group)
-        result = self._engine.generate(batch, prepared, kept=kept, channel=recorder)
+        result = self._engine.generate(
+            batch, prepared, kept=kept, channel=recorder, reading=reading
+        )
         recorder.write(self._folder / f"{batch.id}.npz")
         return result
 

@@ -15,7 +15,7 @@ from sensebatch.checkpoint.card import model_license
 from sensebatch.checkpoint.files import Checkpoint
 from sensebatch.checkpoint.tokenizer import IMG_START
 from sensebatch.config import RunConfig
-from sensebatch.contract import Channel, HostShare, Kept, Phase
+from sensebatch.contract import Channel, HostShare, Kept, Phase, Reading
 from sensebatch.engine.device.memory import (
     DevicePeak,
     cap_device_memory,
@@ -37,12 +37,13 @@ from sensebatch.engine.memory.shared import can_share, taken_bytes
 from sensebatch.engine.model.attention import Attention
 from sensebatch.engine.model.kv_cache import KVCache
 from sensebatch.engine.model.network import Network
+from sensebatch.engine.model.steps import Paced
 from sensebatch.engine.model.tokenizer import HFTokenizer, Tokenizer
 from sensebatch.engine.preprocess import load_input
-from sensebatch.engine.runner import PassLimits, Runner
+from sensebatch.engine.runner import CachedPrompts, PassLimits, Runner
 from sensebatch.engine.sampling.text import Script
 from sensebatch.engine.tasks.registry import runner_of
-from sensebatch.engine.tasks.state import PreparedJob, prepare_job
+from sensebatch.engine.tasks.state import PreparedJob, prepare_job, read_ahead
 from sensebatch.engine.weights.loader import NetworkLoader, open_weights, warm_up
 from sensebatch.engine.weights.residency import EMBEDDINGS, Residency
 from sensebatch.errors import (
@@ -62,6 +63,7 @@ from sensebatch.jobs import (
     Job,
     JobResult,
     ModelIdentity,
+    group_key,
 )
 from sensebatch.plan.fallback import keeping, leaner
 from sensebatch.plan.load import Load
@@ -140,10 +142,31 @@ class SenseNovaEngine:
         arch = self._loader.arch
         return prepare_job(arch, self._tokenizer, job, system_prompt=system, images=images)
 
+    def read(self, prepared: Sequence[PreparedJob]) -> Paced[CachedPrompts] | None:
+        """Begins to read the prompts of the next batch; see `contract.Engine.read`."""
+        assert self._group is not None
+        following = group_key(prepared[0].job)
+        if not self._residency.is_whole or not self._placements.reads_ahead(self._group, following):
+            return None
+        runner = Runner(
+            network=self._network,
+            tokenizer=self._tokenizer,
+            attention=self._attention,
+            system_turns=self._system_turns,
+        )
+        return read_ahead(runner, prepared)
+
     def generate(
-        self, batch: Batch, prepared: Sequence[PreparedJob], *, kept: Kept, channel: Channel
+        self,
+        batch: Batch,
+        prepared: Sequence[PreparedJob],
+        *,
+        kept: Kept,
+        channel: Channel,
+        reading: Reading | None = None,
     ) -> BatchResult:
         """Runs a batch; see `contract.Engine.generate`."""
+        assert reading is None or isinstance(reading, Paced)
         device = self._network.device
         try:
             self._settle(batch.group)
@@ -152,7 +175,7 @@ class SenseNovaEngine:
             check_device(device, error)
             raise
         memory = DevicePeak(device)
-        runner = self._new_runner(batch, channel)
+        runner = self._new_runner(batch, channel, reading)
         start = time.perf_counter()
         # Unknown after a batch that raises, since nobody knows how far the device came.
         idle_since, self._idle_since = self._idle_since, None
@@ -197,7 +220,9 @@ class SenseNovaEngine:
             peak_reserved_bytes=reserved,
         )
 
-    def _new_runner(self, batch: Batch, channel: Channel) -> Runner:
+    def _new_runner(
+        self, batch: Batch, channel: Channel, reading: Paced[CachedPrompts] | None = None
+    ) -> Runner:
         limits = self._limits(batch)
         draws_once = runner_of(batch.group.task).draws_once(batch, limits)
         runner = Runner(
@@ -211,6 +236,7 @@ class SenseNovaEngine:
             stop=channel.is_stopped,
         )
         runner.observe = channel.observe
+        runner.reading_ahead = reading
         return runner
 
     def _limits(self, batch: Batch) -> PassLimits:

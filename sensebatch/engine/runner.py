@@ -10,10 +10,10 @@ import itertools
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,9 +28,11 @@ from sensebatch.engine.decoding import (
     step_together,
 )
 from sensebatch.engine.model.attention import Attention
+from sensebatch.engine.model.copies import to_device
 from sensebatch.engine.model.kv_cache import KVCache, Parcel, Span
 from sensebatch.engine.model.lockstep import Pass, run
 from sensebatch.engine.model.network import Network
+from sensebatch.engine.model.steps import Paced, Steps, by_block, run_through
 from sensebatch.engine.model.tokenizer import Tokenizer
 from sensebatch.engine.preprocess import Patches
 from sensebatch.engine.prompts import Grid, ImageSpan, Prompt, positions, segments
@@ -38,6 +40,7 @@ from sensebatch.engine.sampling.text import Step, Writing, decode_text
 from sensebatch.errors import BatchStoppedError
 from sensebatch.plan.passes import MAX_PREFILL_TOKENS, TOKENS_PER_PASS, images_per_pass
 from sensebatch.resolutions import Resolution
+from sensebatch.tasks import Branch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +65,18 @@ class Text:
     """Its sequences are numbered from 0."""
     choose: Choose | None = None
     """Chooses by logits; None takes the most probable tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedPrompts:
+    """The prompts of a batch's jobs, after the network has read them."""
+
+    caches: Sequence[Mapping[Branch, KVCache]]
+    """Of each job, by the branches of its guidance."""
+    hidden_SD: Tensor
+    """The normed output after each prompt that was read."""
+    rows: Sequence[int]
+    """Which of these belongs to each job's conditional prompt."""
 
 
 class Weights(Protocol):
@@ -104,6 +119,41 @@ class PassLimits:
         return images_per_pass(resolution.image_tokens, self.image_tokens)
 
 
+Mark: TypeAlias = "torch.cuda.Event | float"
+"""A moment: of the device where that computes beside the host."""
+
+
+def new_mark(device: torch.device) -> Mark:
+    """Returns the moment at which the device is through with everything so far."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    mark = torch.cuda.Event(enable_timing=True)
+    mark.record(torch.cuda.current_stream(device))
+    return mark
+
+
+def seconds_between(start: Mark, end: Mark) -> float:
+    """Returns the seconds between two marks, which the device has reached."""
+    if isinstance(start, float) or isinstance(end, float):
+        assert isinstance(start, float)
+        assert isinstance(end, float)
+        return end - start
+    milliseconds: float = start.elapsed_time(end)
+    return milliseconds / 1000
+
+
+def prompt_passes(lengths: Sequence[int]) -> list[slice]:
+    """Returns which prompts share a pass, by their tokens; see `Runner.prefill`."""
+    passes: list[slice] = []
+    start, num_tokens = 0, 0
+    for index, length in enumerate(lengths):
+        if index > start and num_tokens + length > MAX_PREFILL_TOKENS:
+            passes.append(slice(start, index))
+            start, num_tokens = index, 0
+        num_tokens += length
+    return [*passes, slice(start, len(lengths))]
+
+
 class Runner:
     """The network with its tokenizer, attention and clock.
 
@@ -136,6 +186,8 @@ class Runner:
         self.progress = progress
         self.observe: Callable[[int, Tensor], None] = lambda _step, _velocities: None
         """Is called with the index and the velocities of each step before it is taken."""
+        self.reading_ahead: Paced[CachedPrompts] | None = None
+        """The reading of the batch's prompts, if it began while another one was drawn."""
         self.limits = PassLimits() if limits is None else limits
         self.system_turns = {} if system_turns is None else system_turns
         self._weights = weights
@@ -144,6 +196,8 @@ class Runner:
         """Wall-clock seconds of each phase."""
         self.worked: tuple[float, float] | None = None
         """Start of the first phase and end of the last one, by `time.perf_counter`."""
+        self._others: list[tuple[Mark, Mark]] = []
+        """What others had the device do in a phase, by when it began and ended."""
         self.num_denoise_steps = 0
         self.num_kept_images = 0
         """Images of the batch's results that were kept images."""
@@ -171,10 +225,20 @@ class Runner:
     @contextmanager
     def prefilling(self, *, decodes: bool) -> Iterator[None]:
         """Times the phase that reads prompts: one pass of the understanding expert."""
-        with self._phase(Phase.PREFILL):
-            if self._weights is not None:
-                self._weights.prefill(decodes=decodes)
+        with self.reading():
+            self.bring_for_prompts(decodes=decodes)
             yield
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Times the phase that reads prompts, in any number of passes."""
+        with self._phase(Phase.PREFILL):
+            yield
+
+    def bring_for_prompts(self, *, decodes: bool) -> None:
+        """Has weights brought for a pass of prompts, and for logits after it if text follows."""
+        if self._weights is not None:
+            self._weights.prefill(decodes=decodes)
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
@@ -204,14 +268,25 @@ class Runner:
 
     @contextmanager
     def _phase(self, phase: Phase) -> Iterator[None]:
-        """Times a block, up to when the device has finished it."""
+        """Times a block, up to when the device has finished it, without what others had it do."""
         start = time.perf_counter()
         yield
         if self.network.device.type == "cuda":
             torch.cuda.synchronize(self.network.device)
         end = time.perf_counter()
-        self.seconds[phase] += end - start
+        others = sum(seconds_between(*marks) for marks in self._others)
+        self._others.clear()
+        self.seconds[phase] += end - start - others
         self.worked = (start if self.worked is None else self.worked[0], end)
+
+    def pause(self, progress: Progress) -> None:
+        """Reports progress between two steps, when others may have the device do something.
+
+        What they have it do comes before the next step, and does not count as this batch's phase.
+        """
+        start = new_mark(self.network.device)
+        self.progress(progress)
+        self._others.append((start, new_mark(self.network.device)))
 
     def embed_images(self, images: Iterable[Patches]) -> list[Tensor]:
         """Returns the embedding of each input image, `[tokens, D]`.
@@ -229,25 +304,20 @@ class Runner:
 
         Shared tokens count as well, because every sequence gets memory of its own for them.
         """
-        hidden = []
-        group: list[Extension] = []
-        num_tokens = 0
-        for extension in extensions:
-            length = extension.num_shared + len(extension.prompt.token_ids)
-            if group and num_tokens + length > MAX_PREFILL_TOKENS:
-                hidden.append(self._prefill_together(group))
-                group, num_tokens = [], 0
-            group.append(extension)
-            num_tokens += length
-        hidden.append(self._prefill_together(group))
-        return torch.cat(hidden)
+        return run_through(self.prefill_by_layer(extensions))
 
-    def _prefill_together(self, extensions: Sequence[Extension]) -> Tensor:
-        caches = [extension.cache for extension in extensions]
-        self.bring(cache for cache in caches if cache.length)
-        hidden = self.extend(extensions, attention=self._attend_to_prompts)
-        self.park(caches)
-        return hidden
+    def prefill_by_layer(self, extensions: Sequence[Extension]) -> Steps[Tensor]:
+        """Computes what `prefill` returns; each layer of each pass is a step."""
+        lengths = [e.num_shared + len(e.prompt.token_ids) for e in extensions]
+        hidden = []
+        for together in prompt_passes(lengths):
+            members = extensions[together]
+            caches = [extension.cache for extension in members]
+            self.bring(cache for cache in caches if cache.length)
+            attending = self._extending(members, self._attend_to_prompts)
+            hidden.append((yield from by_block(attending)))
+            self.park(caches)
+        return torch.cat(hidden)
 
     def park(self, caches: Iterable[KVCache]) -> None:
         """Moves caches to host memory if the limits say so."""
@@ -277,8 +347,8 @@ class Runner:
     def _extending(self, extensions: Sequence[Extension], attention: Attention) -> Pass[Tensor]:
         """Returns a pass that computes what `extend` returns."""
         hidden_TD = yield from self._caching(extensions, attention)
-        lengths = [len(extension.prompt.token_ids) for extension in extensions]
-        return hidden_TD[torch.tensor(lengths, device=hidden_TD.device).cumsum(0) - 1]
+        ends = itertools.accumulate(len(extension.prompt.token_ids) for extension in extensions)
+        return hidden_TD[to_device(torch.tensor(list(ends)) - 1, hidden_TD.device)]
 
     def extend_whole(self, extensions: Sequence[Extension]) -> Sequence[Tensor]:
         """Caches tokens as `extend` does; returns the outputs of all of them, `[tokens, D]`."""

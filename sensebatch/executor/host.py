@@ -181,6 +181,7 @@ class WorkerHost:
                 if order.number not in self._waiting:
                     return
             outcomes.append(self._worker.prepare(order.number, job, inputs))
+        self._worker.expect(order.number)
         self._outbox.put(Prepared(number=order.number, outcomes=tuple(outcomes)))
 
     def _run(self, order: Run) -> None:

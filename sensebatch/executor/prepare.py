@@ -40,10 +40,16 @@ class Preparer:
         self._closing.set()
         self._thread.shutdown(cancel_futures=True)
 
-    def start(self, assignment: Assignment, jobs: Sequence[Job]) -> None:
-        """Begins to prepare what is expected next; nothing while something else is waiting."""
+    def start(self, assignment: Assignment, jobs: Sequence[Job], *, alone: bool = False) -> None:
+        """Begins to prepare what is expected next; nothing while something else is waiting.
+
+        Args:
+            assignment: What is expected.
+            jobs: Its jobs.
+            alone: Whether it must not have the device together with another one.
+        """
         if self._ahead is None:
-            future = self._thread.submit(self._prepare_all, assignment.number, jobs)
+            future = self._thread.submit(self._prepare_ahead, assignment.number, jobs, alone)
             self._ahead = (assignment.number, future)
 
     def is_ahead_with(self, assignment: Assignment) -> bool:
@@ -58,6 +64,12 @@ class Preparer:
         else:
             future = self._thread.submit(self._prepare_all, assignment.number, jobs)
         return future.result()
+
+    def _prepare_ahead(self, number: int, jobs: Sequence[Job], alone: bool) -> Preparations:
+        prepared = self._prepare_all(number, jobs)
+        if not alone and not self._closing.is_set():
+            self._worker.expect(number)
+        return prepared
 
     def _prepare_all(self, number: int, jobs: Sequence[Job]) -> Preparations:
         # One job at a time, so that the encoded images of one alone are in memory.

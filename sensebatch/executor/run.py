@@ -288,7 +288,8 @@ class _Run:
         expected = self._schedule.peek()
         if expected is not None and not (expected.is_last or self._is_judged(expected)):
             jobs = self._store.state.jobs(expected.ids)
-            self._preparer.start(expected, [stored.job for stored in jobs])
+            alone = expected.seq in self._doubtful
+            self._preparer.start(expected, [stored.job for stored in jobs], alone=alone)
 
     def _generate(self, begun: Begun) -> BatchResult | Raised:
         """Runs a batch; a single job that does not fit is tried with less and less memory."""

@@ -6,7 +6,8 @@ import socket
 from collections import defaultdict
 from collections.abc import Sequence
 
-from sensebatch.contract import Channel, Engine, Kept, Prepared, Raised
+from sensebatch.contract import Channel, Concerns, Engine, Kept, Prepared, Raised, Reading
+from sensebatch.executor.ahead import Ahead
 from sensebatch.executor.guard import guarded
 from sensebatch.jobs import Batch, BatchResult, EngineInfo, GroupKey, Job
 
@@ -24,6 +25,7 @@ class EngineWorker:
         self.node = socket.gethostname()
         self._engine = engine
         self._prepared: dict[int, list[Prepared]] = defaultdict(list)
+        self._ahead = Ahead(engine)
 
     @property
     def info(self) -> EngineInfo:
@@ -42,24 +44,44 @@ class EngineWorker:
         self._prepared[number].append(prepared)
         return None
 
+    def expect(self, number: int) -> None:
+        """Takes note that an assignment is prepared; see `contract.Worker.expect`."""
+        self._ahead.expect(number, self._prepared.get(number, ()))
+
     def generate(
         self, number: int, batch: Batch, *, kept: Kept, channel: Channel
     ) -> BatchResult | Raised:
         """Runs a batch; see `contract.Worker.generate`."""
-        prepared = self._prepared[number]
-        return guarded(
-            lambda: _checked(
-                batch, self._engine.generate(batch, prepared, kept=kept, channel=channel)
+
+        def run(channel: Channel, reading: Reading | None) -> BatchResult | Raised:
+            return guarded(
+                lambda: _checked(
+                    batch,
+                    self._engine.generate(
+                        batch, self._prepared[number], kept=kept, channel=channel, reading=reading
+                    ),
+                )
             )
-        )
+
+        outcome = run(self._ahead.beside(channel), self._ahead.take(number))
+        if _ran_out(outcome) and self._ahead.drop():
+            # It may have fitted without what was read of the next one.
+            outcome = run(channel, None)
+        return outcome
 
     def make_room(self) -> str | Raised | None:
         """Continues with less memory; see `contract.Worker.make_room`."""
+        self._ahead.drop()
         return guarded(self._engine.make_room)
 
     def release(self, number: int) -> None:
-        """Forgets what was prepared of an assignment."""
+        """Forgets what was prepared of an assignment, and what was read of it."""
         self._prepared.pop(number, None)
+        self._ahead.forget(number)
+
+
+def _ran_out(outcome: BatchResult | Raised) -> bool:
+    return isinstance(outcome, Raised) and outcome.concerns is Concerns.MEMORY
 
 
 def _checked(batch: Batch, result: BatchResult) -> BatchResult:

@@ -14,7 +14,7 @@ from sensebatch.jobs import VramMode
 from sensebatch.plan import passes
 from sensebatch.plan.batches import Demand
 from sensebatch.plan.computation import Computation
-from sensebatch.plan.footprint import working_bytes
+from sensebatch.plan.footprint import reading_bytes, working_bytes
 from sensebatch.plan.host import HostMemory, host_working_bytes, prepared_bytes
 from sensebatch.plan.load import Load
 from sensebatch.plan.passes import RING
@@ -231,6 +231,8 @@ class _Planner:
             )
         # Also where all weights stay on the device, until memory runs out there.
         blocks = self.host.block_bytes(most)
+        ahead = [self._ahead(option) for option, _ in options]
+        following = [reading for reading, _ in ahead[1:]] + [0]
         return [
             Placement(
                 mode=option.mode,
@@ -240,12 +242,27 @@ class _Planner:
                 batch_size=option.most_jobs,
                 park_caches=option.streams,
                 host_block_bytes=blocks,
+                reading_bytes=reading,
+                room_bytes=room,
+                ahead_bytes=_read_ahead_bytes(option, reading, room, following=after),
                 device_bytes=option.device_bytes,
                 host_bytes=self.host.peak_bytes(own, blocks, streams=option.streams),
                 reason=reason,
             )
-            for (option, reason), own in zip(options, working, strict=True)
+            for (option, reason), own, (reading, room), after in zip(
+                options, working, ahead, following, strict=True
+            )
         ]
+
+    def _ahead(self, option: _Option) -> tuple[int, int | None]:
+        """Returns what reading a batch's prompts ahead takes, and the room for another one's.
+
+        Prompts are read ahead only where their weights are on the device anyway.
+        """
+        if option.streams or option.load is None:
+            return 0, None
+        room = self._free - option.device_bytes if option.load.image_tokens else None
+        return reading_bytes(self.computation, option.load), room
 
     def _check(self, mode: VramMode, loads: Sequence[Load | None]) -> None:
         """Raises where a job alone does not fit a mode."""
@@ -383,6 +400,14 @@ class _Planner:
         return host_working_bytes(
             self.computation, option.load, option.tokens_per_pass, parked=option.streams
         )
+
+
+def _read_ahead_bytes(option: _Option, own: int, room: int | None, *, following: int) -> int:
+    """Returns what is read ahead beside a group's batches: one of its own, or of the next group."""
+    if option.load is None or room is None:
+        return 0
+    expected = (following, 0 if option.load.fills_one_batch else own)
+    return max((each for each in expected if each <= room), default=0)
 
 
 def _prepared(option: _Option) -> int:

@@ -74,6 +74,8 @@ def _streamed(weights: WeightBytes, placement: Placement) -> Placement:
         num_buffers=num_buffers,
         embed_on_device=False,
         park_caches=True,
+        ahead_bytes=0,
+        room_bytes=None,
         device_bytes=placement.device_bytes - weights.blocks - weights.embeddings + held,
         host_bytes=placement.host_bytes + weights.embeddings + blocks,
         reason=_reason(num_buffers),

@@ -165,23 +165,26 @@ def prompt_bytes(computation: Computation, load: Load, *, parked: bool) -> int:
         load: The batch's group.
         parked: Whether prompts that have been read wait in host memory.
     """
-    arch, item_bytes = computation.arch, computation.item_bytes
+    logits = load.batch_size * computation.arch.vocab_size * 2 * computation.item_bytes
+    reading = reading_bytes(computation, load, parked=parked) + logits
+    if not load.text_tokens:
+        return reading
+    return max(reading, text_bytes(computation, load, parked=parked) + logits)
+
+
+def reading_bytes(computation: Computation, load: Load, *, parked: bool = False) -> int:
+    """Returns what reading the prompts of a batch takes, without logits; see `prompt_bytes`."""
     prompts = load.num_growing * load.batch_size
     # The system turn has gone through a pass of its own.
     new = load.prompt_tokens - load.system_tokens
     tokens = max(min(new * prompts, MAX_PREFILL_TOKENS), new, load.system_tokens)
     cached = _read_tokens(load, parked=parked)
     is_padded = load.system_tokens > 0 or load.group.task.spec.takes_images
-    logits = load.batch_size * arch.vocab_size * 2 * item_bytes
-    reading = (
+    return (
         _embedded_bytes(computation, load)
         + cache_bytes(computation, cached + load.system_tokens)
         + _prompt_pass_bytes(computation, tokens, load.prompt_tokens, padded=is_padded)
-        + logits
     )
-    if not load.text_tokens:
-        return reading
-    return max(reading, text_bytes(computation, load, parked=parked) + logits)
 
 
 def text_bytes(computation: Computation, load: Load, *, parked: bool) -> int:

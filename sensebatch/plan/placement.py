@@ -28,12 +28,24 @@ class Placement:
     """Whether prefixes of jobs that wait for their pass are in host memory."""
     host_block_bytes: int | None
     """Host memory for blocks; None for as much as they need."""
+    reading_bytes: int = 0
+    """What reading the prompts of a batch takes of the device where another batch is drawn."""
+    room_bytes: int | None = None
+    """What the device has left for that while a batch of this group is drawn; None where nothing is
+    read ahead."""
+    ahead_bytes: int = 0
+    """What is expected to be read ahead while a batch of this group is drawn."""
     device_bytes: int
-    """Expected peak on the device."""
+    """Expected peak on the device without that."""
     host_bytes: int
     """Expected peak of the process's resident memory."""
     reason: str
     """Why this placement, for people."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """Expected peak on the device, with what is read ahead."""
+        return self.device_bytes + self.ahead_bytes
 
     def fitted(self, load: Load) -> Load:
         """Returns the group's load with as many jobs in a batch as fit."""
@@ -68,7 +80,7 @@ class Placements:
 
     @property
     def device_bytes(self) -> int:
-        """Expected peak on the device."""
+        """Expected peak on the device if nothing were read ahead."""
         return max(
             (p.device_bytes for p in self.groups.values()), default=self.leanest.device_bytes
         )
@@ -86,6 +98,16 @@ class Placements:
     def of(self, group: GroupKey) -> Placement:
         """Returns a group's placement; the leanest for one that was not planned for."""
         return self.groups.get(group, self.leanest)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Expected peak on the device, with what is read ahead."""
+        return max((p.peak_bytes for p in self.groups.values()), default=self.leanest.peak_bytes)
+
+    def reads_ahead(self, running: GroupKey, following: GroupKey) -> bool:
+        """Returns whether prompts of one group are read while a batch of another is drawn."""
+        room = self.of(running).room_bytes
+        return room is not None and self.of(following).reading_bytes <= room
 
     def fitted(self, loads: Sequence[Load]) -> list[Load]:
         """Returns the loads that are run, with as many jobs in a batch as fit."""

@@ -205,7 +205,7 @@ class _Summary:
         return {
             "vram_mode": leanest.mode.value,
             "reason": leanest.reason,
-            "device_bytes": placements.device_bytes,
+            "device_bytes": placements.peak_bytes,
             "host_bytes": placements.host_bytes,
             "file_bytes": self._file_bytes(leanest),
             "seconds": _seconds(total if seconds else None),
@@ -224,7 +224,7 @@ class _Summary:
             "batch_size": load.batch_size,
             "jobs_per_pass": load.jobs_per_pass(placement.tokens_per_pass),
             "kept_layers": self.weights.layers_kept(placement.num_buffers, RING),
-            "device_bytes": placement.device_bytes,
+            "device_bytes": placement.peak_bytes,
             "host_bytes": placement.host_bytes,
             "seconds": _seconds(seconds),
         }

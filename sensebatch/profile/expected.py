@@ -131,7 +131,7 @@ def with_expectation(
     expected = expectation(case, row.model, manifest, row.dtype)
     if row.vram_mode != expected.placements.leanest.mode:
         return row
-    row = replace(row, expected_peak_bytes=expected.placements.device_bytes)
+    row = replace(row, expected_peak_bytes=expected.placements.peak_bytes)
     of_device = speeds.get(row.device or "")
     if of_device is None or row.images != case.max_images:
         return row

@@ -146,12 +146,13 @@ class Attempt:
     first batch in a session, for a batch that raised an error and the one after it, and in rows of
     versions that did not measure it. *Batch.*"""
     prefill_s: float = 0.0
-    """Seconds of input images, prompts and re-encoded images. *Batch.*"""
+    """Seconds of input images, prompts and re-encoded images. Prompts that were read while another
+    batch was drawn are in `total_s` of that one. *Batch.*"""
     think_s: float = 0.0
     """Seconds of decoding text, think or interleave. *Batch.*"""
     denoise_s: float = 0.0
-    """Seconds of denoising; images that an interrupted run had kept (resume.md) take none.
-    *Batch.*"""
+    """Seconds of denoising, without what was read for the next batch between two steps; images
+    that an interrupted run had kept (resume.md) take none. *Batch.*"""
     encode_s: float = 0.0
     """Seconds of encoding and writing this job's files, in the background; not part of
     `total_s`."""

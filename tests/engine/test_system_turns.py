@@ -39,9 +39,9 @@ class CountingRunner(Runner):
         )
         self.passes: list[int] = []
 
-    def extend(self, extensions: Any, **options: Any) -> torch.Tensor:
+    def _extending(self, extensions: Any, attention: Any) -> Any:
         self.passes.append(sum(len(e.prompt.token_ids) for e in extensions))
-        return super().extend(extensions, **options)
+        return super()._extending(extensions, attention)
 
 
 def prepared(

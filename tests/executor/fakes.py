@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from sensebatch.config import ExecutionConfig, MemoryConfig, OutputConfig, RunConfig, default_config
-from sensebatch.contract import Channel, Kept, KeptImage, Phase, Progress, Stop, Worker
+from sensebatch.contract import Channel, Kept, KeptImage, Phase, Progress, Reading, Stop, Worker
 from sensebatch.errors import BatchStoppedError, JobError, OutOfMemoryError
 from sensebatch.executor.observer import Summary, WorkerState
 from sensebatch.executor.run import execute
@@ -197,6 +197,9 @@ class FakeEngine:
             raise JobError("expected an image that can be read")
         return tuple(inputs)
 
+    def read(self, prepared: Sequence[tuple[bytes, ...]]) -> Reading | None:  # noqa: ARG002
+        return None
+
     def generate(
         self,
         batch: Batch,
@@ -204,6 +207,7 @@ class FakeEngine:
         *,
         kept: Kept,
         channel: Channel,
+        reading: Reading | None = None,  # noqa: ARG002
     ) -> BatchResult:
         self.batches.append(tuple(job.id for job in batch.jobs))
         if any("heavy" in job.prompt for job in batch.jobs) and len(batch.jobs) > 1:

@@ -125,6 +125,10 @@ class ProcessWorker(AbstractContextManager["ProcessWorker"]):
         self._saw("input images" if inputs else "", "a job that cannot be prepared" * bool(raised))
         return raised
 
+    def expect(self, number: int) -> None:
+        self._preparations.send(Call("expect", (number,)))
+        self._preparations.recv()
+
     def generate(
         self, number: int, batch: Batch, *, kept: Kept, channel: Channel
     ) -> BatchResult | Raised:

@@ -16,7 +16,7 @@ from sensebatch.errors import ConfigError
 from sensebatch.jobs import Precision, group_key
 from sensebatch.manifest.read import read_rows
 from sensebatch.plan.batches import Demand, demand_of
-from sensebatch.plan.footprint import quantising_bytes
+from sensebatch.plan.footprint import quantising_bytes, reading_bytes
 from sensebatch.plan.load import Load
 from sensebatch.plan.passes import RING
 from sensebatch.plan.placement import Refusal
@@ -155,6 +155,48 @@ def test_half_of_the_texts_decoded_together_is_preferred_to_streaming() -> None:
     )
     assert place_all([load], device_free=half).leanest.mode == "full"
     assert place_all([load], device_free=(half + quarter) // 2).leanest.mode != "full"
+
+
+def test_what_is_read_ahead_is_counted_beside_what_is_drawn() -> None:
+    several, alone = (
+        replace(make_load(4), demands=((Demand(300, 0, 1), count),)) for count in (8, 4)
+    )
+    placement = place_all([several], device_free=100 * GIB).first
+    reading = reading_bytes(COMPUTATION, several)
+    assert placement.ahead_bytes == placement.reading_bytes == reading > 4 * 300 * 160_000
+    assert placement.peak_bytes == placement.device_bytes + reading
+    # After the only batch of the only group comes nothing.
+    assert place_all([alone], device_free=100 * GIB).first.ahead_bytes == 0
+
+
+def test_reading_ahead_changes_neither_mode_nor_batch_and_keeps_the_limit() -> None:
+    load = replace(make_load(4), demands=((Demand(300, 0, 1), 8),))
+    enough = place_all([load], vram_mode="full").first
+    for free in (enough.device_bytes, enough.peak_bytes - 1, enough.peak_bytes):
+        placements = place_all([load], device_free=free)
+        assert (placements.first.mode, placements.first.batch_size) == ("full", None)
+        assert placements.peak_bytes <= free
+        fits = free == enough.peak_bytes
+        assert placements.reads_ahead(load.group, load.group) is fits
+        assert placements.first.ahead_bytes == (enough.reading_bytes if fits else 0)
+
+
+@pytest.mark.parametrize("mode", ["fast", "balanced", "low"])
+def test_nothing_is_read_ahead_where_weights_are_streamed(mode: str) -> None:
+    placements = place_all([make_load(4)], vram_mode=mode)
+    group = make_load(4).group
+    assert not placements.reads_ahead(group, group)
+    assert placements.peak_bytes == placements.device_bytes
+
+
+def test_a_long_prompt_of_the_next_group_is_read_ahead_only_if_it_fits() -> None:
+    short, long = make_load(4), make_load(4, prompt=9000)
+    long = replace(long, group=replace(long.group, think=True))
+    assert place_all([short, long], vram_mode="full").reads_ahead(short.group, long.group)
+    free = place_all([short, long], vram_mode="full").device_bytes
+    placements = place_all([short, long], device_free=free)
+    assert placements.reads_ahead(short.group, short.group)
+    assert not placements.reads_ahead(long.group, long.group)
 
 
 def test_smaller_batches_are_preferred_to_streaming_while_passes_are_full() -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from sensebatch.cli.series import series_lines
 from sensebatch.config import ExecutionConfig, MemoryConfig, RunConfig, default_config
-from sensebatch.contract import Channel, Kept
+from sensebatch.contract import Channel, Kept, Reading
 from sensebatch.dataset.records import open_dataset
 from sensebatch.dataset.selection import Selection
 from sensebatch.jobs import Batch, BatchMetrics, BatchResult, InputImage, Job, JobResult
@@ -58,9 +58,10 @@ class Judge(FakeEngine):
         *,
         kept: Kept,
         channel: Channel,
+        reading: Reading | None = None,
     ) -> BatchResult:
         if batch.group.task is not Task.ASK:
-            return super().generate(batch, prepared, kept=kept, channel=channel)
+            return super().generate(batch, prepared, kept=kept, channel=channel, reading=reading)
         self.batches.append(tuple(job.id for job in batch.jobs))
         self.on_step()
         results = []

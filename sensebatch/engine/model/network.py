@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sensebatch.checkpoint.architecture import TIMESTEP_FREQUENCIES, Architecture
 from sensebatch.checkpoint.tensors import head_part_rows
 from sensebatch.engine.model.attention import Attention
+from sensebatch.engine.model.copies import to_device
 from sensebatch.engine.model.kv_cache import (
     GenerationContext,
     KVCache,
@@ -217,7 +218,7 @@ class Network(nn.Module):
             attention: How one run attends.
         """
         context = UnderstandingContext(spans, attention)
-        rotary = self.token_rotary(positions_AT.to(self.device))
+        rotary = self.token_rotary(to_device(positions_AT, self.device))
         return self.understanding.through(x_TD, rotary, context)
 
     def image_positions(self, caches: Sequence[KVCache], resolution: Resolution) -> ImagePositions:
@@ -230,7 +231,7 @@ class Network(nn.Module):
         patch_grid = (rows * MERGE, columns * MERGE)
         return ImagePositions(
             resolution=resolution,
-            token_rotary=self.token_rotary(torch.cat(positions, dim=1).to(self.device)),
+            token_rotary=self.token_rotary(to_device(torch.cat(positions, dim=1), self.device)),
             patch_rotary=self.patch_rotary(patch_grid),
             patch_grid=patch_grid,
         )
@@ -318,4 +319,5 @@ class Network(nn.Module):
 
         The table itself may be in host memory.
         """
-        return self.embed_tokens(ids_T.to(self.embed_tokens.weight.device)).to(self.device)
+        ids_T = to_device(ids_T, self.embed_tokens.weight.device)
+        return to_device(self.embed_tokens(ids_T), self.device)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.contract import Phase, Progress
+from sensebatch.engine.model.copies import to_device
 from sensebatch.engine.model.kv_cache import KVCache
 from sensebatch.engine.model.network import ImagePositions
 from sensebatch.engine.model.patchify import image_to_tokens, tokens_to_image
@@ -98,7 +99,7 @@ def denoise(
             runner.observe(step, v_JNx)
             runner.num_denoise_steps += 1
             done, all_steps = number * num_steps + step + 1, count * num_steps
-            runner.progress(Progress(phase=Phase.DENOISE, step=done, num_steps=all_steps))
+            runner.pause(Progress(phase=Phase.DENOISE, step=done, num_steps=all_steps))
             return v_JNx
 
         noise = _noise(runner, canvases, resolution)
@@ -130,7 +131,7 @@ def _guided_velocity(
     """Returns what computes the velocity of all jobs of a pass at a step."""
     network = runner.network
     conditions = network.condition(
-        schedule[:-1].to(network.device), image_noise_scale(network.arch, resolution)
+        to_device(schedule[:-1], network.device), image_noise_scale(network.arch, resolution)
     )
     of_all = {id(cache): cache for canvas in canvases for cache in canvas.caches.values()}
     fetched = {key: cache.brought() for key, cache in of_all.items()}

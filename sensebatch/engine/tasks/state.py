@@ -11,10 +11,11 @@ from torch import Tensor
 from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.engine.decoding import Choose, choose_greedily
 from sensebatch.engine.model.kv_cache import KVCache
+from sensebatch.engine.model.steps import Paced, Steps, run_through
 from sensebatch.engine.model.tokenizer import Tokenizer
 from sensebatch.engine.preprocess import Patches
 from sensebatch.engine.prompts import Prompt, branch_prompts
-from sensebatch.engine.runner import Extension, Runner
+from sensebatch.engine.runner import CachedPrompts, Extension, Runner, prompt_passes
 from sensebatch.engine.sampling.guidance import COND, UNCOND, Guidance
 from sensebatch.engine.tasks.denoise import draw_noise
 from sensebatch.errors import JobError
@@ -112,9 +113,8 @@ def start_jobs(
 ) -> list[RunningJob]:
     """Returns jobs with every branch of every one of them prefilled.
 
-    What jobs have in common is computed once: the unconditional prompt, which never grows, and each
-    system turn. A turn is computed on its own even if only one job has it, so that a job goes
-    through the same operations whatever its neighbours.
+    Where their prompts were read ahead, beside the drawing of another batch, what is left of that
+    is done. The operations are the same.
 
     Args:
         runner: The network.
@@ -122,35 +122,85 @@ def start_jobs(
         decodes: Whether text is decoded after the conditional prompts.
         choose: Chooses the first token of each.
     """
-    system_turns = _cached_system_turns(runner, jobs)
-    with runner.prefilling(decodes=decodes):
-        embeds = iter(runner.embed_images(image for job in jobs for image in job.images))
-        extensions = []
-        running = []
-        shared: KVCache | None = None
-        for prepared in jobs:
-            of_job = [next(embeds) for _ in prepared.images]
-            caches = {}
-            for branch, prompt in prepared.prompts.items():
-                if branch == UNCOND and shared is not None:
-                    caches[branch] = shared
-                    continue
-                system = system_turns.get(prompt.system_ids)
-                extension = _extension(runner, prompt, of_job if prompt.images else (), system)
-                caches[branch] = extension.cache
-                shared = extension.cache if branch == UNCOND else shared
-                extensions.append(extension)
-            running.append(RunningJob(prepared=prepared, caches=caches))
-        # Free a turn that is not kept as soon as its jobs have copied it.
-        del system_turns, system
-        hidden = runner.prefill(extensions)
+    with runner.reading():
+        ahead, runner.reading_ahead = runner.reading_ahead, None
+        read = run_through(read_prompts(runner, jobs, decodes)) if ahead is None else ahead.finish()
+        running = [
+            RunningJob(prepared=prepared, caches=dict(caches))
+            for prepared, caches in zip(jobs, read.caches, strict=True)
+        ]
         if decodes:
-            rows = {id(extension.cache): i for i, extension in enumerate(extensions)}
-            conds = [rows[id(state.caches[COND])] for state in running]
-            choices = runner.choose(hidden[conds], choose)
+            choices = runner.choose(read.hidden_SD[read.rows], choose)
             for state, choice in zip(running, choices, strict=True):
                 state.choice = choice
     return running
+
+
+def read_ahead(runner: Runner, jobs: Sequence[PreparedJob]) -> Paced[CachedPrompts]:
+    """Returns the reading of a batch's prompts, to be done beside the drawing of another one."""
+    lengths = [len(prompt.token_ids) for prompt in _read_prompts(jobs)]
+    num_passes = len(prompt_passes(lengths)) + (_system_turns(jobs) != list(runner.system_turns))
+    num_images = sum(len(job.images) for job in jobs)
+    num_steps = num_images + num_passes * runner.network.arch.num_layers
+    return Paced(read_prompts(runner, jobs), num_steps)
+
+
+def read_prompts(
+    runner: Runner, jobs: Sequence[PreparedJob], decodes: bool = False
+) -> Steps[CachedPrompts]:
+    """Caches the prompts of every branch of every job; images and layers are steps.
+
+    What jobs have in common is computed once: the unconditional prompt, which never grows, and each
+    system turn. A turn is computed on its own even if only one job has it, so that a job goes
+    through the same operations whatever its neighbours.
+
+    Args:
+        runner: The network.
+        jobs: Jobs of one group.
+        decodes: Whether weights are brought for text after the prompts as well.
+    """
+    system_turns = yield from _cached_system_turns(runner, jobs)
+    runner.bring_for_prompts(decodes=decodes)
+    embeds: list[Tensor] = []
+    for image in (image for job in jobs for image in job.images):
+        embeds += runner.embed_images([image])
+        yield
+    of_images = iter(embeds)
+    extensions: list[Extension] = []
+    found: list[dict[Branch, KVCache]] = []
+    rows = []
+    shared: KVCache | None = None
+    for prepared in jobs:
+        of_job = [next(of_images) for _ in prepared.images]
+        caches = {}
+        for branch, prompt in prepared.prompts.items():
+            if branch == UNCOND and shared is not None:
+                caches[branch] = shared
+                continue
+            system = system_turns.get(prompt.system_ids)
+            if branch == COND:
+                rows.append(len(extensions))
+            extension = _extension(runner, prompt, of_job if prompt.images else (), system)
+            caches[branch] = extension.cache
+            shared = extension.cache if branch == UNCOND else shared
+            extensions.append(extension)
+        found.append(caches)
+    # Free a turn that is not kept as soon as its jobs have copied it.
+    del system_turns, system
+    hidden_SD = yield from runner.prefill_by_layer(extensions)
+    return CachedPrompts(caches=found, hidden_SD=hidden_SD, rows=rows)
+
+
+def _read_prompts(jobs: Sequence[PreparedJob]) -> list[Prompt]:
+    """Returns the prompts that are read after the system turns, in order."""
+    prompts: list[Prompt] = []
+    is_shared = False
+    for job in jobs:
+        for branch, prompt in job.prompts.items():
+            if branch != UNCOND or not is_shared:
+                prompts.append(prompt)
+            is_shared |= branch == UNCOND
+    return prompts
 
 
 def _extension(
@@ -167,15 +217,20 @@ def _extension(
     )
 
 
+def _system_turns(jobs: Sequence[PreparedJob]) -> list[tuple[int, ...]]:
+    """Returns the tokens of each system turn that jobs have."""
+    return list(dict.fromkeys(turn for job in jobs if (turn := job.prompts[COND].system_ids)))
+
+
 def _cached_system_turns(
     runner: Runner, jobs: Sequence[PreparedJob]
-) -> dict[tuple[int, ...], KVCache]:
-    """Returns the system turns of a batch by their tokens.
+) -> Steps[dict[tuple[int, ...], KVCache]]:
+    """Caches the system turns of a batch; the result has them by their tokens.
 
     If all jobs have the same turn, it is kept for the next batch. It was computed in a pass of its
     own, so a batch that finds it has the same bits as one that computes it.
     """
-    turns = list(dict.fromkeys(turn for job in jobs if (turn := job.prompts[COND].system_ids)))
+    turns = _system_turns(jobs)
     kept = runner.system_turns
     if turns == list(kept):
         runner.park(kept.values())
@@ -184,8 +239,8 @@ def _cached_system_turns(
     if not turns:
         return {}
     extensions = [runner.new_extension(Prompt(token_ids=turn)) for turn in turns]
-    with runner.prefilling(decodes=False):
-        runner.prefill(extensions)
+    runner.bring_for_prompts(decodes=False)
+    yield from runner.prefill_by_layer(extensions)
     found = {turn: made.cache for turn, made in zip(turns, extensions, strict=True)}
     if len(found) == 1:
         kept.update(found)
