@@ -166,6 +166,8 @@ class OutputConfig:
     """1 to 100, for jpeg and webp; webp is lossless at 100."""
     embed_metadata: bool = True
     """Whether the prompt, the seed and the settings are written into the image."""
+    keep_rejected: bool = True
+    """Whether images that were not accepted stay; their rows in the log always do."""
     num_writers: int | None = None
     """Background threads that encode; None for half of the cores, within limits. A PNG of
     2048x2048 takes a core seconds, so too few of them would hold up a fast device."""

@@ -150,6 +150,7 @@ class OutputSection(_Section):
     image_format: ImageFormat
     image_quality: Annotated[int, Field(ge=1, le=100)]
     embed_metadata: bool
+    keep_rejected: bool
     num_writers: Count | None
 
 
@@ -453,8 +454,7 @@ def _complaints(
             message = message.removeprefix("a valid ")
             message = re.sub("^greater than or equal to", "a number of at least", message)
             message = re.sub("^less than or equal to", "a number of at most", message)
-            message = re.sub("^greater than", "a number of more than", message)
-            message = re.sub("^less than", "a number of less than", message)
+            message = re.sub("^(greater|less)", r"a number \1", message)
             message = message.replace("an object", "a section")
             if error["type"] == "string_too_short":
                 message = "text"

@@ -381,6 +381,8 @@ def _lines(out: str, config: ExportConfig, done: Exported) -> Iterator[str]:
     if done.not_accepted:
         jobs = counted(done.not_accepted, "job")
         yield f"  left out {jobs}: images that were not accepted, and questions; see --rejected"
+    if done.dropped:
+        yield f"  left out {counted(done.dropped, 'job')} of rejected images that were removed"
     if done.not_done:
         which = "that is" if done.not_done == 1 else "that are"
         yield f"  left out {counted(done.not_done, 'job')} {which} not done"
@@ -401,5 +403,8 @@ def _next_lines(
     """Yields where the set is, or how it is opened."""
     if address is not None:
         yield f"  pushed   {address}"
-    elif config.format != Format.WEBDATASET and "://" not in out:
+    elif config.format == Format.WEBDATASET and "://" not in out:
+        files = f"{out}/{done.tasks[0]}/*.tar"
+        yield f"  open     webdataset.WebDataset(sorted(glob.glob({files!r})))"
+    elif "://" not in out:
         yield f"  open     datasets.load_dataset({out!r}, {done.tasks[0]!r})"

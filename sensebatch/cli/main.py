@@ -64,10 +64,10 @@ _USAGE_ERRORS: tuple[type[Exception], ...] = tuple(
 """The library's errors about a command line; typer has no public name for their base class."""
 _EXPECTED_NUMBERS = {
     "float_parsing": "a number",
-    "greater_than": "a number of more than {gt}",
+    "greater_than": "a number greater than {gt}",
     "greater_than_equal": "a number of at least {ge}",
     "int_parsing": "a whole number",
-    "less_than": "a number of less than {lt}",
+    "less_than": "a number less than {lt}",
     "less_than_equal": "a number of at most {le}",
 }
 """What was expected, by pydantic's type of error."""

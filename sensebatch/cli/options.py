@@ -466,6 +466,14 @@ class ImageOptions:
             rich_help_panel=_OUTPUT,
         ),
     ] = None
+    keep_rejected: Annotated[
+        bool | None,
+        typer.Option(
+            "--keep-rejected/--drop-rejected",
+            help="Keep images that were not accepted, or remove them after the verdict.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None
 
     @classmethod
     def places(cls) -> dict[str, str]:

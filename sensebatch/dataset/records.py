@@ -58,6 +58,10 @@ class Record:
     """The row as the state keeps it."""
     verdict: Verdict | None = None
     """What became of a try that was judged; None for any other job."""
+    is_of_accepted: bool = True
+    """Whether all tries that it starts from, itself or through others, are accepted."""
+    is_of_dropped: bool = False
+    """Whether it starts from an image that was removed since it was rejected."""
     picked: PickedJob = field(default_factory=PickedJob)
     """What a person said of it."""
 
@@ -80,16 +84,21 @@ class Record:
         return self.status == DONE and self.row_text is not None
 
     @property
+    def is_dropped(self) -> bool:
+        """Whether it was rejected and its files were removed."""
+        return self.row is not None and bool(self.row.get("dropped"))
+
+    @property
     def image_files(self) -> tuple[Path, ...]:
-        """Its images, in the order drawn; none unless it is done."""
-        if self.row is None or not self.is_done:
+        """Its images, in the order drawn; none unless it is done, and not those dropped."""
+        if self.row is None or not self.is_done or self.is_dropped:
             return ()
         return tuple(self.root / path for path in self.row["image_paths"])
 
     @property
     def text_file(self) -> Path | None:
         """Its think or interleave text; None without one, and unless it is done."""
-        if self.row is None or not self.is_done or self.row["text_path"] is None:
+        if not self.is_done or self.row is None or self.row["text_path"] is None or self.is_dropped:
             return None
         return self.root / self.row["text_path"]
 
@@ -275,6 +284,8 @@ def _record(root: Path, described: DescribedJob, selector: Selector) -> Record:
         attempts=described.attempts,
         row_text=described.row,
         verdict=described.verdict,
+        is_of_accepted=described.is_of_accepted,
+        is_of_dropped=described.is_of_dropped,
         picked=selector.picked(job.id, described.key),
     )
 

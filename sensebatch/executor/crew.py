@@ -185,7 +185,7 @@ def execute_crew(
         finally:
             run.pools.cancel()
     seconds = time.monotonic() - start
-    store.state.settle_chains()
+    store.settle(keep_rejected=config.output.keep_rejected)
     return run.tally.summary(store.state.counts(), stop, seconds, deadline)
 
 
@@ -241,7 +241,7 @@ class _CrewRun:
         self._doubtful = set(found.doubtful) | self._suspects
         """Numbers of batches that something died of: nothing is beside them at their worker."""
         claim_batches(store, config, fitting.get, note)
-        levels = plan_levels(store, config.memory, fitting.get, ends.deadline)
+        levels = plan_levels(store, config, fitting.get, ends.deadline)
         self._planned = {group.group: group.batch_size for group in levels.plan.groups}
         self._schedule = Schedule(
             recorded=(*found.recorded, *found.suspects),

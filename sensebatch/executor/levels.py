@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from sensebatch.config import MemoryConfig
+from sensebatch.config import RunConfig
 from sensebatch.executor.deadline import Deadline
 from sensebatch.executor.schedule import Groups
 from sensebatch.jobs import GroupKey
@@ -32,7 +32,7 @@ class Levels:
 
 def plan_levels(
     store: Store,
-    memory: MemoryConfig,
+    config: RunConfig,
     fitting: Callable[[GroupKey], int | None],
     deadline: Deadline,
 ) -> Levels:
@@ -45,10 +45,11 @@ def plan_levels(
 
     Args:
         store: The run's folder, with the manifests ingested.
-        memory: How many jobs are wanted in a batch.
+        config: How many jobs are wanted in a batch, and whether rejected images stay.
         fitting: How many jobs of a group fit the device's memory; None for any number.
         deadline: Decides the order of batches.
     """
+    memory, keep_rejected = config.memory, config.output.keep_rejected
     plan = make_plan(store.state.entries(), memory, fitting)
     if not store.state.has_chains():
         groups = deadline.groups(plan, store.state.entries)
@@ -58,7 +59,7 @@ def plan_levels(
         # Batches on record precede the first level as well: their jobs may be parents.
         before: set[str] = set()
         while True:
-            store.state.settle_chains(span)
+            store.settle(span, keep_rejected=keep_rejected)
             to_come = min((entry.level for entry in store.state.entries(span)), default=None)
             if to_come is None:
                 return

@@ -97,7 +97,7 @@ def execute(
                 run.loop()
             run.settle()
     seconds = time.monotonic() - start
-    store.state.settle_chains()
+    store.settle(keep_rejected=config.output.keep_rejected)
     return run.tally.summary(store.state.counts(), stop, seconds, deadline)
 
 
@@ -141,7 +141,7 @@ class _Run:
         found = recover(store, self._fitting, config.memory, note)
         self._doubtful = found.doubtful
         claim_batches(store, config, self._fitting, note)
-        levels = plan_levels(store, config.memory, self._fitting, self._deadline)
+        levels = plan_levels(store, config, self._fitting, self._deadline)
         self._schedule = Schedule(
             recorded=found.recorded,
             groups=levels.groups,

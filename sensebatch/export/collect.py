@@ -69,7 +69,9 @@ class Collected:
     not_done: int = 0
     """Selected jobs without images or text to export."""
     not_accepted: int = 0
-    """Tries that were not accepted, and the questions that said so, which are left out."""
+    """Tries that were not accepted, what starts from them, and the questions about tries."""
+    dropped: int = 0
+    """Rejected tries whose images were removed, and questions about them; never in it."""
     missing: list[str] = field(default_factory=list)
     """What is wrong with the files of jobs that are left out."""
     settings: dict[str, set[str]] = field(default_factory=dict)
@@ -104,6 +106,9 @@ def collect(
         if not (with_rejected or is_accepted(record)):
             found.not_accepted += 1
             continue
+        if record.is_dropped or record.is_of_dropped:
+            found.dropped += 1
+            continue
         try:
             sample = sample_of(record)
             num_bytes = sum(_size(record.root, image) for image in sample.images)
@@ -127,10 +132,10 @@ def collect(
 
 
 def is_accepted(record: Record) -> bool:
-    """Returns whether a job is no try, or one that was accepted, and no question about one."""
-    if record.job.attempt_at is not None:
-        return record.verdict is Verdict.ACCEPTED
-    return record.job.verdict is None
+    """Returns whether a job is an accepted try or none, no question about one, and whether all
+    that it starts from is likewise."""
+    is_accepted_itself = record.job.attempt_at is None or record.verdict is Verdict.ACCEPTED
+    return is_accepted_itself and record.job.verdict is None and record.is_of_accepted
 
 
 def _note(settings: dict[str, set[str]], sample: Sample) -> None:

@@ -64,7 +64,9 @@ class Exported:
     not_done: int = 0
     """Selected jobs that are not done, and so not in it."""
     not_accepted: int = 0
-    """Tries that were not accepted, and the questions about tries; likewise."""
+    """Tries that were not accepted, what starts from them, and questions about tries; likewise."""
+    dropped: int = 0
+    """Rejected tries whose images were removed, and questions about them; likewise."""
     skipped: list[str] = field(default_factory=list)
     """Jobs left out because of their files, and why."""
     empty_splits: list[str] = field(default_factory=list)
@@ -137,6 +139,7 @@ def export(
         written_bytes=writing.num_bytes,
         not_done=found.not_done,
         not_accepted=found.not_accepted,
+        dropped=found.dropped,
         skipped=[*found.missing, *writing.skipped],
         empty_splits=unused(config.splits, [shard.split for shard in shards]),
         card_kept=not is_ours,

@@ -102,8 +102,9 @@ def make_item(record: Record, *, run: str, alike: str | None, input_of: InputOf)
     is_done = record.is_done
     details = _details(record, input_of)
     text = details.get("text") if is_done and not row.get("image_paths") else None
-    paths = row.get("image_paths") or () if is_done else ()
-    digests = row.get("image_sha256") or () if is_done else ()
+    has_images = is_done and not record.is_dropped
+    paths = row.get("image_paths") or () if has_images else ()
+    digests = row.get("image_sha256") or () if has_images else ()
     return Item(
         id=record.job.id,
         key=record.key,

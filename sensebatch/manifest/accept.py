@@ -65,7 +65,8 @@ class Acceptance:
         texts = {name: as_text(value) for name, value in job.matrix.items()}
         texts["prompt"] = job.prompt
         for number, check in enumerate(self.checks, start=1):
-            suffix = f"-{number}" if len(self.checks) > 1 else ""
+            # The first one's name does not depend on others, which may come later.
+            suffix = f"-{number}" if number > 1 else ""
             fields: dict[str, Any] = {
                 "id": f"{job.id}-check{suffix}",
                 "prompt": filled(check.ask, texts),

@@ -7,6 +7,7 @@ before. A try that is not needed is held, and so is what starts from it. All ins
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -59,8 +60,14 @@ class _Try:
     folded: str
     job_id: str
     status: str
+    has_files: bool
     passed: bool | None
     """None until all verdicts on it are there."""
+
+    @property
+    def is_dropped(self) -> bool:
+        """Whether it was drawn and rejected, and its files were removed."""
+        return self.status == DONE and not self.has_files
 
 
 def has_any(db: sqlite3.Connection) -> bool:
@@ -110,6 +117,67 @@ def release(db: sqlite3.Connection, span: Span = WHOLE) -> int:
     return number
 
 
+def drop(db: sqlite3.Connection) -> list[str]:
+    """Forgets the files of rejected tries, now that the verdicts are on record; returns them.
+
+    Those stay that a verdict is still asked about, that one may be asked about again since it
+    failed, and that another job starts from.
+    """
+    rejected = [
+        one.folded
+        for _, _, tries in _series(db)
+        for one in tries
+        if one.status == DONE and one.has_files and one.passed is False
+        if _is_settled(db, one.folded) and not _has_children(db, one.folded)
+    ]
+    dropped: list[str] = []
+    for folded in rejected:
+        query = "SELECT outputs, current FROM jobs WHERE folded = ?"
+        outputs, current = db.execute(query, (folded,)).fetchone()
+        dropped += json.loads(outputs)
+        db.execute("UPDATE jobs SET outputs = '[]' WHERE folded = ?", (folded,))
+        query = "UPDATE attempts SET row = json_set(row, '$.dropped', json('true')) WHERE seq = ?"
+        db.execute(query, (current,))
+    if dropped:
+        tables.add_stale(db, dropped)
+        tables.forget_log(db, parts=True)
+    return dropped
+
+
+def draw_dropped(db: sqlite3.Connection) -> list[int]:
+    """Has tries run again whose files were removed and are wanted now; returns their numbers.
+
+    They may be accepted after all, since others are asked or less is asked of them, or another job
+    starts from them.
+    """
+    wanted = [
+        one.folded
+        for _, _, tries in _series(db)
+        for one in tries
+        if one.is_dropped and (one.passed is not False or _has_children(db, one.folded))
+    ]
+    query = (
+        "UPDATE jobs SET status = ?, tries = 0, current = NULL WHERE folded = ? RETURNING number"
+    )
+    return [db.execute(query, (PENDING, folded)).fetchone()[0] for folded in wanted]
+
+
+def _is_settled(db: sqlite3.Connection, folded: str) -> bool:
+    """Returns whether a verdict on a try speaks against it, and none is being asked for."""
+    judged = _judged(db, folded)
+    is_asked = any(state == PENDING for state, _ in judged)
+    return not is_asked and any(state == DONE and not holds for state, holds in judged)
+
+
+def _has_children(db: sqlite3.Connection, folded: str) -> bool:
+    """Returns whether a job starts from a try, besides the questions that decide about it."""
+    query = (
+        "SELECT 1 FROM parents JOIN jobs ON jobs.folded = child WHERE parent = ? AND wanted = 1"
+        " AND child NOT IN (SELECT judge FROM verdicts WHERE job = ?)"
+    )
+    return db.execute(query, (folded, folded)).fetchone() is not None
+
+
 def series(db: sqlite3.Connection) -> Iterator[Series]:
     """Yields the series of the manifests, by their names."""
     for name, keep, tries in _series(db):
@@ -154,19 +222,19 @@ def _needed(keep: int, tries: Sequence[_Try]) -> set[int]:
 def _series(db: sqlite3.Connection, span: Span = WHOLE) -> Iterator[tuple[str, int, list[_Try]]]:
     """Yields (name, keep, tries in order) of each series of the latest reading."""
     rows = db.execute(
-        "SELECT series, keep, tries.number, folded, id, status FROM tries"
+        "SELECT series, keep, tries.number, folded, id, status, outputs <> '[]' FROM tries"
         " JOIN jobs ON folded = job WHERE wanted = 1 AND seen = ? AND position BETWEEN ? AND ?"
         " ORDER BY series, tries.number",
         (tables.latest_reading(db), *span),
     ).fetchall()
     name, keep, tries = "", 0, list[_Try]()
-    for own, own_keep, number, folded, job_id, status in rows:
+    for own, own_keep, number, folded, job_id, status, has_files in rows:
         if own != name and tries:
             yield name, keep, tries
             tries = []
         name, keep = own, own_keep
         passed = _passed(db, folded, status)
-        tries.append(_Try(number, folded, job_id, status, passed))
+        tries.append(_Try(number, folded, job_id, status, bool(has_files), passed))
     if tries:
         yield name, keep, tries
 
@@ -177,20 +245,28 @@ def _passed(db: sqlite3.Connection, folded: str, status: str) -> bool | None:
         return False
     if status != DONE:
         return None
+    judged = _judged(db, folded)
+    if any(state == DONE and not holds for state, holds in judged):
+        return False
+    # A reading with a limit may have ended between a try and its questions.
+    query = "SELECT json_extract(definition, '$.try.checks') FROM jobs WHERE folded = ?"
+    (num_checks,) = db.execute(query, (folded,)).fetchone()
+    if len(judged) < (num_checks or 1) or any(state in _UNDECIDED for state, _ in judged):
+        return None
+    return all(holds for _, holds in judged)
+
+
+def _judged(db: sqlite3.Connection, folded: str) -> list[tuple[str, bool]]:
+    """Returns the status of each question about a try, and whether it speaks for it."""
     judges = db.execute(
         "SELECT answer, at_least, status, row FROM verdicts JOIN jobs ON folded = judge"
         " LEFT JOIN attempts ON attempts.seq = current WHERE verdicts.job = ? AND wanted = 1",
         (folded,),
-    ).fetchall()
-    # A reading with a limit may have ended between a try and its questions.
-    query = "SELECT json_extract(definition, '$.try.checks') FROM jobs WHERE folded = ?"
-    (num_checks,) = db.execute(query, (folded,)).fetchone()
-    if len(judges) < (num_checks or 1) or any(state in _UNDECIDED for _, _, state, _ in judges):
-        return None
-    return all(
-        state == DONE and _probability(row, answer) >= at_least - _ROUNDING
-        for answer, at_least, state, row in judges
     )
+    return [
+        (state, state == DONE and _probability(row, answer) >= at_least - _ROUNDING)
+        for answer, at_least, state, row in judges
+    ]
 
 
 def _probability(text: str, answer: str) -> float:

@@ -222,6 +222,9 @@ class Attempt:
     """Paths of the images, in the folder, in the order drawn."""
     image_sha256: tuple[str, ...] = ()
     """SHA-256 of each of these files."""
+    dropped: bool | None = None
+    """True if the files were removed after the image was rejected (`--drop-rejected`); else
+    null."""
     image_phash: tuple[str, ...] | None = None
     """Perceptual hash of each image, 16 hex digits: images that look alike differ in few of its 64
     bits (dataset.md). Null in rows of versions that did not record it, until `sensebatch hash`."""

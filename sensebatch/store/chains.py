@@ -34,9 +34,10 @@ _IN_THE_WAY = (
 
 _HELD = (
     f"EXISTS (SELECT 1 FROM parents JOIN jobs AS own ON own.folded = parents.parent"
-    f" WHERE parents.child = jobs.folded AND own.status = '{HELD}')"
+    f" WHERE parents.child = jobs.folded AND (own.status = '{HELD}'"
+    f" OR own.status = '{DONE}' AND own.outputs = '[]'))"
 )
-"""Whether it has one that is held."""
+"""Whether it has one that is held, or whose image was dropped since it was rejected."""
 _IS_TRY = "EXISTS (SELECT 1 FROM tries WHERE tries.job = jobs.folded)"
 
 

@@ -353,6 +353,7 @@ class Ingest:
                 "UPDATE jobs SET status = ?, tries = 0, alone = 0, current = NULL WHERE number = ?",
                 ((PENDING, number) for number in restored),
             )
+            restored += acceptance.draw_dropped(self._db)
             returned = self._take_back(root)
             descendants = chains.draw_again(self._db)
             acceptance.hold(self._db)

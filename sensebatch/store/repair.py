@@ -205,7 +205,9 @@ class _Rebuild:
             if success is None:
                 self._failed += 1
                 self._insert_job(row, FAILED, count, last)
-            elif all(sha256_of(self._root / name) == digest for name, digest in files):
+            elif row.get("dropped") or all(
+                sha256_of(self._root / name) == digest for name, digest in files
+            ):
                 self._done += 1
                 self._claimed.update(name for name, _ in files)
                 self._insert_job(row, DONE, count, success)
@@ -280,7 +282,7 @@ class _Rebuild:
             position=0,
             seen=0,
         )
-        outputs = json.dumps([name for name, _ in digests_of(row)])
+        outputs = json.dumps([] if row.get("dropped") else [name for name, _ in digests_of(row)])
         self._db.execute(
             "UPDATE jobs SET status = ?, attempts = ?, outputs = ?, current = ?,"
             " finish_reason = ? WHERE number = ?",

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sensebatch.jobs import FinishReason, Job, ModelIdentity, folded_id
+from sensebatch.jobs import FinishReason, Job, ModelIdentity, folded_id, parents_of
 from sensebatch.plan.batches import PlanEntry, plan_entry
 from sensebatch.store import acceptance, chains, lanes, shards, tables
 from sensebatch.store.acceptance import Series, Verdict
@@ -104,6 +104,10 @@ class DescribedJob:
     """Its current row of the log, see `attempts.row_from_json`; None where there is none."""
     verdict: Verdict | None = None
     """What became of a try that was judged."""
+    is_of_accepted: bool = True
+    """Whether all tries that it starts from, itself or through others, are accepted."""
+    is_of_dropped: bool = False
+    """Whether it starts from an image that was removed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,6 +297,14 @@ class State:
             if not tables.has_pending(db, span) and acceptance.release(db, span):
                 chains.settle(db)
 
+    def drop_rejected(self) -> list[str]:
+        """Records that rejected images are to be removed; returns their paths in the folder."""
+        with self._db.reading() as db:
+            if not acceptance.has_any(db):
+                return []
+        with self._db.transaction() as db:
+            return acceptance.drop(db)
+
     def lanes(self, least: int) -> list[Span]:
         """Returns the jobs in one or two lanes that have nothing to do with each other.
 
@@ -474,19 +486,30 @@ class State:
         """
         with self._db.reading() as db:
             rows = db.execute(
-                f"SELECT definition, key, status, {tables.LISTED} AS listed, attempts, row"
+                f"SELECT definition, key, status, {tables.LISTED} AS listed, attempts, row,"
+                " outputs = '[]'"
                 " FROM jobs LEFT JOIN attempts ON attempts.seq = current"
                 f" WHERE status <> ? AND (listed{' OR current IS NOT NULL' if removed else ''})"
                 " ORDER BY listed DESC, position, number",
                 (ELSEWHERE,),
             )
             has_chains, verdicts = chains.has_any(db), acceptance.verdicts(db)
-            for definition, key, status, listed, attempts, row in rows:
-                verdict = None
+            # Jobs read so far that are no accepted tries, or start from one that is not.
+            others: set[str] = set()
+            dropped: set[str] = set()
+            for definition, key, status, listed, attempts, row, is_empty in rows:
+                verdict, is_of_accepted, is_of_dropped = None, True, False
                 if has_chains:
                     # With the images that its parents made, as far as they are there.
                     job = chains.with_inputs(db, job_from_json(definition))
                     verdict = verdicts.get(job.id)
+                    is_of_accepted = others.isdisjoint(parents_of(job))
+                    is_of_dropped = not dropped.isdisjoint(parents_of(job))
+                    is_other = job.attempt_at is not None and verdict is not Verdict.ACCEPTED
+                    if is_other or not is_of_accepted:
+                        others.add(job.id)
+                    if is_empty and status == DONE:
+                        dropped.add(job.id)
                     definition = job_to_json(job)
                 yield DescribedJob(
                     definition=definition,
@@ -496,6 +519,8 @@ class State:
                     attempts=attempts,
                     row=row,
                     verdict=verdict,
+                    is_of_accepted=is_of_accepted,
+                    is_of_dropped=is_of_dropped,
                 )
 
     def keys_of(self, ids: Iterable[str]) -> dict[str, str]:
@@ -518,12 +543,14 @@ class State:
     def finished(self) -> Iterator[tuple[str, str, str]]:
         """Yields (definition, key, row of the log) of each job that is done, in manifest order.
 
-        The row is that of its last success, which made the files that are there.
+        The row is that of its last success, which made the files that are there. Rejected images
+        that were removed are left out.
         """
         with self._db.reading() as db:
             yield from db.execute(
                 "SELECT definition, key, row FROM jobs JOIN attempts ON attempts.seq = current"
-                " WHERE wanted = 1 AND status = ? AND seen = ? ORDER BY position",
+                " WHERE wanted = 1 AND status = ? AND seen = ? AND outputs <> '[]'"
+                " ORDER BY position",
                 (DONE, tables.latest_reading(db)),
             )
 
@@ -592,7 +619,7 @@ class State:
         with self._db.reading() as db:
             yield from db.execute(
                 "SELECT seq, row FROM jobs JOIN attempts ON seq = current WHERE status = ?"
-                " AND coalesce(json_array_length(row, '$.image_phash'), 0)"
+                " AND outputs <> '[]' AND coalesce(json_array_length(row, '$.image_phash'), 0)"
                 " < json_array_length(row, '$.image_paths') ORDER BY seq",
                 (DONE,),
             )

@@ -19,6 +19,7 @@ from sensebatch.store.manifests import ManifestFiles
 from sensebatch.store.run_dir import RunDir
 from sensebatch.store.shards import Shard
 from sensebatch.store.state import State
+from sensebatch.store.tables import WHOLE, Span
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +79,25 @@ class Store:
         self.remove_stale(stale)
         self.kept.discard(seq, self.state.needs_kept_images)
         self.log.update()
+
+    def settle(self, span: Span = WHOLE, *, keep_rejected: bool) -> None:
+        """Lets jobs run that may run now; see `State.settle_chains`.
+
+        Args:
+            span: The jobs of the lane.
+            keep_rejected: Whether images that were rejected stay. If not, they are removed once
+                that is on record, so a kill in between leaves them to the next process.
+
+        Raises:
+            StorageError: The folder cannot be written, or is not where it was.
+        """
+        self.state.settle_chains(span)
+        if keep_rejected:
+            return
+        dropped = self.state.drop_rejected()
+        if dropped:
+            self.run_dir.require_in_place()
+            self.remove_stale(dropped)
 
     @contextmanager
     def complete_log(self) -> Iterator[None]:

@@ -47,6 +47,10 @@ def test_export_without_a_licence_says_so(invoke: Invoke, folder: Path) -> None:
     ended = invoke("export", "webdataset", folder, "out")
     assert "  licence  unknown; --license names one\n" in ended.out
     assert "load_dataset" not in ended.out
+    assert ended.out.endswith(
+        "  open     webdataset.WebDataset(sorted(glob.glob('out/t2i/*.tar')))\n"
+    )
+    assert list(Path("out/t2i").glob("*.tar"))
 
 
 def test_json_is_one_object(invoke: Invoke, folder: Path) -> None:

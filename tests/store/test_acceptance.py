@@ -152,7 +152,7 @@ def test_all_checks_must_hold(tmp_path: Path) -> None:
     run_folder(tmp_path, series(*NAMES, accept=[CHECK, other]), CONFIG, engine=Judge())
     rows = {row["job_id"]: row for row in outcome(tmp_path)[1]}
     for job_id, verdict in verdicts(tmp_path).items():
-        shares = [rows[f"{job_id}-check-{n}"]["choice_probabilities"][0] for n in (1, 2)]
+        shares = [rows[f"{job_id}-check{n}"]["choice_probabilities"][0] for n in ("", "-2")]
         assert (verdict is Verdict.REJECTED) == (min(shares) < 0.6)
 
 
