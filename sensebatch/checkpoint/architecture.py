@@ -66,6 +66,25 @@ OFFICIAL_U15: Mapping[str, Any] = {
     "noise_scale_max_value": 16.0,
 }
 """The same of SenseNova-U1.5-8B-MoT."""
+A3B: Mapping[str, Any] = {
+    **OFFICIAL_8B,
+    "llm_config": {
+        **OFFICIAL_8B["llm_config"],
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 4,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "gen_num_experts": 32,
+    },
+}
+"""A `config.json` for synthetic weights of the size of SenseNova-U1-A3B-MoT, which is described as
+Qwen3-MoE with about 39 B weights: the understanding expert has the shape of Qwen3-30B-A3B, and 32
+experts a layer of the generation expert make up the rest."""
 
 
 class HeadKind(StrEnum):

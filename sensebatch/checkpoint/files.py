@@ -14,6 +14,7 @@ from typing import Any
 
 from sensebatch.bounded import check_file, load_json, quoted, read_file, shown
 from sensebatch.checkpoint.architecture import (
+    A3B,
     OFFICIAL_8B,
     OFFICIAL_U15,
     Architecture,
@@ -92,9 +93,9 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
 
     Args:
         model: `tiny`; synthetic weights for profiling, `synthetic:8b`, `synthetic:u1.5` (of the
-            same sizes, with the convolutional head and the generation expert in float32) or
-            `synthetic:tiny`; a folder; or a Hub id `owner/name`. A folder wins over a Hub id;
-            write `./tiny` for a folder of that name.
+            same sizes, with the convolutional head and the generation expert in float32),
+            `synthetic:a3b` (sparse) or `synthetic:tiny`; a folder; or a Hub id `owner/name`. A
+            folder wins over a Hub id; write `./tiny` for a folder of that name.
         revision: Branch, tag or commit of a Hub id.
 
     Raises:
@@ -137,6 +138,7 @@ def _synthetic(model: str) -> Checkpoint:
     configs = {
         "8b": OFFICIAL_8B,
         "u1.5": OFFICIAL_U15,
+        "a3b": A3B,
         "tiny": read_json(TINY_FOLDER / "config.json"),
     }
     if size not in configs:

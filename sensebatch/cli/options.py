@@ -83,7 +83,8 @@ class ModelOptions:
             "--model",
             "--model-path",
             help="Checkpoint folder, Hub id (owner/name), tiny (embedded), or synthetic weights "
-            "for profiling: synthetic:8b, synthetic:u1.5 (convolutional head), synthetic:tiny.",
+            "for profiling: synthetic:8b, synthetic:u1.5 (convolutional head), "
+            "synthetic:a3b (sparse), synthetic:tiny.",
             rich_help_panel=_MODEL,
         ),
     ] = None

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
+from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.checkpoint.files import Checkpoint, open_checkpoint
 from sensebatch.config import SYNTHETIC_PREFIX, default_config
 from sensebatch.engine.decoding import PlainDecoder
@@ -41,7 +42,7 @@ from sensebatch.engine.model.quantized import (
     quantise_rows,
 )
 from sensebatch.engine.model.tokenizer import HFTokenizer
-from sensebatch.engine.model.transformer import DecoderLayer, Expert, SwiGLU
+from sensebatch.engine.model.transformer import DecoderLayer, Expert, SparseMlp, SwiGLU
 from sensebatch.engine.prompts import Prompt
 from sensebatch.engine.runner import Runner
 from sensebatch.engine.sampling.guidance import Guidance
@@ -192,7 +193,7 @@ def limit_seconds(runner: Runner, *, numbers: Numbers | None, steps: int) -> flo
     """Returns the seconds that products and attention alone take of a step of two branches.
 
     They are those of images of `LIMIT_ROWS` tokens after a prompt, one after the other and with
-    nothing in between.
+    nothing in between. Those of sparse blocks are as if one expert had all rows.
 
     Args:
         runner: The network.
@@ -204,19 +205,10 @@ def limit_seconds(runner: Runner, *, numbers: Numbers | None, steps: int) -> flo
     def noise(*shape: int) -> Tensor:
         return torch.randn(shape, device=network.device).to(network.dtype)
 
-    hidden, query = arch.hidden_size, arch.num_heads * arch.head_dim
-    key = arch.num_kv_heads * arch.head_dim
-    inner = arch.intermediate_size
-    shapes = (
-        (query + 2 * key, hidden),
-        (hidden, query),
-        (2 * inner, hidden),
-        (hidden, inner),
-    )
     products: list[Callable[[], object]] = []
-    for rows, columns in shapes:
-        x, weight = noise(LIMIT_ROWS, columns), noise(rows, columns) / columns**0.5
-        if numbers is not None:
+    for rows, height, width, dense in _products(arch):
+        x, weight = noise(rows, width), noise(height, width) / width**0.5
+        if numbers is not None and dense:
             linear = _quantised(weight, numbers, network.operations)
             tokens = quantise_rows(x, numbers)
             products.append(partial(linear.multiply, tokens, network.dtype))
@@ -233,6 +225,20 @@ def limit_seconds(runner: Runner, *, numbers: Numbers | None, steps: int) -> flo
                 product()
         seconds = (_now(runner) - start) / count
     return seconds
+
+
+def _products(arch: Architecture) -> Iterator[tuple[int, int, int, bool]]:
+    """Yields the products of a layer: rows of tokens, sides of the matrix, whether it is dense."""
+    hidden, query = arch.hidden_size, arch.num_heads * arch.head_dim
+    key, moe = arch.num_kv_heads * arch.head_dim, arch.generation_moe
+    yield LIMIT_ROWS, query + 2 * key, hidden, True
+    yield LIMIT_ROWS, hidden, query, True
+    rows, inner = LIMIT_ROWS, arch.intermediate_size
+    if moe is not None:
+        yield LIMIT_ROWS, moe.num_experts, hidden, False
+        rows, inner = LIMIT_ROWS * moe.num_experts_per_tok, moe.intermediate_size
+    yield rows, 2 * inner, hidden, moe is None
+    yield rows, hidden, inner, moe is None
 
 
 def variant(
@@ -283,8 +289,8 @@ def naive(layer: nn.Module) -> Iterator[nn.Module]:
     twin._modules = dict(layer._modules)
     twin.mlp = copy.copy(layer.mlp)
     twin.operations = Operations()
-    if isinstance(twin.mlp, SwiGLU):
-        twin.mlp.operations = twin.operations
+    assert isinstance(twin.mlp, SwiGLU | SparseMlp)
+    twin.mlp.operations = twin.operations
     yield twin
 
 

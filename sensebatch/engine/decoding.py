@@ -18,14 +18,12 @@ from torch import Tensor
 from sensebatch.engine.model.kv_cache import KVCache, SharedRoom, part_caches
 from sensebatch.engine.model.lockstep import Pass, run, run_together
 from sensebatch.engine.model.network import Network
-from sensebatch.engine.model.transformer import DecoderLayer, SwiGLU
+from sensebatch.engine.model.transformer import DecoderLayer, SparseMlp
+from sensebatch.plan.computation import TILE_SIDE
 from sensebatch.plan.passes import ROOM_SPARE, ROOM_TOKENS
 
 if TYPE_CHECKING:
     from sensebatch.engine.model.triton_operations import DecodingOperations
-
-TILE_SIDE = 16
-"""Rows and columns of matrices must be multiples of this, or their tiles would be too small."""
 
 Extend = Callable[[Sequence[tuple[KVCache, Sequence[int]]]], Pass[Tensor]]
 """Returns a pass that caches tokens of some sequences and returns the outputs of their last ones,
@@ -110,7 +108,7 @@ class FastDecoder:
     is what takes the time. What it writes after the end of a sequence is ignored.
 
     Args:
-        network: Has dense layers in the understanding expert.
+        network: Is loaded.
         operations: What `decoding_operations` returns for this network.
         caches: The cache of each sequence, on the device or waiting; at most
             `operations.max_sequences`. They share one buffer as long as the decoder lives.
@@ -240,7 +238,6 @@ class FastDecoder:
         """Returns a layer's output, `[S, D]`."""
         network, decoding = self._network, self._operations
         rms_norm, eps = network.operations.rms_norm, network.arch.rms_norm_eps
-        assert isinstance(layer.mlp, SwiGLU)
         normed = rms_norm(x_SD, layer.input_norm, eps)
         q_SHE = decoding.heads(
             decoding.product(normed, layer.qkv),
@@ -254,6 +251,8 @@ class FastDecoder:
         attended = decoding.attend(q_SHE, cache, self._lengths_S)
         x_SD = decoding.product(attended, layer.o, residual=x_SD)
         normed = rms_norm(x_SD, layer.post_norm, eps)
+        if isinstance(layer.mlp, SparseMlp):
+            return layer.mlp.add_to(x_SD, normed, in_place=False)
         hidden = decoding.product(normed, layer.mlp.gate_up, swiglu=True)
         return decoding.product(hidden, layer.mlp.down, residual=x_SD)
 
@@ -261,12 +260,10 @@ class FastDecoder:
 def decoding_operations(network: Network) -> DecodingOperations | None:
     """Returns what `FastDecoder` computes with, or None if it cannot decode with a network.
 
-    It knows neither sparse layers, nor matrices whose sides no tile fits.
+    It knows no matrices whose sides no tile fits.
     """
-    layers, arch = network.understanding.layers, network.arch
-    known = arch.hidden_size % TILE_SIDE == arch.intermediate_size % TILE_SIDE == 0 and all(
-        isinstance(layer.mlp, SwiGLU) for layer in layers
-    )
+    arch = network.arch
+    known = arch.hidden_size % TILE_SIDE == arch.intermediate_size % TILE_SIDE == 0
     return network.operations.decoding if known else None
 
 

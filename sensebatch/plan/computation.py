@@ -10,6 +10,8 @@ from sensebatch.jobs import Precision
 
 GPU_ITEM_BYTES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
 """Bytes of a number by the dtype's name; auto as on a GPU."""
+TILE_SIDE = 16
+"""Rows and columns of the smallest tile that can be multiplied."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,11 +26,21 @@ class Computation:
     fused: bool = False
     """Whether chains of small operations are one kernel each."""
 
+    def wide(self, numbers: int) -> int:
+        """Returns how many numbers of its own take the memory of so many of four bytes."""
+        return -(-4 * numbers // self.item_bytes)
+
 
 def is_tileable(arch: Architecture) -> bool:
-    """Returns whether the kernels' tiles fit the heads of a network."""
-    sides = (arch.num_heads, arch.num_kv_heads, arch.head_dim)
-    return arch.head_dim >= 16 and all(side & (side - 1) == 0 for side in sides)
+    """Returns whether the kernels' tiles fit the heads of a network and its sparse blocks."""
+    heads = (arch.num_heads, arch.num_kv_heads, arch.head_dim)
+    moes = [moe for moe in (arch.understanding_moe, arch.generation_moe) if moe is not None]
+    sides = [arch.hidden_size, *(moe.intermediate_size for moe in moes)] if moes else []
+    return (
+        arch.head_dim >= TILE_SIDE
+        and all(side & (side - 1) == 0 for side in heads)
+        and all(side % TILE_SIDE == 0 for side in sides)
+    )
 
 
 def gpu_computation(arch: Architecture, model: ModelConfig) -> Computation:

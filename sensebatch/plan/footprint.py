@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sensebatch.checkpoint.architecture import Architecture
+from sensebatch.checkpoint.architecture import Architecture, Moe
 from sensebatch.checkpoint.heads import head_of
 from sensebatch.jobs import Drawing, Solver
 from sensebatch.plan.computation import Computation
@@ -217,9 +217,8 @@ def text_bytes(computation: Computation, load: Load, *, parked: bool) -> int:
 
 
 def decodes_fast(computation: Computation) -> bool:
-    """Returns whether kernels decode text, which need dense layers."""
-    moe = computation.arch.understanding_moe
-    return computation.fused and (moe is None or not any(moe.sparse_layers))
+    """Returns whether kernels decode text."""
+    return computation.fused
 
 
 def _embedded_bytes(computation: Computation, load: Load) -> int:
@@ -230,18 +229,37 @@ def _embedded_bytes(computation: Computation, load: Load) -> int:
     return load.batch_size * tokens * computation.arch.hidden_size * computation.item_bytes
 
 
-def _half_numbers(computation: Computation, rows: int) -> tuple[int, int]:
+def _half_numbers(computation: Computation, rows: int, moe: Moe | None) -> tuple[int, int]:
     """Returns the numbers that each half of a layer needs for a moment for so many tokens."""
     arch = computation.arch
     hidden, query = arch.hidden_size, arch.num_heads * arch.head_dim
     key = arch.num_kv_heads * arch.head_dim
     if not computation.fused:
-        project, finish = hidden + 6 * query + 2 * key, hidden + 3 * arch.intermediate_size
-        return rows * project, rows * finish
-    # Kernels keep nothing in between.
-    product = query + 2 * key
-    finish = max(hidden + 2 * arch.intermediate_size, 3 * arch.intermediate_size)
-    return rows * (product + max(hidden, product)), rows * finish
+        project, dense = hidden + 6 * query + 2 * key, hidden + 3 * arch.intermediate_size
+    else:
+        # Kernels keep nothing in between.
+        product = query + 2 * key
+        project = product + max(hidden, product)
+        dense = max(hidden + 2 * arch.intermediate_size, 3 * arch.intermediate_size)
+    if moe is None or not any(moe.sparse_layers):
+        finish = dense
+    else:
+        sparse = _sparse_numbers(computation, moe)
+        finish = sparse if all(moe.sparse_layers) else max(sparse, dense)
+    return rows * project, rows * finish
+
+
+def _sparse_numbers(computation: Computation, moe: Moe) -> int:
+    """Returns the numbers that a sparse block needs for a moment for each token."""
+    hidden, inner = computation.arch.hidden_size, moe.intermediate_size
+    choices, experts = moe.num_experts_per_tok, moe.num_experts
+    if not computation.fused:
+        # One expert after the other, here as if all tokens went to it.
+        wide = computation.wide(experts) + computation.wide(choices)
+        return 2 * hidden + experts + wide + choices + max(3 * hidden, 2 * hidden + 4 * inner)
+    # Its input, the router's product, three numbers a choice, and all choices' parts.
+    routes = experts + 3 * computation.wide(choices)
+    return hidden + routes + choices * (inner + hidden)
 
 
 def _prompt_pass_bytes(
@@ -258,7 +276,7 @@ def _prompt_pass_bytes(
     """
     arch = computation.arch
     query, key = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-    project, finish = _half_numbers(computation, min(tokens, ROWS))
+    project, finish = _half_numbers(computation, min(tokens, ROWS), arch.understanding_moe)
     projected, attended = tokens * (query + 2 * key), tokens * query
     padded |= min(tokens, longest) * longest > RUN_SCORES
     run = 2 * longest if padded and not computation.fused else min(tokens, longest)
@@ -286,7 +304,7 @@ def _image_pass_bytes(computation: Computation, load: Load, drawing: Drawing, jo
     image, prefix = load.image_tokens, load.longest_tokens
     query, key = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     part = min(images_per_part(image), evaluations) * image
-    project, finish = _half_numbers(computation, min(part, ROWS))
+    project, finish = _half_numbers(computation, min(part, ROWS), arch.generation_moe)
     attended = part * query
     held = (arch.hidden_size + 2 * arch.head_dim) * evaluations * image
     attended_to = 2 * (image + prefix) * key

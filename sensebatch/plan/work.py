@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sensebatch.checkpoint.architecture import Architecture
+from sensebatch.checkpoint.architecture import Architecture, Moe
 from sensebatch.checkpoint.heads import head_of
 from sensebatch.checkpoint.tensors import TensorGroup, expected_tensors
 from sensebatch.jobs import Stored
@@ -115,8 +115,7 @@ def network_sizes(arch: Architecture) -> Sizes:
     ):
         if moe is not None:
             unused = moe.num_experts - moe.num_experts_per_tok
-            of_expert = 3 * arch.hidden_size * moe.intermediate_size
-            matrices[group] -= sum(moe.sparse_layers) * unused * of_expert
+            matrices[group] -= sum(moe.sparse_layers) * unused * expert_size(arch, moe)
     # The embedders of timestep and noise scale see no tokens.
     embedder = "fm_modules.vision_model_mot_gen.embeddings."
     patches = specs[f"{embedder}patch_embedding.weight"].num_elements
@@ -155,13 +154,15 @@ def understanding_work(
     keys = sum(new + cached for new, cached in spans)
     attention_flop, cache_bytes = _attention(computation, pairs, keys)
     head = sizes.vocabulary_head if logits else 0
+    others = _other_experts(computation.arch, computation.arch.understanding_moe, tokens)
+    read = sizes.understanding_matrices + others + head
     stored, quantised = _quantised(
         computation, TensorGroup.UNDERSTANDING, sizes.understanding_quantisable
     )
     return Work(
         gemm_flop=2 * (tokens * sizes.understanding_matrices + logits * head),
         attention_flop=attention_flop,
-        weight_bytes=_read_bytes(computation, sizes.understanding_matrices + head, quantised),
+        weight_bytes=_read_bytes(computation, read, quantised),
         cache_bytes=cache_bytes,
         stored=stored,
         quantised_flop=2 * tokens * quantised,
@@ -189,13 +190,16 @@ def denoising_work(
     keys = sum(prefixes) + evaluations * tokens
     attention_flop, cache_bytes = _attention(computation, tokens * keys, keys)
     of_token = sizes.generation_matrices + sizes.evaluation_token
+    moe = computation.arch.generation_moe
+    others = _other_experts(computation.arch, moe, evaluations * tokens)
+    read = of_token + others + sizes.image_token
     stored, quantised = _quantised(
         computation, TensorGroup.GENERATION, sizes.generation_quantisable
     )
     return Work(
         gemm_flop=2 * tokens * (evaluations * of_token + images * sizes.image_token),
         attention_flop=attention_flop,
-        weight_bytes=_read_bytes(computation, of_token + sizes.image_token, quantised),
+        weight_bytes=_read_bytes(computation, read, quantised),
         cache_bytes=cache_bytes,
         stored=stored,
         quantised_flop=2 * tokens * evaluations * quantised,
@@ -214,6 +218,23 @@ def _quantised(
 def _read_bytes(computation: Computation, weights: int, quantised: int) -> int:
     """Returns the bytes of weights of which some are quantised; a number of 8 bits is one."""
     return weights * computation.item_bytes - quantised * (computation.item_bytes - 1)
+
+
+def _other_experts(arch: Architecture, moe: Moe | None, tokens: int) -> int:
+    """Returns the weights of experts that tokens go to besides those of one of them.
+
+    They choose evenly, as routers are trained to let them.
+    """
+    if moe is None:
+        return 0
+    missed = (1 - moe.num_experts_per_tok / moe.num_experts) ** tokens
+    others = moe.num_experts * (1 - missed) - moe.num_experts_per_tok
+    return round(sum(moe.sparse_layers) * others * expert_size(arch, moe))
+
+
+def expert_size(arch: Architecture, moe: Moe) -> int:
+    """Returns the weights of one expert of a sparse block."""
+    return 3 * arch.hidden_size * moe.intermediate_size
 
 
 def _attention(computation: Computation, pairs: int, keys: int) -> tuple[int, int]:

@@ -171,7 +171,7 @@ class _Planner:
         if need in (Need.FP8, Need.INT8):
             return machine.fp8_obstacle if need is Need.FP8 else machine.int8_obstacle
         if need is Need.KERNELS and not is_tileable(self._checkpoint.architecture):
-            return "the kernels' tiles do not fit the heads of this model"
+            return "the kernels' tiles do not fit this model"
         if need is Need.KERNELS:
             return machine.kernels_obstacle
         return None if need is None or machine.has_gpu else "it needs a CUDA device"

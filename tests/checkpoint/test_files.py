@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from sensebatch.checkpoint.files import (
 )
 from sensebatch.checkpoint.tensors import TensorGroup, expected_tensors
 from sensebatch.errors import CheckpointError
+from sensebatch.plan.work import network_sizes
 from tests.checkpoint.folders import write_folder, zeros
 
 SHARD = "model-00002-of-00003.safetensors"
@@ -238,6 +240,14 @@ def test_synthetic_u15_has_its_generation_expert_in_float32() -> None:
         50.2e9, rel=0.03
     )
     check_tensors(checkpoint)
+
+
+def test_the_sparse_synthetic_checkpoint_has_the_published_number_of_weights() -> None:
+    checkpoint = open_checkpoint("synthetic:a3b")
+    weights = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    assert weights / 1e9 == pytest.approx(39, rel=0.01)
+    sizes = network_sizes(checkpoint.architecture)
+    assert 2.5e9 < sizes.generation_matrices < sizes.understanding_matrices < 3.5e9
 
 
 @pytest.mark.parametrize("model", ["", " "])

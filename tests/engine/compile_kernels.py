@@ -1,4 +1,4 @@
-"""Compiles every kernel of the 8B model for a GPU that need not be there.
+"""Compiles every kernel of the 8B model and of the sparse one for a GPU that need not be there.
 
 Arguments: compute capability, and the most shared memory that a program may have there. Prints a
 JSON object: the shared memory of each kernel that was compiled, in bytes.
@@ -17,7 +17,12 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from sensebatch.checkpoint.files import open_checkpoint
-from sensebatch.engine.model import attention_kernels, decode_kernels, int8_kernels
+from sensebatch.engine.model import (
+    attention_kernels,
+    decode_kernels,
+    expert_kernels,
+    int8_kernels,
+)
 from sensebatch.engine.model.quantized import NUMBERS
 from sensebatch.engine.model.triton_operations import TritonOperations
 from sensebatch.jobs import Stored
@@ -52,7 +57,7 @@ def compiled(self: JITFunction, grid: object) -> Callable[..., None]:
 
 driver.set_active(Absent())
 JITFunction.__getitem__ = compiled
-for module in (decode_kernels, int8_kernels):
+for module in (decode_kernels, expert_kernels, int8_kernels):
     vars(module)["shared_bytes"] = lambda _: SHARED_BYTES
 arch, nowhere = open_checkpoint("synthetic:8b").architecture, torch.device("meta")
 stored = (Stored.INT8, Stored.FLOAT8) if CAPABILITY >= 89 else (Stored.INT8,)
@@ -66,4 +71,5 @@ for kind in stored:
     decode_kernels.warm_up(
         arch, torch.bfloat16, nowhere, decode_kernels.MAX_SEQUENCES, NUMBERS[kind]
     )
+expert_kernels.warm_up(open_checkpoint("synthetic:a3b").architecture, torch.bfloat16, nowhere)
 print(json.dumps(found))

@@ -4,29 +4,55 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from sensebatch.engine import bench
 from sensebatch.engine.model.attention import sdpa
 from sensebatch.engine.model.quantized import NUMBERS
 from sensebatch.engine.runner import Runner
 from sensebatch.jobs import QUANTISED, Stored
+from sensebatch.plan.work import network_sizes
 from tests.engine.golden_model import build_network, infer
 from tests.golden_data import ByteTokenizer
 
 
 @pytest.fixture
 def runner(monkeypatch: pytest.MonkeyPatch) -> Runner:
+    return _runner("dense_fm", monkeypatch)
+
+
+def _runner(config: str, monkeypatch: pytest.MonkeyPatch) -> Runner:
     monkeypatch.setattr(bench, "LIMIT_ROWS", 8)
     monkeypatch.setattr(bench, "PROMPT_TOKENS", 9)
-    return Runner(network=build_network("dense_fm"), tokenizer=ByteTokenizer(), attention=sdpa)
+    return Runner(network=build_network(config), tokenizer=ByteTokenizer(), attention=sdpa)
 
 
 @pytest.mark.slow
-def test_every_part_is_measured(runner: Runner) -> None:
+@pytest.mark.parametrize("config", ["dense_fm", "moe"])
+def test_every_part_is_measured(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = _runner(config, monkeypatch)
     with infer():
         measured = dict(bench.rows(runner, bench.SMALL))
     assert len(measured) == 1 + len(NUMBERS) + 6 + 4 + 2 + len(QUANTISED)
     assert all(float(value.split()[0].rstrip("%")) >= 0 for value in measured.values())
+
+
+@pytest.mark.parametrize("config", ["dense_fm", "moe"])
+def test_the_limit_has_the_products_of_every_token(
+    config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the plan's arithmetic has them, of two branches and all layers."""
+    runner = _runner(config, monkeypatch)
+    with infer(), FlopCounterMode(display=False) as counter:
+        bench.limit_seconds(runner, numbers=None, steps=1)
+    counted = sum(
+        flop
+        for operation, flop in counter.get_flop_counts()["Global"].items()
+        if "attention" not in str(operation)
+    )
+    matrices = network_sizes(runner.network.arch).generation_matrices
+    once_to_warm_up, branches, flop_a_weight = 2, 2, 2
+    assert counted == once_to_warm_up * branches * flop_a_weight * bench.LIMIT_ROWS * matrices
 
 
 def test_errors_are_those_of_the_paths(runner: Runner) -> None:

@@ -158,7 +158,7 @@ def test_only_kernels_that_will_run_are_compiled(monkeypatch: pytest.MonkeyPatch
         (golden_architecture("dense_fm"), Precision.FP8, [1, 64]),
         (golden_architecture("dense_fm"), Precision.INT8_ALL, [1, 64]),
         (replace(golden_architecture("dense_fm"), intermediate_size=100), None, []),
-        (golden_architecture("moe"), None, []),
+        (golden_architecture("moe"), None, [1, 64]),
     ):
         loader = NetworkLoader(
             arch=arch,
@@ -306,6 +306,7 @@ def test_kernels_compile_for_gpus_without_one(tmp_path: Path, capability: int) -
         *("_rms_norm", "_swiglu", "_norm_rotate", "_vector_product", "_matrix_product"),
         *("_attend_token", "_attend_run", "_combine"),
         *("_rms_norm_quantised", "_swiglu_quantised", "_int8_product"),
+        *("_route", "_place", "_gate_up", "_down", "_add_parts"),
     }
     assert max(shared.values()) <= SHARED_BYTES[capability]
 
@@ -383,12 +384,13 @@ def second_for_odd_ones(logits_SV: torch.Tensor, sequences: Sequence[int]) -> li
 
 
 @interpreted
-@pytest.mark.parametrize("choose", [None, second_for_odd_ones])
+@pytest.mark.parametrize(
+    ("config", "choose"), [("dense_fm", None), ("dense_fm", second_for_odd_ones), ("moe", None)]
+)
 def test_decoding_together_in_small_rooms_says_what_each_says_alone(
-    monkeypatch: pytest.MonkeyPatch, choose: Choose | None
+    monkeypatch: pytest.MonkeyPatch, config: str, choose: Choose | None
 ) -> None:
     """Sequences end at different lengths, and the buffer is replaced on the way."""
-    config = next(config for config, _ in tileable_cases("think") if config != "moe")
     case = load_case(config, next(name for ids, name in case_ids("think") if ids == config))
     prompts = [(5, 9, 2), (7,) * 6, (3, 1, 4, 1, 5, 9, 2, 6)]
     limits = {0: 4, 1: 2, 2: 7}
@@ -411,11 +413,12 @@ def test_decoding_together_in_small_rooms_says_what_each_says_alone(
 
 
 @interpreted
-def test_only_fused_dense_networks_decode_fast() -> None:
+def test_only_fused_networks_decode_fast() -> None:
     for config, fused, expected in (
         ("dense_fm", True, FastDecoder),
         ("dense_fm", False, PlainDecoder),
-        ("moe", True, PlainDecoder),
+        ("moe", True, FastDecoder),
+        ("moe", False, PlainDecoder),
     ):
         if not is_tileable(golden_architecture(config)):
             continue

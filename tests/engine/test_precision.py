@@ -14,7 +14,7 @@ from torch import Tensor
 from sensebatch.checkpoint.architecture import Moe
 from sensebatch.engine.model.attention import sdpa
 from sensebatch.engine.model.network import Network, ScalarEmbedder
-from sensebatch.engine.model.operations import rms_norm
+from sensebatch.engine.model.operations import Operations, rms_norm
 from sensebatch.engine.model.patchify import PixelHead, image_to_tokens
 from sensebatch.engine.model.rope import patch_rotary, rotate_patches, token_rotary
 from sensebatch.engine.model.transformer import SparseMlp
@@ -99,7 +99,7 @@ def test_experts_are_chosen_in_float32(best: int) -> None:
         norm_topk_prob=True,
         sparse_layers=(True,),
     )
-    mlp = SparseMlp(2, moe).bfloat16().requires_grad_(False)
+    mlp = SparseMlp(2, moe, Operations()).bfloat16().requires_grad_(False)
     mlp.gate.weight.zero_()
     mlp.gate.weight[best, 0] = 2**-10
     mlp.gate_up.fill_(1)

@@ -9,13 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from sensebatch.checkpoint.architecture import OFFICIAL_8B, HeadKind, parse_architecture
+from sensebatch.checkpoint.architecture import (
+    OFFICIAL_8B,
+    HeadKind,
+    Moe,
+    parse_architecture,
+)
 from sensebatch.engine.device.fragments import fragment
 from sensebatch.engine.device.runtime import new_attention, resolve_attention
 from sensebatch.engine.model.attention import Attention
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.operations import choose_operations
 from sensebatch.engine.model.patchify import HEAD_MODULES
+from sensebatch.engine.model.transformer import SparseMlp
 from sensebatch.engine.prompts import Grid, ImageSpan, Prompt
 from sensebatch.engine.runner import Runner
 from tests.golden_data import ByteTokenizer
@@ -111,6 +117,24 @@ def test_a_prompt_with_text_after_an_image_gives_one_result(
         return runner.extend([runner.new_extension(prompt, (embeds,))])
 
     assert len(results(read)) == 1
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(("tokens", "experts"), [(1, 128), (16, 128), (300, 128), (1024, 32)])
+def test_sparse_blocks_give_one_result(fused: bool, tokens: int, experts: int) -> None:
+    width, inner = 1024, 256
+    moe = Moe(
+        num_experts=experts,
+        num_experts_per_tok=8,
+        intermediate_size=inner,
+        norm_topk_prob=True,
+        sparse_layers=(True,),
+    )
+    block = SparseMlp(width, moe, choose_operations(fused=fused)).to(CUDA, torch.bfloat16)
+    for parameter in block.requires_grad_(False).parameters():
+        parameter.normal_(0, parameter.shape[-1] ** -0.5)
+    x = noise(tokens, width)
+    assert len(results(lambda: block.add_to(x.clone(), x.clone(), in_place=True))) == 1
 
 
 @pytest.mark.parametrize("kind", list(HeadKind))

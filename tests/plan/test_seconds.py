@@ -10,11 +10,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sensebatch.checkpoint.architecture import A3B, parse_architecture
 from sensebatch.jobs import Drawing, GroupKey, Precision, Stored
+from sensebatch.plan.computation import Computation
 from sensebatch.plan.load import Load, interleave_tokens
 from sensebatch.plan.seconds import Clock, GroupSeconds, new_clock
 from sensebatch.plan.weight_bytes import weight_bytes
-from sensebatch.plan.work import Speeds, Work, denoising_work, network_sizes
+from sensebatch.plan.work import (
+    Speeds,
+    Work,
+    denoising_work,
+    network_sizes,
+    understanding_work,
+)
 from sensebatch.resolutions import Resolution
 from sensebatch.tasks import Branch, Task
 from sensebatch.units import GIB
@@ -171,3 +179,21 @@ def test_8_bits_halve_the_time_of_products_and_of_copies() -> None:
 def test_products_of_few_rows_wait_for_their_weights() -> None:
     work = Work(gemm_flop=1, attention_flop=1, weight_bytes=8 * 10**12, cache_bytes=4 * 10**12)
     assert work.seconds(H200) == pytest.approx(3.0)
+
+
+def test_tokens_read_the_weights_of_all_experts_that_some_of_them_go_to() -> None:
+    arch = parse_architecture(A3B)
+    moe = arch.understanding_moe
+    assert moe is not None
+    computation, sizes = Computation(arch=arch, item_bytes=2), network_sizes(arch)
+    one, sixteen, many = (
+        understanding_work(computation, sizes, [(1, 100)] * count).weight_bytes / 2
+        for count in (1, 16, 5000)
+    )
+    # Of 128 experts, sixteen tokens with eight each meet 82.4 on average, and thousands meet all.
+    an_expert = arch.num_layers * 3 * arch.hidden_size * moe.intermediate_size
+    assert one == sizes.understanding_matrices
+    assert (sixteen - one) / an_expert + 8 == pytest.approx(82.42, abs=0.01)
+    assert (many - one) / an_expert + 8 == pytest.approx(moe.num_experts)
+    step = denoising_work(computation, sizes, tokens=4096, images=1, prefixes=[PREFIX, PREFIX])
+    assert step.weight_bytes / 2 > sizes.generation_matrices + 23 * an_expert

@@ -116,7 +116,7 @@ def _matrix_product(
     tl.store(out + target, total.to(out.dtype.element_ty), mask=there)
 
 
-def _divisor(number: int, most: int) -> int:
+def divisor(number: int, most: int) -> int:
     """Returns the largest power of two up to `most` that divides a number."""
     return min(number & -number, most)
 
@@ -183,7 +183,7 @@ def product(
     flags: dict[str, int] = {"SWIGLU": swiglu, "RESIDUAL": residual is not None}
     flags |= {"SCALED": scale is not None, "num_warps": 4, "enable_fp_fusion": True}
     if num_sequences == 1:
-        rows, block = _divisor(height, 2 if swiglu else 4), _divisor(width, 2048)
+        rows, block = divisor(height, 2 if swiglu else 4), divisor(width, 2048)
         _vector_product[(height // rows,)](
             *pointers, width, height, **flags, ROWS=rows, BLOCK=block
         )
@@ -193,7 +193,7 @@ def product(
     rows, block, stages = tile(
         height, sequences, swiglu=swiglu, item_bytes=x_SD.itemsize, shared_bytes=shared
     )
-    rows = _divisor(height, rows)
+    rows = divisor(height, rows)
     _matrix_product[(height // rows,)](
         *pointers,
         num_sequences,
@@ -202,7 +202,7 @@ def product(
         **flags,
         SEQUENCES=sequences,
         ROWS=rows,
-        BLOCK=_divisor(width, block),
+        BLOCK=divisor(width, block),
         num_stages=stages,
     )
     return out
@@ -231,8 +231,10 @@ def warm_up(
     x_SD = zeros(num_sequences, hidden)
     product(x_SD, *weights((heads + 2 * kv_heads) * dim, hidden))
     product(zeros(num_sequences, heads * dim), *weights(hidden, heads * dim), residual=x_SD)
-    hidden_SI = product(x_SD, *weights(2 * inner, hidden), swiglu=True)
-    product(hidden_SI, *weights(hidden, inner), residual=x_SD)
+    moe = arch.understanding_moe
+    if moe is None or not all(moe.sparse_layers):
+        hidden_SI = product(x_SD, *weights(2 * inner, hidden), swiglu=True)
+        product(hidden_SI, *weights(hidden, inner), residual=x_SD)
     cache = zeros(2, num_sequences, 1, kv_heads, dim)
     rows_S = torch.zeros(num_sequences, dtype=torch.int64, device=device)
     norm, table = zeros(2, dim // 2), zeros(1, 1, dim)

@@ -4,7 +4,7 @@ They run everywhere and can be differentiated. `triton_operations` has the same 
 GPUs, which give the same numbers up to rounding. A network is made with one of the two.
 
 Shape suffixes: T tokens of a pass, D hidden, H query heads, K key/value heads, E head_dim,
-I intermediate, x numbers of a row.
+I intermediate, X experts of a sparse block, C choices of a token, x numbers of a row.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sensebatch.checkpoint.architecture import Architecture
+from sensebatch.checkpoint.architecture import Architecture, Moe
 from sensebatch.engine.model.quantized import (
     BY_DTYPE,
     Numbers,
@@ -80,6 +80,44 @@ class Operations:
         gate_TI, up_TI = gate_up_Tx.chunk(2, dim=-1)
         activated_TI = F.silu(gate_TI)
         return activated_TI.mul_(up_TI) if in_place else activated_TI * up_TI
+
+    def add_experts(
+        self,
+        residual_TD: Tensor,
+        x_TD: Tensor,
+        logits_TX: Tensor,
+        matrices: tuple[Tensor, Tensor],
+        moe: Moe,
+        *,
+        in_place: bool,
+    ) -> Tensor:
+        """Returns the residual plus the output of the experts that each token goes to.
+
+        Softmax over all experts in float32, then the most probable ones.
+
+        Args:
+            residual_TD: What is added to.
+            x_TD: The input of a sparse block.
+            logits_TX: The product with its router.
+            matrices: Gate and up projections of all experts, `[X, 2 * I, D]`, and down
+                projections, `[X, D, I]`.
+            moe: How experts are chosen.
+            in_place: See `transformer.DecoderLayer.finish`.
+        """
+        probabilities_TX = logits_TX.softmax(dim=-1, dtype=torch.float32)
+        weights_TC, chosen_TC = probabilities_TX.topk(moe.num_experts_per_tok, dim=-1)
+        if moe.norm_topk_prob:
+            weights_TC = weights_TC / weights_TC.sum(-1, keepdim=True)
+        weights_TC = weights_TC.to(x_TD.dtype)
+        out_TD = torch.zeros_like(x_TD)
+        for expert, (gate_up, down) in enumerate(zip(*matrices, strict=True)):
+            rows, choices = torch.where(chosen_TC == expert)
+            if rows.numel() == 0:
+                continue
+            gate, up = F.linear(x_TD[rows], gate_up).chunk(2, dim=-1)
+            expert_out = F.linear(F.silu(gate) * up, down)
+            out_TD.index_add_(0, rows, expert_out * weights_TC[rows, choices, None])
+        return residual_TD.add_(out_TD) if in_place else residual_TD + out_TD
 
     def quantise(
         self, x_TI: Tensor, numbers: Numbers, norm_I: Tensor | None = None, eps: float = 0.0

@@ -5,7 +5,7 @@ attention context they are given. Tokens of all sequences of a pass are packed a
 every matrix product runs over all of them. What lies between the products is in `operations`.
 
 Shape suffixes: T tokens of a pass, D hidden, H query heads, K key/value heads, E head_dim,
-I intermediate, X feed-forward experts.
+I intermediate.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sensebatch.checkpoint.architecture import Architecture, Moe
@@ -68,35 +67,25 @@ class SwiGLU(nn.Module):
 
 
 class SparseMlp(nn.Module):
-    """A mixture of SwiGLU experts: softmax over all of them in float32, then top-k.
+    """A mixture of SwiGLU experts, a few of which each token goes to.
 
     Source: Qwen3-MoE.
     """
 
-    def __init__(self, hidden: int, moe: Moe) -> None:
+    def __init__(self, hidden: int, moe: Moe, operations: Operations) -> None:
         super().__init__()
         self.gate = nn.Linear(hidden, moe.num_experts, bias=False)
         self.gate_up = nn.Parameter(torch.empty(moe.num_experts, 2 * moe.intermediate_size, hidden))
         self.down = nn.Parameter(torch.empty(moe.num_experts, hidden, moe.intermediate_size))
-        self._top_k = moe.num_experts_per_tok
-        self._norm_topk_prob = moe.norm_topk_prob
+        self.operations = operations
+        self._moe = moe
 
     def add_to(self, residual_TD: Tensor, x_TD: Tensor, *, in_place: bool) -> Tensor:
         """Returns the sum of `residual_TD` and the block's output; see `DecoderLayer.finish`."""
-        probabilities_TX = self.gate(x_TD).softmax(dim=-1, dtype=torch.float32)
-        weights, chosen = probabilities_TX.topk(self._top_k, dim=-1)
-        if self._norm_topk_prob:
-            weights = weights / weights.sum(-1, keepdim=True)
-        weights = weights.to(x_TD.dtype)
-        out_TD = torch.zeros_like(x_TD)
-        for expert in range(self.gate_up.shape[0]):
-            rows, slots = torch.where(chosen == expert)
-            if rows.numel() == 0:
-                continue
-            gate, up = F.linear(x_TD[rows], self.gate_up[expert]).chunk(2, dim=-1)
-            expert_out = F.linear(F.silu(gate) * up, self.down[expert])
-            out_TD.index_add_(0, rows, expert_out * weights[rows, slots, None])
-        return residual_TD.add_(out_TD) if in_place else residual_TD + out_TD
+        matrices = self.gate_up, self.down
+        return self.operations.add_experts(
+            residual_TD, x_TD, self.gate(x_TD), matrices, self._moe, in_place=in_place
+        )
 
 
 def _add_linear(residual_TD: Tensor, linear: Linear, x: Tensor, in_place: bool) -> Tensor:
@@ -134,7 +123,7 @@ class DecoderLayer(nn.Module):
         self.mlp: SwiGLU | SparseMlp = (
             SwiGLU(hidden, arch.intermediate_size, operations)
             if moe is None
-            else SparseMlp(hidden, moe)
+            else SparseMlp(hidden, moe, operations)
         )
 
     def project(

@@ -10,8 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sensebatch.checkpoint.architecture import Architecture
-from sensebatch.engine.model import attention_kernels, decode_kernels, int8_kernels, kernels
+from sensebatch.checkpoint.architecture import Architecture, Moe
+from sensebatch.engine.model import (
+    attention_kernels,
+    decode_kernels,
+    expert_kernels,
+    int8_kernels,
+    kernels,
+)
 from sensebatch.engine.model.operations import Operations, Room
 from sensebatch.engine.model.quantized import Numbers, Quantised, QuantisedLinear
 from sensebatch.engine.model.rope import Rotary
@@ -122,6 +128,21 @@ class TritonOperations(Operations):
         """See `Operations.swiglu`."""
         return kernels.swiglu(gate_up_Tx)
 
+    def add_experts(
+        self,
+        residual_TD: Tensor,
+        x_TD: Tensor,
+        logits_TX: Tensor,
+        matrices: tuple[Tensor, Tensor],
+        moe: Moe,
+        *,
+        in_place: bool,
+    ) -> Tensor:
+        """See `Operations.add_experts`."""
+        out_TD = residual_TD if in_place else torch.empty_like(residual_TD)
+        expert_kernels.add_experts(residual_TD, x_TD, logits_TX, matrices, moe, out_TD)
+        return out_TD
+
     def quantise(
         self, x_TI: Tensor, numbers: Numbers, norm_I: Tensor | None = None, eps: float = 0.0
     ) -> Quantised:
@@ -157,3 +178,4 @@ class TritonOperations(Operations):
         if numbers is not None and numbers.dtype in WARM_UPS:
             WARM_UPS[numbers.dtype](arch, dtype, device)
         attention_kernels.warm_up_runs(arch, dtype, device)
+        expert_kernels.warm_up(arch, dtype, device)
