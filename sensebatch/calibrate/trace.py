@@ -33,6 +33,9 @@ from sensebatch.store.files import write_atomic
 MAX_TRACE_BYTES = 256 << 20
 """Memory for the velocities of a pass; of larger images, every n-th token is recorded."""
 
+NUMBERS_AT_A_TIME = 1 << 14
+"""Of a velocity, where products are formed."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trace:
@@ -167,8 +170,8 @@ class _Recorder(Channel):
             self._pass = []
         self._pass.append(velocities[:, ::stride].cpu().numpy().reshape(jobs, -1).copy())
         if step + 1 == self._num_steps:
-            for image in np.stack(self._pass, axis=1).astype(np.float64):
-                self._products += image @ image.T / image.shape[1]
+            for job in range(jobs):
+                self._products += _products([velocities[job] for velocities in self._pass])
             self._num_images += jobs
             self._pass = []
 
@@ -180,3 +183,17 @@ class _Recorder(Channel):
         np.savez(content, products=self._products, num_images=self._num_images)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, content.getvalue())
+
+
+def _products(velocities: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns the inner products of an image's velocities, divided by their numbers.
+
+    Some numbers at a time, so that a copy in float64 takes little memory beside them.
+    """
+    count = velocities[0].size
+    total = np.zeros((len(velocities), len(velocities)))
+    for start in range(0, count, NUMBERS_AT_A_TIME):
+        part = np.stack([one[start : start + NUMBERS_AT_A_TIME] for one in velocities])
+        part = part.astype(np.float64)
+        total += part @ part.T
+    return total / count

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _HEAD = ("steps", "evaluations", "dB to\nconverged", "SSIM", "s/image")
 _FEWEST_JOBS = 2
+STOPPED = "stopped after the first run; the same command resumes the calibration"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +118,8 @@ class _Runs:
 
     def __init__(self, voice: Voice) -> None:
         self._voice = voice
+        self._stopped = False
+        """Whether a signal came during the last run, although all of its jobs are done."""
         self.exit_code = exits.DONE
         """Of the last run."""
 
@@ -124,9 +127,16 @@ class _Runs:
         """Runs what is missing in a folder; returns whether all of it is done."""
         from sensebatch.cli.outcome import exit_code, outcome_lines, reporting_stops
         from sensebatch.cli.session import run_session
+        from sensebatch.cli.signals import StopSignals
 
+        if self._stopped:
+            self._voice.tell(Level.ALERT, STOPPED)
+            self.exit_code = exits.RESUMABLE
+            return False
+        stop = StopSignals()
         with reporting_stops(request.root, self._voice, as_json=False):
-            summary = run_session(request, self._voice, backend)
+            summary = run_session(request, self._voice, backend, stop)
+        self._stopped = stop.is_set()
         self.exit_code = exit_code(summary)
         if self.exit_code == exits.DONE:
             return True

@@ -28,19 +28,25 @@ _COMPUTES_ALIKE = (
 """Variables by which libraries compute, and so what must be the same in every worker."""
 
 
-def run_session(request: Request, voice: Voice, backend: Backend | None = None) -> Summary:
+def run_session(
+    request: Request,
+    voice: Voice,
+    backend: Backend | None = None,
+    stop: StopSignals | None = None,
+) -> Summary:
     """Runs what is missing in a run's folder, shows its progress, and returns what became of it.
 
     Args:
         request: What to run.
         voice: Prints how the run goes.
         backend: Computes; torch if None.
+        stop: Says afterwards whether a signal came; one of the run's own if None.
 
     Raises:
         SensebatchError: As `session.run_session` raises it.
     """
     _settle_allocator()
-    stop = StopSignals()
+    stop = StopSignals() if stop is None else stop
     try:
         with stop.installed(interrupts=True), voice.logging(), watch(stop, voice) as display:
             voice.info(f"reading {', '.join(request.sources)}")

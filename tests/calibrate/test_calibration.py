@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 from sensebatch.calibrate.files import config_name, write_files
 from sensebatch.calibrate.run import AS_IT_IS, Calibration, Scale, Variant, Verdict, chosen_jobs
 from sensebatch.calibrate.run import _variant as variant_of
+from sensebatch.calibrate.trace import _products as products_of
 from sensebatch.calibrate.trace import read_trace
 from sensebatch.config import PRESETS, converged_timesteps, default_config
 from sensebatch.errors import ConfigError, RunFolderError
@@ -182,3 +184,17 @@ def test_too_few_jobs_are_a_mistake(rows: list[dict[str, str]]) -> None:
 def test_a_record_that_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="a record of velocities"):
         read_trace(tmp_path, (0.5,))
+
+
+def test_products_are_formed_without_a_copy_of_all_velocities() -> None:
+    generator = np.random.default_rng(0)
+    velocities = [generator.normal(size=200_001).astype(np.float32) for _ in range(12)]
+    tracemalloc.start()
+    try:
+        found = products_of(velocities)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    whole = np.stack(velocities).astype(np.float64)
+    np.testing.assert_allclose(found, whole @ whole.T / 200_001, rtol=1e-9, atol=1e-12)
+    assert peak < whole.nbytes / 4

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from sensebatch import session
+from sensebatch.cli.calibrate import STOPPED
+from sensebatch.executor.observer import Summary
 from tests.cli.conftest import Invoke
 
 MANIFEST = """
@@ -55,3 +61,27 @@ def test_what_finds_nothing_is_refused(
     result = invoke("calibrate", str(manifest), *options)
     assert result.code == 2
     assert message in result.err
+
+
+@pytest.mark.slow
+def test_a_signal_during_the_last_batch_of_the_first_run_begins_no_other(
+    invoke: Invoke, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    words = ["calibrate", str(manifest), "--steps", "3", "--converged-steps", "8"]
+    words += ["--output-dir", str(out)]
+    run = session.run_session
+
+    def signalled(*given: Any, **named: Any) -> Summary:
+        summary = run(*given, **named)
+        os.kill(os.getpid(), signal.SIGINT)
+        return summary
+
+    with monkeypatch.context() as patched:
+        patched.setattr(session, "run_session", signalled)
+        stopped = invoke(*words)
+    assert stopped.code == 75
+    assert STOPPED in stopped.err
+    assert (out / "converged" / "t2i" / "log.parquet").exists()
+    assert not (out / "judged").exists()
+    assert invoke(*words).code == 0
