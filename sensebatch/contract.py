@@ -258,12 +258,13 @@ class Worker(Protocol):
     def largest_batch(self, group: GroupKey) -> int | None:
         """Returns how many jobs of a group fit the memory together; None if all planned do."""
 
-    def prepare(self, number: int, job: Job, inputs: Sequence[bytes]) -> Raised | None:
-        """Prepares one more job of an assignment, and keeps it until `release`.
+    def prepare(self, number: int, place: int, job: Job, inputs: Sequence[bytes]) -> Raised | None:
+        """Prepares a job of an assignment, and keeps it until `release`.
 
         Args:
             number: The assignment's.
-            job: The next one of it.
+            place: Which of the assignment's jobs it is, from 0.
+            job: The job.
             inputs: The job's encoded input images.
 
         Returns:

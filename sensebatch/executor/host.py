@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -36,6 +36,7 @@ from sensebatch.executor.messages import (
     Run,
     StopWork,
 )
+from sensebatch.executor.prepare import JobThreads, ReadJob
 from sensebatch.executor.worker import EngineWorker
 from sensebatch.jobs import (
     Batch,
@@ -104,6 +105,7 @@ class WorkerHost:
         self._stop = threading.Event()
         self._saved = threading.Semaphore(0)
         self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")
+        self._jobs = JobThreads(self._worker)
         self._running = ThreadPoolExecutor(1, thread_name_prefix="generate")
         self._ending = ThreadPoolExecutor(1, thread_name_prefix="end")
         self._encoders = ThreadPoolExecutor(
@@ -116,6 +118,7 @@ class WorkerHost:
         self._saved.release()
         for pool in (self._preparing, self._running, self._ending, self._encoders):
             pool.shutdown(cancel_futures=True)
+        self._jobs.close()
 
     def ready(self, groups: Iterable[GroupKey]) -> Ready:
         """Returns the news that the engine is loaded.
@@ -175,14 +178,18 @@ class WorkerHost:
         self._outbox.put(GaveBack(number=number))
 
     def _prepare(self, order: Prepare) -> None:
-        outcomes = []
+        outcomes = self._jobs.prepare(order.number, self._wanted(order))
+        if len(outcomes) == len(order.jobs):
+            self._worker.expect(order.number)
+            self._outbox.put(Prepared(number=order.number, outcomes=tuple(outcomes)))
+
+    def _wanted(self, order: Prepare) -> Iterator[ReadJob]:
+        """Yields the jobs of an assignment for as long as it is wanted."""
         for job, inputs in zip(order.jobs, order.inputs, strict=True):
             with self._lock:
                 if order.number not in self._waiting:
                     return
-            outcomes.append(self._worker.prepare(order.number, job, inputs))
-        self._worker.expect(order.number)
-        self._outbox.put(Prepared(number=order.number, outcomes=tuple(outcomes)))
+            yield job, inputs
 
     def _run(self, order: Run) -> None:
         number, batch = order.number, order.batch

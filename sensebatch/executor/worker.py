@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from collections import defaultdict
 from collections.abc import Sequence
 
 from sensebatch.contract import Channel, Concerns, Engine, Kept, Prepared, Raised, Reading
@@ -24,7 +23,8 @@ class EngineWorker:
         self.number = number
         self.node = socket.gethostname()
         self._engine = engine
-        self._prepared: dict[int, list[Prepared]] = defaultdict(list)
+        self._prepared: dict[int, dict[int, Prepared]] = {}
+        """What was prepared of each assignment, by the jobs' places in it."""
         self._ahead = Ahead(engine)
 
     @property
@@ -36,29 +36,31 @@ class EngineWorker:
         """Returns how many jobs of a group fit the memory together; None if all planned do."""
         return self._engine.largest_batch(group)
 
-    def prepare(self, number: int, job: Job, inputs: Sequence[bytes]) -> Raised | None:
-        """Prepares one more job of an assignment; see `contract.Worker.prepare`."""
+    def prepare(self, number: int, place: int, job: Job, inputs: Sequence[bytes]) -> Raised | None:
+        """Prepares a job of an assignment; see `contract.Worker.prepare`."""
         prepared = guarded(lambda: self._engine.prepare(job, inputs))
         if isinstance(prepared, Raised):
             return prepared
-        self._prepared[number].append(prepared)
+        # One operation, because several threads get here for the first job of an assignment.
+        self._prepared.setdefault(number, {})[place] = prepared
         return None
 
     def expect(self, number: int) -> None:
         """Takes note that an assignment is prepared; see `contract.Worker.expect`."""
-        self._ahead.expect(number, self._prepared.get(number, ()))
+        self._ahead.expect(number, self._in_order(number))
 
     def generate(
         self, number: int, batch: Batch, *, kept: Kept, channel: Channel
     ) -> BatchResult | Raised:
         """Runs a batch; see `contract.Worker.generate`."""
+        prepared = self._in_order(number)
 
         def run(channel: Channel, reading: Reading | None) -> BatchResult | Raised:
             return guarded(
                 lambda: _checked(
                     batch,
                     self._engine.generate(
-                        batch, self._prepared[number], kept=kept, channel=channel, reading=reading
+                        batch, prepared, kept=kept, channel=channel, reading=reading
                     ),
                 )
             )
@@ -68,6 +70,11 @@ class EngineWorker:
             # It may have fitted without what was read of the next one.
             outcome = run(channel, None)
         return outcome
+
+    def _in_order(self, number: int) -> list[Prepared]:
+        """Returns what was prepared of an assignment, in the order of its jobs."""
+        prepared = self._prepared.get(number, {})
+        return [prepared[place] for place in sorted(prepared)]
 
     def make_room(self) -> str | Raised | None:
         """Continues with less memory; see `contract.Worker.make_room`."""

@@ -70,9 +70,9 @@ def run(
     ]
     worker = EngineWorker(load(make_config("full", **memory), loads=loads))
     for number, batch in enumerate(batches):
-        for job in batch.jobs:
+        for place, job in enumerate(batch.jobs):
             inputs = [png(64, 64) for _ in job.images]
-            assert worker.prepare(number, job, inputs) is None
+            assert worker.prepare(number, place, job, inputs) is None
         if ahead:
             worker.expect(number)
     results = []
@@ -192,8 +192,8 @@ def test_what_is_read_ahead_is_not_counted_as_drawing(monkeypatch: pytest.Monkey
 
     batch = batches_of((Task.T2I, False))[0]
     worker = EngineWorker(load(make_config("full")))
-    for job in batch.jobs:
-        worker.prepare(0, job, [])
+    for place, job in enumerate(batch.jobs):
+        worker.prepare(0, place, job, [])
     outcome = worker.generate(0, batch, kept=(), channel=Slow())
     assert isinstance(outcome, BatchResult)
     assert 0 < outcome.metrics.denoise_s < 20

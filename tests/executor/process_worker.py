@@ -103,6 +103,7 @@ class ProcessWorker(AbstractContextManager["ProcessWorker"]):
         self._process.start()
         connection.close()
         preparations.close()
+        self._preparing = threading.Lock()
         self.number = 0
         self.node = socket.gethostname()
         self.info: EngineInfo = self._connection.recv().info
@@ -119,9 +120,10 @@ class ProcessWorker(AbstractContextManager["ProcessWorker"]):
         fitting: int | None = self._call("largest_batch", group)
         return fitting
 
-    def prepare(self, number: int, job: Job, inputs: Sequence[bytes]) -> Raised | None:
-        self._preparations.send(Call("prepare", (number, job, list(inputs))))
-        raised: Raised | None = self._preparations.recv().value
+    def prepare(self, number: int, place: int, job: Job, inputs: Sequence[bytes]) -> Raised | None:
+        with self._preparing:
+            self._preparations.send(Call("prepare", (number, place, job, list(inputs))))
+            raised: Raised | None = self._preparations.recv().value
         self._saw("input images" if inputs else "", "a job that cannot be prepared" * bool(raised))
         return raised
 

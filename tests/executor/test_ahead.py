@@ -86,8 +86,8 @@ class Desk:
             keys = tuple(job.id for job in jobs)
             batch = Batch(id=batch_id(keys), group=group_key(jobs[0]), jobs=jobs, keys=keys)
             self.batches.append(batch)
-            for job in jobs:
-                assert self.worker.prepare(number, job, []) is None
+            for place, job in enumerate(jobs):
+                assert self.worker.prepare(number, place, job, []) is None
             self.worker.expect(number)
 
     def run(self, number: int, channel: Channel | None = None) -> BatchResult | Raised:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow.parquet as pq
 import pytest
 
+from sensebatch import contract
 from sensebatch.errors import JobError, RunStoppedError
-from sensebatch.jobs import BatchResult, Job
+from sensebatch.executor.prepare import MAX_THREADS, JobThreads, ReadJob
+from sensebatch.jobs import Batch, BatchResult, Job
 from sensebatch.store.database import Database
 from sensebatch.tasks import Task
 from tests.executor.fakes import (
@@ -125,11 +129,71 @@ def test_the_first_batch_of_the_next_group_is_prepared_ahead(tmp_path: Path) -> 
     assert run_folder(tmp_path, jobs, engine=Waits()).summary.done == 2
 
 
-def test_every_job_is_prepared_once_in_a_thread_of_its_own(tmp_path: Path) -> None:
+def test_every_job_is_prepared_once_in_threads_of_their_own(tmp_path: Path) -> None:
     engine = Watched()
     run_folder(tmp_path, edits(*(f"j{i}" for i in range(7))), engine=engine)
     assert Counter(engine.prepared) == {f"j{i}": 1 for i in range(7)}
-    assert [name.split("_")[0] for name in engine.threads] == ["prepare"]
+    assert {name.split("_")[0] for name in engine.threads} == {"prepare-job"}
+
+
+@pytest.fixture
+def many_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+
+
+@pytest.mark.usefixtures("many_cores")
+def test_several_jobs_are_prepared_together_and_keep_their_order(tmp_path: Path) -> None:
+    class Together(Watched):
+        def prepare(self, job: Job, inputs: Sequence[bytes]) -> tuple[bytes, ...]:
+            prepared = super().prepare(job, inputs)
+            # The first job of all is through last, as if its image were the largest.
+            assert job.id != "j0" or self.wait_for(f"j{MAX_THREADS - 1}")
+            return prepared
+
+        def generate(self, batch: Batch, prepared: Sequence[Any], **options: Any) -> BatchResult:
+            assert [(job.prompt.encode(),) for job in batch.jobs] == list(prepared)
+            return super().generate(batch, prepared, **options)
+
+    names = [f"j{i}" for i in range(2 * MAX_THREADS)]
+    jobs = [make_job(n, Task.EDIT, prompt=n, images=(make_input(n),)) for n in names]
+    config = make_config(max_batch_size=len(names))
+    ran = run_folder(tmp_path, jobs, config, engine=Together())
+    assert ran.engine.batches == [tuple(names)]
+
+
+@pytest.mark.usefixtures("many_cores")
+def test_large_images_have_the_memory_to_themselves() -> None:
+    held: set[str] = set()
+    most: list[set[str]] = []
+    lock, gate = threading.Lock(), threading.Event()
+
+    class Worker:
+        def prepare(self, _: int, __: int, job: Job, ___: Sequence[bytes]) -> None:
+            with lock:
+                held.add(job.id)
+                most.append(set(held))
+            # Small images wait until all of them are there, which a large one never sees.
+            assert job.id.startswith("large") or gate.wait(PATIENCE_S)
+            with lock:
+                held.discard(job.id)
+
+    def read() -> Iterator[ReadJob]:
+        for number in range(MAX_THREADS):
+            yield sized_job(f"small-{number}", 2048, 2048), ()
+        gate.set()
+        for number in range(2):
+            yield sized_job(f"large-{number}", 9000, 2048), ()
+
+    threads = JobThreads(cast(contract.Worker, Worker()))
+    assert threads.prepare(0, read()) == [None] * (MAX_THREADS + 2)
+    threads.close()
+    assert max(map(len, most)) > 1
+    assert all(len(together) == 1 for together in most if any("large" in n for n in together))
+
+
+def sized_job(name: str, height: int, width: int) -> Job:
+    image = replace(make_input(name), height=height, width=width)
+    return make_job(name, Task.EDIT, images=(image,))
 
 
 @pytest.mark.parametrize("trouble", ["missing", "unusable"])
