@@ -49,7 +49,7 @@ from sensebatch.engine.sampling.guidance import Guidance
 from sensebatch.engine.tasks.denoise import Canvas, denoise, draw_noise, image_noise_scale
 from sensebatch.engine.tasks.state import job_generator
 from sensebatch.engine.weights.loader import NetworkLoader, open_weights, warm_up
-from sensebatch.jobs import QUANTISED, Drawing, VramMode
+from sensebatch.jobs import QUANTISED, Drawing, Precision, VramMode
 from sensebatch.plan.device import place
 from sensebatch.resolutions import Resolution
 from sensebatch.tasks import Branch, Task
@@ -302,20 +302,30 @@ def in_float32(layer: nn.Module) -> Iterator[nn.Module]:
 
 
 def in_numbers(numbers: Numbers) -> Lend:
-    """Returns what lends a layer whose products are of quantised tokens and weights."""
+    """Returns what lends a layer whose products are of quantised tokens and weights.
+
+    Layers are quantised when they are first lent, and kept.
+    """
+    kept: dict[nn.Module, nn.Module] = {}
 
     @contextmanager
     def quantised(layer: nn.Module) -> Iterator[nn.Module]:
-        assert isinstance(layer, DecoderLayer)
-        twin = copy.deepcopy(layer)
-        twin.qkv = _quantised(twin.qkv.weight, numbers, layer.operations)
-        twin.o = _quantised(twin.o.weight, numbers, layer.operations)
-        if isinstance(twin.mlp, SwiGLU):
-            twin.mlp.gate_up = _quantised(twin.mlp.gate_up.weight, numbers, layer.operations)
-            twin.mlp.down = _quantised(twin.mlp.down.weight, numbers, layer.operations)
-        yield twin
+        if layer not in kept:
+            kept[layer] = _quantised_layer(layer, numbers)
+        yield kept[layer]
 
     return quantised
+
+
+def _quantised_layer(layer: nn.Module, numbers: Numbers) -> DecoderLayer:
+    assert isinstance(layer, DecoderLayer)
+    twin = copy.deepcopy(layer)
+    twin.qkv = _quantised(twin.qkv.weight, numbers, layer.operations)
+    twin.o = _quantised(twin.o.weight, numbers, layer.operations)
+    if isinstance(twin.mlp, SwiGLU):
+        twin.mlp.gate_up = _quantised(twin.mlp.gate_up.weight, numbers, layer.operations)
+        twin.mlp.down = _quantised(twin.mlp.down.weight, numbers, layer.operations)
+    return twin
 
 
 def _quantised(weight: Tensor, numbers: Numbers, operations: Operations) -> QuantisedLinear:
@@ -325,6 +335,13 @@ def _quantised(weight: Tensor, numbers: Numbers, operations: Operations) -> Quan
     linear.weight = nn.Parameter(quantised, requires_grad=False)
     linear.scale = nn.Parameter(scale[:, 0].contiguous(), requires_grad=False)
     return linear
+
+
+def quantised_network(network: Network, precision: Precision) -> Network:
+    """Returns a `variant` with a precision's layers quantised."""
+    quantisation = QUANTISED[precision]
+    form = in_numbers(NUMBERS[quantisation.stored])
+    return variant(network, form if quantisation.text else nullcontext, form)
 
 
 def velocity(runner: Runner, network: Network, attention: Attention, side: int) -> Tensor:
@@ -348,10 +365,8 @@ def errors(runner: Runner, side: int) -> dict[str, float]:
     expected = velocity(runner, exact, sdpa, side)
     plain = variant(network, naive, naive, operations=Operations())
     paths = {"torch's operations": (plain, sdpa), "as it is run": (network, runner.attention)}
-    for precision, quantisation in QUANTISED.items():
-        form = in_numbers(NUMBERS[quantisation.stored])
-        text = form if quantisation.text else nullcontext
-        paths[precision] = variant(network, text, form), runner.attention
+    for precision in QUANTISED:
+        paths[precision] = quantised_network(network, precision), runner.attention
     return {
         name: float((velocity(runner, path, attention, side) - expected).norm() / expected.norm())
         for name, (path, attention) in paths.items()
@@ -364,6 +379,15 @@ def rows(runner: Runner, sizes: Sizes) -> Iterator[tuple[str, str]]:
     prompts = (PROMPT_TOKENS, 8)
     plain = variant(runner.network, naive, naive, operations=Operations())
     slow = Runner(network=plain, tokenizer=runner.tokenizer, attention=sdpa)
+    quantised = {
+        precision: Runner(
+            network=quantised_network(runner.network, precision),
+            tokenizer=runner.tokenizer,
+            attention=runner.attention,
+        )
+        for precision, quantisation in QUANTISED.items()
+        if quantisation.text
+    }
     yield "limit of a step", f"{limit_seconds(runner, numbers=None, steps=steps):.4f} s"
     for stored, numbers in NUMBERS.items():
         limit = limit_seconds(runner, numbers=numbers, steps=steps)
@@ -374,6 +398,7 @@ def rows(runner: Runner, sizes: Sizes) -> Iterator[tuple[str, str]]:
         ("t2i", runner, 8, side // 2, prompts),
         ("t2i", runner, 8, side // 4, prompts),
         ("edit", runner, 1, side, (PROMPT_TOKENS + (side // 32) ** 2, (side // 32) ** 2)),
+        *((f"t2i, {precision}", own, 1, side, prompts) for precision, own in quantised.items()),
         ("t2i, torch's operations", slow, 1, side, prompts),
     )
     for name, own, jobs, pixels, lengths in cases:
@@ -382,6 +407,7 @@ def rows(runner: Runner, sizes: Sizes) -> Iterator[tuple[str, str]]:
     for sequences in (1, 16):
         for name, own, tokens in (
             ("text", runner, sizes.tokens),
+            *((f"text, {name}", own, sizes.tokens) for name, own in quantised.items()),
             ("text, torch's operations", slow, max(sizes.tokens // 20, 1)),
         ):
             seconds = token_seconds(own, sequences=sequences, tokens=tokens, plain=own is slow)

@@ -33,7 +33,7 @@ def test_every_part_is_measured(config: str, monkeypatch: pytest.MonkeyPatch) ->
     runner = _runner(config, monkeypatch)
     with infer():
         measured = dict(bench.rows(runner, bench.SMALL))
-    assert len(measured) == 1 + len(NUMBERS) + 6 + 4 + 2 + len(QUANTISED)
+    assert len(measured) == 1 + len(NUMBERS) * (1 + 1 + 2) + 6 + 4 + 2 + len(QUANTISED)
     assert all(float(value.split()[0].rstrip("%")) >= 0 for value in measured.values())
 
 
