@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sensebatch.engine.bench import in_numbers, quantised_network, variant
 from sensebatch.engine.decoding import (
     Choose,
     FastDecoder,
@@ -25,8 +27,14 @@ from sensebatch.engine.decoding import (
 )
 from sensebatch.engine.model.attention import sdpa
 from sensebatch.engine.model.network import Network
-from sensebatch.engine.model.operations import choose_operations, rms_norm
-from sensebatch.engine.model.quantized import NUMBERS, Numbers, Quantised, quantise_rows
+from sensebatch.engine.model.operations import Operations, choose_operations, rms_norm
+from sensebatch.engine.model.quantized import (
+    NUMBERS,
+    Numbers,
+    Quantised,
+    QuantisedLinear,
+    quantise_rows,
+)
 from sensebatch.engine.model.rope import rotate_token_heads, token_rotary
 from sensebatch.engine.prompts import Prompt
 from sensebatch.engine.sampling.text import Writing, decode_text
@@ -39,7 +47,13 @@ from tests.golden_data import TOLERANCE, case_ids, golden_architecture, load_cas
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
-from sensebatch.engine.model import attention_kernels, decode_kernels, int8_kernels, kernels
+from sensebatch.engine.model import (
+    attention_kernels,
+    decode_kernels,
+    int8_kernels,
+    kernels,
+    triton_operations,
+)
 from sensebatch.engine.model.triton_operations import TritonOperations
 
 pytestmark = pytest.mark.slow
@@ -134,6 +148,23 @@ def test_int8_products_are_those_of_torch(
     assert_equal(total, expected + residual)
     half = int8_kernels.product(rows, weight8, scale[:, 0], torch.float16, tile=tile)
     assert torch.equal(half, found.half())
+
+
+def test_a_quantised_layer_is_the_same_with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = Mock(wraps=int8_kernels.product)
+    monkeypatch.setitem(triton_operations.PRODUCTS, torch.int8, launched)
+    numbers, x, residual = NUMBERS[Stored.INT8], noise(9, 64), noise(9, 40)
+    weight8, scale = quantise_rows(noise(40, 64), numbers)
+    found = []
+    for operations in (Operations(), TritonOperations()):
+        layer = QuantisedLinear(64, 40, numbers, x.device, operations)
+        layer.weight.copy_(weight8)
+        layer.scale.copy_(scale[:, 0])
+        total = layer.add_product(residual.clone(), x, in_place=True)
+        found.append((layer(x), total))
+    assert launched.call_count == 2
+    for actual, expected in zip(*found, strict=True):
+        assert_equal(actual, expected)
 
 
 @pytest.mark.parametrize("shared", [101_376, 166_912, 232_448, None])
@@ -410,6 +441,43 @@ def test_decoding_together_in_small_rooms_says_what_each_says_alone(
     monkeypatch.setattr("sensebatch.engine.decoding.ROOM_TOKENS", 4)
     with infer():
         assert decode(fused=True) == decode(fused=False)
+
+
+@interpreted
+def test_text_is_decoded_with_8_bit_weights_and_tokens_as_they_are() -> None:
+    case = load_case("dense_fm", "prefix_text")
+    network = build_network("dense_fm", fused=True)
+    quantised = quantised_network(network, Precision.INT8_ALL)
+
+    @contextmanager
+    def rounded(layer: torch.nn.Module) -> Iterator[torch.nn.Module]:
+        """Lends a layer of the same weights in float32."""
+        twin = copy.deepcopy(layer)
+        with quantised_layer(layer) as source:
+            for name, linear in source.named_modules():
+                if isinstance(linear, QuantisedLinear):
+                    weight = linear.weight.float() * linear.scale[:, None]
+                    twin.get_parameter(f"{name}.weight").copy_(weight)
+        yield twin
+
+    quantised_layer = in_numbers(NUMBERS[Stored.INT8])
+    found: list[torch.Tensor] = []
+
+    def choose(logits_SV: torch.Tensor, sequences: Sequence[int]) -> list[int]:
+        found.append(logits_SV.clone())
+        return [0 for _ in sequences]
+
+    for decoded in (quantised, variant(network, rounded)):
+        runner = build_runner(case, fused=True)
+        extensions = [runner.new_extension(Prompt(token_ids=ids)) for ids in ((5, 9, 2), (7,))]
+        with infer():
+            runner.extend(extensions)
+            operations = decoding_operations(decoded)
+            assert operations is not None
+            caches = [extension.cache for extension in extensions]
+            decoder = FastDecoder(decoded, operations, caches, 2, as_graph=False, choose=choose)
+            decoder.step([(0, 3), (1, 4)])
+    assert_equal(*found)
 
 
 @interpreted
