@@ -49,8 +49,11 @@ from sensebatch.manifest.inputs import InputReader
 from sensebatch.manifest.problems import ProblemList
 from sensebatch.plan.attention import AttentionSpeeds
 from sensebatch.plan.batches import Plan, make_plan
+from sensebatch.plan.computation import gpu_computation
 from sensebatch.plan.load import Load, plan_loads
 from sensebatch.plan.long_prompts import LongPrompts
+from sensebatch.plan.patience import MeasuredGpu, PlannedSeconds
+from sensebatch.plan.seconds import new_clock
 from sensebatch.report.summary import format_summary, read_log, summarise
 from sensebatch.settings import RUN_SECTION, dump_settings
 from sensebatch.store.attempts import Attempt
@@ -356,6 +359,8 @@ class Request:
     """When the run is to be over, in seconds since the epoch; None for no deadline."""
     workers: WorkersConfig | None = None
     """Workers in processes of their own; None for one engine in this process."""
+    measured: MeasuredGpu | None = None
+    """A GPU that was measured, to know how long workers with such a one may say nothing."""
     redraw: bool = False
     """Whether done jobs may be drawn again because only the model or its settings are others."""
     confirm: Callable[[str], bool] | None = None
@@ -697,9 +702,8 @@ def _run_pending(
     with closing(InputReader()) as reader:
         read_image = reading(store.run_dir.root, reader.read)
         if request.workers is not None:
-            crew = _new_crew(request.workers, config, model, backend, loads)
             return _run_on_crew(
-                crew,
+                _new_roster(request.workers, request, model, backend, loads, observer),
                 config,
                 store,
                 read_image=read_image,
@@ -746,6 +750,20 @@ def _resumable() -> Iterator[None]:
         raise RunStoppedError(str(error)) from error
 
 
+def _new_roster(
+    workers: WorkersConfig,
+    request: Request,
+    model: Model,
+    backend: Backend,
+    loads: Sequence[Load],
+    observer: RunObserver,
+) -> Roster:
+    """Returns the workers of a run; see `_new_crew`."""
+    crew = _new_crew(workers, request.config, model, backend, loads)
+    planned = _planned(request.measured, request.config, model, loads)
+    return Roster(crew, partial(report, observer.note), planned=planned)
+
+
 def _new_crew(
     workers: WorkersConfig,
     config: RunConfig,
@@ -782,7 +800,7 @@ def _new_crew(
 
 
 def _run_on_crew(
-    crew: Crew,
+    roster: Roster,
     config: RunConfig,
     store: Store,
     *,
@@ -792,8 +810,7 @@ def _run_on_crew(
     stop: Stop,
     deadline: Deadline,
 ) -> Summary:
-    roster = Roster(crew, partial(report, observer.note))
-    with closing(crew):
+    with closing(roster.crew):
         roster.assemble(stop)
         infos = [member.by.info for member in roster.ready()]
         observer.loaded(infos[0])
@@ -811,6 +828,20 @@ def _run_on_crew(
                 stop=stop,
                 deadline=deadline,
             )
+
+
+def _planned(
+    measured: MeasuredGpu | None, config: RunConfig, model: Model, loads: Sequence[Load]
+) -> PlannedSeconds | None:
+    """Returns how long batches take by the plan; None where no GPU was measured."""
+    if measured is None:
+        return None
+    computation = gpu_computation(model.checkpoint.architecture, config.model)
+    return PlannedSeconds(
+        gpu=measured.name,
+        clock=new_clock(computation, measured.speeds),
+        loads={load.group: load for load in loads},
+    )
 
 
 def _nothing_to_run(counts: Counts) -> Summary:

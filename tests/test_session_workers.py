@@ -16,7 +16,9 @@ from sensebatch.contract import Engine, HostShare
 from sensebatch.errors import CheckpointError, ConfigError
 from sensebatch.executor.backends import BACKENDS
 from sensebatch.executor.ray_actor import Recipe
-from sensebatch.jobs import ModelIdentity
+from sensebatch.jobs import ModelIdentity, group_key
+from sensebatch.plan.patience import MeasuredGpu
+from sensebatch.plan.work import Speeds
 from sensebatch.session import Request, RunObserver, WorkerEngine, open_model, run_session
 from tests.backends import FakeBackend
 from tests.executor.crews import ThreadCrew
@@ -130,3 +132,29 @@ def test_workers_share_no_engine_that_is_loaded_already(tmp_path: Path) -> None:
     engine = session.WarmEngine(make_config(), FakeBackend())
     with pytest.raises(ConfigError, match="workers: expected no engine beside them"):
         sensebatch.run(JOBS, tmp_path, engine=engine, workers=WorkersConfig(count=2))
+
+
+def test_a_gpu_that_was_measured_says_how_long_its_workers_may_be_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backed_by_threads(monkeypatch)
+    planned = []
+
+    def execute_crew(**given: Any) -> Any:
+        planned.append(given["roster"].planned)
+        return session._nothing_to_run(given["store"].state.counts())
+
+    monkeypatch.setattr(session, "execute_crew", execute_crew)
+    speeds = Speeds(
+        copy_bytes_per_s=1e9,
+        gemm_flop_per_s=1e12,
+        attention_flop_per_s=1e12,
+        memory_bytes_per_s=1e11,
+    )
+    asked = request(tmp_path, WorkersConfig(backend="threads", count=1))
+    for measured in (None, MeasuredGpu(name="NVIDIA T4", speeds=speeds)):
+        run_session(replace(asked, measured=measured), FakeBackend())
+    without, of_gpu = planned
+    assert without is None
+    group = group_key(JOBS[0])
+    assert of_gpu.of("NVIDIA T4", group, 5) > 3 * of_gpu.of("NVIDIA T4", group, 1) > 0

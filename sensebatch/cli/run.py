@@ -72,7 +72,7 @@ def run(
     from sensebatch import session
     from sensebatch.cli.dry_run import print_dry_run
     from sensebatch.cli.outcome import finish, reporting_stops
-    from sensebatch.cli.session import run_session, settled
+    from sensebatch.cli.session import measured_gpu, run_session, settled
     from sensebatch.manifest.read import read_manifests, run_name
     from sensebatch.settings import resolve_settings
 
@@ -91,6 +91,7 @@ def run(
         files=_files(manifests, folder, config, [task, limit]),
         until=until,
         workers=settled(workers.config(model, config.model.device)),
+        measured=measured_gpu(),
         **folder.said(),
     )
     with closing(voice), reporting_stops(root, voice, as_json=as_json):

@@ -16,6 +16,7 @@ from sensebatch.cli.voice import Voice
 from sensebatch.config import WorkersConfig
 from sensebatch.errors import ConfigError, StoppedError
 from sensebatch.executor.observer import Summary
+from sensebatch.plan.patience import MeasuredGpu
 from sensebatch.session import Backend, Request
 
 _COMPUTES_ALIKE = (
@@ -61,6 +62,12 @@ def _backend() -> session.Backend:
     # What is wrong with the file is for plan to say: a run needs nothing of it.
     measured, _ = read_speeds()
     return session.TorchBackend(None if measured is None else measured.attention_speeds)
+
+
+def measured_gpu() -> MeasuredGpu | None:
+    """Returns the GPU that doctor has measured; None where it has not."""
+    found, _ = read_speeds()
+    return None if found is None else MeasuredGpu(name=found.gpu, speeds=found.machine.speeds)
 
 
 def _settle_allocator() -> None:

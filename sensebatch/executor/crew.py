@@ -51,6 +51,7 @@ from sensebatch.executor.roster import TICK_S, Member, Roster
 from sensebatch.executor.schedule import Assignment, Idle, Schedule
 from sensebatch.functions import Judge
 from sensebatch.jobs import BatchMetrics, BatchResult, EncodedJob, Failure, InputImage, group_key
+from sensebatch.plan.patience import patience_s
 from sensebatch.store.attempts import Attempt
 from sensebatch.store.kept import KeptOfBatch
 from sensebatch.store.store import Store
@@ -62,11 +63,6 @@ MAX_UNWRITTEN_BYTES, MAX_UNWRITTEN = 1 << 30, 64
 """Bytes of images, and batches, that wait to be written, after which nothing more is handed out."""
 NUM_READERS = 2
 """Threads that read input images, and as many that write kept images."""
-PATIENCE_S, CPU_PATIENCE_S = 600.0, 6 * 3600.0
-"""The least time without news after which a worker that has something to do counts as dead. On a
-CPU a single step of a large model may take minutes, and prompts with images more."""
-MAX_SLOWNESS = 20.0
-"""How many times longer than batches like it one may say nothing."""
 MAX_PAUSE_S = 30.0
 """After which a pause in the executor's own thread means that its process was stopped."""
 
@@ -637,14 +633,16 @@ class _CrewRun:
                     self._lose(desk, is_of_node=False)
 
     def _patience_s(self, desk: _Desk) -> float:
-        """Returns how long a worker may say nothing: many times what its batch should take."""
-        is_cpu = desk.member.by.info.device == "cpu"
-        least_s = self._roster.patience_s or (CPU_PATIENCE_S if is_cpu else PATIENCE_S)
-        if desk.running is None:
-            return least_s
-        batch = desk.running.begun.batch
-        should_s = self._ends.deadline.seconds(batch.group, len(batch.jobs))
-        return max(least_s, MAX_SLOWNESS * should_s)
+        """Returns how long a worker may say nothing, by what it is at; see `plan.patience`."""
+        if self._roster.patience_s is not None:
+            return self._roster.patience_s
+        device, known_s = desk.member.by.info.device, list[float | None]()
+        if desk.running is not None:
+            group, num_jobs = desk.running.begun.batch.group, len(desk.running.begun.jobs)
+            known_s.append(self._ends.deadline.measured_seconds(group, num_jobs))
+            if self._roster.planned is not None:
+                known_s.append(self._roster.planned.of(device, group, num_jobs))
+        return patience_s(*known_s, on_cpu=device == "cpu")
 
     def _fail(self, desk: _Desk, raised: Raised) -> None:
         """Starts a worker again that says that it is of no more use."""

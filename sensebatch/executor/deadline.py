@@ -86,6 +86,10 @@ class Deadline:
         """Returns what a batch should take; 0 until anything has been measured."""
         return self._speed.of(group, num_jobs) or 0.0
 
+    def measured_seconds(self, group: GroupKey, num_jobs: int) -> float | None:
+        """Returns what a batch should take by others of its task; None if there were none."""
+        return self._speed.of_task(group, num_jobs)
+
     def ran(self, worker: int, group: GroupKey, num_jobs: int, metrics: BatchMetrics) -> None:
         """Takes what a batch took in a worker's engine; one with kept images says nothing."""
         self._passes.pop(worker, None)

@@ -18,6 +18,7 @@ from sensebatch.contract import Stop
 from sensebatch.errors import ConfigError, StoppedError, WorkersLostError
 from sensebatch.executor.messages import Died, Joined, Order, Ready, Said, Unusable
 from sensebatch.jobs import EngineInfo, GroupKey
+from sensebatch.plan.patience import PlannedSeconds
 from sensebatch.store.writer import RanBy
 
 MAX_FAILED_STARTS = 3
@@ -110,8 +111,9 @@ class Roster:
         crew: Starts them.
         note: Takes what a person may want to know.
         clock: Returns monotonic seconds.
-        patience_s: The least time without news after which a worker that has something to do
-            counts as dead; None for what its device may take.
+        patience_s: Seconds without news after which a worker that has something to do counts as
+            dead; None for those that its batch may take.
+        planned: How long batches take by the plan; None where no GPU was measured.
     """
 
     def __init__(
@@ -120,8 +122,9 @@ class Roster:
         note: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
         patience_s: float | None = None,
+        planned: PlannedSeconds | None = None,
     ) -> None:
-        self.crew, self.patience_s = crew, patience_s
+        self.crew, self.patience_s, self.planned = crew, patience_s, planned
         self.events: SimpleQueue[Event] = SimpleQueue()
         self.members: dict[int, Member] = {}
         self._note = note

@@ -45,6 +45,10 @@ class Speed:
             return None
         return num_jobs * job_cost(group) * by_cost
 
+    def of_task(self, group: GroupKey, num_jobs: int) -> float | None:
+        """Returns what `of` does; None as well where the group's task has not run yet."""
+        return self.of(group, num_jobs) if self._cost[group.task] else None
+
     def of_all(self, jobs: Mapping[GroupKey, int]) -> float | None:
         """Returns the seconds that jobs of several groups should take; None as for `of`."""
         total = 0.0

@@ -84,6 +84,8 @@ class ThreadCrew:
         self.orders: list[tuple[int, Order]] = []
         self._groups = list(dict.fromkeys(group_key(job) for job in jobs))
         self._make_engine = make_engine
+        self.planned: Any = None
+        """What the plan says of batches."""
         self.on_said: Callable[[int, News], None] = lambda _number, _news: None
 
     def open(self, events: SimpleQueue[Event]) -> None:
@@ -137,7 +139,7 @@ def run_crew(
 ) -> Summary:
     """Opens a run's folder, ingests jobs and has a crew run them."""
     seen, stop = seen or Recorder(), stop or Flag()
-    roster = Roster(crew, seen.note, patience_s=patience_s)
+    roster = Roster(crew, seen.note, patience_s=patience_s, planned=getattr(crew, "planned", None))
     try:
         with open_store(root) as store:
             store.state.ingest(jobs, IDENTITY, root, shard=shard)

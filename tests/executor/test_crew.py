@@ -19,7 +19,8 @@ from sensebatch.errors import ConfigError, DeviceError, WorkersLostError
 from sensebatch.executor import roster
 from sensebatch.executor.messages import Began, Drew, Ended, Joined, News, Prepared, Run
 from sensebatch.executor.worker import EngineWorker
-from sensebatch.jobs import Batch, EngineInfo, Job, group_key
+from sensebatch.jobs import Batch, EngineInfo, GroupKey, Job, group_key
+from sensebatch.plan import patience
 from sensebatch.resolutions import Resolution
 from sensebatch.store.attempts import Attempt
 from sensebatch.tasks import Task
@@ -214,6 +215,32 @@ def test_silent_worker_counts_as_dead(tmp_path: Path) -> None:
     summary = run_crew(tmp_path, jobs, CONFIG, _woken(crew, asleep), seen=seen, patience_s=0.3)
     assert summary.done == 3
     assert seen.notes == [f"worker 0 ({_node()}) died and is started again: no news of it for 0 s"]
+
+
+def test_plan_says_when_a_worker_is_silent_for_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asleep, asked = threading.Event(), []
+
+    class Planned:
+        def of(self, device: str, group: GroupKey, num_jobs: int) -> float | None:
+            asked.append((device, group, num_jobs))
+            return 0.02 if crew.lives == [0] else None
+
+    def make_engine(_: int, crew: ThreadCrew) -> FakeEngine:
+        engine = FakeEngine()
+        if crew.lives == [0]:
+            engine.on_step = partial(_wait_for, asleep)
+        return engine
+
+    monkeypatch.setattr(patience, "LEAST_S", 0.1)
+    jobs = [make_job(f"j{i}") for i in range(3)]
+    crew, seen = ThreadCrew(1, CONFIG, jobs, make_engine), Recorder()
+    crew.planned = Planned()
+    summary = run_crew(tmp_path, jobs, CONFIG, _woken(crew, asleep), seen=seen)
+    assert summary.done == 3
+    assert seen.notes == [f"worker 0 ({_node()}) died and is started again: no news of it for 0 s"]
+    assert (FakeEngine().info.device, group_key(jobs[0]), 3) in asked
 
 
 def _node() -> str:
