@@ -28,6 +28,8 @@ from sensebatch.tasks import Output, Task
 AS_IT_IS = "as it is"
 """The variant with the steps that the jobs themselves ask for."""
 _RECORDED, _JUDGED = "converged", "judged"
+_SEARCHED = (Solver.EULER, Solver.AB2)
+"""Solvers that timesteps are found for."""
 
 RunJobs = Callable[[Request, Backend], bool]
 """Runs what is missing in a folder; returns whether all of it is done."""
@@ -148,8 +150,7 @@ class Calibration:
             ConfigError: There are too few of them.
         """
         chosen = chosen_jobs(jobs, self._scale)
-        steps = converged_timesteps(self._scale.converged_steps)
-        converged = {"solver": Solver.AB2, **_explicit(steps)}
+        converged = self._converged
         fitted = {task: of_task[0::2] for task, of_task in chosen.items()}
         judged = {task: of_task[1::2] for task, of_task in chosen.items()}
         for task, of_task in fitted.items():
@@ -172,23 +173,57 @@ class Calibration:
 
     def _ways(self, task: Task, jobs: Sequence[Job]) -> dict[str, Mapping[str, Any]]:
         """Returns every way to take steps that is judged, by name."""
-        ways: dict[str, Mapping[str, Any]] = {AS_IT_IS: _steps_of(jobs[0])}
-        neutral = {"timesteps": (), "guidance_stride": 1}
-        for quality in (Quality.EXACT, Quality.HIGH, Quality.FAST):
-            ways[f"quality {quality}"] = {**neutral, **PRESETS[quality]}
+        ways = _known_ways(jobs)
         folder = self._folder / _RECORDED / task / "velocities"
         trace = read_trace(folder, converged_timesteps(self._scale.converged_steps))
         for steps in self._scale.num_steps:
-            for solver in (Solver.EULER, Solver.AB2):
+            for solver in _SEARCHED:
                 timesteps = best_timesteps(trace, steps, solver)
                 ways[f"found, {solver}, {steps}"] = {"solver": solver, **_explicit(timesteps)}
         return ways
+
+    @property
+    def _converged(self) -> Mapping[str, Any]:
+        """The steps of converged images."""
+        steps = converged_timesteps(self._scale.converged_steps)
+        return {"solver": Solver.AB2, **_explicit(steps)}
+
+    def evaluations(self, jobs: Sequence[Job]) -> dict[Task, int]:
+        """Returns how often the network is evaluated for the jobs of each task.
+
+        Args:
+            jobs: Those of a manifest.
+
+        Raises:
+            ConfigError: There are too few of them.
+        """
+        found = {}
+        for task, of_task in chosen_jobs(jobs, self._scale).items():
+            each = [*_known_ways(of_task).values()]
+            for steps in self._scale.num_steps:
+                # Whatever they will be: their number decides.
+                any_timesteps = tuple(step / steps for step in range(1, steps))
+                each += len(_SEARCHED) * [_explicit(any_timesteps)]
+            converged = [_evaluations(_variant(job, "", self._converged)) for job in of_task]
+            judged = of_task[1::2]
+            others = [_evaluations(_variant(job, "", way)) for job in judged for way in each]
+            found[task] = sum(converged) + sum(others)
+        return found
 
     def _run(self, root: Path, jobs: Sequence[Job], backend: Backend) -> bool:
         request = Request(
             root=root, config=self._config, sources=("calibration",), jobs=lambda: iter(jobs)
         )
         return self._run_jobs(request, backend)
+
+
+def _known_ways(jobs: Sequence[Job]) -> dict[str, Mapping[str, Any]]:
+    """Returns the ways to take steps that there are without a search, by name."""
+    ways: dict[str, Mapping[str, Any]] = {AS_IT_IS: _steps_of(jobs[0])}
+    neutral = {"timesteps": (), "guidance_stride": 1}
+    for quality in (Quality.EXACT, Quality.HIGH, Quality.FAST):
+        ways[f"quality {quality}"] = {**neutral, **PRESETS[quality]}
+    return ways
 
 
 def _explicit(timesteps: tuple[float, ...]) -> dict[str, Any]:

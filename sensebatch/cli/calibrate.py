@@ -102,6 +102,8 @@ def calibrate(
         rows = list(read_manifests(manifests, config, warn=voice.warn_of))
         runs = _Runs(voice)
         calibration = Calibration(output_dir, config, scale, run_jobs=runs)
+        for task, evaluations in calibration.evaluations(rows).items():
+            voice.info(f"{task}: {evaluations:,} evaluations of the network in all")
         verdicts = calibration.calibrate(rows)
         if verdicts is None:
             raise typer.Exit(runs.exit_code)

@@ -94,6 +94,10 @@ def test_every_way_is_judged_with_its_evaluations(made: tuple[Path, list[Verdict
         "found, euler, 3": 3,
         "found, ab2, 3": 3,
     }
+    # Two jobs decide; converged are they and the two others.
+    total = 4 * SCALE.converged_steps + 2 * sum(found.values())
+    calibration = Calibration(Path("unused"), CONFIG, SCALE, run_jobs=_run)
+    assert calibration.evaluations(_jobs(ROWS)) == {Task.T2I: total}
     by_name = {variant.name: variant for variant in verdict.variants}
     assert by_name["found, euler, 3"].psnr_db < by_name["found, euler, 6"].psnr_db
     assert all(variant.image_s > 0 for variant in verdict.variants)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import sensebatch
 from sensebatch.checkpoint.architecture import OFFICIAL_8B, parse_architecture
 from sensebatch.checkpoint.heads import PIXEL_REACH
 from sensebatch.checkpoint.tokenizer import IMG_START
@@ -15,6 +18,7 @@ from sensebatch.engine.model import patchify
 from sensebatch.engine.model.patchify import PixelHead, image_to_tokens
 from sensebatch.engine.sampling.text import Script
 from sensebatch.engine.tasks.interleave import run_interleave
+from sensebatch.jobs import Job
 from sensebatch.plan import passes
 from sensebatch.plan.passes import head_parts
 from sensebatch.resolutions import Resolution
@@ -94,6 +98,31 @@ def test_a_story_has_images_of_several_sizes(monkeypatch: pytest.MonkeyPatch) ->
         run_interleave(runner, [job], kept=(), channel=kept, script=script, resolutions=[sizes])
     images = [drawn.image.shape[1:] for drawn in kept.images[0]]
     assert images == seen == SIZES
+
+
+@pytest.mark.slow
+def test_stories_of_several_sizes_share_a_manifest(tmp_path: Path) -> None:
+    """With the embedded checkpoint, which has this head; each is what it is alone."""
+    rows = [
+        {"id": f"{width}x{height}", "task": "interleave", "prompt": "Show a red circle growing"}
+        | {"width": width, "height": height, "num_steps": 2, "max_images": 2, "think": False}
+        | {"max_new_tokens": 20}
+        for width, height in ((96, 64), (32, 128), (160, 32))
+    ]
+
+    def drawn(jobs: Sequence[Job], folder: Path) -> dict[str, list[bytes]]:
+        sensebatch.run(jobs, folder, engine=engine)
+        return {
+            done.job.id: [image.tobytes() for image in done.open_images()]
+            for done in sensebatch.finished_jobs(folder)
+        }
+
+    jobs = sensebatch.make_jobs(rows)
+    with sensebatch.open_engine() as engine:
+        together = drawn(jobs, tmp_path / "together")
+        alone = [drawn([job], tmp_path / job.id) for job in jobs]
+    assert [len(images[0]) for images in together.values()] == [3 * 96 * 64, 3 * 32 * 128, 3 * 5120]
+    assert together == alone[0] | alone[1] | alone[2]
 
 
 def test_a_part_sees_as_much_as_it_depends_on_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
