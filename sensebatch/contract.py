@@ -100,7 +100,7 @@ class Channel:
         """Keeps images that were drawn together, all of them or none, until the batch is committed.
 
         Called by one thread at a time, but not always by the same one, and never while the images
-        still change.
+        still change. They are the engine's again once this has returned.
         """
 
     def is_stopped(self) -> bool:

@@ -34,6 +34,7 @@ from sensebatch.engine.device.runtime import (
 from sensebatch.engine.memory.host import BLOCKS
 from sensebatch.engine.memory.pages import Pages
 from sensebatch.engine.memory.shared import can_share, taken_bytes
+from sensebatch.engine.memory.shelf import Shelf
 from sensebatch.engine.model.attention import Attention
 from sensebatch.engine.model.kv_cache import KVCache
 from sensebatch.engine.model.network import Network
@@ -110,6 +111,7 @@ class SenseNovaEngine:
         self._pixel_limits = pixel_limits
         self._info = info
         self._script = script
+        self._shelf = Shelf(pin=True) if loader.device.type == "cuda" else None
         self._pages = Pages(pin=loader.device.type == "cuda")
         self._system_turns: dict[tuple[int, ...], KVCache] = {}
         self._idle_since: float | None = None
@@ -237,6 +239,8 @@ class SenseNovaEngine:
         )
         runner.observe = channel.observe
         runner.reading_ahead = reading
+        if self._shelf is not None:
+            runner.copy_images = self._shelf.copy
         return runner
 
     def _limits(self, batch: Batch) -> PassLimits:

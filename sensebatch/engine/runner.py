@@ -186,6 +186,9 @@ class Runner:
         self.progress = progress
         self.observe: Callable[[int, Tensor], None] = lambda _step, _velocities: None
         """Is called with the index and the velocities of each step before it is taken."""
+        self.copy_images: Callable[[Tensor], Tensor] = Tensor.cpu
+        """Copies the images of a pass to the host, where they stay while they are kept. They are
+        there once the device is through with what it was asked for so far."""
         self.reading_ahead: Paced[CachedPrompts] | None = None
         """The reading of the batch's prompts, if it began while another one was drawn."""
         self.limits = PassLimits() if limits is None else limits

@@ -18,6 +18,7 @@ from functools import partial
 from sensebatch.config import OutputConfig
 from sensebatch.contract import Channel, Concerns, Drawn, Engine, Progress, Raised
 from sensebatch.executor.guard import guarded
+from sensebatch.executor.head_start import HeadStart
 from sensebatch.executor.messages import (
     Advanced,
     Began,
@@ -104,6 +105,7 @@ class WorkerHost:
         """Assignments that have not begun; with their batch once they are to be run."""
         self._stop = threading.Event()
         self._saved = threading.Semaphore(0)
+        self._head_start = HeadStart()
         self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")
         self._jobs = JobThreads(self._worker)
         self._running = ThreadPoolExecutor(1, thread_name_prefix="generate")
@@ -199,7 +201,7 @@ class WorkerHost:
             del self._waiting[number]
         self._outbox.put(Began(number=number))
         start = time.monotonic()
-        channel = _HostChannel(number, self._outbox, self._saved, self._stop)
+        channel = _HostChannel(number, self._outbox, self._saved, self._stop, self._head_start.end)
         outcome = self._worker.generate(number, batch, kept=order.kept, channel=channel)
         room = None
         if isinstance(outcome, Raised):
@@ -207,7 +209,15 @@ class WorkerHost:
         if room is None:
             self._worker.release(number)
         seconds = time.monotonic() - start
+        if self._has_more:
+            self._head_start.begin()
         self._do(self._ending, self._end, order, outcome, seconds, self._worker.info, room)
+
+    @property
+    def _has_more(self) -> bool:
+        """Whether another batch is to be run now."""
+        with self._lock:
+            return any(order is not None for order in self._waiting.values())
 
     def _make_room(self, batch: Batch, raised: Raised) -> tuple[Raised, str | None]:
         """Continues with less memory where a job alone did not fit; returns what was changed."""
@@ -251,6 +261,7 @@ class WorkerHost:
     ) -> EncodedJob | Failure:
         if isinstance(result, Failure):
             return result
+        self._head_start.wait()
         start = time.monotonic()
         images = guarded(
             lambda: tuple(
@@ -284,8 +295,14 @@ class _HostChannel(Channel):
     """The worker's end of a batch's channel."""
 
     def __init__(
-        self, number: int, outbox: Outbox, saved: threading.Semaphore, stop: threading.Event
+        self,
+        number: int,
+        outbox: Outbox,
+        saved: threading.Semaphore,
+        stop: threading.Event,
+        under_way: Callable[[], None],
     ) -> None:
+        self._under_way = under_way
         self._number = number
         self._outbox = outbox
         self._saved = saved
@@ -293,6 +310,7 @@ class _HostChannel(Channel):
 
     def progress(self, progress: Progress) -> None:
         """Sends it, unless later progress overtakes it."""
+        self._under_way()
         self._outbox.put(Advanced(number=self._number, progress=progress))
 
     def keep(self, drawn: Drawn) -> None:

@@ -23,6 +23,7 @@ from sensebatch.errors import BatchStoppedError, RunFolderError, RunStoppedError
 from sensebatch.executor.claim import claim_batches
 from sensebatch.executor.deadline import Deadline
 from sensebatch.executor.guard import raise_again
+from sensebatch.executor.head_start import HeadStart
 from sensebatch.executor.judging import MAX_WAITING, Judging
 from sensebatch.executor.ledger import Begun, Ledger, members_of
 from sensebatch.executor.levels import plan_levels
@@ -76,9 +77,10 @@ def execute(
     deadline = Deadline() if deadline is None else deadline
     if config.execution.retry_failed:
         store.state.retry_failed()
+    head_start = HeadStart()
     with (
         store.complete_log(),
-        BatchWriter(store, config.output, config.execution) as writer,
+        BatchWriter(store, config.output, config.execution, head_start.wait) as writer,
         Preparer(worker, read_image) as preparer,
         Judging(functions or {}, read_image, store.state.rows) as judging,
     ):
@@ -86,7 +88,9 @@ def execute(
             store=store,
             worker=worker,
             config=config,
-            beside=_Beside(preparer=preparer, judging=judging, writer=writer),
+            beside=_Beside(
+                preparer=preparer, judging=judging, writer=writer, head_start=head_start
+            ),
             observer=observer,
             stop=deadline.beside(stop),
             deadline=deadline,
@@ -108,6 +112,8 @@ class _Beside:
     preparer: Preparer
     judging: Judging
     writer: BatchWriter
+    head_start: HeadStart
+    """Keeps what is written from delaying the start of the next batch."""
 
 
 class _Run:
@@ -128,6 +134,7 @@ class _Run:
         self._store = store
         self._worker = worker
         self._preparer, self._judging = beside.preparer, beside.judging
+        self._head_start = beside.head_start
         self._verdicts: deque[tuple[Begun, Future[BatchResult]]] = deque()
         """Batches that functions judge."""
         self._observer = observer
@@ -331,6 +338,7 @@ class _Run:
             self._ledger.split(begun, outcome)
             return
         self.settle()
+        self._head_start.begin()
         future = self._ledger.write(begun, outcome.results, outcome.metrics, self._by())
         self._writing = (begun, future)
         if begun.assignment.is_retry:
@@ -343,6 +351,7 @@ class _Run:
             StorageFullError: The disk is full.
             RunFolderError: The folder can no longer be written.
         """
+        self._head_start.end()
         if self._writing is None:
             return
         (begun, future), self._writing = self._writing, None
@@ -368,6 +377,7 @@ class _Run:
             self._store.state.forgive(seq)
 
     def _progress(self, begun: Begun, progress: Progress) -> None:
+        self._head_start.end()
         report(self._observer.progress, progress)
         self._deadline.advanced(self._worker.number, begun.batch.group, progress)
         if self._stop.is_set():

@@ -53,6 +53,7 @@ def figures(log: pa.Table, *, num_steps: int) -> dict[str, Any]:
         "text_tokens": total.text_tokens,
         "wall_s": total.wall_s,
         "wait_share": None if summary.waiting is None else summary.waiting.share,
+        "rest_share": _rest_share(batches),
         "step_s": _per(drawn, ["denoise_s"], ["num_images"], num_steps),
         "steady_step_s": _per(steady, ["denoise_s"], ["num_images"], num_steps),
         "seconds_per_image": total.seconds_per_image,
@@ -77,6 +78,17 @@ def _batches(done: pa.Table) -> Batches:
         | {"jobs": row["job_id_count"]}
         for row in table.to_pylist()
     ]
+
+
+def _rest_share(batches: Batches) -> float | None:
+    """Returns the share of the time, waits included, in which nothing was denoised.
+
+    The first batch pays for what a process does once, and beside the last one nothing is read for
+    another; both are left out.
+    """
+    between = [batch for batch in batches[1:-1] if not batch["num_kept_images"]]
+    drawing = _per(between, ["denoise_s"], ["total_s", "wait_s"])
+    return 1 - drawing if drawing else None
 
 
 def _per(

@@ -110,7 +110,7 @@ def _speed_table(rows: Sequence[Row]) -> str:
     head = [
         "case", "options", "mode taken", "images", "s/step", "steady s/step", "limit s/step",
         "s/image", "limit s/image", "tok/s", "ratio", "steady tok/s", "steady ratio", "text tokens",
-        "text tok/s", "waited %",
+        "text tok/s", "waited %", "rest %",
     ]  # fmt: skip
     lines = [
         [
@@ -130,6 +130,7 @@ def _speed_table(rows: Sequence[Row]) -> str:
             _figure(row.text_tokens, 0),
             _figure(row.text_tok_per_s, 1),
             _figure(None if row.wait_share is None else 100 * row.wait_share, 2),
+            _figure(None if row.rest_share is None else 100 * row.rest_share, 2),
         ]
         for row in rows
     ]

@@ -62,6 +62,7 @@ class Row:
     text_tokens: int | None = None
     wall_s: float | None = None
     wait_share: float | None = None
+    rest_share: float | None = None
     limit_s: float | None = None
     step_s: float | None = None
     steady_step_s: float | None = None

@@ -26,8 +26,15 @@ SMALL_MODEL = f"{SYNTHETIC_PREFIX}tiny"
 SQUARE = Resolution(height=2048, width=2048)
 WIDE = Resolution(height=1152, width=2048)
 SMALL = Resolution(height=1024, width=1024)
+SMALLEST = Resolution(height=512, width=512)
 CFG_SCALE = 4.0
 TIMESTEP_SHIFT = 3.0
+FEW_STEPS: Mapping[str, Any] = {
+    "num_steps": 8,
+    "timestep_shift": TIMESTEP_SHIFT,
+    "cfg_scale": 1.0,
+}
+"""The steps of suite `few`."""
 FIRST_SEED = 42
 STORY_IMAGES = 6
 TEXT_TOKENS = 300
@@ -69,6 +76,7 @@ class Suite(StrEnum):
     NIGHT = "night"
     ASK = "ask"
     QUALITY = "quality"
+    FEW = "few"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +151,8 @@ class Case:
         if "timesteps" in self.steps:
             return len(self.steps["timesteps"]) + 1
         quality = self.steps.get("quality")
-        steps: int = scale.num_steps if quality is None else PRESETS[Quality(quality)]["num_steps"]
+        own: int = self.steps.get("num_steps", scale.num_steps)
+        steps: int = own if quality is None else PRESETS[Quality(quality)]["num_steps"]
         return steps
 
     @property
@@ -207,6 +216,8 @@ def suite_cases(suite: Suite, scale: Scale) -> tuple[Case, ...]:
         cases = _question_cases(full)
     elif suite is Suite.QUALITY:
         cases = _quality_cases(full)
+    elif suite is Suite.FEW:
+        cases = _few_cases(full)
     else:
         cases = _task_cases(full)
     if scale.resolution is not None:
@@ -284,6 +295,16 @@ def _quality_cases(full: Case) -> list[Case]:
     converged = {"solver": "ab2", "timesteps": list(converged_timesteps(CONVERGED_STEPS))}
     presets = [replace(case, name=one.value, steps={"quality": one.value}) for one in Quality]
     return [replace(case, name=CONVERGED, steps=converged), *presets]
+
+
+def _few_cases(full: Case) -> list[Case]:
+    """Returns cases of few steps without guidance, as a distilled LoRA draws; four batches each."""
+    case = replace(full, num_jobs=2 * full.num_jobs, baseline=None, steps=FEW_STEPS)
+    large = replace(case, name="few-2048")
+    small = replace(case, name="few-1024", resolution=SMALL, num_jobs=4 * case.num_jobs)
+    smallest = replace(small, name="few-512", resolution=SMALLEST)
+    fp8 = replace(large, name="few-2048-fp8", precision="fp8", baseline="few-2048")
+    return [large, fp8, small, smallest]
 
 
 def _night_case(size: Resolution) -> Case:

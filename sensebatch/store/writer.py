@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -83,9 +83,17 @@ class BatchWriter:
         store: The run's folder.
         output: How images are written.
         execution: How often a job is tried, and what counts as failed.
+        wait: Called before a job's files are encoded; may wait for a better moment.
     """
 
-    def __init__(self, store: Store, output: OutputConfig, execution: ExecutionConfig) -> None:
+    def __init__(
+        self,
+        store: Store,
+        output: OutputConfig,
+        execution: ExecutionConfig,
+        wait: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._wait = wait
         self._store = store
         self._output = output
         self._execution = execution
@@ -194,6 +202,7 @@ class BatchWriter:
     def _write_job(
         self, stored: StoredJob, result: JobResult | EncodedJob | Failure, info: EngineInfo
     ) -> WrittenJob:
+        self._wait()
         if not isinstance(result, Failure) and result.finish_reason.is_truncated:
             result = self._judged(stored, result)
         self._store.run_dir.require_in_place()

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sensebatch.contract import Drawn, KeptImage, Progress
+from sensebatch.engine.memory.shelf import Shelf
 from sensebatch.engine.runner import PassLimits, Runner
 from sensebatch.engine.tasks import single_image
 from sensebatch.engine.tasks.denoise import denoise
@@ -23,6 +24,8 @@ from tests.engine.golden_model import KeptImages, infer, succeeded
 from tests.engine.test_batches import fresh, jobs_of
 
 pytestmark = pytest.mark.slow
+
+PATIENCE_S = 10.0
 
 
 @dataclass
@@ -239,3 +242,33 @@ def test_progress_counts_the_passes_that_were_drawn_before(
     seen.clear()
     batch.run(kept)
     assert [one.step for one in seen] == list(range(2 * batch.num_steps + 1, all_steps + 1))
+
+
+def test_images_that_lie_in_two_places_in_turn_are_whole_when_they_are_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Writing(KeptImages):
+        """Reads what it is given while the next pass is drawn, as a disk does."""
+
+        def keep(self, drawn: Drawn) -> None:
+            may_go_on.wait(PATIENCE_S)
+            super().keep([(i, replace(kept, image=kept.image.copy())) for i, kept in drawn])
+
+    may_go_on = threading.Event()
+    batch, whole, written = make_batch(monkeypatch), KeptImages(3), Writing(3)
+    expected = batch.run(whole)
+    copied: list[torch.Tensor] = []
+    shelf = Shelf(pin=False)
+
+    def copy(images: torch.Tensor) -> torch.Tensor:
+        copied.append(shelf.copy(images))
+        if len(copied) == 2:
+            # The first is still being written.
+            may_go_on.set()
+        return copied[-1]
+
+    batch.runner.copy_images = copy
+    assert outputs(batch.run(written)) == outputs(expected)
+    assert len(copied) == 2
+    for kept, known in zip(written.images, whole.images, strict=True):
+        assert [k.image.tobytes() for k in kept] == [k.image.tobytes() for k in known]

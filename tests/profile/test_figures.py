@@ -58,3 +58,9 @@ def test_jobs_that_made_nothing_have_no_speed() -> None:
 def test_jobs_without_text_have_no_speed_of_text() -> None:
     rows = [row | {"think_tokens": 0, "think_s": 0.0} for row in FIRST]
     assert figures(log_table(*rows), num_steps=2)["text_tok_per_s"] is None
+
+
+def test_the_rest_is_what_is_not_denoising_in_batches_between_the_first_and_the_last() -> None:
+    batches = [*FIRST, *(row | {"wait_s": 2.0} for row in SECOND), *THIRD]
+    assert figures(log_table(*batches), num_steps=2)["rest_share"] == pytest.approx(1 - 8 / 12)
+    assert figures(log_table(*FIRST, *SECOND), num_steps=2)["rest_share"] is None

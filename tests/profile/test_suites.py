@@ -82,6 +82,12 @@ SETTINGS = {
         "choices-balanced": "--vram-mode balanced",
         "choices-7gib": "--max-memory 0=7GiB",
     },
+    Suite.FEW: {
+        "few-2048": "--vram-mode full",
+        "few-2048-fp8": "--vram-mode full --precision fp8",
+        "few-1024": "--vram-mode full",
+        "few-512": "--vram-mode full",
+    },
     Suite.QUALITY: {"converged": "", "exact": "", "high": "", "fast": ""},
     Suite.TASKS: {
         "t2i": "--vram-mode full",
@@ -96,6 +102,8 @@ SETTINGS = {
         "think-16-7gib": "--max-memory 0=7GiB",
     },
 }
+OTHER_JOBS = (Suite.NIGHT, Suite.ASK, Suite.FEW)
+"""Suites whose jobs are not those of the published tables."""
 
 
 @pytest.mark.parametrize("suite", Suite)
@@ -119,6 +127,22 @@ def test_cases_of_suite_quality_differ_in_their_steps_alone(tmp_path: Path) -> N
         assert [(job.seed, job.sampling.cfg_scale) for job in jobs] == [(42, 4.0), (43, 4.0)]
         steps[case.name] = jobs[0].drawing.num_evaluations
     assert steps == {"converged": 256, "exact": 100, "high": 50, "fast": 32}
+
+
+def test_cases_of_suite_few_have_few_steps_and_no_guidance(tmp_path: Path) -> None:
+    scale = Scale(num_steps=30, num_jobs=2)
+    sizes = {}
+    for case in suite_cases(Suite.FEW, scale):
+        jobs = _jobs(case, scale, tmp_path)
+        assert case.num_steps(scale) == 8
+        assert {job.drawing.num_evaluations for job in jobs if job.drawing} == {8}
+        sizes[case.name] = (len(jobs), str(jobs[0].resolution))
+    assert sizes == {
+        "few-2048": (4, "2048x2048"),
+        "few-2048-fp8": (4, "2048x2048"),
+        "few-1024": (16, "1024x1024"),
+        "few-512": (16, "512x512"),
+    }
 
 
 @pytest.mark.parametrize("suite", Suite)
@@ -191,7 +215,7 @@ def test_variants_are_held_against_what_they_vary() -> None:
     assert [cases[name].baseline for name in ("t2i", "balanced", "7gib")] == [None, "t2i", "t2i"]
 
 
-@pytest.mark.parametrize("suite", [s for s in Suite if s not in (Suite.NIGHT, Suite.ASK)])
+@pytest.mark.parametrize("suite", [s for s in Suite if s not in OTHER_JOBS])
 def test_manifests_are_jobs_of_the_published_size(suite: Suite, tmp_path: Path) -> None:
     scale = Scale(model="some/checkpoint")
     for case in suite_cases(suite, scale):

@@ -82,7 +82,8 @@ def finish(runner: Runner, begun: Begun, kept: Kept, channel: Channel) -> list[J
             images = [image for image in drawn_before[members] if image is not None]
             if len(images) == len(drawn_before[members]):
                 runner.num_kept_images += len(images)
-                finished += [_pixels(torch.from_numpy(i).to(runner.network.device)) for i in images]
+                for image in images:
+                    finished += _pixels(torch.from_numpy(image[None]).to(runner.network.device))
                 continue
             runner.heed_stop()
             place = (number, len(together))
@@ -146,11 +147,14 @@ def _draw(
         follows, and all of them are finite.
     """
     images = draw(runner, running, place)
-    pixels = [_pixels(image) for image in images]
     number, count = place
-    if number + 1 == count or any(isinstance(one, Failure) for one in pixels):
+    is_kept = number + 1 < count
+    # The pixels come after it, so that it is there when they are.
+    copied = runner.copy_images(images) if is_kept else None
+    pixels = _pixels(images)
+    if copied is None or any(isinstance(one, Failure) for one in pixels):
         return pixels, []
-    of_jobs = zip(images.cpu().numpy(), thoughts, strict=True)
+    of_jobs = zip(copied.numpy(), thoughts, strict=True)
     return pixels, [KeptImage(image=i, tokens=tuple(thought or ())) for i, thought in of_jobs]
 
 
@@ -163,13 +167,22 @@ def _kept_image(kept: Sequence[KeptImage], thought: Thought) -> np.ndarray | Non
     return next((one.image for one in reversed(kept) if one.tokens == tokens), None)
 
 
-def _pixels(image: Tensor) -> np.ndarray | Failure:
-    """Returns an image as uint8 `[height, width, 3]`, or what is wrong with it."""
-    try:
-        check_finite(image)
-    except JobError as error:
-        return Failure.of(error)
-    return to_uint8(image[None])[0].cpu().numpy()
+def _pixels(images: Tensor) -> list[np.ndarray | Failure]:
+    """Returns each image as uint8 `[height, width, 3]`, or what is wrong with it.
+
+    They are copied together, because the device waits for each copy.
+    """
+    finite = torch.isfinite(images).flatten(1).all(1)
+    pixels = to_uint8(images).cpu().numpy()
+    found: list[np.ndarray | Failure] = []
+    for image, own, is_finite in zip(images, pixels, finite.tolist(), strict=True):
+        try:
+            if not is_finite:
+                check_finite(image)
+            found.append(own)
+        except JobError as error:
+            found.append(Failure.of(error))
+    return found
 
 
 def _result(
