@@ -54,6 +54,7 @@ from sensebatch.plan.load import Load, plan_loads
 from sensebatch.plan.long_prompts import LongPrompts
 from sensebatch.plan.patience import MeasuredGpu, PlannedSeconds
 from sensebatch.plan.seconds import new_clock
+from sensebatch.report.acceptance import acceptance_table
 from sensebatch.report.summary import format_summary, read_log, summarise
 from sensebatch.settings import RUN_SECTION, dump_settings
 from sensebatch.store.attempts import Attempt
@@ -66,7 +67,7 @@ from sensebatch.store.manifests import ManifestFiles
 from sensebatch.store.run_dir import RunDir
 from sensebatch.store.shards import SHARD, Shard
 from sensebatch.store.state import Counts, State
-from sensebatch.store.status import recent_batches
+from sensebatch.store.status import read_acceptance, recent_batches
 from sensebatch.store.store import Store, open_store
 from sensebatch.tasks import Task
 
@@ -631,7 +632,7 @@ def _summarised(root: Path) -> Iterator[None]:
 
 
 def write_summary(root: Path) -> None:
-    """Writes the summary of a run's log.
+    """Writes the summary of a run's log, with what share of the images of each prompt would do.
 
     Raises:
         RunFolderError: There is no log.
@@ -639,7 +640,8 @@ def write_summary(root: Path) -> None:
     """
     run_dir = RunDir(root)
     log = summarise(read_log(run_dir.log))
-    write_atomic(run_dir.summary, f"{format_summary(log)}\n".encode())
+    lines = [format_summary(log), *acceptance_table(read_acceptance(root))]
+    write_atomic(run_dir.summary, ("\n".join(lines) + "\n").encode())
 
 
 def open_model(config: ModelConfig, backend: Backend, observer: RunObserver) -> Model:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -82,8 +83,8 @@ class _Made:
     root: Path
     """The run's folder."""
     summary: Summary
-    files: Sequence[Path]
-    """Files written where they were asked for."""
+    files: Mapping[Path, bool]
+    """Files where they were asked for, and whether each was written now or was there before."""
     answers: Sequence[Mapping[str, object]] | None = None
     """The answers of a task that answers in text, for `--json`."""
 
@@ -135,13 +136,13 @@ def _run_prompt(command: Command, voice: Voice) -> _Made:
         jobs=lambda: iter([job]),
         is_guarded=False,
     )
-    written: list[Path] = []
+    written: dict[Path, bool] = {}
     answers: list[Mapping[str, object]] = []
     with reporting_stops(root, voice, as_json=command.job.as_json):
         summary = run_session(request, voice)
         for finished in finished_jobs(root):
-            written += _copy_out(finished, folder, suffix)
-            written += _extras(command.job, finished, folder / f"{job.id}_compare.png", voice)
+            written |= _copy_out(finished, folder, suffix)
+            written |= _extras(command.job, finished, folder / f"{job.id}_compare.png", voice)
             if command.job.print_think and finished.text_file is None:
                 voice.warn("--print-think: the job wrote no text; with --think it thinks first")
             if command.task.spec.output is Output.TEXT:
@@ -200,13 +201,13 @@ def _run_jsonl(command: Command, path: Path, voice: Voice) -> _Made:
         jobs=jobs,
         is_guarded=False,
     )
-    written = []
+    written: dict[Path, bool] = {}
     with reporting_stops(root, voice, as_json=command.job.as_json):
         summary = run_session(request, voice)
         for finished in finished_jobs(root) if job.compare or job.print_think else ():
-            written += _extras(job, finished, root / "compare" / f"{finished.job.id}.png", voice)
+            written |= _extras(job, finished, root / "compare" / f"{finished.job.id}.png", voice)
         if task.spec.output is Output.TEXT:
-            written.append(write_answers(root, finished_jobs(root), path))
+            written[write_answers(root, finished_jobs(root), path)] = True
     return _Made(root=root, summary=summary, files=written)
 
 
@@ -309,7 +310,7 @@ def _written_before(root: Path) -> frozenset[str | None]:
     return frozenset(hashes)
 
 
-def _remember(root: Path, written: Sequence[Path]) -> None:
+def _remember(root: Path, written: Iterable[Path]) -> None:
     """Notes the files that were written, so that the same command may replace them."""
     hashes = _written_before(root).union(map(sha256_of, written))
     write_atomic(root / WRITTEN_NAME, json.dumps(sorted(filter(None, hashes))).encode())
@@ -378,13 +379,12 @@ def _size_flags(command: Command) -> dict[str, object]:
     return {f"tasks.{command.task.value}.resolution": resolution}
 
 
-def _copy_out(finished: FinishedJob, folder: Path, suffix: str) -> list[Path]:
-    """Copies a job's files to where they were asked for, and returns the copies' paths."""
+def _copy_out(finished: FinishedJob, folder: Path, suffix: str) -> dict[Path, bool]:
+    """Copies a job's files to where they were asked for; returns the copies, see `_Made.files`."""
     stem, copies, output = finished.job.id, [], finished.job.task.spec.output
     if output is Output.TEXT:
         target = folder / f"{stem}{suffix}"
-        write_atomic(target, answer_text(finished).encode())
-        return [target]
+        return {target: _put(target, answer_text(finished).encode())}
     if output is Output.IMAGE:
         copies = [(path, folder / f"{stem}{suffix}") for path in finished.image_files]
     else:
@@ -392,17 +392,25 @@ def _copy_out(finished: FinishedJob, folder: Path, suffix: str) -> list[Path]:
             copies.append((path, folder / f"{stem}_{index}{path.suffix}"))
         if finished.text_file is not None:
             copies.append((finished.text_file, folder / f"{stem}.txt"))
-    for source, target in copies:
-        write_atomic(target, source.read_bytes())
-    return [target for _, target in copies]
+    return {target: _put(target, source.read_bytes()) for source, target in copies}
 
 
-def _extras(job: JobOptions, finished: FinishedJob, compare: Path, voice: Voice) -> list[Path]:
-    """Prints the text of a job and writes its comparison, if asked for; returns what it wrote."""
+def _put(path: Path, data: bytes) -> bool:
+    """Writes a file; returns False if it is there as it should be."""
+    if sha256_of(path) == hashlib.sha256(data).hexdigest():
+        return False
+    write_atomic(path, data)
+    return True
+
+
+def _extras(
+    job: JobOptions, finished: FinishedJob, compare: Path, voice: Voice
+) -> dict[Path, bool]:
+    """Prints the text of a job and writes its comparison, if asked for; returns that file."""
     if job.print_think and (text := finished.read_text()) is not None:
         (voice.alert if job.as_json else show_anyway)(text)
     if not job.compare or not finished.image_files:
-        return []
+        return {}
     inputs = [
         decode_image(read_input_image(image), corrections=image.corrections)
         for image in finished.job.images
@@ -412,5 +420,4 @@ def _extras(job: JobOptions, finished: FinishedJob, compare: Path, voice: Voice)
     # It says of itself what the images in it say.
     info = with_xmp(outputs[0].info.get("xmp"))
     compose(inputs, outputs, finished.job.prompt).save(buffer, "PNG", pnginfo=info)
-    write_atomic(compare, buffer.getvalue())
-    return [compare]
+    return {compare: _put(compare, buffer.getvalue())}

@@ -13,15 +13,15 @@ import typer
 
 from sensebatch.cli import exits
 from sensebatch.cli.messages import counted, show_anyway, truncated_words
-from sensebatch.cli.series import series_lines
 from sensebatch.cli.voice import Level, Voice
 from sensebatch.errors import RunStoppedError
 from sensebatch.executor.observer import Summary
+from sensebatch.report.acceptance import acceptance_lines
 from sensebatch.report.summary import Summary as Report
 from sensebatch.report.summary import format_summary, read_log, summarise, summary_json
 from sensebatch.store.run_dir import RunDir
 from sensebatch.store.state import Counts
-from sensebatch.store.status import read_series, read_status
+from sensebatch.store.status import read_acceptance, read_status
 from sensebatch.units import duration
 
 
@@ -32,7 +32,7 @@ def finish(
     voice: Voice,
     profile: bool,
     as_json: bool,
-    outputs: Sequence[Path] | None = None,
+    outputs: Mapping[Path, bool] | None = None,
     until: float | None = None,
     answers: Sequence[Mapping[str, object]] | None = None,
 ) -> None:
@@ -44,7 +44,8 @@ def finish(
         voice: Prints it.
         profile: Whether to print what the run cost.
         as_json: Whether to print one object on stdout, and nothing else there.
-        outputs: Files that a one-job command wrote where they were asked for.
+        outputs: Files of a one-job command where they were asked for, and whether each was written
+            now or was there.
         until: The run's deadline, in seconds since the epoch.
         answers: What a question was answered with.
 
@@ -67,8 +68,9 @@ def finish(
     voice.tell(Level.INFO if code == exits.DONE else Level.ALERT, first)
     for line in others:
         voice.tell(Level.INFO if code == exits.DONE else Level.BRIEF, line)
-    for path in outputs or ():
-        voice.tell(Level.BRIEF, f"wrote {path}")
+    for path, is_written in (outputs or {}).items():
+        words = f"wrote {path}" if is_written else f"unchanged: {path}, which was there already"
+        voice.tell(Level.BRIEF, words)
     raise typer.Exit(code)
 
 
@@ -111,6 +113,8 @@ def _words(root: Path, summary: Summary) -> Iterator[str]:
         yield f"{counts.failed:,} failed"
     if counts.blocked:
         yield f"{counts.blocked:,} blocked"
+    if counts.held and not counts.remaining:
+        yield f"{counts.held:,} not needed"
     if counts.remaining:
         yield f"{counts.pending:,} to do"
     if counts.started:
@@ -133,7 +137,7 @@ def _next_lines(root: Path, summary: Summary, until: float | None) -> Iterator[s
         yield _late_line(summary, until)
     elif summary.too_many_failures:
         yield "stopped after too many failures; the same command resumes the run"
-    yield from series_lines(read_series(root))
+    yield from acceptance_lines(read_acceptance(root))
     yield from _advice(root, summary.counts)
 
 

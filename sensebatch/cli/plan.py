@@ -66,8 +66,8 @@ def plan(
     jobs = read_manifests(manifests, config, task=task, limit=limit, warn=warn_of)
     jobs = long_prompts(config, gpu, warn_of).watch(jobs)
     ids: list[str] = []
-    judged: Counter[str] = Counter()
-    entries = _noting(ids, map(plan_entry, _without_functions(jobs, judged)))
+    noted = _Noted()
+    entries = _noting(ids, map(plan_entry, noted.drawn(jobs)))
     made = make_plan(entries, config.memory)
     memory = memory_summary(made, config, gpu)
     found = _forecast(made, ids, memory, forecasting, now)
@@ -75,7 +75,8 @@ def plan(
         "memory": memory,
         "machine": None if machine is None else machine.model_dump(),
         "forecast": found,
-        "functions": dict(judged),
+        "functions": dict(noted.judged),
+        "from_tries": noted.from_tries,
     }
     if as_json:
         show(json.dumps(summary))
@@ -127,13 +128,28 @@ def _forecast_lines(
         yield from forecast_lines(found, forecasting.at(now))
 
 
-def _without_functions(jobs: Iterable[Job], judged: Counter[str]) -> Iterator[Job]:
-    """Yields the jobs that a model does, and counts those that functions of the user's do."""
-    for job in jobs:
-        if job.judged_by is None:
-            yield job
-        else:
-            judged[job.judged_by.function] += 1
+class _Noted:
+    """What is noted of jobs beside their plan."""
+
+    def __init__(self) -> None:
+        self.judged: Counter[str] = Counter()
+        """Images that functions of the user's judge, by function."""
+        self.from_tries: list[tuple[str, str]] = []
+        """Jobs that start from a try, and that try."""
+        self._tries: set[str] = set()
+
+    def drawn(self, jobs: Iterable[Job]) -> Iterator[Job]:
+        """Yields the jobs that a model does."""
+        for job in jobs:
+            if job.attempt_at is not None:
+                self._tries.add(job.id)
+            if job.verdict is None and self._tries and job.images:
+                parents = (image.output[0] for image in job.images if image.output)
+                self.from_tries += [(job.id, one) for one in parents if one in self._tries]
+            if job.judged_by is None:
+                yield job
+            else:
+                self.judged[job.judged_by.function] += 1
 
 
 def _noting(ids: list[str], entries: Iterable[PlanEntry]) -> Iterator[PlanEntry]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from sensebatch.cli.messages import counted
 from sensebatch.cli.tables import FittingTable, print_parts
+from sensebatch.report.acceptance import starting_from
 from sensebatch.units import GIB, duration
 
 Summary = Mapping[str, Any]
@@ -45,6 +46,9 @@ def print_plan(summary: Summary, *forecast: str) -> None:
         f"{counted(number, 'image')} judged by {name}, in this process beside the drawing"
         for name, number in summary["functions"].items()
     ]
+    if summary["from_tries"]:
+        what = "tries, and are drawn only if those are"
+        lines.append(starting_from(what, summary["from_tries"]))
     print_parts(table, *(lines if more > 0 else lines[1:]), *_memory(summary), *forecast)
 
 

@@ -72,7 +72,8 @@ class Tracker(RunObserver):
     def loading(self, counts: Counts, model: Model) -> None:
         """There are jobs to run, so the weights are about to be loaded."""
         jobs = counted(counts.jobs, "job")
-        self._voice.info(f"{counts.remaining:,} of {jobs} to run in {self._root}")
+        held = f"; {counts.held:,} more only if they are needed" if counts.held else ""
+        self._voice.info(f"{counts.remaining:,} of {jobs} to run in {self._root}{held}")
         how = ", ".join(filter(None, (model.identity.dtype, model.identity.precision)))
         self._voice.tell(Level.BRIEF, f"loading {model.name} on {model.device} ({how})")
 

@@ -34,18 +34,18 @@ def report(
     """Print what a run cost: load time, seconds per image, throughput, peak memory, calls."""
     from sensebatch.cli.messages import counted, say, show, warn
     from sensebatch.cli.tables import print_report
+    from sensebatch.report.acceptance import acceptance_table
     from sensebatch.report.summary import read_log, summarise, summary_json
     from sensebatch.report.timeline import format_timeline, timeline
     from sensebatch.store.run_dir import RunDir
-    from sensebatch.store.status import folder_shard, num_unlogged
+    from sensebatch.store.status import folder_shard, num_unlogged, read_acceptance
 
-    log = read_log(RunDir(folder).log)
+    log, shard = read_log(RunDir(folder).log), folder_shard(folder)
     if missing := num_unlogged(folder, log.num_rows):
         warn(
             f"log.parquet lacks the latest {counted(missing, 'row')}, which are written when the "
             "run ends or is resumed"
         )
-    shard = folder_shard(folder)
     if shard is not None and not as_json:
         say(f"{folder}: {shard.words}")
     if show_timeline:
@@ -55,9 +55,12 @@ def report(
         else:
             show(format_timeline(batches))
         return
-    summary = summarise(log)
+    summary, acceptance = summarise(log), read_acceptance(folder)
     if as_json:
         part = None if shard is None else str(shard)
-        show(json.dumps({"shard": part, **summary_json(summary)}))
+        accepted = [asdict(one) for one in acceptance.series]
+        show(json.dumps({"shard": part, **summary_json(summary), "acceptance": accepted}))
         return
     print_report(summary, max_calls=None if calls else MAX_CALLS)
+    for line in acceptance_table(acceptance):
+        show(line)

@@ -89,7 +89,8 @@ def _values(found: RunStatus) -> dict[str, Any]:
 
     seconds_per_image, left_s = pace(found)
     return {
-        "series": [asdict(one) for one in found.series],
+        "series": [asdict(one) for one in found.acceptance.series],
+        "held_jobs": [asdict(one) for one in found.acceptance.held],
         "state": None if found.pointer is None else found.pointer.state,
         "shard": None if found.shard is None else str(found.shard),
         **asdict(found.counts),
@@ -105,12 +106,12 @@ def _values(found: RunStatus) -> dict[str, Any]:
 def _lines(folder: Path, found: RunStatus) -> Iterator[str]:
     from sensebatch.cli.eta import pace
     from sensebatch.cli.messages import truncated_words
-    from sensebatch.cli.series import series_lines
+    from sensebatch.report.acceptance import acceptance_lines
     from sensebatch.report.workers import format_share, share_name
     from sensebatch.units import duration
 
     yield f"{folder}: {', '.join(_count_words(found))}"
-    yield from series_lines(found.series)
+    yield from acceptance_lines(found.acceptance)
     if found.pointer is not None:
         yield f"  state  {found.pointer.state} on {found.pointer.host}"
     seconds_per_image, left_s = pace(found)
@@ -169,6 +170,8 @@ def _count_words(found: RunStatus) -> Iterator[str]:
     yield f"{counts.failed:,} failed"
     if counts.blocked:
         yield f"{counts.blocked:,} blocked by failed jobs"
+    if counts.held:
+        yield f"{counts.held:,} not needed{' so far' if counts.remaining else ''}"
     yield f"{counts.pending:,} to do"
     yield f"{counts.started:,} {'running' if found.running else 'interrupted'}"
     if found.kept_images:

@@ -30,7 +30,7 @@ from sensebatch.store.state import DescribedJob, State
 TAGS = "tags"
 """Name in a job's metadata: its tags."""
 
-OWN_COLUMNS = ("id", "status", "verdict", "in_manifest", "attempts", "pick", TAGS, "text")
+OWN_COLUMNS = ("id", "status", "verdict", "score", "in_manifest", "attempts", "pick", TAGS, "text")
 """What a record has besides the columns of the log, or in the place of one of them."""
 
 SETTINGS = tuple(declared(Sampling))
@@ -58,6 +58,9 @@ class Record:
     """The row as the state keeps it."""
     verdict: Verdict | None = None
     """What became of a try that was judged; None for any other job."""
+    score: float | None = None
+    """Of a try that was asked about, the least probability that an answer gave to what speaks for
+    it; None for any other job."""
     is_of_accepted: bool = True
     """Whether all tries that it starts from, itself or through others, are accepted."""
     is_of_dropped: bool = False
@@ -172,6 +175,7 @@ _OWN: Mapping[str, Callable[[Record], Any]] = {
     "key": lambda record: record.key,
     "status": lambda record: record.status,
     "verdict": lambda record: None if record.verdict is None else record.verdict.value,
+    "score": lambda record: record.score,
     "in_manifest": lambda record: record.in_manifest,
     "attempts": lambda record: record.attempts,
     "pick": lambda record: None if record.pick is None else record.pick.value,
@@ -284,6 +288,7 @@ def _record(root: Path, described: DescribedJob, selector: Selector) -> Record:
         attempts=described.attempts,
         row_text=described.row,
         verdict=described.verdict,
+        score=described.score,
         is_of_accepted=described.is_of_accepted,
         is_of_dropped=described.is_of_dropped,
         picked=selector.picked(job.id, described.key),

@@ -33,6 +33,27 @@ class Verdict(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Judgement:
+    """What is known of a try that was judged."""
+
+    verdict: Verdict | None
+    """None until all verdicts on it are there."""
+    score: float | None
+    """The least probability that a question or function gave to what speaks for it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldJob:
+    """A job that does not run because of what became of a try."""
+
+    job: str
+    starts_from: str
+    """The try; or another job that is held likewise."""
+    is_dropped: bool
+    """Whether the try was drawn and rejected, and its image was removed; else it is not needed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
     """The tries at one prompt."""
 
@@ -63,6 +84,8 @@ class _Try:
     has_files: bool
     passed: bool | None
     """None until all verdicts on it are there."""
+    score: float | None
+    """None until one is."""
 
     @property
     def is_dropped(self) -> bool:
@@ -165,8 +188,8 @@ def draw_dropped(db: sqlite3.Connection) -> list[int]:
 def _is_settled(db: sqlite3.Connection, folded: str) -> bool:
     """Returns whether a verdict on a try speaks against it, and none is being asked for."""
     judged = _judged(db, folded)
-    is_asked = any(state == PENDING for state, _ in judged)
-    return not is_asked and any(state == DONE and not holds for state, holds in judged)
+    is_asked = any(one.state == PENDING for one in judged)
+    return not is_asked and any(one.is_against for one in judged)
 
 
 def _has_children(db: sqlite3.Connection, folded: str) -> bool:
@@ -192,20 +215,36 @@ def series(db: sqlite3.Connection) -> Iterator[Series]:
         )
 
 
-def verdicts(db: sqlite3.Connection) -> dict[str, Verdict]:
-    """Returns what became of each try that was judged, by the job's id."""
+def judgements(db: sqlite3.Connection) -> dict[str, Judgement]:
+    """Returns what is known of each try that was drawn and asked about, by the job's id."""
     found = {}
     for _, keep, tries in _series(db):
         accepted = 0
         for one in tries:
-            if one.passed is None or one.status != DONE:
+            if one.status != DONE or (one.passed is None and one.score is None):
                 continue
-            if not one.passed:
-                found[one.job_id] = Verdict.REJECTED
-                continue
-            found[one.job_id] = Verdict.ACCEPTED if accepted < keep else Verdict.SPARE
-            accepted += 1
+            verdict = None if one.passed is None else Verdict.REJECTED
+            if one.passed:
+                verdict = Verdict.ACCEPTED if accepted < keep else Verdict.SPARE
+                accepted += 1
+            found[one.job_id] = Judgement(verdict=verdict, score=one.score)
     return found
+
+
+def held_jobs(db: sqlite3.Connection) -> Iterator[HeldJob]:
+    """Yields the jobs that are neither tries nor questions about them and wait for tries."""
+    rows = db.execute(
+        "SELECT jobs.id, own.id, own.status FROM jobs JOIN parents ON child = jobs.folded"
+        " JOIN jobs AS own ON own.folded = parent"
+        " WHERE jobs.wanted = 1 AND jobs.seen = ? AND jobs.status = ?"
+        " AND (own.status = ? OR own.status = ? AND own.outputs = '[]')"
+        " AND NOT EXISTS (SELECT 1 FROM tries WHERE job = jobs.folded)"
+        " AND NOT EXISTS (SELECT 1 FROM verdicts WHERE judge = jobs.folded)"
+        " ORDER BY jobs.position, own.position",
+        (tables.latest_reading(db), HELD, HELD, DONE),
+    )
+    for job, starts_from, status in rows:
+        yield HeldJob(job=job, starts_from=starts_from, is_dropped=status == DONE)
 
 
 def _needed(keep: int, tries: Sequence[_Try]) -> set[int]:
@@ -233,38 +272,64 @@ def _series(db: sqlite3.Connection, span: Span = WHOLE) -> Iterator[tuple[str, i
             yield name, keep, tries
             tries = []
         name, keep = own, own_keep
-        passed = _passed(db, folded, status)
-        tries.append(_Try(number, folded, job_id, status, bool(has_files), passed))
+        judged = _judged(db, folded) if status == DONE else []
+        tries.append(
+            _Try(
+                number=number,
+                folded=folded,
+                job_id=job_id,
+                status=status,
+                has_files=bool(has_files),
+                passed=_passed(db, folded, status, judged),
+                score=min((one.share for one in judged if one.state == DONE), default=None),
+            )
+        )
     if tries:
         yield name, keep, tries
 
 
-def _passed(db: sqlite3.Connection, folded: str, status: str) -> bool | None:
+def _passed(
+    db: sqlite3.Connection, folded: str, status: str, judged: Sequence[_Judged]
+) -> bool | None:
     """Returns whether a try is accepted; None until it is known."""
     if status == FAILED:
         return False
     if status != DONE:
         return None
-    judged = _judged(db, folded)
-    if any(state == DONE and not holds for state, holds in judged):
+    if any(one.is_against for one in judged):
         return False
     # A reading with a limit may have ended between a try and its questions.
     query = "SELECT json_extract(definition, '$.try.checks') FROM jobs WHERE folded = ?"
     (num_checks,) = db.execute(query, (folded,)).fetchone()
-    if len(judged) < (num_checks or 1) or any(state in _UNDECIDED for state, _ in judged):
+    if len(judged) < (num_checks or 1) or any(one.state in _UNDECIDED for one in judged):
         return None
-    return all(holds for _, holds in judged)
+    return all(one.state == DONE for one in judged)
 
 
-def _judged(db: sqlite3.Connection, folded: str) -> list[tuple[str, bool]]:
-    """Returns the status of each question about a try, and whether it speaks for it."""
+@dataclass(slots=True)
+class _Judged:
+    """A question about a try."""
+
+    state: str
+    share: float
+    """The probability of the answer that speaks for it; 0 until it is answered."""
+    at_least: float
+
+    @property
+    def is_against(self) -> bool:
+        """Whether its answer speaks against the try."""
+        return self.state == DONE and self.share < self.at_least - _ROUNDING
+
+
+def _judged(db: sqlite3.Connection, folded: str) -> list[_Judged]:
+    """Returns the questions about a try."""
     judges = db.execute(
         "SELECT answer, at_least, status, row FROM verdicts JOIN jobs ON folded = judge"
         " LEFT JOIN attempts ON attempts.seq = current WHERE verdicts.job = ? AND wanted = 1",
         (folded,),
     )
     return [
-        (state, state == DONE and _probability(row, answer) >= at_least - _ROUNDING)
+        _Judged(state, _probability(row, answer) if state == DONE else 0.0, at_least)
         for answer, at_least, state, row in judges
     ]
 

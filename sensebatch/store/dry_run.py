@@ -11,7 +11,7 @@ from pathlib import Path
 from sensebatch.store.attempts import BLOCKED, DONE, FAILED, HELD
 from sensebatch.store.ingest import Changes
 from sensebatch.store.run_dir import RunDir
-from sensebatch.store.state import JobProgress, State
+from sensebatch.store.state import State
 from sensebatch.store.store import require_whole
 
 
@@ -85,7 +85,7 @@ def dry_run(
             state.retry_failed()
         return DryRun(
             changes=changes,
-            jobs=tuple(_decided(state.progress(), before, picked, changes)),
+            jobs=tuple(_decided(state, before, picked, changes)),
         )
 
 
@@ -99,11 +99,14 @@ _LEFT = {
 
 
 def _decided(
-    jobs: Iterator[JobProgress], before: dict[str, str], picked: set[str], changes: Changes
+    state: State, before: dict[str, str], picked: set[str], changes: Changes
 ) -> Iterator[Decided]:
-    for job in jobs:
+    children = {held.job for held in state.held_jobs()}
+    for job in state.progress():
         verdict = Verdict.REDRAWN if job.has_files else Verdict.DRAWN
-        if job.status in _LEFT:
+        if job.id in children:
+            verdict, reason = Verdict.HELD, "starts from a try that may not be needed"
+        elif job.status in _LEFT:
             verdict, reason = _LEFT[job.status]
         elif job.is_started:
             verdict, reason = Verdict.CONTINUED, "interrupted"

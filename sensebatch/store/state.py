@@ -16,7 +16,7 @@ from typing import Any
 from sensebatch.jobs import FinishReason, Job, ModelIdentity, folded_id, parents_of
 from sensebatch.plan.batches import PlanEntry, plan_entry
 from sensebatch.store import acceptance, chains, lanes, shards, tables
-from sensebatch.store.acceptance import Series, Verdict
+from sensebatch.store.acceptance import HeldJob, Series, Verdict
 from sensebatch.store.attempts import (
     BLOCKED,
     DONE,
@@ -104,6 +104,8 @@ class DescribedJob:
     """Its current row of the log, see `attempts.row_from_json`; None where there is none."""
     verdict: Verdict | None = None
     """What became of a try that was judged."""
+    score: float | None = None
+    """See `acceptance.Judgement`."""
     is_of_accepted: bool = True
     """Whether all tries that it starts from, itself or through others, are accepted."""
     is_of_dropped: bool = False
@@ -322,7 +324,13 @@ class State:
     def verdicts(self) -> dict[str, Verdict]:
         """Returns what became of each try that was judged, by the job's id."""
         with self._db.reading() as db:
-            return acceptance.verdicts(db)
+            found = acceptance.judgements(db)
+        return {job_id: one.verdict for job_id, one in found.items() if one.verdict is not None}
+
+    def held_jobs(self) -> list[HeldJob]:
+        """Returns the jobs that wait for tries and are none themselves."""
+        with self._db.reading() as db:
+            return list(acceptance.held_jobs(db))
 
     def has_tries(self) -> bool:
         """Returns whether the folder has a series of tries."""
@@ -493,19 +501,20 @@ class State:
                 " ORDER BY listed DESC, position, number",
                 (ELSEWHERE,),
             )
-            has_chains, verdicts = chains.has_any(db), acceptance.verdicts(db)
+            has_chains, judgements = chains.has_any(db), acceptance.judgements(db)
             # Jobs read so far that are no accepted tries, or start from one that is not.
             others: set[str] = set()
             dropped: set[str] = set()
             for definition, key, status, listed, attempts, row, is_empty in rows:
-                verdict, is_of_accepted, is_of_dropped = None, True, False
+                judgement, is_of_accepted, is_of_dropped = None, True, False
                 if has_chains:
                     # With the images that its parents made, as far as they are there.
                     job = chains.with_inputs(db, job_from_json(definition))
-                    verdict = verdicts.get(job.id)
+                    judgement = judgements.get(job.id)
                     is_of_accepted = others.isdisjoint(parents_of(job))
                     is_of_dropped = not dropped.isdisjoint(parents_of(job))
-                    is_other = job.attempt_at is not None and verdict is not Verdict.ACCEPTED
+                    is_try = job.attempt_at is not None
+                    is_other = is_try and not (judgement and judgement.verdict is Verdict.ACCEPTED)
                     if is_other or not is_of_accepted:
                         others.add(job.id)
                     if is_empty and status == DONE:
@@ -518,7 +527,8 @@ class State:
                     in_manifest=bool(listed),
                     attempts=attempts,
                     row=row,
-                    verdict=verdict,
+                    verdict=None if judgement is None else judgement.verdict,
+                    score=None if judgement is None else judgement.score,
                     is_of_accepted=is_of_accepted,
                     is_of_dropped=is_of_dropped,
                 )

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from sensebatch.errors import RunFolderError, StorageError
 from sensebatch.jobs import GroupKey, group_key
-from sensebatch.store.acceptance import Series
+from sensebatch.store.acceptance import HeldJob, Series
 from sensebatch.store.attempts import row_from_json
 from sensebatch.store.kept import KeptImages
 from sensebatch.store.run_dir import RunDir
@@ -57,6 +57,16 @@ class PastBatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Acceptance:
+    """What a run has of images of which only accepted ones are wanted."""
+
+    series: tuple[Series, ...] = ()
+    """How many of each are accepted, by their names."""
+    held: tuple[HeldJob, ...] = ()
+    """The jobs that wait for tries that were not drawn, in the order of the manifests."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunStatus:
     """What the state of a run's folder says, whether a process works in it or not."""
 
@@ -73,8 +83,8 @@ class RunStatus:
     """The last batches of the latest process, in the order they were committed."""
     shard: Shard | None = None
     """Which shard the folder is; None if it is none."""
-    series: tuple[Series, ...] = ()
-    """The series of tries, and how many of each are accepted."""
+    acceptance: Acceptance = field(default_factory=Acceptance)
+    """What became of tries, and what waits for them."""
     pointer: Pointer | None = None
     """Where the state is, if it is not in the folder."""
 
@@ -96,14 +106,21 @@ def num_unlogged(root: Path, num_rows: int) -> int:
         return 0
 
 
-def read_series(root: Path) -> list[Series]:
-    """Returns the series of tries of a run's folder, and how many of each are accepted.
+def read_acceptance(root: Path) -> Acceptance:
+    """Returns what became of tries, and what waits for them; nothing where no state can be asked.
 
     Raises:
-        RunFolderError: Its state has to be rebuilt.
+        RunFolderError: The state has to be rebuilt.
     """
-    with closing(State(RunDir(root).state, read_only=True)) as state:
-        return state.series()
+    run_dir = RunDir(root)
+    if not run_dir.state.is_file():
+        return Acceptance()
+    with closing(State(run_dir.state, read_only=True)) as state:
+        return _acceptance(state)
+
+
+def _acceptance(state: State) -> Acceptance:
+    return Acceptance(series=tuple(state.series()), held=tuple(state.held_jobs()))
 
 
 def folder_shard(root: Path) -> Shard | None:
@@ -139,7 +156,7 @@ def read_status(root: Path) -> RunStatus:
             to_come=Counter(entry.group for entry in state.entries(with_started=True)),
             recent=tuple(recent_batches(state)),
             shard=state.shard(),
-            series=tuple(state.series()),
+            acceptance=_acceptance(state),
             pointer=read_pointer(root),
         )
     finally:

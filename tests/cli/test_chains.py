@@ -70,3 +70,41 @@ def test_mistakes_are_found_before_anything_runs(invoke: Invoke, chained: Path) 
     ended = invoke("manifest", "validate", chained)
     assert ended.code == 2
     assert "chained.yaml: line 6: image: expected @ and the id of another job" in ended.err
+
+
+def test_jobs_that_start_from_tries_are_named(invoke: Invoke, tmp_path: Path) -> None:
+    manifest = tmp_path / "tries.yaml"
+    manifest.write_text(
+        """
+version: 1
+defaults: {width: 64, height: 32, num_steps: 2}
+jobs:
+  - {id: a, prompt: a dot, tries: 3, accept: {ask: is it, choices: [yes, no], is: yes}}
+  - {id: b, prompt: make it red, image: "@a-seed=42"}
+  - {id: c, prompt: make it red, image: "@a-seed=44"}
+""",
+        encoding="utf-8",
+    )
+    assert "2 jobs start from tries, and are drawn only if those are: b (@a-seed=42), c" in (
+        invoke("plan", manifest).out
+    )
+    assert (
+        "1 job: starts from a try that may not be needed"
+        in invoke("run", manifest, "--dry-run").out
+    )
+    held = "  held     1 job starts from tries that were not needed: c (@a-seed=44)\n"
+    ended = invoke("run", manifest)
+    assert "3 of 8 jobs to run in outputs/tries" not in ended.err
+    assert "; 5 more only if they are needed" in ended.err
+    assert "3 of 3 jobs done, 5 not needed, 2 images made" in ended.err
+    assert held in ended.err
+    assert held in invoke("status", "outputs/tries").out
+    assert invoke("status", "outputs/tries", "--json").json["held_jobs"] == [
+        {"job": "c", "starts_from": "a-seed=44", "is_dropped": False}
+    ]
+    for text in (
+        Path("outputs/tries/summary.txt").read_text(),
+        invoke("report", "outputs/tries").out,
+    ):
+        assert "  a                  1/1       1      100%\n" in text
+    assert invoke("report", "outputs/tries", "--json").json["acceptance"][0]["judged"] == 1

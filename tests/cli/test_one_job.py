@@ -252,7 +252,10 @@ def test_one_job_prints_little(invoke: Invoke) -> None:
     lines = [re.sub(r"^\d\d:\d\d:\d\d ", "", line) for line in ended.err.splitlines()]
     assert lines == ["loading tiny on cpu (float32)", "wrote dot.png"]
     again = invoke("t2i", "--prompt", "a dot", "--output", "dot.png", "--resolution", "1:1")
-    assert again.err == "wrote dot.png\n"
+    assert again.err == "unchanged: dot.png, which was there already\n"
+    Path("dot.png").unlink()
+    back = invoke("t2i", "--prompt", "a dot", "--output", "dot.png", "--resolution", "1:1")
+    assert back.err == "wrote dot.png\n"
 
 
 def test_a_failed_job_is_explained(invoke: Invoke) -> None:

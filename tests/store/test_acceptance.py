@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 
-from sensebatch.cli.series import series_lines
 from sensebatch.config import ExecutionConfig, MemoryConfig, RunConfig, default_config
 from sensebatch.contract import Channel, Kept, Reading
 from sensebatch.dataset.records import open_dataset
 from sensebatch.dataset.selection import Selection
 from sensebatch.jobs import Batch, BatchMetrics, BatchResult, InputImage, Job, JobResult
 from sensebatch.manifest.read import read_rows
-from sensebatch.store.acceptance import Series, Verdict
+from sensebatch.report.acceptance import acceptance_lines, acceptance_table
+from sensebatch.store.acceptance import HeldJob, Series, Verdict
 from sensebatch.store.dry_run import dry_run
-from sensebatch.store.status import read_status
+from sensebatch.store.status import Acceptance, read_status
 from sensebatch.store.store import Store, open_store
 from sensebatch.store.tables import WHOLE
 from sensebatch.tasks import Task
@@ -278,7 +278,7 @@ def test_few_series_and_those_of_one_chain_are_in_one_lane(tmp_path: Path) -> No
 
 def test_status_counts_what_is_accepted(tmp_path: Path) -> None:
     run_folder(tmp_path, series(*NAMES), CONFIG, engine=Judge())
-    assert [one.name for one in read_status(tmp_path).series] == sorted(NAMES)
+    assert [one.name for one in read_status(tmp_path).acceptance.series] == sorted(NAMES)
 
 
 def test_an_export_has_accepted_images_alone_unless_it_is_told(tmp_path: Path) -> None:
@@ -305,11 +305,31 @@ def test_what_was_accepted_and_what_came_short_is_said() -> None:
     def one(name: str, accepted: int, judged: int) -> Series:
         return Series(name=name, keep=2, tries=4, judged=judged, passed=accepted, accepted=accepted)
 
-    assert list(series_lines([one("cat", 2, 3), one("dog", 1, 4), one("owl", 0, 1)])) == [
+    found = Acceptance(
+        series=(one("cat", 2, 3), one("dog", 1, 4), one("owl", 0, 1)),
+        held=(
+            HeldJob(job="night", starts_from="owl-seed=45", is_dropped=False),
+            HeldJob(job="storm", starts_from="dog-seed=42", is_dropped=True),
+        ),
+    )
+    held = [
+        "  held     1 job starts from tries that were not needed: night (@owl-seed=45)",
+        "  held     1 job starts from rejected images that were removed: storm (@dog-seed=42)",
+    ]
+    assert list(acceptance_lines(found)) == [
         "  accepted 3 of 6 images wanted; 38% of 8 judged would do",
         "  short    dog: 1 of 2 after 4 tries",
+        *held,
     ]
-    assert list(series_lines([])) == []
+    assert list(acceptance_table(found)) == [
+        "acceptance      3 of 6 images wanted; 38% of 8 judged would do",
+        "  prompt group  accepted  judged  would do",
+        "  dog                1/2       4       25%  short, all 4 tries used",
+        "  owl                0/2       1        0%",
+        "  cat                2/2       3       67%",
+        *held,
+    ]
+    assert list(acceptance_lines(Acceptance())) == list(acceptance_table(Acceptance())) == []
 
 
 def test_a_dry_run_holds_what_may_not_be_needed(tmp_path: Path) -> None:

@@ -1,0 +1,87 @@
+"""How many images were accepted, and what waits for some that were not: as lines of text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from sensebatch.store.acceptance import HeldJob, Series
+from sensebatch.store.status import Acceptance
+
+MAX_SHORT = 20
+"""Series that came short of which a line is printed."""
+MAX_GROUPS = 100
+"""Series of which the table has a line."""
+MAX_HELD = 3
+"""Jobs that are named of those that wait."""
+
+
+def acceptance_lines(found: Acceptance, *, with_short: bool = True) -> Iterator[str]:
+    """Yields how many images were accepted of those that were judged, and what came short.
+
+    Args:
+        found: What became of tries.
+        with_short: Whether series that came short are named.
+    """
+    if found.series:
+        yield f"  accepted {_total(found.series)}"
+    short = [one for one in found.series if one.is_short] if with_short else []
+    for one in short[:MAX_SHORT]:
+        tries = "1 try" if one.tries == 1 else f"{one.tries:,} tries"
+        yield f"  short    {one.name}: {one.accepted} of {one.keep} after {tries}"
+    if len(short) > MAX_SHORT:
+        yield f"  ... and {len(short) - MAX_SHORT:,} more; status --json lists all"
+    for is_dropped in (False, True):
+        held = [one for one in found.held if one.is_dropped is is_dropped]
+        if held:
+            yield f"  held     {_held(held, is_dropped=is_dropped)}"
+
+
+def acceptance_table(found: Acceptance) -> Iterator[str]:
+    """Yields a line for each series, with what share of its images would do; the worst first."""
+    if not found.series:
+        return
+    yield f"acceptance      {_total(found.series)}"
+    worst = sorted(found.series, key=lambda one: (not one.is_short, _rate(one), one.name))
+    shown = worst[:MAX_GROUPS]
+    width = min(max(len("prompt group"), *(len(one.name) for one in shown)), 60)
+    yield f"  {'prompt group':<{width}}  accepted  judged  would do"
+    for one in shown:
+        rate = f"{100 * _rate(one):.0f}%" if one.judged else "-"
+        accepted = f"{one.accepted}/{one.keep}"
+        short = f"  short, all {one.tries} tries used" if one.is_short else ""
+        yield f"  {one.name:<{width}}  {accepted:>8}  {one.judged:>6}  {rate:>8}{short}"
+    if len(worst) > MAX_GROUPS:
+        yield f"  ... and {len(worst) - MAX_GROUPS:,} more; sensebatch status --json lists all"
+    yield from acceptance_lines(Acceptance(held=found.held))
+
+
+def _total(series: Sequence[Series]) -> str:
+    wanted, judged = sum(one.keep for one in series), sum(one.judged for one in series)
+    accepted = sum(one.accepted for one in series)
+    passed = sum(one.passed for one in series)
+    rate = f"; {100 * passed / judged:.0f}% of {judged:,} judged would do" if judged else ""
+    images = "1 image" if wanted == 1 else f"{wanted:,} images"
+    return f"{accepted:,} of {images} wanted{rate}"
+
+
+def _rate(series: Series) -> float:
+    return series.passed / series.judged if series.judged else 1.0
+
+
+def _held(held: Sequence[HeldJob], *, is_dropped: bool) -> str:
+    """Returns which jobs wait, and what for."""
+    what = "rejected images that were removed" if is_dropped else "tries that were not needed"
+    return starting_from(what, [(one.job, one.starts_from) for one in held])
+
+
+def starting_from(what: str, jobs: Sequence[tuple[str, str]]) -> str:
+    """Returns a line that names jobs and what they start from.
+
+    Args:
+        what: What all of them start from.
+        jobs: The id of each, and that of the job it starts from.
+    """
+    number = "1 job starts" if len(jobs) == 1 else f"{len(jobs):,} jobs start"
+    pairs = [f"{job} (@{parent})" for job, parent in jobs[:MAX_HELD]]
+    more = f" and {len(jobs) - MAX_HELD:,} more" if len(jobs) > MAX_HELD else ""
+    return f"{number} from {what}: {', '.join(pairs)}{more}"
