@@ -59,6 +59,7 @@ driver.set_active(Absent())
 JITFunction.__getitem__ = compiled
 for module in (decode_kernels, expert_kernels, int8_kernels):
     vars(module)["shared_bytes"] = lambda _: SHARED_BYTES
+vars(expert_kernels)["has_descriptors"] = lambda _: CAPABILITY >= 90
 arch, nowhere = open_checkpoint("synthetic:8b").architecture, torch.device("meta")
 stored = (Stored.INT8, Stored.FLOAT8) if CAPABILITY >= 89 else (Stored.INT8,)
 for kind in stored:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -32,6 +33,7 @@ from sensebatch.engine.model import decode_kernels, expert_kernels, kernels
 from sensebatch.engine.model.expert_kernels import TILES, fitting, route, tiles_for
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DESCRIPTORS = find_spec("triton.tools.tensor_descriptor")
 ROUNDING = 1e-5
 WIDTH = 32
 
@@ -102,6 +104,22 @@ def test_every_tile_is_right_with_experts_that_no_token_goes_to(least: int) -> N
     logits = torch.tensor([[1.0, -9.0, 2.0, -9.0]], device=DEVICE).expand(tokens, -1)
     by_kernels, by_torch = both(moe, logits.contiguous())
     assert relative_error(by_kernels.cpu(), by_torch.cpu()) < ROUNDING
+
+
+@pytest.mark.skipif(DESCRIPTORS is None, reason="this Triton has no descriptors")
+def test_weights_that_the_device_copies_itself_are_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In float16, because descriptors are for numbers of two bytes."""
+    moe, tokens = make_moe(4, 2, 48), 140
+    weights = (noise(4, 96, WIDTH).half() / WIDTH**0.5, noise(4, WIDTH, 48).half() / 48**0.5)
+    x, logits = noise(tokens, WIDTH).half(), noise(tokens, 4)
+    found = []
+    for has in (True, False):
+        monkeypatch.setattr(expert_kernels, "has_descriptors", lambda _, has=has: has)
+        add = choose_operations(fused=True).add_experts
+        found.append(add(x, x, logits, weights, moe, in_place=False))
+    assert torch.equal(*found)
 
 
 def test_weights_of_experts_without_tokens_are_not_read() -> None:

@@ -14,7 +14,8 @@ choices of a token, P pairs of a token and an expert that it chose.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,10 +23,27 @@ import triton.language as tl
 from torch import Tensor
 
 from sensebatch.checkpoint.architecture import Architecture, Moe
-from sensebatch.engine.model.decode_kernels import LEAST_ROWS, SHARED_REST, divisor, shared_bytes
+from sensebatch.engine.model.decode_kernels import (
+    LEAST_ROWS,
+    MAX_SEQUENCES,
+    SHARED_REST,
+    divisor,
+    shared_bytes,
+)
 
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:
+    TensorDescriptor = None
+
+DESCRIPTORS_CAPABILITY = (9, 0)
+"""The first CUDA devices that copy tiles by themselves."""
+DESCRIBED_ROWS = 64
+"""Rows of the smallest tile whose weights are copied like that."""
 BLOCK_TOKENS = 32
-"""Tokens that one program routes."""
+"""Tokens that one of many programs routes."""
+ALONE_TOKENS = (1, 16, MAX_SEQUENCES)
+"""Tokens that a single program routes and sorts."""
 BLOCKS = 32
 """Counts of so many programs are added up at a time."""
 COMBINED = 2048
@@ -56,49 +74,91 @@ class Routes(NamedTuple):
     """int32 place in that order after each expert's last pair."""
 
 
+@triton.jit
+def _sort(order, chosen, hits, first, tokens, there, CHOICES: tl.constexpr, EXPERTS: tl.constexpr):
+    """Stores the pairs of some tokens at their places.
+
+    Args:
+        order: Where.
+        chosen: Experts of each token and choice.
+        hits: 1 where a token goes to an expert, else 0.
+        first: Each expert's first place.
+        tokens: Their numbers.
+        there: Which of them there are.
+    """
+    experts, slots = tl.arange(0, EXPERTS)[None, :], tl.arange(0, chosen.shape[1])[None, :]
+    places = first[None, :] + tl.cumsum(hits, 0) - hits
+    for slot in tl.static_range(CHOICES):
+        expert = tl.sum(tl.where(slots == slot, chosen, 0), 1)
+        place = tl.sum(tl.where(experts == expert[:, None], places, 0), 1)
+        tl.store(order + place, tokens * CHOICES + slot, mask=there)
+
+
+@triton.jit
+def _ranks(logits, tokens, num_tokens, num_experts, EXPERTS: tl.constexpr):
+    """Returns an int64 for each token and expert, the larger the more probable the expert is.
+
+    The upper half is the probability, whose bits have the order of the numbers as none is negative.
+    The lower half puts the first of equal experts before the others. It is -1 where there is no
+    expert. What is not a number counts as 0, so that a token always chooses experts that there are.
+    """
+    experts = tl.arange(0, EXPERTS)[None, :]
+    inside = experts < num_experts
+    source = logits + tl.minimum(tokens, num_tokens - 1)[:, None] * num_experts + experts
+    scores = tl.load(source, mask=inside, other=float("-inf")).to(tl.float32)
+    scores = tl.exp(scores - tl.max(scores, 1)[:, None])
+    scores /= tl.sum(scores, 1)[:, None]
+    scores = tl.where(scores >= 0, scores, 0.0)
+    ranks = (scores.to(tl.int32, bitcast=True).to(tl.int64) << 32) + (EXPERTS - 1 - experts)
+    return tl.where(inside, ranks, -1)
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def _route(
     logits,
     weights,
     chosen,
     counts,
+    order,
+    ends,
     num_tokens,
     num_experts,
     NORMALISE: tl.constexpr,
+    ALONE: tl.constexpr,
     CHOICES: tl.constexpr,
     SLOTS: tl.constexpr,
     EXPERTS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    experts = tl.arange(0, EXPERTS)
-    there = (tokens < num_tokens)[:, None]
-    inside = (experts < num_experts)[None, :]
-    places = tl.minimum(tokens, num_tokens - 1)[:, None] * num_experts + experts[None, :]
-    scores = tl.load(logits + places, mask=inside, other=float("-inf")).to(tl.float32)
-    scores = tl.exp(scores - tl.max(scores, 1)[:, None])
-    scores /= tl.sum(scores, 1)[:, None]
-    # Not a number counts as 0, so that a token always chooses experts that there are.
-    scores = tl.where(inside, tl.where(scores >= 0, scores, 0.0), -1.0)
-    slots = tl.arange(0, SLOTS)[None, :]
+    experts, slots = tl.arange(0, EXPERTS), tl.arange(0, SLOTS)[None, :]
+    there = tokens < num_tokens
+    ranks = _ranks(logits, tokens, num_tokens, num_experts, EXPERTS)
     best_weights = tl.zeros((TOKENS, SLOTS), dtype=tl.float32)
     best_experts = tl.zeros((TOKENS, SLOTS), dtype=tl.int32)
     hits = tl.zeros((TOKENS, EXPERTS), dtype=tl.int32)
     for slot in tl.static_range(CHOICES):
-        best = tl.argmax(scores, 1)
-        is_best = experts[None, :] == best[:, None]
-        best_weights = tl.where(slots == slot, tl.max(scores, 1)[:, None], best_weights)
-        best_experts = tl.where(slots == slot, best[:, None], best_experts)
-        hits += is_best.to(tl.int32)
-        scores = tl.where(is_best, -1.0, scores)
+        rank = tl.max(ranks, 1)
+        expert = EXPERTS - 1 - (rank & (EXPERTS - 1)).to(tl.int32)
+        score = (rank >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+        best_weights = tl.where(slots == slot, score[:, None], best_weights)
+        best_experts = tl.where(slots == slot, expert[:, None], best_experts)
+        is_best = experts[None, :] == expert[:, None]
+        hits += (is_best & there[:, None]).to(tl.int32)
+        ranks = tl.where(is_best, -1, ranks)
     if NORMALISE:
         best_weights /= tl.sum(best_weights, 1)[:, None]
     pairs = tokens[:, None] * CHOICES + slots
-    stored = there & (slots < CHOICES)
+    stored = there[:, None] & (slots < CHOICES)
     tl.store(weights + pairs, best_weights, mask=stored)
-    tl.store(chosen + pairs, best_experts, mask=stored)
-    count = tl.sum(tl.where(there, hits, 0), 0)
-    tl.store(counts + tl.program_id(0) * EXPERTS + experts, count)
+    count = tl.sum(hits, 0)
+    if ALONE:
+        end = tl.cumsum(count, 0)
+        tl.store(ends + experts, end, mask=experts < num_experts)
+        _sort(order, best_experts, hits, end - count, tokens, there, CHOICES, EXPERTS)
+    else:
+        tl.store(chosen + pairs, best_experts, mask=stored)
+        tl.store(counts + tl.program_id(0) * EXPERTS + experts, count)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks"])
@@ -111,17 +171,18 @@ def _place(
     num_experts,
     num_blocks,
     CHOICES: tl.constexpr,
+    SLOTS: tl.constexpr,
     EXPERTS: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    experts = tl.arange(0, EXPERTS)
+    experts, slots = tl.arange(0, EXPERTS), tl.arange(0, SLOTS)[None, :]
     total = tl.zeros((EXPERTS,), dtype=tl.int32)
     before = tl.zeros((EXPERTS,), dtype=tl.int32)
     for start in range(0, num_blocks, BLOCKS):
         blocks = start + tl.arange(0, BLOCKS)
-        places = blocks[:, None] * EXPERTS + experts[None, :]
-        count = tl.load(counts + places, mask=(blocks < num_blocks)[:, None], other=0)
+        source = counts + blocks[:, None] * EXPERTS + experts[None, :]
+        count = tl.load(source, mask=(blocks < num_blocks)[:, None], other=0)
         total += tl.sum(count, 0)
         before += tl.sum(tl.where((blocks < tl.program_id(0))[:, None], count, 0), 0)
     end = tl.cumsum(total, 0)
@@ -129,16 +190,13 @@ def _place(
         tl.store(ends + experts, end, mask=experts < num_experts)
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     there = tokens < num_tokens
+    inside = there[:, None] & (slots < CHOICES)
+    mine = tl.load(chosen + tokens[:, None] * CHOICES + slots, mask=inside, other=EXPERTS)
     hits = tl.zeros((TOKENS, EXPERTS), dtype=tl.int32)
     for slot in tl.static_range(CHOICES):
-        expert = tl.load(chosen + tokens * CHOICES + slot, mask=there, other=EXPERTS)
+        expert = tl.sum(tl.where(slots == slot, mine, 0), 1)
         hits += (experts[None, :] == expert[:, None]).to(tl.int32)
-    place = (end - total + before)[None, :] + tl.cumsum(hits, 0) - hits
-    for slot in tl.static_range(CHOICES):
-        pair = tokens * CHOICES + slot
-        expert = tl.load(chosen + pair, mask=there, other=EXPERTS)
-        own = tl.sum(tl.where(experts[None, :] == expert[:, None], place, 0), 1)
-        tl.store(order + own, pair, mask=there)
+    _sort(order, mine, hits, end - total + before, tokens, there, CHOICES, EXPERTS)
 
 
 def route(logits_TX: Tensor, *, choices: int, normalise: bool) -> Routes:
@@ -150,28 +208,42 @@ def route(logits_TX: Tensor, *, choices: int, normalise: bool) -> Routes:
         normalise: Whether a token's weights are scaled so that their sum is 1.
     """
     num_tokens, num_experts = logits_TX.shape
-    blocks, experts = triton.cdiv(num_tokens, BLOCK_TOKENS), triton.next_power_of_2(num_experts)
+    tokens = next((most for most in ALONE_TOKENS if num_tokens <= most), BLOCK_TOKENS)
+    is_alone = num_tokens <= tokens
+    blocks, experts = triton.cdiv(num_tokens, tokens), triton.next_power_of_2(num_experts)
     weights_TC = logits_TX.new_empty(num_tokens, choices, dtype=torch.float32)
-    chosen_TC = torch.empty_like(weights_TC, dtype=torch.int32)
-    counts = chosen_TC.new_empty(blocks, experts)
-    order_P = chosen_TC.new_empty(num_tokens * choices)
-    ends_X = chosen_TC.new_empty(num_experts)
-    sizes = {"CHOICES": choices, "EXPERTS": experts, "TOKENS": BLOCK_TOKENS, "num_warps": 4}
-    sizes["enable_fp_fusion"] = True
+    order_P = logits_TX.new_empty(num_tokens * choices, dtype=torch.int32)
+    ends_X = order_P.new_empty(num_experts)
+    chosen_TC = order_P if is_alone else torch.empty_like(order_P)
+    counts = order_P if is_alone else order_P.new_empty(blocks, experts)
+    sizes = {"CHOICES": choices, "SLOTS": triton.next_power_of_2(choices), "EXPERTS": experts}
+    sizes |= {"TOKENS": tokens, "enable_fp_fusion": True}
+    sizes["num_warps"] = min(max(tokens // 4, 1), 8)
     _route[(blocks,)](
         logits_TX,
         weights_TC,
         chosen_TC,
         counts,
+        order_P,
+        ends_X,
         num_tokens,
         num_experts,
         NORMALISE=normalise,
-        SLOTS=triton.next_power_of_2(choices),
+        ALONE=is_alone,
         **sizes,
     )
-    _place[(blocks,)](
-        chosen_TC, counts, order_P, ends_X, num_tokens, num_experts, blocks, **sizes, BLOCKS=BLOCKS
-    )
+    if not is_alone:
+        _place[(blocks,)](
+            chosen_TC,
+            counts,
+            order_P,
+            ends_X,
+            num_tokens,
+            num_experts,
+            blocks,
+            **sizes,
+            BLOCKS=BLOCKS,
+        )
     return Routes(weights_TC, order_P, ends_X)
 
 
@@ -194,6 +266,35 @@ def _rows_of_tile(ends, tile, num_experts, EXPERTS: tl.constexpr, ROWS: tl.const
 
 
 @triton.jit
+def _weights(
+    matrix,
+    row,
+    start,
+    DESCRIBED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Returns some numbers of some rows of a matrix, transposed: `[BLOCK, COLUMNS]`.
+
+    Args:
+        matrix: A descriptor, or a pointer.
+        row: The first row.
+        start: Its first number.
+        DESCRIBED: Which of the two it is.
+        WIDTH: Numbers of a row.
+        COLUMNS: Rows, which are columns of the product.
+        BLOCK: Numbers of each.
+    """
+    if DESCRIBED:
+        values = matrix.load([row, start])
+    else:
+        rows = (row + tl.arange(0, COLUMNS)).to(tl.int64)
+        values = tl.load(matrix + rows[:, None] * WIDTH + start + tl.arange(0, BLOCK)[None, :])
+    return tl.trans(values)
+
+
+@triton.jit
 def _gate_up(
     x,
     weight,
@@ -202,6 +303,7 @@ def _gate_up(
     ends,
     num_experts,
     inner,
+    DESCRIBED: tl.constexpr,
     CHOICES: tl.constexpr,
     EXPERTS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -218,19 +320,20 @@ def _gate_up(
     there = rows < end
     # Rows after the expert's last are computed from its last one, and not stored.
     pairs = tl.load(order + tl.minimum(rows, end - 1))
-    columns = (tl.program_id(0) % num_columns) * COLUMNS + tl.arange(0, COLUMNS)
+    column = (tl.program_id(0) % num_columns) * COLUMNS
+    gates = expert * 2 * inner + column
     channels = tl.arange(0, BLOCK)
     source = x + (pairs // CHOICES).to(tl.int64)[:, None] * WIDTH + channels[None, :]
-    gates = weight + expert.to(tl.int64) * 2 * inner * WIDTH
-    gates += columns[None, :] * WIDTH + channels[:, None]
-    ups = gates + inner * WIDTH
     gate = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     up = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for start in range(0, WIDTH, BLOCK):
         values = tl.load(source + start)
-        gate = tl.dot(values, tl.load(gates + start), gate, input_precision="ieee")
-        up = tl.dot(values, tl.load(ups + start), up, input_precision="ieee")
+        some = _weights(weight, gates, start, DESCRIBED, WIDTH, COLUMNS, BLOCK)
+        gate = tl.dot(values, some, gate, input_precision="ieee")
+        some = _weights(weight, gates + inner, start, DESCRIBED, WIDTH, COLUMNS, BLOCK)
+        up = tl.dot(values, some, up, input_precision="ieee")
     result = gate / (1 + tl.exp(-gate)) * up
+    columns = column + tl.arange(0, COLUMNS)
     target = out + rows.to(tl.int64)[:, None] * inner + columns[None, :]
     tl.store(target, result.to(out.dtype.element_ty), mask=there[:, None])
 
@@ -245,6 +348,7 @@ def _down(
     pair_weights,
     num_experts,
     width,
+    DESCRIBED: tl.constexpr,
     EXPERTS: tl.constexpr,
     INNER: tl.constexpr,
     ROWS: tl.constexpr,
@@ -259,17 +363,16 @@ def _down(
     rows = first + tl.arange(0, ROWS)
     there = rows < end
     rows = tl.minimum(rows, end - 1)
-    columns = (tl.program_id(0) % num_columns) * COLUMNS + tl.arange(0, COLUMNS)
+    column = (tl.program_id(0) % num_columns) * COLUMNS
     channels = tl.arange(0, BLOCK)
     source = hidden + rows.to(tl.int64)[:, None] * INNER + channels[None, :]
-    weights = weight + expert.to(tl.int64) * width * INNER
-    weights += columns[None, :] * INNER + channels[:, None]
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for start in range(0, INNER, BLOCK):
-        values = tl.load(source + start)
-        total = tl.dot(values, tl.load(weights + start), total, input_precision="ieee")
+        some = _weights(weight, expert * width + column, start, DESCRIBED, INNER, COLUMNS, BLOCK)
+        total = tl.dot(tl.load(source + start), some, total, input_precision="ieee")
     pairs = tl.load(order + rows)
     total *= tl.load(pair_weights + pairs)[:, None]
+    columns = column + tl.arange(0, COLUMNS)
     target = out + pairs.to(tl.int64)[:, None] * width + columns[None, :]
     tl.store(target, total.to(out.dtype.element_ty), mask=there[:, None])
 
@@ -296,11 +399,12 @@ class Tiles(NamedTuple):
 
 
 TILES = {
-    64: Tiles(Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 3)),
-    16: Tiles(Tile(64, 128, 64, 4, 4), Tile(64, 128, 64, 4, 4)),
-    0: Tiles(Tile(LEAST_ROWS, 32, 256, 4, 3), Tile(LEAST_ROWS, 32, 256, 4, 4)),
+    64: Tiles(Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 3)),
+    16: Tiles(Tile(32, 64, 128, 4, 4), Tile(32, 128, 64, 4, 4)),
+    0: Tiles(Tile(LEAST_ROWS, 64, 128, 4, 4), Tile(LEAST_ROWS, 64, 128, 4, 4)),
 }
-"""The tiles by the least pairs that an expert has on average."""
+"""The tiles by the least pairs that an expert has on average: the fastest of those tried on an H200
+with the matrices of the A3B model. Which of them is taken changes no byte there."""
 
 
 def tiles_for(num_pairs: int, num_experts: int) -> Tiles:
@@ -337,6 +441,25 @@ def _fitted(x: Tensor, tile: Tile, *, matrices: int, height: int, width: int) ->
     return fitting(tile, matrices=matrices, item_bytes=x.itemsize, shared_bytes=shared)
 
 
+@functools.cache
+def has_descriptors(device: torch.device) -> bool:
+    """Returns whether a device copies tiles by itself, and Triton knows how to ask for that."""
+    return (
+        device.type == "cuda"
+        and TensorDescriptor is not None
+        and torch.cuda.get_device_capability(device) >= DESCRIPTORS_CAPABILITY
+    )
+
+
+def _described(weight: Tensor, tile: Tile) -> tuple[Any, bool]:
+    """Returns weights as a kernel takes them, and whether that is as a descriptor."""
+    is_large = tile.rows >= DESCRIBED_ROWS and weight.itemsize == 2
+    if not is_large or not has_descriptors(weight.device):
+        return weight, False
+    rows = weight.view(-1, weight.shape[2])
+    return TensorDescriptor.from_tensor(rows, [tile.columns, tile.block]), True
+
+
 def gate_up(x_TD: Tensor, weight: Tensor, routes: Routes, tile: Tile) -> Tensor:
     """Returns `silu(gate) * up` of every pair, `[P, I]` in the order of the routes.
 
@@ -350,14 +473,16 @@ def gate_up(x_TD: Tensor, weight: Tensor, routes: Routes, tile: Tile) -> Tensor:
     inner, num_pairs = double // 2, routes.order_P.shape[0]
     hidden_PI = x_TD.new_empty(num_pairs, inner)
     tile = _fitted(x_TD, tile, matrices=2, height=inner, width=width)
+    matrix, is_described = _described(weight, tile)
     _gate_up[_grid(num_pairs, num_experts, tile, inner)](
         x_TD,
-        weight,
+        matrix,
         hidden_PI,
         routes.order_P,
         routes.ends_X,
         num_experts,
         inner,
+        DESCRIBED=is_described,
         CHOICES=routes.weights_TC.shape[1],
         EXPERTS=max(triton.next_power_of_2(num_experts), LEAST_EXPERTS),
         WIDTH=width,
@@ -384,15 +509,17 @@ def down(hidden_PI: Tensor, weight: Tensor, routes: Routes, tile: Tile) -> Tenso
     num_pairs = hidden_PI.shape[0]
     out_PD = hidden_PI.new_empty(num_pairs, width)
     tile = _fitted(hidden_PI, tile, matrices=1, height=width, width=inner)
+    matrix, is_described = _described(weight, tile)
     _down[_grid(num_pairs, num_experts, tile, width)](
         hidden_PI,
-        weight,
+        matrix,
         out_PD,
         routes.order_P,
         routes.ends_X,
         routes.weights_TC,
         num_experts,
         width,
+        DESCRIBED=is_described,
         EXPERTS=max(triton.next_power_of_2(num_experts), LEAST_EXPERTS),
         INNER=inner,
         ROWS=tile.rows,
@@ -444,17 +571,17 @@ def warm_up(arch: Architecture, dtype: torch.dtype, device: torch.device) -> Non
     """Compiles every kernel for a network, if it has sparse blocks; see `kernels.warm_up`."""
     row = torch.zeros(1, arch.hidden_size, dtype=dtype, device=device)
     for moe in filter(None, dict.fromkeys((arch.understanding_moe, arch.generation_moe))):
-        routes = route(
-            row.new_zeros(1, moe.num_experts),
-            choices=moe.num_experts_per_tok,
-            normalise=moe.norm_topk_prob,
-        )
+        for num_tokens in (MAX_SEQUENCES + 1, *reversed(ALONE_TOKENS)):
+            routes = route(
+                row.new_zeros(num_tokens, moe.num_experts),
+                choices=moe.num_experts_per_tok,
+                normalise=moe.norm_topk_prob,
+            )
         # No expert has a row, so that no weights are read.
         routes.ends_X.zero_()
         inner, width = moe.intermediate_size, arch.hidden_size
-        weight = row.new_zeros(1, 1, 1)
-        gates_ups = weight.expand(moe.num_experts, 2 * inner, width)
-        downs = weight.expand(moe.num_experts, width, inner)
+        gates_ups = row.new_empty(moe.num_experts, 2 * inner, width)
+        downs = row.new_empty(moe.num_experts, width, inner)
         for tiles in TILES.values():
             hidden_PI = gate_up(row, gates_ups, routes, tiles.gate_up)
             add_parts(down(hidden_PI, downs, routes, tiles.down), row, row)
