@@ -232,7 +232,16 @@ PRESETS: Mapping[Quality, Mapping[str, Any]] = {
 docs/quality.md has how far each is from the converged image.
 """
 
-SCHEDULE_SETTINGS = ("num_steps", "timestep_shift", "solver", "timesteps", "guidance_stride")
+NEUTRAL: Mapping[str, Any] = {"timesteps": (), "guidance_stride": 1, "layer_stride": 1}
+"""Those of `SCHEDULE_SETTINGS` that a preset leaves alone."""
+SCHEDULE_SETTINGS = (
+    "num_steps",
+    "timestep_shift",
+    "solver",
+    "timesteps",
+    "guidance_stride",
+    "layer_stride",
+)
 """The settings that together say how an image's steps are taken."""
 
 
@@ -262,8 +271,7 @@ def scheduled(given: Mapping[str, Any]) -> dict[str, Any]:
     values = {name: value for name, value in given.items() if value is not None}
     if values.get("quality") in list(Quality):
         preset = PRESETS[Quality(values["quality"])]
-        neutral = {"timesteps": (), "guidance_stride": 1}
-        values = {**neutral, **preset, **values}
+        values = {**NEUTRAL, **preset, **values}
     timesteps = values.get("timesteps")
     if isinstance(timesteps, list | tuple) and timesteps:
         values |= {"num_steps": len(timesteps) + 1, "timestep_shift": 1.0}

@@ -272,6 +272,15 @@ class Sampling:
             of=draws,
         ),
     ] = 1
+    layer_stride: Annotated[
+        int,
+        COUNT,
+        Setting(
+            help="Every layer is evaluated in every n-th step; "
+            "in the others, what those in the middle added is used again.",
+            of=draws,
+        ),
+    ] = 1
     choices: Annotated[
         tuple[str, ...],
         Setting(
@@ -381,16 +390,41 @@ class Drawing:
     timesteps: tuple[float, ...] = ()
     """Those between 0 and 1; empty where `num_steps` and `timestep_shift` say them."""
     guidance_stride: int = 1
+    layer_stride: int = 1
+
+    def is_whole(self, step: int) -> bool:
+        """Returns whether a step evaluates every layer.
+
+        The first does, whose image is nothing but noise, every n-th from the second on, and the
+        last, which leads to the image.
+        """
+        return step in (0, self.num_steps - 1) or (step - 1) % self.layer_stride == 0
+
+    @property
+    def num_whole_steps(self) -> int:
+        """How many steps evaluate every layer."""
+        return sum(map(self.is_whole, range(self.num_steps)))
 
     @property
     def num_guided_steps(self) -> int:
         """The most steps that evaluate every branch; the others evaluate the conditional one."""
-        return -(-self.num_steps // self.guidance_stride)
+        if self.layer_stride == 1:
+            return -(-self.num_steps // self.guidance_stride)
+        guided = (step % self.guidance_stride == 0 for step in range(self.num_steps))
+        return sum(one or self.is_whole(step) for step, one in enumerate(guided))
 
     @property
     def num_evaluations(self) -> int:
         """The most evaluations of the network for one image."""
         return self.num_steps + (len(self.branches) - 1) * self.num_guided_steps
+
+    @property
+    def cost(self) -> float:
+        """The same by the layers that they take: without those in the middle they are a third."""
+        if self.layer_stride == 1:
+            return float(self.num_evaluations)
+        short = self.num_evaluations - self.num_whole_steps * len(self.branches)
+        return self.num_evaluations - short * 2 / 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -476,6 +510,7 @@ class Job:
             solver=sampling.solver,
             timesteps=sampling.timesteps,
             guidance_stride=sampling.guidance_stride,
+            layer_stride=sampling.layer_stride,
         )
 
     @property

@@ -54,6 +54,7 @@ SAMPLING: dict[str, Any] = {
     "solver": Solver.AB2,
     "timesteps": (0.5,),
     "guidance_stride": 2,
+    "layer_stride": 2,
     "choices": ("yes", "no"),
     "do_sample": True,
     **dict.fromkeys(("temperature", "top_p", "repetition_penalty"), 0.5),

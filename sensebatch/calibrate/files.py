@@ -90,7 +90,10 @@ def _settings(variant: Variant) -> dict[str, Any]:
     settings = {name: plain(value) for name, value in variant.settings.items()}
     if settings["timesteps"]:
         settings["timesteps"] = [round(t, 6) for t in settings["timesteps"]]
-        return {name: settings[name] for name in ("solver", "timesteps", "guidance_stride")}
+        return {
+            name: settings[name]
+            for name in ("solver", "timesteps", "guidance_stride", "layer_stride")
+        }
     del settings["timesteps"]
     return settings
 

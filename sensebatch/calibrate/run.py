@@ -17,7 +17,7 @@ from PIL import Image
 
 from sensebatch.calibrate.search import best_timesteps
 from sensebatch.calibrate.trace import TracingBackend, read_trace
-from sensebatch.config import PRESETS, SCHEDULE_SETTINGS, RunConfig, converged_timesteps
+from sensebatch.config import NEUTRAL, PRESETS, SCHEDULE_SETTINGS, RunConfig, converged_timesteps
 from sensebatch.errors import ConfigError
 from sensebatch.jobs import Job, Quality, Solver
 from sensebatch.report.distance import psnr, ssim
@@ -220,18 +220,17 @@ class Calibration:
 def _known_ways(jobs: Sequence[Job]) -> dict[str, Mapping[str, Any]]:
     """Returns the ways to take steps that there are without a search, by name."""
     ways: dict[str, Mapping[str, Any]] = {AS_IT_IS: _steps_of(jobs[0])}
-    neutral = {"timesteps": (), "guidance_stride": 1}
     for quality in (Quality.EXACT, Quality.HIGH, Quality.FAST):
-        ways[f"quality {quality}"] = {**neutral, **PRESETS[quality]}
+        ways[f"quality {quality}"] = {**NEUTRAL, **PRESETS[quality]}
     return ways
 
 
 def _explicit(timesteps: tuple[float, ...]) -> dict[str, Any]:
     return {
+        **NEUTRAL,
         "timesteps": timesteps,
         "num_steps": len(timesteps) + 1,
         "timestep_shift": 1.0,
-        "guidance_stride": 1,
     }
 
 
@@ -288,7 +287,7 @@ def _verdict(
 
 def _evaluations(job: Job) -> int:
     assert job.drawing is not None
-    return job.drawing.num_evaluations
+    return round(job.drawing.cost)
 
 
 def _image_seconds(done: Sequence[FinishedJob]) -> float:

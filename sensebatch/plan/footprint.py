@@ -23,6 +23,7 @@ from sensebatch.plan.passes import (
     SPLIT_QUERIES,
     head_parts,
     images_per_part,
+    middle_layers,
     prefixes_wait,
 )
 from sensebatch.plan.weight_bytes import SCALE_BYTES
@@ -134,6 +135,7 @@ def denoise_bytes(
     tokens, branches = load.image_tokens, len(drawing.branches)
     caches = cache_bytes(computation, (cached_jobs or jobs) * load.prefix_tokens)
     state = 4 * TOKEN_NUMBERS * tokens * jobs * (1 + kept_per_image(drawing))
+    state += middle_bytes(computation, drawing, tokens * jobs * branches)
     patch_rotary = 2 * 4 * 4 * tokens * computation.arch.vision_hidden_size // 2
     velocities = velocity_bytes(tokens, jobs, branches)
     network = _image_pass_bytes(computation, load, drawing, jobs)
@@ -145,6 +147,20 @@ def kept_per_image(drawing: Drawing) -> int:
     of_solver = 0 if drawing.solver is Solver.EULER else 1
     of_guidance = 1 if drawing.guidance_stride > 1 and len(drawing.branches) > 1 else 0
     return of_solver + of_guidance
+
+
+def middle_bytes(computation: Computation, drawing: Drawing, tokens: int) -> int:
+    """Returns the bytes of what the middle layers added, which are kept from step to step.
+
+    Args:
+        computation: The network, and how it is computed.
+        drawing: Says whether they are.
+        tokens: Of all evaluations of a step.
+    """
+    arch = computation.arch
+    if drawing.layer_stride == 1 or not middle_layers(arch.num_layers):
+        return 0
+    return tokens * arch.hidden_size * computation.item_bytes
 
 
 def velocity_bytes(image_tokens: int, jobs: int, branches: int) -> int:

@@ -40,6 +40,15 @@ NUM_STAGING = 2
 """Host buffers that blocks are read ahead into from the checkpoint's files."""
 
 
+def middle_layers(num_layers: int) -> range:
+    """Returns the layers that a step leaves out where `layer_stride` has it use them again.
+
+    A sixth of the layers at either end follow the noisy image and the timestep at every step.
+    """
+    ends = max(num_layers // 6, 1)
+    return range(ends, max(num_layers - ends, ends))
+
+
 def images_per_part(image_tokens: int) -> int:
     """Returns how many images go through half a layer together; see `ROWS`."""
     return max(ROWS // image_tokens, 1)

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from sensebatch.jobs import Drawing
 from sensebatch.plan.computation import Computation
 from sensebatch.plan.load import Load
-from sensebatch.plan.passes import LONG_RUN, MAX_PREFILL_TOKENS, RING
+from sensebatch.plan.passes import LONG_RUN, MAX_PREFILL_TOKENS, RING, middle_layers
 from sensebatch.plan.placement import Placement
 from sensebatch.plan.weight_bytes import weight_bytes
 from sensebatch.plan.work import (
@@ -264,22 +265,46 @@ class Clock:
         speeds, reached = self._speeds, self._attention(load.image_tokens)
         if reached is not None and load.image_tokens >= LONG_RUN:
             speeds = replace(speeds, attention_flop_per_s=reached)
-        guided = drawing.num_guided_steps
         for count, num_passes in _parts(jobs, load.jobs_per_pass(tokens_per_pass)):
-            for seen, steps in ((prefixes, guided), ([prefix], drawing.num_steps - guided)):
+            for seen, share, steps in _steps(self._computation, drawing, prefixes, prefix):
                 work = denoising_work(
                     self._computation,
                     self._sizes,
                     tokens=load.image_tokens,
                     images=count,
                     prefixes=seen * count,
+                    share=share,
                 )
+                blocks = self._orders.images
                 yield Pass(
-                    blocks=self._orders.images,
+                    blocks=replace(blocks, num_bytes=round(share * blocks.num_bytes)),
                     seconds=work.seconds(speeds),
                     count=num_passes * steps,
-                    keeps=True,
+                    keeps=share == 1,
                 )
+
+
+def _steps(
+    computation: Computation, drawing: Drawing, guided: list[int], prefix: int
+) -> Iterator[tuple[list[int], float, int]]:
+    """Yields (prefixes seen, share of the layers, steps) of the steps of each kind.
+
+    Args:
+        computation: The network, and how it is computed.
+        drawing: Says how many steps there are of each.
+        guided: The prefixes of all branches.
+        prefix: That of the conditional one.
+    """
+    num_layers = computation.arch.num_layers
+    ends = 1 - len(middle_layers(num_layers)) / num_layers
+    whole, num_guided = drawing.num_whole_steps, drawing.num_guided_steps
+    if drawing.layer_stride == 1:
+        yield guided, 1.0, num_guided
+        yield [prefix], 1.0, drawing.num_steps - num_guided
+    else:
+        yield guided, 1.0, whole
+        yield guided, ends, num_guided - whole
+        yield [prefix], ends, drawing.num_steps - num_guided
 
 
 def new_clock(

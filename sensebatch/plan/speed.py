@@ -16,7 +16,7 @@ def job_cost(group: GroupKey) -> float:
     """
     if group.drawing is None:
         return 1.0
-    return float(group.image_tokens * group.drawing.num_evaluations)
+    return group.image_tokens * group.drawing.cost
 
 
 class Speed:

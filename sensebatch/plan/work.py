@@ -176,6 +176,7 @@ def denoising_work(
     tokens: int,
     images: int,
     prefixes: Sequence[int],
+    share: float = 1.0,
 ) -> Work:
     """Returns what one denoising step of some images takes.
 
@@ -185,22 +186,23 @@ def denoising_work(
         tokens: Tokens of one image.
         images: How many.
         prefixes: Cached tokens that each evaluation (a job's guidance branch) sees.
+        share: Of the layers that the step evaluates.
     """
     evaluations = len(prefixes)
     keys = sum(prefixes) + evaluations * tokens
     attention_flop, cache_bytes = _attention(computation, tokens * keys, keys)
-    of_token = sizes.generation_matrices + sizes.evaluation_token
+    of_token = round(share * sizes.generation_matrices) + sizes.evaluation_token
     moe = computation.arch.generation_moe
-    others = _other_experts(computation.arch, moe, evaluations * tokens)
+    others = round(share * _other_experts(computation.arch, moe, evaluations * tokens))
     read = of_token + others + sizes.image_token
     stored, quantised = _quantised(
-        computation, TensorGroup.GENERATION, sizes.generation_quantisable
+        computation, TensorGroup.GENERATION, round(share * sizes.generation_quantisable)
     )
     return Work(
         gemm_flop=2 * tokens * (evaluations * of_token + images * sizes.image_token),
-        attention_flop=attention_flop,
+        attention_flop=round(share * attention_flop),
         weight_bytes=_read_bytes(computation, read, quantised),
-        cache_bytes=cache_bytes,
+        cache_bytes=round(share * cache_bytes),
         stored=stored,
         quantised_flop=2 * tokens * evaluations * quantised,
     )

@@ -31,7 +31,7 @@ def _measured(folder: Path, row: Row, truth: dict[int, FinishedJob]) -> Row:
     done = _by_seed(folder, row)
     drawing = next(iter(done.values())).job.drawing
     assert drawing is not None
-    row = replace(row, evaluations=drawing.num_evaluations)
+    row = replace(row, evaluations=round(drawing.cost))
     if row.case == CONVERGED or not truth:
         return row
     pairs = [(_pixels(one), _pixels(truth[seed])) for seed, one in done.items() if seed in truth]

@@ -92,6 +92,8 @@ class Attempt:
     in rows of versions that did not have them."""
     guidance_stride: Int32 | None = None
     """Guidance was evaluated in every so many of its steps; null likewise."""
+    layer_stride: Int32 | None = None
+    """Every layer was evaluated in every so many steps; null likewise."""
     think: bool
     """Whether the model thinks before it draws or answers."""
     choices: tuple[str, ...] | None = None

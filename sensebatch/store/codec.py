@@ -148,6 +148,7 @@ def group_from_json(text: str) -> GroupKey:
             solver=Solver(values.get("solver", Solver.EULER)),
             timesteps=tuple(values.get("timesteps", ())),
             guidance_stride=values.get("guidance_stride", 1),
+            layer_stride=values.get("layer_stride", 1),
         )
     return GroupKey(
         task=Task(values["task"]),

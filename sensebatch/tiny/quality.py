@@ -8,10 +8,11 @@ docs/quality.md has the figures.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,6 +51,16 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
         "timestep_shift": 1.0,
         "guidance_stride": 2,
     },
+    "euler, shift 1, layers 2": {
+        "solver": Solver.EULER,
+        "timestep_shift": 1.0,
+        "layer_stride": 2,
+    },
+    "euler, shift 1, layers 3": {
+        "solver": Solver.EULER,
+        "timestep_shift": 1.0,
+        "layer_stride": 3,
+    },
 }
 """The ways to take steps, each measured at every number of them."""
 
@@ -63,8 +74,8 @@ class Point:
     cfg_scale: float
     method: str
     num_steps: int
-    evaluations: int
-    """Of the network, for each image."""
+    evaluations: float
+    """Of the network, for each image; without the middle layers they count as a third."""
     psnrs_db: tuple[float | None, ...]
     """Of each example to the converged one, mean over its images. None for a story that was told in
     other words, and where no images are converged."""
@@ -147,7 +158,12 @@ class Measurement:
         if converged_steps:
             steps = converged_timesteps(converged_steps)
             self._converged = self._answers(
-                {"timesteps": steps, "num_steps": len(steps) + 1, "timestep_shift": 1.0}
+                {
+                    "timesteps": steps,
+                    "num_steps": len(steps) + 1,
+                    "timestep_shift": 1.0,
+                    "solver": Solver.AB2,
+                }
             )
 
     def _answers(self, settings: Mapping[str, Any]) -> list[Answer]:
@@ -155,14 +171,14 @@ class Measurement:
         config = run_config(device=self._device, sampling=sampling)
         return answer_examples(self._engine, self._examples, config, self._batch_size)
 
-    def _evaluations(self, settings: Mapping[str, Any]) -> int:
+    def _evaluations(self, settings: Mapping[str, Any]) -> float:
         config = run_config(
             device=self._device, sampling={"cfg_scale": self._cfg_scale, **settings}
         )
         (example, *_) = self._examples
         drawing = example_job(example, 0, config.tasks[example.task].sampling).drawing
         assert drawing is not None
-        return drawing.num_evaluations
+        return drawing.cost
 
     def point(self, method: str, settings: Mapping[str, Any]) -> Point:
         """Returns what a way to take steps comes to.
@@ -198,17 +214,20 @@ class Measurement:
         )
 
 
-def ways(num_steps: Sequence[int]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yields (name, settings) of every way to take steps: the methods, then the presets.
+def ways(
+    num_steps: Sequence[int], methods: Sequence[str] = ()
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yields (name, settings) of every way to take steps: the presets, then the methods.
 
     Args:
         num_steps: At which the methods are measured; none for the presets alone.
+        methods: Which; all if there are none.
     """
-    for method, settings in METHODS.items():
-        for steps in num_steps:
-            yield method, {**settings, "num_steps": steps}
     for quality, settings in PRESETS.items():
         yield f"quality {quality}", settings
+    for method in methods or METHODS:
+        for steps in num_steps:
+            yield method, {**METHODS[method], "num_steps": steps}
 
 
 def table(points: Sequence[Point]) -> str:
@@ -218,7 +237,7 @@ def table(points: Sequence[Point]) -> str:
         "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     lines += [
-        f"| {p.kind} | {p.cfg_scale:g} | {p.method} | {p.num_steps} | {p.evaluations} "
+        f"| {p.kind} | {p.cfg_scale:g} | {p.method} | {p.num_steps} | {p.evaluations:.0f} "
         f"| {mean(p.psnrs_db)[0]:.1f} | {mean(p.ssims)[0]:.4f} | {100 * p.right:.1f} % |"
         for p in points
     ]
@@ -256,10 +275,13 @@ def _with_margin(found: Interval, digits: int) -> str:
     return f"{found[0]:.{digits}f} ± {found[1]:.{digits}f}"
 
 
-def plot(points: Sequence[Point], path: Path) -> None:
+def draw_curves(points: Sequence[Point], path: Path) -> None:
     """Draws the distance by evaluations, a panel for each kind and guidance scale."""
-    from matplotlib.figure import Figure
-
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print('no plot: matplotlib is not installed (pip install "sensebatch[profile]")')
+        return
     kinds = list(dict.fromkeys(point.kind for point in points))
     scales = sorted({point.cfg_scale for point in points})
     figure = Figure(figsize=(4.2 * len(scales), 3.2 * len(kinds)), layout="constrained")
@@ -267,7 +289,7 @@ def plot(points: Sequence[Point], path: Path) -> None:
     for row, kind in zip(axes, kinds, strict=True):
         for panel, scale in zip(row, scales, strict=True):
             own = [point for point in points if (point.kind, point.cfg_scale) == (kind, scale)]
-            for method in METHODS:
+            for method in dict.fromkeys(p.method for p in own if p.method in METHODS):
                 line = [point for point in own if point.method == method]
                 x, y = [p.evaluations for p in line], [mean(p.psnrs_db)[0] for p in line]
                 panel.plot(x, y, marker="o", markersize=3, linewidth=1, label=method)
@@ -290,7 +312,7 @@ def main(
     first: Annotated[int, typer.Option(help="Number of the first example.")] = 20_000,
     converged_steps: Annotated[
         int, typer.Option(help="Steps of the converged images; 0 to count right answers alone.")
-    ] = 400,
+    ] = 200,
     kinds: Annotated[str, typer.Option(help="Which, with commas between them.")] = ",".join(RIGHT),
     num_steps: Annotated[
         str, typer.Option(help="Which, likewise; empty for the presets alone.")
@@ -298,36 +320,39 @@ def main(
     guidance: Annotated[str, typer.Option(help="Which scales, likewise.")] = ",".join(
         map("{:g}".format, GUIDANCE)
     ),
+    method: Annotated[
+        list[str] | None, typer.Option(help="Only this one; repeat the option for more.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     batch_size: Annotated[int, typer.Option(help="Examples drawn together.")] = BATCH_SIZE,
 ) -> None:
     """Measures how near every way to take steps comes to the converged image."""
-    engine = open_engine(model, run_config(device=device, sampling={}))
+    config = run_config(device=device, sampling={})
+    config = replace(config, model=replace(config.model, dtype=dtype))
+    engine = open_engine(model, config)
     out.mkdir(parents=True, exist_ok=True)
+    steps = [int(one) for one in num_steps.split(",") if one]
     points: list[Point] = []
-    for kind in kinds.split(","):
-        for scale in map(float, guidance.split(",")):
-            measurement = Measurement(
-                engine,
-                kind=kind,
-                cfg_scale=scale,
-                count=count,
-                first=first,
-                converged_steps=converged_steps,
-                device=device,
-                batch_size=batch_size,
-            )
-            for method, settings in ways([int(steps) for steps in num_steps.split(",") if steps]):
-                points.append(measurement.point(method, settings))
-                print(table(points[-1:]).splitlines()[-1], flush=True)
+    for kind, scale in itertools.product(kinds.split(","), map(float, guidance.split(","))):
+        measurement = Measurement(
+            engine,
+            kind=kind,
+            cfg_scale=scale,
+            count=count,
+            first=first,
+            converged_steps=converged_steps,
+            device=device,
+            batch_size=batch_size,
+        )
+        for name, settings in ways(steps, method or ()):
+            points.append(measurement.point(name, settings))
+            print(table(points[-1:]).splitlines()[-1], flush=True)
             # What there is so far: a run may be stopped.
             write(points, out)
     print(verdicts(points), end="", flush=True)
-    if converged_steps and num_steps:
-        try:
-            plot(points, out / "quality.png")
-        except ImportError:
-            print('no plot: matplotlib is not installed (pip install "sensebatch[profile]")')
+    if converged_steps and steps:
+        draw_curves(points, out / "quality.png")
 
 
 def write(points: Sequence[Point], out: Path) -> None:

@@ -18,7 +18,7 @@ from sensebatch.calibrate.run import AS_IT_IS, Calibration, Scale, Variant, Verd
 from sensebatch.calibrate.run import _variant as variant_of
 from sensebatch.calibrate.trace import _products as products_of
 from sensebatch.calibrate.trace import read_trace
-from sensebatch.config import PRESETS, converged_timesteps, default_config
+from sensebatch.config import NEUTRAL, PRESETS, converged_timesteps, default_config
 from sensebatch.errors import ConfigError, RunFolderError
 from sensebatch.jobs import Job, Quality, Solver
 from sensebatch.manifest.read import read_rows
@@ -143,7 +143,7 @@ def test_the_files_say_what_was_found(made: tuple[Path, list[Verdict]], tmp_path
 
 
 def test_a_preset_that_wins_is_written_as_its_settings(tmp_path: Path) -> None:
-    preset = {"timesteps": (), "guidance_stride": 1, **PRESETS[Quality.FAST]}
+    preset = {**NEUTRAL, **PRESETS[Quality.FAST]}
     tile = (Image.new("RGB", (32, 32)), "a")
     variant = _variant("quality fast", preset, 50.0)
     base = _variant(AS_IT_IS, {**preset, "num_steps": 60}, 40.0)

@@ -122,7 +122,7 @@ def test_an_effect_that_never_changes_is_as_good_as_a_fresh_one(
     cond, uncond = torch.randn(2, size.image_tokens, 3072, generator=torch.Generator())
     num_evaluations = []
 
-    def predict(_z: Tensor, *args: Any) -> Tensor:
+    def predict(_z: Tensor, *args: Any, **_: Any) -> Tensor:
         num_evaluations.append(len(args[-1]))
         return torch.stack([cond, uncond][: len(args[-1])])
 

@@ -178,7 +178,7 @@ def test_fields_of_other_tasks_are_named(mistakes: Mistakes, draw_input: Any, ta
     values |= {"num_steps": 1, "cfg_scale": 1, "cfg_norm": "none", "cfg_interval": [0, 1]}
     values |= {"timestep_shift": 1, "width": 32, "height": 32}
     values |= {"choices": ["a", "b"], "do_sample": True, "temperature": 1, "top_p": 1, "top_k": 1}
-    values |= {"repetition_penalty": 1, "solver": "euler", "guidance_stride": 1}
+    values |= {"repetition_penalty": 1, "solver": "euler", "guidance_stride": 1, "layer_stride": 1}
     row = {"prompt": "x", "task": task} | ({} if task is Task.T2I else {"image": draw_input()})
     found = mistakes({**row, **values})
     named = {message.split(": ")[1] for message in found}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sensebatch.config import PRESETS, SCHEDULE_SETTINGS, default_config
+from sensebatch.config import NEUTRAL, PRESETS, SCHEDULE_SETTINGS, default_config
 from sensebatch.errors import ManifestError
 from sensebatch.jobs import Job, Quality, Sampling, Solver, group_key
 from sensebatch.manifest.read import read_manifest
@@ -22,6 +22,7 @@ EXACT = {
     "solver": Solver.EULER,
     "timesteps": (),
     "guidance_stride": 1,
+    "layer_stride": 1,
 }
 
 
@@ -44,10 +45,9 @@ def test_exact_is_the_published_sampler() -> None:
 
 @pytest.mark.parametrize("quality", Quality)
 def test_a_quality_stands_for_every_setting_of_the_steps(tmp_path: Path, quality: Quality) -> None:
-    defaults = {"num_steps": 30, "solver": "dpm2m", "guidance_stride": 2}
+    defaults = {"num_steps": 30, "solver": "dpm2m", "guidance_stride": 2, "layer_stride": 3}
     job = _job(tmp_path, {"quality": quality.value}, defaults)
-    neutral = {"timesteps": (), "guidance_stride": 1}
-    assert _steps(job.sampling) == {**neutral, **PRESETS[quality]}
+    assert _steps(job.sampling) == {**NEUTRAL, **PRESETS[quality]}
 
 
 def test_what_is_said_beside_a_quality_or_above_it_wins(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_file_and_a_flag_say_it_alike(tmp_path: Path) -> None:
     path.write_text("tasks: {t2i: {quality: high, guidance_stride: 2}}", encoding="utf-8")
     of_file = resolve_settings(config_file=path).tasks[Task.T2I]
     assert _steps(of_file.sampling) == {
-        "timesteps": (),
+        **NEUTRAL,
         **PRESETS[Quality.HIGH],
         "guidance_stride": 2,
     }
@@ -118,11 +118,16 @@ def test_jobs_of_other_steps_are_not_drawn_together(tmp_path: Path) -> None:
     plain = _job(tmp_path, {"num_steps": 3})
     others = [
         _job(tmp_path, {"num_steps": 3, **changed})
-        for changed in ({"solver": "ab2"}, {"solver": "dpm2m"}, {"guidance_stride": 2})
+        for changed in (
+            {"solver": "ab2"},
+            {"solver": "dpm2m"},
+            {"guidance_stride": 2},
+            {"layer_stride": 2},
+        )
     ]
     others.append(_job(tmp_path, {"timesteps": [0.3, 0.6]}))
     groups = [group_key(job) for job in (plain, *others)]
-    assert len(set(groups)) == 5
+    assert len(set(groups)) == 6
     assert [group_from_json(group_to_json(group)) for group in groups] == groups
 
 
@@ -130,3 +135,23 @@ def test_evaluations_count_guided_steps_alone(tmp_path: Path) -> None:
     job = _job(tmp_path, {"num_steps": 7, "cfg_scale": 4.0, "guidance_stride": 3})
     assert job.drawing is not None
     assert (job.drawing.num_guided_steps, job.drawing.num_evaluations) == (3, 10)
+
+
+@pytest.mark.parametrize(
+    ("stride", "num_steps", "whole"),
+    [(3, 9, [0, 1, 4, 7, 8]), (2, 4, [0, 1, 3]), (5, 1, [0]), (1, 3, [0, 1, 2])],
+)
+def test_the_first_steps_and_the_last_evaluate_every_layer(
+    tmp_path: Path, stride: int, num_steps: int, whole: list[int]
+) -> None:
+    drawing = _job(tmp_path, {"num_steps": num_steps, "layer_stride": stride}).drawing
+    assert drawing is not None
+    assert [step for step in range(num_steps) if drawing.is_whole(step)] == whole
+    assert drawing.num_whole_steps == len(whole)
+
+
+def test_steps_that_evaluate_every_layer_evaluate_every_branch(tmp_path: Path) -> None:
+    strides = {"guidance_stride": 4, "layer_stride": 3}
+    job = _job(tmp_path, {"num_steps": 9, "cfg_scale": 4.0, **strides})
+    assert job.drawing is not None
+    assert job.drawing.num_guided_steps == len({0, 4, 8} | {0, 1, 4, 7, 8})

@@ -30,6 +30,8 @@ def test_converged_timesteps_stop_where_the_divisor_is_bounded() -> None:
 
 
 def test_every_way_is_measured_at_every_number_of_steps() -> None:
+    assert [name for name, _ in ways([])] == [f"quality {one}" for one in PRESETS]
+    assert [steps["num_steps"] for name, steps in ways([4], ["ab2, shift 3"])][-1] == 4
     found = list(ways([2, 3]))
     assert len(found) == 2 * len(METHODS) + len(PRESETS)
     assert [settings["num_steps"] for name, settings in found if name == "ab2, shift 1"] == [2, 3]
@@ -48,7 +50,7 @@ def points(tmp_path_factory: pytest.TempPathFactory) -> list[Point]:
         device="cpu",
         batch_size=2,
     )
-    assert (out / "quality.md").read_text(encoding="utf-8").count("| t2i | 2 |") == 10 + 3
+    assert (out / "quality.md").read_text(encoding="utf-8").count("| t2i | 2 |") == 12 + 3
     return [Point(**point) for point in json.loads((out / "quality.json").read_text())]
 
 
@@ -57,6 +59,8 @@ def test_evaluations_count_both_branches(points: list[Point]) -> None:
     found = {point.method: point.evaluations for point in points}
     assert found["ab2, shift 1"] == 8
     assert found["ab2, shift 1, stride 2"] == 6
+    # Three steps of four are whole, and the other is a third of a step.
+    assert found["euler, shift 1, layers 2"] == pytest.approx(2 * (3 + 1 / 3))
     assert (found["quality exact"], found["quality high"]) == (100, 50)
 
 

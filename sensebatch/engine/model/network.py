@@ -33,7 +33,7 @@ from sensebatch.engine.model.patchify import (
     tokens_to_patches,
 )
 from sensebatch.engine.model.rope import Rotary, patch_rotary, token_rotary
-from sensebatch.engine.model.transformer import Expert
+from sensebatch.engine.model.transformer import Expert, Middle
 from sensebatch.plan.passes import evaluation_parts, images_per_part
 from sensebatch.resolutions import PATCH_PIXELS, Resolution
 
@@ -257,6 +257,7 @@ class Network(nn.Module):
         positions: ImagePositions,
         attention: Attention,
         images: Sequence[int] | None = None,
+        middle: Middle | None = None,
     ) -> Tensor:
         """Returns the predicted clean images, float32 `[B, N, 3072]`.
 
@@ -267,6 +268,7 @@ class Network(nn.Module):
             positions: What `image_positions` returns for the same caches.
             attention: How one image attends.
             images: Which image each evaluation is of; None for one evaluation of each.
+            middle: See `Expert.forward`.
         """
         size = positions.resolution
         seen = range(len(caches)) if images is None else images
@@ -277,6 +279,7 @@ class Network(nn.Module):
             x_TD,
             positions.token_rotary,
             GenerationContext(caches, size.image_tokens, parts, attention),
+            middle,
         )
         x_BND = x_TD.unflatten(0, (len(caches), -1))
         x_BNx = z_JNx.new_empty(len(caches), *z_JNx.shape[1:], dtype=torch.float32)

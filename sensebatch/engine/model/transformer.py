@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -23,6 +24,7 @@ from sensebatch.engine.model.operations import Operations, Room
 from sensebatch.engine.model.quantized import Numbers, QuantisedLinear
 from sensebatch.engine.model.rope import Rotary
 from sensebatch.plan import passes
+from sensebatch.plan.passes import middle_layers
 
 Linear = nn.Linear | QuantisedLinear
 
@@ -170,6 +172,24 @@ class DecoderLayer(nn.Module):
         return self.mlp.add_activated(x_TD, gate_up, in_place=in_place)
 
 
+@dataclass(slots=True, kw_only=True)
+class Middle:
+    """What the middle layers added in a pass, for later passes over the same evaluations."""
+
+    again: Sequence[int] | None = None
+    """Which of the kept evaluations the next pass makes, without these layers; None to keep."""
+    kept_TD: Tensor | None = None
+
+    def added(self, x_TD: Tensor) -> Tensor:
+        """Returns what was added in the evaluations of a pass that does without these layers."""
+        assert self.again is not None
+        assert self.kept_TD is not None
+        if len(self.kept_TD) == len(x_TD):
+            return self.kept_TD
+        kept_BND = self.kept_TD.unflatten(0, (-1, len(x_TD) // len(self.again)))
+        return kept_BND[list(self.again)].flatten(0, 1)
+
+
 class Expert(nn.Module):
     """The layers of one path and its final norm. Its forward pass is for inference only.
 
@@ -217,15 +237,55 @@ class Expert(nn.Module):
     def _own(self, index: int) -> AbstractContextManager[nn.Module]:
         return nullcontext(self.layers[index])
 
-    def forward(self, x_TD: Tensor, rotary: Rotary, context: AttentionContext) -> Tensor:
-        """Returns the normed output of all layers, `[T, D]`, in the memory of `x_TD`."""
-        return run(self.through(x_TD, rotary, context))
+    def forward(
+        self,
+        x_TD: Tensor,
+        rotary: Rotary,
+        context: AttentionContext,
+        middle: Middle | None = None,
+    ) -> Tensor:
+        """Returns the normed output of all layers, `[T, D]`, in the memory of `x_TD`.
+
+        Args:
+            x_TD: The input of the first layer.
+            rotary: Rotation angles of the tokens.
+            context: What the tokens attend to.
+            middle: What the middle layers add: is used, or else kept here; None to do neither.
+        """
+        between = middle_layers(len(self.layers))
+        if middle is None or not between:
+            run(self.through(x_TD, rotary, context))
+            return x_TD
+        first, last = range(between.start), range(between.stop, len(self.layers))
+        run(self._layers(x_TD, rotary, context, first))
+        if middle.again is None:
+            # Freed before there is another.
+            middle.kept_TD = None
+            before_TD = x_TD.clone()
+            run(self._layers(x_TD, rotary, context, between))
+            middle.kept_TD = torch.sub(x_TD, before_TD, out=before_TD)
+        else:
+            x_TD += middle.added(x_TD)
+        run(self._layers(x_TD, rotary, context, last))
+        return self._normed(x_TD)
 
     def through(self, x_TD: Tensor, rotary: Rotary, context: AttentionContext) -> Pass[Tensor]:
         """Returns a pass that computes what `forward` returns."""
+        yield from self._layers(x_TD, rotary, context, range(len(self.layers)))
+        return self._normed(x_TD)
+
+    def _normed(self, x_TD: Tensor) -> Tensor:
+        for rows_TD in x_TD.split(passes.ROWS):
+            rows_TD.copy_(self._operations.rms_norm(rows_TD, self.norm, self._eps))
+        return x_TD
+
+    def _layers(
+        self, x_TD: Tensor, rotary: Rotary, context: AttentionContext, chosen: range
+    ) -> Pass[None]:
+        """Returns a pass through some of the layers, in the memory of `x_TD`."""
         parts = context.parts(x_TD.shape[0])
         angles = [(rotary[0][part], rotary[1][part]) for part in parts]
-        for index in range(len(self.layers)):
+        for index in chosen:
             layer = yield self.lend, index
             assert isinstance(layer, DecoderLayer)
             for part, of_part in zip(parts, angles, strict=True):
@@ -237,9 +297,6 @@ class Expert(nn.Module):
                 _finish(layer, x_TD[part], attended_THE)
                 # Freed before the next part or layer attends.
                 del attended_THE
-        for rows_TD in x_TD.split(passes.ROWS):
-            rows_TD.copy_(self._operations.rms_norm(rows_TD, self.norm, self._eps))
-        return x_TD
 
 
 def _project(

@@ -18,6 +18,7 @@ from sensebatch.engine.model.copies import to_device
 from sensebatch.engine.model.kv_cache import KVCache
 from sensebatch.engine.model.network import ImagePositions
 from sensebatch.engine.model.patchify import image_to_tokens, tokens_to_image
+from sensebatch.engine.model.transformer import Middle
 from sensebatch.engine.runner import Runner
 from sensebatch.engine.sampling.flow_matching import (
     T_EPS,
@@ -91,7 +92,7 @@ def denoise(
     schedule = drawing_schedule(drawing)
     resolution, num_steps = drawing.resolution, drawing.num_steps
     with runner.denoising():
-        velocity = _guided_velocity(runner, canvases, resolution, schedule)
+        velocity = _guided_velocity(runner, canvases, drawing, schedule)
         number, count = place
 
         def reported(z_JNx: Tensor, step: int, t: float) -> Tensor:
@@ -125,44 +126,84 @@ def _noise(runner: Runner, canvases: Sequence[Canvas], resolution: Resolution) -
     return z_JNx
 
 
+class _Predictions:
+    """Predicts the images of all jobs of a pass, step by step and branch by branch."""
+
+    def __init__(
+        self, runner: Runner, canvases: Sequence[Canvas], drawing: Drawing, schedule: Tensor
+    ) -> None:
+        network = runner.network
+        self._runner, self._canvases, self._resolution = runner, canvases, drawing.resolution
+        self._middle = Middle() if drawing.layer_stride > 1 else None
+        self._is_kept = [
+            drawing.layer_stride > 1 and drawing.is_whole(step) for step in range(len(schedule) - 1)
+        ]
+        self._conditions = network.condition(
+            to_device(schedule[:-1], network.device),
+            image_noise_scale(network.arch, drawing.resolution),
+        )
+        of_all = {id(cache): cache for canvas in canvases for cache in canvas.caches.values()}
+        self._fetched = {key: cache.brought() for key, cache in of_all.items()}
+        self._positions: dict[tuple[tuple[Branch, ...], ...], ImagePositions] = {}
+
+    def at(
+        self, z_JNx: Tensor, step: int, needed: Sequence[tuple[Branch, ...]]
+    ) -> list[dict[Branch, Tensor]]:
+        """Returns the predicted image of each branch that each job needs."""
+        is_kept, canvases = self._is_kept[step], self._canvases
+        # What the layers add is kept of every branch, whether guidance rests or not.
+        branches = tuple(canvas.guidance.branches for canvas in canvases) if is_kept else (*needed,)
+        evaluations = [(job, name) for job, names in enumerate(branches) for name in names]
+        caches = [self._fetched[id(canvases[job].caches[name])] for job, name in evaluations]
+        network = self._runner.network
+        if branches not in self._positions:
+            self._positions[branches] = network.image_positions(caches, self._resolution)
+        if self._middle is not None:
+            self._middle.again = None if is_kept else _kept_numbers(canvases, evaluations)
+        predicted = network.predict_image(
+            z_JNx,
+            self._conditions[step],
+            caches,
+            self._positions[branches],
+            self._runner.attention,
+            [job for job, _ in evaluations],
+            middle=self._middle,
+        )
+        found: list[dict[Branch, Tensor]] = [{} for _ in canvases]
+        for (job, name), x_Nx in zip(evaluations, predicted, strict=True):
+            if name in needed[job]:
+                found[job][name] = x_Nx
+        return found
+
+
+def _kept_numbers(
+    canvases: Sequence[Canvas], evaluations: Sequence[tuple[int, Branch]]
+) -> list[int]:
+    """Returns the numbers of evaluations among those of all branches of all jobs."""
+    every = [(job, name) for job, one in enumerate(canvases) for name in one.guidance.branches]
+    return [every.index(one) for one in evaluations]
+
+
 def _guided_velocity(
-    runner: Runner, canvases: Sequence[Canvas], resolution: Resolution, schedule: Tensor
+    runner: Runner, canvases: Sequence[Canvas], drawing: Drawing, schedule: Tensor
 ) -> Velocity:
     """Returns what computes the velocity of all jobs of a pass at a step."""
-    network = runner.network
-    conditions = network.condition(
-        to_device(schedule[:-1], network.device), image_noise_scale(network.arch, resolution)
-    )
-    of_all = {id(cache): cache for canvas in canvases for cache in canvas.caches.values()}
-    fetched = {key: cache.brought() for key, cache in of_all.items()}
-    shared: dict[tuple[tuple[Branch, ...], ...], ImagePositions] = {}
+    predictions = _Predictions(runner, canvases, drawing, schedule)
     times = schedule[:-1].tolist()
     evaluations = [canvas.guidance.evaluations(times) for canvas in canvases]
     effects: dict[int, Tensor] = {}
 
     def velocity(z_JNx: Tensor, step: int, t: float) -> Tensor:
-        branches = tuple(of_job[step].branches for of_job in evaluations)
-        rows = [job for job, names in enumerate(branches) for _ in names]
-        caches = [
-            fetched[id(canvas.caches[name])]
-            for canvas, names in zip(canvases, branches, strict=True)
-            for name in names
-        ]
-        if branches not in shared:
-            shared[branches] = network.image_positions(caches, resolution)
-        predicted = iter(
-            network.predict_image(
-                z_JNx, conditions[step], caches, shared[branches], runner.attention, rows
-            )
-        )
+        needed = [of_job[step].branches for of_job in evaluations]
+        predicted = predictions.at(z_JNx, step, needed)
         v_JNx = torch.empty_like(z_JNx)
         remaining = max(1 - t, T_EPS)
         for job, (canvas, z_Nx, v_Nx) in enumerate(zip(canvases, z_JNx, v_JNx, strict=True)):
             evaluated = evaluations[job][step]
-            velocities = {}
-            for name in evaluated.branches:
-                x_Nx = next(predicted)
-                velocities[name] = velocity_from_image(x_Nx, z_Nx, t, out=x_Nx)
+            velocities = {
+                name: velocity_from_image(x_Nx, z_Nx, t, out=x_Nx)
+                for name, x_Nx in predicted[job].items()
+            }
             v_Nx.copy_(canvas.guidance.combine(velocities, step))
             if evaluated.keeps_effect:
                 effects[job] = (v_Nx - velocities[COND]).mul_(remaining)

@@ -463,7 +463,7 @@ def test_guidance_and_solvers_take_what_is_expected(
     sampling = replace(sampling, **others)
     guidance = Guidance(task, sampling)
 
-    def predict(z_JNx: torch.Tensor, *args: Any) -> torch.Tensor:
+    def predict(z_JNx: torch.Tensor, *args: Any, **_: Any) -> torch.Tensor:
         return torch.zeros(len(args[-1]), *z_JNx.shape[1:])
 
     monkeypatch.setattr(network, "predict_image", predict)
