@@ -13,8 +13,10 @@ come out, and exceptions come out as `Raised`. What passes while a batch runs go
 3. `expect`, from the same thread, once all jobs of the assignment are prepared, if it comes next
    unless something goes wrong. The worker may then have its prompts read while it draws the one
    before: nothing is kept of that, and its own `generate` gives the same bytes without it.
-4. `generate`, for the jobs that could be prepared, once their batch is on record. If a single job
-   does not fit, `make_room` and `generate` again, until it fits or there is no more room to make.
+4. `generate`, for the jobs that could be prepared, once their batch is on record. Batches that
+   follow may be named as far as they are prepared (`num_following` says how many are of use), so
+   that their texts are written at the same time. If a single job does not fit, `make_room` and
+   `generate` again, until it fits or there is no more room to make.
 5. `release`, when the executor is through with the assignment, however it ended.
 """
 
@@ -146,6 +148,10 @@ class Raised:
     concerns: Concerns
 
 
+Following: TypeAlias = Sequence[tuple[Batch, Sequence[Prepared]]]
+"""Batches of the same group that are expected next, with their prepared jobs."""
+
+
 class Reading(Protocol):
     """The prompts of a batch that are read beside the drawing of another one.
 
@@ -195,6 +201,14 @@ class Engine(Protocol):
             on the device.
         """
 
+    def num_following(self, group: GroupKey, batch: str | None = None) -> int:
+        """Returns how many more batches of a group are of use to `generate` of one.
+
+        Args:
+            group: The group.
+            batch: The batch's id; none are of use to one whose text is written already.
+        """
+
     def generate(
         self,
         batch: Batch,
@@ -203,8 +217,12 @@ class Engine(Protocol):
         kept: Kept,
         channel: Channel,
         reading: Reading | None = None,
+        following: Following = (),
     ) -> BatchResult:
         """Runs a batch.
+
+        Results do not depend on what follows. Texts of batches that follow wait in the engine until
+        these are generated, and are written again if something else comes first.
 
         A stop is heeded where no image is half drawn and others are still to be begun: before a
         pass of t2i or edit images, between the rounds of interleave jobs, and in text that precedes
@@ -218,6 +236,7 @@ class Engine(Protocol):
             channel: Takes the progress and finished images, and says whether to stop.
             reading: What `read` returned for `prepared`, however far it came; None reads all
                 prompts now. The result is the same.
+            following: Batches whose texts may be written with this one's.
 
         Raises:
             OutOfMemoryError: The batch does not fit; nothing of it is kept on the device.
@@ -258,6 +277,9 @@ class Worker(Protocol):
     def largest_batch(self, group: GroupKey) -> int | None:
         """Returns how many jobs of a group fit the memory together; None if all planned do."""
 
+    def num_following(self, group: GroupKey, batch: str | None = None) -> int:
+        """Returns how many batches are of use to `generate` of one; see `Engine`."""
+
     def prepare(self, number: int, place: int, job: Job, inputs: Sequence[bytes]) -> Raised | None:
         """Prepares a job of an assignment, and keeps it until `release`.
 
@@ -279,7 +301,13 @@ class Worker(Protocol):
         """
 
     def generate(
-        self, number: int, batch: Batch, *, kept: Kept, channel: Channel
+        self,
+        number: int,
+        batch: Batch,
+        *,
+        kept: Kept,
+        channel: Channel,
+        following: Sequence[tuple[int, Batch]] = (),
     ) -> BatchResult | Raised:
         """Runs a batch; see `Engine.generate`.
 
@@ -288,6 +316,8 @@ class Worker(Protocol):
             batch: Those of its jobs that could be prepared, in their order.
             kept: Images that are not drawn again.
             channel: In the process of the executor.
+            following: Batches of the same group that are expected next, by the numbers of their
+                assignments; all of their jobs could be prepared, or those of them that could.
         """
 
     def make_room(self) -> str | Raised | None:

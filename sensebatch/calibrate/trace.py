@@ -17,6 +17,7 @@ import numpy as np
 from sensebatch.contract import (
     Channel,
     Drawn,
+    Following,
     HostShare,
     Kept,
     Prepared,
@@ -106,6 +107,7 @@ class _TracingEngine:
         self._engine = engine
         self._folder = folder
         self.largest_batch = engine.largest_batch
+        self.num_following = engine.num_following
         self.make_room = engine.make_room
         self.read = engine.read
         self.replan = engine.replan
@@ -128,11 +130,17 @@ class _TracingEngine:
         kept: Kept,
         channel: Channel,
         reading: Reading | None = None,
+        following: Following = (),
     ) -> BatchResult:
         """Runs a batch, and writes its record before it returns."""
         recorder = _Recorder(channel, batch.group)
         result = self._engine.generate(
-            batch, prepared, kept=kept, channel=recorder, reading=reading
+            batch,
+            prepared,
+            kept=kept,
+            channel=recorder,
+            reading=reading,
+            following=following,
         )
         recorder.write(self._folder / f"{batch.id}.npz")
         return result

@@ -49,6 +49,12 @@ class Decoder(Protocol):
     def end(self, taken: Taken) -> list[int]:
         """Returns the choices that a step's pass came to."""
 
+    def grow(self, num_tokens: int) -> None:
+        """Makes room for so many more tokens of every sequence.
+
+        Decoders do it themselves where there is none left.
+        """
+
 
 def step_together(steps: Sequence[tuple[Decoder, Taken]]) -> list[list[int]]:
     """Returns the choices of each decoder after its tokens; see `Decoder.step`."""
@@ -95,6 +101,12 @@ class PlainDecoder:
         assert logits_SV is not None, "a step must have begun"
         return self._choose(logits_SV, [index for index, _ in taken])
 
+    def grow(self, num_tokens: int) -> None:
+        """See `Decoder`."""
+        # With room for what leads over from text to an image.
+        for cache in self._caches:
+            cache.reserve(num_tokens + ROOM_SPARE)
+
 
 def choose_greedily(logits_SV: Tensor, _: Sequence[int]) -> list[int]:
     """Returns the most probable token of each sequence; see `Choose`."""
@@ -116,6 +128,7 @@ class FastDecoder:
         as_graph: Whether a step is captured as a graph, because its weights stay where they are
             once used; embeddings may be in host memory.
         choose: Chooses by logits; None takes the most probable tokens, which is part of the graph.
+        room_tokens: Room to begin with; None for as much as decoders make themselves.
     """
 
     def __init__(
@@ -127,6 +140,7 @@ class FastDecoder:
         *,
         as_graph: bool,
         choose: Choose | None = None,
+        room_tokens: int | None = None,
     ) -> None:
         self._network = network
         self._operations = operations
@@ -145,9 +159,9 @@ class FastDecoder:
         self._sequences_S = torch.arange(count, device=device)
         self._given = torch.zeros(count, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._room: SharedRoom | None = None
-        self._make_room()
+        self.grow(ROOM_TOKENS if room_tokens is None else room_tokens)
 
-    def _make_room(self) -> None:
+    def grow(self, num_tokens: int) -> None:
         """Gives every sequence room for more tokens, at an address that a graph may rely on."""
         network = self._network
         # An old graph frees its memory before more is taken. The caches alone still hold an old
@@ -155,7 +169,7 @@ class FastDecoder:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._room = None
         self._is_first = True
-        room = min(self._left, ROOM_TOKENS)
+        room = min(self._left, num_tokens)
         self._room = SharedRoom(self._caches, room)
         ends = [cache.next_t + room + ROOM_SPARE for cache in self._caches]
         # Text has no rows and columns.
@@ -179,7 +193,7 @@ class FastDecoder:
 
     def _take(self, taken: Taken) -> None:
         if self._left_in_room == 0:
-            self._make_room()
+            self.grow(ROOM_TOKENS)
         for index, token in taken:
             self._given[index] = token
         # Outside the graph: the table may be in host memory.
@@ -299,6 +313,7 @@ def new_decoder(
     extend: Extend,
     as_graph: bool,
     choose: Choose | None = None,
+    room_tokens: int | None = None,
 ) -> Decoder:
     """Returns the fastest decoder that a network allows.
 
@@ -309,13 +324,23 @@ def new_decoder(
         extend: See `PlainDecoder`.
         as_graph: See `FastDecoder`.
         choose: See `PlainDecoder`.
+        room_tokens: See `FastDecoder`.
     """
     operations = _operations_for(network, len(caches))
     if operations is not None:
         on_gpu = network.device.type == "cuda"
         return FastDecoder(
-            network, operations, caches, most_tokens, as_graph=as_graph and on_gpu, choose=choose
+            network,
+            operations,
+            caches,
+            most_tokens,
+            as_graph=as_graph and on_gpu,
+            choose=choose,
+            room_tokens=room_tokens,
         )
     for cache in caches:
         cache.bring()
-    return PlainDecoder(caches, extend, network.lm_head.through, choose)
+    plain = PlainDecoder(caches, extend, network.lm_head.through, choose)
+    if room_tokens is not None:
+        plain.grow(room_tokens)
+    return plain

@@ -15,7 +15,7 @@ from sensebatch.checkpoint.card import model_license
 from sensebatch.checkpoint.files import Checkpoint
 from sensebatch.checkpoint.tokenizer import IMG_START
 from sensebatch.config import RunConfig
-from sensebatch.contract import Channel, HostShare, Kept, Phase, Reading
+from sensebatch.contract import Channel, Following, HostShare, Kept, Phase, Reading
 from sensebatch.engine.device.memory import (
     DevicePeak,
     cap_device_memory,
@@ -43,7 +43,7 @@ from sensebatch.engine.model.tokenizer import HFTokenizer, Tokenizer
 from sensebatch.engine.preprocess import load_input
 from sensebatch.engine.runner import CachedPrompts, PassLimits, Runner
 from sensebatch.engine.sampling.text import Script
-from sensebatch.engine.tasks.registry import runner_of
+from sensebatch.engine.tasks.registry import Written, runner_of
 from sensebatch.engine.tasks.state import PreparedJob, prepare_job, read_ahead
 from sensebatch.engine.weights.loader import NetworkLoader, open_weights, warm_up
 from sensebatch.engine.weights.residency import EMBEDDINGS, Residency
@@ -115,6 +115,8 @@ class SenseNovaEngine:
         self._pages = Pages(pin=loader.device.type == "cuda")
         self._system_turns: dict[tuple[int, ...], KVCache] = {}
         self._idle_since: float | None = None
+        self._written: dict[str, Written] = {}
+        """Batches whose texts are written and wait, by their ids."""
 
     @property
     def info(self) -> EngineInfo:
@@ -158,6 +160,12 @@ class SenseNovaEngine:
         )
         return read_ahead(runner, prepared)
 
+    def num_following(self, group: GroupKey, batch: str | None = None) -> int:
+        """Returns how many batches can be written beside one; see `contract.Engine`."""
+        if batch in self._written or runner_of(group.task).together is None:
+            return 0
+        return self._placements.of(group).text_batches - 1
+
     def generate(
         self,
         batch: Batch,
@@ -166,6 +174,7 @@ class SenseNovaEngine:
         kept: Kept,
         channel: Channel,
         reading: Reading | None = None,
+        following: Following = (),
     ) -> BatchResult:
         """Runs a batch; see `contract.Engine.generate`."""
         assert reading is None or isinstance(reading, Paced)
@@ -183,7 +192,8 @@ class SenseNovaEngine:
         idle_since, self._idle_since = self._idle_since, None
         try:
             with torch.inference_mode():
-                results = self._run(runner, batch, prepared, kept=kept, channel=channel)
+                written = self._write(runner, batch, prepared, following)
+                results = self._run(runner, batch, prepared, written, kept=kept, channel=channel)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 check_device(device, error)
@@ -197,19 +207,28 @@ class SenseNovaEngine:
             )
         # Outside the handler, where no traceback keeps the batch's tensors alive.
         del runner
-        self._system_turns.clear()
-        empty_cache(device)
+        self._free_after(batch)
         raise OutOfMemoryError(
             f"a batch of {len(batch.jobs)} ({batch.group}) did not fit: {message}"
         )
+
+    def _free_after(self, batch: Batch) -> None:
+        """Frees what waits on the device, or beside it, after a batch that did not fit."""
+        self._system_turns.clear()
+        self._written.clear()
+        if self._placement.text_bytes is not None:
+            # Its texts may be what did not fit, and would not fit again.
+            alone = replace(self._placement, text_batches=1, text_bytes=None)
+            self._continue_with(self._placements.replacing(batch.group, alone))
+        empty_cache(self._network.device)
 
     def _metrics(
         self, runner: Runner, memory: DevicePeak, start: float, idle_since: float | None
     ) -> BatchMetrics:
         """Returns what a batch that began at `start` cost, and notes when its work ended."""
         allocated, reserved = memory.read()
-        assert runner.worked is not None
-        first_work, self._idle_since = runner.worked
+        # Nothing is left to do of a batch that only wrote, beside one before.
+        first_work, self._idle_since = runner.worked or (start, start)
         return BatchMetrics(
             wait_s=None if idle_since is None else first_work - idle_since,
             prefill_s=runner.seconds[Phase.PREFILL],
@@ -251,6 +270,36 @@ class SenseNovaEngine:
         if prefixes_wait(len(batch.jobs), limits.together(drawing.resolution)):
             return replace(limits, park=self._pages.take)
         return limits
+
+    def _write(
+        self,
+        runner: Runner,
+        batch: Batch,
+        prepared: Sequence[PreparedJob],
+        following: Following,
+    ) -> Written | None:
+        """Returns what is written of a batch, or is written now beside others.
+
+        None where a batch writes its text in the course of `_run`.
+        """
+        together = runner_of(batch.group.task).together
+        written = self._written.pop(batch.id, None)
+        if written is not None:
+            return written
+        # They expected another order.
+        self._written.clear()
+        if together is None or self._placement.text_bytes is None:
+            return None
+        others = following[: self._placement.text_batches - 1]
+        runner.limits = replace(
+            runner.limits, park=self._pages.take, text_bytes=self._placement.text_bytes
+        )
+        jobs = [_fresh(prepared), *(_fresh(of_other) for _, of_other in others)]
+        written, *waiting = together.write(runner, jobs, self._script)
+        self._written = {
+            other.id: of_other for (other, _), of_other in zip(others, waiting, strict=True)
+        }
+        return written
 
     def largest_batch(self, group: GroupKey) -> int | None:
         """Returns how many jobs fit together; see `contract.Engine.largest_batch`."""
@@ -301,6 +350,7 @@ class SenseNovaEngine:
         start = time.perf_counter()
         device = self._loader.device
         self._system_turns.clear()
+        self._written.clear()
         empty_cache(device)
         placements = plan_placements(
             self._loader.computation,
@@ -342,6 +392,7 @@ class SenseNovaEngine:
     def close(self) -> None:
         """Frees the weights; the engine can no longer be used."""
         self._system_turns.clear()
+        self._written.clear()
         # After a failed load there are none, and a device that failed frees nothing.
         with suppress(AttributeError, RuntimeError):
             self._unload()
@@ -375,14 +426,22 @@ class SenseNovaEngine:
         runner: Runner,
         batch: Batch,
         prepared: Sequence[PreparedJob],
+        written: Written | None,
         *,
         kept: Kept,
         channel: Channel,
     ) -> tuple[JobResult | Failure, ...]:
-        # Generators of this call's own, so that the call can be repeated.
-        jobs = [replace(job, generator=job.generator.clone_state()) for job in prepared]
-        run = runner_of(batch.group.task).run
-        return tuple(run(runner, jobs, kept=kept, channel=channel, script=self._script))
+        of_task = runner_of(batch.group.task)
+        if written is not None:
+            assert of_task.together is not None
+            return tuple(of_task.together.finish(runner, written, kept, channel))
+        jobs = _fresh(prepared)
+        return tuple(of_task.run(runner, jobs, kept=kept, channel=channel, script=self._script))
+
+
+def _fresh(prepared: Sequence[PreparedJob]) -> list[PreparedJob]:
+    """Returns jobs with generators of their own, so that they can be run again."""
+    return [replace(job, generator=job.generator.clone_state()) for job in prepared]
 
 
 def synthetic_text(tokenizer: Tokenizer) -> Script:

@@ -11,8 +11,9 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, TypeAlias
 
 import torch
@@ -29,7 +30,7 @@ from sensebatch.engine.decoding import (
 )
 from sensebatch.engine.model.attention import Attention
 from sensebatch.engine.model.copies import to_device
-from sensebatch.engine.model.kv_cache import KVCache, Parcel, Span
+from sensebatch.engine.model.kv_cache import KVCache, Parcel, Span, held_bytes
 from sensebatch.engine.model.lockstep import Pass, run
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.steps import Paced, Steps, by_block, run_through
@@ -38,7 +39,12 @@ from sensebatch.engine.preprocess import Patches
 from sensebatch.engine.prompts import Grid, ImageSpan, Prompt, positions, segments
 from sensebatch.engine.sampling.text import Step, Writing, decode_text
 from sensebatch.errors import BatchStoppedError
-from sensebatch.plan.passes import MAX_PREFILL_TOKENS, TOKENS_PER_PASS, images_per_pass
+from sensebatch.plan.passes import (
+    MAX_PREFILL_TOKENS,
+    TEXT_ROOM_TOKENS,
+    TOKENS_PER_PASS,
+    images_per_pass,
+)
 from sensebatch.resolutions import Resolution
 from sensebatch.tasks import Branch
 
@@ -92,8 +98,12 @@ class Weights(Protocol):
     def decode(self) -> None:
         """Prepares for many passes of the understanding expert with logits."""
 
-    def resized(self, num_buffers: int) -> AbstractContextManager[None]:
-        """Keeps fewer or more blocks on the device as long as the context is open."""
+    def lending(self) -> AbstractContextManager[Callable[[int], None]]:
+        """Gives up memory on the device, but for what streaming needs, while the context is open.
+
+        It is a function that keeps as many blocks for decoding as fit so many bytes, until it is
+        called again; 0 gives up all.
+        """
 
     def denoise(self) -> None:
         """Prepares for many passes of the generation expert."""
@@ -108,9 +118,9 @@ class PassLimits:
     park: Callable[[int], Parcel] | None = None
     """Returns host memory in which prefixes wait while other jobs' images are drawn; None leaves
     them on the device."""
-    text_buffers: int | None = None
-    """Buffers of weights while the texts of several batches are decoded; None for as many as
-    ever."""
+    text_bytes: int | None = None
+    """Device memory for texts, and beside them for weights that would otherwise be streamed, while
+    text is decoded that nothing was drawn before; None leaves weights what they have."""
     draws_once: bool = False
     """Whether a batch has one pass or round, and so is finished once its prompts are read."""
 
@@ -252,16 +262,6 @@ class Runner:
             yield
 
     @contextmanager
-    def writing(self, num_texts: int) -> Iterator[None]:
-        """Times the phase that decodes the texts of so many batches, with the memory for that."""
-        buffers = self.limits.text_buffers
-        room: AbstractContextManager[None] = nullcontext()
-        if self._weights is not None and buffers is not None and num_texts > 1:
-            room = self._weights.resized(buffers)
-        with room, self.decoding():
-            yield
-
-    @contextmanager
     def denoising(self) -> Iterator[None]:
         """Times the phase that draws images: many passes of the generation expert."""
         with self._phase(Phase.DENOISE):
@@ -400,18 +400,7 @@ class Runner:
             choose: Chooses by logits; None takes the most probable tokens.
         """
         numbers = itertools.count(1)
-        decoder = self._new_decoder(caches, most_tokens, choose)
-
-        def step(taken: Sequence[tuple[int, int]]) -> list[int]:
-            self._writes_token(next(numbers))
-            return decoder.step(taken)
-
-        return step
-
-    def _new_decoder(
-        self, caches: Sequence[KVCache], most_tokens: int, choose: Choose | None
-    ) -> Decoder:
-        return new_decoder(
+        decoder = new_decoder(
             self.network,
             caches,
             most_tokens,
@@ -420,38 +409,104 @@ class Runner:
             choose=choose,
         )
 
+        def step(taken: Sequence[tuple[int, int]]) -> list[int]:
+            self._writes_token(next(numbers))
+            return decoder.step(taken)
+
+        return step
+
     def _writes_token(self, number: int) -> None:
         """Reports a step of decoding before it is made, and heeds a stop as `text_step` says."""
         if not self.num_denoise_steps:
             self.heed_stop()
         self.progress(Progress(phase=Phase.THINK, step=number, num_steps=0))
 
-    def write(self, texts: Sequence[Text]) -> None:
-        """Decodes the texts of several batches together; see `text_step`.
+    @contextmanager
+    def writing(self) -> Iterator[Callable[[Sequence[Text]], None]]:
+        """Times the phase that decodes texts which nothing was drawn before.
 
-        Weights that are streamed come once for all of them. Each batch makes the operations that it
-        would make alone, so its text and caches are the same to the bit.
+        It is a function that decodes the texts of several batches together. Weights that are
+        streamed come once for all of them. Each batch makes the operations that it would make
+        alone, so its text and caches are the same to the bit. See `text_step`.
         """
-        if len(texts) == 1:
-            (text,) = texts
-            step = self.text_step(text.caches, text.writing.most_tokens, text.choose)
-            decode_text(text.writing, step)
+        num_bytes = self.limits.text_bytes
+        if self._weights is None or num_bytes is None:
+            with self.decoding():
+                yield partial(self._write, keep=lambda _: None, room_tokens=None)
             return
-        decoders = [
-            self._new_decoder(text.caches, text.writing.most_tokens, text.choose) for text in texts
-        ]
+        with self._weights.lending() as fill, self.decoding():
+            most = num_bytes
+
+            def keep(taken_bytes: int | None) -> None:
+                fill(0 if taken_bytes is None else max(most - taken_bytes, 0))
+
+            yield partial(self._write, keep=keep, room_tokens=TEXT_ROOM_TOKENS)
+
+    def _write(
+        self,
+        texts: Sequence[Text],
+        *,
+        keep: Callable[[int | None], None],
+        room_tokens: int | None,
+    ) -> None:
+        """Decodes texts together; see `writing`.
+
+        Args:
+            texts: One of each batch.
+            keep: Is called with None before rooms for text are made, and then with their bytes.
+            room_tokens: Room that is made at a time; None lets each decoder make its own.
+        """
+        if len(texts) == 1 and room_tokens is None:
+            (text,) = texts
+            decode_text(
+                text.writing, self.text_step(text.caches, text.writing.most_tokens, text.choose)
+            )
+            return
+        decoders: list[Decoder] = []
         for number in itertools.count(1):
-            steps = [
-                (text.writing, decoder, taken)
-                for text, decoder in zip(texts, decoders, strict=True)
-                if (taken := text.writing.taken())
-            ]
-            if not steps:
+            taken = [text.writing.taken() for text in texts]
+            is_full = room_tokens is not None and (number - 1) % room_tokens == 0
+            if not decoders or (is_full and any(taken)):
+                self._make_rooms(texts, decoders, keep, room_tokens)
+            if not any(taken):
                 return
             self._writes_token(number)
-            choices = step_together([(decoder, taken) for _, decoder, taken in steps])
-            for (writing, _, _), chosen in zip(steps, choices, strict=True):
-                writing.follow(chosen)
+            active = [(i, of_text) for i, of_text in enumerate(taken) if of_text]
+            choices = step_together([(decoders[i], of_text) for i, of_text in active])
+            for (i, _), chosen in zip(active, choices, strict=True):
+                texts[i].writing.follow(chosen)
+
+    def _make_rooms(
+        self,
+        texts: Sequence[Text],
+        decoders: list[Decoder],
+        keep: Callable[[int | None], None],
+        room_tokens: int | None,
+    ) -> None:
+        """Makes room for more tokens of texts that have not ended, and decoders if there are none.
+
+        Weights give up what they have first, and get what is left afterwards.
+        """
+        keep(None)
+        if not decoders:
+            decoders += [
+                new_decoder(
+                    self.network,
+                    text.caches,
+                    text.writing.most_tokens,
+                    extend=self.appending,
+                    # Weights may move whenever there is more text.
+                    as_graph=False,
+                    choose=text.choose,
+                    room_tokens=room_tokens,
+                )
+                for text in texts
+            ]
+        elif room_tokens is not None:
+            for text, decoder in zip(texts, decoders, strict=True):
+                if text.writing.taken():
+                    decoder.grow(room_tokens)
+        keep(held_bytes([cache for text in texts for cache in text.caches]))
 
     def append_tokens(self, taken: Sequence[tuple[KVCache, Sequence[int]]]) -> Tensor:
         """Caches text tokens; see `extend`."""

@@ -58,7 +58,8 @@ from sensebatch.store.store import Store
 from sensebatch.store.writer import BatchWriter
 
 MAX_GIVEN = 3
-"""Assignments that a worker has at a time: one that runs, and two that wait."""
+"""Assignments that a worker has at a time: one that runs, and two that wait. More where the texts
+of more are written together."""
 MAX_UNWRITTEN_BYTES, MAX_UNWRITTEN = 1 << 30, 64
 """Bytes of images, and batches, that wait to be written, after which nothing more is handed out."""
 NUM_READERS = 2
@@ -114,6 +115,14 @@ class _Desk:
     is_exclusive: bool = False
     """Whether it has an assignment that nothing may be beside."""
     was_told_to_stop: bool = False
+
+    @property
+    def most_given(self) -> int:
+        """How many assignments it may have: more where texts of several are written together."""
+        ready, latest = self.member.ready, next(reversed(self.given.values()), None)
+        if ready is None or latest is None:
+            return MAX_GIVEN
+        return max(MAX_GIVEN, 1 + ready.following.get(latest.begun.batch.group, 0))
 
     @property
     def running(self) -> _Given | None:
@@ -340,7 +349,7 @@ class _CrewRun:
         open_desks = [
             desk
             for desk in self._desks.values()
-            if len(desk.given) < MAX_GIVEN and not desk.is_exclusive
+            if len(desk.given) < desk.most_given and not desk.is_exclusive
         ]
         return min(open_desks, key=lambda desk: len(desk.given), default=None)
 

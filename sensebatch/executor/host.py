@@ -78,6 +78,8 @@ class Outbox:
             return found
 
 
+MAX_WAIT_S = 60.0
+"""The longest that a batch waits for others to be prepared whose texts are written beside it."""
 MIN_ENCODERS, MAX_ENCODERS = 2, 8
 """Threads that encode where nobody said how many."""
 
@@ -100,7 +102,7 @@ class WorkerHost:
         self._device = device
         self._output = output
         self._outbox = outbox
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._waiting: dict[int, Run | None] = {}
         """Assignments that have not begun; with their batch once they are to be run."""
         self._stop = threading.Event()
@@ -128,11 +130,13 @@ class WorkerHost:
         Args:
             groups: Those of the jobs to come.
         """
+        groups = list(groups)
         return Ready(
             node=self._worker.node,
             device=self._device,
             info=self._worker.info,
             fitting={group: self._worker.largest_batch(group) for group in groups},
+            following={group: self._worker.num_following(group) for group in groups},
         )
 
     def take(self, order: Order) -> None:
@@ -145,6 +149,7 @@ class WorkerHost:
             case Run():
                 with self._lock:
                     self._waiting[order.number] = order
+                    self._lock.notify_all()
                 self._do(self._running, self._run, order)
             case GiveBack():
                 self._give_back([order.number])
@@ -171,6 +176,7 @@ class WorkerHost:
             with self._lock:
                 had = number in self._waiting
                 self._waiting.pop(number, None)
+                self._lock.notify_all()
             if had:
                 # Behind the preparation of the assignment, if that is under way.
                 self._do(self._preparing, self._forget, number)
@@ -182,6 +188,11 @@ class WorkerHost:
     def _prepare(self, order: Prepare) -> None:
         outcomes = self._jobs.prepare(order.number, self._wanted(order))
         if len(outcomes) == len(order.jobs):
+            if all(outcomes):
+                # None of its jobs will be run.
+                with self._lock:
+                    self._waiting.pop(order.number, None)
+                    self._lock.notify_all()
             self._worker.expect(order.number)
             self._outbox.put(Prepared(number=order.number, outcomes=tuple(outcomes)))
 
@@ -202,7 +213,13 @@ class WorkerHost:
         self._outbox.put(Began(number=number))
         start = time.monotonic()
         channel = _HostChannel(number, self._outbox, self._saved, self._stop, self._head_start.end)
-        outcome = self._worker.generate(number, batch, kept=order.kept, channel=channel)
+        outcome = self._worker.generate(
+            number,
+            batch,
+            kept=order.kept,
+            channel=channel,
+            following=self._following(batch),
+        )
         room = None
         if isinstance(outcome, Raised):
             outcome, room = self._make_room(batch, outcome)
@@ -218,6 +235,25 @@ class WorkerHost:
         """Whether another batch is to be run now."""
         with self._lock:
             return any(order is not None for order in self._waiting.values())
+
+    def _following(self, batch: Batch) -> list[tuple[int, Batch]]:
+        """Returns batches whose texts can be written beside one, once they are prepared."""
+        count = self._worker.num_following(batch.group, batch.id)
+
+        def is_known() -> bool:
+            """Whether there are enough of them, or nothing is being prepared."""
+            orders = list(self._waiting.values())
+            return len(orders) - orders.count(None) >= count or None not in orders
+
+        with self._lock:
+            if count:
+                self._lock.wait_for(lambda: self._stop.is_set() or is_known(), MAX_WAIT_S)
+            found = [
+                (number, order.batch)
+                for number, order in sorted(self._waiting.items())
+                if order is not None and order.batch.group == batch.group
+            ]
+        return found[:count]
 
     def _make_room(self, batch: Batch, raised: Raised) -> tuple[Raised, str | None]:
         """Continues with less memory where a job alone did not fit; returns what was changed."""

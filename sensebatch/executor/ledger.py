@@ -94,7 +94,7 @@ class Ledger:
         return Begun(
             assignment=assignment,
             seq=seq,
-            batch=_batch_of(jobs),
+            batch=batch_of(jobs),
             jobs=jobs,
             queue_s=queue_s,
             started_at=started_at,
@@ -160,7 +160,7 @@ class Ledger:
         return Begun(
             assignment=assignment,
             seq=seq,
-            batch=_batch_of(ready),
+            batch=batch_of(ready),
             jobs=tuple(ready),
             queue_s=queue_s,
             started_at=started_at,
@@ -253,7 +253,8 @@ def members_of(jobs: Sequence[StoredJob]) -> list[tuple[str, str]]:
     return [(stored.job.id, stored.key) for stored in jobs]
 
 
-def _batch_of(jobs: Sequence[StoredJob]) -> Batch:
+def batch_of(jobs: Sequence[StoredJob]) -> Batch:
+    """Returns jobs of one group as a batch."""
     keys = tuple(stored.key for stored in jobs)
     return Batch(
         id=batch_id(keys),

@@ -9,7 +9,7 @@ that the one before is on the disk. Knows no backend and no store.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from sensebatch.contract import Drawn, Kept, Progress, Raised
@@ -71,6 +71,8 @@ class Ready:
     info: EngineInfo
     fitting: Mapping[GroupKey, int | None]
     """How many jobs of each group fit the memory together; None if all planned do."""
+    following: Mapping[GroupKey, int] = field(default_factory=dict)
+    """How many batches of each group are of use to another one; see `contract.Engine`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

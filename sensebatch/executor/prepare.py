@@ -1,5 +1,5 @@
 """Prepares jobs while the worker runs others: reads their input images, and has the worker decode,
-resize and tokenise them, at most one assignment ahead. Never sees the state.
+resize and tokenise them. Never sees the state.
 
 One thread reads images in the order of the jobs, which is how they lie in files; several prepare
 what was read.
@@ -92,7 +92,8 @@ class Preparer:
         self._read_image = read_image
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prepare")
         self._jobs = JobThreads(worker)
-        self._ahead: tuple[int, Future[Preparations]] | None = None
+        self._ahead: dict[int, Future[Preparations]] = {}
+        """What was begun ahead, by the numbers of assignments."""
         self._closing = threading.Event()
 
     def __enter__(self) -> Preparer:
@@ -104,29 +105,36 @@ class Preparer:
         self._thread.shutdown(cancel_futures=True)
         self._jobs.close()
 
-    def start(self, assignment: Assignment, jobs: Sequence[Job], *, alone: bool = False) -> None:
-        """Begins to prepare what is expected next; nothing while something else is waiting.
+    def start(
+        self, assignment: Assignment, jobs: Sequence[Job], *, alone: bool = False
+    ) -> Future[Preparations]:
+        """Begins to prepare what is expected to come, unless it has begun; returns the outcome.
 
         Args:
             assignment: What is expected.
             jobs: Its jobs.
             alone: Whether it must not have the device together with another one.
         """
-        if self._ahead is None:
-            future = self._thread.submit(self._prepare_ahead, assignment.number, jobs, alone)
-            self._ahead = (assignment.number, future)
+        number = assignment.number
+        if number not in self._ahead:
+            self._ahead[number] = self._thread.submit(self._prepare_ahead, number, jobs, alone)
+        return self._ahead[number]
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether anything was begun that has not been taken."""
+        return bool(self._ahead)
 
     def is_ahead_with(self, assignment: Assignment) -> bool:
         """Returns whether an assignment's jobs were begun ahead."""
-        return self._ahead is not None and self._ahead[0] == assignment.number
+        return assignment.number in self._ahead
 
     def take(self, assignment: Assignment, jobs: Sequence[Job]) -> Preparations:
         """Returns what became of an assignment's jobs, begun ahead or prepared now."""
-        if self._ahead is not None and self.is_ahead_with(assignment):
-            future = self._ahead[1]
-            self._ahead = None
-        else:
-            future = self._thread.submit(self._prepare_all, assignment.number, jobs)
+        number = assignment.number
+        future = self._ahead.pop(number, None)
+        if future is None:
+            future = self._thread.submit(self._prepare_all, number, jobs)
         return future.result()
 
     def _prepare_ahead(self, number: int, jobs: Sequence[Job], alone: bool) -> Preparations:

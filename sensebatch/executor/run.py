@@ -25,14 +25,14 @@ from sensebatch.executor.deadline import Deadline
 from sensebatch.executor.guard import raise_again
 from sensebatch.executor.head_start import HeadStart
 from sensebatch.executor.judging import MAX_WAITING, Judging
-from sensebatch.executor.ledger import Begun, Ledger, members_of
+from sensebatch.executor.ledger import Begun, Ledger, batch_of, members_of
 from sensebatch.executor.levels import plan_levels
 from sensebatch.executor.observer import Observer, Summary, Tally, report
 from sensebatch.executor.prepare import Preparer
 from sensebatch.executor.recovery import death, recover
 from sensebatch.executor.schedule import Assignment, Idle, Schedule
 from sensebatch.functions import Judge
-from sensebatch.jobs import BatchMetrics, BatchResult, GroupKey, InputImage, group_key
+from sensebatch.jobs import Batch, BatchMetrics, BatchResult, GroupKey, InputImage, group_key
 from sensebatch.store.attempts import Attempt
 from sensebatch.store.kept import KeptOfBatch
 from sensebatch.store.state import StoredJob
@@ -200,10 +200,11 @@ class _Run:
         if alone:
             self.settle()
         begun = self._begin(assignment)
+        following = [] if alone or begun is None else self._following(begun)
         if not alone:
             self._prepare_next()
         if begun is not None:
-            self._end(begun, self._generate(begun))
+            self._end(begun, self._generate(begun, following))
         self._worker.release(assignment.number)
         if alone:
             self.settle()
@@ -290,15 +291,35 @@ class _Run:
             self._blamed.add(seq)
         return seq
 
+    def _following(self, begun: Begun) -> list[tuple[int, Batch]]:
+        """Has batches prepared whose texts can be written beside one, and returns them."""
+        ahead = []
+        count = self._worker.num_following(begun.batch.group, begun.batch.id)
+        for expected in self._schedule.upcoming(begun.assignment, count):
+            jobs = self._store.state.jobs(expected.ids)
+            is_other = group_key(jobs[0].job) != begun.batch.group
+            if expected.is_last or expected.seq in self._doubtful or is_other:
+                break
+            future = self._preparer.start(expected, [stored.job for stored in jobs])
+            ahead.append((expected.number, jobs, future))
+        following = []
+        for number, jobs, future in ahead:
+            outcomes = zip(jobs, future.result(), strict=True)
+            if ready := [stored for stored, raised in outcomes if raised is None]:
+                following.append((number, batch_of(ready)))
+        return following
+
     def _prepare_next(self) -> None:
         """Has the batch prepared that comes next if nothing goes wrong with the current one."""
-        expected = self._schedule.peek()
+        expected = None if self._preparer.is_ahead else self._schedule.peek()
         if expected is not None and not (expected.is_last or self._is_judged(expected)):
             jobs = self._store.state.jobs(expected.ids)
             alone = expected.seq in self._doubtful
             self._preparer.start(expected, [stored.job for stored in jobs], alone=alone)
 
-    def _generate(self, begun: Begun) -> BatchResult | Raised:
+    def _generate(
+        self, begun: Begun, following: Sequence[tuple[int, Batch]]
+    ) -> BatchResult | Raised:
         """Runs a batch; a single job that does not fit is tried with less and less memory."""
         batch, number = begun.batch, begun.assignment.number
         kept = self._store.kept.of_batch(begun.seq, batch)
@@ -310,7 +331,10 @@ class _Run:
         report(self._observer.batch_started, batch)
         start = time.monotonic()
         while True:
-            outcome = self._worker.generate(number, batch, kept=kept.load(), channel=channel)
+            outcome = self._worker.generate(
+                number, batch, kept=kept.load(), channel=channel, following=following
+            )
+            following = ()
             if isinstance(outcome, BatchResult):
                 return outcome
             if outcome.concerns is Concerns.RUN:

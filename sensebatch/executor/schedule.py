@@ -64,6 +64,8 @@ class _Lane:
         self._later = later
         self._planned: Iterator[tuple[int, Assignment]] = iter(())
         self._head: tuple[int, Assignment] | None = None
+        self._after: deque[tuple[int, Assignment]] = deque()
+        """What was planned after it, as far as somebody looked."""
         self._section = 0
         """Section of the planned assignment that was handed out last: the batches on record,
         each group, and each of those that come last, are one."""
@@ -90,6 +92,16 @@ class _Lane:
             return self.retries[0]
         return None if self._head is None else self._head[1]
 
+    def upcoming(self, count: int) -> list[Assignment]:
+        """Returns what comes next if nothing in flight fails, up to the end of a group."""
+        found = list(itertools.islice(self.split, count))
+        if self._head is None:
+            return found
+        while len(self._after) < count - len(found) and (one := next(self._planned, None)):
+            self._after.append(one)
+        of_group = (one for part, one in (self._head, *self._after) if part == self._section)
+        return [*found, *itertools.islice(of_group, count - len(found))]
+
     @property
     def must_wait(self) -> bool:
         """Whether something in flight has to end before what comes next."""
@@ -104,7 +116,7 @@ class _Lane:
         else:
             assert self._head is not None
             self._section, found = self._head
-            self._head = next(self._planned, None)
+            self._head = self._after.popleft() if self._after else next(self._planned, None)
         self.in_flight.add(found.number)
         return found
 
@@ -158,6 +170,11 @@ class Schedule:
         """Returns what `next` hands out if nothing in flight ends; None if that is nothing."""
         lane = self._first_lane()
         return None if lane is None else lane.expected
+
+    def upcoming(self, assignment: Assignment, count: int) -> list[Assignment]:
+        """Returns what comes after an assignment in flight, if nothing fails, up to the end of its
+        group."""
+        return self._in_flight[assignment.number][1].upcoming(count)
 
     def split(self, assignment: Assignment, parts: Iterable[Recorded]) -> None:
         """Replaces an assignment in flight by smaller ones, which come next."""

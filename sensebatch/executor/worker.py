@@ -5,7 +5,16 @@ from __future__ import annotations
 import socket
 from collections.abc import Sequence
 
-from sensebatch.contract import Channel, Concerns, Engine, Kept, Prepared, Raised, Reading
+from sensebatch.contract import (
+    Channel,
+    Concerns,
+    Engine,
+    Following,
+    Kept,
+    Prepared,
+    Raised,
+    Reading,
+)
 from sensebatch.executor.ahead import Ahead
 from sensebatch.executor.guard import guarded
 from sensebatch.jobs import Batch, BatchResult, EngineInfo, GroupKey, Job
@@ -49,26 +58,50 @@ class EngineWorker:
         """Takes note that an assignment is prepared; see `contract.Worker.expect`."""
         self._ahead.expect(number, self._in_order(number))
 
-    def generate(
-        self, number: int, batch: Batch, *, kept: Kept, channel: Channel
-    ) -> BatchResult | Raised:
-        """Runs a batch; see `contract.Worker.generate`."""
-        prepared = self._in_order(number)
+    def num_following(self, group: GroupKey, batch: str | None = None) -> int:
+        """Returns how many batches are of use to `generate` of one; see `contract.Engine`."""
+        return self._engine.num_following(group, batch)
 
-        def run(channel: Channel, reading: Reading | None) -> BatchResult | Raised:
+    def generate(
+        self,
+        number: int,
+        batch: Batch,
+        *,
+        kept: Kept,
+        channel: Channel,
+        following: Sequence[tuple[int, Batch]] = (),
+    ) -> BatchResult | Raised:
+        """Runs a batch; see `contract.Worker.generate`.
+
+        If it cannot be run beside others, it is run alone.
+        """
+        prepared = self._in_order(number)
+        others = [(other, self._in_order(number)) for number, other in following]
+
+        def run(
+            channel: Channel, reading: Reading | None, others: Following = ()
+        ) -> BatchResult | Raised:
             return guarded(
                 lambda: _checked(
                     batch,
                     self._engine.generate(
-                        batch, prepared, kept=kept, channel=channel, reading=reading
+                        batch,
+                        prepared,
+                        kept=kept,
+                        channel=channel,
+                        reading=reading,
+                        following=others,
                     ),
                 )
             )
 
-        outcome = run(self._ahead.beside(channel), self._ahead.take(number))
+        outcome = run(self._ahead.beside(channel), self._ahead.take(number), others)
         if _ran_out(outcome) and self._ahead.drop():
             # It may have fitted without what was read of the next one.
             outcome = run(channel, None)
+        elif others and isinstance(outcome, Raised) and outcome.concerns is not Concerns.RUN:
+            # One of the others may be to blame.
+            outcome = run(self._ahead.beside(channel), None)
         return outcome
 
     def _in_order(self, number: int) -> list[Prepared]:

@@ -14,7 +14,7 @@ from sensebatch.jobs import VramMode
 from sensebatch.plan import passes
 from sensebatch.plan.batches import Demand
 from sensebatch.plan.computation import Computation
-from sensebatch.plan.footprint import reading_bytes, working_bytes
+from sensebatch.plan.footprint import reading_bytes, text_memory, working_bytes
 from sensebatch.plan.host import HostMemory, host_working_bytes, prepared_bytes
 from sensebatch.plan.load import Load
 from sensebatch.plan.passes import RING
@@ -100,6 +100,10 @@ class _Option:
     """See `Placement`."""
     tokens_per_pass: int
     device_bytes: int
+    text_batches: int = 1
+    """See `Placement`."""
+    text_bytes: int | None = None
+    """See `Placement`."""
 
     @property
     def streams(self) -> bool:
@@ -240,6 +244,8 @@ class _Planner:
                 embed_on_device=not option.streams,
                 tokens_per_pass=option.tokens_per_pass,
                 batch_size=option.most_jobs,
+                text_batches=option.text_batches,
+                text_bytes=option.text_bytes,
                 park_caches=option.streams,
                 host_block_bytes=blocks,
                 reading_bytes=reading,
@@ -321,7 +327,30 @@ class _Planner:
         )
         stays = "all" if kept == layers else f"{kept} of {layers}"
         held = f"{self._what(limit)} holds {stays} generation layers"
-        return option, f"{held}, the others are streamed"
+        return self._writing_together(option, limit), f"{held}, the others are streamed"
+
+    def _writing_together(self, option: _Option, limit: int) -> _Option:
+        """Returns an option with as many batches written together as memory allows.
+
+        Only where weights for text would be streamed. They are then streamed once for all of these
+        batches, and what their caches leave of the limit holds some of the weights.
+        """
+        load, weights = option.load, self.weights
+        assert option.num_buffers is not None
+        if load is None or not load.writes_first:
+            return option
+        if option.num_buffers >= weights.buffers_for_text(RING):
+            return option
+        text = text_memory(self.computation, load)
+        missing = weights.buffers_for_text(RING) - RING
+        for count in range(min(load.num_batches, passes.MAX_TEXT_BATCHES), 0, -1):
+            fixed = weights.rest + weights.buffers(RING, 0) + text.shared + count * text.of_step
+            together = replace(option, text_batches=count, text_bytes=limit - fixed)
+            if count * text.of_batch <= limit - fixed and self._host_holds(together):
+                wanted = fixed + count * text.of_batch + missing * weights.kept_block
+                device = max(option.device_bytes, min(limit, wanted))
+                return replace(together, device_bytes=device)
+        return option
 
     def _largest(
         self, load: Load | None, mode: VramMode, least: int = 1, *, spare: int = 0
@@ -398,7 +427,12 @@ class _Planner:
         if option.load is None:
             return 0
         return host_working_bytes(
-            self.computation, option.load, option.tokens_per_pass, parked=option.streams
+            self.computation,
+            option.load,
+            option.tokens_per_pass,
+            parked=option.streams,
+            text_batches=option.text_batches,
+            text_waits=option.text_bytes is not None,
         )
 
 

@@ -91,6 +91,8 @@ def _keeping(weights: WeightBytes, placement: Placement, num_buffers: int) -> Pl
         placement,
         mode=placement.mode if placement.mode is VramMode.LOW else mode,
         num_buffers=num_buffers,
+        text_batches=1,
+        text_bytes=None,
         device_bytes=placement.device_bytes - freed,
         reason=_reason(num_buffers),
     )

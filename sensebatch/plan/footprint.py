@@ -6,7 +6,7 @@ line by line where it needs the most: a change there that takes more memory must
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from sensebatch.checkpoint.architecture import Architecture, Moe
 from sensebatch.checkpoint.heads import head_of
@@ -25,6 +25,7 @@ from sensebatch.plan.passes import (
     images_per_part,
     middle_layers,
     prefixes_wait,
+    reserved_bytes,
 )
 from sensebatch.plan.weight_bytes import SCALE_BYTES
 from sensebatch.resolutions import PATCH_PIXELS, TOKEN_NUMBERS, Resolution
@@ -230,6 +231,38 @@ def text_bytes(computation: Computation, load: Load, *, parked: bool) -> int:
     tokens = max(min(image * load.num_growing * load.batch_size, MAX_PREFILL_TOKENS), image)
     read_back = _prompt_pass_bytes(computation, tokens, longest)
     return caches + caches // HOLES + twice + max(text_pass, read_back)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextMemory:
+    """What decoding takes of the device where everything else of the jobs waits in host memory."""
+
+    of_batch: int
+    """Caches of a batch whose jobs have written all they may."""
+    of_step: int
+    """What a step of a batch comes to: logits."""
+    shared: int
+    """What batches that are decoded together take besides that, however many they are."""
+
+
+def text_memory(computation: Computation, load: Load) -> TextMemory:
+    """Returns what decoding the texts of batches takes; see `text_bytes`."""
+    arch, longest, jobs = computation.arch, load.longest_tokens, load.batch_size
+    fast = decodes_fast(computation)
+    tokens = longest + ROOM_SPARE + (0 if fast else GROWTH_TOKENS)
+    of_layer = cache_bytes(computation, (jobs if fast else 1) * tokens) // arch.num_layers
+    rooms = arch.num_layers * reserved_bytes(of_layer) * (1 if fast else jobs)
+    text_pass = _prompt_pass_bytes(computation, jobs, longest)
+    if fast:
+        text_pass += 16 * longest * arch.head_dim
+    return TextMemory(
+        of_batch=rooms,
+        of_step=jobs * arch.vocab_size * 2 * computation.item_bytes,
+        shared=WORKSPACE_BYTES
+        + quantising_bytes(computation)
+        + reserved_bytes(of_layer)
+        + text_pass,
+    )
 
 
 def decodes_fast(computation: Computation) -> bool:

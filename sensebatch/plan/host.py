@@ -29,22 +29,37 @@ LOADING_BYTES = 1088 * MIB
 
 
 def host_working_bytes(
-    computation: Computation, load: Load, tokens_per_pass: int, *, parked: bool
+    computation: Computation,
+    load: Load,
+    tokens_per_pass: int,
+    *,
+    parked: bool,
+    text_batches: int = 1,
+    text_waits: bool = False,
 ) -> int:
     """Returns what a group's batch takes of host memory besides weights and the program.
 
     These are what was prepared of it, prefixes that wait, images that are kept until their file is
     written (of two passes of single images; of interleave jobs one of each, which are written with
     a copy of all of them twice), and pixels on their way to the disk.
+
+    Args:
+        computation: The network, and how it is computed.
+        load: The group's.
+        tokens_per_pass: Most image tokens of a denoising pass.
+        parked: Whether prefixes wait where they are not needed together.
+        text_batches: Batches whose texts are written together; all of them are prepared.
+        text_waits: Whether whatever was written waits until it is needed.
     """
     jobs = load.jobs_per_pass(tokens_per_pass)
     image = TOKEN_NUMBERS * load.image_tokens
     kept = 4 * image * (3 * load.batch_size if load.drawn_tokens else 2 * jobs)
     drawn = image + TOKEN_NUMBERS * load.drawn_tokens
     images = prepared_bytes(load) + load.batch_size * 2 * drawn + kept
-    if not parked or not prefixes_wait(load.batch_size, jobs):
+    images += (text_batches - 1) * prepared_bytes(load)
+    if not text_waits and (not parked or not prefixes_wait(load.batch_size, jobs)):
         return images
-    return images + cache_bytes(computation, load.prefix_tokens * load.batch_size)
+    return images + text_batches * cache_bytes(computation, load.prefix_tokens * load.batch_size)
 
 
 def prepared_bytes(load: Load) -> int:

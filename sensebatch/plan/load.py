@@ -39,6 +39,16 @@ class Load:
         return 0 < sum(count for _, count in self.demands) <= self.batch_size
 
     @property
+    def num_batches(self) -> int:
+        """Batches that the jobs of the group fill; 1 if it is not said how many there are."""
+        return max(-(-sum(count for _, count in self.demands) // self.batch_size), 1)
+
+    @property
+    def writes_first(self) -> bool:
+        """Whether jobs write all of their text before anything is drawn."""
+        return self.text_tokens > 0 and self.group.task.spec.output is not Output.IMAGES
+
+    @property
     def image_tokens(self) -> int:
         """Tokens of one image; 0 for jobs that make none."""
         return self.group.image_tokens

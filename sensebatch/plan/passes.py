@@ -19,6 +19,11 @@ MAX_PREFILL_TOKENS = 9216
 of 2048x2048 share one, and so share weights that may have to be streamed for it."""
 ROOM_TOKENS = 1024
 """Tokens that decoding makes room for at a time after what is cached."""
+TEXT_ROOM_TOKENS = 128
+"""The same where several batches decode together: what their caches do not take yet holds weights
+that would otherwise be streamed at every token."""
+MAX_TEXT_BATCHES = 16
+"""Most batches whose texts are decoded together."""
 GROWTH_TOKENS = 128
 """A cache that must grow for a single token grows by this many."""
 LONG_RUN = 1024
@@ -117,3 +122,14 @@ def prefixes_wait(batch_size: int, jobs: int) -> bool:
         jobs: How many could share a pass.
     """
     return jobs < batch_size
+
+
+SEGMENT_BYTES = 2 << 20
+"""Torch takes device memory for large tensors by so much at a time."""
+LARGE_BYTES = 10 << 20
+"""Tensors from this size on get memory of their own."""
+
+
+def reserved_bytes(num_bytes: int) -> int:
+    """Returns what torch reserves for a tensor that has memory of its own."""
+    return num_bytes if num_bytes < LARGE_BYTES else -(-num_bytes // SEGMENT_BYTES) * SEGMENT_BYTES

@@ -24,6 +24,11 @@ class Placement:
     """Most image tokens in one denoising pass; one job always fits."""
     batch_size: int | None = None
     """Most jobs that fit in one batch; None where as many as were planned for do."""
+    text_batches: int = 1
+    """Most batches whose texts are decoded together, while weights stream."""
+    text_bytes: int | None = None
+    """Device memory for these texts, and beside them for weights; None where weights have as much
+    as while images are drawn."""
     park_caches: bool
     """Whether prefixes of jobs that wait for their pass are in host memory."""
     host_block_bytes: int | None

@@ -12,6 +12,7 @@ from enum import StrEnum
 
 from sensebatch.jobs import Drawing
 from sensebatch.plan.computation import Computation
+from sensebatch.plan.footprint import cache_bytes
 from sensebatch.plan.load import Load
 from sensebatch.plan.passes import LONG_RUN, MAX_PREFILL_TOKENS, RING, middle_layers
 from sensebatch.plan.placement import Placement
@@ -188,6 +189,9 @@ class Clock:
     def _seconds(
         self, load: Load, num_jobs: int, placement: Placement, *, text_tokens: int
     ) -> float:
+        if text_tokens and placement.text_bytes is not None:
+            silent = self._seconds(load, num_jobs, placement, text_tokens=0)
+            return silent + self._together(load, num_jobs, placement)
         passes = Passes(self._orders, placement.num_buffers, self._speeds.copy_bytes_per_s)
         tokens = placement.tokens_per_pass
         batch = list(self._batch(load, load.batch_size, tokens, text_tokens))
@@ -202,6 +206,24 @@ class Clock:
                 passes.add(one)
             seconds += num_batches * passes.seconds
         return seconds
+
+    def _together(self, load: Load, num_jobs: int, placement: Placement) -> float:
+        """Returns the least time of texts that several batches write together before they draw.
+
+        Their caches grow evenly, and so do the weights beside them that are copied at every token.
+        """
+        assert placement.text_bytes is not None
+        total = 0.0
+        for jobs, often in _parts(num_jobs, placement.text_batches * load.batch_size):
+            cached = load.prompt_tokens + load.text_tokens // 2
+            spans = [(1, cached)] * min(jobs, load.batch_size)
+            work = understanding_work(self._computation, self._sizes, spans, logits=len(spans))
+            computed = -(-jobs // load.batch_size) * work.seconds(self._speeds)
+            room = placement.text_bytes - cache_bytes(self._computation, jobs * cached)
+            copied = max(self._orders.text.num_bytes - max(room, 0), 0)
+            step = max(computed, copied / self._speeds.copy_bytes_per_s)
+            total += often * load.text_tokens * step
+        return total
 
     def _batch(
         self, load: Load, jobs: int, tokens_per_pass: int, text_tokens: int

@@ -119,10 +119,12 @@ def test_kernels_decode_batches_together_to_the_same_bytes(monkeypatch: pytest.M
     with infer():
         alone = [read(*batch) for batch in batches]
         for text in alone:
-            runner.write([text])
+            with runner.writing() as write:
+                write([text])
         assert not begun
         texts = [read(*batch) for batch in batches]
-        runner.write(texts)
+        with runner.writing() as write:
+            write(texts)
     assert len(begun) == sum(limit for _, limit in batches)
     assert [content(text) for text in texts] == [content(text) for text in alone]
 

@@ -15,7 +15,17 @@ from typing import Any
 import numpy as np
 
 from sensebatch.config import ExecutionConfig, MemoryConfig, OutputConfig, RunConfig, default_config
-from sensebatch.contract import Channel, Kept, KeptImage, Phase, Progress, Reading, Stop, Worker
+from sensebatch.contract import (
+    Channel,
+    Following,
+    Kept,
+    KeptImage,
+    Phase,
+    Progress,
+    Reading,
+    Stop,
+    Worker,
+)
 from sensebatch.errors import BatchStoppedError, JobError, OutOfMemoryError
 from sensebatch.executor.observer import Summary, WorkerState
 from sensebatch.executor.run import execute
@@ -143,6 +153,12 @@ class FakeEngine:
     replanned: list[list[Task]] = field(default_factory=list)
     """The tasks of the groups of each run that memory was planned again for."""
     closed: int = 0
+    together: int = 1
+    """Most batches whose texts are written together."""
+    written: set[str] = field(default_factory=set)
+    """Batches whose texts wait."""
+    waves: list[list[tuple[str, ...]]] = field(default_factory=list)
+    """The batches that were written beside another one."""
     model: str = "fake"
     identity: ModelIdentity = IDENTITY
     num_kept: int = 0
@@ -150,6 +166,9 @@ class FakeEngine:
 
     def largest_batch(self, group: GroupKey) -> int | None:
         return self.fitting.get(group.image_tokens)
+
+    def num_following(self, group: GroupKey, batch: str | None = None) -> int:
+        return 0 if batch in self.written or not group.think else self.together - 1
 
     def make_room(self) -> str | None:
         if len(self.modes) == 1:
@@ -208,8 +227,10 @@ class FakeEngine:
         kept: Kept,
         channel: Channel,
         reading: Reading | None = None,  # noqa: ARG002
+        following: Following = (),
     ) -> BatchResult:
         self.batches.append(tuple(job.id for job in batch.jobs))
+        self._write_together(batch, following)
         if any("heavy" in job.prompt for job in batch.jobs) and len(batch.jobs) > 1:
             raise OutOfMemoryError("the batch does not fit")
         if any("huge" in job.prompt for job in batch.jobs) and self.modes[0] != "low":
@@ -235,6 +256,18 @@ class FakeEngine:
             total_s=8.0,
         )
         return BatchResult(results=tuple(results), metrics=metrics)
+
+    def _write_together(self, batch: Batch, following: Following) -> None:
+        if batch.id in self.written:
+            self.written.remove(batch.id)
+            return
+        self.written = {other.id for other, _ in following}
+        if following:
+            self.waves.append([tuple(job.id for job in one.jobs) for one, _ in following])
+        for other, prepared in following:
+            assert len(prepared) == len(other.jobs)
+            if any("poison" in job.prompt for job in other.jobs):
+                raise RuntimeError("poisoned")
 
     def _step(self, channel: Channel) -> None:
         self.steps += 1

@@ -131,9 +131,19 @@ class ProcessWorker(AbstractContextManager["ProcessWorker"]):
         self._preparations.send(Call("expect", (number,)))
         self._preparations.recv()
 
+    def num_following(self, group: GroupKey, batch: str | None = None) -> int:  # noqa: ARG002
+        return 0
+
     def generate(
-        self, number: int, batch: Batch, *, kept: Kept, channel: Channel
+        self,
+        number: int,
+        batch: Batch,
+        *,
+        kept: Kept,
+        channel: Channel,
+        following: Sequence[tuple[int, Batch]] = (),
     ) -> BatchResult | Raised:
+        assert not following
         self._connection.send(Call("generate", (number, batch, kept)))
         self._saw("kept images, in" if any(kept) else "")
         while True:

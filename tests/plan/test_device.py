@@ -16,7 +16,12 @@ from sensebatch.errors import ConfigError
 from sensebatch.jobs import Precision, group_key
 from sensebatch.manifest.read import read_rows
 from sensebatch.plan.batches import Demand, demand_of
-from sensebatch.plan.footprint import quantising_bytes, reading_bytes
+from sensebatch.plan.footprint import (
+    cache_bytes,
+    quantising_bytes,
+    reading_bytes,
+    text_memory,
+)
 from sensebatch.plan.load import Load
 from sensebatch.plan.passes import RING
 from sensebatch.plan.placement import Refusal
@@ -343,3 +348,52 @@ def test_jobs_that_take_more_than_a_refused_one_are_refused() -> None:
     )
     found = replace(place_all([SMALL]), refused=(refusal,))
     assert [found.refusal(job) for job in jobs] == [None, "too large", "too large"]
+
+
+def thoughts(jobs: int, *, batch: int = 16, text: int = 300) -> Load:
+    """Returns the load of small images after thoughts, in as many batches as jobs fill."""
+    load = make_load(batch, prompt=100, text=text)
+    load = with_drawing(load, resolution=Resolution(height=512, width=512), num_steps=4)
+    return replace(load, demands=((Demand(100, text, 1), jobs),))
+
+
+def test_texts_of_as_many_batches_as_fit_are_written_together_where_weights_stream() -> None:
+    budget = 7 * GIB
+    for jobs, together in ((16, 1), (40, 3), (64, 4), (640, 4)):
+        placement = place_all([thoughts(jobs)], vram_budget_bytes=budget).first
+        caches = text_memory(COMPUTATION, thoughts(jobs)).of_batch
+        assert placement.batch_size is None
+        assert placement.text_batches == together
+        assert placement.text_bytes is not None
+        assert together * caches <= placement.text_bytes < budget - placement.device_bytes // 8
+        assert placement.device_bytes <= budget
+    assert 5 * caches > placement.text_bytes
+    longer = place_all([thoughts(64, text=1500)], vram_budget_bytes=budget).first
+    assert longer.text_batches == 1
+
+
+@pytest.mark.parametrize(
+    ("load", "memory"),
+    [
+        (thoughts(64), {"vram_mode": "full"}),
+        (thoughts(64), {"device_free": 60 * GIB}),
+        (replace(thoughts(64), text_tokens=0), {"vram_budget_bytes": 7 * GIB}),
+        (make_interleave(), {"vram_budget_bytes": 20 * GIB}),
+        (make_load(4, text=300), {"device_free": 30 * GIB}),
+    ],
+)
+def test_nothing_changes_where_text_is_resident_or_alternates_with_images(
+    load: Load, memory: dict[str, Any]
+) -> None:
+    placement = place_all([load], **memory).first
+    assert (placement.text_batches, placement.text_bytes) == (1, None)
+
+
+def test_the_host_counts_what_waits_and_limits_how_much_is_written_together() -> None:
+    one, four = (place_all([thoughts(n)], vram_budget_bytes=7 * GIB).first for n in (16, 64))
+    waiting = cache_bytes(COMPUTATION, 3 * 16 * 400)
+    assert four.host_bytes - one.host_bytes >= waiting
+    least = one.host_bytes + waiting // 2
+    fewer = place_all([thoughts(64)], vram_budget_bytes=7 * GIB, host_budget_bytes=8 * GIB).first
+    assert fewer.text_batches < 4
+    assert fewer.host_bytes <= 8 * GIB < least

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from sensebatch.checkpoint.architecture import A3B, parse_architecture
 from sensebatch.jobs import Drawing, GroupKey, Precision, Stored
+from sensebatch.plan.batches import Demand
 from sensebatch.plan.computation import Computation
 from sensebatch.plan.load import Load, interleave_tokens
 from sensebatch.plan.seconds import Clock, GroupSeconds, new_clock
@@ -197,3 +198,14 @@ def test_tokens_read_the_weights_of_all_experts_that_some_of_them_go_to() -> Non
     assert (many - one) / an_expert + 8 == pytest.approx(moe.num_experts)
     step = denoising_work(computation, sizes, tokens=4096, images=1, prefixes=[PREFIX, PREFIX])
     assert step.weight_bytes / 2 > sizes.generation_matrices + 23 * an_expert
+
+
+def test_texts_that_are_written_together_wait_for_weights_once() -> None:
+    load = make_load(16, text_tokens=300, prompt=100)
+    text = []
+    for jobs in (16, 64):
+        several = replace(load, demands=((Demand(100, 300, 1), jobs),))
+        text.append(seconds(several, jobs, vram_budget_bytes=7 * GIB).text)
+    # Four times the caches leave less of the weights on the device.
+    assert text[0] < text[1] < 1.5 * text[0]
+    assert 64 * 300 / text[1] == pytest.approx(245, rel=0.1)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from sensebatch.config import ExecutionConfig, MemoryConfig, RunConfig, default_config
-from sensebatch.contract import Channel, Kept, Reading
+from sensebatch.contract import Channel, Following, Kept, Reading
 from sensebatch.dataset.records import open_dataset
 from sensebatch.dataset.selection import Selection
 from sensebatch.jobs import Batch, BatchMetrics, BatchResult, InputImage, Job, JobResult
@@ -59,9 +59,17 @@ class Judge(FakeEngine):
         kept: Kept,
         channel: Channel,
         reading: Reading | None = None,
+        following: Following = (),
     ) -> BatchResult:
         if batch.group.task is not Task.ASK:
-            return super().generate(batch, prepared, kept=kept, channel=channel, reading=reading)
+            return super().generate(
+                batch,
+                prepared,
+                kept=kept,
+                channel=channel,
+                reading=reading,
+                following=following,
+            )
         self.batches.append(tuple(job.id for job in batch.jobs))
         self.on_step()
         results = []

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sensebatch.engine.model.attention import Attention, Segment, attend_segments
-from sensebatch.plan.passes import GROWTH_TOKENS, ROOM_SPARE
+from sensebatch.plan.passes import GROWTH_TOKENS, ROOM_SPARE, reserved_bytes
 
 
 class Parcel(Protocol):
@@ -168,6 +168,12 @@ class KVCache:
         return (2 * layer + half) * self._half_bytes
 
     @property
+    def layers(self) -> Sequence[Tensor]:
+        """Keys and values of each layer on the device, with the room after them; empty if the cache
+        waits."""
+        return self._layers
+
+    @property
     def num_layers(self) -> int:
         """The number of layers that it caches."""
         return len(self._layers)
@@ -219,6 +225,12 @@ class SharedRoom:
         """Returns the element of a layer's keys or values where a token of a sequence begins."""
         heads, dim = self._layers[0].shape[3:]
         return (sequences_S * self.num_tokens + tokens_S) * (heads * dim)
+
+
+def held_bytes(caches: Sequence[KVCache]) -> int:
+    """Returns the bytes of device memory that caches take, rooms that they share counted once."""
+    storages = [layer.untyped_storage() for cache in caches for layer in cache.layers]
+    return sum(map(reserved_bytes, {one.data_ptr(): one.nbytes() for one in storages}.values()))
 
 
 def part_caches(caches: Sequence[KVCache]) -> None:

@@ -181,8 +181,8 @@ def _write(
     if not writing:
         return
     texts = [_text(runner, questions, script, stop_after) for questions in writing]
-    with runner.writing(len(texts)):
-        runner.write(texts)
+    with runner.writing() as write:
+        write(texts)
         for text in texts:
             runner.park(text.caches)
     for questions, text in zip(writing, texts, strict=True):

@@ -225,13 +225,14 @@ def think(
     """
     texts = [_thought(runner, running, script) for running in batches]
     ending = after_think(runner.tokenizer)
-    with runner.writing(len(texts)):
-        runner.write(texts)
+    with runner.writing() as write:
+        write(texts)
         run_together(
             [runner.appending([(cache, ending) for cache in text.caches]) for text in texts]
         )
         for text in texts:
-            part_caches(text.caches)
+            if runner.limits.park is None:
+                part_caches(text.caches)
             runner.park(text.caches)
     return [[said.tokens for said in text.writing.decoded.values()] for text in texts]
 

@@ -164,12 +164,25 @@ class Residency:
         return self._num_buffers
 
     @contextmanager
-    def resized(self, num_buffers: int) -> Iterator[None]:
-        """Keeps fewer or more blocks on the device as long as the context is open; see `resize`."""
+    def lending(self) -> Iterator[Callable[[int], None]]:
+        """Gives up device memory, but for the ring, while the context is open.
+
+        It is a function that keeps as many blocks for decoding as fit so many bytes. Blocks are in
+        host memory as well, or read again.
+        """
         before = self._num_buffers
-        self.resize(num_buffers)
+        text = [*self._understanding, *self._head]
+        largest = max(block.layout.num_bytes for block in text)
+        ring = self._buffer_bytes(RING)
+        of_layer = self._buffer_bytes(RING + 1) - ring
+        enough = -(-max(len(text) * largest - ring, 0) // of_layer)
+
+        def fill(num_bytes: int) -> None:
+            self.resize(RING + min(num_bytes // of_layer, enough))
+            self.decode()
+
         try:
-            yield
+            yield fill
         finally:
             self.resize(before)
 
