@@ -34,6 +34,9 @@ from sensebatch.units import MIB
 WORKSPACE_BYTES = 224 * MIB
 """What the matrix and attention libraries take, and what the allocator rounds up. On a CPU, the
 mask of a run of text: `RUN_SCORES` as bytes, and again as numbers."""
+TEXT_WORKSPACE_BYTES = 96 * MIB
+"""The same while text is decoded beside streamed weights: little is allocated, and a library
+multiplies only by the vocabulary head."""
 HOLES = 16
 """Caches that grow image by image leave about one part in so many of their bytes unused: holes
 that are too small for the larger ones that follow."""
@@ -258,7 +261,7 @@ def text_memory(computation: Computation, load: Load) -> TextMemory:
     return TextMemory(
         of_batch=rooms,
         of_step=jobs * arch.vocab_size * 2 * computation.item_bytes,
-        shared=WORKSPACE_BYTES
+        shared=TEXT_WORKSPACE_BYTES
         + quantising_bytes(computation)
         + reserved_bytes(of_layer)
         + text_pass,

@@ -19,7 +19,7 @@ MAX_PREFILL_TOKENS = 9216
 of 2048x2048 share one, and so share weights that may have to be streamed for it."""
 ROOM_TOKENS = 1024
 """Tokens that decoding makes room for at a time after what is cached."""
-TEXT_ROOM_TOKENS = 128
+TEXT_ROOM_TOKENS = 64
 """The same where several batches decode together: what their caches do not take yet holds weights
 that would otherwise be streamed at every token."""
 MAX_TEXT_BATCHES = 16

@@ -1,13 +1,14 @@
 """Device memory for blocks: which block is where in it, and when.
 
-A pass goes through its blocks in a known order. The memory is cut into buffers as large as the
-largest block. Some blocks are kept: they have a buffer to themselves. The others share the rest,
-the ring, and are copied ahead of use while earlier blocks are computed with. Nothing is allocated
-after the memory is given.
+A pass goes through its blocks in a known order. The memory is cut into buffers: a ring of some as
+large as the largest block, the others as large as most blocks are. Some blocks are kept: they have
+a buffer to themselves. The others share the ring, and are copied ahead of use while earlier blocks
+are computed with. Nothing is allocated after the memory is given.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -86,7 +87,7 @@ class Pool:
         self._lane = lane
         self._memory: Tensor | None = memory
         self._fixed = None if sizes is None else self._cut(sizes)
-        self._cuts: dict[int, list[_Buffer]] = {}
+        self._cuts: dict[tuple[int, int], list[_Buffer]] = {}
         self._active: list[_Buffer] = []
         self._where: dict[Block, _Buffer] = {}
         self._order: list[Block] = []
@@ -134,7 +135,10 @@ class Pool:
         """
         self._drop_failed()
         buffers = self._buffers_for(order)
-        num_kept = len(order) if len(order) <= len(buffers) else len(buffers) - RING
+        is_even = self._fixed is not None or buffers[0].flat.nbytes == buffers[-1].flat.nbytes
+        whole = is_even and len(order) <= len(buffers)
+        kept = order if whole else _may_be_kept(buffers, order)
+        num_kept = len(order) if whole else min(len(buffers) - RING, len(kept))
         if list(order) == self._order and (not keep or len(self._kept) == num_kept):
             return
         self._order = list(order)
@@ -145,23 +149,31 @@ class Pool:
                 buffer.state = _State.LEFT
             # Blocks that stay are lent without setting their mark.
             self._lane.computed(buffer.used)
-        whole = keep and len(order) <= len(buffers)
+        whole = keep and whole
         room = buffers if whole else buffers[:-RING]
         self._ring = [] if whole else buffers[-RING:]
         self._kept = {b.block: b for b in room if b.block in self._place}
         if keep:
-            self._assign_kept(room, num_kept)
+            self._assign_kept(room, kept, num_kept)
         self._claim([*self._kept.values(), *self._ring])
 
     def _buffers_for(self, order: Sequence[Block]) -> list[_Buffer]:
-        """Returns the memory cut into buffers for an order of blocks, aligned with its end."""
+        """Returns the memory cut into buffers for an order of blocks, aligned with its end.
+
+        The last ones are for any block. The others are as large as most blocks, unless there is a
+        buffer for each block anyway.
+        """
         if self._fixed is not None:
             return self._fixed
-        size = max(block.layout.num_bytes for block in order)
-        if size not in self._cuts:
-            assert self._memory is not None
-            self._cuts[size] = self._cut([size] * (self._memory.nbytes // size))
-        return self._cuts[size]
+        assert self._memory is not None
+        sizes = Counter(block.layout.num_bytes for block in order)
+        largest, total = max(sizes), self._memory.nbytes
+        usual = largest if len(order) * largest <= total else max(sizes, key=sizes.__getitem__)
+        if (usual, largest) not in self._cuts:
+            room = total - RING * largest
+            of_cut = [usual] * (room // usual) + [largest] * RING
+            self._cuts[usual, largest] = self._cut(of_cut)
+        return self._cuts[usual, largest]
 
     def _cut(self, sizes: Sequence[int]) -> list[_Buffer]:
         assert self._memory is not None
@@ -190,14 +202,13 @@ class Pool:
             # Copies are made in order, but must also wait for what was computed with the memory.
             self._lane.computed(buffer.used)
 
-    def _assign_kept(self, room: Sequence[_Buffer], count: int) -> None:
-        """Gives so many blocks, spread over the pass, a buffer to themselves.
+    def _assign_kept(self, room: Sequence[_Buffer], order: Sequence[Block], count: int) -> None:
+        """Gives so many blocks of an order, spread over the pass, a buffer to themselves.
 
         Blocks that are in a buffer of this cut stay there. The others get buffers in order, empty
         ones before those that other orders have filled. So if there is a buffer of each block's
         own size, every block gets its own.
         """
-        order = self._order
         chosen = {order[i * len(order) // count] for i in range(count)} if count else set()
         self._kept = {block: buffer for block, buffer in self._kept.items() if block in chosen}
         taken = set(map(id, self._kept.values()))
@@ -293,3 +304,9 @@ class Pool:
             self._where.pop(buffer.block, None)
         buffer.block, buffer.state = None, _State.EMPTY
         self._settled = False
+
+
+def _may_be_kept(buffers: Sequence[_Buffer], order: Sequence[Block]) -> list[Block]:
+    """Returns the blocks that fit a buffer which is not of the ring."""
+    size = buffers[0].flat.nbytes
+    return [block for block in order if block.layout.num_bytes <= size]

@@ -195,6 +195,27 @@ def test_small_blocks_share_what_large_ones_are_streamed_through() -> None:
         assert num_copies(small, keep=True) == 8
 
 
+def test_a_few_large_blocks_do_not_take_the_room_of_many_small_ones() -> None:
+    """As the parts of the vocabulary head among layers of eight bits."""
+    layers = [plain_block(number, 512) for number in range(8)]
+    head = [plain_block(number, 1024) for number in range(10, 12)]
+    lane = CountingLane()
+    with pool_of([*layers, *head], 2 * 1024 + 6 * 512 + 100, lane) as pool:
+        pool.schedule([*layers, *head], keep=True)
+        go_through(pool, [*layers, *head])
+        lane.num_copies = 0
+        for _ in range(3):
+            go_through(pool, [*layers, *head])
+        # Six layers stay; two of them and the head go through the ring.
+        assert lane.num_copies == 3 * 4
+        assert not pool.keeps_all
+        pool.schedule(layers, keep=True)
+        go_through(pool, layers)
+        lane.num_copies = 0
+        go_through(pool, layers)
+        assert (lane.num_copies, pool.keeps_all) == (0, True)
+
+
 def test_what_was_copied_ahead_for_an_earlier_order_makes_way_at_once() -> None:
     first, second = (
         [plain_block(number, 1024) for number in numbers] for numbers in (range(4), range(4, 8))

@@ -24,7 +24,7 @@ from tests.engine.memory.test_blocks import plain_block
 pytestmark = pytest.mark.slow
 
 NUM_LAYERS = 6
-SIZES = [(1024, 1024, 512), (1024, 512, 1536), (512, 1024, 512)]
+SIZES = [(1024, 1024, 512), (1024, 512, 1536), (512, 1024, 512), (512, 512, 1024)]
 """Matrices of an understanding layer, a generation layer, and a part of the head."""
 
 
