@@ -20,7 +20,7 @@ from sensebatch.dataset.picks import Pick, PickedJob, Picks
 from sensebatch.dataset.selection import Selection, Selector
 from sensebatch.declarations import declared, plain
 from sensebatch.jobs import Job, Sampling
-from sensebatch.store.acceptance import Verdict
+from sensebatch.store.acceptance import Judgement, Verdict
 from sensebatch.store.attempts import DONE, row_from_json
 from sensebatch.store.codec import job_from_json
 from sensebatch.store.log import ROW_SCHEMA
@@ -56,11 +56,8 @@ class Record:
     attempts: int
     row_text: str | None = field(repr=False)
     """The row as the state keeps it."""
-    verdict: Verdict | None = None
-    """What became of a try that was judged; None for any other job."""
-    score: float | None = None
-    """Of a try that was asked about, the least probability that an answer gave to what speaks for
-    it; None for any other job."""
+    judgement: Judgement | None = None
+    """What is known of a try that was asked about; None for any other job."""
     is_of_accepted: bool = True
     """Whether all tries that it starts from, itself or through others, are accepted."""
     is_of_dropped: bool = False
@@ -85,6 +82,11 @@ class Record:
     def is_done(self) -> bool:
         """Whether its files are there."""
         return self.status == DONE and self.row_text is not None
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """What became of a try that was judged; None for any other job."""
+        return None if self.judgement is None else self.judgement.verdict
 
     @property
     def is_dropped(self) -> bool:
@@ -175,7 +177,7 @@ _OWN: Mapping[str, Callable[[Record], Any]] = {
     "key": lambda record: record.key,
     "status": lambda record: record.status,
     "verdict": lambda record: None if record.verdict is None else record.verdict.value,
-    "score": lambda record: record.score,
+    "score": lambda record: None if record.judgement is None else record.judgement.score,
     "in_manifest": lambda record: record.in_manifest,
     "attempts": lambda record: record.attempts,
     "pick": lambda record: None if record.pick is None else record.pick.value,
@@ -287,8 +289,7 @@ def _record(root: Path, described: DescribedJob, selector: Selector) -> Record:
         in_manifest=described.in_manifest,
         attempts=described.attempts,
         row_text=described.row,
-        verdict=described.verdict,
-        score=described.score,
+        judgement=described.judgement,
         is_of_accepted=described.is_of_accepted,
         is_of_dropped=described.is_of_dropped,
         picked=selector.picked(job.id, described.key),

@@ -156,12 +156,23 @@ def _details(record: Record, input_of: InputOf) -> dict[str, Any]:
         "inputs": [_input(image, record.root, input_of) for image in job.images] or None,
         "manifest": manifest_row(job),
         "command": command_line(job, values.get("model"), record.root),
+        "checks": _checks(record),
         "more": [[title, word(values[name])] for name, title in _MORE.items() if values.get(name)],
     }
     if record.status == FAILED:
         details["error"] = values.get("error_message")
         details["traceback"] = _file_text(record.root, values.get("error_file"))
     return {name: value for name, value in details.items() if value is not None}
+
+
+def _checks(record: Record) -> list[list[str]] | None:
+    """Returns what was asked about a try, and what was answered; None if nothing was."""
+    if record.judgement is None or not record.judgement.asked:
+        return None
+    return [
+        [one.question, f"{one.answer} {one.share:.5g}, needs {one.at_least:g}"]
+        for one in record.judgement.asked
+    ]
 
 
 def _input(image: InputImage, root: Path, input_of: InputOf) -> Mapping[str, str]:

@@ -152,11 +152,15 @@ def _collected(
 
 def _records(run: Run, selection: Selection | None) -> Iterator[Record]:
     """Yields the jobs of a run that there is something to show of, and counts all."""
+    is_all = selection in (None, Selection())
     with open_dataset(run.root) as dataset:
         run.is_running = RunDir(run.root).in_use()
         for record in dataset.records(selection):
             run.counts[record.status] += 1
             if record.status not in (DONE, FAILED):
+                continue
+            if is_all and record.job.verdict is not None and record.status == DONE:
+                # It is shown with the image that it is about.
                 continue
             if record.finish_reason is not None:
                 run.finish_reasons[record.finish_reason] += 1

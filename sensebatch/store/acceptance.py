@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from sensebatch.jobs import Job, folded_id
 from sensebatch.store import tables
@@ -33,13 +34,32 @@ class Verdict(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A question about a try that was answered, by the model or by a function."""
+
+    question: str
+    """The question, or the function's name."""
+    answer: str
+    """What speaks for the try."""
+    share: float
+    """The probability of that answer."""
+    at_least: float
+    """What it has to be."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Judgement:
     """What is known of a try that was judged."""
 
     verdict: Verdict | None
     """None until all verdicts on it are there."""
-    score: float | None
-    """The least probability that a question or function gave to what speaks for it."""
+    asked: tuple[Asked, ...]
+    """The questions that were answered."""
+
+    @property
+    def score(self) -> float | None:
+        """The least probability that an answer gave to what speaks for it; None without any."""
+        return min((one.share for one in self.asked), default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,8 +104,8 @@ class _Try:
     has_files: bool
     passed: bool | None
     """None until all verdicts on it are there."""
-    score: float | None
-    """None until one is."""
+    judged: Sequence[_Judged]
+    """The questions about it; none unless it is done."""
 
     @property
     def is_dropped(self) -> bool:
@@ -221,13 +241,14 @@ def judgements(db: sqlite3.Connection) -> dict[str, Judgement]:
     for _, keep, tries in _series(db):
         accepted = 0
         for one in tries:
-            if one.status != DONE or (one.passed is None and one.score is None):
+            asked = tuple(one_asked.asked() for one_asked in one.judged if one_asked.state == DONE)
+            if one.status != DONE or (one.passed is None and not asked):
                 continue
             verdict = None if one.passed is None else Verdict.REJECTED
             if one.passed:
                 verdict = Verdict.ACCEPTED if accepted < keep else Verdict.SPARE
                 accepted += 1
-            found[one.job_id] = Judgement(verdict=verdict, score=one.score)
+            found[one.job_id] = Judgement(verdict=verdict, asked=asked)
     return found
 
 
@@ -281,7 +302,7 @@ def _series(db: sqlite3.Connection, span: Span = WHOLE) -> Iterator[tuple[str, i
                 status=status,
                 has_files=bool(has_files),
                 passed=_passed(db, folded, status, judged),
-                score=min((one.share for one in judged if one.state == DONE), default=None),
+                judged=judged,
             )
         )
     if tries:
@@ -311,9 +332,17 @@ class _Judged:
     """A question about a try."""
 
     state: str
+    answer: str
     share: float
     """The probability of the answer that speaks for it; 0 until it is answered."""
     at_least: float
+    question: str
+
+    def asked(self) -> Asked:
+        """Returns what is known of it once it is answered."""
+        return Asked(
+            question=self.question, answer=self.answer, share=self.share, at_least=self.at_least
+        )
 
     @property
     def is_against(self) -> bool:
@@ -325,17 +354,19 @@ def _judged(db: sqlite3.Connection, folded: str) -> list[_Judged]:
     """Returns the questions about a try."""
     judges = db.execute(
         "SELECT answer, at_least, status, row FROM verdicts JOIN jobs ON folded = judge"
-        " LEFT JOIN attempts ON attempts.seq = current WHERE verdicts.job = ? AND wanted = 1",
+        " LEFT JOIN attempts ON attempts.seq = current WHERE verdicts.job = ? AND wanted = 1"
+        " ORDER BY position",
         (folded,),
     )
-    return [
-        _Judged(state, _probability(row, answer) if state == DONE else 0.0, at_least)
-        for answer, at_least, state, row in judges
-    ]
+    found = []
+    for answer, at_least, state, text in judges:
+        row = row_from_json(text) if state == DONE else {}
+        share = _probability(row, answer) if row else 0.0
+        found.append(_Judged(state, answer, share, at_least, row.get("prompt", "")))
+    return found
 
 
-def _probability(text: str, answer: str) -> float:
-    row = row_from_json(text)
+def _probability(row: Mapping[str, Any], answer: str) -> float:
     choices, probabilities = row["choices"], row["choice_probabilities"]
     return dict(zip(choices, probabilities, strict=True)).get(answer, 0.0)
 

@@ -16,7 +16,7 @@ from typing import Any
 from sensebatch.jobs import FinishReason, Job, ModelIdentity, folded_id, parents_of
 from sensebatch.plan.batches import PlanEntry, plan_entry
 from sensebatch.store import acceptance, chains, lanes, shards, tables
-from sensebatch.store.acceptance import HeldJob, Series, Verdict
+from sensebatch.store.acceptance import HeldJob, Judgement, Series, Verdict
 from sensebatch.store.attempts import (
     BLOCKED,
     DONE,
@@ -102,10 +102,8 @@ class DescribedJob:
     attempts: int
     row: str | None
     """Its current row of the log, see `attempts.row_from_json`; None where there is none."""
-    verdict: Verdict | None = None
-    """What became of a try that was judged."""
-    score: float | None = None
-    """See `acceptance.Judgement`."""
+    judgement: Judgement | None = None
+    """What is known of a try that was asked about."""
     is_of_accepted: bool = True
     """Whether all tries that it starts from, itself or through others, are accepted."""
     is_of_dropped: bool = False
@@ -527,8 +525,7 @@ class State:
                     in_manifest=bool(listed),
                     attempts=attempts,
                     row=row,
-                    verdict=None if judgement is None else judgement.verdict,
-                    score=None if judgement is None else judgement.score,
+                    judgement=judgement,
                     is_of_accepted=is_of_accepted,
                     is_of_dropped=is_of_dropped,
                 )

@@ -20,6 +20,7 @@ from tests.executor.fakes import Flag, make_job, run_folder
 from tests.gallery.browser import Opened, ids, open_item
 from tests.gallery.runs import HOSTILE, HOSTILE_ID, make_input_file, make_run
 from tests.gallery.synthetic import make_synthetic
+from tests.store.test_acceptance import CONFIG, Judge, series
 from tests.store.test_chains import child
 
 pytestmark = pytest.mark.slow
@@ -386,6 +387,27 @@ def test_an_answer_is_shown_as_text(opened: Opened, tmp_path: Path) -> None:
     assert answer.startswith("what is <b>it</b>? 1 ")
     assert page.locator(".thought").inner_text().startswith("Thought")
     page.wait_for_function("() => document.querySelector('.story .inputs img').naturalWidth === 64")
+
+
+def test_verdicts_and_scores_are_facets_and_checks_are_shown(
+    opened: Opened, tmp_path: Path
+) -> None:
+    root = tmp_path / "run"
+    run_folder(root, series("cat", "dog"), CONFIG, engine=Judge())
+    make_gallery([root], root / "gallery")
+    page = opened.page(root / "gallery")
+    with open_dataset(root) as dataset:
+        tries = [one for one in dataset.records() if one.judgement is not None]
+    scores = {one.id: one.value("score") for one in tries}
+    rejected = {one.id: scores[one.id] for one in tries if one.verdict == "rejected"}
+    page.locator('[data-column="verdict"]').get_by_label("rejected").check()
+    assert page.inner_text("#count") == f"{len(rejected)} of {len(tries)} items"
+    page.select_option("#sort", "score")
+    assert ids(page) == sorted(rejected, key=lambda job_id: rejected[job_id])
+    worst = ids(page)[0]
+    open_item(page, worst)
+    checks = page.locator(".panel section", has_text="Checks")
+    assert f"yes {rejected[worst]:.5g}, needs 0.6" in checks.inner_text()
 
 
 def test_an_input_leads_to_the_job_that_made_it(opened: Opened, tmp_path: Path) -> None:

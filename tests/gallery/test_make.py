@@ -22,7 +22,9 @@ from sensebatch.jobs import InputImage
 from sensebatch.tasks import Task
 from tests.executor.fakes import Flag, make_job, run_folder
 from tests.gallery.runs import HOSTILE, HOSTILE_ID, make_input_file, make_run
+from tests.store.test_acceptance import CONFIG, Judge, series
 from tests.store.test_chains import child
+from tests.store.test_dropped import DROPPING
 
 
 def read_data(out: Path, name: str) -> Any:
@@ -270,3 +272,31 @@ def test_a_folder_with_other_files_is_not_written_to(root: Path, tmp_path: Path)
     with pytest.raises(RunFolderError, match=r"mine: expected a gallery, an empty folder or none"):
         make_gallery([root], other)
     assert [path.name for path in other.iterdir()] == ["sheets"]
+
+
+def test_tries_are_items_with_their_checks_and_questions_about_them_are_not(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    run_folder(root, series("cat", "dog", prompt="a {animal}"), CONFIG, engine=Judge())
+    out = make_gallery([root], root / "gallery").page.parent
+    items = read_data(out, "items")
+    with open_dataset(root) as dataset:
+        tries = {one.id: one for one in dataset.records() if one.judgement is not None}
+    assert set(items["ids"]) == tries.keys()
+    details = dict(zip(items["ids"], read_data(out, "details-0"), strict=True))
+    for place, job_id in enumerate(items["ids"]):
+        assert _word(out, place, "verdict") == tries[job_id].verdict
+        ((question, said),) = details[job_id]["checks"]
+        score = tries[job_id].value("score")
+        assert (question, said) == ("Is it good?", f"yes {score:.5g}, needs 0.6")
+        assert items["values"]["score"]["numbers"][place] == pytest.approx(score, rel=1e-5)
+    # Asked for, the questions are there.
+    asked = make_gallery([root], root / "asked", selection=Selection(tasks=(Task.ASK,)))
+    assert asked.items == len(tries)
+
+
+def test_images_that_were_removed_are_items_without_one(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    run_folder(root, series("cat", "dog"), DROPPING, engine=Judge())
+    made = make_gallery([root], root / "gallery")
+    assert not made.problems
+    assert 0 < made.images < made.items

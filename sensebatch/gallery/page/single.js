@@ -292,6 +292,7 @@
       if (detail?.problem) sections.push(SB.el("p", { class: "warning" }, detail.problem));
       if (detail?.text && !detail.is_story) sections.push(SB.el("section", null, SB.el("h3", null, "Thought"), SB.el("p", { class: "long" }, detail.text.replace(/\s*<\/think>\s*$/, ""))));
       if (detail?.inputs?.length) sections.push(SB.el("section", null, SB.el("h3", null, "Input images"), this.inputFigures()));
+      if (detail?.checks) sections.push(SB.el("section", null, SB.el("h3", null, "Checks"), table(detail.checks)));
       for (const [group, columns] of SB.columnGroups()) {
         const rows = columns.map((column) => [column.title, column.shown(this.item), column.name]).filter(([, value]) => value !== "");
         if (rows.length) sections.push(SB.el("section", null, SB.el("h3", null, group), table(rows)));
