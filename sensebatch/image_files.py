@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -62,6 +63,35 @@ _TEXTS = (
     (b"<html", "a web page"),
 )
 _HEIF_BRANDS = frozenset([b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"])
+
+
+class _WithoutWarnings:
+    """A context in which warnings are ignored, for any number of threads at a time.
+
+    Python's own context puts back what it found, which may be what another thread has set.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_inside = 0
+        self._kept = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._num_inside:
+                self._kept = warnings.catch_warnings()
+                self._kept.__enter__()
+                warnings.simplefilter("ignore")
+            self._num_inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._num_inside -= 1
+            if not self._num_inside:
+                self._kept.__exit__(None, None, None)
+
+
+_WITHOUT_WARNINGS = _WithoutWarnings()
 
 
 class UnusableImageError(Exception):
@@ -144,8 +174,7 @@ def _opened(content: bytes, max_pixels: int) -> Iterator[tuple[Image.Image, byte
 
     try:
         # Pillow warns of large photographs, which are fine, and of metadata that is not used.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _WITHOUT_WARNINGS:
             content, profile = _pixels_of_png(content)
             with Image.open(io.BytesIO(content), formats=_formats()) as image:
                 width, height = image.size

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
 import tracemalloc
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -306,3 +309,29 @@ def test_huge_jpegs_are_decoded_at_half_of_their_sides(monkeypatch: pytest.Monke
     assert (facts.width, facts.height, facts.corrections) == (400, 300, "reduced")
     assert decode_image(content, corrections=facts.corrections).size == (200, 150)
     assert check_image(content, as_stored=True).corrections == ""
+
+
+def test_threads_that_decode_together_leave_warnings_as_they_were() -> None:
+    """The one that begins first ends first, so that the other outlives it."""
+    before = list(warnings.filters)
+    first_in, second_in, first_out = (threading.Event() for _ in range(3))
+
+    def first() -> None:
+        with image_files._WITHOUT_WARNINGS:
+            first_in.set()
+            assert second_in.wait(10)
+        first_out.set()
+
+    def second() -> None:
+        assert first_in.wait(10)
+        with image_files._WITHOUT_WARNINGS:
+            second_in.set()
+            assert first_out.wait(10)
+            warnings.warn("of a photograph", UserWarning, stacklevel=1)
+
+    with ThreadPoolExecutor(2) as threads:
+        for call in [threads.submit(first), threads.submit(second)]:
+            call.result()
+    assert list(warnings.filters) == before
+    with pytest.warns(UserWarning, match="of a photograph"):
+        warnings.warn("of a photograph", UserWarning, stacklevel=1)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
@@ -33,6 +37,30 @@ def test_plain_text_is_encoded_as_the_tokenizer_itself_does(tokenizer: HFTokeniz
     raw = Tokenizer.from_file(str(TINY_FOLDER / "tokenizer.json"))
     assert tokenizer.encode(text) == raw.encode(text, add_special_tokens=False).ids
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_threads_encode_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, busy, gate = HFTokenizer(TINY_FOLDER), threading.Lock(), threading.Barrier(4)
+    inner, overlaps = tokenizer._tokenizer, []
+
+    def encode(text: str, **options: bool) -> list[int]:
+        overlaps.append(not busy.acquire(blocking=False))
+        time.sleep(0.001)
+        ids: list[int] = inner.encode(text, **options)
+        if not overlaps[-1]:
+            busy.release()
+        return ids
+
+    monkeypatch.setattr(tokenizer, "_tokenizer", Mock(encode=encode))
+
+    def prepare(_: int) -> list[list[int]]:
+        gate.wait()
+        return [tokenizer.encode("a red circle") for _ in range(5)]
+
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(prepare, range(4)))
+    assert not any(overlaps)
+    assert found == 4 * [5 * [inner.encode("a red circle", add_special_tokens=False)]]
 
 
 words = st.sampled_from([*SPECIAL_TOKENS, "<|endoftext|>", "<", "<|", "<<img>", "</", "a", " "])

@@ -6,6 +6,7 @@ Special tokens come from `token_id` alone: text that spells one out stays text.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -58,6 +59,9 @@ class HFTokenizer:
 
     def __init__(self, folder: Path) -> None:
         self._tokenizer = _load(folder)
+        # Settings of a tokenizer's own are changed by its first call, which some versions refuse
+        # while another thread encodes.
+        self._encoding = threading.Lock()
         added = self._tokenizer.added_tokens_decoder
         self._ids = {token.content: index for index, token in added.items()}
         single = [content for content in self._ids if len(content) == 1]
@@ -96,8 +100,9 @@ class HFTokenizer:
         except UnicodeEncodeError as error:
             raise JobError(f"prompt: expected valid Unicode: {error}") from error
         ids: list[int] = []
-        for part in cut_literals(text, self._ids):
-            ids += self._tokenizer.encode(part, add_special_tokens=False)
+        with self._encoding:
+            for part in cut_literals(text, self._ids):
+                ids += self._tokenizer.encode(part, add_special_tokens=False)
         special = set(self._ids.values())
         for index in ids:
             if index in special:
