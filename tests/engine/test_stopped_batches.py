@@ -222,8 +222,8 @@ def test_kept_images_of_an_interleave_job_that_fails_are_not_counted(
     assert num_kept(kept) == [1, 1]
     predict, calls = engine._network.predict_image, itertools.count(1)
 
-    def fails_at_first(*args: Any) -> torch.Tensor:
-        x = predict(*args)
+    def fails_at_first(*args: Any, **options: Any) -> torch.Tensor:
+        x = predict(*args, **options)
         return x * float("nan") if next(calls) == 1 else x
 
     monkeypatch.setattr(engine._network, "predict_image", fails_at_first)
