@@ -36,6 +36,7 @@ from sensebatch.errors import (
     StoppedError,
 )
 from sensebatch.executor.backends import BACKENDS
+from sensebatch.executor.claim import expected_counts
 from sensebatch.executor.crew import execute_crew
 from sensebatch.executor.deadline import Deadline
 from sensebatch.executor.observer import Summary, WorkerState, report
@@ -699,7 +700,7 @@ def _run_pending(
     if not counts.remaining or deadline.is_set():
         return _nothing_to_run(counts)
     _warn_of_cpu(config, model, observer)
-    observer.loading(counts, model)
+    observer.loading(expected_counts(store, config), model)
     loads = _loads(config, store, model)
     with closing(InputReader()) as reader:
         read_image = reading(store.run_dir.root, reader.read)

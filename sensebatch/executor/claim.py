@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from sensebatch.config import OutputConfig, RunConfig
 from sensebatch.jobs import GroupKey
-from sensebatch.plan.batches import make_plan
+from sensebatch.plan.batches import Plan, make_plan
 from sensebatch.plan.speed import job_cost
 from sensebatch.plan.workers import take_turns
+from sensebatch.store.shards import Shard
+from sensebatch.store.state import Counts
 from sensebatch.store.store import Store
 
 
@@ -32,12 +35,9 @@ def claim_batches(
     if shard is None or store.state.is_claimed():
         return
     plan = make_plan(store.state.whole_manifest(), config.memory, fitting)
-    batches = [(group, ids) for group in plan.groups for ids in group.batches()]
-    costs = (len(ids) * job_cost(group.group) for group, ids in batches)
-    owners = (number + 1 for number, _ in take_turns(costs, shard.count))
     num_own = store.state.claim(
-        [ids for _, ids in batches],
-        owners,
+        [ids for group in plan.groups for ids in group.batches()],
+        _owners(plan, shard),
         cut=", ".join(f"{group.group} in {group.batch_size}s" for group in plan.groups),
         output=_output_words(config.output),
     )
@@ -46,6 +46,30 @@ def claim_batches(
         f"{shard.words}: {num_jobs:,} of {plan.num_jobs:,} jobs, in {num_own:,} of "
         f"{plan.num_batches:,} batches"
     )
+
+
+def expected_counts(store: Store, config: RunConfig) -> Counts:
+    """Returns the counts of a folder; those of a shard before it is known which batches are its.
+
+    How many jobs it then has is as if any number of them fitted the device's memory.
+    """
+    counts, shard = store.state.counts(), store.state.shard()
+    if shard is None or store.state.is_claimed() or counts.held:
+        return counts
+    plan = make_plan(store.state.whole_manifest(), config.memory)
+    batches = (ids for group in plan.groups for ids in group.batches())
+    own = sum(
+        len(ids)
+        for ids, owner in zip(batches, _owners(plan, shard), strict=True)
+        if owner == shard.number
+    )
+    return replace(counts, jobs=own, pending=own, elsewhere=counts.jobs - own)
+
+
+def _owners(plan: Plan, shard: Shard) -> Iterator[int]:
+    """Yields the shard that each batch of a plan belongs to, by what their images cost."""
+    costs = (len(ids) * job_cost(group.group) for group in plan.groups for ids in group.batches())
+    return (number + 1 for number, _ in take_turns(costs, shard.count))
 
 
 def _output_words(output: OutputConfig) -> str:

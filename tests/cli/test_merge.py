@@ -90,3 +90,20 @@ def test_mistakes_are_named_and_nothing_is_made(invoke: Invoke, manifest: Path) 
     ended = invoke("run", manifest, "--output-dir", "here")
     assert (ended.code, "say --shard 1/2" in ended.err) == (2, True)
     assert not Path("outputs").exists()
+
+
+def test_a_shard_says_its_own_number_of_jobs_before_anything_is_loaded(
+    invoke: Invoke, manifest: Path
+) -> None:
+    own = []
+    for number in (1, 2):
+        said = invoke("run", manifest, "--shard", f"{number}/2").err
+        first = re.search(r"(\d) of (\d) jobs? to run in ", said)
+        claimed = re.search(rf"shard {number} of 2: (\d) of 5 jobs", said)
+        assert first is not None, said
+        assert claimed is not None, said
+        assert first.groups() == (claimed[1], claimed[1])
+        assert first.start() < said.index("loading") < claimed.start()
+        own.append(int(claimed[1]))
+    assert sum(own) == 5
+    assert 5 not in own
