@@ -43,6 +43,7 @@ from sensebatch.engine.model.tokenizer import HFTokenizer, Tokenizer
 from sensebatch.engine.preprocess import load_input
 from sensebatch.engine.runner import CachedPrompts, PassLimits, Runner
 from sensebatch.engine.sampling.text import Script
+from sensebatch.engine.tasks.noise import NoiseAhead
 from sensebatch.engine.tasks.registry import Written, runner_of
 from sensebatch.engine.tasks.state import PreparedJob, prepare_job, read_ahead
 from sensebatch.engine.weights.loader import NetworkLoader, open_weights, warm_up
@@ -117,6 +118,7 @@ class SenseNovaEngine:
         self._idle_since: float | None = None
         self._written: dict[str, Written] = {}
         """Batches whose texts are written and wait, by their ids."""
+        self._ahead = NoiseAhead()
 
     @property
     def info(self) -> EngineInfo:
@@ -144,7 +146,14 @@ class SenseNovaEngine:
         ]
         # Not the network's, which another thread may be loading again.
         arch = self._loader.arch
-        return prepare_job(arch, self._tokenizer, job, system_prompt=system, images=images)
+        return prepare_job(
+            arch,
+            self._tokenizer,
+            job,
+            system_prompt=system,
+            images=images,
+            ahead=self._ahead,
+        )
 
     def read(self, prepared: Sequence[PreparedJob]) -> Paced[CachedPrompts] | None:
         """Begins to read the prompts of the next batch; see `contract.Engine.read`."""

@@ -84,7 +84,9 @@ def test_each_of_many_images_of_a_pass_equals_the_one_drawn_alone(
     tokens = first.job.resolution.image_tokens
     monkeypatch.setattr(passes, "ROWS", images_per_part * tokens)
     jobs = [
-        replace(first, job=replace(first.job, seed=seed), noise=first.noise * (1 + seed / 10))
+        replace(
+            first, job=replace(first.job, seed=seed), noise=first.noise.to("cpu") * (1 + seed / 10)
+        )
         for seed in range(9)
     ]
     with infer():

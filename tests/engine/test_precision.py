@@ -127,13 +127,14 @@ def test_an_image_is_kept_in_float32_between_the_steps() -> None:
     with infer():
         extension = runner.new_extension(Prompt(token_ids=(1, 2, 3)))
         runner.prefill([extension])
+        noise = draw_noise(arch, SIZE, job_generator(1))
         canvas = Canvas(
             guidance=Guidance(Task.EDIT, SAMPLING),
             caches={Branch.COND: extension.cache, Branch.IMG_COND: extension.cache},
-            noise=draw_noise(arch, SIZE, job_generator(1)),
+            noise=noise,
         )
         drawn = denoise(runner, [canvas], drawing=drawing_of(canvas.guidance, SIZE, num_steps=5))
-    assert canvas.noise.dtype == torch.float32
+    assert noise.dtype == torch.float32
     torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-5)
 
 

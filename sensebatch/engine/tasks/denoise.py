@@ -30,6 +30,7 @@ from sensebatch.engine.sampling.flow_matching import (
 )
 from sensebatch.engine.sampling.guidance import COND, Guidance
 from sensebatch.engine.sampling.solvers import Velocity, integrate
+from sensebatch.engine.tasks.noise import Starting
 from sensebatch.jobs import Drawing
 from sensebatch.resolutions import TOKEN_NUMBERS, Resolution
 from sensebatch.tasks import Branch
@@ -42,8 +43,7 @@ class Canvas:
     guidance: Guidance
     caches: Mapping[Branch, KVCache]
     """The cached prefix of each of the guidance's branches."""
-    noise: Tensor
-    """float32 `[3, height, width]`, already scaled."""
+    noise: Starting
 
 
 def image_noise_scale(arch: Architecture, resolution: Resolution) -> float:

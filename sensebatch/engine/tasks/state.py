@@ -18,26 +18,27 @@ from sensebatch.engine.prompts import Prompt, branch_prompts
 from sensebatch.engine.runner import CachedPrompts, Extension, Runner, prompt_passes
 from sensebatch.engine.sampling.guidance import COND, UNCOND, Guidance
 from sensebatch.engine.tasks.denoise import draw_noise
+from sensebatch.engine.tasks.noise import Noise, NoiseAhead, Starting
 from sensebatch.errors import JobError
 from sensebatch.jobs import Job
+from sensebatch.resolutions import TOKEN_NUMBERS, Resolution
 from sensebatch.tasks import Branch, Output
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedJob:
-    """A job after everything that the host can do: images decoded and resized, prompts tokenised,
-    noise drawn."""
+    """A job after everything that the host does for it: images decoded, prompts tokenised."""
 
     job: Job
     prompts: Mapping[Branch, Prompt]
     """The prompt of each guidance branch."""
     images: Sequence[Patches] = ()
     """The input images."""
-    noise: Tensor | None = None
-    """The noise that the only image starts from, float32 `[3, height, width]`; None for a job that
-    makes another number of images and draws noise for each when it comes to it."""
+    noise: Starting | None = None
+    """What the only image starts from; None for a job that makes another number of images and
+    draws noise for each when it comes to it."""
     generator: torch.Generator = field(repr=False)
-    """The job's own generator; all its noise comes from it."""
+    """The job's own generator, of all its other noise."""
 
 
 def prepare_job(
@@ -47,17 +48,26 @@ def prepare_job(
     *,
     system_prompt: str,
     images: Sequence[Patches] = (),
+    ahead: NoiseAhead | None = None,
 ) -> PreparedJob:
     """Returns a job that is ready for the network. Uses the CPU alone.
+
+    Args:
+        arch: The network's shape.
+        tokenizer: The checkpoint's.
+        job: What is prepared.
+        system_prompt: The text of its system turn.
+        images: Its input images.
+        ahead: Draws noise before it is used; None to draw it then.
 
     Raises:
         JobError: The prompt cannot be laid out.
     """
-    generator = job_generator(job.seed)
-    drawing = job.drawing
-    noise = None
+    drawing, noise = job.drawing, None
     if drawing is not None and job.task.spec.output is Output.IMAGE:
-        noise = draw_noise(arch, drawing.resolution, generator)
+        noise = _image_noise(arch, drawing.resolution, job.seed)
+        if ahead is not None:
+            ahead.announce(noise)
     return PreparedJob(
         job=job,
         prompts=branch_prompts(
@@ -71,8 +81,15 @@ def prepare_job(
         ),
         images=images,
         noise=noise,
-        generator=generator,
+        generator=job_generator(job.seed),
     )
+
+
+def _image_noise(arch: Architecture, resolution: Resolution, seed: int) -> Noise:
+    def draw() -> Tensor:
+        return draw_noise(arch, resolution, job_generator(seed))
+
+    return Noise(draw, 4 * TOKEN_NUMBERS * resolution.image_tokens)
 
 
 def job_generator(seed: int) -> torch.Generator:
