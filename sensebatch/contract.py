@@ -57,6 +57,9 @@ class Progress:
     """Steps that are done, including those of passes that an interrupted run has drawn."""
     num_steps: int
     """Steps of all passes of the phase; 0 if the end is not known, as in decoding text."""
+    num_together: int = 0
+    """Jobs whose texts are written together, those of batches that follow among them; 0 where all
+    are the batch's own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -105,9 +105,10 @@ def names(lanes: Sequence[Lane]) -> list[str]:
 
 
 def step_words(progress: Progress) -> str:
-    """Returns the progress of a batch in words: `denoise 7 of 50`, `think 212`."""
+    """Returns the progress of a batch in words: `denoise 7 of 50`, `think 212 of 64 jobs`."""
     if progress.phase is None:
         return "starting"
     if progress.num_steps:
         return f"{progress.phase} {progress.step} of {progress.num_steps}"
-    return f"{progress.phase} {progress.step}"
+    of_jobs = f" of {progress.num_together} jobs" if progress.num_together else ""
+    return f"{progress.phase} {progress.step}{of_jobs}"

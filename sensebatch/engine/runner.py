@@ -415,11 +415,13 @@ class Runner:
 
         return step
 
-    def _writes_token(self, number: int) -> None:
+    def _writes_token(self, number: int, num_together: int = 0) -> None:
         """Reports a step of decoding before it is made, and heeds a stop as `text_step` says."""
         if not self.num_denoise_steps:
             self.heed_stop()
-        self.progress(Progress(phase=Phase.THINK, step=number, num_steps=0))
+        self.progress(
+            Progress(phase=Phase.THINK, step=number, num_steps=0, num_together=num_together)
+        )
 
     @contextmanager
     def writing(self) -> Iterator[Callable[[Sequence[Text]], None]]:
@@ -470,7 +472,7 @@ class Runner:
                 self._make_rooms(texts, decoders, keep, room_tokens)
             if not any(taken):
                 return
-            self._writes_token(number)
+            self._writes_token(number, sum(map(len, taken)) if len(texts) > 1 else 0)
             active = [(i, of_text) for i, of_text in enumerate(taken) if of_text]
             choices = step_together([(decoders[i], of_text) for i, of_text in active])
             for (i, _), chosen in zip(active, choices, strict=True):

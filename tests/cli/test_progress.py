@@ -295,6 +295,8 @@ def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_steps_without_a_known_end_have_no_total() -> None:
     assert step_words(Progress(phase=Phase.THINK, step=12, num_steps=0)) == "think 12"
+    beside = Progress(phase=Phase.THINK, step=12, num_steps=0, num_together=64)
+    assert step_words(beside) == "think 12 of 64 jobs"
     assert step_words(Progress(phase=Phase.DENOISE, step=3, num_steps=8)) == "denoise 3 of 8"
 
 

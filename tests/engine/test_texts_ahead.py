@@ -79,6 +79,10 @@ class Run:
 
         def progress(one: Progress) -> None:
             seen.append(one.phase)
+            jobs = sum(len(other.jobs) for other in (batch, *following))
+            is_text = one.phase is Phase.THINK and bool(following)
+            assert one.num_together <= jobs if is_text else not one.num_together
+            assert not is_text or one.step > 1 or one.num_together == jobs
 
         prepare = self._engine.prepare
         return self._engine.generate(

@@ -73,10 +73,11 @@ def run_until(
     clock: Clock | None = None,
     config: object = None,
     a_pass: int | None = None,
+    together: int = 1,
 ) -> Ran:
     """Runs jobs for as long as a clock that the engine moves says."""
     clock = clock or Clock()
-    engine, seen = FakeEngine(clock.step, a_pass=a_pass), Recorder()
+    engine, seen = FakeEngine(clock.step, a_pass=a_pass, together=together), Recorder()
     with open_store(root) as store:
         changes = store.ingest(jobs, IDENTITY)
         summary = execute(
@@ -101,6 +102,14 @@ def test_no_batch_begins_that_would_not_end_in_time(tmp_path: Path) -> None:
     assert ran.summary.next_s == pytest.approx(BATCH_S)
     assert (ran.summary.counts.done, ran.summary.counts.pending) == (6, 2)
     assert read_status(tmp_path).counts.started == 0
+
+
+def test_a_batch_that_texts_are_written_beside_needs_the_time_of_them_all(tmp_path: Path) -> None:
+    jobs = [make_job(f"j{i}", think=True) for i in range(12)]
+    ran = run_until(tmp_path, jobs, 5.5 * BATCH_S, together=3)
+    assert len(ran.engine.batches) == 3, "the next three would take three times as long as one"
+    assert ran.summary.next_s == pytest.approx(3 * BATCH_S)
+    assert len(run_until(tmp_path, jobs, 3.5 * BATCH_S, together=3).engine.batches) == 3
 
 
 def test_a_run_that_is_through_in_time_is_not_late(tmp_path: Path) -> None:
