@@ -7,13 +7,14 @@ each image for every check.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 from pydantic import ValidationError
 
+from sensebatch.errors import ConfigError
 from sensebatch.functions import AcceptFunction
 from sensebatch.jobs import AttemptAt, Job, JudgedBy, VerdictOn
 from sensebatch.manifest.expand import Expanded, as_text, check_template, filled
@@ -60,6 +61,48 @@ class Acceptance:
         attempt_at = AttemptAt(series=series, number=number, keep=self.keep, checks=checks)
         return replace(job, attempt_at=attempt_at)
 
+    def as_fields(self, tries: Sequence[Job]) -> dict[str, Any]:
+        """Returns the fields of a row of its own that makes the tries of a series again.
+
+        Args:
+            tries: All of them, in their order.
+
+        Raises:
+            ConfigError: They start from images that no one row can name.
+        """
+        first, ids = tries[0], _template([job.id for job in tries], tries)
+        assert ids is not None
+        texts = {name: as_text(value) for name, value in first.matrix.items()}
+        texts["prompt"] = first.prompt
+        checks = [
+            {
+                "ask": re.sub(r"[{}]", r"\g<0>\g<0>", filled(check.ask, texts)),
+                "choices": list(check.choices),
+                "is": check.expected,
+                "at_least": check.at_least,
+            }
+            for check in self.checks
+        ]
+        fields = {"id": ids.removesuffix("-seed={seed}"), "seed": first.seed}
+        fields |= {"accept": checks} if checks else {}
+        if any(image.output for image in first.images):
+            fields["images"] = self._images(tries)
+        return {**fields, "keep": self.keep, "tries": self.tries}
+
+    def _images(self, tries: Sequence[Job]) -> list[str | None]:
+        """Returns the names of images of other jobs that tries start from; None for files."""
+        names = []
+        for own in zip(*(job.images for job in tries), strict=True):
+            paths = [image.path if image.output else "" for image in own]
+            name = paths[0] if len(set(paths)) == 1 else _template(paths, tries)
+            if name is None:
+                raise ConfigError(
+                    f"expected tries that start from images of one name, found {paths[0]} and "
+                    f"{paths[1]} (job {tries[0].id})"
+                )
+            names.append(name or None)
+        return names
+
     def questions(self, job: Job) -> Iterator[Question]:
         """Yields the questions about the image of a job."""
         texts = {name: as_text(value) for name, value in job.matrix.items()}
@@ -88,6 +131,17 @@ class Acceptance:
                 VerdictOn(job=job.id, answer=YES, at_least=one.at_least),
                 _judged_by(one),
             )
+
+
+def _template(texts: Sequence[str], tries: Sequence[Job]) -> str | None:
+    """Returns a text that becomes each of some with the seed of its try; None if there is none."""
+    seed = str(tries[0].seed)
+    for old, new in ((f"-seed={seed}", "-seed={seed}"), (seed, "{seed}")):
+        template = new.join(texts[0].rsplit(old, 1))
+        made = (template.replace("{seed}", str(job.seed)) for job in tries)
+        if all(one == text for one, text in zip(made, texts, strict=True)):
+            return template
+    return None
 
 
 @cache

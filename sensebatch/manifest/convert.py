@@ -46,12 +46,12 @@ def convert_manifest(
     task: Task | None = None,
     embed_images: bool = False,
 ) -> int:
-    """Writes the jobs of a manifest to another one and returns how many there are.
+    """Writes the jobs of a manifest to another one and returns how many rows there are.
 
-    Every job gets its id and task. Seeds, repetitions, matrices and the manifest's defaults are
-    expanded; the model's defaults are not written. Paths of images become relative to the new
-    manifest. Images stored inside `src` go to the folder `<dst's stem>-images` unless they are
-    embedded again.
+    The tries at a prompt are one row, and every other job is one. Each gets its id and task. Seeds,
+    repetitions, matrices and the manifest's defaults are expanded; the model's defaults are not
+    written. Paths of images become relative to the new manifest. Images stored inside `src` go to
+    the folder `<dst's stem>-images` unless they are embedded again.
 
     Args:
         src: A YAML, JSONL or Parquet manifest.
@@ -74,14 +74,9 @@ def convert_manifest(
 
     def rows() -> Iterator[Row]:
         nonlocal count
-        for read in read_jobs([src], config, task=task):
-            if read.job.attempt_at is not None:
-                raise ConfigError(
-                    f"{src}: expected jobs without accept, which other formats do not say in full, "
-                    f"found {read.job.id}"
-                )
+        for reads in _by_row(read_jobs([src], config, task=task)):
             count += 1
-            yield _row(read, dst, reader, embed_images)
+            yield _row(reads, dst, reader, embed_images)
 
     try:
         dst.parent.mkdir(parents=True, exist_ok=True)
@@ -115,9 +110,24 @@ def _check_destination(src: Path, dst: Path, suffix: str, embed_images: bool) ->
         raise ConfigError(f"{dst}: {message}")
 
 
-def _row(read: ReadJob, dst: Path, reader: InputReader, embed_images: bool) -> Row:
+def _by_row(reads: Iterable[ReadJob]) -> Iterator[list[ReadJob]]:
+    """Yields the jobs that become a row: one, or all tries of a series; no questions about them."""
+    series: dict[str, list[ReadJob]] = {}
+    for read in reads:
+        if read.job.verdict is not None:
+            continue
+        if read.accept is None or read.job.attempt_at is None:
+            yield [read]
+            continue
+        tries = series.setdefault(read.job.attempt_at.series, [])
+        tries.append(read)
+        if len(tries) == read.accept.tries:
+            yield series.pop(read.job.attempt_at.series)
+
+
+def _row(reads: list[ReadJob], dst: Path, reader: InputReader, embed_images: bool) -> Row:
     """Returns a job as a row: what was given, under our names, without the model's defaults."""
-    job = read.job
+    read, job = reads[0], reads[0].job
     given = read.fields.model_dump(exclude_none=True, exclude=set(_REPLACED))
     row: Row = {"id": job.id, "task": str(job.task), "prompt": job.prompt}
     if job.images:
@@ -129,6 +139,13 @@ def _row(read: ReadJob, dst: Path, reader: InputReader, embed_images: bool) -> R
         row["think"] = job.think
     if "type" in job.metadata:
         row["metadata"] = {n: value for n, value in job.metadata.items() if n != "tags"}
+    if read.accept is not None:
+        fields = read.accept.as_fields([one.job for one in reads])
+        names = fields.pop("images", ())
+        for place, name in enumerate(names):
+            if name is not None:
+                row["images"][place] = {"bytes": None, "path": name} if embed_images else name
+        row |= fields
     return row
 
 
@@ -198,6 +215,14 @@ def _parquet_row(row: Row) -> Row:
     return row
 
 
+def _check_type() -> Any:
+    import pyarrow as pa
+
+    text = pa.string()
+    names = {"ask": text, "choices": pa.list_(text), "is": text, "at_least": pa.float64()}
+    return pa.struct(list(names.items()))
+
+
 def _parquet_schema(embed_images: bool) -> Any:
     import pyarrow as pa
 
@@ -219,6 +244,9 @@ def _parquet_schema(embed_images: bool) -> Any:
             ("height", whole),
             ("system_prompt", text),
             *((name, column(setting.plain_type)) for name, setting in SETTINGS.items()),
+            ("accept", pa.list_(_check_type())),
+            ("keep", whole),
+            ("tries", whole),
             ("tags", pa.list_(text)),
             ("metadata", text),
         ]

@@ -105,6 +105,8 @@ class ReadJob:
     job: Job
     fields: JobFields
     """The fields of the row and the defaults, with seeds and matrix expanded."""
+    accept: Acceptance | None = None
+    """What the image must be like, of a try."""
 
 
 def read_jobs(
@@ -347,7 +349,7 @@ class ManifestReader:
         if accept is None:
             yield read
             return
-        yield replace(read, job=accept.as_try(read.job))
+        yield replace(read, job=accept.as_try(read.job), accept=accept)
         for question in accept.questions(read.job):
             found = self._job(question.expanded, Task.ASK, origin, number, errors)
             if found is not None:

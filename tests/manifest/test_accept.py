@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sensebatch.config import default_config
-from sensebatch.errors import ConfigError, ManifestError
-from sensebatch.jobs import Job
+from sensebatch.errors import ManifestError
+from sensebatch.jobs import Job, Source
 from sensebatch.manifest.convert import convert_manifest
 from sensebatch.manifest.read import read_manifest
 
@@ -153,8 +156,44 @@ def test_mistakes_are_named(row: str, expected: str, tmp_path: Path) -> None:
     assert [f"{one.field}: {one.message}" for one in raised.value.problems] == [expected]
 
 
-def test_such_rows_are_not_converted_in_part(tmp_path: Path) -> None:
-    read(tmp_path, f"jobs: [{{id: a, prompt: a dot, accept: {CHECK}}}]\n")
-    with pytest.raises(ConfigError, match="expected jobs without accept"):
-        convert_manifest(tmp_path / "m.yaml", tmp_path / "new.jsonl", default_config())
-    assert not (tmp_path / "new.jsonl").exists()
+def test_such_rows_are_the_same_in_every_format(tmp_path: Path) -> None:
+    text = f"""
+defaults: {{tags: [one]}}
+jobs:
+  - id: "{{c}}-{{d}}"
+    prompt: A {{c}} dot {{{{really}}}}
+    matrix: {{c: [red, blue], d: [1, 2]}}
+    accept:
+      - {{ask: "{{{{Is}}}} it {{c}}, as in: {{prompt}}", choices: [yes, no], is: yes}}
+      - {{ask: "Is it {{d}}?", choices: [ja, nein], is: ja}}
+    keep: 2
+    tries: 3
+  - {{id: "x{{seed}}y", prompt: a dot, seed: 5, accept: {CHECK}, metadata: {{a: 1}}}}
+  - {{id: seeds, prompt: a dot, seeds: [5, 6, 7]}}
+  - {{id: sibling, prompt: make it red, image: "@seeds", seed: 5, accept: {CHECK}}}
+  - {{id: fixed, prompt: make it red, images: ["@seeds-seed=6", "@red-1-seed=42"], accept: {CHECK}}}
+  - {{id: more, prompt: a line, tries: 2, accept: {CHECK}, matrix: {{zoo: [1], size: [2]}}}}
+"""
+    text = text.replace("a line,", '"a line {zoo} {size}",')
+    jobs = read(tmp_path, text)
+    assert len([job for job in jobs if job.attempt_at]) == 4 * 3 + 3 + 3 + 3 + 2
+    expected = {job.id: plain(job) for job in jobs}
+    before = tmp_path / "m.yaml"
+    for name in ("a.jsonl", "b.parquet", "c.yaml"):
+        after = tmp_path / name
+        assert convert_manifest(before, after, default_config()) == 4 + 1 + 3 + 1 + 1 + 1
+        found = {job.id: plain(job) for job in read_manifest(after, default_config())}
+        assert found == expected
+        before = after
+    assert read_rows_of(tmp_path / "a.jsonl")[0]["accept"][0]["ask"] == (
+        "{{Is}} it red, as in: A red dot {{really}}"
+    )
+
+
+def plain(job: Job) -> Job:
+    """Returns a job without what conversion leaves out: its place, and the matrix it came from."""
+    return replace(job, source=Source(file="", row=""), matrix={})
+
+
+def read_rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
