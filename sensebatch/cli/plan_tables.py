@@ -7,7 +7,6 @@ from typing import Any
 
 from sensebatch.cli.messages import counted
 from sensebatch.cli.tables import FittingTable, print_parts
-from sensebatch.report.acceptance import starting_from
 from sensebatch.units import GIB, duration
 
 Summary = Mapping[str, Any]
@@ -47,6 +46,9 @@ def print_plan(summary: Summary, *forecast: str) -> None:
         for name, number in summary["functions"].items()
     ]
     if summary["from_tries"]:
+        # It imports Arrow, which most plans do without.
+        from sensebatch.report.acceptance import starting_from
+
         what = "tries, and are drawn only if those are"
         lines.append(starting_from(what, summary["from_tries"]))
     print_parts(table, *(lines if more > 0 else lines[1:]), *_memory(summary), *forecast)

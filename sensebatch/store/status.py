@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -107,16 +107,15 @@ def num_unlogged(root: Path, num_rows: int) -> int:
 
 
 def read_acceptance(root: Path) -> Acceptance:
-    """Returns what became of tries, and what waits for them; nothing where no state can be asked.
-
-    Raises:
-        RunFolderError: The state has to be rebuilt.
-    """
+    """Returns what became of tries and what waits for them; nothing where no state can be asked."""
     run_dir = RunDir(root)
-    if not run_dir.state.is_file():
-        return Acceptance()
-    with closing(State(run_dir.state, read_only=True)) as state:
-        return _acceptance(state)
+    if run_dir.state.is_file():
+        with (
+            suppress(RunFolderError, StorageError),
+            closing(State(run_dir.state, read_only=True)) as state,
+        ):
+            return _acceptance(state)
+    return Acceptance()
 
 
 def _acceptance(state: State) -> Acceptance:
