@@ -13,6 +13,7 @@ from sensebatch.checkpoint.architecture import parse_architecture
 from sensebatch.config import default_config
 from sensebatch.contract import Channel
 from sensebatch.engine.sampling.flow_matching import (
+    SERIAL_NUMBERS,
     initial_noise,
     noise_scale,
     timesteps,
@@ -178,3 +179,13 @@ def test_an_interleave_job_stops_at_its_last_image() -> None:
     assert len(result.images) == 1
     assert result.text is not None
     assert result.text.endswith("<image>")
+
+
+def test_noise_is_scaled_as_one_tensor_would_be() -> None:
+    # More numbers than are scaled at a time, and not a multiple of them.
+    height, width, scale = 96, 3 * 64, 2.3
+    generators = [torch.Generator().manual_seed(5) for _ in range(2)]
+    noise = initial_noise(height, width, scale, generators[0])
+    assert noise.numel() % SERIAL_NUMBERS
+    expected = scale * torch.randn(1, 3, height, width, generator=generators[1])[0]
+    assert torch.equal(noise, expected)
