@@ -1,15 +1,18 @@
 """Looks at input images: that they decode, how large they are, and the hash of their bytes.
 
-Each file is read once, however many jobs use it.
+Each file is read once, however many jobs use it, and several at a time where they are known ahead.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import OrderedDict
 from collections.abc import Hashable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from sensebatch.bounded import UnreadableFileError, read_file
 from sensebatch.image_files import (
@@ -25,12 +28,19 @@ from sensebatch.manifest.problems import printable
 
 MAX_CACHED = 4096
 """Images whose facts are remembered within one reading."""
+MAX_THREADS = 4
+"""How many images are looked at together at most."""
+MAX_BYTES_AHEAD = 1 << 24
+"""Largest file that is looked at ahead; larger ones have the memory to themselves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Probed:
     sha256: str
     facts: ImageFacts
+
+
+_Kept = TypeVar("_Kept", _Probed, Future[_Probed])
 
 
 class ImageProbe:
@@ -42,7 +52,27 @@ class ImageProbe:
 
     def __init__(self, max_pixels: int = MAX_PIXELS) -> None:
         self._max_pixels = max_pixels
-        self._probed: OrderedDict[Hashable, _Probed] = OrderedDict()
+        self._probed: OrderedDict[Hashable, _Probed | Future[_Probed]] = OrderedDict()
+        self._threads: ThreadPoolExecutor | None = None
+
+    def look_ahead(self, path: Path, *, as_stored: bool) -> None:
+        """Begins to look at the image in a file that `file` will be asked for.
+
+        Args:
+            path: The file; nothing is said of one that is no image.
+            as_stored: See `file`.
+        """
+        num_threads = min(MAX_THREADS, os.cpu_count() or 1)
+        try:
+            stat = path.stat()
+        except (OSError, ValueError):
+            return
+        key = _key(path, stat, as_stored)
+        if num_threads == 1 or stat.st_size > MAX_BYTES_AHEAD or key in self._probed:
+            return
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="probe")
+        self._keep(key, self._threads.submit(self._read, path, as_stored))
 
     def file(self, path: Path, *, as_stored: bool = False) -> InputImage:
         """Returns the input image in a file.
@@ -56,11 +86,10 @@ class ImageProbe:
         """
         place = printable(str(path))
         try:
-            stat = path.stat()
-            key = (str(path), stat.st_mtime_ns, stat.st_size, as_stored)
+            key = _key(path, path.stat(), as_stored)
             probed = self._remembered(key)
             if probed is None:
-                probed = self._remember(key, read_file(path, MAX_FILE_BYTES), as_stored=as_stored)
+                probed = self._keep(key, self._read(path, as_stored))
         except (UnreadableFileError, UnusableImageError) as error:
             raise UnusableImageError(f"{error}: {place}") from error
         except FileNotFoundError as error:
@@ -88,24 +117,39 @@ class ImageProbe:
         content = image.content or b""
         key = (hashlib.sha256(content).digest(), as_stored)
         try:
-            probed = self._remembered(key) or self._remember(key, content, as_stored=as_stored)
+            probed = self._remembered(key)
+            if probed is None:
+                probed = self._keep(key, self._look(content, as_stored))
         except UnusableImageError as error:
             raise UnusableImageError(f"{error} in the bytes of the row") from error
         return _input_image(path, member, probed)
 
     def _remembered(self, key: Hashable) -> _Probed | None:
         probed = self._probed.get(key)
+        if isinstance(probed, Future):
+            # What was wrong with the image is raised here; it is not remembered.
+            del self._probed[key]
+            return self._keep(key, probed.result())
         if probed is not None:
             self._probed.move_to_end(key)
         return probed
 
-    def _remember(self, key: Hashable, content: bytes, *, as_stored: bool) -> _Probed:
-        facts = check_image(content, as_stored=as_stored, max_pixels=self._max_pixels)
-        probed = _Probed(sha256=hashlib.sha256(content).hexdigest(), facts=facts)
+    def _keep(self, key: Hashable, probed: _Kept) -> _Kept:
         self._probed[key] = probed
         if len(self._probed) > MAX_CACHED:
             self._probed.popitem(last=False)
         return probed
+
+    def _read(self, path: Path, as_stored: bool) -> _Probed:
+        return self._look(read_file(path, MAX_FILE_BYTES), as_stored)
+
+    def _look(self, content: bytes, as_stored: bool) -> _Probed:
+        facts = check_image(content, as_stored=as_stored, max_pixels=self._max_pixels)
+        return _Probed(sha256=hashlib.sha256(content).hexdigest(), facts=facts)
+
+
+def _key(path: Path, stat: os.stat_result, as_stored: bool) -> Hashable:
+    return (str(path), stat.st_mtime_ns, stat.st_size, as_stored)
 
 
 def _input_image(path: Path, member: tuple[int, str, int] | None, probed: _Probed) -> InputImage:

@@ -21,6 +21,7 @@ from sensebatch.errors import ManifestError, Problem
 from sensebatch.image_files import UnusableImageError
 from sensebatch.jobs import Job, Source
 from sensebatch.manifest.accept import Acceptance, acceptance_of
+from sensebatch.manifest.ahead import RowsAhead
 from sensebatch.manifest.chains import cycle, parse
 from sensebatch.manifest.defaults import defaults_for, overlaid
 from sensebatch.manifest.expand import Expanded, expand, image_references, without_expansion
@@ -240,10 +241,13 @@ class ManifestReader:
 
         num_rows = 0
         num_problems = self.problems.num_problems
+        ahead = RowsAhead(report)
         try:
-            manifest = opened(report)
+            manifest = opened(ahead.report)
             per_task = {task: defaults_for(task, manifest.defaults) for task in Task}
-            for row in manifest.rows:
+            for row in ahead.rows(
+                manifest.rows, partial(self._look_ahead, path, manifest, per_task)
+            ):
                 num_rows += 1
                 place = f"{unit} {row.number}"
                 yield from self._row(path, place, manifest, per_task, row)
@@ -255,6 +259,27 @@ class ManifestReader:
             self._add(path, "manifest", (), _unreadable(error))
         if not num_rows and self.problems.num_problems == num_problems:
             self._add(path, "manifest", (), "expected at least one job, found none")
+
+    def _look_ahead(
+        self,
+        path: Path,
+        manifest: ManifestRows,
+        per_task: Mapping[Task, Mapping[str, Any]],
+        row: RawRow,
+    ) -> None:
+        """Begins to look at the images in files that a row names itself, before its turn."""
+        fields = {name: value for name, value in row.fields.items() if value is not None}
+        matrix = fields.get("matrix")
+        axes = matrix if isinstance(matrix, dict) else {}
+        named = [given.get(name) for name in IMAGE_FIELDS for given in (fields, axes)]
+        images = [one for given in named for one in (given if isinstance(given, list) else [given])]
+        if not any(images):
+            return
+        task = choose_task(fields, self._task, manifest.defaults.get("task"), axes)
+        as_stored = fields.get("raw_inputs", per_task[task].get("raw_inputs"))
+        if not isinstance(as_stored, bool):
+            as_stored = self._config.tasks[task].raw_inputs
+        self._resolver.look_ahead(images, path.parent, as_stored=as_stored)
 
     def _row(
         self,

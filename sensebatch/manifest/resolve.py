@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from operator import attrgetter
@@ -150,6 +150,20 @@ class JobResolver:
             self._warn_of_size(job)
         return job
 
+    def look_ahead(self, images: Iterable[object], base: Path, *, as_stored: bool) -> None:
+        """Begins to look at the images of a row that will be resolved.
+
+        Args:
+            images: What it names, unchecked; anything but the path of a file is left for then.
+            base: The folder that relative paths start from.
+            as_stored: Whether orientation and colour profile are ignored.
+        """
+        for image in images:
+            if isinstance(image, str) and image and not image.startswith(JOB_MARK):
+                place = _found_place(base / image, Path(image))
+                if place is not None:
+                    self._probe.look_ahead(place, as_stored=as_stored)
+
     def _images(
         self, fields: JobFields, task: Task, origin: Origin, errors: RowErrors
     ) -> tuple[InputImage, ...] | None:
@@ -212,11 +226,11 @@ class JobResolver:
             hint = "; download the image first" if image else ""
             raise UnusableImageError(f"expected a path, found {found(image)}{hint}")
         beside, here = origin.base / image, Path(image)
-        if os.path.exists(beside):  # noqa: PTH110 - False for a name that is too long, too.
-            return beside
-        if os.path.exists(here):  # noqa: PTH110
-            self._warn_of_place(origin.source, column, here)
-            return here
+        place = _found_place(beside, here)
+        if place is not None:
+            if place is here:
+                self._warn_of_place(origin.source, column, here)
+            return place
         if "\\" in image and os.sep == "/":
             raise UnusableImageError(
                 f"expected an image file, found nothing at {found(image)}; folders are separated "
@@ -346,6 +360,12 @@ def _id(
     if (message := id_error(job_id)) is not None:
         errors.add("id", message)
     return job_id
+
+
+def _found_place(*places: Path) -> Path | None:
+    """Returns the first place where there is something."""
+    # exists() is False for a name that is too long, too.
+    return next((place for place in places if os.path.exists(place)), None)  # noqa: PTH110
 
 
 def _sampling(defaults: Sampling, quality: str | None, given: tuple[Any, ...]) -> Sampling:
