@@ -36,6 +36,9 @@ class Shelf:
         number, self._next = self._next, 1 - self._next
         if self._places[number].nbytes < tensor.nbytes:
             self._make(number, tensor.nbytes)
+        if not self._places[self._next].nbytes:
+            # Now, so that the second batch does not wait for it.
+            self._make(self._next, tensor.nbytes)
         place = self._places[number][: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         return place.copy_(tensor, non_blocking=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from sensebatch.engine.memory.shelf import Shelf
@@ -25,3 +26,20 @@ def test_places_grow_to_what_is_copied() -> None:
         copy = shelf.copy(tensor)
         assert copy.dtype == tensor.dtype
         assert torch.equal(copy, tensor)
+
+
+def test_both_places_are_made_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    make = Shelf._make
+
+    def noted(shelf: Shelf, number: int, num_bytes: int) -> None:
+        made.append(num_bytes)
+        make(shelf, number, num_bytes)
+
+    monkeypatch.setattr(Shelf, "_make", noted)
+    shelf = Shelf(pin=False)
+    shelf.copy(torch.zeros(4))
+    assert made == [16, 16]
+    for _ in range(3):
+        shelf.copy(torch.zeros(4))
+    assert made == [16, 16]
