@@ -16,10 +16,20 @@ from sensebatch.plan.speed import Speed
 from sensebatch.units import duration
 
 Summary = Mapping[str, Any]
-UNKNOWN = (
-    "No time is known for --workers, --until and --max-hours: sensebatch doctor measures a GPU, "
-    "and --speed-of takes the speed of a run's folder."
-)
+
+
+def unknown_line(options: Sequence[str]) -> str:
+    """Returns what is said where no time is known.
+
+    Args:
+        options: What was asked for; at least one.
+    """
+    *first, last = options
+    asked = f"{', '.join(first)} and {last}" if first else last
+    return (
+        f"No time is known for {asked}: sensebatch doctor measures a GPU, and --speed-of takes the "
+        "speed of a run's folder."
+    )
 
 
 def forecast_summary(

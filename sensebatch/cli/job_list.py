@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import sys
 from collections import Counter
@@ -48,8 +49,8 @@ def write_list(
     dataset: Dataset,
     names: Sequence[str] | None,
     output: Path | None,
-) -> None:
-    """Writes records to a file or, as text, to stdout.
+) -> int:
+    """Writes records to a file or, as text, to stdout; returns how many.
 
     Args:
         form: `json`, `csv` or `parquet`.
@@ -63,13 +64,14 @@ def write_list(
     """
     names = ALL if names is None else names
     extra = {name: dataset.extra_columns[name] for name in names if name not in COLUMNS}
-    rows = (row_of(record, names, extra) for record in records)
+    count = itertools.count()
+    rows = (row_of(record, names, extra) for record, _ in zip(records, count, strict=False))
     if output is None:
         stdout = Output(sys.stdout)
         for line in _lines(form, rows, names):
             stdout.write(line)
         stdout.flush()
-        return
+        return next(count)
     try:
         with atomic_file(output) as file:
             if form == "parquet":
@@ -79,6 +81,7 @@ def write_list(
     except StorageError as error:
         # There is no run to resume.
         raise OutputError(str(error)) from error
+    return next(count)
 
 
 def _lines(form: str, rows: Iterable[Mapping[str, Any]], names: Sequence[str]) -> Iterator[str]:

@@ -71,6 +71,7 @@ def jobs(
     It works while the run is going on. Columns are those of the log and of docs/dataset.md.
     """
     from sensebatch.cli.job_list import check_columns, print_table, write_list
+    from sensebatch.cli.messages import counted, say
     from sensebatch.dataset.records import open_dataset
 
     wanted = selection.selection(removed=removed)
@@ -83,7 +84,9 @@ def jobs(
         if chosen is Format.TABLE:
             print_table(records, names, MAX_ROWS if limit is None else limit)
             return
-        write_list(chosen.value, islice(records, limit), dataset, names, output)
+        count = write_list(chosen.value, islice(records, limit), dataset, names, output)
+        if output is not None:
+            say(f"{output}: {counted(count, 'job')}")
 
 
 def _format(form: Format | None, as_json: bool, output: Path | None) -> Format:

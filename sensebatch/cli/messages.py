@@ -5,12 +5,16 @@ from __future__ import annotations
 import errno
 import io
 import os
+import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, TextIO
 
 from sensebatch.errors import Problem
+
+FILE_WIDTH = 80
+"""The width of what is not printed to a terminal."""
 
 
 class OutputError(Exception):
@@ -28,6 +32,24 @@ def show(text: str) -> None:
     except OutputError:
         drop_output()
         raise
+
+
+def listed(head: str, parts: Iterable[str]) -> Iterator[str]:
+    """Yields lines of a list that fit the terminal, or 80 columns where there is none.
+
+    They are broken between two parts alone, so that paths and figures stay whole.
+    """
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else FILE_WIDTH
+    line = head
+    indent = " " * (len(head) - len(head.lstrip()) + 2)
+    for number, part in enumerate(parts):
+        comma = "," if number else ""
+        if number and len(f"{line}{comma} {part},") > width:
+            yield f"{line}{comma}"
+            line = f"{indent}{part}"
+        else:
+            line = f"{line}{comma} {part}"
+    yield line
 
 
 class Output:

@@ -118,12 +118,13 @@ def _forecast_lines(
     forecasting: ForecastOptions,
     now: float,
 ) -> Iterator[str]:
-    from sensebatch.cli.forecast import UNKNOWN, forecast_lines
+    from sensebatch.cli.forecast import forecast_lines, unknown_line
 
     if not _is_wanted(forecasting):
         return
     if found is None:
-        yield UNKNOWN
+        asked = [name for name, one in asdict(forecasting).items() if one is not None]
+        yield unknown_line([f"--{name.replace('_', '-')}" for name in asked])
     else:
         yield from forecast_lines(found, forecasting.at(now))
 

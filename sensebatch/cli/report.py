@@ -26,17 +26,16 @@ def report(
         bool,
         typer.Option(
             "--timeline",
-            help="Print when each batch began, how long the device waited for it, and its phases, "
-            "as a Markdown table, or with --json as a list.",
+            help="Print when each batch began, how long the device waited for it, and its phases.",
         ),
     ] = False,
 ) -> None:
     """Print what a run cost: load time, seconds per image, throughput, peak memory, calls."""
     from sensebatch.cli.messages import counted, say, show, warn
-    from sensebatch.cli.tables import print_report
+    from sensebatch.cli.tables import print_report, print_timeline
     from sensebatch.report.acceptance import acceptance_table
     from sensebatch.report.summary import read_log, summarise, summary_json
-    from sensebatch.report.timeline import format_timeline, timeline
+    from sensebatch.report.timeline import timeline
     from sensebatch.store.run_dir import RunDir
     from sensebatch.store.status import folder_shard, num_unlogged, read_acceptance
 
@@ -53,7 +52,7 @@ def report(
         if as_json:
             show(json.dumps([asdict(batch) for batch in batches]))
         else:
-            show(format_timeline(batches))
+            print_timeline(batches)
         return
     summary, acceptance = summarise(log), read_acceptance(folder)
     if as_json:

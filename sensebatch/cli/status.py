@@ -105,12 +105,12 @@ def _values(found: RunStatus) -> dict[str, Any]:
 
 def _lines(folder: Path, found: RunStatus) -> Iterator[str]:
     from sensebatch.cli.eta import pace
-    from sensebatch.cli.messages import truncated_words
+    from sensebatch.cli.messages import listed, truncated_words
     from sensebatch.report.acceptance import acceptance_lines
     from sensebatch.report.workers import format_share, share_name
     from sensebatch.units import duration
 
-    yield f"{folder}: {', '.join(_count_words(found))}"
+    yield from listed(f"{folder}:", _count_words(found))
     yield from acceptance_lines(found.acceptance)
     if found.pointer is not None:
         yield f"  state  {found.pointer.state} on {found.pointer.host}"
@@ -123,7 +123,7 @@ def _lines(folder: Path, found: RunStatus) -> Iterator[str]:
         yield f"  left   about {duration(left_s)} once the run is resumed"
     shares = _shares(found)
     for share in shares[:MAX_WORKERS]:
-        yield f"  {share_name(share)}: {format_share(share)}"
+        yield from listed(f"  {share_name(share)}:", format_share(share).split(", "))
     if len(shares) > MAX_WORKERS:
         yield f"  ... and {len(shares) - MAX_WORKERS:,} more workers; --json lists all"
     if found.counts.truncated:
@@ -166,6 +166,11 @@ def _count_words(found: RunStatus) -> Iterator[str]:
     counts = found.counts
     if found.shard is not None:
         yield found.shard.words
+    if counts.removed and not counts.jobs:
+        yield f"{counted(counts.removed, 'job')} rebuilt by repair"
+        yield "sensebatch run says which of them the manifest has"
+        yield "running now" if found.running else "not running"
+        return
     yield f"{counts.done:,} of {counted(counts.jobs, 'job')} done"
     yield f"{counts.failed:,} failed"
     if counts.blocked:

@@ -19,19 +19,16 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from sensebatch.bounded import shown
-from sensebatch.cli.messages import counted, show
+from sensebatch.cli.messages import FILE_WIDTH, counted, show
 from sensebatch.units import GIB
 
 if TYPE_CHECKING:
     from sensebatch.checkpoint.summary import Summary as ModelSummary
     from sensebatch.report.summary import Call, Summary, Throughput
+    from sensebatch.report.timeline import Batch
 
 MAX_NAMES = 5
 MEASURE_WIDTH = 1000
-FILE_WIDTH = 100
-"""The width of what is not printed to a terminal."""
-
-
 ASCII_HEAD = box.Box(str(box.SIMPLE_HEAD).replace("─", "-"), ascii=True)
 """Tables where standard output has no other characters."""
 
@@ -174,6 +171,18 @@ def _calls(calls: Sequence[Call]) -> FittingTable:
             *(f"{nbytes / GIB:.2f}" for nbytes in (peak if on_device else peak[2:])),
         )
     return table
+
+
+def print_timeline(batches: Sequence[Batch]) -> None:
+    """Prints each batch, and the share of the time that devices waited for them."""
+    from sensebatch.report.timeline import timeline_table, waiting_lines
+
+    titles, rows = timeline_table(batches)
+    table = FittingTable(*titles, words=["what"], optional=["think\ns", "other\ns"])
+    for row in rows:
+        table.add_row(*row)
+    lines = waiting_lines(batches)
+    print_parts(table, *lines)
 
 
 def print_model(summary: ModelSummary) -> None:

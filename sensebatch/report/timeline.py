@@ -133,25 +133,28 @@ def format_waiting(found: Waiting) -> str:
     return f"{found.seconds:.3f} s before {found.batches} batches ({found.share:.2%} of their time)"
 
 
-def format_timeline(batches: Sequence[Batch]) -> str:
-    """Returns a Markdown table, one line a batch, and the share of the waiting below it.
+def timeline_table(batches: Sequence[Batch]) -> tuple[list[str], list[list[str]]]:
+    """Returns the titles and the rows of a table with one row a batch; the last column is words.
 
-    Where there are several workers, the batches of each follow one another, and so do the shares.
+    Where there are several workers, the batches of each follow one another.
     """
-    workers = sorted({batch.worker for batch in batches})
-    names = [f"{name} s" for name in _SECONDS] + ["jobs", "images"]
+    names = [*(f"{name}\ns" for name in _SECONDS), "jobs", "images", "what"]
     rows = [_row(batch) for batch in batches]
-    if len(workers) > 1:
+    if len({batch.worker for batch in batches}) > 1:
         names = ["worker", *names]
         rows = [[str(batch.worker), *row] for batch, row in zip(batches, rows, strict=True)]
-    lines = [_line([*names, "what"]), _line([*("---:" for _ in names), "---"]), *map(_line, rows)]
+    return names, rows
+
+
+def waiting_lines(batches: Sequence[Batch]) -> list[str]:
+    """Returns the share of the waiting in words, of all batches and of each of several workers."""
+    workers = sorted({batch.worker for batch in batches})
     totals = {"waiting": waiting(batches)}
     if len(workers) > 1:
         for worker in workers:
             own = [batch for batch in batches if batch.worker == worker]
             totals[f"waiting of worker {worker}"] = waiting(own)
-    said = [f"{name}: {format_waiting(found)}" for name, found in totals.items() if found]
-    return "\n".join([*lines, *([""] if said else []), *said])
+    return [f"{name}: {format_waiting(found)}" for name, found in totals.items() if found]
 
 
 def _row(batch: Batch) -> list[str]:
@@ -164,7 +167,3 @@ def _row(batch: Batch) -> list[str]:
         str(batch.images),
         group_name(batch.task, batch.width, batch.height, think=batch.think),
     ]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

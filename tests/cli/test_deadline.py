@@ -119,7 +119,8 @@ def test_a_plan_says_how_far_workers_come_at_the_speed_of_a_run(
     assert "With 1 worker about 32 s." in ended.out
     ended = invoke(*plan, "--max-hours", str(20 / 3600), "--workers", "2")
     assert "With 2 workers about " in ended.out
-    assert "of it because the last batches leave workers idle" in ended.out
+    said = " ".join(ended.out.split())
+    assert "of it because the last batches leave workers idle" in said
     assert "By 22:31 (2026-11-28) about " in ended.out or "all of 5 jobs" in ended.out
     values = invoke(*plan, "--json", "--max-hours", str(12 / 3600)).json["forecast"]
     assert (values["batches_in_time"], values["jobs_in_time"], values["next_job"]) == (1, 2, "c")
@@ -130,9 +131,13 @@ def test_a_plan_says_how_far_workers_come_at_the_speed_of_a_run(
 def test_a_plan_divides_the_least_time_of_a_measured_gpu(
     invoke: Invoke, manifest: Path, tmp_path: Path
 ) -> None:
-    assert "No time is known for --workers" in " ".join(
-        invoke("plan", manifest, *MODEL, "--workers", "2").out.split()
-    )
+    for asked, words in (
+        (["--workers", "2"], "--workers"),
+        (["--until", "07:00"], "--until"),
+        (["--max-hours", "8", "--workers", "2"], "--max-hours and --workers"),
+    ):
+        said = " ".join(invoke("plan", manifest, *MODEL, *asked).out.split())
+        assert f"No time is known for {words}: sensebatch doctor measures a GPU" in said
     speeds = tmp_path / "cache" / "speeds.json"
     speeds.parent.mkdir(exist_ok=True)
     speeds.write_text(json.dumps(SPEEDS), encoding="utf-8")

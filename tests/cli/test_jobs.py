@@ -109,7 +109,7 @@ def test_picks_choose_jobs_and_stale_ones_are_warned_of(invoke: Invoke, folder: 
 def test_parquet_csv_and_json_say_the_same(invoke: Invoke, folder: Path) -> None:
     for name in ("jobs.parquet", "jobs.csv", "jobs.json"):
         ended = invoke("jobs", folder, "--output", name)
-        assert (ended.code, ended.out) == (0, "")
+        assert (ended.code, ended.out, ended.err) == (0, "", f"{name}: 5 jobs\n")
     table = pq.read_table("jobs.parquet")
     assert table.column_names == list(ALL)
     rows = table.to_pylist()

@@ -51,7 +51,9 @@ def test_status_and_report_say_which_shard_a_folder_is(invoke: Invoke, manifest:
     values = invoke("status", "outputs/small-2-of-2", "--json").json
     assert values["shard"] == "2/2"
     assert values["jobs"] + values["elsewhere"] == 5
-    line = invoke("status", "outputs/small-2-of-2").out.splitlines()[0]
+    lines = invoke("status", "outputs/small-2-of-2").out.splitlines()
+    assert max(map(len, lines)) <= 80
+    line = " ".join(part.strip() for part in lines)
     assert line.startswith("outputs/small-2-of-2: shard 2 of 2, ")
     assert f"{values['elsewhere']} in other shards" in line
     assert "small-2-of-2: shard 2 of 2" in invoke("report", "outputs/small-2-of-2").err

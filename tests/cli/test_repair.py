@@ -35,6 +35,10 @@ def test_lost_state_is_reported_by_status_and_rebuilt_by_the_command_it_names(
         "  not read  state.db is missing",
         "run the manifest again with sensebatch run to run what is missing",
     ]
+    assert invoke("status", ROOT).out.splitlines()[:2] == [
+        f"{ROOT}: 5 jobs rebuilt by repair,",
+        "  sensebatch run says which of them the manifest has, not running",
+    ]
     num_batches = len(backend.engine.batches)
     assert invoke("run", manifest).code == 0
     assert len(backend.engine.batches) == num_batches

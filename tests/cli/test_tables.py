@@ -12,13 +12,33 @@ from pathlib import Path
 import pytest
 
 from sensebatch.cli.messages import show
-from sensebatch.cli.tables import FittingTable, print_parts, print_report
+from sensebatch.cli.tables import FittingTable, print_parts, print_report, print_timeline
 from sensebatch.report.summary import summarise
+from sensebatch.report.timeline import Batch
 from sensebatch.units import GIB
 from tests.cli.conftest import Invoke
 from tests.log_rows import log_row, log_table
 
 ROOT = Path(__file__).parents[2]
+BATCH = Batch(
+    session=0,
+    worker=0,
+    node="host",
+    batch_id="b",
+    task="interleave",
+    width=2048,
+    height=1152,
+    think=True,
+    jobs=16,
+    images=64,
+    start_s=1234.25,
+    wait_s=2.5,
+    prefill_s=10.125,
+    think_s=100.25,
+    denoise_s=1000.5,
+    other_s=12.125,
+    total_s=1123.0,
+)
 WIDTHS = (80, 60)
 
 
@@ -99,6 +119,21 @@ def test_optional_columns_go_one_by_one_and_only_where_there_is_no_room(
         header, _, row = _lines(capfd.readouterr().out)
         assert header.split() == list(titles)
         assert len(row.split()) == len(titles)
+
+
+def test_what_is_not_a_terminal_gets_80_columns(
+    invoke: Invoke, manifest: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert invoke("run", manifest).code == 0
+    for command in (["jobs"], ["report"], ["report", "--timeline"], ["status"]):
+        lines = invoke(*command, "outputs/small").out.splitlines()
+        assert 20 < max(map(len, lines)) <= 80, command
+    print_timeline([replace(BATCH, worker=worker) for worker in range(2)])
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0].split()[:3] == ["start", "waited", "prefill"]
+    assert lines[3].split()[:4] == ["0", "1234.250", "2.500", "10.125"]
+    assert max(map(len, lines)) <= 80
+    assert lines[-1].startswith("waiting of worker 1: 2.500 s before 1 batches")
 
 
 def test_what_goes_to_a_file_does_not_depend_on_the_terminal(

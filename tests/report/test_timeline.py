@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sensebatch.report.summary import format_summary, read_log, summarise
-from sensebatch.report.timeline import format_timeline, timeline, waiting
+from sensebatch.report.timeline import timeline, timeline_table, waiting, waiting_lines
 from tests.log_rows import log_row, log_table
 
 PHASES = {"prefill_s": 0.5, "think_s": 1.0, "denoise_s": 7.0, "total_s": 9.0}
@@ -41,11 +41,11 @@ def test_waiting_is_a_share_of_the_batches_that_it_is_known_of() -> None:
 
 
 def test_the_table_and_the_summary_say_the_share() -> None:
-    lines = format_timeline(timeline(NIGHT)).splitlines()
-    assert len(lines) == 2 + 3 + 2
-    assert lines[2] == ("| 0.250 | - | 0.500 | 1.000 | 7.000 | 0.500 | 2 | 2 | t2i 256x256 |")
+    titles, rows = timeline_table(timeline(NIGHT))
+    assert (len(rows), titles[0], titles[-1]) == (3, "start\ns", "what")
+    assert rows[0] == ["0.250", "-", "0.500", "1.000", "7.000", "0.500", "2", "2", "t2i 256x256"]
     said = "1.500 s before 2 batches (7.69% of their time)"
-    assert lines[-1] == f"waiting: {said}"
+    assert waiting_lines(timeline(NIGHT)) == [f"waiting: {said}"]
     assert f"waiting         {said}" in format_summary(summarise(NIGHT)).splitlines()
 
 
@@ -64,16 +64,17 @@ def test_batches_of_one_worker_follow_one_another_and_each_has_its_share() -> No
         (1, "y"),
     ]
     assert len(summarise(log).calls) == 4, "the same jobs on two workers are two calls"
-    lines = format_timeline(batches).splitlines()
-    assert lines[0].startswith("| worker | start s |")
-    assert lines[5].startswith("| 1 | 9.000 | 1.000 |")
-    said = [line.partition(" s before ")[0] for line in lines[7:]]
+    titles, rows = timeline_table(batches)
+    assert titles[:2] == ["worker", "start\ns"]
+    assert rows[3][:3] == ["1", "9.000", "1.000"]
+    lines = waiting_lines(batches)
+    said = [line.partition(" s before ")[0] for line in lines]
     assert said == [
         "waiting: 3.000",
         "waiting of worker 0: 2.000",
         "waiting of worker 1: 1.000",
     ]
-    assert [line.rpartition(" (")[2] for line in lines[7:]] == [
+    assert [line.rpartition(" (")[2] for line in lines] == [
         f"{share:.2%} of their time)" for share in (3 / 21, 2 / 11, 1 / 10)
     ]
 
