@@ -252,26 +252,29 @@ class Expert(nn.Module):
             context: What the tokens attend to.
             middle: What the middle layers add: is used, or else kept here; None to do neither.
         """
-        between = middle_layers(len(self.layers))
-        if middle is None or not between:
-            run(self.through(x_TD, rotary, context))
-            return x_TD
-        first, last = range(between.start), range(between.stop, len(self.layers))
-        run(self._layers(x_TD, rotary, context, first))
-        if middle.again is None:
-            # Freed before there is another.
-            middle.kept_TD = None
-            before_TD = x_TD.clone()
-            run(self._layers(x_TD, rotary, context, between))
-            middle.kept_TD = torch.sub(x_TD, before_TD, out=before_TD)
-        else:
-            x_TD += middle.added(x_TD)
-        run(self._layers(x_TD, rotary, context, last))
-        return self._normed(x_TD)
+        return run(self.through(x_TD, rotary, context, middle))
 
-    def through(self, x_TD: Tensor, rotary: Rotary, context: AttentionContext) -> Pass[Tensor]:
+    def through(
+        self,
+        x_TD: Tensor,
+        rotary: Rotary,
+        context: AttentionContext,
+        middle: Middle | None = None,
+    ) -> Pass[Tensor]:
         """Returns a pass that computes what `forward` returns."""
-        yield from self._layers(x_TD, rotary, context, range(len(self.layers)))
+        num_layers = len(self.layers)
+        between = range(0) if middle is None else middle_layers(num_layers)
+        yield from self._layers(x_TD, rotary, context, range(between.start))
+        if middle is not None and between:
+            if middle.again is None:
+                # Freed before there is another.
+                middle.kept_TD = None
+                before_TD = x_TD.clone()
+                yield from self._layers(x_TD, rotary, context, between)
+                middle.kept_TD = torch.sub(x_TD, before_TD, out=before_TD)
+            else:
+                x_TD += middle.added(x_TD)
+        yield from self._layers(x_TD, rotary, context, range(between.stop, num_layers))
         return self._normed(x_TD)
 
     def _normed(self, x_TD: Tensor) -> Tensor:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sensebatch.engine.model import transformer
 from sensebatch.engine.model.attention import sdpa
 from sensebatch.engine.runner import Runner
 from sensebatch.engine.tasks.interleave import run_interleave
@@ -133,6 +135,24 @@ def test_images_are_bit_identical_wherever_the_weights_are(
         found = run_case(runner, case)
         assert len(found) == len(expected)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(("num_buffers", "host_block_bytes"), [(2, None), (3, 0), (5, 300_000)])
+def test_steps_without_the_middle_layers_are_bit_identical_wherever_the_weights_are(
+    monkeypatch: pytest.MonkeyPatch, num_buffers: int, host_block_bytes: int | None
+) -> None:
+    """Blocks that are copied ahead are then not asked for."""
+    monkeypatch.setattr(transformer, "middle_layers", lambda num_layers: range(1, num_layers))
+    case = load_case("dense_fm", "t2i_think_end")
+    job = build_job(case, "You draw.")
+    sampling = replace(job.job.sampling, num_steps=9, layer_stride=3)
+    job = replace(job, job=replace(job.job, sampling=sampling))
+    drawn = []
+    for buffers, budget in ((None, None), (num_buffers, host_block_bytes)):
+        runner, _, _ = moving_runner(case, buffers, budget)
+        with infer():
+            drawn += [draw_together(runner, [job])[0] for _ in range(2)]
+    assert all(torch.equal(images, drawn[0]) for images in drawn)
 
 
 def test_a_network_that_fits_reads_each_weight_once() -> None:
