@@ -471,6 +471,8 @@ class Job:
     """Given in the manifest or derived from the row; names the job's files."""
     task: Task
     prompt: str
+    history: tuple[tuple[str, str], ...] = ()
+    """The questions before a question, each with its answer."""
     images: tuple[InputImage, ...] = ()
     resolution: Resolution | None
     """The size of every image that the job makes; None for a job that makes none."""
@@ -598,10 +600,17 @@ def job_key(job: Job, identity: ModelIdentity, parents: Mapping[str, str] | None
     # Later fields, which are in the key only if they are used.
     if identity.precision is not None:
         content["precision"] = identity.precision
+    if job.history:
+        content["history"] = job.history
     if job.judged_by is not None:
         content["function"] = asdict(job.judged_by)
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def history_fields(job: Job) -> list[dict[str, str]]:
+    """Returns the turns before a question as a manifest has them."""
+    return [{"question": question, "answer": answer} for question, answer in job.history]
 
 
 def parents_of(job: Job) -> tuple[str, ...]:

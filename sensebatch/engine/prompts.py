@@ -101,6 +101,7 @@ def cond_prompt(
     prompt: str,
     grids: Sequence[Grid],
     think: bool,
+    history: Sequence[tuple[str, str]] = (),
 ) -> Prompt:
     """Returns the conditional branch: the system prompt, the images and the user's words.
 
@@ -112,14 +113,13 @@ def cond_prompt(
         prompt: The user's words. `<image>` marks are places of images; all else is plain text.
         grids: The sizes of the input images, in order.
         think: Whether the network thinks first; an interleave job only may.
+        history: The questions before, each with its answer; then every image has a mark.
 
     Raises:
         JobError: The prompt has more marks than there are images.
     """
-    turns = [
-        *_user_turn(_place_images(task, prompt, grids)),
-        *_assistant_start(task, think),
-    ]
+    before, asked = _place_all(task, prompt, history, grids)
+    turns = [*before, *_user_turn(asked), *_assistant_start(task, think)]
     system_turn = _system_turn(system)
     whole = _encode(tokenizer, [*system_turn, *turns])
     # The user's turn begins with a special token, so no run of text crosses the border.
@@ -149,13 +149,20 @@ def branch_prompts(
     prompt: str,
     grids: Sequence[Grid],
     think: bool,
+    history: Sequence[tuple[str, str]] = (),
 ) -> dict[Branch, Prompt]:
     """Returns a job's prompts by branch; see `cond_prompt`."""
     prompts: dict[Branch, Prompt] = {}
     for branch in branches:
         if branch is Branch.COND:
             prompts[branch] = cond_prompt(
-                tokenizer, task=task, system=system, prompt=prompt, grids=grids, think=think
+                tokenizer,
+                task=task,
+                system=system,
+                prompt=prompt,
+                grids=grids,
+                think=think,
+                history=history,
             )
         elif branch is Branch.IMG_COND:
             prompts[branch] = img_cond_prompt(tokenizer, task=task, grids=grids)
@@ -218,6 +225,34 @@ def _assistant_start(task: Task, think: bool) -> list[Piece]:
     if rule.opens_image:
         pieces.append(_Special(IMG_START))
     return pieces
+
+
+def _place_all(
+    task: Task, prompt: str, history: Sequence[tuple[str, str]], grids: Sequence[Grid]
+) -> tuple[list[Piece], list[Piece]]:
+    """Returns the turns before the user's last words, and these words, with images in them.
+
+    Source: upstream's chat with a history, in which marks of all turns are replaced in their order
+    and none is added.
+    """
+    before: list[Piece] = []
+    left = list(grids)
+    for question, answer in history:
+        asked, said = (
+            _place_images(task, text, [left.pop(0) for _ in range(_marks(text, left))])
+            for text in (question, answer)
+        )
+        before += [*_user_turn(asked), *said, _Special(IM_END), "\n"]
+    if history and prompt.count(IMAGE_MARK) != len(left):
+        raise JobError(
+            f"history: expected an {IMAGE_MARK} mark for each image of a conversation, found "
+            f"{len(left)} images for the last question, which has {prompt.count(IMAGE_MARK)}"
+        )
+    return before, _place_images(task, prompt, left)
+
+
+def _marks(text: str, grids: Sequence[Grid]) -> int:
+    return min(text.count(IMAGE_MARK), len(grids))
 
 
 def _place_images(task: Task, prompt: str, grids: Sequence[Grid]) -> list[Piece]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from sensebatch.config import TaskDefaults
 from sensebatch.declarations import declared, item_of_any_number, plain, stated
-from sensebatch.jobs import InputImage, Job, Sampling
+from sensebatch.jobs import InputImage, Job, Sampling, history_fields
 
 _SETTINGS = {**declared(TaskDefaults), **declared(Sampling)}
 _NOT_IN_YAML = re.compile(r"[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
@@ -48,6 +48,8 @@ def command_line(job: Job, model: str | None, root: Path) -> str | None:
     fields = _fields(job)
     if fields is None:
         return None
+    if fields.pop("history", None) is not None:
+        return None
     fields.pop("images", None)
     words = ["sensebatch", fields.pop("task")]
     for image in job.images:
@@ -79,6 +81,8 @@ def _fields(job: Job) -> dict[str, Any] | None:
         return None
     spec = job.task.spec
     fields: dict[str, Any] = {"task": job.task.value, "prompt": job.prompt}
+    if job.history:
+        fields["history"] = history_fields(job)
     if job.images:
         fields["images"] = [_image_name(image) for image in job.images]
     if job.resolution is not None:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, get_args, get_origin
 from sensebatch.bounded import in_the_way
 from sensebatch.config import RunConfig
 from sensebatch.errors import ConfigError, StorageError
-from sensebatch.jobs import InputImage
+from sensebatch.jobs import InputImage, history_fields
 from sensebatch.manifest.fields import EXPANSION_FIELDS, IMAGE_FIELDS, SETTINGS
 from sensebatch.manifest.inputs import InputReader
 from sensebatch.manifest.read import (
@@ -35,7 +35,9 @@ IMAGE_ROWS_IN_MEMORY = 32
 Row = dict[str, Any]
 """A job as a manifest states it: plain values by the names of its fields."""
 
-_REPLACED = EXPANSION_FIELDS | IMAGE_FIELDS | {"type", "think_mode", "conversations", "question"}
+_REPLACED = (
+    EXPANSION_FIELDS | IMAGE_FIELDS | {"type", "think_mode", "conversations", "question", "history"}
+)
 
 
 def convert_manifest(
@@ -130,6 +132,8 @@ def _row(reads: list[ReadJob], dst: Path, reader: InputReader, embed_images: boo
     read, job = reads[0], reads[0].job
     given = read.fields.model_dump(exclude_none=True, exclude=set(_REPLACED))
     row: Row = {"id": job.id, "task": str(job.task), "prompt": job.prompt}
+    if job.history:
+        row["history"] = history_fields(job)
     if job.images:
         row["images"] = [_image(image, dst, reader, embed_images) for image in job.images]
     row |= {name: value for name, value in given.items() if name not in row}
@@ -238,6 +242,7 @@ def _parquet_schema(embed_images: bool) -> Any:
     return pa.schema(
         [
             *((name, text) for name in ("id", "task", "prompt")),
+            ("history", pa.list_(pa.struct([("question", text), ("answer", text)]))),
             ("images", pa.list_(image)),
             ("resolution", text),
             ("width", whole),

@@ -26,7 +26,8 @@ Axis = tuple[str, Sequence[Any]]
 """A name and the values it takes."""
 
 MATRIX_FIELDS = frozenset(JOB_FIELD_NAMES) - EXPANSION_FIELDS.union(
-    ACCEPT_FIELDS, ["id", "task", "tags", "metadata", "type", "think_mode", "conversations"]
+    ACCEPT_FIELDS,
+    ["id", "task", "tags", "metadata", "type", "think_mode", "conversations", "history"],
 )
 """The fields that a matrix can set."""
 

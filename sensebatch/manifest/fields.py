@@ -108,6 +108,13 @@ class Turn(BaseModel):
     value: str = Field(description="What is said.")
 
 
+class Exchange(StrictModel):
+    """A question that was asked before, and what was answered."""
+
+    question: str = Field(description="What was asked.")
+    answer: str = Field(description="What was answered.")
+
+
 class _RunFields(StrictModel):
     """The fields that are not settings of a task."""
 
@@ -237,6 +244,9 @@ class JobFields(SharedFields):
     )
     prompt: str | None = Field(None, description="What to draw, to change or to ask; required.")
     question: str | None = Field(None, description="Another name for `prompt`, of questions.")
+    history: list[Exchange] | None = Field(
+        None, description="The questions before this one, in order, each with its answer."
+    )
     image: Images | None = Field(
         None,
         description="The input image, or a list of them: paths, or `@ID` for an image that another "
@@ -251,7 +261,7 @@ class JobFields(SharedFields):
     )
     think_mode: bool | None = Field(None, description="Upstream name of `think`.")
     conversations: Annotated[list[Turn], Field(min_length=1)] | None = Field(
-        None, description="Upstream form of the prompt: turns of {from, value}."
+        None, description="Upstream form of the prompt and of history: turns of {from, value}."
     )
 
 
@@ -291,6 +301,7 @@ IMAGE_FIELDS = frozenset({"image", "images"})
 SIZE_FIELDS = frozenset({"resolution", "width", "height"})
 EXPANSION_FIELDS = frozenset({"matrix", "seeds", "n"})
 PASSED_THROUGH = frozenset({"tags", "metadata"})
+QUESTION_FIELDS = frozenset({"question", "history"})
 ACCEPT_FIELDS = frozenset({"accept", "keep", "tries"})
 
 JOB_FIELD_NAMES = tuple(JobFields.model_fields)
@@ -304,7 +315,7 @@ def _foreign_fields(spec: TaskSpec) -> frozenset[str]:
         foreign.add("think_mode")
     if not spec.takes_images:
         foreign |= IMAGE_FIELDS
-    foreign |= SIZE_FIELDS if spec.drawing is None else {"question"}
+    foreign |= SIZE_FIELDS if spec.drawing is None else QUESTION_FIELDS
     if spec.output is not Output.IMAGE:
         foreign |= ACCEPT_FIELDS
     return frozenset(foreign)

@@ -5,6 +5,7 @@ Knows the rules that concern several fields: those of a task, sizes, images and 
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import unicodedata
@@ -39,7 +40,13 @@ from sensebatch.manifest.sizes import (
     implied_size,
     resolved_input_max_pixels,
 )
-from sensebatch.manifest.upstream import metadata_of, prompt_of, system_prompt_of, think_of
+from sensebatch.manifest.upstream import (
+    history_of,
+    metadata_of,
+    prompt_of,
+    system_prompt_of,
+    think_of,
+)
 from sensebatch.resolutions import Resolution, ResolutionError, smart_resize
 from sensebatch.tasks import Inputs, Task
 
@@ -57,7 +64,7 @@ _sampling_values = attrgetter(*_SAMPLING)
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 MAX_WARNED_SIZES = 10
 """How many sizes are warned of; a manifest may have thousands."""
-_PROMPT_FIELDS = frozenset({"prompt", "question", "conversations"})
+_PROMPT_FIELDS = frozenset({"prompt", "question", "history", "conversations"})
 _UNNAMED = PASSED_THROUGH | {"id", "task", "type"}
 """The fields that a derived id does not depend on."""
 
@@ -117,9 +124,10 @@ class JobResolver:
         """
         defaults, seed = self._config.tasks[task], fields.given("seed")
         _check_names(fields, task, errors)
-        prompt = prompt_of(fields, errors) if unknown.isdisjoint(_PROMPT_FIELDS) else ""
+        prompt, history = _said(fields, task, errors, unknown)
         images = None if unknown & IMAGE_FIELDS else self._images(fields, task, origin, errors)
-        _check_marks(fields, prompt, None if images is None else len(images), errors)
+        num_images = None if images is None else len(images)
+        _check_marks(fields, prompt, history, num_images, errors)
         input_max_pixels = self._input_max_pixels(fields, task, len(images or ()), errors)
         resolution = None
         if unknown.isdisjoint(SIZE_FIELDS):
@@ -135,6 +143,7 @@ class JobResolver:
             id=job_id,
             task=task,
             prompt=prompt,
+            history=history,
             images=images or (),
             resolution=resolution,
             seed=defaults.seed if seed is None else seed,
@@ -330,11 +339,33 @@ def _check_names(fields: JobFields, task: Task, errors: RowErrors) -> None:
             errors.add(name, f"expected a field of {task} jobs, found one of other tasks")
 
 
-def _check_marks(fields: JobFields, prompt: str, num_images: int | None, errors: RowErrors) -> None:
-    """Checks that there is an image for every `<image>` mark of a prompt."""
-    num_marks = prompt.count(IMAGE_MARK)
-    if num_images is not None and num_marks > num_images:
-        found_images = f"{_counted(num_marks, 'mark')} and {_counted(num_images, 'image')}"
+def _said(
+    fields: JobFields, task: Task, errors: RowErrors, unknown: frozenset[str]
+) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """Returns the prompt and what precedes it; empty where that cannot be known."""
+    if unknown & _PROMPT_FIELDS:
+        return "", ()
+    return prompt_of(fields, errors, task=task), history_of(fields, errors, task=task)
+
+
+def _check_marks(
+    fields: JobFields,
+    prompt: str,
+    history: Sequence[tuple[str, str]],
+    num_images: int | None,
+    errors: RowErrors,
+) -> None:
+    """Checks that there is an image for every `<image>` mark of a prompt and what precedes it."""
+    texts = [prompt, *itertools.chain(*history)]
+    num_marks = sum(text.count(IMAGE_MARK) for text in texts)
+    if num_images is None:
+        return
+    found_images = f"{_counted(num_marks, 'mark')} and {_counted(num_images, 'image')}"
+    if history and num_marks < num_images:
+        # Without one, nothing says to which of the turns an image belongs.
+        message = f"expected an {IMAGE_MARK} mark for each image of a conversation, found "
+        errors.add("history" if fields.history else "conversations", message + found_images)
+    if num_marks > num_images:
         name = "prompt" if fields.question is None else "question"
         errors.add(name, f"expected at most one {IMAGE_MARK} mark per image, found {found_images}")
 

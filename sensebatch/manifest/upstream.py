@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from sensebatch.manifest.fields import IMAGE_FIELDS, JobFields
+from sensebatch.manifest.fields import FOREIGN_FIELDS, IMAGE_FIELDS, JobFields
 from sensebatch.manifest.problems import RowErrors, found
 from sensebatch.tasks import Task, implied_task
 
@@ -43,8 +43,11 @@ def choose_task(
     return implied_task(has_images=has_images, has_question=has_question)
 
 
-def prompt_of(fields: JobFields, errors: RowErrors) -> str:
-    """Returns the prompt, which upstream files may hold as a turn of a conversation."""
+def prompt_of(fields: JobFields, errors: RowErrors, *, task: Task) -> str:
+    """Returns the prompt, which upstream files may hold as a turn of a conversation.
+
+    A question is the last one of its conversation; see `history_of`.
+    """
     if fields.prompt is not None:
         name, prompt = "prompt", fields.prompt
         if fields.question is not None:
@@ -54,16 +57,42 @@ def prompt_of(fields: JobFields, errors: RowErrors) -> str:
     elif fields.conversations is not None:
         name = "conversations"
         asked = [turn.value for turn in fields.conversations if turn.speaker in _ASKING]
-        if len(asked) != 1:
+        if not asked or (len(asked) > 1 and "history" in FOREIGN_FIELDS[task]):
             errors.add(name, f"expected one turn from 'human' or 'user', found {len(asked)}")
             return ""
-        prompt = asked[0]
+        prompt = asked[-1]
     else:
         errors.add("prompt", "expected text, found nothing")
         return ""
     if not prompt or prompt.isspace():
         errors.add(name, f"expected text, found {found(prompt)}")
     return prompt
+
+
+def history_of(fields: JobFields, errors: RowErrors, *, task: Task) -> tuple[tuple[str, str], ...]:
+    """Returns the questions before a question with their answers.
+
+    What a conversation has after its last question is an answer to it, which is not read.
+    """
+    given = tuple((turn.question, turn.answer) for turn in fields.history or ())
+    said = fields.prompt is not None or fields.question is not None
+    if fields.conversations is None or said or "history" in FOREIGN_FIELDS[task]:
+        return given
+    turns = [turn for turn in fields.conversations if turn.speaker != "system"]
+    while turns and turns[-1].speaker not in _ASKING:
+        turns.pop()
+    asked, answered = turns[:-1:2], turns[1::2]
+    is_in_turn = all(turn.speaker in _ASKING for turn in asked) and not any(
+        turn.speaker in _ASKING for turn in answered
+    )
+    if not is_in_turn or len(asked) != len(answered):
+        errors.add("conversations", "expected one answer after each question but the last")
+        return given
+    pairs = zip(asked, answered, strict=True)
+    before = tuple((question.value, answer.value) for question, answer in pairs)
+    if before and given:
+        errors.add("history", "expected either history or the turns of conversations, found both")
+    return before or given
 
 
 def system_prompt_of(fields: JobFields, errors: RowErrors) -> str | None:

@@ -39,6 +39,8 @@ def text_tokens(text: str) -> int:
 def prompt_tokens(job: Job) -> int:
     """Returns an upper estimate of a job's prompt, with its own system prompt and its images."""
     text = text_tokens(job.system_prompt or "") + text_tokens(job.prompt) + LAYOUT_TOKENS
+    for question, answer in job.history:
+        text += text_tokens(question) + text_tokens(answer) + LAYOUT_TOKENS
     fewest, most = PixelLimits().model_pixels(1, draws=job.task.spec.drawing is not None)
     images = 0
     for image in job.images:

@@ -67,6 +67,8 @@ class Attempt:
     rows of versions that did not record it."""
     prompt: str
     """The job's prompt, or its question."""
+    history: str | None = None
+    """The questions before a question, each with its answer, as JSON; null where there are none."""
     seed: int
     """Seed of the job's noise."""
     width: Int32 | None

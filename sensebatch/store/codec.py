@@ -36,6 +36,8 @@ def job_to_json(job: Job) -> str:
     # A later field, which is there only if it is used.
     matrix = {"matrix": dict(job.matrix)} if job.matrix else {}
     level: dict[str, Any] = {"level": job.level} if job.level else {}
+    if job.history:
+        level["history"] = job.history
     if job.attempt_at is not None:
         level["try"] = asdict(job.attempt_at)
     if job.verdict is not None:
@@ -100,6 +102,7 @@ def job_from_json(text: str) -> Job:
         id=values["id"],
         task=Task(values["task"]),
         prompt=values["prompt"],
+        history=tuple((asked, said) for asked, said in values.get("history", ())),
         images=tuple(_image(image) for image in values["images"]),
         resolution=_resolution(values["size"]),
         seed=values["seed"],

@@ -18,6 +18,7 @@ from sensebatch.jobs import (
     Job,
     Sampling,
     group_key,
+    history_fields,
 )
 from sensebatch.store.attempts import DONE, FAILED, Attempt
 from sensebatch.store.state import StoredJob
@@ -74,6 +75,7 @@ def job_columns(context: RowContext, stored: StoredJob) -> dict[str, Any]:
         "task": job.task.value,
         "attempt": stored.attempts + 1,
         "prompt": job.prompt,
+        "history": json.dumps(history_fields(job), ensure_ascii=False) if job.history else None,
         "seed": job.seed,
         "width": None if job.resolution is None else job.resolution.width,
         "height": None if job.resolution is None else job.resolution.height,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -185,3 +186,48 @@ def test_segments_cover_every_token_once_and_spans_are_context(
     inside = [i for span in prompt.images for i in range(span.start, span.end)]
     assert [i for i, token in enumerate(prompt.token_ids) if token == context] == inside
     assert [span.grid for span in prompt.images] == grids
+
+
+def ids_of(text: str) -> list[int]:
+    """Returns the ids of a text in which special tokens stand for themselves."""
+    ids: list[int] = []
+    for part in re.split(r"(<\|im_start\|>|<\|im_end\|>|</?img>|<IMG_CONTEXT>)", text):
+        is_special = part.startswith("<") and part.endswith(">")
+        ids += [TOKENIZER.token_id(part)] if is_special else TOKENIZER.encode(part) if part else []
+    return ids
+
+
+def conversation(*history: tuple[str, str], question: str, grids: int) -> Prompt:
+    return branch_prompts(
+        TOKENIZER,
+        [Branch.COND],
+        task=Task.ASK,
+        system="",
+        prompt=question,
+        grids=[Grid(1, 1 + number) for number in range(grids)],
+        think=False,
+        history=history,
+    )[Branch.COND]
+
+
+def test_a_conversation_is_turn_after_turn_with_images_at_their_marks() -> None:
+    found = conversation(
+        ("<image>What is <image>?", "A dot."), ("Red?", ""), question="Sure of <image>?", grids=3
+    )
+    images = ["<img>" + "<IMG_CONTEXT>" * (1 + number) + "</img>" for number in range(3)]
+    assert list(found.token_ids) == ids_of(
+        f"<|im_start|>user\n{images[0]}What is {images[1]}?<|im_end|>\n"
+        "<|im_start|>assistant\nA dot.<|im_end|>\n"
+        "<|im_start|>user\nRed?<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n"
+        f"<|im_start|>user\nSure of {images[2]}?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert [image.grid.width for image in found.images] == [1, 2, 3]
+
+
+def test_no_mark_is_added_to_a_conversation() -> None:
+    with pytest.raises(JobError, match="expected an <image> mark for each image of a conversation"):
+        conversation(("What?", "A dot."), question="Sure?", grids=1)
+    # Without one before it, a question has its images in front.
+    assert conversation(question="Sure?", grids=1) == conversation(
+        question="<image>\nSure?", grids=1
+    )

@@ -183,6 +183,6 @@ def test_fields_of_other_tasks_are_named(mistakes: Mistakes, draw_input: Any, ta
     found = mistakes({**row, **values})
     named = {message.split(": ")[1] for message in found}
     assert named == FOREIGN_FIELDS[task] - {
-        "image", "images", "question", "resolution", "quality", "timesteps",
+        "image", "images", "question", "history", "resolution", "quality", "timesteps",
         "accept", "keep", "tries",
     }  # fmt: skip

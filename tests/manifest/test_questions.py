@@ -100,3 +100,78 @@ def test_a_mistake_in_a_question_is_named(
 ) -> None:
     found = mistakes({"question": "x", **fields})
     assert any(one.startswith(f"line 1: {message}") for one in found), found
+
+
+HISTORY = [
+    {"question": "<image>What is <image>?", "answer": "A dot."},
+    {"question": "Is it red?", "answer": ""},
+]
+
+
+def test_a_conversation_is_a_question_with_those_before_it(
+    read_rows: ReadRows, draw_input: Any
+) -> None:
+    image = draw_input()
+    row = {"id": "q", "task": "ask", "images": [image, image], "question": "Sure?"}
+    (job,) = read_rows(row | {"history": HISTORY})
+    assert job.history == (("<image>What is <image>?", "A dot."), ("Is it red?", ""))
+    turns = [
+        *(
+            {"from": "system", "value": "Be brief."},
+            {"from": "human", "value": HISTORY[0]["question"]},
+        ),
+        *({"from": "gpt", "value": "A dot."}, {"from": "user", "value": "Is it red?"}),
+        *({"from": "gpt", "value": ""}, {"from": "human", "value": "Sure?"}),
+    ]
+    del row["question"]
+    (said,) = read_rows(row | {"conversations": turns})
+    assert (said.prompt, said.history, said.system_prompt) == ("Sure?", job.history, "Be brief.")
+    # What follows the last question is an answer to it, which is not read.
+    (answered,) = read_rows(row | {"conversations": [*turns, {"from": "gpt", "value": "Yes."}]})
+    assert answered.history == job.history
+    # A prompt of its own wins, as ever.
+    (own,) = read_rows(row | {"conversations": turns, "prompt": "<image><image>"})
+    assert own.history == ()
+
+
+def test_mistakes_in_conversations_are_named(mistakes: Mistakes, draw_input: Any) -> None:
+    image = draw_input()
+    two = [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]
+    row = {"task": "ask", "question": "Sure?"}
+    exchange = {"question": "What?", "answer": "A dot."}
+    found = mistakes(
+        {"task": "ask", "conversations": two},
+        {"task": "t2i", "conversations": two},
+        row | {"image": image, "history": [exchange]},
+        row | {"history": [exchange | {"question": "<image>?"}]},
+        row | {"history": [{"question": "What?"}]},
+        {"task": "t2i", "prompt": "a", "history": [exchange]},
+    )
+    assert found == [
+        "line 1: conversations: expected one answer after each question but the last",
+        "line 2: conversations: expected one turn from 'human' or 'user', found 2",
+        "line 3: history: expected an <image> mark for each image of a conversation, found 0 "
+        "marks and 1 image",
+        "line 4: question: expected at most one <image> mark per image, found 1 mark and 0 images",
+        "line 5: history[0].answer: expected a value, found nothing",
+        "line 6: history: expected a field of t2i jobs, found one of other tasks",
+    ]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "yaml"])
+def test_a_conversation_is_converted(
+    write_yaml: Callable[[str], Path], config: RunConfig, tmp_path: Path, suffix: str
+) -> None:
+    text = """version: 1
+jobs:
+  - {id: a, task: ask, question: Sure?, history: [{question: What?, answer: A dot.}]}
+  - id: b
+    task: ask
+    conversations:
+      [{from: human, value: What?}, {from: gpt, value: A dot.}, {from: human, value: Sure?}]
+"""
+    before = list(read_manifest(write_yaml(text), config))
+    convert_manifest(tmp_path / "jobs.yaml", tmp_path / f"new.{suffix}", config)
+    after = list(read_manifest(tmp_path / f"new.{suffix}", config))
+    assert [one.history for one in after] == [one.history for one in before]
+    assert after[0].history == after[1].history == (("What?", "A dot."),)

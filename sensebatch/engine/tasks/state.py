@@ -76,6 +76,7 @@ def prepare_job(
             task=job.task,
             system=system_prompt,
             prompt=job.prompt,
+            history=job.history,
             grids=[image.token_grid for image in images],
             think=job.think,
         ),
