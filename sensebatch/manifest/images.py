@@ -32,6 +32,8 @@ MAX_THREADS = 4
 """How many images are looked at together at most."""
 MAX_BYTES_AHEAD = 1 << 24
 """Largest file that is looked at ahead; larger ones have the memory to themselves."""
+MAX_PIXELS_AHEAD = 1 << 24
+"""Most pixels of an image that is looked at ahead, likewise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,11 +70,11 @@ class ImageProbe:
         except (OSError, ValueError):
             return
         key = _key(path, stat, as_stored)
-        if num_threads == 1 or stat.st_size > MAX_BYTES_AHEAD or key in self._probed:
+        if num_threads == 1 or key in self._probed:
             return
         if self._threads is None:
             self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="probe")
-        self._keep(key, self._threads.submit(self._read, path, as_stored))
+        self._keep(key, self._threads.submit(self._read_ahead, path, as_stored))
 
     def file(self, path: Path, *, as_stored: bool = False) -> InputImage:
         """Returns the input image in a file.
@@ -89,7 +91,8 @@ class ImageProbe:
             key = _key(path, path.stat(), as_stored)
             probed = self._remembered(key)
             if probed is None:
-                probed = self._keep(key, self._read(path, as_stored))
+                content = read_file(path, MAX_FILE_BYTES)
+                probed = self._keep(key, _probe(content, as_stored, self._max_pixels))
         except (UnreadableFileError, UnusableImageError) as error:
             raise UnusableImageError(f"{error}: {place}") from error
         except FileNotFoundError as error:
@@ -119,7 +122,7 @@ class ImageProbe:
         try:
             probed = self._remembered(key)
             if probed is None:
-                probed = self._keep(key, self._look(content, as_stored))
+                probed = self._keep(key, _probe(content, as_stored, self._max_pixels))
         except UnusableImageError as error:
             raise UnusableImageError(f"{error} in the bytes of the row") from error
         return _input_image(path, member, probed)
@@ -127,9 +130,9 @@ class ImageProbe:
     def _remembered(self, key: Hashable) -> _Probed | None:
         probed = self._probed.get(key)
         if isinstance(probed, Future):
-            # What was wrong with the image is raised here; it is not remembered.
             del self._probed[key]
-            return self._keep(key, probed.result())
+            # What is wrong with an image, or too large to be looked at ahead, is seen in its turn.
+            return None if probed.exception() else self._keep(key, probed.result())
         if probed is not None:
             self._probed.move_to_end(key)
         return probed
@@ -140,12 +143,14 @@ class ImageProbe:
             self._probed.popitem(last=False)
         return probed
 
-    def _read(self, path: Path, as_stored: bool) -> _Probed:
-        return self._look(read_file(path, MAX_FILE_BYTES), as_stored)
+    def _read_ahead(self, path: Path, as_stored: bool) -> _Probed:
+        content = read_file(path, MAX_BYTES_AHEAD)
+        return _probe(content, as_stored, min(self._max_pixels, MAX_PIXELS_AHEAD))
 
-    def _look(self, content: bytes, as_stored: bool) -> _Probed:
-        facts = check_image(content, as_stored=as_stored, max_pixels=self._max_pixels)
-        return _Probed(sha256=hashlib.sha256(content).hexdigest(), facts=facts)
+
+def _probe(content: bytes, as_stored: bool, max_pixels: int) -> _Probed:
+    facts = check_image(content, as_stored=as_stored, max_pixels=max_pixels)
+    return _Probed(sha256=hashlib.sha256(content).hexdigest(), facts=facts)
 
 
 def _key(path: Path, stat: os.stat_result, as_stored: bool) -> Hashable:

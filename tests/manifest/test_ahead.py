@@ -106,20 +106,23 @@ def test_what_is_wrong_with_an_image_is_said_of_its_rows(tmp_path: Path) -> None
     ]
 
 
-def test_an_image_is_looked_at_once_and_a_large_file_not_ahead(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("bound", ["MAX_BYTES_AHEAD", "MAX_PIXELS_AHEAD"])
+def test_an_image_is_decoded_once_and_a_large_one_in_its_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: str
 ) -> None:
     threads: list[str] = []
 
-    def counting(content: bytes, **options: Any) -> ImageFacts:
+    def counting(content: bytes, *, max_pixels: int, **options: Any) -> ImageFacts:
+        facts = check_image(content, max_pixels=max_pixels, **options)
         threads.append(threading.current_thread().name.split("_")[0])
-        return check_image(content, **options)
+        return facts
 
     monkeypatch.setattr(images, "check_image", counting)
     small, large = tmp_path / "small.png", tmp_path / "large.png"
     small.write_bytes(encoded("PNG"))
     large.write_bytes(encoded("PNG", (90, 90)))
-    monkeypatch.setattr(images, "MAX_BYTES_AHEAD", small.stat().st_size)
+    of_small = {"MAX_BYTES_AHEAD": small.stat().st_size, "MAX_PIXELS_AHEAD": 60 * 40}
+    monkeypatch.setattr(images, bound, of_small[bound])
     probe = ImageProbe()
     for path in (small, large, small, tmp_path / "missing.png"):
         probe.look_ahead(path, as_stored=False)
