@@ -119,9 +119,11 @@ def quantise_rows(x: Tensor, numbers: Numbers) -> Quantised:
         x: `[rows, columns]` in any floating point dtype.
         numbers: What it is quantised to.
     """
-    largest = torch.maximum(-x.amin(-1, keepdim=True), x.amax(-1, keepdim=True))
-    scale = largest.float().clamp_min(LEAST) / numbers.largest
-    return numbers.rounded(x.to(torch.float32, copy=True).div_(scale)), scale
+    # First, because processors find the largest number of float32 several times as fast.
+    values = x.to(torch.float32, copy=True)
+    largest = torch.maximum(-values.amin(-1, keepdim=True), values.amax(-1, keepdim=True))
+    scale = largest.clamp_min(LEAST) / numbers.largest
+    return numbers.rounded(values.div_(scale)), scale
 
 
 class Quantising(Protocol):
