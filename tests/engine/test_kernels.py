@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -131,22 +132,25 @@ def test_activations_are_quantised_as_in_torch(numbers: Numbers) -> None:
 SMALL_TILE = int8_kernels.Tile(tokens=32, outputs=16, inputs=64, stages=2, warps=4)
 
 
-@pytest.mark.parametrize("tile", [None, SMALL_TILE])
+@pytest.mark.parametrize(
+    ("tile", "described"), [(None, False), (SMALL_TILE, False), (SMALL_TILE, True)]
+)
 @pytest.mark.parametrize(("tokens", "width"), [(1, 64), (77, 128), (33, 96)])
 def test_int8_products_are_those_of_torch(
-    tokens: int, width: int, tile: int8_kernels.Tile | None
+    tokens: int, width: int, tile: int8_kernels.Tile | None, described: bool
 ) -> None:
+    product = partial(int8_kernels.product, tile=tile, described=described)
     numbers = NUMBERS[Stored.INT8]
     x, weight, residual = noise(tokens, width), noise(40, width), noise(tokens, 40)
     rows, (weight8, scale) = quantise_rows(x, numbers), quantise_rows(weight, numbers)
     expected = numbers.product(rows, weight8, scale[:, 0], torch.float32)
-    found = int8_kernels.product(rows, weight8, scale[:, 0], torch.float32, tile=tile)
+    found = product(rows, weight8, scale[:, 0], torch.float32)
     assert_equal(found, expected)
     kept = residual.clone()
-    total = int8_kernels.product(rows, weight8, scale[:, 0], torch.float32, kept, tile=tile)
+    total = product(rows, weight8, scale[:, 0], torch.float32, kept)
     assert total is kept
     assert_equal(total, expected + residual)
-    half = int8_kernels.product(rows, weight8, scale[:, 0], torch.float16, tile=tile)
+    half = product(rows, weight8, scale[:, 0], torch.float16)
     assert torch.equal(half, found.half())
 
 
@@ -168,7 +172,7 @@ def test_a_quantised_layer_is_the_same_with_kernels(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("shared", [101_376, 166_912, 232_448, None])
-@pytest.mark.parametrize("tokens", [1, 64, 65, 4096])
+@pytest.mark.parametrize("tokens", [1, int8_kernels.FEW_TOKENS, 4096])
 def test_tiles_of_int8_products_fit_what_a_program_may_have(
     tokens: int, shared: int | None
 ) -> None:

@@ -183,7 +183,8 @@ def product(
     flags: dict[str, int] = {"SWIGLU": swiglu, "RESIDUAL": residual is not None}
     flags |= {"SCALED": scale is not None, "num_warps": 4, "enable_fp_fusion": True}
     if num_sequences == 1:
-        rows, block = divisor(height, 2 if swiglu else 4), divisor(width, 2048)
+        wide = 1024 if swiglu and scale is not None else 2048
+        rows, block = divisor(height, 2 if swiglu else 4), divisor(width, wide)
         _vector_product[(height // rows,)](
             *pointers, width, height, **flags, ROWS=rows, BLOCK=block
         )

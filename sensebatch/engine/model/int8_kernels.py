@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.engine.model.decode_kernels import SHARED_REST, shared_bytes
@@ -46,12 +47,64 @@ TILES = (
     Tile(tokens=128, outputs=128, inputs=128, stages=2, warps=8),
 )
 """The fastest first; the first that fits the GPU is taken."""
-FEW_TOKENS = 64
-"""Up to which a product is bound by reading the weights."""
+FEW_TOKENS = 512
+"""Up to which there are too few large tiles to occupy a GPU."""
 FEW_TILES = (
-    Tile(tokens=64, outputs=64, inputs=256, stages=4, warps=4),
+    Tile(tokens=64, outputs=128, inputs=128, stages=4, warps=4),
     Tile(tokens=64, outputs=64, inputs=128, stages=4, warps=4),
 )
+DESCRIBED_FROM = 90
+"""The first GPUs that copy a tile with one instruction, from the description of a matrix."""
+DESCRIBED_BYTES = 16
+"""What the bytes of a row must be a multiple of for that."""
+
+
+@triton.jit
+def _described_sums(
+    x,
+    weight,
+    first_token,
+    first_row,
+    width,
+    TOKENS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
+):
+    """Returns a tile of sums of products of two described matrices."""
+    total = tl.zeros((TOKENS, OUTPUTS), dtype=tl.int32)
+    for start in range(0, width, INPUTS):
+        left = x.load([first_token, start])
+        right = weight.load([first_row, start])
+        total = tl.dot(left, right.T, total, out_dtype=tl.int32)
+    return total
+
+
+@triton.jit
+def _sums(
+    x,
+    weight,
+    tokens,
+    rows,
+    width,
+    TOKENS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Returns the same of two matrices by their pointers."""
+    columns = tl.arange(0, INPUTS)
+    x += tokens.to(tl.int64)[:, None] * width + columns[None, :]
+    weight += rows.to(tl.int64)[None, :] * width + columns[:, None]
+    total = tl.zeros((TOKENS, OUTPUTS), dtype=tl.int32)
+    for start in range(0, width, INPUTS):
+        if WHOLE:
+            left, right = tl.load(x + start), tl.load(weight + start)
+        else:
+            inside = start + columns < width
+            left = tl.load(x + start, mask=inside[None, :], other=0)
+            right = tl.load(weight + start, mask=inside[:, None], other=0)
+        total = tl.dot(left, right, total, out_dtype=tl.int32)
+    return total
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -70,6 +123,7 @@ def _int8_product(
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
     GROUP: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     tiles_down = tl.cdiv(num_tokens, TOKENS)
@@ -77,25 +131,18 @@ def _int8_product(
     first = tl.program_id(0) // of_group * GROUP
     down = min(tiles_down - first, GROUP)
     place = tl.program_id(0) % of_group
-    tokens = (first + place % down) * TOKENS + tl.arange(0, TOKENS)
-    rows = place // down * OUTPUTS + tl.arange(0, OUTPUTS)
-    columns = tl.arange(0, INPUTS)
-    # What lies past the ends is computed with others' numbers and not stored.
-    x += (tokens % num_tokens).to(tl.int64)[:, None] * width + columns[None, :]
-    weight += (rows % height).to(tl.int64)[None, :] * width + columns[:, None]
-    total = tl.zeros((TOKENS, OUTPUTS), dtype=tl.int32)
-    for start in range(0, width, INPUTS):
-        if WHOLE:
-            left, right = tl.load(x + start), tl.load(weight + start)
-            total = tl.dot(left, right, total, out_dtype=tl.int32)
-        else:
-            inside = start + columns < width
-            left = tl.load(x + start, mask=inside[None, :], other=0)
-            right = tl.load(weight + start, mask=inside[:, None], other=0)
-            total = tl.dot(left, right, total, out_dtype=tl.int32)
+    first_token, first_row = (first + place % down) * TOKENS, place // down * OUTPUTS
+    tokens = first_token + tl.arange(0, TOKENS)
+    rows = first_row + tl.arange(0, OUTPUTS)
+    # What lies past the ends is computed with zeros or with others' numbers, and not stored.
+    if DESCRIBED:
+        sums = _described_sums(x, weight, first_token, first_row, width, TOKENS, OUTPUTS, INPUTS)
+    else:
+        near, real = tokens % num_tokens, rows % height
+        sums = _sums(x, weight, near, real, width, TOKENS, OUTPUTS, INPUTS, WHOLE)
     there = tokens < num_tokens
     exists = rows < height
-    result = total.to(tl.float32) * tl.load(x_scales + tokens, mask=there, other=0.0)[:, None]
+    result = sums.to(tl.float32) * tl.load(x_scales + tokens, mask=there, other=0.0)[:, None]
     result *= tl.load(weight_scales + rows, mask=exists, other=0.0)[None, :]
     target = tokens.to(tl.int64)[:, None] * height + rows[None, :]
     stored = there[:, None] & exists[None, :]
@@ -123,6 +170,7 @@ def product(
     dtype: torch.dtype,
     residual_TO: Tensor | None = None,
     tile: Tile | None = None,
+    described: bool | None = None,
 ) -> Tensor:
     """Returns a product; see `operations.Operations.scaled_product`.
 
@@ -133,6 +181,8 @@ def product(
         dtype: See there.
         residual_TO: Contiguous rows.
         tile: None takes the one that was the fastest.
+        described: Whether tiles are copied from the descriptions of matrices; None where that is
+            faster.
     """
     x8_TI, scale_T1 = tokens
     num_tokens, width = x8_TI.shape
@@ -141,9 +191,13 @@ def product(
     if out_TO is None:
         out_TO = torch.empty(num_tokens, height, dtype=dtype, device=x8_TI.device)
     tile = tile or choose_tile(num_tokens, shared_bytes(x8_TI.device))
+    if described is None:
+        described = num_tokens > FEW_TOKENS and _describes(x8_TI)
+    flags: dict[str, int] = {"RESIDUAL": residual_TO is not None, "DESCRIBED": described}
+    flags |= {"WHOLE": width % tile.inputs == 0, "enable_fp_fusion": True}
     _int8_product[(triton.cdiv(num_tokens, tile.tokens) * triton.cdiv(height, tile.outputs),)](
-        x8_TI,
-        weight_OI,
+        _described(x8_TI, tile.tokens, tile) if described else x8_TI,
+        _described(weight_OI, tile.outputs, tile) if described else weight_OI,
         scale_T1,
         scale_O,
         out_TO,
@@ -151,17 +205,26 @@ def product(
         num_tokens,
         height,
         width,
-        RESIDUAL=residual_TO is not None,
         TOKENS=tile.tokens,
         OUTPUTS=tile.outputs,
         INPUTS=tile.inputs,
         GROUP=GROUP,
-        WHOLE=width % tile.inputs == 0,
+        **flags,
         num_warps=tile.warps,
         num_stages=tile.stages,
-        enable_fp_fusion=True,
     )
     return out_TO
+
+
+def _described(matrix: Tensor, rows: int, tile: Tile) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(matrix, [rows, tile.inputs])
+
+
+def _describes(x8_TI: Tensor) -> bool:
+    """Returns whether a GPU copies tiles of rows from their description."""
+    if x8_TI.device.type == "cpu" or x8_TI.shape[1] % DESCRIBED_BYTES:
+        return False
+    return bool(triton.runtime.driver.active.get_current_target().arch >= DESCRIBED_FROM)
 
 
 def warm_up(arch: Architecture, dtype: torch.dtype, device: torch.device) -> None:
