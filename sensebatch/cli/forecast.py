@@ -70,7 +70,8 @@ def forecast_summary(
         plan = Plan(groups=tuple(cut))
     else:
         return None
-    batches = timed_batches(plan, ids, seconds, by_manifest=available_s is not None)
+    by_manifest = available_s is not None
+    batches = timed_batches(plan, ids, seconds, by_manifest=by_manifest, num_workers=workers)
     found = forecast(batches, workers, available_s)
     return {
         "is_least": speed_of is None,

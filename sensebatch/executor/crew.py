@@ -246,7 +246,8 @@ class _CrewRun:
         self._doubtful = set(found.doubtful) | self._suspects
         """Numbers of batches that something died of: nothing is beside them at their worker."""
         claim_batches(store, config, fitting.get, note)
-        levels = plan_levels(store, config, fitting.get, ends.deadline)
+        num_workers = sum(1 for _ in roster.ready())
+        levels = plan_levels(store, config, fitting.get, ends.deadline, num_workers)
         self._planned = {group.group: group.batch_size for group in levels.plan.groups}
         self._schedule = Schedule(
             recorded=(*found.recorded, *found.suspects),

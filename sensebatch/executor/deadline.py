@@ -13,6 +13,7 @@ from sensebatch.contract import Phase, Progress, Stop
 from sensebatch.jobs import BatchMetrics, GroupKey
 from sensebatch.plan.batches import Plan, PlanEntry, in_manifest_order
 from sensebatch.plan.speed import Speed
+from sensebatch.plan.tail import handed_out
 from sensebatch.store.status import PastBatch
 
 
@@ -113,16 +114,17 @@ class Deadline:
             self._passes[worker] = _Pass(group.drawing.num_steps, now, progress.step)
 
     def groups(
-        self, plan: Plan, entries: Callable[[], Iterable[PlanEntry]]
+        self, plan: Plan, entries: Callable[[], Iterable[PlanEntry]], num_workers: int = 1
     ) -> Iterable[Iterable[tuple[str, ...]]]:
         """Returns a plan's batches group by group; with a deadline, all by their first jobs.
 
         Args:
             plan: The plan.
             entries: Returns its jobs, in manifest order.
+            num_workers: How many workers are handed them; see `tail.handed_out`.
         """
         if self._at is None:
-            return (group.batches() for group in plan.groups)
+            return handed_out(plan, num_workers)
         return [in_manifest_order(plan, (entry.id for entry in entries()))]
 
     def beside(self, stop: Stop) -> Stop:

@@ -35,6 +35,7 @@ def plan_levels(
     config: RunConfig,
     fitting: Callable[[GroupKey], int | None],
     deadline: Deadline,
+    num_workers: int = 1,
 ) -> Levels:
     """Returns the plan of the jobs that are to be run.
 
@@ -48,11 +49,12 @@ def plan_levels(
         config: How many jobs are wanted in a batch, and whether rejected images stay.
         fitting: How many jobs of a group fit the device's memory; None for any number.
         deadline: Decides the order of batches.
+        num_workers: How many workers are handed them.
     """
     memory, keep_rejected = config.memory, config.output.keep_rejected
     plan = make_plan(store.state.entries(), memory, fitting)
     if not store.state.has_chains():
-        groups = deadline.groups(plan, store.state.entries)
+        groups = deadline.groups(plan, store.state.entries, num_workers)
         return Levels(plan=plan, groups=groups, later=())
 
     def later(span: Span) -> Iterator[Groups]:
@@ -68,7 +70,8 @@ def plan_levels(
             if ids <= before:
                 return
             before = ids
-            yield deadline.groups(make_plan(entries, memory, fitting), store.state.entries)
+            level = make_plan(entries, memory, fitting)
+            yield deadline.groups(level, store.state.entries, num_workers)
 
     # Neither how far a run is nor how many workers it has may decide what shares a batch.
     spans = store.state.lanes(MIN_FULL_BATCHES * memory.max_batch_size)

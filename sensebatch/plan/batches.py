@@ -82,6 +82,8 @@ class GroupPlan:
     """What the jobs take, and how many take that."""
     level: int = 0
     """Of its jobs; those of a level run when all of the levels before are through."""
+    kinds: tuple[int, ...] = ()
+    """For each of `fresh`, which of the demands is its own; empty if all jobs take the same."""
 
     @property
     def num_jobs(self) -> int:
@@ -187,10 +189,7 @@ def make_plan(
     """
     groups: dict[tuple[int, GroupKey], _Gathered] = {}
     for entry in entries:
-        gathered = groups.setdefault((entry.level, entry.group), _Gathered())
-        (gathered.alone if entry.alone else gathered.fresh).append(entry.id)
-        gathered.max_images += entry.max_images
-        gathered.demands[Demand(entry.prompt_tokens, entry.text_tokens, entry.max_images)] += 1
+        groups.setdefault((entry.level, entry.group), _Gathered()).add(entry)
     return Plan(
         groups=tuple(
             GroupPlan(
@@ -201,6 +200,7 @@ def make_plan(
                 max_images=gathered.max_images,
                 demands=tuple(gathered.demands.items()),
                 level=level,
+                kinds=tuple(gathered.kinds) if len(gathered.demands) > 1 else (),
             )
             for (level, group), gathered in sorted(groups.items(), key=lambda item: item[0][0])
         )
@@ -215,3 +215,18 @@ class _Gathered:
     alone: list[str] = field(default_factory=list)
     max_images: int = 0
     demands: Counter[Demand] = field(default_factory=Counter)
+    numbers: dict[Demand, int] = field(default_factory=dict)
+    """The place of each of the demands."""
+    kinds: list[int] = field(default_factory=list)
+
+    def add(self, entry: PlanEntry) -> None:
+        """Takes one more job."""
+        demand = Demand(entry.prompt_tokens, entry.text_tokens, entry.max_images)
+        self.max_images += entry.max_images
+        self.demands[demand] += 1
+        number = self.numbers.setdefault(demand, len(self.numbers))
+        if entry.alone:
+            self.alone.append(entry.id)
+        else:
+            self.fresh.append(entry.id)
+            self.kinds.append(number)

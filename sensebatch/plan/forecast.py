@@ -5,10 +5,11 @@ Pure. The batches are those of the plan, in the order that a run with a deadline
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from sensebatch.plan.batches import Plan, in_manifest_order
+from sensebatch.plan.batches import GroupPlan, Plan, in_manifest_order
+from sensebatch.plan.tail import handed_out, works
 from sensebatch.plan.workers import take_turns
 
 
@@ -65,24 +66,41 @@ def forecast(
 
 
 def timed_batches(
-    plan: Plan, ids: Iterable[str], job_seconds: Sequence[float], *, by_manifest: bool
+    plan: Plan,
+    ids: Iterable[str],
+    job_seconds: Sequence[float],
+    *,
+    by_manifest: bool,
+    num_workers: int = 1,
 ) -> list[tuple[tuple[str, ...], float]]:
     """Returns the batches of a plan with their seconds, in the order they are run.
 
     Args:
         plan: The plan.
         ids: Of its jobs, in manifest order.
-        job_seconds: Seconds of a job of each group.
+        job_seconds: Seconds of a job of each group, on average.
         by_manifest: Whether batches come in the order of their first jobs, as with a deadline.
+        num_workers: How many workers are handed them.
     """
-    of_job: Mapping[str, float] = {
-        job_id: seconds
-        for group, seconds in zip(plan.groups, job_seconds, strict=True)
-        for job_id in (*group.fresh, *group.alone)
+    of_batch: Mapping[str, float] = {
+        batch[0]: seconds
+        for group, of_job in zip(plan.groups, job_seconds, strict=True)
+        for batch, seconds in _batch_seconds(group, of_job)
     }
     batches = (
         in_manifest_order(plan, ids)
         if by_manifest
-        else (batch for group in plan.groups for batch in group.batches())
+        else (batch for batches in handed_out(plan, num_workers) for batch in batches)
     )
-    return [(batch, sum(of_job[job_id] for job_id in batch)) for batch in batches]
+    return [(batch, of_batch[batch[0]]) for batch in batches]
+
+
+def _batch_seconds(group: GroupPlan, of_job: float) -> Iterator[tuple[tuple[str, ...], float]]:
+    """Yields the batches of a group, each with its part of the group's seconds."""
+    if not group.kinds:
+        yield from ((batch, of_job * len(batch)) for batch in group.batches())
+        return
+    expected = works(group)
+    by_work = of_job * group.num_jobs / sum(expected)
+    for batch, work in zip(group.batches(), expected, strict=True):
+        yield batch, work * by_work

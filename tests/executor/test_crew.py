@@ -17,7 +17,7 @@ import pytest
 from sensebatch.config import ExecutionConfig
 from sensebatch.errors import ConfigError, DeviceError, WorkersLostError
 from sensebatch.executor import roster
-from sensebatch.executor.messages import Began, Drew, Ended, Joined, News, Prepared, Run
+from sensebatch.executor.messages import Began, Drew, Ended, Joined, News, Prepare, Prepared, Run
 from sensebatch.executor.worker import EngineWorker
 from sensebatch.jobs import Batch, EngineInfo, GroupKey, Job, group_key
 from sensebatch.plan import patience
@@ -277,6 +277,26 @@ def test_run_of_workers_is_resumed_by_one_engine(tmp_path: Path, within: Path) -
     run_crew(tmp_path, all_jobs(), CONFIG, crew, stop=stop)
     run_worker(tmp_path, all_jobs(), CONFIG, worker=EngineWorker(FakeEngine(a_pass=1)))
     assert files_and_rows(tmp_path) == files_and_rows(within)
+
+
+def test_long_stories_are_handed_out_first_where_that_ends_the_run_earlier(
+    tmp_path: Path,
+) -> None:
+    def story(number: int, max_images: int) -> Job:
+        job = make_job(f"s{number}", Task.INTERLEAVE)
+        return replace(job, sampling=replace(job.sampling, max_images=max_images))
+
+    jobs = [story(number, most) for number, most in enumerate((1, 1, 1, 1, 4))]
+    config = replace(CONFIG, memory=replace(CONFIG.memory, max_batch_size=1))
+    first = {}
+    for num_workers in (1, 2):
+        crew, root = ThreadCrew(num_workers, config, jobs), tmp_path / str(num_workers)
+        assert run_crew(root, jobs, config, crew).done == 5
+        first[num_workers] = next(
+            order.jobs[0].id for _, order in crew.orders if isinstance(order, Prepare)
+        )
+    assert first == {1: "s0", 2: "s4"}
+    assert files_and_rows(tmp_path / "1") == files_and_rows(tmp_path / "2")
 
 
 def test_batches_are_as_large_as_the_smallest_worker_allows(tmp_path: Path) -> None:
