@@ -50,7 +50,7 @@ Only = Annotated[
 
 def profile(
     suite: Annotated[
-        Literal["tasks", "budgets", "modes", "speed", "night", "ask", "quality"] | None,
+        Literal["tasks", "budgets", "modes", "speed", "night", "ask", "quality", "few"] | None,
         typer.Option(help="What the cases differ in."),
     ] = None,
     model: Model = None,

@@ -94,7 +94,7 @@ def test_report_writes_the_document_again(invoke: Invoke, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "--suite: expected tasks, budgets, modes, speed, night, ask or quality"),
+        ([], "--suite: expected tasks, budgets, modes, speed, night, ask, quality or few"),
         (["--suite", "modes", "--report", "x"], "--report: expected no other option"),
         (["--report", "x"], "expected the results of a profile, found no file"),
         (["--suite", "modes", "--size", "big"], "--size: expected WIDTHxHEIGHT, found 'big'"),
@@ -174,3 +174,10 @@ def test_doctor_describes_the_machine(invoke: Invoke) -> None:
     assert machine["torch"] in ended.out
     said = "no speed is measured" if machine["gpu"] is None else "GiB/s"
     assert re.search(rf"^(device|copy).*{said}", ended.out, re.MULTILINE)
+
+
+def test_every_suite_can_be_asked_for(invoke: Invoke) -> None:
+    for suite in suites.Suite:
+        asked = invoke("profile", "--suite", suite.value, "--only", "no-such-case")
+        assert asked.code == 2
+        assert "--only: expected one of" in asked.err
