@@ -21,9 +21,11 @@ from sensebatch.engine.model.attention import Attention
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.operations import choose_operations
 from sensebatch.engine.model.patchify import HEAD_MODULES
+from sensebatch.engine.model.quantized import NUMBERS, quantise_rows
 from sensebatch.engine.model.transformer import SparseMlp
 from sensebatch.engine.prompts import Grid, ImageSpan, Prompt
 from sensebatch.engine.runner import Runner
+from sensebatch.jobs import Stored
 from tests.golden_data import ByteTokenizer
 
 pytestmark = [
@@ -135,6 +137,26 @@ def test_sparse_blocks_give_one_result(fused: bool, tokens: int, experts: int) -
         parameter.normal_(0, parameter.shape[-1] ** -0.5)
     x = noise(tokens, width)
     assert len(results(lambda: block.add_to(x.clone(), x.clone(), in_place=True))) == 1
+
+
+@pytest.mark.parametrize("tokens", [1, 17, 512, 513, 4096])
+def test_int8_products_are_torchs_and_those_of_a_token_alone(tokens: int) -> None:
+    """Their sums are exact, so kernels and tiles change nothing."""
+    numbers = NUMBERS[Stored.INT8]
+    weight8, scale = quantise_rows(noise(1536, 1024), numbers)
+    rows, scales = quantise_rows(noise(tokens, 1024), numbers)
+    residual = noise(tokens, 1536)
+
+    def total(fused: bool, first: int = 0) -> Tensor:
+        operations = choose_operations(fused=fused)
+        given = rows[first:].contiguous(), scales[first:].contiguous()
+        return operations.scaled_product(
+            given, weight8, scale[:, 0].contiguous(), torch.float32, residual[first:].float()
+        )
+
+    assert len(results(lambda: total(True))) == 1
+    assert torch.equal(total(True, tokens - 1), total(True)[-1:])
+    torch.testing.assert_close(total(True), total(False), rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", list(HeadKind))
