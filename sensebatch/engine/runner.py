@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol, TypeAlias
 
 import torch
@@ -23,25 +22,23 @@ from sensebatch.checkpoint.tokenizer import IMG_CONTEXT, IMG_END
 from sensebatch.contract import Phase, Progress
 from sensebatch.engine.decoding import (
     Choose,
-    Decoder,
     choose_greedily,
     new_decoder,
-    step_together,
 )
 from sensebatch.engine.model.attention import Attention
 from sensebatch.engine.model.copies import to_device
-from sensebatch.engine.model.kv_cache import KVCache, Parcel, Span, held_bytes
+from sensebatch.engine.model.kv_cache import KVCache, Parcel, Span
 from sensebatch.engine.model.lockstep import Pass, run
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.steps import Paced, Steps, by_block, run_through
 from sensebatch.engine.model.tokenizer import Tokenizer
 from sensebatch.engine.preprocess import Patches
 from sensebatch.engine.prompts import Grid, ImageSpan, Prompt, positions, segments
-from sensebatch.engine.sampling.text import Step, Writing, decode_text
+from sensebatch.engine.sampling.text import Step, decode_text
+from sensebatch.engine.writing import Text, TextRoom, finish_texts, write_together
 from sensebatch.errors import BatchStoppedError
 from sensebatch.plan.passes import (
     MAX_PREFILL_TOKENS,
-    TEXT_ROOM_TOKENS,
     TOKENS_PER_PASS,
     images_per_pass,
 )
@@ -59,18 +56,6 @@ class Extension:
     """The embedding of each image of the prompt, `[tokens, D]`."""
     num_shared: int = 0
     """How many cached tokens other sequences begin with as well."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Text:
-    """The text of a batch, to be decoded after what its sequences have cached."""
-
-    caches: Sequence[KVCache]
-    """The cache of each sequence, wherever it is; they end up on the device."""
-    writing: Writing
-    """Its sequences are numbered from 0."""
-    choose: Choose | None = None
-    """Chooses by logits; None takes the most probable tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -410,12 +395,12 @@ class Runner:
         )
 
         def step(taken: Sequence[tuple[int, int]]) -> list[int]:
-            self._writes_token(next(numbers))
+            self.report_token(next(numbers))
             return decoder.step(taken)
 
         return step
 
-    def _writes_token(self, number: int, num_together: int = 0) -> None:
+    def report_token(self, number: int, num_together: int = 0) -> None:
         """Reports a step of decoding before it is made, and heeds a stop as `text_step` says."""
         if not self.num_denoise_steps:
             self.heed_stop()
@@ -423,92 +408,25 @@ class Runner:
             Progress(phase=Phase.THINK, step=number, num_steps=0, num_together=num_together)
         )
 
-    @contextmanager
-    def writing(self) -> Iterator[Callable[[Sequence[Text]], None]]:
-        """Times the phase that decodes texts which nothing was drawn before.
+    def write(self, texts: Sequence[Text]) -> None:
+        """Decodes texts that nothing was drawn before, one of each batch, and what comes after.
 
-        It is a function that decodes the texts of several batches together. Weights that are
-        streamed come once for all of them. Each batch makes the operations that it would make
-        alone, so its text and caches are the same to the bit. See `text_step`.
+        Each batch makes the operations that it would make alone, so its text and caches are the
+        same to the bit. See `text_step`.
         """
         num_bytes = self.limits.text_bytes
-        if self._weights is None or num_bytes is None:
-            with self.decoding():
-                yield partial(self._write, keep=lambda _: None, room_tokens=None)
+        if self._weights is not None and num_bytes is not None:
+            with self._weights.lending() as fill, self.decoding():
+                write_together(self, texts, TextRoom(num_bytes=num_bytes, fill=fill))
             return
-        with self._weights.lending() as fill, self.decoding():
-            most = num_bytes
-
-            def keep(taken_bytes: int | None) -> None:
-                fill(0 if taken_bytes is None else max(most - taken_bytes, 0))
-
-            yield partial(self._write, keep=keep, room_tokens=TEXT_ROOM_TOKENS)
-
-    def _write(
-        self,
-        texts: Sequence[Text],
-        *,
-        keep: Callable[[int | None], None],
-        room_tokens: int | None,
-    ) -> None:
-        """Decodes texts together; see `writing`.
-
-        Args:
-            texts: One of each batch.
-            keep: Is called with None before rooms for text are made, and then with their bytes.
-            room_tokens: Room that is made at a time; None lets each decoder make its own.
-        """
-        if len(texts) == 1 and room_tokens is None:
-            (text,) = texts
-            decode_text(
-                text.writing, self.text_step(text.caches, text.writing.most_tokens, text.choose)
-            )
-            return
-        decoders: list[Decoder] = []
-        for number in itertools.count(1):
-            taken = [text.writing.taken() for text in texts]
-            is_full = room_tokens is not None and (number - 1) % room_tokens == 0
-            if not decoders or (is_full and any(taken)):
-                self._make_rooms(texts, decoders, keep, room_tokens)
-            if not any(taken):
+        with self.decoding():
+            if len(texts) > 1:
+                write_together(self, texts, None)
                 return
-            self._writes_token(number, sum(map(len, taken)) if len(texts) > 1 else 0)
-            active = [(i, of_text) for i, of_text in enumerate(taken) if of_text]
-            choices = step_together([(decoders[i], of_text) for i, of_text in active])
-            for (i, _), chosen in zip(active, choices, strict=True):
-                texts[i].writing.follow(chosen)
-
-    def _make_rooms(
-        self,
-        texts: Sequence[Text],
-        decoders: list[Decoder],
-        keep: Callable[[int | None], None],
-        room_tokens: int | None,
-    ) -> None:
-        """Makes room for more tokens of texts that have not ended, and decoders if there are none.
-
-        Weights give up what they have first, and get what is left afterwards.
-        """
-        keep(None)
-        if not decoders:
-            decoders += [
-                new_decoder(
-                    self.network,
-                    text.caches,
-                    text.writing.most_tokens,
-                    extend=self.appending,
-                    # Weights may move whenever there is more text.
-                    as_graph=False,
-                    choose=text.choose,
-                    room_tokens=room_tokens,
-                )
-                for text in texts
-            ]
-        elif room_tokens is not None:
-            for text, decoder in zip(texts, decoders, strict=True):
-                if text.writing.taken():
-                    decoder.grow(room_tokens)
-        keep(held_bytes([cache for text in texts for cache in text.caches]))
+            (text,) = texts
+            step = self.text_step(text.caches, text.writing.most_tokens, text.choose)
+            decode_text(text.writing, step)
+            finish_texts(self, texts)
 
     def append_tokens(self, taken: Sequence[tuple[KVCache, Sequence[int]]]) -> Tensor:
         """Caches text tokens; see `extend`."""

@@ -330,7 +330,7 @@ class _Planner:
         return self._writing_together(option, limit), f"{held}, the others are streamed"
 
     def _writing_together(self, option: _Option, limit: int) -> _Option:
-        """Returns an option with as many batches written together as memory allows.
+        """Returns an option with as many batches written together as memory is likely to allow.
 
         Only where weights for text would be streamed. They are then streamed once for all of these
         batches, and what their caches leave of the limit holds some of the weights.
@@ -346,7 +346,8 @@ class _Planner:
         for count in range(min(load.num_batches, passes.MAX_TEXT_BATCHES), 0, -1):
             fixed = weights.rest + weights.buffers(RING, 0) + text.shared + count * text.of_step
             together = replace(option, text_batches=count, text_bytes=limit - fixed)
-            if count * text.of_batch <= limit - fixed and self._host_holds(together):
+            needed = max(count * text.of_likely, text.of_batch)
+            if needed <= limit - fixed and self._host_holds(together):
                 wanted = fixed + count * text.of_batch + missing * weights.kept_block
                 device = max(option.device_bytes, min(limit, wanted))
                 return replace(together, device_bytes=device)

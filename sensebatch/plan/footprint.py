@@ -16,6 +16,7 @@ from sensebatch.plan.load import Load
 from sensebatch.plan.passes import (
     ATTENTION_SPLITS,
     GROWTH_TOKENS,
+    LIKELY_TEXT,
     MAX_PREFILL_TOKENS,
     ROOM_SPARE,
     ROWS,
@@ -242,6 +243,8 @@ class TextMemory:
 
     of_batch: int
     """Caches of a batch whose jobs have written all they may."""
+    of_likely: int
+    """Caches of a batch whose jobs have written as much as is likely."""
     of_step: int
     """What a step of a batch comes to: logits."""
     shared: int
@@ -252,19 +255,22 @@ def text_memory(computation: Computation, load: Load) -> TextMemory:
     """Returns what decoding the texts of batches takes; see `text_bytes`."""
     arch, longest, jobs = computation.arch, load.longest_tokens, load.batch_size
     fast = decodes_fast(computation)
-    tokens = longest + ROOM_SPARE + (0 if fast else GROWTH_TOKENS)
-    of_layer = cache_bytes(computation, (jobs if fast else 1) * tokens) // arch.num_layers
-    rooms = arch.num_layers * reserved_bytes(of_layer) * (1 if fast else jobs)
+    spare = ROOM_SPARE + (0 if fast else GROWTH_TOKENS)
+
+    def of_layer(tokens: int) -> int:
+        together = (jobs if fast else 1) * (tokens + spare)
+        return reserved_bytes(cache_bytes(computation, together) // arch.num_layers)
+
+    rooms = arch.num_layers * (1 if fast else jobs)
+    likely = longest - load.text_tokens + -(-load.text_tokens // LIKELY_TEXT)
     text_pass = _prompt_pass_bytes(computation, jobs, longest)
     if fast:
         text_pass += 16 * longest * arch.head_dim
     return TextMemory(
-        of_batch=rooms,
+        of_batch=rooms * of_layer(longest),
+        of_likely=rooms * of_layer(likely),
         of_step=jobs * arch.vocab_size * 2 * computation.item_bytes,
-        shared=TEXT_WORKSPACE_BYTES
-        + quantising_bytes(computation)
-        + reserved_bytes(of_layer)
-        + text_pass,
+        shared=TEXT_WORKSPACE_BYTES + quantising_bytes(computation) + of_layer(longest) + text_pass,
     )
 
 

@@ -24,6 +24,9 @@ TEXT_ROOM_TOKENS = 64
 that would otherwise be streamed at every token."""
 MAX_TEXT_BATCHES = 16
 """Most batches whose texts are decoded together."""
+LIKELY_TEXT = 3
+"""Texts are planned to be decoded together as if each had one in so many of its tokens; those for
+which there is no room then wait."""
 GROWTH_TOKENS = 128
 """A cache that must grow for a single token grows by this many."""
 LONG_RUN = 1024

@@ -218,11 +218,14 @@ class Clock:
             cached = load.prompt_tokens + load.text_tokens // 2
             spans = [(1, cached)] * min(jobs, load.batch_size)
             work = understanding_work(self._computation, self._sizes, spans, logits=len(spans))
-            computed = -(-jobs // load.batch_size) * work.seconds(self._speeds)
-            room = placement.text_bytes - cache_bytes(self._computation, jobs * cached)
+            # Those for whose caches there is no room wait for the others.
+            fitting = placement.text_bytes // cache_bytes(self._computation, cached)
+            decoded = min(jobs, max(fitting, min(jobs, load.batch_size)))
+            computed = -(-decoded // load.batch_size) * work.seconds(self._speeds)
+            room = placement.text_bytes - cache_bytes(self._computation, decoded * cached)
             copied = max(self._orders.text.num_bytes - max(room, 0), 0)
             step = max(computed, copied / self._speeds.copy_bytes_per_s)
-            total += often * load.text_tokens * step
+            total += often * load.text_tokens * step * jobs / decoded
         return total
 
     def _batch(

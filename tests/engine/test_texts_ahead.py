@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from sensebatch.contract import Phase, Progress
+from sensebatch.engine.decoding import step_together
 from sensebatch.engine.engine import SenseNovaEngine
 from sensebatch.engine.model.kv_cache import KVCache
 from sensebatch.engine.weights.residency import Residency
@@ -179,14 +180,42 @@ def test_weights_give_way_to_caches_and_come_back(
         return text_bytes - (4 - len(taken)) * block
 
     monkeypatch.setattr(Residency, "resize", watched)
-    monkeypatch.setattr("sensebatch.engine.runner.held_bytes", held)
-    monkeypatch.setattr("sensebatch.engine.runner.TEXT_ROOM_TOKENS", 4)
+    monkeypatch.setattr("sensebatch.engine.writing.held_bytes", held)
+    monkeypatch.setattr("sensebatch.plan.passes.TEXT_ROOM_TOKENS", 4)
     Run(engine)(batches[0], batches[1:])
     first, *grown, last = sizes
     # Only the ring stays while rooms are made, and as many blocks beside them as fit.
     assert taken == [4, 4, 4]
     assert grown == [2, 2 + 3, 2, 2 + 2, 2, 2 + 1]
     assert first == last == engine._placement.num_buffers
+
+
+def test_texts_that_there_is_no_room_for_wait(
+    engine: SenseNovaEngine, monkeypatch: pytest.MonkeyPatch, expected: list[tuple[Any, ...]]
+) -> None:
+    """The second batch begins beside the first, waits while that grows, and ends after it."""
+    batches, together = batches_of(make_jobs()), []
+    text_bytes = engine._placement.text_bytes
+    assert text_bytes is not None
+    lengths: list[int] = []
+
+    def room(caches: Sequence[KVCache], _: int) -> int:
+        """Returns half of the memory for a text that has just begun, and more for a longer one."""
+        lengths.append(caches[0].length)
+        return text_bytes // 2 + (lengths[-1] > max(lengths[:2]))
+
+    def step(steps: Sequence[Any]) -> list[list[int]]:
+        together.append(len(steps))
+        return step_together(steps)
+
+    monkeypatch.setattr("sensebatch.engine.writing.room_bytes", room)
+    monkeypatch.setattr("sensebatch.engine.writing.step_together", step)
+    monkeypatch.setattr("sensebatch.plan.passes.TEXT_ROOM_TOKENS", 4)
+    run = Run(engine)
+    results = [run(batches[0], batches[1:]), run(batches[1])]
+    assert outputs(results) == expected
+    # Both write four tokens; then one at a time writes the six that are left.
+    assert together == [2] * 4 + [1] * 12
 
 
 def test_answers_are_written_ahead() -> None:
@@ -224,7 +253,7 @@ def test_texts_that_do_not_fit_together_are_written_alone_from_then_on(
         raise RuntimeError("CUDA error: out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr("sensebatch.engine.runner.step_together", fails)
+        patch.setattr("sensebatch.engine.writing.step_together", fails)
         with pytest.raises(OutOfMemoryError):
             Run(engine)(batches[0], batches[1:2])
     assert engine.num_following(batches[0].group, batches[0].id) == 0

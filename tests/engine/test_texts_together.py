@@ -15,12 +15,13 @@ from sensebatch.contract import Channel
 from sensebatch.engine.decoding import FastDecoder
 from sensebatch.engine.model.lockstep import Pass, run, run_together
 from sensebatch.engine.prompts import Prompt
-from sensebatch.engine.runner import Runner, Text
+from sensebatch.engine.runner import Runner
 from sensebatch.engine.sampling.text import Writing
 from sensebatch.engine.tasks.ask import RUNNER as ASK
 from sensebatch.engine.tasks.registry import TaskRunner
 from sensebatch.engine.tasks.single_image import RUNNER as SINGLE_IMAGE
 from sensebatch.engine.tasks.state import PreparedJob
+from sensebatch.engine.writing import Text
 from sensebatch.jobs import Failure, JobResult
 from tests.engine.golden_model import build_job, build_runner, infer
 from tests.engine.test_batches import fresh
@@ -119,12 +120,10 @@ def test_kernels_decode_batches_together_to_the_same_bytes(monkeypatch: pytest.M
     with infer():
         alone = [read(*batch) for batch in batches]
         for text in alone:
-            with runner.writing() as write:
-                write([text])
+            runner.write([text])
         assert not begun
         texts = [read(*batch) for batch in batches]
-        with runner.writing() as write:
-            write(texts)
+        runner.write(texts)
     assert len(begun) == sum(limit for _, limit in batches)
     assert [content(text) for text in texts] == [content(text) for text in alone]
 

@@ -209,3 +209,6 @@ def test_texts_that_are_written_together_wait_for_weights_once() -> None:
     # Four times the caches leave less of the weights on the device.
     assert text[0] < text[1] < 1.5 * text[0]
     assert 64 * 300 / text[1] == pytest.approx(245, rel=0.1)
+    longer = replace(load, text_tokens=1800, demands=((Demand(100, 1800, 1), 64),))
+    # Not all of them have room at once.
+    assert 9 < seconds(longer, 64, vram_budget_bytes=7 * GIB).text / text[1] < 15

@@ -182,6 +182,12 @@ class KVCache:
         """Moves a layer to memory of its own, without room after the cached tokens."""
         self._layers[layer] = self._layers[layer][:, : self.length].clone()
 
+    def free(self) -> None:
+        """Forgets all tokens and their memory."""
+        self._layers = [self._empty] * self.num_layers
+        self._parcel = None
+        self.cut(0, 0)
+
     def advance(self, num_tokens: int, next_t: int) -> None:
         """Counts tokens that every layer has written."""
         self.length += num_tokens
@@ -225,6 +231,14 @@ class SharedRoom:
         """Returns the element of a layer's keys or values where a token of a sequence begins."""
         heads, dim = self._layers[0].shape[3:]
         return (sequences_S * self.num_tokens + tokens_S) * (heads * dim)
+
+
+def room_bytes(caches: Sequence[KVCache], num_tokens: int) -> int:
+    """Returns the bytes of device memory of a room after so many tokens more."""
+    tokens = max(cache.length for cache in caches) + num_tokens + ROOM_SPARE
+    keys, _ = caches[0].new_rows(0)
+    of_token = 2 * keys.shape[1:].numel() * keys.itemsize
+    return caches[0].num_layers * reserved_bytes(len(caches) * tokens * of_token)
 
 
 def held_bytes(caches: Sequence[KVCache]) -> int:

@@ -81,6 +81,12 @@ class Writing:
         """The most tokens of any sequence."""
         return max(self._limits.values())
 
+    @property
+    def left(self) -> int:
+        """The most tokens that a sequence may still write; 0 once all have ended."""
+        left = (self._limits[index] - len(self.decoded[index].tokens) for index in self._choices)
+        return max(left, default=0)
+
     def taken(self) -> list[tuple[int, int]]:
         """Returns (sequence, token) of the next step; nothing if every sequence has ended."""
         choices = self._choices

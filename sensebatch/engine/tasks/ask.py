@@ -16,14 +16,15 @@ from torch import Tensor
 
 from sensebatch.checkpoint.tokenizer import IM_END, THINK_END, THINK_START
 from sensebatch.contract import Channel, Kept
-from sensebatch.engine.model.kv_cache import KVCache, part_caches
+from sensebatch.engine.model.kv_cache import KVCache
 from sensebatch.engine.prompts import Prompt
-from sensebatch.engine.runner import Extension, Runner, Text
+from sensebatch.engine.runner import Extension, Runner
 from sensebatch.engine.sampling.draws import Drawer, chooses_greedily, log_probabilities
 from sensebatch.engine.sampling.guidance import COND
 from sensebatch.engine.sampling.text import Script, Writing
 from sensebatch.engine.tasks.registry import TaskRunner, WritesTogether
 from sensebatch.engine.tasks.state import PreparedJob, RunningJob, start_jobs
+from sensebatch.engine.writing import Text
 from sensebatch.errors import JobError
 from sensebatch.jobs import Failure, FinishReason, JobResult
 
@@ -181,10 +182,7 @@ def _write(
     if not writing:
         return
     texts = [_text(runner, questions, script, stop_after) for questions in writing]
-    with runner.writing() as write:
-        write(texts)
-        for text in texts:
-            runner.park(text.caches)
+    runner.write(texts)
     for questions, text in zip(writing, texts, strict=True):
         for place, question in enumerate(questions):
             said = text.writing.decoded[place]
@@ -223,6 +221,7 @@ def _text(
             scripts=scripts,
         ),
         choose=None if greedy else choose,
+        is_last=not stop_after,
     )
 
 
@@ -233,7 +232,6 @@ def _score_after_thoughts(runner: Runner, questions: Sequence[Question]) -> None
     caches = [question.cache for question in questions]
     with runner.prefilling(decodes=True):
         runner.bring(caches)
-        part_caches(caches)
         leading = runner.tokenizer.encode("\n\n")
         logits_SV = runner.network.logits(runner.append_tokens([(c, leading) for c in caches]))
         for question, logits_V in zip(questions, logits_SV, strict=True):

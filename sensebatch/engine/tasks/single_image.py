@@ -19,17 +19,16 @@ from torch import Tensor
 
 from sensebatch.checkpoint.tokenizer import THINK_END
 from sensebatch.contract import Channel, Kept, KeptImage
-from sensebatch.engine.model.kv_cache import part_caches
-from sensebatch.engine.model.lockstep import run_together
 from sensebatch.engine.preprocess import to_uint8
 from sensebatch.engine.prompts import after_think
-from sensebatch.engine.runner import PassLimits, Runner, Text
+from sensebatch.engine.runner import PassLimits, Runner
 from sensebatch.engine.sampling.guidance import COND
 from sensebatch.engine.sampling.text import Script, Writing
 from sensebatch.engine.tasks.denoise import Canvas, denoise, passes
 from sensebatch.engine.tasks.keeping import Keeper
 from sensebatch.engine.tasks.registry import TaskRunner, WritesTogether
 from sensebatch.engine.tasks.state import PreparedJob, RunningJob, check_finite, start_jobs
+from sensebatch.engine.writing import Text
 from sensebatch.errors import JobError
 from sensebatch.jobs import Batch, Failure, FinishReason, Job, JobResult
 
@@ -224,16 +223,7 @@ def think(
         The tokens of each job of each batch, with `</think>` if the network wrote it.
     """
     texts = [_thought(runner, running, script) for running in batches]
-    ending = after_think(runner.tokenizer)
-    with runner.writing() as write:
-        write(texts)
-        run_together(
-            [runner.appending([(cache, ending) for cache in text.caches]) for text in texts]
-        )
-        for text in texts:
-            if runner.limits.park is None:
-                part_caches(text.caches)
-            runner.park(text.caches)
+    runner.write(texts)
     return [[said.tokens for said in text.writing.decoded.values()] for text in texts]
 
 
@@ -254,6 +244,7 @@ def _thought(runner: Runner, running: Sequence[RunningJob], script: Script | Non
             stop_after=frozenset({runner.tokenizer.token_id(THINK_END)}),
             scripts=scripts,
         ),
+        ending=after_think(runner.tokenizer),
     )
 
 
