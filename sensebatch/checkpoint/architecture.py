@@ -106,6 +106,14 @@ class Moe:
     sparse_layers: tuple[bool, ...]
     """For each layer, whether its block is sparse rather than a dense SwiGLU."""
 
+    def __str__(self) -> str:
+        """Returns the sizes in words."""
+        sparse, layers = sum(self.sparse_layers), len(self.sparse_layers)
+        return (
+            f"{self.num_experts} experts of {self.intermediate_size}, {self.num_experts_per_tok} "
+            f"a token, in {sparse} of {layers} layers"
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:

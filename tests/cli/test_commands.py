@@ -147,6 +147,12 @@ def test_model_inspect_adds_up(invoke: Invoke) -> None:
     assert "understanding" in invoke("model", "inspect", "tiny").out
 
 
+def test_model_inspect_says_how_sparse_a_model_is(invoke: Invoke) -> None:
+    printed = invoke("model", "inspect", "synthetic:a3b").out
+    assert "128 experts of 768, 8 a token, in 48 of 48 layers" in printed
+    assert "32 experts of 768, 8 a token, in 48 of 48 layers" in printed
+
+
 def test_model_inspect_and_plan_see_that_the_tokenizer_is_missing(
     invoke: Invoke, manifest: Path, tmp_path: Path
 ) -> None:
