@@ -28,8 +28,8 @@ from sensebatch.tasks import Output, Task
 AS_IT_IS = "as it is"
 """The variant with the steps that the jobs themselves ask for."""
 _RECORDED, _JUDGED = "converged", "judged"
-_SEARCHED = (Solver.EULER, Solver.AB2)
-"""Solvers that timesteps are found for."""
+LAYER_STRIDE = 3
+"""The stride for which timesteps are found, besides those of steps that evaluate every layer."""
 
 RunJobs = Callable[[Request, Backend], bool]
 """Runs what is missing in a folder; returns whether all of it is done."""
@@ -55,13 +55,30 @@ class Variant:
     settings: Mapping[str, Any]
     """Among `config.SCHEDULE_SETTINGS`."""
     evaluations: int
-    """Of the network, for one image."""
+    """Of the network, for one image; without the middle layers they count as a third."""
+    steps: float
+    """Steps of every layer that take as long."""
     psnr_db: float
     """Mean over the images, to the converged ones."""
     ssim: float
     """Likewise."""
     image_s: float
     """Seconds for each image, prompts included."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Searched:
+    """Steps whose timesteps are found."""
+
+    name: str
+    num_steps: int
+    solver: Solver = Solver.EULER
+    layer_stride: int = 1
+
+    def settings(self, timesteps: tuple[float, ...]) -> dict[str, Any]:
+        """Returns them as settings, with these timesteps."""
+        strides = {"layer_stride": self.layer_stride}
+        return {"solver": self.solver, **_explicit(timesteps), **strides}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,8 +98,9 @@ class Verdict:
         return next(variant for variant in self.variants if variant.name == AS_IT_IS)
 
     def best(self, num_steps: int) -> Variant:
-        """Returns the variant of so many steps or fewer that comes nearest to converged images."""
-        allowed = [v for v in self.variants if v.settings["num_steps"] <= num_steps]
+        """Returns the variant that comes nearest to converged images and takes no longer than so
+        many steps of every layer."""
+        allowed = [variant for variant in self.variants if variant.steps <= num_steps]
         return max(allowed, key=lambda variant: variant.psnr_db)
 
 
@@ -176,11 +194,25 @@ class Calibration:
         ways = _known_ways(jobs)
         folder = self._folder / _RECORDED / task / "velocities"
         trace = read_trace(folder, converged_timesteps(self._scale.converged_steps))
-        for steps in self._scale.num_steps:
-            for solver in _SEARCHED:
-                timesteps = best_timesteps(trace, steps, solver)
-                ways[f"found, {solver}, {steps}"] = {"solver": solver, **_explicit(timesteps)}
+        for searched in self._searched(jobs[0]):
+            timesteps = best_timesteps(trace, searched.num_steps, searched.solver)
+            ways[searched.name] = searched.settings(timesteps)
         return ways
+
+    def _searched(self, job: Job) -> list[_Searched]:
+        """Returns what timesteps are found for."""
+        found = []
+        for steps in self._scale.num_steps:
+            found += [
+                _Searched(name=f"found, {solver}, {steps}", num_steps=steps, solver=solver)
+                for solver in (Solver.EULER, Solver.AB2)
+            ]
+            more = _most_steps(job, steps)
+            if more > steps:
+                name = f"found, euler, {more}, layers {LAYER_STRIDE}"
+                layers = _Searched(name=name, num_steps=more, layer_stride=LAYER_STRIDE)
+                found.append(layers)
+        return found
 
     @property
     def _converged(self) -> Mapping[str, Any]:
@@ -200,10 +232,10 @@ class Calibration:
         found = {}
         for task, of_task in chosen_jobs(jobs, self._scale).items():
             each = [*_known_ways(of_task).values()]
-            for steps in self._scale.num_steps:
+            for searched in self._searched(of_task[0]):
                 # Whatever they will be: their number decides.
-                any_timesteps = tuple(step / steps for step in range(1, steps))
-                each += len(_SEARCHED) * [_explicit(any_timesteps)]
+                steps = searched.num_steps
+                each.append(searched.settings(tuple(step / steps for step in range(1, steps))))
             converged = [_evaluations(_variant(job, "", self._converged)) for job in of_task]
             judged = of_task[1::2]
             others = [_evaluations(_variant(job, "", way)) for job in judged for way in each]
@@ -275,6 +307,7 @@ def _verdict(
             name=name,
             settings=settings,
             evaluations=_evaluations(_variant(jobs[0], name, settings)),
+            steps=_whole_steps(_variant(jobs[0], name, settings)),
             psnr_db=float(np.mean([psnr(*pair) for pair in pairs])),
             ssim=float(np.mean([ssim(*pair) for pair in pairs])),
             image_s=_image_seconds([finished[_variant_id(job, name)] for job in jobs]),
@@ -288,6 +321,23 @@ def _verdict(
 def _evaluations(job: Job) -> int:
     assert job.drawing is not None
     return round(job.drawing.cost)
+
+
+def _whole_steps(job: Job) -> float:
+    """Returns how many steps of every layer take as long as the job's."""
+    assert job.drawing is not None
+    return job.drawing.cost / len(job.drawing.branches)
+
+
+def _most_steps(job: Job, num_steps: int) -> int:
+    """Returns how many steps with `LAYER_STRIDE` take no longer than so many of every layer."""
+
+    def takes(steps: int) -> float:
+        settings = {**NEUTRAL, "num_steps": steps, "layer_stride": LAYER_STRIDE}
+        return _whole_steps(_variant(job, "", settings))
+
+    # No more than three times as many fit.
+    return max(n for n in range(1, 3 * num_steps + 1) if takes(n) <= num_steps)
 
 
 def _image_seconds(done: Sequence[FinishedJob]) -> float:

@@ -91,6 +91,8 @@ def test_every_way_is_judged_with_its_evaluations(made: tuple[Path, list[Verdict
         "quality fast": 16,
         "found, euler, 6": 6,
         "found, ab2, 6": 6,
+        # Four whole steps, and four that are a third each.
+        "found, euler, 8, layers 3": 5,
         "found, euler, 3": 3,
         "found, ab2, 3": 3,
     }
@@ -146,7 +148,7 @@ def test_a_preset_that_wins_is_written_as_its_settings(tmp_path: Path) -> None:
     preset = {**NEUTRAL, **PRESETS[Quality.FAST]}
     tile = (Image.new("RGB", (32, 32)), "a")
     variant = _variant("quality fast", preset, 50.0)
-    base = _variant(AS_IT_IS, {**preset, "num_steps": 60}, 40.0)
+    base = replace(_variant(AS_IT_IS, {**preset, "num_steps": 60}, 90.0), steps=60)
     verdict = Verdict(task=Task.T2I, num_judged=1, variants=(base, variant), sheet=(tile,))
     write_files(tmp_path, [verdict], (16,), model="tiny", made_by="today")
     sampling = resolve_settings(config_file=tmp_path / "16-steps.yaml").tasks[Task.T2I].sampling
@@ -156,7 +158,13 @@ def test_a_preset_that_wins_is_written_as_its_settings(tmp_path: Path) -> None:
 
 def _variant(name: str, settings: dict[str, object], psnr_db: float) -> Variant:
     return Variant(
-        name=name, settings=settings, evaluations=16, psnr_db=psnr_db, ssim=1.0, image_s=1.0
+        name=name,
+        settings=settings,
+        evaluations=16,
+        steps=16,
+        psnr_db=psnr_db,
+        ssim=1.0,
+        image_s=1.0,
     )
 
 
