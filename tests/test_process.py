@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -57,3 +58,40 @@ def test_free_memory_is_what_the_container_allows(
     (group / limit).write_text("max\n")
     assert free_memory_bytes(tmp_path, tmp_path / "cgroup.fs") > 9 * MIB
     assert free_memory_bytes(tmp_path / "none") > 9 * MIB
+
+
+KEEPS = """
+import ctypes, sys
+from pathlib import Path
+from sensebatch.process import keep_little_memory
+
+def resident_mib():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("VmRSS"))
+
+if sys.argv[1] == "little":
+    keep_little_memory()
+libc = ctypes.CDLL("libc.so.6")
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+# After it, blocks that are smaller come from the heap.
+libc.free(libc.malloc(31 << 20))
+before = resident_mib()
+blocks = [libc.malloc(8 << 20) for _ in range(20)]
+for block in blocks:
+    ctypes.memset(block, 1, 8 << 20)
+last = libc.malloc(512 << 10)
+for block in blocks:
+    libc.free(block)
+print(resident_mib() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_blocks_that_are_freed_go_back_to_the_system() -> None:
+    kept = {}
+    for how in ("little", "much"):
+        command = [sys.executable, "-c", KEEPS, how]
+        kept[how] = int(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+    assert kept["little"] < 20
+    assert kept["much"] > 100

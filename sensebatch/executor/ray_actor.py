@@ -23,6 +23,7 @@ from sensebatch.executor.guard import guarded
 from sensebatch.executor.host import Outbox, WorkerHost
 from sensebatch.executor.messages import News, Order, Unusable
 from sensebatch.jobs import GroupKey
+from sensebatch.process import keep_little_memory
 
 LISTEN_S = 1.0
 """Seconds that a question for news waits for some."""
@@ -72,6 +73,7 @@ class RayWorker:
     """
 
     def __init__(self, number: int, recipe: Recipe, num_workers: int) -> None:
+        keep_little_memory()
         # Before torch is imported; Ray sets the number of threads for all it starts.
         for name, value in recipe.environment.items():
             if value is None:
