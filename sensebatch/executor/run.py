@@ -182,17 +182,20 @@ class _Run:
                 return
             if found is Idle.WAITING:
                 self._wait()
-            is_over = self._stop.is_set() or self.tally.too_many_failures
-            if is_over and (found is not Idle.WAITING or self._verdicts):
+                if self._verdicts and self._is_over():
+                    return
+            elif self._is_over():
                 return
-            if found is Idle.WAITING:
-                continue
-            if self._is_judged(found):
+            elif self._is_judged(found):
                 self._judge(found)
             elif self._admits(found):
                 self._run(found)
             else:
                 return
+
+    def _is_over(self) -> bool:
+        """Returns whether the run ends with jobs left."""
+        return self._stop.is_set() or self.tally.too_many_failures
 
     def _run(self, assignment: Assignment) -> None:
         """Has the worker run an assignment."""
