@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from sensebatch.contract import KeptImage
 from sensebatch.jobs import Batch, group_key
@@ -168,3 +169,15 @@ def test_commit_discards_its_own_and_what_nobody_needs(tmp_path: Path) -> None:
         store.of_batch(seq, batch_of(name)).save([(0, image_of(name))])
     store.discard(0, lambda seq, ids: seq == 1 and ids == ["b"])
     assert [folder.name for folder in (tmp_path / "c").iterdir()] == ["1"]
+
+
+def test_a_round_is_a_file_that_safetensors_reads_whole(tmp_path: Path) -> None:
+    images = [replace(image_of(number), tokens=tuple(range(number))) for number in range(3)]
+    kept = KeptImages(tmp_path).of_batch(1, batch_of("a", "b", "c"))
+    kept.save(list(enumerate(images)))
+    found = load_file(tmp_path / "1" / "0000.safetensors")
+    for number, image in enumerate(images):
+        assert found[f"image.{number}"].dtype == np.float32
+        assert found[f"image.{number}"].tobytes() == image.image.tobytes()
+        assert found[f"tokens.{number}"].tolist() == list(image.tokens)
+    assert len(found) == 6
