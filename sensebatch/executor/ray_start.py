@@ -29,6 +29,12 @@ REACH_S = 10.0
 CLIENT_PORT = 10001
 """Where a cluster takes those that come from outside, unless an address says another one."""
 _COMMON = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "sensebatch"}
+_SYSTEM = {
+    # Budgets say what workers may take of the host.
+    "memory_monitor_refresh_ms": 0,
+    # Each thread of its server takes 13 MiB, and there would be one for every four cores.
+    "gcs_server_rpc_server_thread_num": 1,
+}
 _NEWS_BYTES = 256 << 20
 """Of Ray's shared memory for each worker: a batch's images on their way, or those to be kept."""
 _MAX_SHARE = 0.3
@@ -83,8 +89,7 @@ def start_local(ray: Any, workers: WorkersConfig, *, uses_gpu: bool, temp: Path)
             object_store_memory=_store_bytes(num_workers),
             _temp_dir=str(temp),
             _node_ip_address="127.0.0.1",
-            # Budgets say what workers may take of the host.
-            _system_config={"memory_monitor_refresh_ms": 0},
+            _system_config=_SYSTEM,
             **resources,
             **_COMMON,
         )

@@ -114,6 +114,7 @@ def test_ray_is_started_without_helpers_that_nobody_asks(tmp_path: Path) -> None
     start_local(ray, WorkersConfig(count=2), uses_gpu=False, temp=tmp_path)
     assert ray.started == [((False, False), None)]
     assert ray.asked[0]["num_cpus"] == 2
+    assert ray.asked[0]["_system_config"]["gcs_server_rpc_server_thread_num"] == 1
     assert ray._private.parameter.RayParams is Params
     assert Node().start_api_server(include_dashboard=True) == "dashboard True"
 
