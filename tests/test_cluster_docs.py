@@ -48,14 +48,17 @@ exit 1
 class Job:
     """The script of the documentation as Slurm would run it."""
 
+    script = SLURM
+
     def __init__(self, folder: Path, **environment: str) -> None:
         with socket.create_server(("127.0.0.1", 0)) as server:
-            port = str(server.getsockname()[1])
+            self.port: int = server.getsockname()[1]
+        port = str(self.port)
         for name, text in {"srun": SRUN, "ray": RAY, "sensebatch": SENSEBATCH}.items():
             (folder / name).write_text(text)
             (folder / name).chmod(0o755)
         script = folder / "job.sh"
-        script.write_text(SLURM.replace("port=6379", f"port={port}"))
+        script.write_text(self.script.replace("port=6379", f"port={port}"))
         self._said = folder / "said"
         self._process = subprocess.Popen(
             ["bash", script],
@@ -83,6 +86,18 @@ class Job:
     def stop(self) -> None:
         """Sends what Slurm sends before the time is over: to the shell alone."""
         self._process.send_signal(signal.SIGTERM)
+
+    def is_alone_after_it(self) -> bool:
+        """Returns whether nothing listens at the port any more soon after the script has ended."""
+        self._process.wait(PATIENCE_S)
+        end = time.monotonic() + PATIENCE_S / 10
+        while time.monotonic() < end:
+            try:
+                socket.create_connection(("127.0.0.1", self.port)).close()
+            except ConnectionRefusedError:
+                return True
+            time.sleep(0.05)
+        return False
 
     def end(self) -> tuple[int, list[str]]:
         """Returns the exit code of the script, and what was run."""
@@ -126,6 +141,18 @@ def test_slurm_does_not_wait_for_a_head_that_did_not_start(tmp_path: Path) -> No
     code, said = Job(tmp_path, NO_HEAD="1").end()
     assert code == 1
     assert not any(line.startswith("sensebatch") for line in said)
+
+
+def test_skypilot_ends_ray_with_the_run_and_with_its_code(tmp_path: Path) -> None:
+    class Sky(Job):
+        script = SKYPILOT["run"].replace("6379", "$FREE_PORT")
+
+    nodes = "127.0.0.1\n127.0.0.2"
+    job = Sky(tmp_path, SKYPILOT_NODE_IPS=nodes, SKYPILOT_NODE_RANK="0")
+    assert job.is_alone_after_it()
+    code, said = job.end()
+    assert code == 1
+    assert [line.split(" --cluster")[0] for line in said] == ["sensebatch run m.yaml"]
 
 
 @pytest.mark.parametrize("script", [SLURM, SKYPILOT["run"], SKYPILOT["setup"]])

@@ -32,7 +32,7 @@ _COMMON = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": 
 _SYSTEM = {
     # Budgets say what workers may take of the host.
     "memory_monitor_refresh_ms": 0,
-    # Each thread of its server takes 13 MiB, and there would be one for every four cores.
+    # There would be one for every four cores, of 2 MiB each; a run has few messages for it.
     "gcs_server_rpc_server_thread_num": 1,
 }
 _NEWS_BYTES = 256 << 20
