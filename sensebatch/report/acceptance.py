@@ -40,7 +40,7 @@ def acceptance_table(found: Acceptance) -> Iterator[str]:
     """Yields a line for each series, with what share of its images would do; the worst first."""
     if not found.series:
         return
-    yield f"acceptance      {_total(found.series)}"
+    yield f"acceptance      {_total(found.series, noun='')}"
     worst = sorted(found.series, key=lambda one: (not one.is_short, _rate(one), one.name))
     shown = worst[:MAX_GROUPS]
     width = min(max(len("prompt group"), *(len(one.name) for one in shown)), 60)
@@ -48,20 +48,20 @@ def acceptance_table(found: Acceptance) -> Iterator[str]:
     for one in shown:
         rate = f"{100 * _rate(one):.0f}%" if one.judged else "-"
         accepted = f"{one.accepted}/{one.keep}"
-        short = f"  short, all {one.tries} tries used" if one.is_short else ""
+        short = "  short" if one.is_short else ""
         yield f"  {one.name:<{width}}  {accepted:>8}  {one.judged:>6}  {rate:>8}{short}"
     if len(worst) > MAX_GROUPS:
         yield f"  ... and {len(worst) - MAX_GROUPS:,} more; sensebatch status --json lists all"
     yield from acceptance_lines(Acceptance(held=found.held))
 
 
-def _total(series: Sequence[Series]) -> str:
+def _total(series: Sequence[Series], *, noun: str = "image") -> str:
     wanted, judged = sum(one.keep for one in series), sum(one.judged for one in series)
     accepted = sum(one.accepted for one in series)
     passed = sum(one.passed for one in series)
     rate = f"; {100 * passed / judged:.0f}% of {judged:,} judged would do" if judged else ""
-    images = "1 image" if wanted == 1 else f"{wanted:,} images"
-    return f"{accepted:,} of {images} wanted{rate}"
+    images = f" {noun}{'' if wanted == 1 else 's'}" if noun else ""
+    return f"{accepted:,} of {wanted:,}{images} wanted{rate}"
 
 
 def _rate(series: Series) -> float:

@@ -330,9 +330,9 @@ def test_what_was_accepted_and_what_came_short_is_said() -> None:
         *held,
     ]
     assert list(acceptance_table(found)) == [
-        "acceptance      3 of 6 images wanted; 38% of 8 judged would do",
+        "acceptance      3 of 6 wanted; 38% of 8 judged would do",
         "  prompt group  accepted  judged  would do",
-        "  dog                1/2       4       25%  short, all 4 tries used",
+        "  dog                1/2       4       25%  short",
         "  owl                0/2       1        0%",
         "  cat                2/2       3       67%",
         *held,
