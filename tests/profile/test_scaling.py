@@ -17,7 +17,7 @@ from sensebatch.profile.suites import Scale, Suite, chosen_cases, suite_cases, w
 from sensebatch.resolutions import Resolution
 from tests.profile.test_recorded import HIGHEST, LOWEST
 
-MEASURED = Path(__file__).parents[2] / "docs" / "measured" / "gpus"
+MEASURED = Path(__file__).parents[2] / "docs" / "measured"
 
 ROW = Row(
     jobs="t2i",
@@ -77,11 +77,14 @@ def test_speeds_are_drawn_where_one_worker_has_run_the_same_jobs() -> None:
     assert scaling.speeds(rows) == {"t2i 2048x2048, full": [(1, 1.0), (2, 2.0), (4, 3.6)]}
 
 
-@pytest.mark.parametrize("workers", [1, 2, 4])
-def test_workers_took_the_memory_of_the_host_that_is_expected(workers: int, tmp_path: Path) -> None:
-    (row,) = [
-        row for row in read_rows(MEASURED) if (row.vram_mode, row.workers) == ("balanced", workers)
-    ]
+@pytest.mark.parametrize(
+    ("record", "workers"), [("gpus", 1), ("gpus", 2), ("gpus", 4), ("pair", 2)]
+)
+def test_workers_took_the_memory_of_the_host_that_is_expected(
+    record: str, workers: int, tmp_path: Path
+) -> None:
+    rows = read_rows(MEASURED / record)
+    (row,) = [row for row in rows if (row.vram_mode, row.workers) == ("balanced", workers)]
     size = Resolution(height=row.height, width=row.width)
     scale = Scale(num_steps=row.num_steps, num_jobs=row.num_jobs, resolution=size)
     (case,) = chosen_cases(suite_cases(Suite.MODES, scale), ["balanced"])
