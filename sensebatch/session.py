@@ -467,7 +467,8 @@ def run_session(
             store.run_dir.write_settings(_settings_document(request))
             observer.jobs_read(request.root, changes)
             _run_again(request, store.state, observer)
-            _warn_of_unused(functions, store.state, observer)
+            if request.is_guarded:
+                _warn_of_unused(functions, store.state, observer)
             return _run_pending(
                 request,
                 store,

@@ -160,15 +160,19 @@ def release(db: sqlite3.Connection, span: Span = WHOLE) -> int:
     return number
 
 
-def drop(db: sqlite3.Connection) -> list[str]:
+def drop(db: sqlite3.Connection, span: Span = WHOLE) -> list[str]:
     """Forgets the files of rejected tries, now that the verdicts are on record; returns them.
 
     Those stay that a verdict is still asked about, that one may be asked about again since it
     failed, and that another job starts from.
+
+    Args:
+        db: Inside a transaction.
+        span: The jobs; whole series.
     """
     rejected = [
         one.folded
-        for _, _, tries in _series(db)
+        for _, _, tries in _series(db, span)
         for one in tries
         if one.status == DONE and one.has_files and one.passed is False
         if _is_settled(db, one.folded) and not _has_children(db, one.folded)

@@ -297,13 +297,13 @@ class State:
             if not tables.has_pending(db, span) and acceptance.release(db, span):
                 chains.settle(db)
 
-    def drop_rejected(self) -> list[str]:
-        """Records that rejected images are to be removed; returns their paths in the folder."""
+    def drop_rejected(self, span: Span = WHOLE) -> list[str]:
+        """Records that rejected images of some jobs are to be removed; returns their paths."""
         with self._db.reading() as db:
             if not acceptance.has_any(db):
                 return []
         with self._db.transaction() as db:
-            return acceptance.drop(db)
+            return acceptance.drop(db, span)
 
     def lanes(self, least: int) -> list[Span]:
         """Returns the jobs in one or two lanes that have nothing to do with each other.

@@ -94,7 +94,7 @@ class Store:
         self.state.settle_chains(span)
         if keep_rejected:
             return
-        dropped = self.state.drop_rejected()
+        dropped = self.state.drop_rejected(span)
         if dropped:
             self.run_dir.require_in_place()
             self.remove_stale(dropped)

@@ -1,0 +1,70 @@
+"""Functions of the user's that judge images, on the command line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Invoke
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+ROWS = """
+version: 1
+defaults: {width: 64, height: 32, num_steps: 2}
+jobs: [{id: a, prompt: a dot, keep: 1, tries: 3}]
+"""
+
+
+@pytest.fixture
+def manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A manifest, and a configuration that names a function of a module beside it."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "judges_of_cli", raising=False)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/judges_of_cli.py").write_text(
+        "def second(image, job):\n    return job['seed'] == 43\n"
+    )
+    (tmp_path / "own/c.yaml").write_text("accept: judges_of_cli:second\n")
+    path = tmp_path / "m.yaml"
+    path.write_text(ROWS)
+    return path
+
+
+def test_a_run_calls_the_function_beside_its_configuration(
+    invoke: Invoke, manifest: Path, tmp_path: Path
+) -> None:
+    ended = invoke("run", manifest, "--config", tmp_path / "own/c.yaml", "--drop-rejected")
+    assert ended.code == 0
+    assert "accepted 1 of 1 image wanted; 50% of 2 judged would do" in ended.err
+    assert [path.name for path in Path("outputs/m/images").iterdir()] == ["a-seed=43.png"]
+    # The settings of the run say where the function is, so they repeat it from anywhere.
+    again = invoke("run", manifest, "--config", "outputs/m/run.yaml", "--output-dir", "again")
+    assert again.code == 0
+    assert "accepted 1 of 1 image wanted" in again.err
+
+
+def test_a_function_that_is_missing_ends_a_run_before_it_begins(
+    invoke: Invoke, manifest: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "own/c.yaml").write_text("accept: judges_of_cli:third\n")
+    ended = invoke("run", manifest, "--config", tmp_path / "own/c.yaml")
+    assert ended.code == 2
+    assert "accept: expected a function third in " in ended.err
+    assert not Path("outputs").exists()
+    # What only reads the manifest runs none of it.
+    (tmp_path / "own/judges_of_cli.py").write_text("raise SystemExit(7)\n")
+    assert invoke("plan", manifest, "--config", tmp_path / "own/c.yaml").code == 0
+
+
+def test_a_function_that_nothing_asks_for_is_warned_of(
+    invoke: Invoke, manifest: Path, tmp_path: Path
+) -> None:
+    manifest.write_text(ROWS.replace(", keep: 1, tries: 3", ""))
+    words = "judges_of_cli:second: called for no image, since no row of the manifest has accept"
+    config = ("--config", tmp_path / "own/c.yaml")
+    assert words in invoke("run", manifest, *config).err
+    small = ("--width", "64", "--height", "32", "--output", "dot.png")
+    assert words not in invoke("t2i", "--prompt", "a dot", *small, *config).err
