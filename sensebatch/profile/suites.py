@@ -14,7 +14,7 @@ from typing import Any
 
 from sensebatch.config import PRESETS, SYNTHETIC_PREFIX, TINY_MODEL, converged_timesteps
 from sensebatch.errors import ConfigError
-from sensebatch.jobs import Quality
+from sensebatch.jobs import Precision, Quality
 from sensebatch.profile.night import night_parts
 from sensebatch.resolutions import Resolution
 from sensebatch.store.files import write_atomic
@@ -45,6 +45,8 @@ QUANTISED_TO = ("fp8", "int8")
 """The precisions that they are run with."""
 MANY_JOBS = 16
 """Jobs of the cases that compare thinking with not thinking."""
+MOST_JOBS = 64
+"""Jobs whose texts are decoded together while weights are streamed, over several batches."""
 PROMPTS = (
     "A studio portrait of an elderly fisherman with a grey beard and a dark blue knitted cap, "
     "soft window light from the left, shallow depth of field",
@@ -236,6 +238,7 @@ def _task_cases(full: Case) -> list[Case]:
     capped: dict[str, Any] = {"vram_mode": "auto", "device_gib": 13}
     many = replace(alone, num_jobs=MANY_JOBS)
     lean: dict[str, Any] = {"vram_mode": "auto", "device_gib": 7}
+    most = replace(alone, name=f"think-{MOST_JOBS}-7gib", num_jobs=MOST_JOBS, think=True, **lean)
     return [
         replace(alone, name="t2i"),
         replace(alone, name="t2i-think", think=True),
@@ -249,6 +252,8 @@ def _task_cases(full: Case) -> list[Case]:
         replace(
             many, name=f"think-{MANY_JOBS}-7gib", think=True, baseline=f"think-{MANY_JOBS}", **lean
         ),
+        most,
+        replace(most, name=f"{most.name}-int8", precision=Precision.INT8_ALL, baseline=most.name),
     ]
 
 

@@ -34,7 +34,8 @@ pytestmark = pytest.mark.slow
 
 NUM_JOBS = {
     "interleave": 1, "interleave-4": 4, "interleave-13gib": 1, "plain-16": 16, "think-16": 16,
-    "think-16-7gib": 16, "t2i-1024": 32, "t2i-1024-no-compile": 32, "answers": 32,
+    "think-16-7gib": 16, "think-64-7gib": 64, "think-64-7gib-int8": 64, "t2i-1024": 32,
+    "t2i-1024-no-compile": 32, "answers": 32,
     "answers-7gib": 32, "choices": 128, "choices-2048": 32, "choices-balanced": 128,
     "choices-7gib": 128,
 }  # fmt: skip
@@ -100,6 +101,8 @@ SETTINGS = {
         "plain-16": "--vram-mode full",
         "think-16": "--vram-mode full",
         "think-16-7gib": "--max-memory 0=7GiB",
+        "think-64-7gib": "--max-memory 0=7GiB",
+        "think-64-7gib-int8": "--max-memory 0=7GiB --precision int8-all",
     },
 }
 OTHER_JOBS = (Suite.NIGHT, Suite.ASK, Suite.FEW)
