@@ -25,12 +25,12 @@ NONE = dict.fromkeys(FIGURES)
 SPEED = """\
 | case | options | mode taken | images | s/step | steady s/step | limit s/step | s/image | \
 limit s/image | tok/s | ratio | steady tok/s | steady ratio | text tokens | text tok/s | \
-waited % |
+waited % | rest % |
 | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | \
----: | ---: |
+---: | ---: | ---: |
 | full | `--vram-mode full` | full | 8 | 0.3750 | 0.2500 | 0.2220 | 20.000 | 15.000 | 204.80 | \
-1.000 | 300.00 | 1.000 | 2,400 | 96.0 | - |
-| low (failed) | `--vram-mode low` | low | - | - | - | - | - | - | - | - | - | - | - | - | - |
+1.000 | 300.00 | 1.000 | 2,400 | 96.0 | - | - |
+| low (failed) | `--vram-mode low` | low | - | - | - | - | - | - | - | - | - | - | - | - | - | - |
 """
 MEMORY = """\
 | case | peak alloc / res GiB | expected GiB | expected / reserved | load s | \
