@@ -10,6 +10,8 @@ from sensebatch.jobs import Precision
 
 GPU_ITEM_BYTES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
 """Bytes of a number by the dtype's name; auto as on a GPU."""
+PACKED_DTYPES = ("auto", "bfloat16")
+"""Dtypes whose numbers can be packed; auto as on a GPU."""
 TILE_SIDE = 16
 """Rows and columns of the smallest tile that can be multiplied."""
 
@@ -25,6 +27,8 @@ class Computation:
     """How the decoder layers' matrices are stored if that is in 8 bits; None for the dtype."""
     fused: bool = False
     """Whether chains of small operations are one kernel each."""
+    packs: bool = False
+    """Whether blocks of bfloat16 that text goes through are packed in host memory."""
 
     def wide(self, numbers: int) -> int:
         """Returns how many numbers of its own take the memory of so many of four bytes."""
@@ -50,4 +54,5 @@ def gpu_computation(arch: Architecture, model: ModelConfig) -> Computation:
         item_bytes=GPU_ITEM_BYTES[model.dtype],
         precision=model.quantised,
         fused=model.compile and is_tileable(arch),
+        packs=model.compile and is_tileable(arch) and model.dtype in PACKED_DTYPES,
     )

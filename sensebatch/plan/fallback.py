@@ -67,7 +67,7 @@ def _streamed(weights: WeightBytes, placement: Placement) -> Placement:
     num_buffers = fast_buffers(weights, writes=True)
     held = weights.buffers(RING, num_buffers - RING)
     room = placement.host_block_bytes
-    blocks = weights.blocks if room is None else min(weights.blocks, room)
+    blocks = weights.packed_blocks if room is None else min(weights.packed_blocks, room)
     return replace(
         placement,
         mode=VramMode.FAST,

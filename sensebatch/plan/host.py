@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from sensebatch.plan.computation import Computation
 from sensebatch.plan.footprint import cache_bytes
 from sensebatch.plan.load import Load
-from sensebatch.plan.passes import NUM_STAGING, prefixes_wait
+from sensebatch.plan.passes import NUM_STAGING, PAGE_BYTES, prefixes_wait
 from sensebatch.plan.weight_bytes import WeightBytes
 from sensebatch.resolutions import TOKEN_NUMBERS
 from sensebatch.units import MIB
@@ -57,6 +57,9 @@ def host_working_bytes(
     drawn = image + TOKEN_NUMBERS * load.drawn_tokens
     images = prepared_bytes(load) + load.batch_size * 2 * drawn + kept
     images += (text_batches - 1) * prepared_bytes(load)
+    if text_waits:
+        # The last page of each is half full on average.
+        images += text_batches * load.batch_size * PAGE_BYTES // 2
     if not text_waits and (not parked or not prefixes_wait(load.batch_size, jobs)):
         return images
     return images + text_batches * cache_bytes(computation, load.prefix_tokens * load.batch_size)
@@ -92,7 +95,7 @@ class HostMemory:
             return not capped or self._besides(working) <= (self.process_bytes or 0)
         if self.process_bytes is not None:
             return self._besides(working) + self._least_weights <= self.process_bytes
-        weights = min(self.weights.blocks + self.weights.embeddings, self._free_for_weights)
+        weights = min(self._blocks + self.weights.embeddings, self._free_for_weights)
         return weights + self.num_workers * working <= int(self.free_bytes * RUN_SHARE)
 
     def least_bytes(self, working: int, *, streams: bool) -> int:
@@ -106,7 +109,7 @@ class HostMemory:
             left = self.process_bytes - self._besides(working)
         # Embeddings are looked up in host memory, whatever is left for blocks.
         left -= self.weights.embeddings
-        if left < self.weights.blocks:
+        if left < self._blocks:
             # Each process takes its own staging buffers out of this, but not those of the others.
             left -= (self.num_workers - 1) * self._staging
         return max(left, 0)
@@ -119,7 +122,7 @@ class HostMemory:
             blocks: What `block_bytes` returns.
             streams: See `holds`.
         """
-        kept = self.weights.blocks
+        kept = self._blocks
         if kept > blocks:
             others = (self.num_workers - 1) * self._staging
             kept = max(blocks, self._staging) + others
@@ -131,6 +134,11 @@ class HostMemory:
     def _besides(self, working: int) -> int:
         """Returns what the processes take besides weights."""
         return self.num_workers * (PROGRAM_BYTES + working)
+
+    @property
+    def _blocks(self) -> int:
+        """All blocks, as they are kept; those that processes share are not packed."""
+        return self.weights.packed_blocks if self.num_workers == 1 else self.weights.blocks
 
     @property
     def _free_for_weights(self) -> int:

@@ -44,6 +44,14 @@ ROOM_SPARE = 16
 tokens that lead over from text to an image."""
 RING = 2
 """Buffers that blocks pass through: one is computed with while the next is filled."""
+PACKING_CHUNK = 1 << 24
+"""Numbers of a packed block that are unpacked at a time."""
+PACKED_SHARE = 0.755
+"""The part of its bytes that a packed block is planned to take: 3/4 and some exceptions."""
+MAX_EXCEPTION_BYTES = 6 << 20
+"""Exceptions of a packed block; one with more of them stays as it is."""
+PAGE_BYTES = 16 << 20
+"""Host memory for prefixes that wait comes in pages of so many bytes."""
 NUM_STAGING = 2
 """Host buffers that blocks are read ahead into from the checkpoint's files."""
 
@@ -136,3 +144,13 @@ LARGE_BYTES = 10 << 20
 def reserved_bytes(num_bytes: int) -> int:
     """Returns what torch reserves for a tensor that has memory of its own."""
     return num_bytes if num_bytes < LARGE_BYTES else -(-num_bytes // SEGMENT_BYTES) * SEGMENT_BYTES
+
+
+def packed_chunk_bytes(num_numbers: int) -> int:
+    """Returns the bytes of a packed chunk: a byte and a half for each number."""
+    return num_numbers + num_numbers // 2
+
+
+def unpacking_bytes() -> int:
+    """Returns the device memory that packed blocks pass through."""
+    return 2 * packed_chunk_bytes(PACKING_CHUNK) + MAX_EXCEPTION_BYTES

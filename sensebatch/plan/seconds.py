@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from sensebatch.checkpoint.tensors import TensorGroup
 from sensebatch.jobs import Drawing
 from sensebatch.plan.computation import Computation
 from sensebatch.plan.footprint import cache_bytes
 from sensebatch.plan.load import Load
 from sensebatch.plan.passes import LONG_RUN, MAX_PREFILL_TOKENS, RING, middle_layers
 from sensebatch.plan.placement import Placement
-from sensebatch.plan.weight_bytes import weight_bytes
+from sensebatch.plan.weight_bytes import in_host, weight_bytes
 from sensebatch.plan.work import (
     MEASURED_ITEM_BYTES,
     Speeds,
@@ -41,7 +42,9 @@ class Blocks:
     expert: Expert
     count: int
     num_bytes: int
-    """All of them together."""
+    """All of them together, on the device."""
+    copied_bytes: int
+    """The same on the way to it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,21 +61,26 @@ def pass_orders(computation: Computation) -> Orders:
     """Returns what the passes of a network go through."""
     arch, weights = computation.arch, weight_bytes(computation)
     head = arch.vocab_size * arch.hidden_size * computation.item_bytes
+    text, images = weights.understanding_layers, weights.generation_layers
+    copied = in_host(computation, TensorGroup.UNDERSTANDING, text)
     return Orders(
         prompts=Blocks(
             expert=Expert.UNDERSTANDING,
             count=arch.num_layers,
-            num_bytes=weights.understanding_layers,
+            num_bytes=text,
+            copied_bytes=copied,
         ),
         text=Blocks(
             expert=Expert.UNDERSTANDING,
             count=weights.num_understanding,
-            num_bytes=weights.understanding_layers + head,
+            num_bytes=text + head,
+            copied_bytes=copied + in_host(computation, None, head),
         ),
         images=Blocks(
             expert=Expert.GENERATION,
             count=weights.num_generation,
-            num_bytes=weights.generation_layers,
+            num_bytes=images,
+            copied_bytes=in_host(computation, TensorGroup.GENERATION, images),
         ),
     )
 
@@ -127,7 +135,7 @@ class Passes:
         """Counts passes that find the same blocks on the device; the others are copied to it."""
         blocks = passes.blocks
         kept = min(self._kept[blocks.expert], blocks.count)
-        copied = (1 - kept / blocks.count) * blocks.num_bytes
+        copied = (1 - kept / blocks.count) * blocks.copied_bytes
         self.copied_bytes += count * copied
         self.seconds += count * max(passes.seconds, copied / self._copy_bytes_per_s)
 
@@ -223,7 +231,8 @@ class Clock:
             decoded = min(jobs, max(fitting, min(jobs, load.batch_size)))
             computed = -(-decoded // load.batch_size) * work.seconds(self._speeds)
             room = placement.text_bytes - cache_bytes(self._computation, decoded * cached)
-            copied = max(self._orders.text.num_bytes - max(room, 0), 0)
+            text = self._orders.text
+            copied = max(1 - max(room, 0) / text.num_bytes, 0) * text.copied_bytes
             step = max(computed, copied / self._speeds.copy_bytes_per_s)
             total += often * load.text_tokens * step * jobs / decoded
         return total

@@ -234,7 +234,9 @@ class _Summary:
         """Returns the bytes of blocks that host memory has no room for."""
         if placement.num_buffers is None or placement.host_block_bytes is None:
             return 0
-        return max(self.weights.blocks - placement.host_block_bytes, 0)
+        weights = self.weights
+        missing = max(weights.packed_blocks - placement.host_block_bytes, 0)
+        return missing * weights.blocks // weights.packed_blocks
 
 
 def _refused_group(refusals: Sequence[Refusal]) -> dict[str, Any]:

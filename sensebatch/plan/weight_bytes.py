@@ -14,6 +14,7 @@ from sensebatch.checkpoint.tensors import (
     head_part_rows,
 )
 from sensebatch.plan.computation import Computation
+from sensebatch.plan.passes import PACKED_SHARE, unpacking_bytes
 
 SCALE_BYTES = 4
 """A float32: the scale of a row of 8-bit numbers."""
@@ -35,6 +36,10 @@ class WeightBytes:
     """Blocks of the understanding expert, the vocabulary head included."""
     blocks: int
     """All blocks together."""
+    packed_blocks: int
+    """The same in host memory that one process has to itself."""
+    unpacking: int
+    """Device memory that packed blocks pass through; 0 if none are packed."""
     understanding_layers: int
     """The decoder layers of the understanding expert."""
     generation_layers: int
@@ -45,8 +50,11 @@ class WeightBytes:
     """Everything that always stays on the device."""
 
     def buffers(self, ring: int, kept: int) -> int:
-        """Returns the bytes of device buffers: a ring for any block, others for kept layers."""
-        return ring * self.block + kept * self.kept_block
+        """Returns the bytes of device buffers: a ring for any block, others for kept layers.
+
+        What packed blocks pass through on their way to them is counted as well.
+        """
+        return ring * self.block + kept * self.kept_block + self.unpacking
 
     def buffers_for_images(self, ring: int) -> int:
         """Returns how many buffers keep the generation expert, the ring included."""
@@ -90,7 +98,16 @@ def weight_bytes(computation: Computation) -> WeightBytes:
     kept = max(size for (group, _), size in layers.items() if group is TensorGroup.GENERATION)
     part = parts[0] * arch.hidden_size * item_bytes
     text = max(size for (group, _), size in layers.items() if group is TensorGroup.UNDERSTANDING)
+    head = vocabulary * item_bytes
+    experts = [
+        (group, _of_group(layers, group))
+        for group in (TensorGroup.UNDERSTANDING, TensorGroup.GENERATION)
+    ]
+    packed = in_host(computation, None, head)
+    packed += sum(in_host(computation, group, size) for group, size in experts)
     return WeightBytes(
+        packed_blocks=packed,
+        unpacking=unpacking_bytes() if computation.packs else 0,
         block=max(*layers.values(), part),
         kept_block=kept,
         text_block=max(text, part),
@@ -102,6 +119,22 @@ def weight_bytes(computation: Computation) -> WeightBytes:
         embeddings=vocabulary * item_bytes,
         rest=rest,
     )
+
+
+def in_host(computation: Computation, group: TensorGroup | None, num_bytes: int) -> int:
+    """Returns the bytes that blocks take in host memory, and on their way to the device.
+
+    Args:
+        computation: The network, and how it is stored.
+        group: The expert that they are layers of; None for the vocabulary head.
+        num_bytes: Theirs on the device.
+    """
+    is_packed = group is None or (
+        group is TensorGroup.UNDERSTANDING and not is_quantised(computation, group)
+    )
+    if not computation.packs or not is_packed:
+        return num_bytes
+    return int(num_bytes * PACKED_SHARE)
 
 
 def _of_group(layers: Mapping[tuple[TensorGroup, int], int], group: TensorGroup) -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from sensebatch.checkpoint.tensors import TensorGroup, expected_tensors
+from sensebatch.jobs import Precision
 from sensebatch.plan.computation import Computation
 from sensebatch.plan.weight_bytes import weight_bytes
 from sensebatch.units import GIB
@@ -39,3 +41,16 @@ def test_the_experts_of_the_8b_model_are_as_large_as_published() -> None:
     assert gib[TensorGroup.UNDERSTANDING] == pytest.approx(15.13, abs=0.01)
     assert gib[TensorGroup.SHARED] == pytest.approx(2 * 1.16, abs=0.01)
     assert weight_bytes(COMPUTATION).block / GIB == pytest.approx(0.36, abs=0.01)
+
+
+def test_blocks_of_bfloat16_that_text_goes_through_are_packed_in_host_memory() -> None:
+    plain, packed = (weight_bytes(replace(COMPUTATION, packs=packs)) for packs in (False, True))
+    assert (plain.packed_blocks, plain.unpacking) == (plain.blocks, 0)
+    assert packed.blocks == plain.blocks
+    saved = packed.blocks - packed.packed_blocks
+    text = packed.blocks - packed.generation_layers
+    assert saved == pytest.approx(text / 4, rel=0.03)
+    assert packed.buffers(2, 3) - plain.buffers(2, 3) == packed.unpacking > 0
+    quantised = weight_bytes(replace(COMPUTATION, packs=True, precision=Precision.INT8_ALL))
+    head = ARCH.vocab_size * ARCH.hidden_size * 2
+    assert quantised.blocks - quantised.packed_blocks == pytest.approx(head / 4, rel=0.03)

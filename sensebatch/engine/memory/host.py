@@ -1,6 +1,7 @@
 """Keeps as many blocks in host memory as its budget allows, and reads the others when needed.
 
-Kept blocks are pinned if the device is a GPU, so that copies overlap with the computation. The
+Kept blocks are pinned if the device is a GPU, so that copies overlap with the computation, and may
+be packed, so that they take less of the host and of the way. The
 others are read ahead of use, into a few pinned staging buffers. Several threads read a block, and
 begin the next one before the last is done. Processes that compute with the same weights may share
 the kept blocks; each pins them for itself.
@@ -9,8 +10,9 @@ the kept blocks; each pins them for itself.
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -21,10 +23,11 @@ from torch import Tensor
 
 from sensebatch.engine.memory.blocks import Block, new_buffer
 from sensebatch.engine.memory.lanes import Lane
+from sensebatch.engine.memory.packing import Packed, pack
 from sensebatch.engine.memory.readers import Readers
 from sensebatch.engine.memory.shared import SharedBuffers
 from sensebatch.errors import OutOfMemoryError
-from sensebatch.plan.passes import NUM_STAGING
+from sensebatch.plan.passes import NUM_STAGING, PACKED_SHARE
 
 NUM_KEEPERS = 4
 """How many kept blocks are read and pinned at the same time."""
@@ -50,14 +53,29 @@ class HostStore:
         pin: Whether host memory is pinned for copies to a GPU.
         shared: What kept blocks lie in if other processes use them too; None for memory of this
             process.
+        pack_on: The device that packs blocks, and unpacks them on their way to it; None keeps
+            blocks as they are.
     """
 
-    def __init__(self, readers: Readers, *, pin: bool, shared: SharedBuffers | None = None) -> None:
+    def __init__(
+        self,
+        readers: Readers,
+        *,
+        pin: bool,
+        shared: SharedBuffers | None = None,
+        pack_on: torch.device | None = None,
+    ) -> None:
         self._readers = readers
         self._pin = pin
         self._shared = shared
         self._pins: list[PinnedMemory] = []
-        self._kept: dict[Block, Tensor] = {}
+        self._pack_on = pack_on
+        self._packed: set[Block] = set()
+        self._packing = threading.Lock()
+        self._raw: list[tuple[Tensor, list[PinnedMemory]]] = []
+        """Memory that blocks are read into before they are packed."""
+        self._largest = 0
+        self._kept: dict[Block, Tensor | Packed] = {}
         self._staging: list[_Staging] = []
         self._free: SimpleQueue[_Staging] = SimpleQueue()
         self._copiers: ThreadPoolExecutor | None = None
@@ -66,10 +84,16 @@ class HostStore:
     @property
     def kept_bytes(self) -> int:
         """Bytes of host memory in blocks and staging buffers."""
-        tensors = [*self._kept.values(), *(staging.flat for staging in self._staging)]
-        return sum(tensor.nbytes for tensor in tensors)
+        staging = (one.flat for one in self._staging)
+        return sum(one.nbytes for one in (*self._kept.values(), *staging))
 
-    def keep(self, blocks: Sequence[Block], room_bytes: int | None, lane: Lane) -> None:
+    def keep(
+        self,
+        blocks: Sequence[Block],
+        room_bytes: int | None,
+        lane: Lane,
+        packed: Collection[Block] = (),
+    ) -> None:
         """Reads as many blocks into host memory as there is room for, in order.
 
         Where blocks are shared, those are kept that the first process had room for.
@@ -78,13 +102,16 @@ class HostStore:
             blocks: All blocks that may be needed more than once.
             room_bytes: Most bytes taken, staging buffers included; None for no limit.
             lane: The device's; staging buffers need its marks.
+            packed: Those that are packed if their numbers are bfloat16.
 
         Raises:
             CheckpointError: A file cannot be read.
             OutOfMemoryError: The host has less memory than that.
         """
-        sizes = [block.layout.num_bytes for block in blocks]
-        largest = max(sizes, default=0)
+        if self._pack_on is not None and self._shared is None:
+            self._packed = {block for block in packed if _is_bfloat16(block)}
+        self._largest = largest = max((block.layout.num_bytes for block in blocks), default=0)
+        sizes = [self._kept_size(block) for block in blocks]
         kept = list(blocks)
         if room_bytes is not None and sum(sizes) > room_bytes:
             left = room_bytes - NUM_STAGING * largest
@@ -97,7 +124,8 @@ class HostStore:
             if self._shared is None:
                 self._kept = dict(zip(kept, keepers.map(self._read, kept), strict=True))
             else:
-                self._kept = self._share(self._shared, kept, blocks, keepers)
+                self._kept = {**self._share(self._shared, kept, blocks, keepers)}
+        self._raw.clear()
         if len(self._kept) < len(blocks):
             for _ in range(NUM_STAGING):
                 staging = _Staging(self._pinned(new_buffer(largest, CPU)), lane.new_mark())
@@ -126,8 +154,12 @@ class HostStore:
             None if the copy has been issued. Otherwise a future to wait for before waiting for
             `done`; it carries the error of a failed read.
         """
-        if block in self._kept:
-            lane.copy(target, self._kept[block], after, done)
+        kept = self._kept.get(block)
+        if isinstance(kept, Packed):
+            lane.unpack(target, kept, after, done)
+            return None
+        if kept is not None:
+            lane.copy(target, kept, after, done)
             return None
         assert self._copiers is not None, f"{block.name} was never kept"
         self._last_copy = self._copiers.submit(
@@ -159,10 +191,40 @@ class HostStore:
         finally:
             self._free.put(staging)
 
-    def _read(self, block: Block) -> Tensor:
-        buffer = new_buffer(block.layout.num_bytes, CPU)
-        self._fill(block, buffer)
-        return self._pinned(buffer)
+    def _read(self, block: Block) -> Tensor | Packed:
+        size = block.layout.num_bytes
+        if self._pack_on is None or block not in self._packed:
+            buffer = new_buffer(size, CPU)
+            self._fill(block, buffer)
+            return self._pinned(buffer)
+        # Memory that was touched and pinned before is filled, and copied from, much faster.
+        raw, pins = self._raw.pop() if self._raw else self._new_pinned(self._largest)
+        self._fill(block, raw[:size])
+        of_packed: list[PinnedMemory] = []
+
+        def new(num_bytes: int) -> Tensor:
+            buffer, of_buffer = self._new_pinned(num_bytes)
+            of_packed.extend(of_buffer)
+            return buffer
+
+        with self._packing:
+            packed = pack(raw[:size], self._pack_on, new)
+        if packed is None:
+            self._pins += pins
+            return raw[:size]
+        self._pins += of_packed
+        self._raw.append((raw, pins))
+        return packed
+
+    def _new_pinned(self, num_bytes: int) -> tuple[Tensor, list[PinnedMemory]]:
+        """Returns host memory, and what keeps it pinned."""
+        buffer = new_buffer(num_bytes, CPU)
+        return buffer, [PinnedMemory(buffer)] if self._pin else []
+
+    def _kept_size(self, block: Block) -> int:
+        """Returns about how many bytes a block takes if it is kept."""
+        size = block.layout.num_bytes
+        return int(size * PACKED_SHARE) if block in self._packed else size
 
     def _share(
         self,
@@ -195,6 +257,10 @@ class HostStore:
         if self._pin:
             self._pins.append(PinnedMemory(buffer))
         return buffer
+
+
+def _is_bfloat16(block: Block) -> bool:
+    return all(entry.dtype == torch.bfloat16 for entry in block.layout.entries)
 
 
 class PinnedMemory:

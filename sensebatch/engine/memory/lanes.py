@@ -7,6 +7,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sensebatch.engine.memory.packing import Packed, unpack
+from sensebatch.plan import passes
+from sensebatch.plan.passes import packed_chunk_bytes
+
 
 class Lane(Protocol):
     """Copies from host to device, ordered with the computation.
@@ -22,6 +26,9 @@ class Lane(Protocol):
 
     def copy(self, target: Tensor, source: Tensor, after: object, done: object) -> None:
         """Starts a copy for when `after` is reached, and sets `done` after it."""
+
+    def unpack(self, target: Tensor, source: Packed, after: object, done: object) -> None:
+        """Does what `copy` does, with a packed source."""
 
     def wait(self, mark: object) -> None:
         """Makes the computation wait until a mark is reached."""
@@ -44,6 +51,10 @@ class CpuLane:
         """See `Lane`."""
         target.copy_(source)
 
+    def unpack(self, target: Tensor, source: Packed, after: object, done: object) -> None:  # noqa: ARG002
+        """See `Lane`."""
+        unpack(source, target)
+
     def wait(self, mark: object) -> None:
         """See `Lane`."""
 
@@ -52,7 +63,7 @@ class CpuLane:
 
 
 class CudaLane:
-    """Copies from pinned memory in a stream of their own.
+    """Copies from pinned memory in a stream of their own, and unpacks in another one.
 
     Args:
         device: A CUDA device.
@@ -61,6 +72,7 @@ class CudaLane:
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
         self._device = device
+        self._unpacker: _Unpacker | None = None
 
     def new_mark(self) -> object:
         """See `Lane`."""
@@ -80,6 +92,14 @@ class CudaLane:
             target.copy_(source, non_blocking=True)
             done.record(self._stream)
 
+    def unpack(self, target: Tensor, source: Packed, after: object, done: object) -> None:
+        """See `Lane`."""
+        assert isinstance(after, torch.cuda.Event)
+        assert isinstance(done, torch.cuda.Event)
+        if self._unpacker is None:
+            self._unpacker = _Unpacker(self._device, self._stream)
+        self._unpacker.unpack(target, source, after, done)
+
     def wait(self, mark: object) -> None:
         """See `Lane`."""
         assert isinstance(mark, torch.cuda.Event)
@@ -89,6 +109,65 @@ class CudaLane:
         """See `Lane`."""
         assert isinstance(mark, torch.cuda.Event)
         mark.synchronize()
+
+
+class _Slot:
+    """Device memory that a packed chunk arrives in."""
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        self.flat = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        self.arrived = torch.cuda.Event()
+        self.free = torch.cuda.Event()
+
+
+class _Unpacker:
+    """Unpacks one chunk while the next one arrives.
+
+    Args:
+        device: A CUDA device.
+        copies: The stream of the copies.
+    """
+
+    def __init__(self, device: torch.device, copies: torch.cuda.Stream) -> None:
+        # Needs Triton.
+        from sensebatch.engine.memory import packing_kernels
+
+        self._kernels = packing_kernels
+        self._copies = copies
+        self._stream = torch.cuda.Stream(device)
+        size = packed_chunk_bytes(passes.PACKING_CHUNK)
+        self._slots = [_Slot(size, device), _Slot(size, device)]
+        self._exceptions = _Slot(passes.MAX_EXCEPTION_BYTES, device)
+
+    def unpack(
+        self, target: Tensor, source: Packed, after: torch.cuda.Event, done: torch.cuda.Event
+    ) -> None:
+        """See `Lane`."""
+        numbers = target.view(torch.int16)
+        # Chunks may arrive while the target is still computed with.
+        self._stream.wait_event(after)
+        with torch.cuda.stream(self._stream):
+            for first, chunk in source.chunks():
+                slot = self._slots[0]
+                self._slots.reverse()
+                flat = self._bring(slot, chunk)
+                count = flat.numel() // 3 * 2
+                self._kernels.unpack_chunk(flat, numbers[first : first + count], source.base)
+                slot.free.record(self._stream)
+            flat = self._bring(self._exceptions, source.exceptions)
+            self._kernels.restore_exceptions(flat, numbers)
+            self._exceptions.free.record(self._stream)
+            done.record(self._stream)
+
+    def _bring(self, slot: _Slot, source: Tensor) -> Tensor:
+        """Returns device memory that holds a part of a block once the stream comes to it."""
+        flat = slot.flat[: source.numel()]
+        self._copies.wait_event(slot.free)
+        with torch.cuda.stream(self._copies):
+            flat.copy_(source, non_blocking=True)
+            slot.arrived.record(self._copies)
+        self._stream.wait_event(slot.arrived)
+        return flat
 
 
 def lane_for(device: torch.device) -> Lane:

@@ -15,8 +15,7 @@ from torch import Tensor
 from sensebatch.engine.memory.blocks import new_buffer
 from sensebatch.engine.memory.host import CPU, PinnedMemory
 from sensebatch.errors import OutOfMemoryError
-
-PAGE_BYTES = 16 << 20
+from sensebatch.plan.passes import PAGE_BYTES
 
 
 class Pages:

@@ -84,6 +84,7 @@ class NetworkLoader:
             item_bytes=self.dtype.itemsize,
             precision=self.precision,
             fused=self.fused,
+            packs=self.fused and self.dtype == torch.bfloat16,
         )
 
     def load(
@@ -104,7 +105,9 @@ class NetworkLoader:
         shared = None if self.share is None else SharedBuffers(self.share, stop)
         source = StoppableWeights(self.source, stop)
         with translated_out_of_memory(f"the weights did not fit {self.device}"):
-            residency = Residency(network, source, placement, self.device, shared)
+            residency = Residency(
+                network, source, placement, self.device, shared, packs=self.computation.packs
+            )
         source.loaded()
         return network, residency
 

@@ -55,6 +55,8 @@ class Residency:
         device: The device that the network computes on.
         shared: What weights in host memory lie in if other processes stream them too; None for
             memory of this process.
+        packs: Whether blocks of bfloat16 that text goes through are packed in host memory. Images
+            are computed for longer than their weights take to come.
 
     Raises:
         CheckpointError: A file cannot be read.
@@ -69,6 +71,8 @@ class Residency:
         placement: Placement,
         device: torch.device,
         shared: SharedBuffers | None = None,
+        *,
+        packs: bool = False,
     ) -> None:
         self._device = device
         pieces = _pieces_by_parameter(network.arch)
@@ -85,8 +89,18 @@ class Residency:
         _load_rest(
             network, pieces, source, self._readers, placement.embed_on_device, device, shared
         )
-        self._host = HostStore(self._readers, pin=device.type == "cuda", shared=shared)
-        self._host.keep(blocks, 0 if self._whole else placement.host_block_bytes, lane)
+        self._host = HostStore(
+            self._readers,
+            pin=device.type == "cuda",
+            shared=shared,
+            pack_on=device if packs and shared is None else None,
+        )
+        self._host.keep(
+            blocks,
+            0 if self._whole else placement.host_block_bytes,
+            lane,
+            packed=frozenset([*self._understanding, *self._head]),
+        )
         if self._whole:
             self._pool = Pool(new_buffer(sum(sizes), device), self._host, lane, sizes)
         else:

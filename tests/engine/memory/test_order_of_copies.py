@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sensebatch.engine.memory.blocks import Block, new_buffer
 from sensebatch.engine.memory.host import CPU, HostStore
+from sensebatch.engine.memory.packing import Packed
 from sensebatch.engine.memory.pool import Pool
 from sensebatch.engine.memory.readers import Readers
 from tests.engine.memory.test_blocks import plain_block
@@ -61,6 +62,9 @@ class Streams:
             self._copies.append(partial(self._do, partial(target.copy_, source)))
             self._set(self._copies, done)
         self._continue()
+
+    def unpack(self, target: Tensor, source: Packed, after: object, done: object) -> None:
+        raise NotImplementedError
 
     def wait(self, mark: object) -> None:
         self._wait(self._computation, mark)

@@ -74,7 +74,7 @@ def expected_blocks(num_buffers: int, text_passes: int) -> float:
     seconds = understanding_work(computation, network_sizes(ARCH), [(1, 0)]).seconds(SPEEDS)
 
     def in_blocks(blocks: Blocks) -> Blocks:
-        return replace(blocks, num_bytes=blocks.count)
+        return replace(blocks, copied_bytes=blocks.count)
 
     passes = Passes(orders, num_buffers, SPEEDS.copy_bytes_per_s)
     for _ in range(2):

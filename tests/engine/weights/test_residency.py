@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sensebatch.engine.memory.packing import Packed
 from sensebatch.engine.model import transformer
 from sensebatch.engine.model.attention import sdpa
 from sensebatch.engine.runner import Runner
@@ -315,3 +316,29 @@ def test_memory_that_is_not_there_leaves_as_many_blocks_as_before(
     few += 1
     assert residency.resize(3) == 3
     assert torch.equal(run_case(runner, case)[0], expected[0])
+
+
+def test_what_text_goes_through_is_packed_and_gives_the_same_bits() -> None:
+    """Images are computed for longer than their weights take to come: those stay as they are."""
+    case = load_case("dense_fm", "t2i_think_end")
+    found = []
+    for packs in (False, True):
+        source = RuleWeights(rule_weights(case.config, case.weight_edits))
+        loader = NetworkLoader(
+            arch=golden_architecture(case.config),
+            source=source,
+            device=torch.device("cpu"),
+            dtype=torch.bfloat16,
+        )
+        network = loader.new_network()
+        placement = make_placement(2)
+        residency = Residency(network, source, placement, loader.device, packs=packs)
+        runner = Runner(
+            network=network, tokenizer=ByteTokenizer(), attention=sdpa, weights=residency
+        )
+        found.append(run_case(runner, case)[0])
+        kept = residency._host._kept
+        packed = {block.name for block, one in kept.items() if isinstance(one, Packed)}
+        assert packed == {one.name for one in kept if packs and "generation" not in one.name}
+        assert len(packed) == packs * (loader.arch.num_layers + 1)
+    assert torch.equal(*found)
