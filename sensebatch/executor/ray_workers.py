@@ -78,6 +78,8 @@ class RayCrew:
         # Ray's processes end with the thread that started them. The process does not wait for it.
         self._thread = threading.Thread(target=self._live, name="ray", daemon=True)
         self._is_connected = threading.Event()
+        self._is_lost = False
+        """Whether nothing can be asked of Ray any more."""
         self._refusal: SensebatchError | None = None
         """Why Ray was neither started nor joined."""
 
@@ -115,7 +117,10 @@ class RayCrew:
             max_concurrency=2,
             scheduling_strategy="DEFAULT" if self._uses_gpu else "SPREAD",
         )(RayWorker)
-        actor = actor_class.remote(worker, self._recipe, max(len(self._numbers), worker + 1))
+        try:
+            actor = actor_class.remote(worker, self._recipe, max(len(self._numbers), worker + 1))
+        except ConnectionError:
+            return
         with self._lock:
             self._actors[worker], self._lives[worker] = actor, life
             self._places[worker] = 0
@@ -126,7 +131,8 @@ class RayCrew:
         """Sends an order; nothing comes of it where the worker is dead."""
         actor, place = self._actors[worker], self._places[worker]
         self._places[worker] = place + 1
-        with suppress(self._ray.exceptions.RayError):
+        # From outside a cluster a lost one is a ConnectionError; the listener says so.
+        with suppress(self._ray.exceptions.RayError, ConnectionError):
             actor.tell.remote(place, order)
 
     def end(self, worker: int) -> None:
@@ -136,8 +142,8 @@ class RayCrew:
             self._questions = {
                 ref: asked for ref, asked in self._questions.items() if asked[0] != worker
             }
-        if actor is not None:
-            with suppress(self._ray.exceptions.RayError):
+        if actor is not None and not self._is_lost:
+            with suppress(self._ray.exceptions.RayError, ConnectionError):
                 self._ray.kill(actor, no_restart=True)
 
     def close(self) -> None:
@@ -172,6 +178,9 @@ class RayCrew:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
         # Ray prints on stdout what it notices of processes that end; the run says that itself.
         self._ray._private.worker.print_worker_logs = lambda *_: None
+        # It would start another Ray where it has lost the one it was connected to.
+        with suppress(AttributeError):
+            self._ray._private.auto_init_hook.enable_auto_connect = False
         if self._workers.cluster is not None:
             join(self._ray, self._workers.cluster)
         else:
@@ -213,9 +222,17 @@ class RayCrew:
         """Passes on the news of all workers until the crew is closed."""
         raised = guarded(self._pass_on)
         if isinstance(raised, Raised):
+            self._is_lost = True
             self._events.put(partial(raise_again, raised))
 
     def _pass_on(self) -> None:
+        try:
+            self._carry_news()
+        except ConnectionError as error:
+            lost = "the Ray cluster can no longer be reached"
+            raise WorkersLostError(f"{lost}; the same command resumes the run") from error
+
+    def _carry_news(self) -> None:
         look_at = time.monotonic() + _LOOK_S
         while not self._is_closing.is_set():
             if (lost := self._watch.lost) is not None:

@@ -217,6 +217,30 @@ def test_a_cluster_that_stops_answering_while_it_is_joined_is_not_waited_for(
     crew._thread.join()
 
 
+def test_nothing_is_asked_of_a_cluster_that_was_left_without_a_word(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray = Ray()
+    crew = new_crew(ray, monkeypatch, cluster="ray://head")
+
+    def wait(*_: object, **__: object) -> None:
+        raise ConnectionError("the client is disconnected")
+
+    def kill(*_: object, **__: object) -> None:
+        raise ValueError("ray.kill() only supported for actors")
+
+    monkeypatch.setattr(ray, "wait", wait, raising=False)
+    monkeypatch.setattr(ray, "kill", kill, raising=False)
+    crew._questions["question"] = (0, 1)
+    crew._listen()
+    said = crew._events.get()
+    assert not isinstance(said, Said)
+    with pytest.raises(WorkersLostError, match="can no longer be reached; the same command"):
+        said()
+    crew.end(0)
+    crew.close()
+
+
 def test_a_cluster_that_is_lost_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     crew = new_crew(Ray(), monkeypatch, cluster="auto")
     monkeypatch.setattr(ClusterWatch, "lost", "the Ray cluster is silent")
