@@ -31,6 +31,8 @@ from sensebatch.plan.passes import NUM_STAGING, PACKED_SHARE
 
 NUM_KEEPERS = 4
 """How many kept blocks are read and pinned at the same time."""
+NUM_PACKED = 2
+"""How many of them are packed at the same time: one is read while another one is packed."""
 CPU = torch.device("cpu")
 BLOCKS = "blocks"
 """What kept blocks are called where they are shared."""
@@ -71,6 +73,7 @@ class HostStore:
         self._pins: list[PinnedMemory] = []
         self._pack_on = pack_on
         self._packed: set[Block] = set()
+        self._reading = threading.Semaphore(NUM_PACKED)
         self._packing = threading.Lock()
         self._raw: list[tuple[Tensor, list[PinnedMemory]]] = []
         """Memory that blocks are read into before they are packed."""
@@ -197,7 +200,12 @@ class HostStore:
             buffer = new_buffer(size, CPU)
             self._fill(block, buffer)
             return self._pinned(buffer)
+        with self._reading:
+            return self._read_packed(block, self._pack_on)
+
+    def _read_packed(self, block: Block, device: torch.device) -> Tensor | Packed:
         # Memory that was touched and pinned before is filled, and copied from, much faster.
+        size = block.layout.num_bytes
         raw, pins = self._raw.pop() if self._raw else self._new_pinned(self._largest)
         self._fill(block, raw[:size])
         of_packed: list[PinnedMemory] = []
@@ -208,7 +216,7 @@ class HostStore:
             return buffer
 
         with self._packing:
-            packed = pack(raw[:size], self._pack_on, new)
+            packed = pack(raw[:size], device, new)
         if packed is None:
             self._pins += pins
             return raw[:size]
