@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,7 @@ from sensebatch.tasks import Branch, Task
 
 Lend = Callable[[nn.Module], AbstractContextManager[nn.Module]]
 """Turns a layer of the network into one that a variant computes with."""
+M = TypeVar("M", bound=nn.Module)
 LIMIT_ROWS = 4096
 PROMPT_TOKENS = 300
 
@@ -154,8 +155,8 @@ def _drawings(
     ]
 
 
-def _prompt(tokens: int) -> Prompt:
-    return Prompt(token_ids=tuple(range(1, tokens + 1)))
+def _prompt(tokens: int, first: int = 1) -> Prompt:
+    return Prompt(token_ids=tuple(range(first, first + tokens)))
 
 
 def _now(runner: Runner) -> float:
@@ -173,9 +174,9 @@ def token_seconds(runner: Runner, *, sequences: int, tokens: int, plain: bool) -
         tokens: How many are timed.
         plain: Whether to decode by the passes that also read prompts.
     """
-    extensions = [
-        runner.new_extension(_prompt(PROMPT_TOKENS + index)) for index in range(sequences)
-    ]
+    # Of different tokens, so that they do not all go to the same experts.
+    prompts = [_prompt(PROMPT_TOKENS + i, first=1 + i * PROMPT_TOKENS) for i in range(sequences)]
+    extensions = [runner.new_extension(prompt) for prompt in prompts]
     choices = runner.choose(runner.prefill(extensions))
     caches = [extension.cache for extension in extensions]
     step = runner.text_step(caches, tokens + 3)
@@ -281,13 +282,19 @@ def _lender(expert: Expert, form: Lend) -> Callable[[int], AbstractContextManage
     return lend
 
 
+def _shallow(module: M) -> M:
+    """Returns a module with the same parameters, whose parts can be replaced."""
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    return twin
+
+
 @contextmanager
 def naive(layer: nn.Module) -> Iterator[nn.Module]:
     """Lends a layer with torch's operations and the same weights."""
     assert isinstance(layer, DecoderLayer)
-    twin = copy.copy(layer)
-    twin._modules = dict(layer._modules)
-    twin.mlp = copy.copy(layer.mlp)
+    twin = _shallow(layer)
+    twin.mlp = _shallow(layer.mlp)
     twin.operations = Operations()
     assert isinstance(twin.mlp, SwiGLU | SparseMlp)
     twin.mlp.operations = twin.operations
@@ -319,12 +326,14 @@ def in_numbers(numbers: Numbers) -> Lend:
 
 def _quantised_layer(layer: nn.Module, numbers: Numbers) -> DecoderLayer:
     assert isinstance(layer, DecoderLayer)
-    twin = copy.deepcopy(layer)
-    twin.qkv = _quantised(twin.qkv.weight, numbers, layer.operations)
-    twin.o = _quantised(twin.o.weight, numbers, layer.operations)
-    if isinstance(twin.mlp, SwiGLU):
-        twin.mlp.gate_up = _quantised(twin.mlp.gate_up.weight, numbers, layer.operations)
-        twin.mlp.down = _quantised(twin.mlp.down.weight, numbers, layer.operations)
+    # What is not quantised is shared, above all experts.
+    twin = _shallow(layer)
+    twin.qkv = _quantised(layer.qkv.weight, numbers, layer.operations)
+    twin.o = _quantised(layer.o.weight, numbers, layer.operations)
+    if isinstance(layer.mlp, SwiGLU):
+        twin.mlp = _shallow(layer.mlp)
+        twin.mlp.gate_up = _quantised(layer.mlp.gate_up.weight, numbers, layer.operations)
+        twin.mlp.down = _quantised(layer.mlp.down.weight, numbers, layer.operations)
     return twin
 
 

@@ -342,6 +342,7 @@ def test_kernels_compile_for_gpus_without_one(tmp_path: Path, capability: int) -
         *("_attend_token", "_attend_run", "_combine"),
         *("_rms_norm_quantised", "_swiglu_quantised", "_int8_product"),
         *("_route", "_place", "_gate_up", "_down", "_add_parts"),
+        *(("_gate_up_described", "_down_described") if capability >= 90 else ()),
     }
     assert max(shared.values()) <= SHARED_BYTES[capability]
 

@@ -15,7 +15,7 @@ choices of a token, P pairs of a token and an expert that it chose.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -36,10 +36,13 @@ try:
 except ImportError:
     TensorDescriptor = None
 
-DESCRIPTORS_CAPABILITY = (9, 0)
-"""The first CUDA devices that copy tiles by themselves."""
+HOPPER = 9
+"""Compute capability, in whole numbers, of devices that copy tiles by themselves and on which that
+was measured to be faster."""
 DESCRIBED_ROWS = 64
-"""Rows of the smallest tile whose weights are copied like that."""
+"""Rows of the smallest tile that is copied like that."""
+PROGRAMS_A_PROCESSOR = 2
+"""Programs of `_down_described` that fit a multiprocessor at a time."""
 BLOCK_TOKENS = 32
 """Tokens that one of many programs routes."""
 ALONE_TOKENS = (1, 16, MAX_SEQUENCES)
@@ -266,32 +269,10 @@ def _rows_of_tile(ends, tile, num_experts, EXPERTS: tl.constexpr, ROWS: tl.const
 
 
 @triton.jit
-def _weights(
-    matrix,
-    row,
-    start,
-    DESCRIBED: tl.constexpr,
-    WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Returns some numbers of some rows of a matrix, transposed: `[BLOCK, COLUMNS]`.
-
-    Args:
-        matrix: A descriptor, or a pointer.
-        row: The first row.
-        start: Its first number.
-        DESCRIBED: Which of the two it is.
-        WIDTH: Numbers of a row.
-        COLUMNS: Rows, which are columns of the product.
-        BLOCK: Numbers of each.
-    """
-    if DESCRIBED:
-        values = matrix.load([row, start])
-    else:
-        rows = (row + tl.arange(0, COLUMNS)).to(tl.int64)
-        values = tl.load(matrix + rows[:, None] * WIDTH + start + tl.arange(0, BLOCK)[None, :])
-    return tl.trans(values)
+def _weights(matrix, row, start, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """Returns some numbers of some rows of a matrix, transposed: `[BLOCK, COLUMNS]`."""
+    rows = (row + tl.arange(0, COLUMNS)).to(tl.int64)
+    return tl.trans(tl.load(matrix + rows[:, None] * WIDTH + start + tl.arange(0, BLOCK)[None, :]))
 
 
 @triton.jit
@@ -303,7 +284,6 @@ def _gate_up(
     ends,
     num_experts,
     inner,
-    DESCRIBED: tl.constexpr,
     CHOICES: tl.constexpr,
     EXPERTS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -328,9 +308,9 @@ def _gate_up(
     up = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for start in range(0, WIDTH, BLOCK):
         values = tl.load(source + start)
-        some = _weights(weight, gates, start, DESCRIBED, WIDTH, COLUMNS, BLOCK)
+        some = _weights(weight, gates, start, WIDTH, COLUMNS, BLOCK)
         gate = tl.dot(values, some, gate, input_precision="ieee")
-        some = _weights(weight, gates + inner, start, DESCRIBED, WIDTH, COLUMNS, BLOCK)
+        some = _weights(weight, gates + inner, start, WIDTH, COLUMNS, BLOCK)
         up = tl.dot(values, some, up, input_precision="ieee")
     result = gate / (1 + tl.exp(-gate)) * up
     columns = column + tl.arange(0, COLUMNS)
@@ -348,7 +328,6 @@ def _down(
     pair_weights,
     num_experts,
     width,
-    DESCRIBED: tl.constexpr,
     EXPERTS: tl.constexpr,
     INNER: tl.constexpr,
     ROWS: tl.constexpr,
@@ -368,13 +347,101 @@ def _down(
     source = hidden + rows.to(tl.int64)[:, None] * INNER + channels[None, :]
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for start in range(0, INNER, BLOCK):
-        some = _weights(weight, expert * width + column, start, DESCRIBED, INNER, COLUMNS, BLOCK)
+        some = _weights(weight, expert * width + column, start, INNER, COLUMNS, BLOCK)
         total = tl.dot(tl.load(source + start), some, total, input_precision="ieee")
     pairs = tl.load(order + rows)
     total *= tl.load(pair_weights + pairs)[:, None]
     columns = column + tl.arange(0, COLUMNS)
     target = out + pairs.to(tl.int64)[:, None] * width + columns[None, :]
     tl.store(target, total.to(out.dtype.element_ty), mask=there[:, None])
+
+
+@triton.jit
+def _gate_up_described(
+    x,
+    weight,
+    out,
+    order,
+    ends,
+    num_experts,
+    inner,
+    CHOICES: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Does what `_gate_up` does, with gates and ups in one product.
+
+    Args:
+        weight: A description of `[2 * X, I, D]`.
+    """
+    num_columns = inner // COLUMNS
+    tile = tl.program_id(0) // num_columns
+    expert, first, end = _rows_of_tile(ends, tile, num_experts, EXPERTS, ROWS)
+    if first >= end:
+        return
+    rows = first + tl.arange(0, ROWS)
+    pairs = tl.load(order + tl.minimum(rows, end - 1))
+    column = (tl.program_id(0) % num_columns) * COLUMNS
+    channels = tl.arange(0, BLOCK)
+    source = x + (pairs // CHOICES).to(tl.int64)[:, None] * WIDTH + channels[None, :]
+    total = tl.zeros((ROWS, 2 * COLUMNS), dtype=tl.float32)
+    for start in range(0, WIDTH, BLOCK):
+        values = tl.load(source + start)
+        some = weight.load([expert * 2, column, start]).reshape(2 * COLUMNS, BLOCK)
+        total = tl.dot(values, some.T, total)
+    gate, up = total.reshape(ROWS, 2, COLUMNS).permute(0, 2, 1).split()
+    result = gate / (1 + tl.exp(-gate)) * up
+    target = out + rows.to(tl.int64)[:, None] * inner + (column + tl.arange(0, COLUMNS))[None, :]
+    tl.store(target, result.to(out.dtype.element_ty), mask=(rows < end)[:, None])
+
+
+@triton.jit
+def _down_described(
+    hidden,
+    weight,
+    out,
+    order,
+    ends,
+    pair_weights,
+    num_experts,
+    width,
+    EXPERTS: tl.constexpr,
+    INNER: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Does what `_down` does, with as many programs as run at a time.
+
+    Each goes from tile to tile, and copies for the next one while it ends one.
+
+    Args:
+        hidden: A description of the input. Of rows after an expert's last, nothing is stored.
+        weight: A description of `[X * D, I]`.
+    """
+    num_columns = width // COLUMNS
+    experts = tl.arange(0, EXPERTS)
+    inside = experts < num_experts
+    expert_ends = tl.load(ends + experts, mask=inside, other=0)
+    begins = tl.load(ends + experts - 1, mask=inside & (experts > 0), other=0)
+    num_tiles = tl.sum(tl.cdiv(expert_ends - begins, ROWS), 0) * num_columns
+    for number in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=True):
+        tile = number // num_columns
+        expert, first, end = _rows_of_tile(ends, tile, num_experts, EXPERTS, ROWS)
+        rows = first + tl.arange(0, ROWS)
+        column = (number % num_columns) * COLUMNS
+        total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+        for start in range(0, INNER, BLOCK):
+            some = weight.load([expert * width + column, start])
+            total = tl.dot(hidden.load([first, start]), some.T, total)
+        pairs = tl.load(order + tl.minimum(rows, end - 1))
+        total *= tl.load(pair_weights + pairs)[:, None]
+        columns = column + tl.arange(0, COLUMNS)
+        target = out + pairs.to(tl.int64)[:, None] * width + columns[None, :]
+        tl.store(target, total.to(out.dtype.element_ty), mask=(rows < end)[:, None])
 
 
 @triton.jit
@@ -399,7 +466,7 @@ class Tiles(NamedTuple):
 
 
 TILES = {
-    64: Tiles(Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 3)),
+    64: Tiles(Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 4, 3)),
     16: Tiles(Tile(32, 64, 128, 4, 4), Tile(32, 128, 64, 4, 4)),
     0: Tiles(Tile(LEAST_ROWS, 64, 128, 4, 4), Tile(LEAST_ROWS, 64, 128, 4, 4)),
 }
@@ -443,21 +510,27 @@ def _fitted(x: Tensor, tile: Tile, *, matrices: int, height: int, width: int) ->
 
 @functools.cache
 def has_descriptors(device: torch.device) -> bool:
-    """Returns whether a device copies tiles by itself, and Triton knows how to ask for that."""
+    """Returns whether a device copies tiles by itself, and Triton knows how to ask for it."""
     return (
         device.type == "cuda"
         and TensorDescriptor is not None
-        and torch.cuda.get_device_capability(device) >= DESCRIPTORS_CAPABILITY
+        and torch.cuda.get_device_capability(device)[0] == HOPPER
     )
 
 
-def _described(weight: Tensor, tile: Tile) -> tuple[Any, bool]:
-    """Returns weights as a kernel takes them, and whether that is as a descriptor."""
+@functools.cache
+def num_programs(device: torch.device) -> int:
+    """Returns how many programs of the largest tiles run at a time."""
+    if device.type != "cuda":
+        return PROGRAMS_A_PROCESSOR
+    properties = torch.cuda.get_device_properties(device)
+    return PROGRAMS_A_PROCESSOR * properties.multi_processor_count
+
+
+def _is_described(weight: Tensor, tile: Tile) -> bool:
+    """Returns whether the device copies the tiles of a product by itself."""
     is_large = tile.rows >= DESCRIBED_ROWS and weight.itemsize == 2
-    if not is_large or not has_descriptors(weight.device):
-        return weight, False
-    rows = weight.view(-1, weight.shape[2])
-    return TensorDescriptor.from_tensor(rows, [tile.columns, tile.block]), True
+    return is_large and has_descriptors(weight.device)
 
 
 def gate_up(x_TD: Tensor, weight: Tensor, routes: Routes, tile: Tile) -> Tensor:
@@ -473,8 +546,11 @@ def gate_up(x_TD: Tensor, weight: Tensor, routes: Routes, tile: Tile) -> Tensor:
     inner, num_pairs = double // 2, routes.order_P.shape[0]
     hidden_PI = x_TD.new_empty(num_pairs, inner)
     tile = _fitted(x_TD, tile, matrices=2, height=inner, width=width)
-    matrix, is_described = _described(weight, tile)
-    _gate_up[_grid(num_pairs, num_experts, tile, inner)](
+    kernel, matrix = _gate_up, weight
+    if _is_described(weight, tile):
+        kernel, parted = _gate_up_described, weight.view(2 * num_experts, inner, width)
+        matrix = TensorDescriptor.from_tensor(parted, [2, tile.columns, tile.block])
+    kernel[_grid(num_pairs, num_experts, tile, inner)](
         x_TD,
         matrix,
         hidden_PI,
@@ -482,7 +558,6 @@ def gate_up(x_TD: Tensor, weight: Tensor, routes: Routes, tile: Tile) -> Tensor:
         routes.ends_X,
         num_experts,
         inner,
-        DESCRIBED=is_described,
         CHOICES=routes.weights_TC.shape[1],
         EXPERTS=max(triton.next_power_of_2(num_experts), LEAST_EXPERTS),
         WIDTH=width,
@@ -509,9 +584,14 @@ def down(hidden_PI: Tensor, weight: Tensor, routes: Routes, tile: Tile) -> Tenso
     num_pairs = hidden_PI.shape[0]
     out_PD = hidden_PI.new_empty(num_pairs, width)
     tile = _fitted(hidden_PI, tile, matrices=1, height=width, width=inner)
-    matrix, is_described = _described(weight, tile)
-    _down[_grid(num_pairs, num_experts, tile, width)](
-        hidden_PI,
+    kernel, source, matrix = _down, hidden_PI, weight
+    grid = _grid(num_pairs, num_experts, tile, width)
+    if _is_described(weight, tile):
+        kernel, grid = _down_described, (num_programs(weight.device),)
+        source = TensorDescriptor.from_tensor(hidden_PI, [tile.rows, tile.block])
+        matrix = TensorDescriptor.from_tensor(weight.flatten(0, 1), [tile.columns, tile.block])
+    kernel[grid](
+        source,
         matrix,
         out_PD,
         routes.order_P,
@@ -519,7 +599,6 @@ def down(hidden_PI: Tensor, weight: Tensor, routes: Routes, tile: Tile) -> Tenso
         routes.weights_TC,
         num_experts,
         width,
-        DESCRIBED=is_described,
         EXPERTS=max(triton.next_power_of_2(num_experts), LEAST_EXPERTS),
         INNER=inner,
         ROWS=tile.rows,
@@ -569,19 +648,19 @@ def add_experts(
 
 def warm_up(arch: Architecture, dtype: torch.dtype, device: torch.device) -> None:
     """Compiles every kernel for a network, if it has sparse blocks; see `kernels.warm_up`."""
-    row = torch.zeros(1, arch.hidden_size, dtype=dtype, device=device)
     for moe in filter(None, dict.fromkeys((arch.understanding_moe, arch.generation_moe))):
-        for num_tokens in (MAX_SEQUENCES + 1, *reversed(ALONE_TOKENS)):
+        for num_tokens in (*ALONE_TOKENS, MAX_SEQUENCES + 1):
+            x_TD = torch.zeros(num_tokens, arch.hidden_size, dtype=dtype, device=device)
             routes = route(
-                row.new_zeros(num_tokens, moe.num_experts),
+                x_TD.new_zeros(num_tokens, moe.num_experts),
                 choices=moe.num_experts_per_tok,
                 normalise=moe.norm_topk_prob,
             )
         # No expert has a row, so that no weights are read.
         routes.ends_X.zero_()
         inner, width = moe.intermediate_size, arch.hidden_size
-        gates_ups = row.new_empty(moe.num_experts, 2 * inner, width)
-        downs = row.new_empty(moe.num_experts, width, inner)
+        gates_ups = x_TD.new_empty(moe.num_experts, 2 * inner, width)
+        downs = x_TD.new_empty(moe.num_experts, width, inner)
         for tiles in TILES.values():
-            hidden_PI = gate_up(row, gates_ups, routes, tiles.gate_up)
-            add_parts(down(hidden_PI, downs, routes, tiles.down), row, row)
+            hidden_PI = gate_up(x_TD, gates_ups, routes, tiles.gate_up)
+            add_parts(down(hidden_PI, downs, routes, tiles.down), x_TD, x_TD)
