@@ -160,7 +160,7 @@ def test_int8_products_are_torchs_and_those_of_a_token_alone(tokens: int) -> Non
 
 
 @pytest.mark.parametrize("kind", list(HeadKind))
-@pytest.mark.parametrize(("side", "images"), [(512, 4), (1024, 3), (2048, 1)])
+@pytest.mark.parametrize(("side", "images"), [(512, 4), (1024, 3), (2048, 1), (4096, 1)])
 def test_image_heads_give_one_result(kind: HeadKind, side: int, images: int) -> None:
     arch = replace(LARGE, head=kind)
     head = HEAD_MODULES[kind](arch).to(CUDA, torch.bfloat16).requires_grad_(False)
