@@ -127,6 +127,14 @@ def new_mark(device: torch.device) -> Mark:
     return mark
 
 
+def await_device(device: torch.device) -> None:
+    """Returns once the device is through with everything so far; sleeps meanwhile."""
+    if device.type == "cuda":
+        done = torch.cuda.Event(blocking=True)
+        done.record(torch.cuda.current_stream(device))
+        done.synchronize()
+
+
 def seconds_between(start: Mark, end: Mark) -> float:
     """Returns the seconds between two marks, which the device has reached."""
     if isinstance(start, float) or isinstance(end, float):
@@ -259,8 +267,7 @@ class Runner:
         """Times a block, up to when the device has finished it, without what others had it do."""
         start = time.perf_counter()
         yield
-        if self.network.device.type == "cuda":
-            torch.cuda.synchronize(self.network.device)
+        await_device(self.network.device)
         end = time.perf_counter()
         others = sum(seconds_between(*marks) for marks in self._others)
         self._others.clear()

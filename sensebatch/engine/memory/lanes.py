@@ -75,8 +75,8 @@ class CudaLane:
         self._unpacker: _Unpacker | None = None
 
     def new_mark(self) -> object:
-        """See `Lane`."""
-        return torch.cuda.Event()
+        """See `Lane`. Whoever waits for it sleeps; a processor is not kept busy with asking."""
+        return torch.cuda.Event(blocking=True)
 
     def computed(self, mark: object) -> None:
         """See `Lane`."""
@@ -109,6 +109,30 @@ class CudaLane:
         """See `Lane`."""
         assert isinstance(mark, torch.cuda.Event)
         mark.synchronize()
+
+
+class Leash:
+    """Keeps the host at most so many layers ahead of the device.
+
+    A driver takes about a thousand launches that are yet to be run. Further ones make the host wait
+    in a loop, for most of every step of large images. Held back before that, it sleeps.
+
+    Args:
+        lane: The device's.
+        length: How many layers.
+    """
+
+    def __init__(self, lane: Lane, length: int) -> None:
+        self._lane = lane
+        self._marks = [lane.new_mark() for _ in range(length)]
+        self._next = 0
+
+    def hold(self) -> None:
+        """Waits until the device has begun the layer that was launched `length` layers ago."""
+        mark = self._marks[self._next]
+        self._next = (self._next + 1) % len(self._marks)
+        self._lane.finish(mark)
+        self._lane.computed(mark)
 
 
 class _Slot:

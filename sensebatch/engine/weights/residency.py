@@ -19,7 +19,7 @@ from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.engine.device.memory import empty_cache, translated_out_of_memory
 from sensebatch.engine.memory.blocks import Block, Entry, Layout, layout_of, new_buffer
 from sensebatch.engine.memory.host import CPU, HostStore
-from sensebatch.engine.memory.lanes import Lane, lane_for
+from sensebatch.engine.memory.lanes import Lane, Leash, lane_for
 from sensebatch.engine.memory.pool import Pool
 from sensebatch.engine.memory.readers import Readers
 from sensebatch.engine.memory.shared import SharedBuffers
@@ -33,6 +33,9 @@ from sensebatch.plan.placement import Placement
 
 EMBEDDING_PREFIX = "embed_tokens."
 BLOCK_PREFIXES = ("understanding.layers.", "generation.layers.", "lm_head.parts.")
+LEASH = 8
+"""Layers of the generation expert that the host may be ahead of the device. Of the small images of
+a large batch, each takes about a hundred launches."""
 EMBEDDINGS = "embeddings"
 """What token embeddings are called where they are shared."""
 PART_BYTES = 16 << 20
@@ -110,7 +113,7 @@ class Residency:
             self._pool = Pool(memory, self._host, lane)
         lent = self._load_all(blocks, lane) if self._whole else None
         network.understanding.lend = self._lender(self._understanding, lent)
-        network.generation.lend = self._lender(self._generation, lent)
+        network.generation.lend = _on(Leash(lane, LEASH), self._lender(self._generation, lent))
         network.lm_head.lend = self._lender(self._head, lent)
 
     @property
@@ -235,6 +238,18 @@ class Residency:
             self._host.close(lane)
             self._readers.close()
         return lent
+
+
+def _on(
+    leash: Leash, lend: Callable[[int], AbstractContextManager[nn.Module]]
+) -> Callable[[int], AbstractContextManager[nn.Module]]:
+    """Returns what lends blocks one after the other, no further ahead than a leash allows."""
+
+    def held(index: int) -> AbstractContextManager[nn.Module]:
+        leash.hold()
+        return lend(index)
+
+    return held
 
 
 def _pieces_by_parameter(arch: Architecture) -> dict[str, Pieces]:
