@@ -428,7 +428,9 @@ def _down_described(
     expert_ends = tl.load(ends + experts, mask=inside, other=0)
     begins = tl.load(ends + experts - 1, mask=inside & (experts > 0), other=0)
     num_tiles = tl.sum(tl.cdiv(expert_ends - begins, ROWS), 0) * num_columns
-    for number in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=True):
+    # Where there are fewer tiles than programs, some have none.
+    begin, step = tl.program_id(0), tl.num_programs(0)
+    for number in tl.range(begin, tl.maximum(num_tiles, begin), step, flatten=True):
         tile = number // num_columns
         expert, first, end = _rows_of_tile(ends, tile, num_experts, EXPERTS, ROWS)
         rows = first + tl.arange(0, ROWS)
