@@ -26,7 +26,8 @@ from sensebatch.engine.memory.lanes import Lane
 from sensebatch.engine.memory.packing import Packed, pack
 from sensebatch.engine.memory.readers import Readers
 from sensebatch.engine.memory.shared import SharedBuffers
-from sensebatch.errors import OutOfMemoryError
+from sensebatch.errors import DeviceError, OutOfMemoryError
+from sensebatch.plan import passes
 from sensebatch.plan.passes import NUM_STAGING, PACKED_SHARE
 
 NUM_KEEPERS = 4
@@ -109,6 +110,7 @@ class HostStore:
 
         Raises:
             CheckpointError: A file cannot be read.
+            DeviceError: The device unpacks other numbers than were packed.
             OutOfMemoryError: The host has less memory than that.
         """
         if self._pack_on is not None and self._shared is None:
@@ -128,6 +130,7 @@ class HostStore:
                 self._kept = dict(zip(kept, keepers.map(self._read, kept), strict=True))
             else:
                 self._kept = {**self._share(self._shared, kept, blocks, keepers)}
+        self._check_packed(lane)
         self._raw.clear()
         if len(self._kept) < len(blocks):
             for _ in range(NUM_STAGING):
@@ -223,6 +226,32 @@ class HostStore:
         self._pins += of_packed
         self._raw.append((raw, pins))
         return packed
+
+    def _check_packed(self, lane: Lane) -> None:
+        """Unpacks one block as a run does, and raises if it is not what was read.
+
+        A kernel that a device or a compiler gets wrong would write wrong texts, without an error.
+        """
+        block = next((one for one, kept in self._kept.items() if isinstance(kept, Packed)), None)
+        if block is None:
+            return
+        kept = self._kept[block]
+        assert isinstance(kept, Packed)
+        size = block.layout.num_bytes
+        expected = self._raw[-1][0][:size]
+        self._fill(block, expected)
+        found = new_buffer(size, self._pack_on or CPU)
+        begin, done = lane.new_mark(), lane.new_mark()
+        lane.computed(begin)
+        lane.unpack(found, kept, begin, done)
+        lane.finish(done)
+        for start in range(0, size, passes.PACKING_CHUNK):
+            part = slice(start, start + passes.PACKING_CHUNK)
+            if not torch.equal(found[part].cpu(), expected[part]):
+                raise DeviceError(
+                    f"{self._pack_on} unpacks other weights than were packed; "
+                    "--no-compile keeps them as they are"
+                )
 
     def _new_pinned(self, num_bytes: int) -> tuple[Tensor, list[PinnedMemory]]:
         """Returns host memory, and what keeps it pinned."""

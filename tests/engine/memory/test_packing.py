@@ -14,6 +14,7 @@ from sensebatch.engine.memory.lanes import CpuLane
 from sensebatch.engine.memory.packing import Packed, pack, split_exceptions, unpack
 from sensebatch.engine.memory.pool import Pool
 from sensebatch.engine.memory.readers import Readers
+from sensebatch.errors import DeviceError
 from sensebatch.plan import passes
 from tests.engine.test_kernels import interpreted
 
@@ -137,4 +138,21 @@ def test_blocks_of_bfloat16_are_kept_packed_and_lent_as_they_were(room: int | No
                 for name, view in block.layout.views(expected).items():
                     assert torch.equal(module.get_parameter(name), view)
     host.close(lane)
+    readers.close()
+
+
+class WrongLane(CpuLane):
+    """A device whose kernel gets a number wrong."""
+
+    def unpack(self, target: Tensor, source: Packed, after: object, done: object) -> None:
+        super().unpack(target, source, after, done)
+        target[-1] += 1
+
+
+def test_a_device_that_unpacks_other_weights_is_not_used() -> None:
+    readers = Readers()
+    host = HostStore(readers, pin=False, pack_on=CPU)
+    blocks = [layer_block(number) for number in range(3)]
+    with pytest.raises(DeviceError, match=r"cpu unpacks other weights .* --no-compile"):
+        host.keep(blocks, None, WrongLane(), packed=blocks)
     readers.close()
