@@ -156,7 +156,7 @@ def stories() -> list[Job]:
 def test_an_interrupted_batch_takes_its_kept_images_along(tmp_path: Path) -> None:
     config = make_config(max_batch_size=1)
     run_folder(tmp_path / "whole", stories(), config)
-    run_shard(tmp_path / "a", 1, 2, stories(), config=config, stop=Flag(after=3))
+    run_shard(tmp_path / "a", 1, 2, stories(), config=config, stop=Flag(after=5))
     run_shard(tmp_path / "b", 2, 2, stories(), config=config)
     kept = read_status(tmp_path / "a").kept_images
     assert kept
