@@ -13,6 +13,7 @@ from sensebatch.jobs import (
     AttemptAt,
     CfgNorm,
     Job,
+    JudgedBy,
     ModelIdentity,
     Sampling,
     Solver,
@@ -34,6 +35,8 @@ DECIDING: dict[str, Any] = {
     "think": True,
     "system_prompt": "own",
     "input_max_pixels": 1024,
+    "history": (("What is it?", "A fox."),),
+    "judged_by": JudgedBy(function="checks:sharp", source_sha256="0" * 64),
     "sampling": None,
 }
 """Another value of each field that a key depends on; those of `sampling` are below."""
