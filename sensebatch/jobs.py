@@ -65,9 +65,9 @@ class Quality(StrEnum):
     EXACT = "exact"
     """The published sampler."""
     HIGH = "high"
-    """As near to the converged image, with half the evaluations."""
+    """As near to the converged image, with half the computation."""
     FAST = "fast"
-    """A third of the evaluations."""
+    """A third of the computation."""
 
 
 class Stored(StrEnum):

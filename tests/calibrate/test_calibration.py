@@ -87,8 +87,8 @@ def test_every_way_is_judged_with_its_evaluations(made: tuple[Path, list[Verdict
     assert found == {
         AS_IT_IS: 8,
         "quality exact": 50,
-        "quality high": 25,
-        "quality fast": 16,
+        "quality high": 23,
+        "quality fast": 15,
         "found, euler, 6": 6,
         "found, ab2, 6": 6,
         # Four whole steps, and four that are a third each.
@@ -152,7 +152,7 @@ def test_a_preset_that_wins_is_written_as_its_settings(tmp_path: Path) -> None:
     verdict = Verdict(task=Task.T2I, num_judged=1, variants=(base, variant), sheet=(tile,))
     write_files(tmp_path, [verdict], (16,), model="tiny", made_by="today")
     sampling = resolve_settings(config_file=tmp_path / "16-steps.yaml").tasks[Task.T2I].sampling
-    assert (sampling.num_steps, sampling.timestep_shift) == (16, 1.0)
+    assert (sampling.num_steps, sampling.timestep_shift, sampling.layer_stride) == (22, 1.0, 2)
     assert (sampling.solver, sampling.timesteps) == (Solver.EULER, ())
 
 

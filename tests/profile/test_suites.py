@@ -128,8 +128,8 @@ def test_cases_of_suite_quality_differ_in_their_steps_alone(tmp_path: Path) -> N
         jobs = _jobs(case, scale, tmp_path)
         assert {job.sampling.num_steps for job in jobs} == {case.num_steps(scale)}
         assert [(job.seed, job.sampling.cfg_scale) for job in jobs] == [(42, 4.0), (43, 4.0)]
-        steps[case.name] = jobs[0].drawing.num_evaluations
-    assert steps == {"converged": 256, "exact": 100, "high": 50, "fast": 32}
+        steps[case.name] = round(jobs[0].drawing.cost)
+    assert steps == {"converged": 256, "exact": 100, "high": 46, "fast": 31}
 
 
 def test_cases_of_suite_few_have_few_steps_and_no_guidance(tmp_path: Path) -> None:

@@ -61,7 +61,8 @@ def test_evaluations_count_both_branches(points: list[Point]) -> None:
     assert found["ab2, shift 1, stride 2"] == 6
     # Three steps of four are whole, and the other is a third of a step.
     assert found["euler, shift 1, layers 2"] == pytest.approx(2 * (3 + 1 / 3))
-    assert (found["quality exact"], found["quality high"]) == (100, 50)
+    presets = [found[f"quality {one}"] for one in PRESETS]
+    assert presets == pytest.approx([100, 46, 30 + 2 / 3])
 
 
 @pytest.mark.slow
