@@ -35,7 +35,7 @@ PACKED_SINCE = datetime(2026, 11, 28, 23, 34, tzinfo=UTC)
 """When weights that text goes through came to be packed in host memory."""
 
 
-def _without_packing(*args: Any) -> Computation:
+def without_packing(*args: Any) -> Computation:
     return replace(gpu_computation(*args), packs=False)
 
 
@@ -68,7 +68,7 @@ def recomputed(row: Row) -> Expectation:
         )
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         if row.started_at < PACKED_SINCE:
-            patch.setattr(expected, "gpu_computation", _without_packing)
+            patch.setattr(expected, "gpu_computation", without_packing)
         manifest = write_manifest(case, scale, Path(folder))
         return expectation(case, row.model, manifest, row.dtype)
 
