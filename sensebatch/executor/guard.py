@@ -19,15 +19,21 @@ _OF_THE_RUN = {
 }
 
 
-def guarded(call: Callable[[], T]) -> T | Raised:
-    """Returns what `call` returns, or what it raised."""
+def guarded(call: Callable[[], T], catching: type[BaseException] = Exception) -> T | Raised:
+    """Returns what `call` returns, or what it raised.
+
+    Args:
+        call: Is called once.
+        catching: What is returned and not let through. Signals raise in the main thread alone, so
+            whoever waits for another thread has it return whatever is raised there.
+    """
     try:
         return call()
-    except Exception as error:
+    except catching as error:
         return Raised(failure=Failure.of(error), concerns=_concerns(error))
 
 
-def _concerns(error: Exception) -> Concerns:
+def _concerns(error: BaseException) -> Concerns:
     if isinstance(error, RunStoppedError | RunFolderError):
         return Concerns.RUN
     return Concerns.MEMORY if isinstance(error, OutOfMemoryError) else Concerns.JOBS

@@ -1,7 +1,7 @@
 """Has functions of the user's judge images, in threads of this process, beside the drawing.
 
-What a function raises is one failed job. A call cannot be ended: a run that is to stop waits for
-those that are under way.
+What a function raises, SystemExit too, is one failed job. A call cannot be ended: a run that is to
+stop waits for those that are under way.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ class Judging:
         rows = self._rows([_subject(stored)[0] for stored in jobs])
 
         def judge(index: int, stored: StoredJob) -> None:
-            outcome = guarded(lambda: self._judged(stored, rows))
+            # A function may call sys.exit; the run would wait for its verdict for ever.
+            outcome = guarded(lambda: self._judged(stored, rows), BaseException)
             with lock:
                 results[index] = outcome if isinstance(outcome, JobResult) else outcome.failure
                 if len(results) == len(jobs):

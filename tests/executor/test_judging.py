@@ -132,6 +132,23 @@ def test_what_a_function_raises_is_one_failed_verdict(tmp_path: Path) -> None:
     assert list(found.values()).count(Verdict.ACCEPTED) == 4
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit])
+def test_a_function_that_exits_is_one_failed_verdict_as_well(
+    kind: type[BaseException], tmp_path: Path
+) -> None:
+    def own(_: Any, row: Mapping[str, Any]) -> bool:
+        if row["job_id"] == "cat-seed=42":
+            raise kind("enough")
+        return True
+
+    ran = run(tmp_path, tries(OWN, keep=1), own=own)
+    assert ran.summary.counts.failed == 1
+    failed = log_of(tmp_path)["cat-seed=42-m.own"]
+    assert (failed["error_type"], failed["error_message"]) == (kind.__name__, "enough")
+    assert judged(tmp_path)["cat-seed=43"] is Verdict.ACCEPTED
+
+
 def test_another_function_judges_again_and_draws_nothing(tmp_path: Path) -> None:
     run(tmp_path, tries(OWN), own=by_seed)
     jobs = [
