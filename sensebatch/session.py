@@ -699,7 +699,7 @@ def _run_pending(
     counts = store.state.counts()
     deadline = _deadline(request, store.state)
     if not counts.remaining or deadline.is_set():
-        return _nothing_to_run(counts)
+        return _nothing_to_run(store, config, counts)
     _warn_of_cpu(config, model, observer)
     observer.loading(expected_counts(store, config), model)
     loads = _loads(config, store, model)
@@ -848,12 +848,18 @@ def _planned(
     )
 
 
-def _nothing_to_run(counts: Counts) -> Summary:
+def _nothing_to_run(store: Store, config: RunConfig, counts: Counts) -> Summary:
+    """Returns what a run comes to that draws nothing; it removes rejected images like any other."""
+    if not counts.remaining:
+        # A kill may have come after the last verdict, or the images may have been kept until now.
+        with store.complete_log():
+            store.settle(keep_rejected=config.output.keep_rejected)
     return Summary(
         counts=counts,
         done=0,
         failed=0,
         images=0,
+        dropped=store.state.num_dropped,
         stopped=False,
         too_many_failures=False,
         seconds=0.0,

@@ -142,7 +142,8 @@ def test_a_gpu_that_was_measured_says_how_long_its_workers_may_be_silent(
 
     def execute_crew(**given: Any) -> Any:
         planned.append(given["roster"].planned)
-        return session._nothing_to_run(given["store"].state.counts())
+        store = given["store"]
+        return session._nothing_to_run(store, given["config"], store.state.counts())
 
     monkeypatch.setattr(session, "execute_crew", execute_crew)
     speeds = Speeds(

@@ -127,6 +127,8 @@ def _words(root: Path, summary: Summary) -> Iterator[str]:
         yield f"{made}in {duration(summary.seconds)}"
     elif not counts.remaining:
         yield "nothing was left to run"
+    if summary.dropped:
+        yield f"{counted(summary.dropped, 'rejected image')} removed"
 
 
 def _next_lines(root: Path, summary: Summary, until: float | None) -> Iterator[str]:
@@ -182,6 +184,7 @@ def outcome_json(root: Path, summary: Summary, report: Report | None) -> dict[st
             "done": summary.done,
             "failed": summary.failed,
             "images": summary.images,
+            "dropped": summary.dropped,
             "seconds": summary.seconds,
         },
         "images": str(root / "images"),

@@ -191,7 +191,7 @@ def execute_crew(
             run.pools.cancel()
     seconds = time.monotonic() - start
     store.settle(keep_rejected=config.output.keep_rejected)
-    return run.tally.summary(store.state.counts(), stop, seconds, deadline)
+    return run.tally.summary(store.state, stop, seconds, deadline)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

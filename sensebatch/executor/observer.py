@@ -15,7 +15,7 @@ from sensebatch.executor.guard import guarded
 from sensebatch.jobs import Batch
 from sensebatch.plan.batches import Plan
 from sensebatch.store.attempts import DONE, Attempt
-from sensebatch.store.state import Counts, StoredJob
+from sensebatch.store.state import Counts, State, StoredJob
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -82,6 +82,8 @@ class Summary:
     """Jobs that this process tried and gave up."""
     images: int
     """Images made by this process."""
+    dropped: int = 0
+    """Rejected images that this process removed, whichever made them."""
     stopped: bool
     """Whether a signal ended the run with jobs remaining."""
     too_many_failures: bool
@@ -113,20 +115,22 @@ class Tally:
         limit = self._execution.max_failures
         return limit is not None and self.failed >= limit
 
-    def summary(self, counts: Counts, stop: Stop, seconds: float, deadline: Deadline) -> Summary:
+    def summary(self, state: State, stop: Stop, seconds: float, deadline: Deadline) -> Summary:
         """Returns what the run came to.
 
         Args:
-            counts: Jobs of the folder, at the end.
+            state: The folder's, at the end.
             stop: The run's.
             seconds: From the start of the run.
             deadline: The run's.
         """
+        counts = state.counts()
         return Summary(
             counts=counts,
             done=self.done,
             failed=self.failed,
             images=self.images,
+            dropped=state.num_dropped,
             stopped=stop.is_set() and counts.remaining > 0,
             too_many_failures=self.too_many_failures and counts.remaining > 0,
             late=deadline.has_ended_run and counts.remaining > 0,

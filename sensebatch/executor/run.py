@@ -102,7 +102,7 @@ def execute(
             run.settle()
     seconds = time.monotonic() - start
     store.settle(keep_rejected=config.output.keep_rejected)
-    return run.tally.summary(store.state.counts(), stop, seconds, deadline)
+    return run.tally.summary(store.state, stop, seconds, deadline)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -138,6 +138,8 @@ class State:
 
     def __init__(self, path: Path, *, read_only: bool = False, as_copy: bool = False) -> None:
         self._db = Database(path, read_only=read_only, as_copy=as_copy)
+        self.num_dropped = 0
+        """Rejected images that this process has had removed."""
         if not read_only:
             with self._db.transaction() as db:
                 db.execute("INSERT OR IGNORE INTO meta VALUES ('run', ?)", (uuid.uuid4().hex[:12],))
@@ -303,7 +305,9 @@ class State:
             if not acceptance.has_any(db):
                 return []
         with self._db.transaction() as db:
-            return acceptance.drop(db, span)
+            dropped = acceptance.drop(db, span)
+        self.num_dropped += len(dropped)
+        return dropped
 
     def lanes(self, least: int) -> list[Span]:
         """Returns the jobs in one or two lanes that have nothing to do with each other.

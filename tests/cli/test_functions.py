@@ -39,11 +39,31 @@ def test_a_run_calls_the_function_beside_its_configuration(
     ended = invoke("run", manifest, "--config", tmp_path / "own/c.yaml", "--drop-rejected")
     assert ended.code == 0
     assert "accepted 1 of 1 image wanted; 50% of 2 judged would do" in ended.err
+    assert "2 images made in" in ended.err
+    assert ", 1 rejected image removed\n" in ended.err
     assert [path.name for path in Path("outputs/m/images").iterdir()] == ["a-seed=43.png"]
     # The settings of the run say where the function is, so they repeat it from anywhere.
     again = invoke("run", manifest, "--config", "outputs/m/run.yaml", "--output-dir", "again")
     assert again.code == 0
     assert "accepted 1 of 1 image wanted" in again.err
+
+
+def test_rejected_images_are_removed_though_nothing_is_left_to_draw(
+    invoke: Invoke, manifest: Path, tmp_path: Path
+) -> None:
+    config = ("--config", tmp_path / "own/c.yaml")
+    images = Path("outputs/m/images")
+    invoke("run", manifest, *config)
+    assert sorted(path.name for path in images.iterdir()) == ["a-seed=42.png", "a-seed=43.png"]
+    ended = invoke("run", manifest, *config, "--drop-rejected")
+    assert "nothing was left to run, 1 rejected image removed" in ended.err
+    assert [path.name for path in images.iterdir()] == ["a-seed=43.png"]
+    (row,) = invoke("jobs", "outputs/m", "--where", "verdict = 'rejected'", "--json").json
+    assert row["id"] == "a-seed=42"
+    again = invoke("run", manifest, *config, "--drop-rejected", "--json")
+    assert (again.code, again.json["this_run"]["dropped"]) == (0, 0)
+    assert "removed" not in again.err
+    assert invoke("status", "outputs/m", "--verify").code == 0
 
 
 def test_a_function_that_is_missing_ends_a_run_before_it_begins(
