@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import sys
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,8 +49,11 @@ def run_session(
     """
     _settle_allocator()
     stop = StopSignals() if stop is None else stop
+    # What functions of the user's print is for people; stdout is for the result of the command. The
+    # display replaces stdout as well while it lasts, so it has to begin later and to end earlier.
+    apart = redirect_stdout(sys.stderr) if request.config.accept else nullcontext()
     try:
-        with stop.installed(interrupts=True), voice.logging(), watch(stop, voice) as display:
+        with apart, stop.installed(interrupts=True), voice.logging(), watch(stop, voice) as display:
             voice.info(f"reading {', '.join(request.sources)}")
             computes = _backend() if backend is None else backend
             return session.run_session(request, computes, observer=display, stop=stop)

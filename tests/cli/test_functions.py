@@ -66,6 +66,21 @@ def test_rejected_images_are_removed_though_nothing_is_left_to_draw(
     assert invoke("status", "outputs/m", "--verify").code == 0
 
 
+def test_what_a_function_prints_is_not_on_stdout(
+    invoke: Invoke, manifest: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "own/judges_of_cli.py").write_text(
+        "print('imported')\ndef second(image, job):\n    print('judging')\n    return True\n"
+    )
+    ended = invoke("run", manifest, "--config", tmp_path / "own/c.yaml", "--json")
+    assert ended.json["this_run"]["images"] == 1
+    assert "imported\n" in ended.err
+    assert "judging\n" in ended.err
+    out, err = sys.stdout, sys.stderr
+    invoke("run", manifest, "--config", tmp_path / "own/c.yaml", "--output-dir", "again")
+    assert (sys.stdout, sys.stderr) == (out, err)
+
+
 def test_a_function_that_is_missing_ends_a_run_before_it_begins(
     invoke: Invoke, manifest: Path, tmp_path: Path
 ) -> None:
