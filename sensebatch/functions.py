@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import math
 import re
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeAlias
 
 from sensebatch.errors import ConfigError, JobError
@@ -96,8 +98,12 @@ def _own_places(function: AcceptFunction) -> list[str]:
 
 def _source(function: AcceptFunction) -> Path | None:
     """Returns the file of a function's module, which is not imported."""
+    return _file_in((*_own_places(function), *sys.path), function)
+
+
+def _file_in(places: Iterable[str], function: AcceptFunction) -> Path | None:
     name = function.function.partition(":")[0].replace(".", "/")
-    for place in (*_own_places(function), *sys.path):
+    for place in places:
         for path in (Path(place, f"{name}.py"), Path(place, name, "__init__.py")):
             if path.is_file():
                 return path
@@ -108,7 +114,7 @@ def _load(function: AcceptFunction) -> Judge:
     module_name, _, name = function.function.partition(":")
     sys.path[:0] = [place for place in _own_places(function) if place not in sys.path]
     try:
-        module = importlib.import_module(module_name)
+        module = _imported(module_name, _file_in(_own_places(function), function))
     except ModuleNotFoundError as error:
         if error.name is None or not module_name.startswith(error.name):
             raise _cannot_import(function, error) from error
@@ -126,6 +132,28 @@ def _load(function: AcceptFunction) -> Judge:
             f"accept: expected a function {name} in {module.__file__ or module_name}, found {found}"
         )
     return judge
+
+
+def _imported(name: str, own: Path | None) -> ModuleType:
+    """Returns a module; the one in the file `own` even if another one has its name."""
+    module = importlib.import_module(name)
+    file = getattr(module, "__file__", None)
+    if own is None or (file is not None and Path(file).resolve() == own.resolve()):
+        return module
+    digest = hashlib.sha256(str(own.resolve()).encode()).hexdigest()[:12]
+    other = f"{name.replace('.', '_')}_{digest}"
+    if other in sys.modules:
+        return sys.modules[other]
+    spec = importlib.util.spec_from_file_location(other, own)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[other] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[other]
+        raise
+    return module
 
 
 def _cannot_import(function: AcceptFunction, error: BaseException) -> ConfigError:

@@ -288,21 +288,28 @@ def resolve_settings(
     defaults = dump_settings(default_config(model if isinstance(model, str) else TINY_MODEL))
     values = _merge(defaults, chosen)
     _name_buckets(values)
+
+    def place(path: list[str]) -> str:
+        name = ".".join(path)
+        if list(_existing(from_flags, path)) == path:
+            flag = _FLAGS.get(name, path[-1].replace("_", "-"))
+            return f"--{flag}" if dashed else name
+        if document is None:
+            return f"{_COMMAND_LINE}: {name}" if dashed else name
+        return f"{config_file}: line {document.line_of(path)}: {name}"
+
     try:
         settings = Settings.model_validate_json(json.dumps(values, default=str))
     except ValidationError as error:
-
-        def place(path: list[str]) -> str:
-            name = ".".join(path)
-            if list(_existing(from_flags, path)) == path:
-                flag = _FLAGS.get(name, path[-1].replace("_", "-"))
-                return f"--{flag}" if dashed else name
-            if document is None:
-                return f"{_COMMAND_LINE}: {name}" if dashed else name
-            return f"{config_file}: line {document.line_of(path)}: {name}"
-
         raise ConfigError(_complaints(error.errors(), values, place)) from None
-    return _run_config(settings, Path.cwd() if config_file is None else config_file.parent)
+    config = _run_config(settings, Path.cwd() if config_file is None else config_file.parent)
+    for function in config.accept:
+        if not Path(function.folder).is_dir():
+            raise ConfigError(
+                f"{place(['accept'])}: folder: expected the folder of the module of "
+                f"{function.function}, found none at {function.folder}"
+            )
+    return config
 
 
 def dump_settings(config: RunConfig) -> dict[str, Any]:

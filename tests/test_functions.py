@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,25 @@ def test_a_module_beside_the_configuration_comes_before_others(tmp_path: Path) -
     (beside / "judges_of_test/__init__.py").write_text("def own(image, job): return 0.25")
     (tmp_path / "judges_of_test.py").write_text("def own(image, job): return 0.75")
     assert load("judges_of_test:own", beside)(None, {}) == 0.25
+
+
+def test_modules_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    functions = []
+    for number, name in enumerate(("first", "second", "third")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "json.py").write_text(f"def {name}(image, job): return {number / 2}")
+        functions.append(AcceptFunction(function=f"json:{name}", folder=str(folder)))
+    loaded = load_functions([*functions, functions[0]])
+    assert [judge(None, {}) for judge in loaded.values()] == [0.0, 0.5, 1.0]
+    # What others import by that name stays what it is.
+    assert sys.modules["json"] is json
+    with pytest.raises(ConfigError, match=r"expected a function first in .*second.json\.py, found"):
+        load("json:first", tmp_path / "second")
+    (tmp_path / "first/json.py").write_text("1 / 0")
+    sys.modules.pop(loaded["json:first"].__module__)
+    with pytest.raises(ConfigError, match="for json:first, found ZeroDivisionError"):
+        load("json:first", tmp_path / "first")
 
 
 @pytest.mark.parametrize(
@@ -106,6 +126,7 @@ def test_a_configuration_names_one_function_or_several(tmp_path: Path) -> None:
     file.write_text("accept: judges:own")
     config = resolve_settings(config_file=file)
     assert config.accept == (AcceptFunction(function="judges:own", folder=str(tmp_path)),)
+    (tmp_path / "mine").mkdir()
     file.write_text("accept: [a.b:c, {function: d:e, at_least: 0.7, folder: mine}]")
     config = resolve_settings(config_file=file)
     assert config.accept == (
@@ -125,6 +146,10 @@ def test_a_configuration_names_one_function_or_several(tmp_path: Path) -> None:
         ("{function: a:b, at_least: 2}", "accept: expected a number of at most 1, found 2"),
         ("{functions: a:b}", "accept: expected module:function, or a mapping of function,"),
         ("{at_least: 1}", "accept: expected module:function, or a mapping of function,"),
+        (
+            "{function: a:b, folder: missing}",
+            "accept: folder: expected the folder of the module of a:b, found none at /",
+        ),
         ("7", "accept: expected module:function, or a mapping of function, at_least and folder,"),
     ],
 )
