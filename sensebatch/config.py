@@ -290,6 +290,19 @@ def scheduled(given: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
+def sets_aside(timesteps: object, above: Mapping[str, Any]) -> bool:
+    """Returns whether a layer of settings replaces the timesteps of the one below.
+
+    The solver and the strides that came with those timesteps were chosen for them, so then they
+    fall away as well.
+
+    Args:
+        timesteps: Those of the layer below; empty or None if it has none.
+        above: What `scheduled` made of the upper layer.
+    """
+    return bool(timesteps) and "timesteps" in above
+
+
 def _sampling() -> Sampling:
     return Sampling(
         num_steps=50,

@@ -28,6 +28,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from sensebatch.config import (
+    SCHEDULE_SETTINGS,
     TINY_MODEL,
     ExecutionConfig,
     InputConfig,
@@ -38,6 +39,7 @@ from sensebatch.config import (
     TaskDefaults,
     default_config,
     scheduled,
+    sets_aside,
 )
 from sensebatch.declarations import Declared, declared, implications, plain
 from sensebatch.errors import ConfigError
@@ -281,7 +283,8 @@ def resolve_settings(
     from_flags = _nested(
         {name: value for name, value in (flags or {}).items() if value is not None}
     )
-    chosen = _merge(_scheduled(from_file), _scheduled(from_flags))
+    below, above = _scheduled(from_file), _scheduled(from_flags)
+    chosen = _merge(_without_replaced(below, above), above)
     _imply(chosen.get("tasks"))
     section = chosen.get("model")
     model = section.get("model") if isinstance(section, Mapping) else None
@@ -427,6 +430,22 @@ def _scheduled(layer: Mapping[str, Any]) -> Mapping[str, Any]:
         for name, section in tasks.items()
     }
     return {**layer, "tasks": implied}
+
+
+def _without_replaced(below: Mapping[str, Any], above: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns a file's settings without the steps that flags set aside with their timesteps."""
+    tasks, flags = below.get("tasks"), above.get("tasks")
+    if not isinstance(tasks, Mapping) or not isinstance(flags, Mapping):
+        return below
+    kept = {}
+    for name, section in tasks.items():
+        over = flags.get(name)
+        kept[name] = section
+        if not isinstance(section, Mapping) or not isinstance(over, Mapping):
+            continue
+        if sets_aside(section.get("timesteps"), over):
+            kept[name] = {k: v for k, v in section.items() if k not in SCHEDULE_SETTINGS}
+    return {**below, "tasks": kept}
 
 
 def _imply(tasks: object) -> None:

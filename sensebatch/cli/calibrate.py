@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -28,10 +28,13 @@ from sensebatch.errors import ConfigError
 
 if TYPE_CHECKING:
     from sensebatch.calibrate.run import Scale, Verdict
+    from sensebatch.config import RunConfig
     from sensebatch.session import Backend, Request
 
 _HEAD = ("steps", "evaluations", "dB to\nconverged", "SSIM", "s/image")
 _FEWEST_JOBS = 2
+_MARK = (0.5,)
+"""Timesteps that a job keeps if nothing sets those of a configuration file aside."""
 STOPPED = "stopped after the first run; the same command resumes the calibration"
 
 
@@ -100,6 +103,12 @@ def calibrate(
     voice = screen.voice()
     with closing(voice):
         rows = list(read_manifests(manifests, config, warn=voice.warn_of))
+        own = _num_with_own_steps(manifests, config)
+        if own:
+            voice.warn(
+                f"{own:,} of {counted(len(rows), 'job')} give num_steps or the like themselves, "
+                "which wins over --config: leave it out of the manifest to draw with what is found"
+            )
         runs = _Runs(voice)
         calibration = Calibration(output_dir, config, scale, run_jobs=runs)
         for task, evaluations in calibration.evaluations(rows).items():
@@ -113,6 +122,19 @@ def calibrate(
         _show(verdicts)
         for file in files:
             voice.tell(Level.BRIEF, f"wrote {file}")
+
+
+def _num_with_own_steps(manifests: Sequence[Path], config: RunConfig) -> int:
+    """Returns how many jobs would set the timesteps of a configuration file aside."""
+    from sensebatch.manifest.read import read_manifests
+
+    marked = {
+        task: replace(defaults, sampling=replace(defaults.sampling, timesteps=_MARK))
+        for task, defaults in config.tasks.items()
+    }
+    jobs = read_manifests(manifests, replace(config, tasks=marked))
+    drawn = (job for job in jobs if job.drawing is not None)
+    return sum(job.sampling.timesteps != _MARK for job in drawn)
 
 
 class _Runs:

@@ -16,7 +16,13 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from sensebatch.config import RunConfig, scheduled
+from sensebatch.config import (
+    SCHEDULE_SETTINGS,
+    RunConfig,
+    default_config,
+    scheduled,
+    sets_aside,
+)
 from sensebatch.declarations import converter, declared, implications
 from sensebatch.errors import Problem
 from sensebatch.image_files import UnusableImageError
@@ -64,6 +70,8 @@ _sampling_values = attrgetter(*_SAMPLING)
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 MAX_WARNED_SIZES = 10
 """How many sizes are warned of; a manifest may have thousands."""
+_OWN_STEPS = ("quality", "timesteps", "num_steps", "timestep_shift")
+"""The fields that set configured timesteps aside."""
 _PROMPT_FIELDS = frozenset({"prompt", "question", "history", "conversations"})
 _UNNAMED = PASSED_THROUGH | {"id", "task", "type"}
 """The fields that a derived id does not depend on."""
@@ -95,6 +103,8 @@ class JobResolver:
         self._warn = warn
         self._warned_files: set[str] = set()
         self._warned: set[tuple[Task, Resolution]] = set()
+        self._warned_steps: set[tuple[str, Task]] = set()
+        self._unconfigured = default_config(config.model.model)
         self._probe = ImageProbe(config.inputs.max_pixels)
         self.outputs = Outputs()
         """What the jobs read so far make."""
@@ -157,6 +167,7 @@ class JobResolver:
         )
         if has_explicit_size(fields):
             self._warn_of_size(job)
+        self._warn_of_steps(job, fields)
         return job
 
     def look_ahead(self, images: Iterable[object], base: Path, *, as_stored: bool) -> None:
@@ -275,7 +286,8 @@ class JobResolver:
                 if fields.given(name) is not None:
                     errors.add(name, "expected none beside timesteps, which say it")
         quality = fields.given("quality")
-        return self._sampling(self._config.tasks[task].sampling, quality, given)
+        unconfigured = self._unconfigured.tasks[task].sampling
+        return self._sampling(self._config.tasks[task].sampling, unconfigured, quality, given)
 
     def _input_max_pixels(
         self, fields: JobFields, task: Task, num_images: int, errors: RowErrors
@@ -330,6 +342,23 @@ class JobResolver:
             message += "; further sizes like it are not reported"
         source = job.source
         self._warn(Problem(file=source.file, row=source.row, field="resolution", message=message))
+
+    def _warn_of_steps(self, job: Job, fields: JobFields) -> None:
+        """Warns, once for each manifest and task, of a row that sets configured steps aside."""
+        configured = self._config.tasks[job.task].sampling.timesteps
+        once = (job.source.file, job.task)
+        if self._warn is None or not configured or once in self._warned_steps:
+            return
+        name = next((name for name in _OWN_STEPS if fields.given(name) is not None), None)
+        if name is None:
+            return
+        self._warned_steps.add(once)
+        message = (
+            f"given here or in defaults, so the configured timesteps of {job.task} jobs are set "
+            "aside, and the configured solver and strides with them; leave it out to use them"
+        )
+        source = job.source
+        self._warn(Problem(file=source.file, row=source.row, field=name, message=message))
 
 
 def _check_names(fields: JobFields, task: Task, errors: RowErrors) -> None:
@@ -399,16 +428,23 @@ def _found_place(*places: Path) -> Path | None:
     return next((place for place in places if os.path.exists(place)), None)  # noqa: PTH110
 
 
-def _sampling(defaults: Sampling, quality: str | None, given: tuple[Any, ...]) -> Sampling:
+def _sampling(
+    defaults: Sampling, unconfigured: Sampling, quality: str | None, given: tuple[Any, ...]
+) -> Sampling:
     """Returns the defaults, with the given values in their place.
 
     Args:
         defaults: The task's.
+        unconfigured: Those without a configuration, from which steps are taken where the given
+            values set configured timesteps aside.
         quality: Stands for several settings; None if not given.
         given: A value for each setting in the order of `_SAMPLING`; None if not given.
     """
     by_name = dict(zip(_CONVERTERS, given, strict=True))
     implied = scheduled({**by_name, "quality": quality})
+    if sets_aside(defaults.timesteps, implied):
+        steps = {name: getattr(unconfigured, name) for name in SCHEDULE_SETTINGS}
+        defaults = replace(defaults, **steps)
     changes = {
         name: convert(implied[name]) for name, convert in _CONVERTERS.items() if name in implied
     }

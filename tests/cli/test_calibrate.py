@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from sensebatch import session
+from sensebatch.calibrate.run import Calibration
 from sensebatch.cli.calibrate import STOPPED
 from sensebatch.executor.observer import Summary
 from tests.cli.conftest import Invoke
@@ -62,6 +63,18 @@ def test_what_finds_nothing_is_refused(
     result = invoke("calibrate", str(manifest), *options)
     assert result.code == 2
     assert message in result.err
+
+
+@pytest.mark.parametrize(("steps", "warns"), [("{}", False), ("{num_steps: 4}", True)])
+def test_calibrate_says_that_a_manifest_has_steps_of_its_own(
+    invoke: Invoke, manifest: Path, monkeypatch: pytest.MonkeyPatch, steps: str, warns: bool
+) -> None:
+    text = MANIFEST.replace("jobs:", f"defaults: {steps}\njobs:", 1)
+    manifest.write_text(text, encoding="utf-8")
+    monkeypatch.setattr(Calibration, "calibrate", lambda *_: None)
+    result = invoke("calibrate", str(manifest))
+    said = "2 of 2 jobs give num_steps or the like themselves, which wins over --config"
+    assert (said in result.err) is warns, result.err
 
 
 @pytest.mark.slow

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from sensebatch.config import NEUTRAL, PRESETS, SCHEDULE_SETTINGS, default_config
-from sensebatch.errors import ManifestError
+from sensebatch.config import NEUTRAL, PRESETS, SCHEDULE_SETTINGS, RunConfig, default_config
+from sensebatch.errors import ManifestError, Problem
 from sensebatch.jobs import Job, Quality, Sampling, Solver, group_key
 from sensebatch.manifest.read import read_manifest
+from sensebatch.manifest.resolve import Warn
 from sensebatch.settings import dump_settings, resolve_settings
 from sensebatch.store.codec import group_from_json, group_to_json
 from sensebatch.tasks import Task
@@ -30,11 +31,27 @@ def _steps(sampling: Sampling) -> dict[str, Any]:
     return {name: getattr(sampling, name) for name in SCHEDULE_SETTINGS}
 
 
-def _job(tmp_path: Path, job: dict[str, Any], defaults: dict[str, Any] | None = None) -> Job:
+CALIBRATED = "tasks: {t2i: {solver: ab2, timesteps: [0.2, 0.6], layer_stride: 3}}"
+
+
+def _calibrated(tmp_path: Path, **flags: Any) -> RunConfig:
+    path = tmp_path / "calibrated.yaml"
+    path.write_text(CALIBRATED, encoding="utf-8")
+    given = {f"tasks.t2i.{name}": value for name, value in flags.items()}
+    return resolve_settings(config_file=path, flags={"model.model": "8b", **given})
+
+
+def _job(
+    tmp_path: Path,
+    job: dict[str, Any],
+    defaults: dict[str, Any] | None = None,
+    config: RunConfig | None = None,
+    warn: Warn | None = None,
+) -> Job:
     path = tmp_path / "jobs.yaml"
     rows = {"version": 1, "defaults": defaults or {}, "jobs": [{"id": "a", "prompt": "a", **job}]}
     path.write_text(dump_yaml(rows), encoding="utf-8")
-    (read,) = read_manifest(path, default_config())
+    (read,) = read_manifest(path, config or default_config(), warn=warn)
     return read
 
 
@@ -112,6 +129,48 @@ def test_settings_with_timesteps_can_be_read_again(tmp_path: Path) -> None:
     path = tmp_path / "settings.yaml"
     path.write_text(dump_yaml(dump_settings(resolved)), encoding="utf-8")
     assert resolve_settings(config_file=path) == resolved
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "steps"),
+    [
+        ("num_steps", 20, {**EXACT, "num_steps": 20}),
+        ("timestep_shift", 2.0, {**EXACT, "timestep_shift": 2.0}),
+        (
+            "timesteps",
+            [0.5],
+            {**EXACT, "num_steps": 2, "timestep_shift": 1.0, "timesteps": (0.5,)},
+        ),
+        ("quality", "fast", {**NEUTRAL, **PRESETS[Quality.FAST]}),
+    ],
+)
+def test_a_row_that_sets_configured_timesteps_aside_sets_all_that_came_with_them_aside(
+    tmp_path: Path, name: str, value: Any, steps: dict[str, Any]
+) -> None:
+    warnings: list[Problem] = []
+    config = _calibrated(tmp_path)
+    job = _job(tmp_path, {}, {name: value}, config, warnings.append)
+    assert _steps(job.sampling) == steps
+    (warning,) = warnings
+    assert warning.field == name
+    assert "the configured timesteps of t2i jobs are set aside" in warning.message
+    by_flag = _calibrated(tmp_path, **{name: value}).tasks[Task.T2I].sampling
+    assert _steps(by_flag) == steps
+
+
+def test_rows_without_steps_of_their_own_are_drawn_as_configured(tmp_path: Path) -> None:
+    warnings: list[Problem] = []
+    config = _calibrated(tmp_path)
+    job = _job(tmp_path, {"guidance_stride": 2}, None, config, warnings.append)
+    assert (job.sampling.timesteps, job.sampling.solver) == ((0.2, 0.6), Solver.AB2)
+    assert (job.sampling.layer_stride, job.sampling.guidance_stride) == (3, 2)
+    assert warnings == []
+
+
+def test_a_solver_beside_the_steps_of_a_row_is_the_row_s(tmp_path: Path) -> None:
+    row = {"num_steps": 20, "solver": "dpm2m"}
+    job = _job(tmp_path, row, config=_calibrated(tmp_path))
+    assert _steps(job.sampling) == {**EXACT, "num_steps": 20, "solver": Solver.DPM2M}
 
 
 def test_jobs_of_other_steps_are_not_drawn_together(tmp_path: Path) -> None:
