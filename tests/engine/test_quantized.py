@@ -288,7 +288,9 @@ def test_8_bits_halve_the_generation_expert_of_the_8b_model(
 
 def test_float8_is_refused_where_it_cannot_be_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
     needed = r"precision: fp8 needs a CUDA device of compute capability 8\.9 or newer .*"
-    with pytest.raises(ConfigError, match=needed + "found cpu; usable there: auto, int8"):
+    with pytest.raises(
+        ConfigError, match=needed + "found cpu; usable there: auto, int8, int8-all$"
+    ):
         resolve_runtime(ModelConfig(precision=Precision.FP8, device="cpu"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))

@@ -85,7 +85,7 @@ def check_precision(precision: Precision | None, device: str, dtype: str) -> Non
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
         found = f"{torch.cuda.get_device_name()} of {capability}"
     if not _multiplies(precision, device):
-        others = [p for p in Precision if p.stored_for_text is None and _multiplies(p, device)]
+        others = [p for p in Precision if _multiplies(p, device)]
         raise ConfigError(
             f"precision: {precision} needs a CUDA device of compute capability "
             f"{'.'.join(map(str, needed.capability))} or newer ({needed.generations}), found "
