@@ -23,7 +23,9 @@ MARKDOWN_NAME = "profile.md"
 PROGRAM = "sensebatch"
 
 
-Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps. [default: 50]")]
+Steps = Annotated[
+    int | None, typer.Option(min=1, help="Denoising steps. [default: 50; 8 in suite few]")
+]
 Jobs = Annotated[int | None, typer.Option(min=1, help="Jobs in most cases. [default: 8]")]
 Size = Annotated[
     str | None,
@@ -134,9 +136,10 @@ def _run(
     from sensebatch.engine.device.choice import cuda_is_available
     from sensebatch.profile.forecast import Forecast
     from sensebatch.profile.measure import Hooks, run_suite
-    from sensebatch.profile.suites import Scale, Suite, chosen_cases, suite_cases
+    from sensebatch.profile.suites import Scale, Suite, chosen_cases, default_steps, suite_cases
 
-    suite, scale = Suite(suite_name), Scale(**given)
+    suite = Suite(suite_name)
+    scale = Scale(**{"num_steps": default_steps(suite), **given})
     cases = chosen_cases(suite_cases(suite, scale), only)
     # A missing model is reported once and now; this loads no weights.
     open_checkpoint(scale.model)

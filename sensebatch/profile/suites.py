@@ -29,12 +29,10 @@ SMALL = Resolution(height=1024, width=1024)
 SMALLEST = Resolution(height=512, width=512)
 CFG_SCALE = 4.0
 TIMESTEP_SHIFT = 3.0
-FEW_STEPS: Mapping[str, Any] = {
-    "num_steps": 8,
-    "timestep_shift": TIMESTEP_SHIFT,
-    "cfg_scale": 1.0,
-}
-"""The steps of suite `few`."""
+FEW_STEPS = 8
+"""The steps of suite `few`, if none are asked for."""
+FEW_BATCHES = 4
+"""The batches of a case of suite `few`; the time between batches is seen from the third on."""
 FIRST_SEED = 42
 STORY_IMAGES = 6
 TEXT_TOKENS = 300
@@ -134,6 +132,8 @@ class Case:
     """Precision of linear layers; auto is that of the other weights."""
     baseline: str | None = None
     """The case of the same suite that this one's speed is compared with."""
+    max_batch_size: int | None = None
+    """The most jobs of a batch; None leaves it to the run."""
     steps: Mapping[str, Any] = field(default_factory=dict)
     """How steps are taken, as fields of a manifest; those of the scale if empty."""
     parts: tuple[Case, ...] = ()
@@ -180,6 +180,7 @@ class Case:
         words += [f"--max-memory {self.max_memory}"] if self.max_memory else []
         words += [] if self.compile else ["--no-compile"]
         words += [] if self.precision == "auto" else [f"--precision {self.precision}"]
+        words += [f"--max-batch-size {self.max_batch_size}"] if self.max_batch_size else []
         return " ".join(words)
 
     @property
@@ -191,12 +192,18 @@ class Case:
             "memory.vram_mode": self.vram_mode,
             "memory.vram_budget_bytes": in_bytes(self.device_gib),
             "memory.host_budget_bytes": in_bytes(self.host_gib),
+            "memory.max_batch_size": self.max_batch_size,
         }
 
 
 def in_bytes(gib: int | None) -> int | None:
     """Returns an amount of GiB in bytes; None for None."""
     return None if gib is None else gib * GIB
+
+
+def default_steps(suite: Suite) -> int:
+    """Returns the steps of a suite's images if none are asked for."""
+    return FEW_STEPS if suite is Suite.FEW else Scale().num_steps
 
 
 def suite_cases(suite: Suite, scale: Scale) -> tuple[Case, ...]:
@@ -219,7 +226,7 @@ def suite_cases(suite: Suite, scale: Scale) -> tuple[Case, ...]:
     elif suite is Suite.QUALITY:
         cases = _quality_cases(full)
     elif suite is Suite.FEW:
-        cases = _few_cases(full)
+        cases = _few_cases(full, scale)
     else:
         cases = _task_cases(full)
     if scale.resolution is not None:
@@ -302,14 +309,27 @@ def _quality_cases(full: Case) -> list[Case]:
     return [replace(case, name=CONVERGED, steps=converged), *presets]
 
 
-def _few_cases(full: Case) -> list[Case]:
-    """Returns cases of few steps without guidance, as a distilled LoRA draws; four batches each."""
-    case = replace(full, num_jobs=2 * full.num_jobs, baseline=None, steps=FEW_STEPS)
+def _few_cases(full: Case, scale: Scale) -> list[Case]:
+    """Returns cases of few steps without guidance, as a distilled LoRA draws, in several batches.
+
+    Full-size images come to four batches by themselves. All jobs of smaller ones fit one batch, so
+    there batches are bounded.
+    """
+    num_jobs = 2 * full.num_jobs if scale.resolution is None else max(2 * full.num_jobs, 4)
+    steps = {
+        "num_steps": scale.num_steps,
+        "timestep_shift": TIMESTEP_SHIFT,
+        "cfg_scale": 1.0,
+    }
+    case = replace(full, num_jobs=num_jobs, baseline=None, steps=steps)
     large = replace(case, name="few-2048")
     small = replace(case, name="few-1024", resolution=SMALL, num_jobs=4 * case.num_jobs)
     smallest = replace(small, name="few-512", resolution=SMALLEST)
     fp8 = replace(large, name="few-2048-fp8", precision="fp8", baseline="few-2048")
-    return [large, fp8, small, smallest]
+    cases = [large, fp8, small, smallest]
+    if scale.resolution is None:
+        return cases
+    return [replace(case, max_batch_size=case.num_jobs // FEW_BATCHES) for case in cases]
 
 
 def _night_case(size: Resolution) -> Case:

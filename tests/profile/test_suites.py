@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sensebatch.config import MemoryConfig
+from sensebatch.config import TINY_MODEL, MemoryConfig
 from sensebatch.errors import ConfigError
 from sensebatch.jobs import Job
 from sensebatch.manifest.read import read_manifest
@@ -20,6 +20,7 @@ from sensebatch.profile.suites import (
     Scale,
     Suite,
     chosen_cases,
+    default_steps,
     in_bytes,
     run_arguments,
     suite_cases,
@@ -133,12 +134,12 @@ def test_cases_of_suite_quality_differ_in_their_steps_alone(tmp_path: Path) -> N
 
 
 def test_cases_of_suite_few_have_few_steps_and_no_guidance(tmp_path: Path) -> None:
-    scale = Scale(num_steps=30, num_jobs=2)
+    scale = Scale(num_steps=6, num_jobs=2)
     sizes = {}
     for case in suite_cases(Suite.FEW, scale):
         jobs = _jobs(case, scale, tmp_path)
-        assert case.num_steps(scale) == 8
-        assert {job.drawing.num_evaluations for job in jobs if job.drawing} == {8}
+        assert case.num_steps(scale) == 6
+        assert {job.drawing.num_evaluations for job in jobs if job.drawing} == {6}
         sizes[case.name] = (len(jobs), str(jobs[0].resolution))
     assert sizes == {
         "few-2048": (4, "2048x2048"),
@@ -146,6 +147,19 @@ def test_cases_of_suite_few_have_few_steps_and_no_guidance(tmp_path: Path) -> No
         "few-1024": (16, "1024x1024"),
         "few-512": (16, "512x512"),
     }
+    assert (default_steps(Suite.FEW), default_steps(Suite.SPEED)) == (8, 50)
+
+
+@pytest.mark.parametrize("num_jobs", [1, 2, 3])
+def test_scaled_down_cases_of_suite_few_have_three_batches_or_more(
+    tmp_path: Path, num_jobs: int
+) -> None:
+    size = Resolution(height=64, width=64)
+    scale = Scale(model=TINY_MODEL, num_jobs=num_jobs, resolution=size)
+    for case in suite_cases(Suite.FEW, scale):
+        most = resolve_settings(flags=case.flags).memory.max_batch_size
+        assert f"--max-batch-size {most}" in case.setting
+        assert len(_jobs(case, scale, tmp_path)) / most > 2
 
 
 @pytest.mark.parametrize("suite", Suite)
