@@ -25,8 +25,9 @@ MAX_THREADS = 4
 """Threads that call functions; no more than the machine has cores."""
 MAX_WAITING = 64
 """Batches that may wait for a verdict; beyond them, drawing waits for the functions."""
-_LEAST = 1e-300
-"""What a score of 0 counts as where its logarithm is asked for."""
+LOG_OF_ZERO = -1000.0
+"""What stands for the logarithm of 0, as rows are kept as JSON, which has no infinity: the power of
+it is 0 again."""
 
 
 class Judging:
@@ -92,7 +93,7 @@ class Judging:
         found = score(function, self._functions[function], pixels, row)
         yes, no = stored.job.sampling.choices
         answer = yes if found >= 0.5 else no
-        logs = tuple(math.log(max(share, _LEAST)) for share in (found, 1 - found))
+        logs = tuple(math.log(share) if share else LOG_OF_ZERO for share in (found, 1 - found))
         return JobResult(text=answer, answer=answer, choice_log_probabilities=logs)
 
 

@@ -245,7 +245,7 @@ class Attempt:
     rows of versions that had none."""
     choice_log_probabilities: tuple[float, ...] | None = None
     """Logarithm of the probability that the model itself gives each of `choices`
-    (manifest.md#questions); likewise."""
+    (manifest.md#questions), -1000 for a function's score of 0; likewise."""
     started_at: datetime
     """UTC, when the batch began."""
     finished_at: datetime

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from sensebatch.config import ExecutionConfig, RunConfig, default_config
+from sensebatch.dataset.records import open_dataset
+from sensebatch.dataset.selection import Selection
 from sensebatch.errors import ManifestError
 from sensebatch.functions import AcceptFunction
 from sensebatch.jobs import Job
@@ -80,6 +82,17 @@ def test_scores_decide_and_are_in_the_log(tmp_path: Path) -> None:
     assert math.isfinite(log_of(tmp_path)["cat-seed=44-m.own"]["choice_log_probabilities"][1])
     # None of it went to the engine.
     assert not any("m.own" in job_id for batch in ran.engine.batches for job_id in batch)
+
+
+def test_a_score_of_nothing_is_zero(tmp_path: Path) -> None:
+    run(tmp_path, tries(OWN, keep=1), own=lambda _, row: row["seed"] != 42)
+    row = log_of(tmp_path)["cat-seed=42-m.own"]
+    assert row["choice_probabilities"] == [0.0, 1.0]
+    assert row["choice_log_probabilities"] == [-1000.0, 0.0]
+    assert log_of(tmp_path)["cat-seed=43-m.own"]["choice_probabilities"] == [1.0, 0.0]
+    with open_dataset(tmp_path) as dataset:
+        found = {record.id for record in dataset.records(Selection(where="score = 0"))}
+        assert found == {"cat-seed=42", "dog-seed=42"}
 
 
 def test_a_score_that_is_just_enough_is_enough(tmp_path: Path) -> None:
