@@ -257,13 +257,15 @@ def judgements(db: sqlite3.Connection) -> dict[str, Judgement]:
 
 
 def held_jobs(db: sqlite3.Connection) -> Iterator[HeldJob]:
-    """Yields the jobs that are neither tries nor questions about them and wait for tries."""
+    """Yields the jobs that wait for tries, and are not questions about them.
+
+    They may be tries themselves, of a series that starts from a try of another.
+    """
     rows = db.execute(
         "SELECT jobs.id, own.id, own.status FROM jobs JOIN parents ON child = jobs.folded"
         " JOIN jobs AS own ON own.folded = parent"
         " WHERE jobs.wanted = 1 AND jobs.seen = ? AND jobs.status = ?"
         " AND (own.status = ? OR own.status = ? AND own.outputs = '[]')"
-        " AND NOT EXISTS (SELECT 1 FROM tries WHERE job = jobs.folded)"
         " AND NOT EXISTS (SELECT 1 FROM verdicts WHERE judge = jobs.folded)"
         " ORDER BY jobs.position, own.position",
         (tables.latest_reading(db), HELD, HELD, DONE),

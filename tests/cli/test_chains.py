@@ -108,3 +108,25 @@ jobs:
     ):
         assert "  a                  1/1       1      100%\n" in text
     assert invoke("report", "outputs/tries", "--json").json["acceptance"][0]["judged"] == 1
+
+
+def test_tries_that_start_from_tries_are_named(invoke: Invoke, tmp_path: Path) -> None:
+    manifest = tmp_path / "tries.yaml"
+    check = "accept: {ask: is it, choices: [yes, no], is: yes}"
+    manifest.write_text(
+        f"""
+version: 1
+defaults: {{width: 64, height: 32, num_steps: 2}}
+jobs:
+  - {{id: a, prompt: a dot, tries: 3, {check}}}
+  - {{id: b, prompt: make it red, image: "@a-seed=44", tries: 2, {check}}}
+  - {{id: c, prompt: make it red, image: "@a-seed=42", tries: 2, {check}}}
+""",
+        encoding="utf-8",
+    )
+    names = "b-seed=42 (@a-seed=44), b-seed=43 (@a-seed=44)\n"
+    held = f"  held     2 jobs start from tries that were not needed: {names}"
+    ended = invoke("run", manifest)
+    # What was not needed of the series that runs waits for verdicts alone, and not for a parent.
+    assert held in ended.err
+    assert held in invoke("status", "outputs/tries").out
