@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sensebatch import session
 from sensebatch.bounded import escaped
-from sensebatch.cli.messages import counted, show
+from sensebatch.cli.messages import counted, fitted, show
 from sensebatch.cli.voice import Voice
 from sensebatch.session import Request, RunObserver
 from sensebatch.store.dry_run import Decided, DryRun, Verdict
@@ -50,7 +50,7 @@ def print_dry_run(request: Request, voice: Voice, *, as_json: bool) -> None:
         }
         show(json.dumps(values))
     else:
-        show("\n".join(_lines(request.root, found)))
+        show("\n".join(line for text in _lines(request.root, found) for line in fitted(text)))
 
 
 def _lines(root: Path, found: DryRun) -> Iterator[str]:

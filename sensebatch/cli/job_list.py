@@ -20,6 +20,7 @@ from sensebatch.cli.tables import FittingTable, print_parts
 from sensebatch.dataset.records import COLUMNS, Dataset, Record
 from sensebatch.dataset.tables import ALL, csv_lines, json_lines, row_of, schema_of
 from sensebatch.dataset.tables import tables as as_tables
+from sensebatch.dataset.where import listing
 from sensebatch.errors import ConfigError, StorageError
 from sensebatch.store.files import atomic_file
 
@@ -38,8 +39,7 @@ def check_columns(dataset: Dataset, names: Sequence[str] | None) -> None:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ConfigError(
-                f"--columns: expected names of columns, found {name!r}{hint}\n"
-                f"columns: {', '.join(known)}"
+                f"--columns: expected names of columns, found {name!r}{hint}\n{listing(known)}"
             )
 
 

@@ -7,6 +7,7 @@ import io
 import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, TextIO
@@ -39,7 +40,7 @@ def listed(head: str, parts: Iterable[str]) -> Iterator[str]:
 
     They are broken between two parts alone, so that paths and figures stay whole.
     """
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else FILE_WIDTH
+    width = _output_width()
     line = head
     indent = " " * (len(head) - len(head.lstrip()) + 2)
     for number, part in enumerate(parts):
@@ -50,6 +51,35 @@ def listed(head: str, parts: Iterable[str]) -> Iterator[str]:
         else:
             line = f"{line}{comma} {part}"
     yield line
+
+
+def fitted(text: str, width: int | None = None) -> Iterator[str]:
+    """Yields the lines of a text, broken between words where they are too wide.
+
+    Words, such as paths, stay whole.
+
+    Args:
+        text: One line or several.
+        width: In columns; None for the terminal's, or 80 where there is none.
+    """
+    width = _output_width() if width is None else width
+    for line in text.split("\n"):
+        indent = " " * (len(line) - len(line.lstrip()) + 2)
+        broken = textwrap.wrap(
+            line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        )
+        yield from broken or [line]
+
+
+def _terminal_width(stream: TextIO) -> int:
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or FILE_WIDTH
+    except (OSError, ValueError):
+        return FILE_WIDTH
+
+
+def _output_width() -> int:
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else FILE_WIDTH
 
 
 class Output:
@@ -110,6 +140,9 @@ def say(text: str) -> None:
     # Without standard error, print would use standard output.
     if sys.stderr is not None:
         with suppress(OSError):
+            if sys.stderr.isatty():
+                # A terminal breaks inside words.
+                text = "\n".join(fitted(text, _terminal_width(sys.stderr)))
             print(text, file=sys.stderr, flush=True)
 
 

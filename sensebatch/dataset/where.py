@@ -10,7 +10,8 @@ import difflib
 import json
 import re
 import sqlite3
-from collections.abc import Callable, Collection, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Protocol
 
@@ -22,6 +23,8 @@ _MAX_FURTHER = 1000
 """Most names of matrix and metadata that are columns."""
 _NUMBER = "#"
 """The column with a job's place; no other column has such a name."""
+_LIST_WIDTH = 78
+"""The columns of a terminal that a list of names takes."""
 _MAX_VALUE_BYTES = 2**26
 """The largest text that an expression may make."""
 _REFUSED_FUNCTIONS = frozenset({"load_extension", "fts3_tokenizer", "sqlite_log"})
@@ -167,11 +170,18 @@ def _reason(error: Exception, columns: Collection[str]) -> str:
     if match := _UNKNOWN_COLUMN.match(said):
         close = difflib.get_close_matches(match[1], columns, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        known = ", ".join(sorted(columns))
-        return f"expected one of these columns, found {match[1]!r}{hint}\ncolumns: {known}"
+        return f"expected one of these columns, found {match[1]!r}{hint}\n{listing(columns)}"
     if "not authorized" in said or "one statement" in said:
         return _NOTHING_ELSE
     return f"expected an SQL expression: {said}"
+
+
+def listing(columns: Iterable[str]) -> str:
+    """Returns the names of columns for an error, in lines that fit any terminal."""
+    names = f"columns: {', '.join(sorted(columns))}"
+    return textwrap.fill(
+        names, _LIST_WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _stored(value: Any) -> Any:

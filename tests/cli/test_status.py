@@ -96,6 +96,21 @@ def test_failed_jobs_are_named_with_their_reasons(invoke: Invoke, manifest: Path
 
 
 @pytest.mark.usefixtures("backend")
+def test_lines_of_failed_jobs_and_of_a_dry_run_fit_80_columns(
+    invoke: Invoke, manifest: Path
+) -> None:
+    names = [f"{number}-the-name-of-a-job" for number in range(8)]
+    _failing(manifest, [*names, "x" * 60])
+    plans = invoke("run", manifest, "--dry-run").out
+    invoke("run", manifest)
+    out = invoke("status", "outputs/small").out
+    assert max(map(len, [*out.split("\n"), *plans.split("\n")])) <= 80
+    assert f"\n    (errors/{'x' * 60}-1.txt)\n" in out
+    assert all(name in out for name in names)
+    assert names[0] in plans
+
+
+@pytest.mark.usefixtures("backend")
 def test_failed_job_without_a_file_of_its_error_names_none(
     invoke: Invoke, manifest: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sensebatch.dataset.where import Where
+from sensebatch.dataset.where import Where, listing
 from sensebatch.errors import ConfigError
 
 COLUMNS = ("id", "status", "seed", "think", "tags", "matrix", "metadata", "at", "text")
@@ -96,12 +96,21 @@ def test_rows_are_told_apart() -> None:
     assert where.holds([]) == []
 
 
+def test_a_list_of_columns_has_narrow_lines() -> None:
+    names = [f"column_{number:02}" for number in range(40)]
+    lines = listing(reversed(names)).split("\n")
+    assert lines[0].startswith("columns: column_00, column_01,")
+    assert max(map(len, lines)) <= 78
+    assert [line.startswith("  column_") for line in lines[1:]] == [True] * (len(lines) - 1)
+    assert " ".join(map(str.strip, lines)) == f"columns: {', '.join(names)}"
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("statu = 'done'", "found 'statu'; did you mean 'status'"),
         ("lihgt = 'dawn'", "found 'lihgt'; did you mean 'light'"),
-        ("colour = 'red'", r"columns: artist, at, id, light, .*, think"),
+        ("colour = 'red'", r"columns: artist, at, id, light, [\w,\s]*, think\b"),
         ("", "expected an SQL expression"),
         ("seed >", "expected an SQL expression"),
         ("unheard(seed)", "no such function: unheard"),

@@ -1,0 +1,41 @@
+"""Lines for people on a terminal."""
+
+from __future__ import annotations
+
+import os
+import pty
+import sys
+import termios
+
+import pytest
+
+from sensebatch.cli.messages import fitted, say
+
+
+def test_lines_are_broken_between_words_and_paths_stay_whole() -> None:
+    path = "/".join(["folder"] * 12)
+    text = f"  images   {path}\nshort\n\n  one two-three four"
+    assert list(fitted(text, 12)) == [
+        "  images",
+        f"    {path}",
+        "short",
+        "",
+        "  one",
+        "    two-three",
+        "    four",
+    ]
+
+
+def test_a_narrow_terminal_gets_lines_that_fit_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 60))
+    with os.fdopen(theirs, "w") as terminal, monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", terminal)
+        say("tracebacks are in outputs/night/errors; --retry-failed tries those jobs again")
+        lines = os.read(ours, 1000).decode().split("\r\n")
+    os.close(ours)
+    assert lines == [
+        "tracebacks are in outputs/night/errors; --retry-failed tries",
+        "  those jobs again",
+        "",
+    ]
