@@ -70,7 +70,8 @@ def pace(status: RunStatus) -> tuple[float | None, float | None]:
         if not batch.kept_images:
             speed.measured(batch.group, batch.jobs, batch.total_s)
     images = sum(batch.images - batch.kept_images for batch in status.recent)
-    workers = len({(batch.node, batch.worker) for batch in status.recent})
+    engines = [batch for batch in status.recent if not batch.group.by_function]
+    workers = len({(batch.node, batch.worker) for batch in engines}) or 1
     in_engine_s = sum(batch.total_s for batch in status.recent) / workers
     left_s = speed.of_all(status.to_come)
     # A run also waits between batches, for example for its disk.

@@ -119,7 +119,8 @@ class Tracker(RunObserver):
         for attempt in done:
             self._voice.detail(f"done: {attempt.job_id}: {', '.join(attempt.outputs)}")
         what = f"{batch.group}, {counted(len(batch.jobs), 'job')} in {attempts[0].total_s:.1f} s"
-        where = "" if None in self._lanes else f" on worker {attempts[0].worker}"
+        is_named = None not in self._lanes and not batch.group.by_function
+        where = f" on worker {attempts[0].worker}" if is_named else ""
         words = [f"{self.num_done:,} of {self.num_jobs:,} done", f"{what}{where}"]
         remaining = self.remaining_s()
         if remaining is not None and self.num_done + self.num_failed < self.num_jobs:

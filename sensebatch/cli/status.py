@@ -159,6 +159,7 @@ def _shares(found: RunStatus) -> tuple[WorkerShare, ...]:
             busy_s=batch.total_s,
         )
         for batch in found.recent
+        if not batch.group.by_function
     )
 
 

@@ -40,7 +40,7 @@ class Attempt:
     """Number of the process that made the row, in this folder, from 1."""
     worker: Int32 | None
     """Number of the worker that the job was given to, from 0; 0 for a run with one engine. Null in
-    rows of versions that had no workers."""
+    rows of functions, which run beside the workers, and of versions that had no workers."""
     node: str | None
     """Name of the host that the worker ran on; likewise."""
     job_id: str

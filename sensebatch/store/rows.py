@@ -68,8 +68,8 @@ def job_columns(context: RowContext, stored: StoredJob) -> dict[str, Any]:
     return {
         "run": context.run,
         "session": context.session,
-        "worker": context.worker,
-        "node": context.node,
+        "worker": None if job.judged_by else context.worker,
+        "node": None if job.judged_by else context.node,
         "job_id": job.id,
         "key": stored.key,
         "task": job.task.value,

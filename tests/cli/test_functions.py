@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sensebatch.manifest.accept import _judged_by
 from tests.cli.conftest import Invoke
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -64,6 +65,19 @@ def test_rejected_images_are_removed_though_nothing_is_left_to_draw(
     assert (again.code, again.json["this_run"]["dropped"]) == (0, 0)
     assert "removed" not in again.err
     assert invoke("status", "outputs/m", "--verify").code == 0
+
+
+def test_a_function_that_judges_again_is_not_said_to_be_a_worker(
+    invoke: Invoke, manifest: Path, tmp_path: Path
+) -> None:
+    config = ("--config", tmp_path / "own/c.yaml")
+    invoke("run", manifest, *config)
+    with (tmp_path / "own/judges_of_cli.py").open("a") as file:
+        file.write("# edited\n")
+    _judged_by.cache_clear()  # as in another process
+    ended = invoke("run", manifest, *config)
+    assert "ask by function, 2 jobs in " in ended.err
+    assert " on worker " not in ended.err
 
 
 def test_what_a_function_prints_is_not_on_stdout(

@@ -55,6 +55,15 @@ def test_time_that_is_left_is_divided_among_the_workers() -> None:
     assert pace(_status({T2I: 8}, *shared))[1] == 8.0
 
 
+def test_functions_beside_the_workers_are_not_workers() -> None:
+    group = group_key(make_job("a"))
+    drawn = _batch(group, jobs=2, start=0, end=4)
+    other = replace(drawn, worker=1, node="n")
+    judged = replace(drawn, group=replace(group, by_function=True), node=None)
+    both = (replace(drawn, node="n"), other)
+    assert pace(_status({group: 4}, *both, judged))[1] == pace(_status({group: 4}, *both))[1]
+
+
 def test_pace_is_that_of_the_last_batches_by_wall_time() -> None:
     first = _batch(T2I, jobs=2, start=0, end=4)
     second = _batch(T2I, jobs=2, start=6, end=10)

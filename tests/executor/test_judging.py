@@ -78,7 +78,10 @@ def test_scores_decide_and_are_in_the_log(tmp_path: Path) -> None:
     assert (row["task"], row["function"], row["answer"]) == ("ask", "m:own", "no")
     assert row["choice_probabilities"] == pytest.approx([0.2, 0.8])
     assert log_of(tmp_path)["cat-seed=44-m.own"]["choice_probabilities"][0] == 1.0
-    assert log_of(tmp_path)["cat-seed=42"]["function"] is None
+    drawn = log_of(tmp_path)["cat-seed=42"]
+    assert (drawn["function"], drawn["worker"]) == (None, 0)
+    # It ran beside the workers, whichever there are.
+    assert (row["worker"], row["node"]) == (None, None)
     assert math.isfinite(log_of(tmp_path)["cat-seed=44-m.own"]["choice_log_probabilities"][1])
     # None of it went to the engine.
     assert not any("m.own" in job_id for batch in ran.engine.batches for job_id in batch)
