@@ -104,7 +104,8 @@ def _source(function: AcceptFunction) -> Path | None:
 def _file_in(places: Iterable[str], function: AcceptFunction) -> Path | None:
     name = function.function.partition(":")[0].replace(".", "/")
     for place in places:
-        for path in (Path(place, f"{name}.py"), Path(place, name, "__init__.py")):
+        # A package comes before a module of its name, as in Python's own import.
+        for path in (Path(place, name, "__init__.py"), Path(place, f"{name}.py")):
             if path.is_file():
                 return path
     return None

@@ -159,3 +159,15 @@ def test_mistakes_in_a_configuration_are_named(text: str, expected: str, tmp_pat
     with pytest.raises(ConfigError) as raised:
         resolve_settings(config_file=file)
     assert str(raised.value).startswith(f"{file}: line 1: {expected}")
+
+
+def test_the_file_that_counts_is_the_one_that_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "both_of_test").mkdir()
+    package = tmp_path / "both_of_test/__init__.py"
+    package.write_text("def own(image, job): return 0.25")
+    (tmp_path / "both_of_test.py").write_text("def own(image, job): return 0.75")
+    function = AcceptFunction(function="both_of_test:own", folder=str(tmp_path))
+    assert load("both_of_test:own", tmp_path)(None, {}) == 0.25
+    first = function.source_sha256
+    package.write_text("def own(image, job): return 1")
+    assert function.source_sha256 != first

@@ -184,14 +184,12 @@ class _Run:
                 self._wait()
                 if self._verdicts and self._is_over():
                     return
-            elif self._is_over():
+            elif self._is_over() or not self._admits(found):
                 return
             elif self._is_judged(found):
                 self._judge(found)
-            elif self._admits(found):
-                self._run(found)
             else:
-                return
+                self._run(found)
 
     def _is_over(self) -> bool:
         """Returns whether the run ends with jobs left."""
@@ -199,9 +197,9 @@ class _Run:
 
     def _run(self, assignment: Assignment) -> None:
         """Has the worker run an assignment."""
-        alone = assignment.is_last or assignment.seq in self._doubtful
+        alone = self._is_alone(assignment)
         if alone:
-            self.settle()
+            self._finish_verdicts()
         begun = self._begin(assignment)
         following = [] if alone or begun is None else self._following(begun)
         if not alone:
@@ -221,14 +219,34 @@ class _Run:
         return first.job.judged_by is not None
 
     def _judge(self, assignment: Assignment) -> None:
-        """Has functions judge a batch, beside whatever the worker does."""
+        """Has functions judge a batch, beside whatever the worker does.
+
+        They may end the process, so that a batch's start is counted as that of one that is drawn.
+        """
+        alone = self._is_alone(assignment)
+        if alone:
+            self._finish_verdicts()
         while len(self._verdicts) >= MAX_WAITING and not self._stop.is_set():
             self._wait()
         self._store.run_dir.require_in_place()
         begun = self._ledger.hand_out(
             assignment, queue_s=time.monotonic() - self._start, started_at=datetime.now(UTC)
         )
+        self._store.state.start(begun.seq, 0)
+        self._blamed.add(begun.seq)
         self._verdicts.append((begun, self._judging.start(begun.jobs)))
+        if alone:
+            self._finish_verdicts()
+
+    def _is_alone(self, assignment: Assignment) -> bool:
+        """Returns whether processes may have died of an assignment, so that it runs alone."""
+        return assignment.is_last or assignment.seq in self._doubtful
+
+    def _finish_verdicts(self) -> None:
+        """Waits until functions have judged all that they were given, and everything is written."""
+        while self._verdicts and not self._stop.is_set():
+            self._wait()
+        self.settle()
 
     def _take_verdicts(self) -> None:
         """Has the verdicts written that are there."""

@@ -356,16 +356,18 @@ class _Judged:
         return self.state == DONE and self.share < self.at_least - _ROUNDING
 
 
+QUESTIONS = (
+    "SELECT answer, at_least, status, row FROM verdicts CROSS JOIN jobs ON folded = judge"
+    " LEFT JOIN attempts ON attempts.seq = current WHERE verdicts.job = ? AND wanted = 1"
+    " ORDER BY position"
+)
+"""The questions about a try. CROSS JOIN: in another order, every wanted job is looked at."""
+
+
 def _judged(db: sqlite3.Connection, folded: str) -> list[_Judged]:
     """Returns the questions about a try."""
-    judges = db.execute(
-        "SELECT answer, at_least, status, row FROM verdicts JOIN jobs ON folded = judge"
-        " LEFT JOIN attempts ON attempts.seq = current WHERE verdicts.job = ? AND wanted = 1"
-        " ORDER BY position",
-        (folded,),
-    )
     found = []
-    for answer, at_least, state, text in judges:
+    for answer, at_least, state, text in db.execute(QUESTIONS, (folded,)):
         row = row_from_json(text) if state == DONE else {}
         share = _probability(row, answer) if row else 0.0
         found.append(_Judged(state, answer, share, at_least, row.get("prompt", "")))

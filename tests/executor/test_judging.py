@@ -15,6 +15,7 @@ from sensebatch.config import ExecutionConfig, RunConfig, default_config
 from sensebatch.dataset.records import open_dataset
 from sensebatch.dataset.selection import Selection
 from sensebatch.errors import ManifestError
+from sensebatch.executor.judging import Judging
 from sensebatch.functions import AcceptFunction
 from sensebatch.jobs import Job
 from sensebatch.manifest.read import read_rows
@@ -216,3 +217,31 @@ def test_any_number_of_workers_accepts_the_same(num_workers: int, tmp_path: Path
                 break
     assert judged(tmp_path / "many") == judged(tmp_path / "one")
     assert outcome(tmp_path / "many")[0] == outcome(tmp_path / "one")[0]
+
+
+class Died(BaseException):
+    """The process ends."""
+
+
+def test_a_function_that_processes_die_of_costs_one_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = Judging.start
+
+    def deadly(self: Judging, jobs: Any) -> Any:
+        if any(stored.job.id == "cat-seed=43-m.own" for stored in jobs):
+            raise Died
+        return start(self, jobs)
+
+    monkeypatch.setattr(Judging, "start", deadly)
+    for _ in range(6):
+        try:
+            run(tmp_path, tries(OWN), own=by_seed)
+            break
+        except Died:
+            continue
+    failed = [name for name, row in log_of(tmp_path).items() if row["status"] != "done"]
+    assert failed == ["cat-seed=43-m.own"]
+    assert log_of(tmp_path)[failed[0]]["error_type"] == "ProcessDiedError"
+    assert judged(tmp_path)["cat-seed=44"] is Verdict.ACCEPTED
+    assert judged(tmp_path)["dog-seed=43"] is Verdict.ACCEPTED

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import sqlite3
 import tempfile
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from sensebatch.dataset.selection import Selection
 from sensebatch.jobs import Batch, BatchMetrics, BatchResult, InputImage, Job, JobResult
 from sensebatch.manifest.read import read_rows
 from sensebatch.report.acceptance import acceptance_lines, acceptance_table
+from sensebatch.store import acceptance
 from sensebatch.store.acceptance import HeldJob, Series, Verdict
 from sensebatch.store.dry_run import dry_run
 from sensebatch.store.status import Acceptance, read_status
@@ -372,3 +375,11 @@ def test_a_stop_between_two_rounds_of_tries_leaves_a_run_to_resume(
     assert summary.stopped
     assert summary.counts.remaining == 4
     assert run_folder(tmp_path, jobs, CONFIG, engine=Judge()).summary.counts.done == 12
+
+
+def test_the_questions_about_a_try_are_found_without_looking_at_others(tmp_path: Path) -> None:
+    run_folder(tmp_path, series("a"), CONFIG, engine=Judge())
+    with closing(sqlite3.connect(tmp_path / "state.db")) as db:
+        plan = db.execute(f"EXPLAIN QUERY PLAN {acceptance.QUESTIONS}", ("a-seed=42",)).fetchall()
+    assert "verdicts_on_job" in plan[0][-1]
+    assert not any("SCAN" in step[-1] or "jobs_todo" in step[-1] for step in plan)
