@@ -114,8 +114,7 @@ class Tracker(RunObserver):
         """A batch is committed."""
         done = [attempt for attempt in attempts if attempt.status == DONE]
         self.num_done += len(done)
-        # More may be found to be needed as the run goes on.
-        self.num_jobs = max(self.num_jobs, self.num_done + self.num_failed)
+        self._count_more()
         for attempt in done:
             self._voice.detail(f"done: {attempt.job_id}: {', '.join(attempt.outputs)}")
         what = f"{batch.group}, {counted(len(batch.jobs), 'job')} in {attempts[0].total_s:.1f} s"
@@ -127,12 +126,17 @@ class Tracker(RunObserver):
             words.append(f"about {duration(remaining)} left")
         self._say_batch("; ".join(words))
 
+    def _count_more(self) -> None:
+        # More jobs may be found to be needed as the run goes on.
+        self.num_jobs = max(self.num_jobs, self.num_done + self.num_failed)
+
     def _say_batch(self, line: str) -> None:
         self._voice.info(line)
 
     def job_failed(self, attempt: Attempt, will_retry: bool) -> None:
         """A job failed."""
         self.num_failed += not will_retry
+        self._count_more()
         if attempt.batch_id is None and self._remaining is not None:
             self._remaining.remove(attempt.job_id)
         self._voice.alert(failure_line(attempt, will_retry))

@@ -152,6 +152,13 @@ def test_jobs_that_fail_before_a_batch_are_no_longer_to_come() -> None:
     assert lines.remaining_s() == pytest.approx(10.0)
 
 
+def test_a_failed_job_that_was_held_before_is_counted() -> None:
+    tracker = _tracker(Clock())
+    tracker.run_started(_counts(1, done=1), _plan([]))
+    tracker.job_failed(_early_failure(T2I[0]), will_retry=False)
+    assert (tracker.num_failed, tracker.num_jobs) == (1, 2)
+
+
 def test_jobs_tried_again_are_not_taken_out_of_the_plan_twice() -> None:
     remaining = RemainingTime(_plan(T2I))
     for job in (T2I[0], T2I[0]):
