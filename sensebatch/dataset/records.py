@@ -17,7 +17,7 @@ from typing import Any
 
 from sensebatch.dataset.duplicates import near_duplicates
 from sensebatch.dataset.picks import Pick, PickedJob, Picks
-from sensebatch.dataset.selection import Selection, Selector
+from sensebatch.dataset.selection import Selection, Selector, check_matrix
 from sensebatch.declarations import declared, plain
 from sensebatch.jobs import Job, Sampling
 from sensebatch.store.acceptance import Judgement, Verdict
@@ -262,6 +262,8 @@ class Dataset:
             ConfigError: The selection does not fit the folder; raised before the first job.
         """
         selection = Selection() if selection is None else selection
+        if selection.matrix:
+            check_matrix(selection.matrix, self._state.names_in("matrix"))
         selector = Selector(selection, self.run_id, COLUMNS, lambda: self.extra_columns)
         if selection.dedupe is None:
             return self._chosen(selection, selector)

@@ -5,8 +5,9 @@ The same selection serves every command that lists, shows, exports or draws agai
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -126,6 +127,22 @@ def matrix_conditions(words: Iterable[str]) -> dict[str, str]:
             raise ConfigError(f"--matrix: expected NAME=VALUE, found {word!r}")
         found[name] = value
     return found
+
+
+def check_matrix(matrix: Iterable[str], known: Collection[str]) -> None:
+    """Refuses names that no job's matrix has.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    for name in matrix:
+        if not known:
+            raise ConfigError(f"--matrix: expected jobs with a matrix for {name!r}, found none")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            names = ", ".join(known)
+            raise ConfigError(f"--matrix: expected one of {names}, found {name!r}{hint}")
 
 
 def _is_picked(pick: Pick | None, picked: Picked) -> bool:

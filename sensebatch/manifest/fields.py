@@ -111,7 +111,7 @@ class Turn(BaseModel):
 class Exchange(StrictModel):
     """A question that was asked before, and what was answered."""
 
-    question: str = Field(description="What was asked.")
+    question: str = Field(min_length=1, description="What was asked.")
     answer: str = Field(description="What was answered.")
 
 

@@ -50,7 +50,10 @@ _INSTEAD = {
 }
 """Our fields by the names that other tools use."""
 
-_INNER = {"accept": ("ask", "choices", "is", "at_least")}
+_INNER = {
+    "accept": ("ask", "choices", "is", "at_least"),
+    "history": ("question", "answer"),
+}
 """The names of mappings inside fields, where they are not those of images."""
 
 NO_FUNCTION = (

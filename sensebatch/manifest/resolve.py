@@ -364,7 +364,7 @@ class JobResolver:
 def _check_names(fields: JobFields, task: Task, errors: RowErrors) -> None:
     """Checks that every field belongs to the task, except an empty list of images."""
     for name in sorted(fields.model_fields_set & FOREIGN_FIELDS[task]):
-        if getattr(fields, name) != []:
+        if name not in IMAGE_FIELDS or getattr(fields, name) != []:
             errors.add(name, f"expected a field of {task} jobs, found one of other tasks")
 
 

@@ -199,6 +199,8 @@ def read_log(path: Path, columns: Collection[str] = SCHEMA.names) -> pa.Table:
         )
     except FileNotFoundError:
         raise RunFolderError(f"{path}: expected the log of a run, found no file") from None
+    except NotADirectoryError:
+        raise RunFolderError(f"{path.parent}: expected a run's folder, found a file") from None
     except (OSError, pa.ArrowException) as error:
         raise RunFolderError(
             f"{path}: expected the log of a run: {str(error).rstrip('.')}; the next sensebatch run "

@@ -193,7 +193,7 @@ def folder(tmp_path: Path) -> Path:
         ({"tags": ["sky", "sea"]}, "b"),
         ({"matrix": {"light": "dawn"}}, "a"),
         ({"matrix": {"size": "3"}}, "a"),
-        ({"matrix": {"nothing": "3"}}, ""),
+        ({"matrix": {"size": "4"}}, ""),
         ({"finish_reasons": ["token_limit"]}, "s"),
         ({"where": "seed >= 2"}, "bcs"),
         ({"where": "seed >= 2", "tags": ["sky"]}, "b"),
@@ -203,6 +203,11 @@ def test_selection_takes_jobs_that_meet_every_condition(
     folder: Path, conditions: dict[str, object], expected: str
 ) -> None:
     assert "".join(ids(folder, **conditions)) == expected
+
+
+def test_a_name_that_no_matrix_has_is_a_mistake(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="one of light, size, found 'ligt'; did you mean 'light'"):
+        ids(folder, matrix={"ligt": "dawn"})
 
 
 def test_picks_choose_jobs_and_add_tags(folder: Path) -> None:

@@ -146,6 +146,9 @@ def test_mistakes_in_conversations_are_named(mistakes: Mistakes, draw_input: Any
         row | {"history": [exchange | {"question": "<image>?"}]},
         row | {"history": [{"question": "What?"}]},
         {"task": "t2i", "prompt": "a", "history": [exchange]},
+        {"task": "t2i", "prompt": "a", "history": [], "choices": []},
+        row | {"history": [{"question": "", "answer": ""}]},
+        row | {"history": [exchange | {"questoin": "What?"}]},
     )
     assert found == [
         "line 1: conversations: expected one answer after each question but the last",
@@ -155,6 +158,11 @@ def test_mistakes_in_conversations_are_named(mistakes: Mistakes, draw_input: Any
         "line 4: question: expected at most one <image> mark per image, found 1 mark and 0 images",
         "line 5: history[0].answer: expected a value, found nothing",
         "line 6: history: expected a field of t2i jobs, found one of other tasks",
+        "line 7: choices: expected a field of t2i jobs, found one of other tasks",
+        "line 7: history: expected a field of t2i jobs, found one of other tasks",
+        "line 8: history[0].question: expected text, found ''",
+        "line 9: history[0].questoin: expected a known field, found 'questoin'; did you mean "
+        "'question'?",
     ]
 
 

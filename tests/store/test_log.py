@@ -229,3 +229,10 @@ def test_parts_of_another_state_are_not_taken(
 def test_missing_log_is_named(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"log\.parquet: expected the log of a run"):
         read_log(tmp_path / "log.parquet")
+
+
+def test_log_of_a_file_is_a_mistake_about_the_folder(tmp_path: Path) -> None:
+    manifest = tmp_path / "m.yaml"
+    manifest.write_text("version: 1")
+    with pytest.raises(RunFolderError, match=r"m\.yaml: expected a run's folder, found a file$"):
+        read_log(manifest / "log.parquet")
