@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 
 from sensebatch.jobs import Batch, GroupKey
 from sensebatch.plan.batches import Plan
@@ -48,12 +49,22 @@ class RemainingTime:
         self._speed.measured(batch.group, len(batch.jobs) * share, seconds)
 
     def of_batch(self, batch: Batch) -> float | None:
-        """Returns the seconds that a batch should take; None until anything has been measured."""
-        return self._speed.of(batch.group, len(batch.jobs))
+        """Returns the seconds that a batch should take; None until one like it was measured."""
+        return seconds_of(self._speed, {batch.group: len(batch.jobs)})
 
     def to_come(self) -> float | None:
-        """Returns the seconds of all batches to come; None until anything has been measured."""
-        return self._speed.of_all(self._jobs)
+        """Returns the seconds of all batches to come; None until such batches were measured."""
+        return seconds_of(self._speed, self._jobs)
+
+
+def seconds_of(speed: Speed, jobs: Mapping[GroupKey, int]) -> float | None:
+    """Returns the seconds of jobs by group; None if jobs like some of them were never measured.
+
+    So questions about images that are drawn first do not count as nothing.
+    """
+    if not all(speed.knows(group) for group, num_jobs in jobs.items() if num_jobs):
+        return None
+    return speed.of_all(jobs)
 
 
 def pace(status: RunStatus) -> tuple[float | None, float | None]:
@@ -73,7 +84,7 @@ def pace(status: RunStatus) -> tuple[float | None, float | None]:
     engines = [batch for batch in status.recent if not batch.group.by_function]
     workers = len({(batch.node, batch.worker) for batch in engines}) or 1
     in_engine_s = sum(batch.total_s for batch in status.recent) / workers
-    left_s = speed.of_all(status.to_come)
+    left_s = seconds_of(speed, status.to_come)
     # A run also waits between batches, for example for its disk.
     if left_s is not None and in_engine_s:
         left_s *= max(wall_s / in_engine_s, 1.0) / workers

@@ -45,6 +45,12 @@ class Speed:
             return None
         return num_jobs * job_cost(group) * by_cost
 
+    def knows(self, group: GroupKey) -> bool:
+        """Returns whether jobs like those of a group were measured: of its task, or of another one
+        whose cost is counted alike. What draws says nothing about what only reads and writes."""
+        draws = group.drawing is not None
+        return any((task.spec.drawing is not None) == draws for task in self._cost)
+
     def of_task(self, group: GroupKey, num_jobs: int) -> float | None:
         """Returns what `of` does; None as well where the group's task has not run yet."""
         return self.of(group, num_jobs) if self._cost[group.task] else None

@@ -90,6 +90,7 @@ def _tracker(clock: Clock) -> Tracker:
 
 
 T2I = [make_job(f"t{i}") for i in range(6)]
+QUESTIONS = [make_job(f"q{i}", Task.ASK) for i in range(2)]
 EDITS = [make_job(f"e{i}", Task.EDIT) for i in range(2)]
 
 
@@ -116,6 +117,19 @@ def test_each_task_has_its_own_speed_once_it_is_measured() -> None:
     remaining.measured(_batch(EDITS[0]), seconds=100.0)
     assert before == pytest.approx(1.0)
     assert remaining.to_come() == pytest.approx(100.0)
+
+
+def test_nothing_is_promised_while_questions_about_what_is_drawn_were_never_measured() -> None:
+    clock = Clock()
+    lines = _tracker(clock)
+    lines.run_started(_counts(8), _plan([*T2I, *QUESTIONS]))
+    lines.batch_started(_batch(*T2I))
+    clock.now = 12.0
+    lines.batch_started(_batch(QUESTIONS[0]))
+    assert lines.remaining_s() is None
+    clock.now = 15.0
+    lines.batch_started(_batch(QUESTIONS[1]))
+    assert lines.remaining_s() == pytest.approx(3.0)
 
 
 def test_interrupted_batches_are_not_taken_out_of_the_plan() -> None:
