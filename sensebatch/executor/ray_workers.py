@@ -235,8 +235,7 @@ class RayCrew:
     def _carry_news(self) -> None:
         look_at = time.monotonic() + _LOOK_S
         while not self._is_closing.is_set():
-            if (lost := self._watch.lost) is not None:
-                raise WorkersLostError(f"{lost}; the same command resumes the run")
+            self._require_cluster()
             with self._lock:
                 questions = list(self._questions)
             answered: Sequence[Any] = ()
@@ -256,6 +255,10 @@ class RayCrew:
                 self._look()
                 look_at = time.monotonic() + _LOOK_S
 
+    def _require_cluster(self) -> None:
+        if (lost := self._watch.lost) is not None:
+            raise WorkersLostError(f"{lost}; the same command resumes the run")
+
     def _take_answer(self, question: Any) -> None:
         with self._lock:
             asked = self._questions.pop(question, None)
@@ -266,7 +269,10 @@ class RayCrew:
             self._nodes[worker], news = self._ray.get(question)
         except self._ray.exceptions.RayError as error:
             if not self._doubts(worker, life, error):
-                self._say(worker, life, self._death(worker, error))
+                died = self._death(worker, error)
+                # Ray ends the process that would start a worker again on a machine without it.
+                self._require_cluster()
+                self._say(worker, life, died)
             return
         if worker in self._doubted:
             lost = "what it said was lost while it could not be reached"
@@ -290,8 +296,8 @@ class RayCrew:
     def _death(self, worker: int, error: Exception) -> Died:
         """Returns what is known of a worker that does not answer."""
         text = str(error)
-        node = self._nodes.get(worker)
-        is_of_node = "node has died" in text or node not in {None, *self._watch.alive()}
+        node, alive = self._nodes.get(worker), self._watch.alive()
+        is_of_node = "node has died" in text or node not in {None, *alive}
         if is_of_node or getattr(error, "preempted", False):
             return Died(reason="its machine left the cluster", is_of_node=True)
         if isinstance(error, self._ray.exceptions.RayTaskError):

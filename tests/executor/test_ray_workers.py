@@ -40,6 +40,7 @@ class Ray:
     def __init__(self) -> None:
         self.answer: Any = None
         self.alive, self.num_gpus = True, 0
+        self.is_here = True
         self.asked = 0
 
     def get(self, _: object) -> Any:
@@ -50,7 +51,7 @@ class Ray:
     def nodes(self) -> list[dict[str, Any]]:
         resources = {"GPU": float(self.num_gpus)}
         return [
-            {"NodeID": "driver", "Alive": True, "Resources": resources},
+            {"NodeID": "driver", "Alive": self.is_here, "Resources": resources},
             {"NodeID": "here", "Alive": self.alive, "Resources": {"CPU": 2.0}},
         ]
 
@@ -148,6 +149,17 @@ def test_a_worker_that_is_reached_again_may_have_said_what_is_lost(
     heard(crew, UNAVAILABLE)
     (died,) = heard(crew, ("here", [Began(number=1)]))
     assert died == Died(reason="what it said was lost while it could not be reached")
+
+
+def test_no_worker_is_started_again_once_ray_has_ended_here(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray = Ray()
+    crew = new_crew(ray, monkeypatch)
+    ray.is_here = False
+    with pytest.raises(WorkersLostError, match="Ray has ended on the machine of the run"):
+        heard(crew, exceptions.ActorDiedError())
+    assert crew._events.empty()
 
 
 def test_a_worker_that_stays_out_of_reach_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
