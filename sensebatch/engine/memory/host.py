@@ -27,7 +27,6 @@ from sensebatch.engine.memory.packing import Packed, pack
 from sensebatch.engine.memory.readers import Readers
 from sensebatch.engine.memory.shared import SharedBuffers
 from sensebatch.errors import DeviceError, OutOfMemoryError
-from sensebatch.plan import passes
 from sensebatch.plan.passes import NUM_STAGING, PACKED_SHARE
 
 NUM_KEEPERS = 4
@@ -245,9 +244,10 @@ class HostStore:
         lane.computed(begin)
         lane.unpack(found, kept, begin, done)
         lane.finish(done)
-        for start in range(0, size, passes.PACKING_CHUNK):
-            part = slice(start, start + passes.PACKING_CHUNK)
-            if not torch.equal(found[part].cpu(), expected[part]):
+        # Between its tensors, a block holds whatever was there before.
+        unpacked = block.layout.views(found)
+        for name, view in block.layout.views(expected).items():
+            if not torch.equal(unpacked[name].cpu().view(torch.int16), view.view(torch.int16)):
                 raise DeviceError(
                     f"{self._pack_on} unpacks other weights than were packed; "
                     "--no-compile keeps them as they are"

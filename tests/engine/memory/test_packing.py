@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -146,7 +148,7 @@ class WrongLane(CpuLane):
 
     def unpack(self, target: Tensor, source: Packed, after: object, done: object) -> None:
         super().unpack(target, source, after, done)
-        target[-1] += 1
+        target[0] += 1
 
 
 def test_a_device_that_unpacks_other_weights_is_not_used() -> None:
@@ -155,4 +157,22 @@ def test_a_device_that_unpacks_other_weights_is_not_used() -> None:
     blocks = [layer_block(number) for number in range(3)]
     with pytest.raises(DeviceError, match=r"cpu unpacks other weights .* --no-compile"):
         host.keep(blocks, None, WrongLane(), packed=blocks)
+    readers.close()
+
+
+class ScribblingLane(CpuLane):
+    """A device with something else after the last tensor of a block."""
+
+    def unpack(self, target: Tensor, source: Packed, after: object, done: object) -> None:
+        super().unpack(target, source, after, done)
+        target[-1] += 1
+
+
+def test_what_lies_between_tensors_does_not_count() -> None:
+    blocks = [layer_block(number) for number in range(3)]
+    entries = blocks[0].layout.entries
+    assert sum(2 * math.prod(entry.shape) for entry in entries) < blocks[0].layout.num_bytes
+    readers = Readers()
+    host = HostStore(readers, pin=False, pack_on=CPU)
+    host.keep(blocks, None, ScribblingLane(), packed=blocks)
     readers.close()
