@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from sensebatch.config import WorkersConfig
-from sensebatch.errors import ConfigError
+from sensebatch.errors import ConfigError, WorkersLostError
 
 INSTALL_COMMAND = "pip install 'sensebatch[cluster]'"
 REACH_S = 10.0
@@ -72,27 +72,33 @@ def join(ray: Any, address: str) -> None:
         _require_answer(_place(ray, address), found)
         ray.init(address=address, **_COMMON)
     except (ConnectionError, ImportError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{found}: {reason}") from error
+        raise ConfigError(f"{found}: {_in_a_line(error)}") from error
 
 
 def start_local(ray: Any, workers: WorkersConfig, *, uses_gpu: bool, temp: Path) -> None:
-    """Starts Ray on this machine; it ends with the thread that calls this."""
+    """Starts Ray on this machine; it ends with the thread that calls this.
+
+    Raises:
+        WorkersLostError: It does not start.
+    """
     num_workers = workers.count or 1
     resources: dict[str, Any] = {"num_cpus": num_workers}
     if workers.gpus or not uses_gpu:
         resources["num_gpus"] = len(workers.gpus) if uses_gpu else 0
-    with _without_helpers(ray):
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            object_store_memory=_store_bytes(num_workers),
-            _temp_dir=str(temp),
-            _node_ip_address="127.0.0.1",
-            _system_config=_SYSTEM,
-            **resources,
-            **_COMMON,
-        )
+    try:
+        with _without_helpers(ray):
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                object_store_memory=_store_bytes(num_workers),
+                _temp_dir=str(temp),
+                _node_ip_address="127.0.0.1",
+                _system_config=_SYSTEM,
+                **resources,
+                **_COMMON,
+            )
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise WorkersLostError(f"Ray did not start on this machine: {_in_a_line(error)}") from error
 
 
 def new_temp() -> Path:
@@ -141,6 +147,11 @@ def _require_answer(place: tuple[str, int] | None, found: str) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(f"{found}: nothing answers at {host}:{port} ({reason})") from error
+
+
+def _in_a_line(error: Exception) -> str:
+    """Returns the first line of what Ray says; its name if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 @contextmanager

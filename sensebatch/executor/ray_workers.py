@@ -170,6 +170,8 @@ class RayCrew:
         if self._refusal is None:
             self._listen()
             self._watch.close()
+            # Ray ends the process that lets go of an actor or a question while Ray is left.
+            self._is_closing.wait()
         self._ray.shutdown()
 
     def _connect(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sensebatch.config import WorkersConfig
-from sensebatch.errors import ConfigError
+from sensebatch.errors import ConfigError, WorkersLostError
 from sensebatch.executor import ray_start
 from sensebatch.executor.ray_start import join, new_temp, start_local
 
@@ -39,6 +39,8 @@ class OtherParams:
 
 class Ray:
     """Says what it was started with."""
+
+    exceptions = pytest.importorskip("ray.exceptions")
 
     def __init__(self, params: type = Params, latest: str | None = None) -> None:
         self.asked: list[dict[str, Any]] = []
@@ -123,6 +125,27 @@ def test_another_ray_is_started_as_it_is(tmp_path: Path) -> None:
     ray = Ray(OtherParams)
     start_local(ray, WorkersConfig(count=1), uses_gpu=False, temp=tmp_path)
     assert ray.started == [((True, True), "dashboard False")]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("Failed to start GCS.\nLast 0 lines"), "Failed to start GCS."),
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+        (ValueError(), "ValueError"),
+        (Ray.exceptions.RaySystemError("no raylet"), "System error: no raylet"),
+    ],
+)
+def test_ray_that_does_not_start_is_said_in_a_line(
+    error: Exception, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Ray, "init", init)
+    with pytest.raises(WorkersLostError) as lost:
+        start_local(Ray(), WorkersConfig(count=1), uses_gpu=False, temp=tmp_path)
+    assert str(lost.value) == f"Ray did not start on this machine: {reason}"
 
 
 def test_files_of_runs_that_were_killed_are_removed(

@@ -261,3 +261,24 @@ def test_a_cluster_that_is_lost_ends_the_run(monkeypatch: pytest.MonkeyPatch) ->
     assert not isinstance(said, Said)
     with pytest.raises(WorkersLostError, match="is silent; the same command resumes the run"):
         said()
+
+
+def test_ray_is_left_once_nothing_of_it_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Ray()
+    crew = new_crew(ray, monkeypatch, cluster="auto")
+    held_at_shutdown: list[tuple[dict[int, Any], dict[Any, Any]]] = []
+
+    def shutdown() -> None:
+        held_at_shutdown.append((dict(crew._actors), dict(crew._questions)))
+
+    monkeypatch.setattr(ray, "shutdown", shutdown, raising=False)
+    monkeypatch.setattr(crew, "_connect", lambda: None)
+    monkeypatch.setattr(ClusterWatch, "lost", "the Ray cluster is silent")
+    crew._questions["question"] = (0, 1)
+    crew._thread.start()
+    crew._events.get(timeout=60)
+    crew._thread.join(0.2)
+    assert not held_at_shutdown
+    crew.close()
+    crew._thread.join()
+    assert held_at_shutdown == [({}, {})]
