@@ -78,16 +78,13 @@ class KVCache:
             grown[:, : self.length] = old[:, : self.length]
             self._layers[index] = grown
 
-    def write(self, layer: int, k_TKE: Tensor, v_TKE: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes a layer's new keys and values after the cached ones, in reserved room.
+    def upto(self, layer: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Returns a layer's keys and values, cached and after `num_tokens` more, each `[L, K, E]`.
 
-        Returns:
-            Keys and values of that layer, cached and new. `advance` makes the new ones count.
+        The new ones are in reserved room, to be written; `advance` makes them count.
         """
-        end = self.length + k_TKE.shape[0]
+        end = self.length + num_tokens
         keys, values = self._layers[layer]
-        keys[self.length : end] = k_TKE
-        values[self.length : end] = v_TKE
         return keys[:end], values[:end]
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -292,16 +289,22 @@ class UnderstandingContext:
         v_TKE: Tensor,
     ) -> Tensor:
         """Returns `[T, H, E]`; writes the layer's keys and values to the caches."""
+        sizes = [span.num_tokens for span in self._spans]
+        read = [span.cache.upto(layer, span.num_tokens) for span in self._spans]
+        _write_ends([keys for keys, _ in read], k_TKE.split(sizes))
+        _write_ends([values for _, values in read], v_TKE.split(sizes))
         out_THE = torch.empty_like(q_THE)
-        start = 0
-        for span in self._spans:
-            end = start + span.num_tokens
-            keys, values = span.cache.write(layer, k_TKE[start:end], v_TKE[start:end])
-            attend_segments(
-                self._attention, q_THE[start:end], keys, values, span.segments, out_THE[start:end]
-            )
-            start = end
+        for span, (keys, values), q_SHE, out_SHE in zip(
+            self._spans, read, q_THE.split(sizes), out_THE.split(sizes), strict=True
+        ):
+            attend_segments(self._attention, q_SHE, keys, values, span.segments, out_SHE)
         return out_THE
+
+
+def _write_ends(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copies each source to the last rows of its target, with one launch for many of them."""
+    ends = [target[-len(source) :] for target, source in zip(targets, sources, strict=True)]
+    torch._foreach_copy_(ends, list(sources))
 
 
 class GenerationContext:

@@ -18,11 +18,17 @@ CPU = torch.device("cpu")
 LAYERS, HEADS, DIM = 3, 2, 4
 
 
+def write(cache: KVCache, layer: int, new: torch.Tensor) -> None:
+    """Writes keys and values after the cached ones."""
+    for half, part in zip(cache.upto(layer, new.shape[1]), new, strict=True):
+        half[cache.length :] = part
+
+
 def filled(length: int, room: int = 0, dtype: torch.dtype = torch.bfloat16) -> KVCache:
     cache = KVCache(num_layers=LAYERS, num_kv_heads=HEADS, head_dim=DIM, dtype=dtype, device=CPU)
     cache.reserve(length + room)
     for layer in range(LAYERS):
-        cache.write(layer, *torch.randn(2, length, HEADS, DIM).to(dtype))
+        write(cache, layer, torch.randn(2, length, HEADS, DIM))
     cache.advance(length, length)
     return cache
 
@@ -61,7 +67,7 @@ def test_a_cache_that_waits_goes_straight_to_a_shared_room() -> None:
     SharedRoom(caches, 4)
     for cache, before in zip(caches, expected, strict=True):
         assert same(content(cache), before)
-        cache.write(0, *torch.ones(2, 1, HEADS, DIM, dtype=torch.bfloat16))
+        write(cache, 0, torch.ones(2, 1, HEADS, DIM))
         assert same(content(cache), before)
 
 
@@ -73,7 +79,7 @@ def test_a_fork_of_a_cache_that_waits_continues_by_itself() -> None:
     twin = cache.fork()
     twin.bring()
     twin.reserve(1)
-    twin.write(0, *torch.ones(2, 1, HEADS, DIM, dtype=torch.bfloat16))
+    write(twin, 0, torch.ones(2, 1, HEADS, DIM))
     twin.advance(1, 6)
     cache.bring()
     assert same(content(cache), expected)
