@@ -71,6 +71,7 @@ from sensebatch.store.state import Counts, State
 from sensebatch.store.status import read_acceptance, recent_batches
 from sensebatch.store.store import Store, open_store
 from sensebatch.tasks import Task
+from sensebatch.units import counted
 
 clock = time.time
 """Says when a deadline has come; one name to stop at in tests."""
@@ -565,7 +566,7 @@ def _approve(request: Request, changes: Changes) -> None:
     redraw = changes.redraw
     if redraw is None or request.redraw or not request.is_guarded:
         return
-    jobs = "1 finished job" if redraw.jobs == 1 else f"{redraw.jobs:,} finished jobs"
+    jobs = counted(redraw.jobs, "finished job")
     words = f"{request.root}: {jobs} would be drawn again: {'; '.join(redraw.reasons)}"
     if request.confirm is not None and request.confirm(words):
         return

@@ -13,7 +13,6 @@ import typer
 
 import sensebatch
 from sensebatch.cli import exits
-from sensebatch.cli.messages import counted
 from sensebatch.cli.options import (
     BatchOptions,
     Manifests,
@@ -25,6 +24,7 @@ from sensebatch.cli.options import (
 from sensebatch.cli.paths import path
 from sensebatch.cli.voice import Level, Voice
 from sensebatch.errors import ConfigError
+from sensebatch.units import counted
 
 if TYPE_CHECKING:
     from sensebatch.calibrate.run import Scale, Verdict

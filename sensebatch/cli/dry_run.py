@@ -9,10 +9,11 @@ from pathlib import Path
 
 from sensebatch import session
 from sensebatch.bounded import escaped
-from sensebatch.cli.messages import counted, fitted, show
+from sensebatch.cli.messages import fitted, show
 from sensebatch.cli.voice import Voice
 from sensebatch.session import Request, RunObserver
 from sensebatch.store.dry_run import Decided, DryRun, Verdict
+from sensebatch.units import counted
 
 MAX_NAMES = 10
 

@@ -369,8 +369,8 @@ def _progress() -> Iterator[ExportObserver]:
 
 def _lines(out: str, config: ExportConfig, done: Exported) -> Iterator[str]:
     """Yields what became of an export."""
-    from sensebatch.cli.messages import counted
     from sensebatch.export.licenses import UNKNOWN
+    from sensebatch.units import counted
 
     yield f"{out}: {counted(done.jobs, 'job')} in {counted(done.shards, 'shard')}"
     if done.written_shards:

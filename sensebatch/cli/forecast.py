@@ -8,12 +8,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sensebatch.cli.messages import counted
 from sensebatch.errors import ConfigError
 from sensebatch.plan.batches import Plan
 from sensebatch.plan.forecast import forecast, timed_batches
 from sensebatch.plan.speed import Speed
-from sensebatch.units import duration
+from sensebatch.units import counted, duration
 
 Summary = Mapping[str, Any]
 
@@ -119,6 +118,6 @@ def forecast_lines(found: Summary, until: float | None) -> Iterator[str]:
         return
     yield (
         f"{end} {most}{found['jobs_in_time']:,} of {counted(found['jobs'], 'job')}, in "
-        f"{found['batches_in_time']:,} of {found['batches']:,} batches; {found['next_job']} is in "
-        "the first that is not begun."
+        f"{found['batches_in_time']:,} of {counted(found['batches'], 'batch')}; "
+        f"{found['next_job']} is in the first that is not begun."
     )

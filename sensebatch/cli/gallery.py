@@ -93,7 +93,8 @@ def gallery(
 
 
 def _warn(made: Made) -> None:
-    from sensebatch.cli.messages import counted, warn
+    from sensebatch.cli.messages import warn
+    from sensebatch.units import counted
 
     for problem in made.problems[:MAX_PROBLEMS]:
         warn(f"no thumbnail of {problem}")
@@ -114,7 +115,7 @@ def _values(made: Made) -> dict[str, object]:
 
 
 def _lines(made: Made) -> Iterator[str]:
-    from sensebatch.cli.messages import counted
+    from sensebatch.units import counted
 
     new = f"{counted(made.thumbnails_made, 'thumbnail')} made now"
     yield f"{counted(made.items, 'job')}, {counted(made.images, 'image')}; {new}"

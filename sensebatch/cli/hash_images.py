@@ -26,8 +26,9 @@ def hash_images(
     have changed.
     """
     from sensebatch.cli import exits
-    from sensebatch.cli.messages import counted, say, show
+    from sensebatch.cli.messages import say, show
     from sensebatch.store.hashing import add_hashes
+    from sensebatch.units import counted
 
     said = time.monotonic()
 

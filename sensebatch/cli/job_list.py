@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import pyarrow.parquet as pq
 
 from sensebatch.bounded import escaped
-from sensebatch.cli.messages import Output, OutputError, counted, show
+from sensebatch.cli.messages import Output, OutputError, show
 from sensebatch.cli.tables import FittingTable, print_parts
 from sensebatch.dataset.records import COLUMNS, Dataset, Record
 from sensebatch.dataset.tables import ALL, csv_lines, json_lines, row_of, schema_of
@@ -23,6 +23,7 @@ from sensebatch.dataset.tables import tables as as_tables
 from sensebatch.dataset.where import listing
 from sensebatch.errors import ConfigError, StorageError
 from sensebatch.store.files import atomic_file
+from sensebatch.units import counted
 
 
 def check_columns(dataset: Dataset, names: Sequence[str] | None) -> None:

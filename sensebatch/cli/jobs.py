@@ -71,8 +71,9 @@ def jobs(
     It works while the run is going on. Columns are those of the log and of docs/dataset.md.
     """
     from sensebatch.cli.job_list import check_columns, print_table, write_list
-    from sensebatch.cli.messages import counted, say
+    from sensebatch.cli.messages import say
     from sensebatch.dataset.records import open_dataset
+    from sensebatch.units import counted
 
     wanted = selection.selection(removed=removed)
     chosen = _format(form, as_json, output)

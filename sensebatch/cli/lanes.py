@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sensebatch.cli.eta import RemainingTime
-from sensebatch.cli.messages import counted
 from sensebatch.contract import Phase, Progress
 from sensebatch.executor.observer import WorkerState
 from sensebatch.jobs import Batch
+from sensebatch.units import counted
 
 BEFORE = Progress(phase=None, step=0, num_steps=0)
 """Where a batch is that has just gone into an engine."""

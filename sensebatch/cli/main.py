@@ -46,7 +46,6 @@ from sensebatch.cli.messages import (
     ClosedOutput,
     Output,
     OutputError,
-    counted,
     drop_output,
     say,
     show,
@@ -56,6 +55,7 @@ from sensebatch.cli.options import UNUSED_BY_PLAN, with_options
 from sensebatch.cli.suggestions import advice
 from sensebatch.errors import ManifestError, RunStoppedError, SensebatchError, StoppedError
 from sensebatch.tasks import Task
+from sensebatch.units import counted
 
 _NAME = "sensebatch"
 _USAGE_ERRORS: tuple[type[Exception], ...] = tuple(

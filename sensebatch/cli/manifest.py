@@ -37,10 +37,11 @@ def validate(
     ] = False,
 ) -> None:
     """Check manifests as a run does before it starts, and print every error in them."""
-    from sensebatch.cli.messages import counted, show, warn_of
+    from sensebatch.cli.messages import show, warn_of
     from sensebatch.manifest.read import read_manifests
     from sensebatch.plan.summary import long_prompts
     from sensebatch.settings import resolve_settings
+    from sensebatch.units import counted
 
     config = resolve_settings(config_file=model.config, flags=flags_of(model, reading))
     jobs = read_manifests(manifests, config, task=task, warn=warn_of)
@@ -84,9 +85,10 @@ def convert(
     ] = False,
 ) -> None:
     """Write a manifest in another format, with one row per job, matrices and defaults expanded."""
-    from sensebatch.cli.messages import counted, show
+    from sensebatch.cli.messages import show
     from sensebatch.manifest.convert import convert_manifest
     from sensebatch.settings import resolve_settings
+    from sensebatch.units import counted
 
     config = resolve_settings(config_file=model.config, flags=flags_of(model, reading))
     num_jobs = convert_manifest(source, destination, config, task=task, embed_images=embed_images)

@@ -91,7 +91,7 @@ def _exit_code(merged: Merged) -> int:
 
 
 def _lines(root: Path, merged: Merged) -> Iterator[str]:
-    from sensebatch.cli.messages import counted
+    from sensebatch.units import counted
 
     counts = merged.counts
     words = [f"{counts.done:,} of {counted(counts.jobs, 'job')} done"]

@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Any, TextIO
 
 from sensebatch.errors import Problem
+from sensebatch.units import counted
 
 FILE_WIDTH = 80
 """The width of what is not printed to a terminal."""
@@ -159,11 +160,6 @@ def asking() -> Callable[[str], bool] | None:
         return sys.stdin.readline().strip().lower() in ("y", "yes")
 
     return ask
-
-
-def counted(count: int, noun: str) -> str:
-    """Returns a count with its noun: `1 job`, `2,000 jobs`."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def truncated_words(truncated: Mapping[str, int]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from sensebatch.cli import exits
-from sensebatch.cli.messages import counted, show_anyway, truncated_words
+from sensebatch.cli.messages import show_anyway, truncated_words
 from sensebatch.cli.voice import Level, Voice
 from sensebatch.errors import RunStoppedError
 from sensebatch.executor.observer import Summary
@@ -22,7 +22,7 @@ from sensebatch.report.summary import format_summary, read_log, summarise, summa
 from sensebatch.store.run_dir import RunDir
 from sensebatch.store.state import Counts
 from sensebatch.store.status import read_acceptance, read_status
-from sensebatch.units import duration
+from sensebatch.units import counted, duration
 
 
 def finish(

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sensebatch.cli.messages import counted
 from sensebatch.cli.tables import FittingTable, print_parts
-from sensebatch.units import GIB, duration
+from sensebatch.units import GIB, counted, duration
 
 Summary = Mapping[str, Any]
 MAX_GROUPS = 100
@@ -36,8 +35,8 @@ def print_plan(summary: Summary, *forecast: str) -> None:
     tokens = sum(group["image_tokens"] for group in summary["groups"])
     total = (
         f"{counted(summary['jobs'], 'job')}, {at_most}{counted(summary['images'], 'image')} "
-        f"({counted(tokens, 'token')} in all), {summary['batches']:,} "
-        f"{'batch' if summary['batches'] == 1 else 'batches'}"
+        f"({counted(tokens, 'token')} in all), "
+        f"{counted(summary['batches'], 'batch')}"
     )
     more = len(summary["groups"]) - MAX_GROUPS
     lines = [f"... and {counted(more, 'more group')}; --json prints all", total]

@@ -15,7 +15,6 @@ from rich.text import Text
 
 from sensebatch.cli.eta import RemainingTime
 from sensebatch.cli.lanes import Lane, names, remaining_s
-from sensebatch.cli.messages import counted
 from sensebatch.cli.signals import FINISHING, StopSignals
 from sensebatch.cli.voice import Level, Voice
 from sensebatch.contract import Progress
@@ -27,7 +26,7 @@ from sensebatch.store.attempts import DONE, Attempt
 from sensebatch.store.ingest import Changes
 from sensebatch.store.run_dir import RunDir
 from sensebatch.store.state import Counts
-from sensebatch.units import duration
+from sensebatch.units import counted, duration
 
 MAX_BAR_WIDTH, MIN_BAR_WIDTH = 32, 10
 FIGURES_WIDTH = 56

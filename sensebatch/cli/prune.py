@@ -48,8 +48,7 @@ def prune(
 
 def _lines(folder: Path, found: Prunable, *, is_removed: bool) -> Iterator[str]:
     from sensebatch.bounded import escaped
-    from sensebatch.cli.messages import counted
-    from sensebatch.units import MIB
+    from sensebatch.units import MIB, counted
 
     megabytes = f"{sum(file.nbytes for file in found.files) / MIB:,.1f} MiB"
     files = counted(len(found.files), "file")

@@ -49,7 +49,7 @@ def repair(
 
 
 def _lines(folder: Path, found: Repaired) -> Iterator[str]:
-    from sensebatch.cli.messages import counted
+    from sensebatch.units import counted
 
     if not found.is_rebuilt:
         yield f"{folder}: nothing is damaged, and nothing was changed; --force rebuilds state.db"

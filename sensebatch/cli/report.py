@@ -31,13 +31,14 @@ def report(
     ] = False,
 ) -> None:
     """Print what a run cost: load time, seconds per image, throughput, peak memory, calls."""
-    from sensebatch.cli.messages import counted, say, show, warn
+    from sensebatch.cli.messages import say, show, warn
     from sensebatch.cli.tables import print_report, print_timeline
     from sensebatch.report.acceptance import acceptance_table
     from sensebatch.report.summary import read_log, summarise, summary_json
     from sensebatch.report.timeline import timeline
     from sensebatch.store.run_dir import RunDir
     from sensebatch.store.status import folder_shard, num_unlogged, read_acceptance
+    from sensebatch.units import counted
 
     log, shard = read_log(RunDir(folder).log), folder_shard(folder)
     if missing := num_unlogged(folder, log.num_rows):

@@ -66,7 +66,7 @@ def _verified(folder: Path) -> dict[str, Any]:
 
 
 def _verified_lines(verified: dict[str, Any] | None) -> Iterator[str]:
-    from sensebatch.cli.messages import counted
+    from sensebatch.units import counted
 
     if verified is None:
         return
@@ -164,7 +164,7 @@ def _shares(found: RunStatus) -> tuple[WorkerShare, ...]:
 
 
 def _count_words(found: RunStatus) -> Iterator[str]:
-    from sensebatch.cli.messages import counted
+    from sensebatch.units import counted
 
     counts = found.counts
     if found.shard is not None:

@@ -19,8 +19,8 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from sensebatch.bounded import shown
-from sensebatch.cli.messages import FILE_WIDTH, counted, show
-from sensebatch.units import GIB
+from sensebatch.cli.messages import FILE_WIDTH, show
+from sensebatch.units import GIB, counted
 
 if TYPE_CHECKING:
     from sensebatch.checkpoint.summary import Summary as ModelSummary
@@ -219,6 +219,5 @@ def print_model(summary: ModelSummary) -> None:
     ):
         if names:
             more = f" ... and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-            print_parts(
-                f"{len(names)} tensors {kind}: {', '.join(map(shown, names[:MAX_NAMES]))}{more}"
-            )
+            tensors = counted(len(names), "tensor")
+            print_parts(f"{tensors} {kind}: {', '.join(map(shown, names[:MAX_NAMES]))}{more}")

@@ -13,6 +13,7 @@ from sensebatch.plan.workers import take_turns
 from sensebatch.store.shards import Shard
 from sensebatch.store.state import Counts
 from sensebatch.store.store import Store
+from sensebatch.units import counted
 
 
 def claim_batches(
@@ -43,8 +44,8 @@ def claim_batches(
     )
     num_jobs = store.state.counts().jobs
     note(
-        f"{shard.words}: {num_jobs:,} of {plan.num_jobs:,} jobs, in {num_own:,} of "
-        f"{plan.num_batches:,} batches"
+        f"{shard.words}: {num_jobs:,} of {counted(plan.num_jobs, 'job')}, in {num_own:,} of "
+        f"{counted(plan.num_batches, 'batch')}"
     )
 
 

@@ -56,6 +56,7 @@ from sensebatch.store.attempts import Attempt
 from sensebatch.store.kept import KeptOfBatch
 from sensebatch.store.store import Store
 from sensebatch.store.writer import BatchWriter
+from sensebatch.units import counted
 
 MAX_GIVEN = 3
 """Assignments that a worker has at a time: one that runs, and two that wait. More where the texts
@@ -515,8 +516,8 @@ class _CrewRun:
             if jobs is not None and planned is not None and jobs < planned:
                 self._roster.refuse(
                     member,
-                    f"{jobs} jobs of {group} fit its memory together, and the run is planned for "
-                    f"{planned}; a run that is started with it plans for that",
+                    f"{counted(jobs, 'job')} of {group} at a time fit its memory, and the run is "
+                    f"planned for {planned}; a run that is started with it plans for that",
                 )
                 return
         self._seat(member)

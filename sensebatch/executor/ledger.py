@@ -31,6 +31,7 @@ from sensebatch.store.attempts import Attempt
 from sensebatch.store.state import StoredJob
 from sensebatch.store.store import Store
 from sensebatch.store.writer import BatchWriter, RanBatch, RanBy
+from sensebatch.units import counted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,7 +208,8 @@ class Ledger:
         parts = self._split(begun, size, is_suspect=False)
         report(
             self._observer.note,
-            f"batch of {len(begun.jobs)} jobs {why}: run as {len(parts)} batches",
+            f"batch of {counted(len(begun.jobs), 'job')} {why}: run as "
+            f"{counted(len(parts), 'batch')}",
         )
         report(self._observer.batch_split, begun.batch)
 
@@ -215,7 +217,8 @@ class Ledger:
         """Has the jobs of a batch that workers died of run one by one; returns their batches."""
         report(
             self._observer.note,
-            f"{deaths} workers died during a batch of {len(begun.jobs)} jobs: run one by one",
+            f"{counted(deaths, 'worker')} died during a batch of "
+            f"{counted(len(begun.jobs), 'job')}: run one by one",
         )
         parts = self._split(begun, 1, is_suspect=True)
         report(self._observer.batch_split, begun.batch)

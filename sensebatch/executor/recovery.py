@@ -19,6 +19,7 @@ from sensebatch.plan.batches import batch_size
 from sensebatch.store.state import State
 from sensebatch.store.store import Store
 from sensebatch.store.tables import StartedBatch
+from sensebatch.units import counted
 
 MAX_DEATHS = 2
 """Deaths, without an image that was kept in between, after which a batch is taken apart, and after
@@ -98,8 +99,8 @@ def _take_apart(store: Store, note: Callable[[str], None]) -> None:
             parts = [[member] for member in batch.members]
             store.state.split(batch.seq, parts, is_suspect=True)
             note(
-                f"the process was killed {batch.starts} times during a batch of "
-                f"{len(batch.members)} jobs: run one by one, after all others"
+                f"the process was killed {counted(batch.starts, 'time')} during a batch of "
+                f"{counted(len(batch.members), 'job')}: run one by one, after all others"
             )
 
 
@@ -114,7 +115,7 @@ def _drop_too_large(
         group = group_key(state.jobs(batch.ids[:1])[0].job)
         if len(batch.members) > batch_size(group, memory, fitting(group)):
             too_large.append(batch.seq)
-            note(f"batch of {len(batch.members)} jobs is planned again")
+            note(f"batch of {counted(len(batch.members), 'job')} is planned again")
     state.drop_batches(too_large)
 
 

@@ -20,6 +20,7 @@ from sensebatch.executor.messages import Died, Joined, Order, Ready, Said, Unusa
 from sensebatch.jobs import EngineInfo, GroupKey
 from sensebatch.plan.patience import PlannedSeconds
 from sensebatch.store.writer import RanBy
+from sensebatch.units import counted
 
 MAX_FAILED_STARTS = 3
 """Failed starts in a row after which a worker is given up."""
@@ -151,10 +152,8 @@ class Roster:
             if self._clock() >= say_at:
                 say_at = math.inf
                 num_ready = sum(1 for _ in self.ready())
-                self._note(
-                    f"{num_ready:,} of {len(self.members):,} workers are ready; waiting for the "
-                    "others"
-                )
+                workers = counted(len(self.members), "worker")
+                self._note(f"{num_ready:,} of {workers} ready; waiting for the rest")
             if stop.is_set():
                 raise StoppedError("the run was stopped before any of its jobs ran")
             for event in self.wait():
@@ -178,10 +177,9 @@ class Roster:
         """What people are told of the workers that are ready."""
         ready = [member.ready for member in self.ready() if member.ready is not None]
         nodes = {one.node for one in ready}
-        where = next(iter(nodes)) if len(nodes) == 1 else f"{len(nodes)} hosts"
+        where = next(iter(nodes)) if len(nodes) == 1 else counted(len(nodes), "host")
         devices = sorted({one.info.device for one in ready})
-        workers = "1 worker" if len(ready) == 1 else f"{len(ready):,} workers"
-        return f"{workers} on {where}: {', '.join(devices)}"
+        return f"{counted(len(ready), 'worker')} on {where}: {', '.join(devices)}"
 
     def ready(self) -> Iterator[Member]:
         """Yields the workers that are at work, by number."""

@@ -21,6 +21,7 @@ from sensebatch.gallery.sheets import ACROSS, MARGIN, Sheets
 from sensebatch.store.attempts import BLOCKED, DONE, FAILED, PENDING
 from sensebatch.store.log import read_log
 from sensebatch.store.run_dir import RunDir
+from sensebatch.units import counted
 
 PROMPTS_IN_PART = 5000
 DETAILS_IN_PART = 200
@@ -198,7 +199,7 @@ def _report(run: Run) -> dict[str, Any]:
     log = RunDir(run.root).log
     counts = run.counts
     words = [
-        f"{counts[DONE]:,} {'job' if counts[DONE] == 1 else 'jobs'} done",
+        f"{counted(counts[DONE], 'job')} done",
         f"{counts[FAILED]:,} failed",
     ]
     if counts[PENDING]:

@@ -15,7 +15,7 @@ import pyarrow as pa
 from sensebatch.report.summary import COLUMNS as SUMMARY_COLUMNS
 from sensebatch.report.summary import Summary, summarise
 from sensebatch.report.timeline import Batch, group_name, timeline
-from sensebatch.units import GIB, duration
+from sensebatch.units import GIB, counted, duration
 
 BINS = 120
 """Parts that the time of a run is cut into."""
@@ -101,7 +101,7 @@ def run_figures(log: pa.Table) -> dict[str, Any]:
 
 def _totals(summary: Summary, times: Times) -> Iterator[Sequence[str]]:
     total = summary.total
-    yield "Images", f"{total.images:,}", f"in {total.calls:,} batches"
+    yield "Images", f"{total.images:,}", f"in {counted(total.calls, 'batch')}"
     yield "Generation", duration(total.wall_s), f"of {duration(times.span_s)} from start to end"
     if total.seconds_per_image is not None:
         yield "Seconds an image", f"{total.seconds_per_image:.3f}", "in the engine"
@@ -112,14 +112,15 @@ def _totals(summary: Summary, times: Times) -> Iterator[Sequence[str]]:
     yield (
         "Model load",
         f"{summary.load_s:.1f} s",
-        "1 process" if summary.sessions == 1 else f"{summary.sessions} processes",
+        counted(summary.sessions, "process"),
     )
     if summary.peak.reserved_bytes:
         device = f"{summary.peak.allocated_bytes / GIB:.2f} GiB allocated"
         yield "Device memory", f"{summary.peak.reserved_bytes / GIB:.2f} GiB", device
     yield "Host memory", f"{summary.peak.rss_bytes / GIB:.2f} GiB", "resident at most"
     if summary.waiting is not None:
-        waited = f"{summary.waiting.seconds:.2f} s before {summary.waiting.batches:,} batches"
+        batches = counted(summary.waiting.batches, "batch")
+        waited = f"{summary.waiting.seconds:.2f} s before {batches}"
         yield "Waiting", f"{summary.waiting.share:.2%}", waited
     precision = "" if summary.precision == "-" else f", {summary.precision}"
     where = f"{summary.dtype}{precision}, {summary.attn_backend}"
@@ -227,7 +228,7 @@ def _waits(batches: Sequence[Batch], times: Times) -> list[dict[str, Any]]:
 def _name(batch: Batch) -> str:
     """Returns what the page calls a batch."""
     group = group_name(batch.task, batch.width, batch.height, think=batch.think)
-    return f"{group}, {batch.jobs} {'job' if batch.jobs == 1 else 'jobs'}"
+    return f"{group}, {counted(batch.jobs, 'job')}"
 
 
 def failures(rows: Sequence[tuple[str, str, str]]) -> list[dict[str, Any]]:

@@ -55,6 +55,7 @@ from sensebatch.manifest.upstream import (
 )
 from sensebatch.resolutions import Resolution, ResolutionError, smart_resize
 from sensebatch.tasks import Inputs, Task
+from sensebatch.units import counted
 
 Warn = Callable[[Problem], None]
 """Receives what is allowed but worth a look."""
@@ -389,7 +390,7 @@ def _check_marks(
     num_marks = sum(text.count(IMAGE_MARK) for text in texts)
     if num_images is None:
         return
-    found_images = f"{_counted(num_marks, 'mark')} and {_counted(num_images, 'image')}"
+    found_images = f"{counted(num_marks, 'mark')} and {counted(num_images, 'image')}"
     if history and num_marks < num_images:
         # Without one, nothing says to which of the turns an image belongs.
         message = f"expected an {IMAGE_MARK} mark for each image of a conversation, found "
@@ -449,7 +450,3 @@ def _sampling(
         name: convert(implied[name]) for name, convert in _CONVERTERS.items() if name in implied
     }
     return replace(defaults, **changes, **implications(Sampling, changes))
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

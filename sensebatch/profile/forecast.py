@@ -10,7 +10,7 @@ from sensebatch.errors import ConfigError
 from sensebatch.plan.work import Speeds
 from sensebatch.profile.expected import expectation
 from sensebatch.profile.suites import Case, Scale, write_manifest
-from sensebatch.units import duration
+from sensebatch.units import counted, duration
 
 DTYPE = "bfloat16"
 """What a GPU takes if nothing else is said."""
@@ -55,7 +55,7 @@ class Forecast:
 
     def before(self) -> str:
         """Returns a line that says how long the suite takes at least."""
-        count = f"{len(self._least)} cases" if len(self._least) > 1 else "1 case"
+        count = counted(len(self._least), "case")
         if not self._has_gpu:
             return f"{count}; how long they take is known for GPUs alone"
         if self._gpu is None:

@@ -35,6 +35,7 @@ from sensebatch.profile.suites import Case, Scale, Suite, in_bytes, run_argument
 from sensebatch.store.files import unused
 from sensebatch.store.log import read_log
 from sensebatch.store.run_dir import RunDir
+from sensebatch.units import counted
 
 Launch = Callable[[Sequence[str], Path], int]
 """(arguments after `sensebatch`, file for what it says) -> exit code."""
@@ -111,9 +112,9 @@ def _ending(row: Row) -> str:
             "-" if speed is None else f"{speed:,.2f}"
             for speed in (row.jobs_per_s, row.text_tok_per_s)
         )
-        return f"{row.case}: {row.jobs_done} jobs, {jobs} jobs/s, {text} text tok/s"
+        return f"{row.case}: {counted(row.jobs_done or 0, 'job')}, {jobs} jobs/s, {text} text tok/s"
     speed = "-" if row.image_tok_per_s is None else f"{row.image_tok_per_s:,.2f}"
-    return f"{row.case}: {row.images} images, {speed} image tok/s"
+    return f"{row.case}: {counted(row.images, 'image')}, {speed} image tok/s"
 
 
 def _run_case(

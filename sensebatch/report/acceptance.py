@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from sensebatch.store.acceptance import HeldJob, Series
 from sensebatch.store.status import Acceptance
+from sensebatch.units import counted
 
 MAX_SHORT = 20
 """Series that came short of which a line is printed."""
@@ -26,7 +27,7 @@ def acceptance_lines(found: Acceptance, *, with_short: bool = True) -> Iterator[
         yield f"  accepted {_total(found.series)}"
     short = [one for one in found.series if one.is_short] if with_short else []
     for one in short[:MAX_SHORT]:
-        tries = "1 try" if one.tries == 1 else f"{one.tries:,} tries"
+        tries = counted(one.tries, "try")
         yield f"  short    {one.name}: {one.accepted} of {one.keep} after {tries}"
     if len(short) > MAX_SHORT:
         yield f"  ... and {len(short) - MAX_SHORT:,} more; status --json lists all"
@@ -60,8 +61,8 @@ def _total(series: Sequence[Series], *, noun: str = "image") -> str:
     accepted = sum(one.accepted for one in series)
     passed = sum(one.passed for one in series)
     rate = f"; {100 * passed / judged:.0f}% of {judged:,} judged would do" if judged else ""
-    images = f" {noun}{'' if wanted == 1 else 's'}" if noun else ""
-    return f"{accepted:,} of {wanted:,}{images} wanted{rate}"
+    images = counted(wanted, noun) if noun else f"{wanted:,}"
+    return f"{accepted:,} of {images} wanted{rate}"
 
 
 def _rate(series: Series) -> float:

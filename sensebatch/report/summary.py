@@ -35,7 +35,7 @@ from sensebatch.report.workers import (
 )
 from sensebatch.resolutions import PATCH_PIXELS
 from sensebatch.store import log as run_log
-from sensebatch.units import GIB
+from sensebatch.units import GIB, counted
 
 _CALL = ["session", "worker", "batch_id", "started_at", "task", "width", "height", "think"]
 """Identical jobs make batches of the same id; no two of a worker start at the same time."""
@@ -346,13 +346,11 @@ def format_totals(summary: Summary) -> str:
         lines.append(f"waiting         {format_waiting(summary.waiting)}")
     if summary.workers:
         each = _figure((total.images and summary.together_s / total.images) or None, ".3f")
-        lines.append(
-            f"together        {len(summary.workers)} workers  {summary.together_s:.3f} s  "
-            f"{each} s/image"
-        )
+        workers = counted(len(summary.workers), "worker")
+        lines.append(f"together        {workers}  {summary.together_s:.3f} s  {each} s/image")
     lines += [f"{share_name(share)}: {format_share(share)}" for share in summary.workers]
     if total.calls_with_kept:
-        calls = "1 call" if total.calls_with_kept == 1 else f"{total.calls_with_kept} calls"
+        calls = counted(total.calls_with_kept, "call")
         lines.append(
             f"kept images     {total.kept_images} in {calls}, drawn earlier; left out of average "
             "and throughput"

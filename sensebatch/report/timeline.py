@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sensebatch.units import counted
+
 _SHARED = [
     "session",
     "worker",
@@ -130,7 +132,8 @@ def waiting(batches: Sequence[Batch]) -> Waiting | None:
 
 def format_waiting(found: Waiting) -> str:
     """Returns the waiting as a line of the summary, without its title."""
-    return f"{found.seconds:.3f} s before {found.batches} batches ({found.share:.2%} of their time)"
+    batches = counted(found.batches, "batch")
+    return f"{found.seconds:.3f} s before {batches} ({found.share:.2%} of their time)"
 
 
 def timeline_table(batches: Sequence[Batch]) -> tuple[list[str], list[list[str]]]:

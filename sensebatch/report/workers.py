@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from sensebatch.units import counted
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stint:
@@ -89,8 +91,7 @@ def _span_s(stints: list[Stint]) -> float:
 
 def format_share(share: WorkerShare) -> str:
     """Returns a worker's share as a line, without its name."""
-    jobs = "1 job" if share.jobs == 1 else f"{share.jobs:,} jobs"
-    return f"{jobs} ({share.share:.1%}), idle {share.idle_share:.1%}"
+    return f"{counted(share.jobs, 'job')} ({share.share:.1%}), idle {share.idle_share:.1%}"
 
 
 def share_name(share: WorkerShare) -> str:

@@ -30,6 +30,7 @@ from sensebatch.store.manifests import MANIFESTS
 from sensebatch.store.run_dir import RunDir, read_settings
 from sensebatch.store.shards import SHARD, Claimed, Shard, claimed, shard_of
 from sensebatch.store.state import Counts, State
+from sensebatch.units import counted
 
 _MERGE = "merge"
 """Name in `meta`: the shards that the folder is of, as JSON."""
@@ -205,12 +206,12 @@ def _difference(first: _Source, second: _Source) -> str:
     for own, other, source in ((ours, theirs, first), (theirs, ours, second)):
         lacking = [job_id for job_id in own if job_id not in other]
         if lacking:
-            return f"{len(lacking):,} jobs that only {source.shard.words} has, such as {lacking[0]}"
+            jobs = counted(len(lacking), "job")
+            return f"{jobs} that only {source.shard.words} has, such as {lacking[0]}"
     changed = [job_id for job_id, key in ours.items() if theirs[job_id] != key]
     if changed:
-        return (
-            f"{len(changed):,} jobs with another definition, model or setting, such as {changed[0]}"
-        )
+        jobs = counted(len(changed), "job")
+        return f"{jobs} with another definition, model or setting, such as {changed[0]}"
     return "them in another order"
 
 

@@ -35,6 +35,7 @@ from sensebatch.store.rows import (
 from sensebatch.store.state import StoredJob
 from sensebatch.store.store import Store
 from sensebatch.tasks import Output
+from sensebatch.units import counted
 
 MIN_WRITERS, MAX_WRITERS = 2, 8
 """Threads that encode where nobody said how many."""
@@ -268,7 +269,7 @@ class BatchWriter:
         expected = int(output is Output.IMAGE)
         if num_images != expected:
             raise ValueError(
-                f"expected {expected} images from a {job.task} job, found {num_images}"
+                f"expected {counted(expected, 'image')} from a {job.task} job, found {num_images}"
             )
         return [run_dir.image_name(job.id, extension)] * num_images
 

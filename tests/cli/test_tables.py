@@ -133,7 +133,7 @@ def test_what_is_not_a_terminal_gets_80_columns(
     assert lines[0].split()[:3] == ["start", "waited", "prefill"]
     assert lines[3].split()[:4] == ["0", "1234.250", "2.500", "10.125"]
     assert max(map(len, lines)) <= 80
-    assert lines[-1].startswith("waiting of worker 1: 2.500 s before 1 batches")
+    assert lines[-1].startswith("waiting of worker 1: 2.500 s before 1 batch (")
 
 
 def test_what_goes_to_a_file_does_not_depend_on_the_terminal(
