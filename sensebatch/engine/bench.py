@@ -3,7 +3,7 @@
     python -m sensebatch.engine.bench --model synthetic:8b
 
 A developer's tool; `sensebatch profile` measures what users get. All weights stay on the device.
-Prints a Markdown table for docs/profile.md.
+Prints a Markdown table for docs/measurements.md.
 """
 
 from __future__ import annotations

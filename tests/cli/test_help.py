@@ -241,10 +241,45 @@ def test_the_readme_documents_every_command() -> None:
     assert [name for name in COMMANDS if f"sensebatch {name}" not in readme] == []
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def _anchors(path: Path) -> set[str]:
+    """Returns what a link to a heading of a document may say after `#`, as GitHub forms it."""
+    found: dict[str, int] = {}
+    for heading in re.findall(r"^#+ (.*)$", FENCE.sub("", path.read_text("utf-8")), re.MULTILINE):
+        anchor = re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+        found[anchor] = found.get(anchor, -1) + 1
+    repeated = {f"{name}-{n}" for name, last in found.items() for n in range(1, last + 1)}
+    return {*found, *repeated}
+
+
+OTHER_OPTIONS = {
+    "--help", "--install-completion", "--show-completion",
+    "--torch-backend",  # uv
+    "--signal",  # Slurm
+    "--kill", "--cpu",  # sensebatch.profile.scaling
+    "--batch", "--image-side",  # tests.executor.scale
+    "--session-minutes", "--through-run", "--first",  # sensebatch.tiny
+}  # fmt: skip
+PAGES = [*DOCUMENTS, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_links_between_documents_lead_somewhere(path: Path) -> None:
-    for target in re.findall(r"\]\((?!\w+:)([^)#]+)\)", path.read_text(encoding="utf-8")):
-        assert (path.parent / target).exists(), target
+    links = re.findall(r"\]\((?!\w+:)([^)#]*)(?:#([^)]*))?\)", path.read_text(encoding="utf-8"))
+    for target, anchor in links:
+        linked = path.parent / target if target else path
+        assert linked.exists(), target
+        assert not anchor or anchor in _anchors(linked), f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_options_named_in_prose_exist(path: Path) -> None:
+    parameters = [item for command in COMMANDS.values() for item in command.params]
+    taken = {name for item in parameters for name in (*item.opts, *item.secondary_opts)}
+    prose = FENCE.sub("", path.read_text(encoding="utf-8"))
+    for code in re.findall(r"`([^`]+)`", prose):
+        if re.match("--[a-z]|sensebatch ", code):
+            named = re.findall(r"(?<![\w-])--[a-z][\w-]*", code)
+            assert {name.replace("_", "-") for name in named} <= taken | OTHER_OPTIONS, code
 
 
 def test_help_can_be_shown_where_only_ascii_can() -> None:

@@ -15,7 +15,7 @@ from sensebatch.profile.rows import FAILED, with_ratios
 from sensebatch.profile.suites import Suite
 from tests.profile.results import result
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "profile.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "measurements.md"
 FIGURES = (
     "wall_s", "step_s", "steady_step_s", "seconds_per_image", "image_tok_per_s",
     "steady_image_tok_per_s", "images", "text_tokens", "text_tok_per_s", "limit_s", "limit_step_s",
