@@ -41,6 +41,7 @@ _GROUPS = {
             "score",
             "dropped",
             "function",
+            "answer",
             "task",
             "finish_reason",
             "tags",
@@ -61,6 +62,7 @@ _GROUPS = {
     **dict.fromkeys(
         (
             "model",
+            "model_license",
             "checkpoint",
             "lora",
             "dtype",

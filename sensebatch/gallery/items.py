@@ -16,6 +16,7 @@ from sensebatch.declarations import declared
 from sensebatch.gallery.columns import word
 from sensebatch.gallery.rows import command_line, manifest_row
 from sensebatch.jobs import InputImage, Sampling
+from sensebatch.store.acceptance import Asked
 from sensebatch.store.attempts import FAILED
 from sensebatch.store.files import reason
 from sensebatch.tasks import Output
@@ -37,6 +38,7 @@ _NOT_COLUMNS = frozenset(
         "current",
         "error_file",
         "error_message",
+        "history",
         "id",
         "image_paths",
         "image_phash",
@@ -154,6 +156,7 @@ def _details(record: Record, input_of: InputOf) -> dict[str, Any]:
         "is_story": job.task.spec.output is not Output.IMAGE or None,
         "text": _text_of(record),
         "inputs": [_input(image, record.root, input_of) for image in job.images] or None,
+        "history": list(job.history) or None,
         "manifest": manifest_row(job),
         "command": command_line(job, values.get("model"), record.root),
         "checks": _checks(record),
@@ -169,10 +172,13 @@ def _checks(record: Record) -> list[list[str]] | None:
     """Returns what was asked about a try, and what was answered; None if nothing was."""
     if record.judgement is None or not record.judgement.asked:
         return None
-    return [
-        [one.question, f"{one.answer} {one.share:.5g}, needs {one.at_least:g}"]
-        for one in record.judgement.asked
-    ]
+    return [[one.question, _answer(one)] for one in record.judgement.asked]
+
+
+def _answer(asked: Asked) -> str:
+    if asked.share is None:
+        return "failed, so it speaks against the image"
+    return f"{asked.answer} {asked.share:.5g}, needs {asked.at_least:g}"
 
 
 def _input(image: InputImage, root: Path, input_of: InputOf) -> Mapping[str, str]:
@@ -182,8 +188,8 @@ def _input(image: InputImage, root: Path, input_of: InputOf) -> Mapping[str, str
 
 
 def _text_of(record: Record) -> str | None:
-    row = record.row or {}
-    return _file_text(record.root, row.get("text_path") if record.is_done else None)
+    path = record.text_file
+    return None if path is None else _file_text(record.root, str(path.relative_to(record.root)))
 
 
 def _without_thoughts(text: str) -> str:

@@ -19,7 +19,7 @@ _NOT_IN_YAML = re.compile(r"[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 
 
 def manifest_row(job: Job) -> str | None:
-    """Returns the job as a row of a YAML manifest; None if its images are inside a Parquet file.
+    """Returns the job as a row of a YAML manifest; None where none can say it.
 
     Every setting is stated, so that no default of another manifest or version decides it.
     """
@@ -76,8 +76,11 @@ def _option(name: str, value: Any) -> list[str]:
 
 
 def _fields(job: Job) -> dict[str, Any] | None:
-    """Returns the job's fields by name, without its id; None if an image is not a file."""
-    if any(image.member is not None for image in job.images):
+    """Returns the job's fields by name, without its id; None if no manifest can say them.
+
+    None can of an image that is inside a file, or of what a function answers.
+    """
+    if job.judged_by is not None or any(image.member is not None for image in job.images):
         return None
     spec = job.task.spec
     fields: dict[str, Any] = {"task": job.task.value, "prompt": job.prompt}

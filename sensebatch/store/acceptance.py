@@ -7,6 +7,7 @@ before. A try that is not needed is held, and so is what starts from it. All ins
 
 from __future__ import annotations
 
+import itertools
 import json
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,14 +36,14 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """A question about a try that was answered, by the model or by a function."""
+    """A question about a try, which the model or a function answered or failed to answer."""
 
     question: str
     """The question, or the function's name."""
     answer: str
     """What speaks for the try."""
-    share: float
-    """The probability of that answer."""
+    share: float | None
+    """The probability of that answer; None if there is no answer since the question failed."""
     at_least: float
     """What it has to be."""
 
@@ -54,12 +55,12 @@ class Judgement:
     verdict: Verdict | None
     """None until all verdicts on it are there."""
     asked: tuple[Asked, ...]
-    """The questions that were answered."""
+    """The questions that were answered or failed."""
 
     @property
     def score(self) -> float | None:
         """The least probability that an answer gave to what speaks for it; None without any."""
-        return min((one.share for one in self.asked), default=None)
+        return min((one.share for one in self.asked if one.share is not None), default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,8 +161,8 @@ def release(db: sqlite3.Connection, span: Span = WHOLE) -> int:
     return number
 
 
-def drop(db: sqlite3.Connection, span: Span = WHOLE) -> list[str]:
-    """Forgets the files of rejected tries, now that the verdicts are on record; returns them.
+def drop(db: sqlite3.Connection, span: Span = WHOLE) -> list[list[str]]:
+    """Forgets the files of rejected tries, whose verdicts are on record; returns those of each.
 
     Those stay that a verdict is still asked about, that one may be asked about again since it
     failed, and that another job starts from.
@@ -177,16 +178,16 @@ def drop(db: sqlite3.Connection, span: Span = WHOLE) -> list[str]:
         if one.status == DONE and one.has_files and one.passed is False
         if _is_settled(db, one.folded) and not _has_children(db, one.folded)
     ]
-    dropped: list[str] = []
+    dropped: list[list[str]] = []
     for folded in rejected:
         query = "SELECT outputs, current FROM jobs WHERE folded = ?"
         outputs, current = db.execute(query, (folded,)).fetchone()
-        dropped += json.loads(outputs)
+        dropped.append(json.loads(outputs))
         db.execute("UPDATE jobs SET outputs = '[]' WHERE folded = ?", (folded,))
         query = "UPDATE attempts SET row = json_set(row, '$.dropped', json('true')) WHERE seq = ?"
         db.execute(query, (current,))
     if dropped:
-        tables.add_stale(db, dropped)
+        tables.add_stale(db, itertools.chain(*dropped))
         tables.forget_log(db, parts=True)
     return dropped
 
@@ -245,7 +246,7 @@ def judgements(db: sqlite3.Connection) -> dict[str, Judgement]:
     for _, keep, tries in _series(db):
         accepted = 0
         for one in tries:
-            asked = tuple(one_asked.asked() for one_asked in one.judged if one_asked.state == DONE)
+            asked = tuple(question.asked() for question in one.judged if question.is_over)
             if one.status != DONE or (one.passed is None and not asked):
                 continue
             verdict = None if one.passed is None else Verdict.REJECTED
@@ -345,10 +346,16 @@ class _Judged:
     question: str
 
     def asked(self) -> Asked:
-        """Returns what is known of it once it is answered."""
+        """Returns what is known of it once it is over."""
+        share = self.share if self.state == DONE else None
         return Asked(
-            question=self.question, answer=self.answer, share=self.share, at_least=self.at_least
+            question=self.question, answer=self.answer, share=share, at_least=self.at_least
         )
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it was answered or has failed."""
+        return self.state in (DONE, FAILED)
 
     @property
     def is_against(self) -> bool:
@@ -368,8 +375,8 @@ def _judged(db: sqlite3.Connection, folded: str) -> list[_Judged]:
     """Returns the questions about a try."""
     found = []
     for answer, at_least, state, text in db.execute(QUESTIONS, (folded,)):
-        row = row_from_json(text) if state == DONE else {}
-        share = _probability(row, answer) if row else 0.0
+        row = row_from_json(text) if text else {}
+        share = _probability(row, answer) if state == DONE else 0.0
         found.append(_Judged(state, answer, share, at_least, row.get("prompt", "")))
     return found
 

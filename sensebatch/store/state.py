@@ -6,6 +6,7 @@ images, engines or Parquet.
 
 from __future__ import annotations
 
+import itertools
 import json
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -307,7 +308,7 @@ class State:
         with self._db.transaction() as db:
             dropped = acceptance.drop(db, span)
         self.num_dropped += len(dropped)
-        return dropped
+        return list(itertools.chain(*dropped))
 
     def lanes(self, least: int) -> list[Span]:
         """Returns the jobs in one or two lanes that have nothing to do with each other.

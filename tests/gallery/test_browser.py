@@ -22,6 +22,7 @@ from tests.gallery.runs import HOSTILE, HOSTILE_ID, make_input_file, make_run
 from tests.gallery.synthetic import make_synthetic
 from tests.store.test_acceptance import CONFIG, Judge, series
 from tests.store.test_chains import child
+from tests.store.test_dropped import DROPPING
 
 pytestmark = pytest.mark.slow
 
@@ -408,6 +409,30 @@ def test_verdicts_and_scores_are_facets_and_checks_are_shown(
     open_item(page, worst)
     checks = page.locator(".panel section", has_text="Checks")
     assert f"yes {rejected[worst]:.5g}, needs 0.6" in checks.inner_text()
+
+
+def test_an_image_that_was_removed_is_said_to_be(opened: Opened, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    run_folder(root, series("cat", "dog"), DROPPING, engine=Judge())
+    make_gallery([root], root / "gallery")
+    with open_dataset(root) as dataset:
+        dropped = [one.id for one in dataset.records() if one.is_dropped]
+    page = opened.page(root / "gallery")
+    assert page.get_by_text("rejected and removed").count() == len(dropped) > 0
+    open_item(page, dropped[0])
+    assert page.get_by_text("This image was rejected and removed.").is_visible()
+
+
+def test_a_question_is_shown_after_what_was_said_before(opened: Opened, tmp_path: Path) -> None:
+    image = make_input_file(tmp_path / "in" / "a.png")
+    before = (("<image> A dot?", "It is."),)
+    asked = make_job("q", Task.ASK, prompt="Which colour?", images=(image,), history=before)
+    root = make_run(tmp_path / "run", [asked])
+    make_gallery([root], root / "gallery")
+    page = opened.page(root / "gallery")
+    open_item(page, "q")
+    said = page.locator(".story > p").all_inner_texts()
+    assert said[:3] == ["<image> A dot?", "It is.", "Which colour?"]
 
 
 def test_an_input_leads_to_the_job_that_made_it(opened: Opened, tmp_path: Path) -> None:

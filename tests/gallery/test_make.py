@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from sensebatch.gallery.make import Made, make_gallery
 from sensebatch.jobs import InputImage
 from sensebatch.tasks import Task
 from tests.executor.fakes import Flag, make_job, run_folder
+from tests.executor.test_judging import OWN, tries
 from tests.gallery.runs import HOSTILE, HOSTILE_ID, make_input_file, make_run
 from tests.store.test_acceptance import CONFIG, Judge, series
 from tests.store.test_chains import child
@@ -296,7 +298,40 @@ def test_tries_are_items_with_their_checks_and_questions_about_them_are_not(tmp_
 
 def test_images_that_were_removed_are_items_without_one(tmp_path: Path) -> None:
     root = tmp_path / "run"
-    run_folder(root, series("cat", "dog"), DROPPING, engine=Judge())
+    run_folder(root, series("cat", "dog", think=True), DROPPING, engine=Judge())
     made = make_gallery([root], root / "gallery")
     assert not made.problems
     assert 0 < made.images < made.items
+    out = made.page.parent
+    details = read_data(out, "details-0")
+    dropped = [_word(out, place, "dropped") == "yes" for place in range(made.items)]
+    # The thought went with the image.
+    assert ["text" not in one for one in details] == dropped
+    assert sum(dropped) == made.items - made.images
+
+
+def test_a_verdict_that_failed_is_among_the_checks(tmp_path: Path) -> None:
+    def fails(_: object, row: Mapping[str, Any]) -> bool:
+        if row["seed"] == 42:
+            raise ValueError("too dark")
+        return True
+
+    jobs = tries(OWN)
+    root = tmp_path / "run"
+    run_folder(root, jobs, CONFIG, functions={"m:own": fails})
+    out = make_gallery([root], root / "gallery").page.parent
+    of = dict(zip(read_data(out, "items")["ids"], read_data(out, "details-0"), strict=True))
+    assert of["cat-seed=42"]["checks"] == [["m:own", "failed, so it speaks against the image"]]
+    assert of["cat-seed=43"]["checks"] == [["m:own", "yes 1, needs 0.8"]]
+    # No command can ask a function.
+    assert {"command", "manifest"}.isdisjoint(of["cat-seed=42-m.own"])
+    assert {"command", "manifest"} <= of["cat-seed=42"].keys()
+
+
+def test_a_question_has_what_was_said_before_it(tmp_path: Path) -> None:
+    image = make_input_file(tmp_path / "in" / "a.png")
+    before = (("<image> A dot?", "yes"),)
+    asked = make_job("q", Task.ASK, prompt="Which colour?", images=(image,), history=before)
+    out = _make(make_run(tmp_path / "run", [asked])).page.parent
+    assert read_data(out, "details-0")[0]["history"] == [["<image> A dot?", "yes"]]
+    assert "history" not in read_data(out, "items")["values"]

@@ -61,6 +61,15 @@ def test_images_that_are_not_accepted_are_removed_and_the_rest_is_as_ever(tmp_pa
         assert all(path.is_file() for one in dataset.records() for path in one.image_files)
 
 
+def test_images_that_are_removed_are_counted_and_their_texts_are_not(tmp_path: Path) -> None:
+    jobs = series(*NAMES, think=True)
+    ran = run_folder(tmp_path, jobs, DROPPING, engine=Judge())
+    assert ran.summary.dropped == len(rejected(tmp_path)) > 0
+    texts = {path.stem for path in (tmp_path / "text").iterdir()}
+    assert images(tmp_path) <= texts
+    assert texts.isdisjoint(rejected(tmp_path))
+
+
 def test_an_export_leaves_out_what_was_removed_and_what_starts_from_others(tmp_path: Path) -> None:
     jobs = series("cat", "dog")
     run(tmp_path / "run", jobs)

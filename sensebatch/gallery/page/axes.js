@@ -121,7 +121,7 @@
       const item = found.find((one) => SB.items.images(one)) ?? found[0];
       const thumb = SB.el("span", { class: "thumb" });
       const box = SB.el("button", { type: "button", class: "plain cell", style: { width: `${this.side}px`, height: `${this.side}px` }, "aria-label": SB.items.ids[item], title: SB.items.ids[item], onclick: () => this.onopen(item, found) }, thumb);
-      if (!SB.showThumb(thumb, item, 0, this.side)) thumb.replaceWith(SB.el("span", { class: "placeholder" }, SB.items.byName.get("status").shown(item) === "done" ? "no image" : SB.items.byName.get("status").shown(item)));
+      if (!SB.showThumb(thumb, item, 0, this.side)) thumb.replaceWith(SB.el("span", { class: "placeholder" }, SB.items.byName.get("status").shown(item) === "done" ? SB.noImage(item) : SB.items.byName.get("status").shown(item)));
       const more = found.length > 1 && SB.button(`+${SB.count(found.length - 1)}`, () => this.onfilter([[rows, row], [columns, column]]), { class: "more", title: "Show all of this cell" });
       return [box, more];
     }

@@ -53,7 +53,7 @@
       const pick = SB.picks.of(item);
       const verdict = (word, words) => SB.button(words, () => { SB.picks.toggle([item], word); drawn.replaceWith(this.frame(item, index)); this.dialog.focus(); }, { class: word, "aria-pressed": pick.verdict === word });
       const images = SB.items.images(item);
-      const inside = images ? this.picture(item) : SB.el("p", { class: "notice" }, SB.items.byName.get("status").shown(item) === "done" ? "no image" : SB.items.byName.get("error_type")?.shown(item) || "not drawn");
+      const inside = images ? this.picture(item) : SB.el("p", { class: "notice" }, SB.items.byName.get("status").shown(item) === "done" ? SB.noImage(item) : SB.items.byName.get("error_type")?.shown(item) || "not drawn");
       const drawn = SB.el("figure", { class: "frame" }, inside,
         SB.el("figcaption", null, SB.el("span", { class: "letter" }, "ABCD"[index]), SB.el("b", { class: "id" }, SB.nameOf(item)), SB.el("span", { class: "buttons" }, verdict("keep", "Keep"), verdict("reject", "Reject"))));
       return drawn;

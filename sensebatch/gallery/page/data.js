@@ -218,6 +218,12 @@
     return SB.fileUrl(items.run[item], path);
   };
 
+  // Returns whether an item's image was rejected and removed.
+  SB.isDropped = (item) => SB.items.byName.get("dropped")?.shown(item) === "yes";
+
+  // Returns what stands in the place of an image of a job that is done and has none.
+  SB.noImage = (item) => SB.isDropped(item) ? "rejected and removed" : "no image";
+
   // Gives an element the thumbnail of an image, at most `side` pixels wide and high; returns whether
   // there is one.
   SB.showThumb = (node, item, number, side) => {

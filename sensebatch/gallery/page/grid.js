@@ -164,7 +164,7 @@
       if (status && status !== "done") return SB.el("span", { class: "placeholder" }, status);
       const snippet = SB.items.snippets.get(item);
       if (snippet !== undefined) return SB.el("span", { class: "snippet" }, snippet);
-      return SB.el("span", { class: "placeholder" }, SB.items.images(item) ? "file missing or unreadable" : "no image");
+      return SB.el("span", { class: "placeholder" }, SB.items.images(item) ? "file missing or unreadable" : SB.noImage(item));
     }
 
     mark(node, item) {

@@ -179,7 +179,7 @@
       } else if (this.detail?.is_story && this.number === undefined) {
         SB.put(this.body, this.story());
       } else if (!images) {
-        SB.put(this.body, SB.el("p", { class: "notice" }, "This job made no image."));
+        SB.put(this.body, SB.el("p", { class: "notice" }, SB.isDropped(this.item) ? "This image was rejected and removed." : "This job made no image."));
       } else {
         SB.put(this.body, this.stage(this.number ?? 0));
       }
@@ -249,6 +249,7 @@
       const images = items.images(this.item);
       const { thoughts, parts } = SB.readStory(this.detail.text ?? "", images);
       const article = SB.el("article", { class: "story" });
+      for (const [question, answer] of this.detail.history ?? []) article.append(SB.el("p", { class: "asked" }, question), SB.el("p", { class: "dim" }, answer));
       article.append(SB.el("p", { class: "asked" }, items.prompts.of(this.item) ?? ""));
       if (this.detail.inputs.length) article.append(this.inputFigures());
       if (thoughts) article.append(SB.el("details", { class: "thought" }, SB.el("summary", null, "Thought"), SB.el("p", null, thoughts)));
