@@ -6,7 +6,26 @@ codes; our own mistakes are plain exceptions and keep their traceback.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+MAX_FOUND_CHARS = 60
+"""The most characters of a wrong text that a message repeats."""
+
+
+def found(value: object) -> str:
+    """Returns a wrong value as a message shows it: shortened, or as its type."""
+    if value is None or isinstance(value, bool):
+        return {None: "nothing", True: "true", False: "false"}[value]
+    if isinstance(value, str):
+        return repr(value if len(value) <= MAX_FOUND_CHARS else value[:MAX_FOUND_CHARS] + "...")
+    if isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, list | tuple):
+        return f"a list of {len(value)}"
+    return f"a value of type {type(value).__name__}"
 
 
 class SensebatchError(Exception):

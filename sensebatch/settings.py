@@ -9,11 +9,11 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -24,6 +24,7 @@ from pydantic import (
     PlainSerializer,
     ValidationError,
     create_model,
+    model_validator,
 )
 from pydantic_core import ErrorDetails
 
@@ -42,7 +43,7 @@ from sensebatch.config import (
     sets_aside,
 )
 from sensebatch.declarations import Declared, declared, implications, plain
-from sensebatch.errors import ConfigError
+from sensebatch.errors import ConfigError, found
 from sensebatch.functions import FUNCTION_NAME, AcceptFunction, is_function_name
 from sensebatch.image_files import MAX_PIXELS
 from sensebatch.jobs import (
@@ -65,12 +66,32 @@ _COMMAND_LINE = "command line"
 _FLAGS = {"inputs.max_pixels": "max-image-pixels"}
 """The flags that are not named like their setting."""
 
+_EXPECTED = {
+    "bool_type": "true or false",
+    "dict_type": "a section",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "greater_than": "a number greater than {gt}",
+    "greater_than_equal": "a number of at least {ge}",
+    "int_from_float": "a whole number",
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "less_than": "a number less than {lt}",
+    "less_than_equal": "a number of at most {le}",
+    "list_type": "a list",
+    "model_type": "a section",
+    "string_too_short": "text",
+    "string_type": "text",
+    "tuple_type": "a list",
+}
+"""What was expected, by pydantic's type of error; filled from its context."""
+
 
 def _parse_size(value: object) -> Resolution:
     match = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", value) if isinstance(value, str) else None
     if match is None:
         raise ValueError(
-            f"expected WIDTHxHEIGHT in pixels or a bucket of the task, found {value!r}"
+            f"expected WIDTHxHEIGHT in pixels or a bucket of the task, found {found(value)}"
         )
     try:
         return Resolution.asked_for(width=int(match[1]), height=int(match[2]))
@@ -94,7 +115,7 @@ def _parse_bytes(value: object) -> object:
     if not isinstance(value, str):
         return value
     if re.fullmatch(AMOUNT, value) is None:
-        raise ValueError(f"expected a number of bytes or text such as 20GiB, found {value!r}")
+        raise ValueError(f"expected a number of bytes or text such as 20GiB, found {found(value)}")
     return amount_bytes(value)
 
 
@@ -174,22 +195,13 @@ class PixelLimitsSection(_Section):
 
 
 def _listed(value: object) -> object:
-    """Returns functions as a list of sections, however they are written."""
-    listed = value if isinstance(value, list) else [value]
-    sections = [{"function": one} if isinstance(one, str) else one for one in listed]
-    for one in sections:
-        names = one.keys() if isinstance(one, dict) else set()
-        if "function" not in names or names - FunctionSection.model_fields.keys():
-            raise ValueError(
-                f"expected module:function, or a mapping of function, at_least and folder, found "
-                f"{one!r}"
-            )
-    return sections
+    """Returns functions as a list, of which a file may leave out the brackets."""
+    return value if isinstance(value, list) else [value]
 
 
 def _function_name(value: object) -> object:
     if not is_function_name(value):
-        raise ValueError(f"expected module:function, found {value!r}")
+        raise ValueError(f"expected module:function, found {found(value)}")
     return value
 
 
@@ -199,6 +211,18 @@ class FunctionSection(_Section):
     function: Annotated[str, Field(pattern=FUNCTION_NAME), BeforeValidator(_function_name)]
     at_least: Annotated[float, Field(gt=0, le=1)] = 0.5
     folder: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: object) -> object:
+        if isinstance(value, str):
+            return {"function": value}
+        if isinstance(value, dict) and "ask" not in value:
+            return value
+        wanted = "expected module:function, or a mapping of function, at_least and folder"
+        if isinstance(value, dict):
+            raise ValueError(f"{wanted}, found a question; a manifest asks questions, under accept")
+        raise ValueError(f"{wanted}, found {found(value)}")
 
 
 def _different(functions: list[FunctionSection]) -> list[FunctionSection]:
@@ -292,10 +316,11 @@ def resolve_settings(
     values = _merge(defaults, chosen)
     _name_buckets(values)
 
-    def place(path: list[str]) -> str:
-        name = ".".join(path)
+    def place(path: list[str | int]) -> str:
+        name = _dotted(path)
         if list(_existing(from_flags, path)) == path:
-            flag = _FLAGS.get(name, path[-1].replace("_", "-"))
+            *_, last = (part for part in path if isinstance(part, str))
+            flag = _FLAGS.get(name, last.replace("_", "-"))
             return f"--{flag}" if dashed else name
         if document is None:
             return f"{_COMMAND_LINE}: {name}" if dashed else name
@@ -306,11 +331,12 @@ def resolve_settings(
     except ValidationError as error:
         raise ConfigError(_complaints(error.errors(), values, place)) from None
     config = _run_config(settings, Path.cwd() if config_file is None else config_file.parent)
-    for function in config.accept:
+    for number, function in enumerate(config.accept):
         if not Path(function.folder).is_dir():
+            where = place(list(_existing(values, ["accept", number, "folder"])))
             raise ConfigError(
-                f"{place(['accept'])}: folder: expected the folder of the module of "
-                f"{function.function}, found none at {function.folder}"
+                f"{where}: expected the folder of the module of {function.function}, found none at "
+                f"{function.folder}"
             )
     return config
 
@@ -384,7 +410,7 @@ def _read_yaml(path: Path) -> YamlValue:
     if not isinstance(document.value, dict):
         line = document.line_of(())
         raise ConfigError(
-            f"{path}: line {line}: expected sections with settings, found {document.value!r}"
+            f"{path}: line {line}: expected sections with settings, found {found(document.value)}"
         )
     return document
 
@@ -465,54 +491,81 @@ def _name_buckets(values: dict[str, Any]) -> None:
 
 
 def _complaints(
-    errors: list[ErrorDetails], values: Mapping[str, Any], place: Callable[[list[str]], str]
+    errors: list[ErrorDetails],
+    values: Mapping[str, Any],
+    place: Callable[[list[str | int]], str],
 ) -> str:
     """Returns a line for each place that pydantic found an error in, as `place` names it."""
+    misspelled = {error["loc"][:-1] for error in errors if error["type"] == "extra_forbidden"}
     complaints: dict[str, list[str]] = {}
-    found: dict[str, str] = {}
+    inputs: dict[str, str] = {}
     for error in errors:
-        path = list(_existing(values, [str(part) for part in error["loc"]]))
-        where = place(path)
+        path = list(_existing(values, error["loc"]))
+        where, kind = place(path), error["type"]
         message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-        if error["type"] == "extra_forbidden":
+        if kind == "extra_forbidden":
             message = f"unknown setting{_suggestion(path)}"
+        elif kind == "missing":
+            if error["loc"][:-1] in misspelled:
+                continue
+            message = f"expected {error['loc'][-1]} beside the others, found none"
         elif not message.startswith("expected "):
-            message = message.removeprefix("a valid ")
-            message = re.sub("^greater than or equal to", "a number of at least", message)
-            message = re.sub("^less than or equal to", "a number of at most", message)
-            message = re.sub("^(greater|less)", r"a number \1", message)
-            message = message.replace("an object", "a section")
-            if error["type"] == "string_too_short":
-                message = "text"
-            found[where] = f", found {error['input']!r}"
+            message = expected(error) or message
+            inputs[where] = found(error["input"])
         complaints.setdefault(where, []).append(message)
     return "\n".join(
-        f"{where}: expected {' or '.join(messages)}{found[where]}"
-        if where in found
+        f"{where}: expected {' or '.join(m.removeprefix('expected ') for m in messages)}"
+        f", found {inputs[where]}"
+        if where in inputs
         else f"{where}: {messages[0]}"
         for where, messages in complaints.items()
     )
 
 
-def _existing(values: object, path: list[str]) -> Iterator[str]:
+def expected(error: ErrorDetails) -> str | None:
+    """Returns what was expected, by one of pydantic's errors; None if it says so itself."""
+    limits = {
+        name: int(limit) if isinstance(limit, float) and limit.is_integer() else limit
+        for name, limit in error.get("ctx", {}).items()
+    }
+    words = _EXPECTED.get(error["type"])
+    return words and words.format(**limits)
+
+
+def _existing(values: object, path: Iterable[str | int]) -> Iterator[str | int]:
     """Yields the parts of a place that are in the data; pydantic appends names of its own."""
     for part in path:
-        if not isinstance(values, Mapping) or part not in values:
+        if isinstance(values, list) and isinstance(part, int) and part < len(values):
+            values = values[part]
+        elif isinstance(values, Mapping) and part == 0:
+            # The only one, without brackets.
+            continue
+        elif isinstance(values, Mapping) and part in values:
+            values = values[part]
+        else:
             return
-        values = values[part]
         yield part
 
 
-def _suggestion(path: list[str]) -> str:
+def _dotted(path: Iterable[str | int]) -> str:
+    """Returns a place as people write it: `accept[1].at_least`."""
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    return "".join(parts).removeprefix(".")
+
+
+def _suggestion(path: list[str | int]) -> str:
     """Returns `; did you mean ...?` for a key that resembles one of its section, or of another."""
-    section: type[BaseModel] = Settings
+    section: Any = Settings
     for part in path[:-1]:
-        section = cast("type[BaseModel]", section.model_fields[part].annotation)
-    close = difflib.get_close_matches(path[-1], section.model_fields, n=1)
+        if isinstance(part, str):
+            section = section.model_fields[part].annotation
+            section = next(iter(get_args(section)), section)
+    name = str(path[-1])
+    close = difflib.get_close_matches(name, section.model_fields, n=1)
     if not close:
         names = list(_names(Settings))
-        found = difflib.get_close_matches(path[-1], [name[-1] for name in names], n=1)
-        close = [".".join(name) for name in names if [name[-1]] == found]
+        alike = difflib.get_close_matches(name, [known[-1] for known in names], n=1)
+        close = [".".join(known) for known in names if [known[-1]] == alike]
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 

@@ -201,7 +201,7 @@ def test_file_offers_exactly_the_settings_of_every_task(task: Task) -> None:
         ),
         (
             "memory: {max_batch_size: '8'}",
-            "FILE: line 1: memory.max_batch_size: expected integer, found '8'",
+            "FILE: line 1: memory.max_batch_size: expected a whole number, found '8'",
         ),
         ("memory: 3", "FILE: line 1: memory: expected a section, found 3"),
         (
@@ -269,7 +269,7 @@ def test_file_offers_exactly_the_settings_of_every_task(task: Task) -> None:
             "found 'cfg_zero_star'",
         ),
         ("model: {}\nmodel: {}", "FILE: line 2: expected every key once, found 'model' again"),
-        ("- 1", "FILE: line 1: expected sections with settings, found [1]"),
+        ("- 1", "FILE: line 1: expected sections with settings, found a list of 1"),
     ],
 )
 def test_an_error_in_a_file_names_file_place_expected_and_found(

@@ -54,6 +54,7 @@ from sensebatch.cli.messages import (
 from sensebatch.cli.options import UNUSED_BY_PLAN, with_options
 from sensebatch.cli.suggestions import advice
 from sensebatch.errors import ManifestError, RunStoppedError, SensebatchError, StoppedError
+from sensebatch.settings import expected
 from sensebatch.tasks import Task
 from sensebatch.units import counted
 
@@ -62,15 +63,6 @@ _USAGE_ERRORS: tuple[type[Exception], ...] = tuple(
     kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
 )
 """The library's errors about a command line; typer has no public name for their base class."""
-_EXPECTED_NUMBERS = {
-    "float_parsing": "a number",
-    "greater_than": "a number greater than {gt}",
-    "greater_than_equal": "a number of at least {ge}",
-    "int_parsing": "a whole number",
-    "less_than": "a number less than {lt}",
-    "less_than_equal": "a number of at most {le}",
-}
-"""What was expected, by pydantic's type of error."""
 _SETTINGS = {
     # cfg_scale and cfg-scale are the same option; values stay as they are.
     "token_normalize_func": lambda token: token.replace("_", "-"),
@@ -210,15 +202,14 @@ def _details(error: SensebatchError) -> dict[str, Any]:
 
 
 def _value_message(error: Any) -> str | None:
-    """Returns what is wrong with a number, in the words of settings; None for anything else."""
+    """Returns what is wrong with a value, in the words of settings; None for anything else."""
     cause = error.__cause__
     if not isinstance(cause, ValidationError):
         return None
     record = cause.errors()[0]
-    expected = _EXPECTED_NUMBERS.get(record["type"])
-    if expected is None:
+    words = expected(record)
+    if words is None:
         return None
-    words = expected.format(**record.get("ctx", {}))
     return f"{error.param.opts[0]}: expected {words}, found {record['input']}"
 
 
@@ -233,8 +224,8 @@ def _option_message(error: Any) -> str | None:
     reads_manifest = any(p.name in ("manifests", "source") for p in parameters)
     said = advice(error.option_name, known, JOB_FIELD_NAMES if reads_manifest else ())
     found = f"found {shown(error.option_name)}"
-    expected = f"expected an option of {error.ctx.command_path}"
-    return f"{expected}, {found}; {said}" if said else f"{expected}, {found}"
+    words = f"expected an option of {error.ctx.command_path}, {found}"
+    return f"{words}; {said}" if said else words
 
 
 def _usage_message(error: Any) -> str:

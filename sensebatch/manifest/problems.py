@@ -6,19 +6,17 @@ Knows pydantic's error records; knows nothing of rows, files or jobs.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
 
+from sensebatch import errors
 from sensebatch.errors import ManifestError, Problem
 
 MAX_KEPT = 100
 """How many errors are kept for printing; the others are only counted."""
-
-MAX_FOUND_CHARS = 60
-"""The most characters of a wrong text that a message repeats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,19 +162,7 @@ def printable(text: str) -> str:
 
 def found(value: object) -> str:
     """Returns a wrong value as a message shows it: shortened, or as its type."""
-    if value is None or isinstance(value, bool):
-        return {None: "nothing", True: "true", False: "false"}[value]
-    if isinstance(value, Unreadable):
-        return value.message
-    if isinstance(value, str):
-        return repr(value if len(value) <= MAX_FOUND_CHARS else value[:MAX_FOUND_CHARS] + "...")
-    if isinstance(value, int | float):
-        return str(value)
-    if isinstance(value, Mapping):
-        return "a mapping"
-    if isinstance(value, list | tuple):
-        return f"a list of {len(value)}"
-    return f"a value of type {type(value).__name__}"
+    return value.message if isinstance(value, Unreadable) else errors.found(value)
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
