@@ -9,20 +9,29 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias
 
-from sensebatch.errors import ConfigError, JobError
+from sensebatch.errors import ConfigError, JobError, found
 
 FUNCTION_NAME = r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
 """`module:function`; the module may be inside of packages."""
+
+_LATER: Mapping[Callable[[Any], bool], str] = {
+    inspect.iscoroutinefunction: "an async one",
+    inspect.isasyncgenfunction: "an async generator",
+    inspect.isgeneratorfunction: "a generator",
+}
+"""What gives no score when it is called, and its name."""
 
 Judge: TypeAlias = Callable[[Any, Mapping[str, Any]], Any]
 """Takes an image (PIL) and the row of the log of the job that drew it."""
@@ -75,12 +84,12 @@ def score(function: str, judge: Judge, image: Any, row: Mapping[str, Any]) -> fl
     Raises:
         JobError: What it returns is no score.
     """
-    found = judge(image, row)
+    said = judge(image, row)
     # numpy's booleans and numbers are neither, but they say what they are.
-    value = found.item() if hasattr(found, "item") and getattr(found, "ndim", 0) == 0 else found
+    value = said.item() if hasattr(said, "item") and getattr(said, "ndim", 0) == 0 else said
     if not isinstance(value, bool | Real) or not 0 <= float(value) <= 1:
         raise JobError(
-            f"{function}: expected True, False or a number from 0 to 1, found {_shown(found)}"
+            f"{function}: expected True, False or a number from 0 to 1, found {_shown(said)}"
         )
     return float(value)
 
@@ -127,12 +136,32 @@ def _load(function: AcceptFunction) -> Judge:
     except (Exception, SystemExit) as error:
         raise _cannot_import(function, error) from error
     judge = getattr(module, name, None)
-    if not callable(judge):
-        found = "none" if judge is None else f"a {type(judge).__name__}"
+    if (wrong := _wrong(name, judge)) is not None:
+        that, told = wrong
         raise ConfigError(
-            f"accept: expected a function {name} in {module.__file__ or module_name}, found {found}"
+            f"accept: expected a function {name} in {module.__file__ or module_name}{that}, found "
+            f"{told}"
         )
+    assert callable(judge)
     return judge
+
+
+def _wrong(name: str, judge: object) -> tuple[str, str] | None:
+    """Returns what something lacks that cannot judge, and what it is; None if it can."""
+    if not callable(judge):
+        return "", "none" if judge is None else found(judge)
+    called = judge if inspect.isroutine(judge) else type(judge).__call__
+    for is_kind, kind in _LATER.items():
+        if is_kind(judge) or is_kind(called):
+            return " that returns its score when it is called", kind
+    # Not every function that is written in C says what it takes; what decorates one does.
+    with suppress(ValueError, TypeError):
+        signature = inspect.signature(judge, follow_wrapped=False)
+        try:
+            signature.bind(None, {})
+        except TypeError:
+            return " that takes an image and a job", f"{name}{signature}"
+    return None
 
 
 def _imported(name: str, own: Path | None) -> ModuleType:

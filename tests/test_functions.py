@@ -63,7 +63,26 @@ def test_modules_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> 
     [
         (None, "found none named 'judges_of_test' in .* or on Python's path"),
         ("", r"expected a function own in .*judges_of_test.py, found none"),
-        ("own = 7", "found a int"),
+        ("own = 7", "expected a function own in .*judges_of_test.py, found 7"),
+        (
+            "async def own(image, job): return 1",
+            "in .*judges_of_test.py that returns its score when it is called, found an async one",
+        ),
+        ("def own(image, job): yield 1", "found a generator"),
+        ("async def own(image, job): yield 1", "found an async generator"),
+        (
+            "class Own:\n async def __call__(self, image, job): return 1\nown = Own()",
+            "found an async one",
+        ),
+        (
+            "import functools\nasync def two(a, image, job): ...\nown = functools.partial(two, 1)",
+            "found an async one",
+        ),
+        (
+            "def own(image): return 1",
+            r"in .*judges_of_test.py that takes an image and a job, found own\(image\)",
+        ),
+        ("def own(image, job, more): return 1", r"found own\(image, job, more\)"),
         ("import missing_of_test", "found ModuleNotFoundError: No module named 'missing_of_test'"),
         ("own = 1 / 0", "for judges_of_test:own, found ZeroDivisionError"),
         ("raise SystemExit(3)", "found SystemExit: 3"),
@@ -112,6 +131,21 @@ def test_anything_else_is_no_score(said: object, found: str) -> None:
     assert str(raised.value) == f"m:f: expected True, False or a number from 0 to 1, found {found}"
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "def own(image, *rest, more=1): return 1",
+        "class Own:\n def __call__(self, image, job): return 1\nown = Own()",
+        "own = max",
+        "from functools import partial\nown = partial(lambda a, image, job: a, 1)",
+        "import functools\n@functools.wraps(lambda image: 1)\ndef own(image, job): return 1",
+    ],
+)
+def test_whatever_takes_an_image_and_a_job_can_judge(content: str, tmp_path: Path) -> None:
+    (tmp_path / "judges_of_test.py").write_text(content)
+    assert callable(load("judges_of_test:own", tmp_path))
+
+
 def test_another_file_is_another_function(tmp_path: Path) -> None:
     function = AcceptFunction(function="judges_of_test:own", folder=str(tmp_path))
     assert function.source_sha256 == ""
@@ -143,12 +177,23 @@ def test_a_configuration_names_one_function_or_several(tmp_path: Path) -> None:
         ("judges", "accept: expected module:function, found 'judges'"),
         ("judges.py:own()", "accept: expected module:function, found 'judges.py:own()'"),
         ("[a:b, a:b]", "accept: expected every function once, found a:b again"),
-        ("{function: a:b, at_least: 2}", "accept: expected a number of at most 1, found 2"),
-        ("{functions: a:b}", "accept: expected module:function, or a mapping of function,"),
-        ("{at_least: 1}", "accept: expected module:function, or a mapping of function,"),
+        ("{function: a:b, at_least: 2}", "accept.at_least: expected a number of at most 1, found"),
+        ("[a:b, {function: c:d, at_least: 2}]", "accept[1].at_least: expected a number of at most"),
+        ("[a:b, {function: c:d, at_least: x}]", "accept[1].at_least: expected a number, found 'x'"),
+        ("[a:b, c]", "accept[1]: expected module:function, found 'c'"),
+        ("[{function: 3}]", "accept[0].function: expected module:function, found 3"),
+        ("[{functions: a:b}]", "accept[0].functions: unknown setting; did you mean function?"),
+        ("[{function: a:b, at: 1}]", "accept[0].at: unknown setting"),
+        ("{at_least: 1}", "accept: expected function beside the others, found none"),
         (
-            "{function: a:b, folder: missing}",
-            "accept: folder: expected the folder of the module of a:b, found none at /",
+            "[a:b, {function: c:d, folder: missing}]",
+            "accept[1].folder: expected the folder of the module of c:d, found none at /",
+        ),
+        ("[a:b, null]", "accept[1]: expected module:function, or a mapping of function, at_least"),
+        (
+            "{ask: Is it?, choices: [yes, no], is: yes}",
+            "accept: expected module:function, or a mapping of function, at_least and folder, "
+            "found a question; a manifest asks questions, under accept",
         ),
         ("7", "accept: expected module:function, or a mapping of function, at_least and folder,"),
     ],
@@ -159,6 +204,18 @@ def test_mistakes_in_a_configuration_are_named(text: str, expected: str, tmp_pat
     with pytest.raises(ConfigError) as raised:
         resolve_settings(config_file=file)
     assert str(raised.value).startswith(f"{file}: line 1: {expected}")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_mistake_in_a_list_is_named_with_its_own_line(tmp_path: Path) -> None:
+    file = tmp_path / "conf.yaml"
+    file.write_text("accept:\n- a:b\n- function: c\n  at_least: 0\n")
+    with pytest.raises(ConfigError) as raised:
+        resolve_settings(config_file=file)
+    assert str(raised.value).splitlines() == [
+        f"{file}: line 3: accept[1].function: expected module:function, found 'c'",
+        f"{file}: line 4: accept[1].at_least: expected a number greater than 0, found 0",
+    ]
 
 
 def test_the_file_that_counts_is_the_one_that_is_imported(tmp_path: Path) -> None:
