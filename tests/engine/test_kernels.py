@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest.mock import Mock
 
@@ -51,6 +53,8 @@ pytest.importorskip("triton", reason="Triton has no build for this platform")
 from sensebatch.engine.model import (
     attention_kernels,
     decode_kernels,
+    descriptors,
+    expert_kernels,
     int8_kernels,
     kernels,
     triton_operations,
@@ -180,6 +184,31 @@ def test_tiles_of_int8_products_fit_what_a_program_may_have(
     assert shared is None or tile.shared_bytes < shared
     best = int8_kernels.choose_tile(tokens, None)
     assert tile == best or shared != 232_448
+
+
+def test_kernels_do_without_descriptions_where_triton_has_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As the versions that PyTorch 2.6 and 2.7 bring."""
+
+    def fresh(module: ModuleType) -> Any:
+        spec = importlib.util.find_spec(module.__name__)
+        assert spec is not None
+        assert spec.loader is not None
+        again = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(again)
+        return again
+
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "triton.tools.tensor_descriptor", None)
+        assert fresh(descriptors).TensorDescriptor is None
+    monkeypatch.setattr(descriptors, "TensorDescriptor", None)
+    assert not fresh(expert_kernels).has_descriptors(torch.device("cuda"))
+    alone, numbers = fresh(int8_kernels), NUMBERS[Stored.INT8]
+    assert not alone._describes(torch.empty(4096, 4096, dtype=torch.int8, device="meta"))
+    rows, (weight8, scale) = (quantise_rows(noise(count, 64), numbers) for count in (5, 40))
+    found = alone.product(rows, weight8, scale[:, 0], torch.float32)
+    assert_equal(found, numbers.product(rows, weight8, scale[:, 0], torch.float32))
 
 
 def test_only_kernels_that_will_run_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

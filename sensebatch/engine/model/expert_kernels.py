@@ -30,11 +30,7 @@ from sensebatch.engine.model.decode_kernels import (
     divisor,
     shared_bytes,
 )
-
-try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:
-    TensorDescriptor = None
+from sensebatch.engine.model.descriptors import TensorDescriptor
 
 HOPPER = 9
 """Compute capability, in whole numbers, of devices that copy tiles by themselves and on which that

@@ -14,10 +14,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.engine.model.decode_kernels import SHARED_REST, shared_bytes
+from sensebatch.engine.model.descriptors import TensorDescriptor
 from sensebatch.engine.model.quantized import Quantised
 
 GROUP = 8
@@ -222,7 +222,9 @@ def _described(matrix: Tensor, rows: int, tile: Tile) -> TensorDescriptor:
 
 def _describes(x8_TI: Tensor) -> bool:
     """Returns whether a GPU copies tiles of rows from their description."""
-    if x8_TI.device.type == "cpu" or x8_TI.shape[1] % DESCRIBED_BYTES:
+    if TensorDescriptor is None or x8_TI.device.type == "cpu":
+        return False
+    if x8_TI.shape[1] % DESCRIBED_BYTES:
         return False
     return bool(triton.runtime.driver.active.get_current_target().arch >= DESCRIBED_FROM)
 
