@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 import torch
@@ -97,3 +98,53 @@ def test_thread_ends_with_the_engine_that_it_drew_for(drawn: Drawn) -> None:
     del ahead
     thread.join(PATIENCE_S)
     assert not thread.is_alive()
+
+
+def test_threads_that_announce_at_the_same_time_start_one_thread(
+    drawn: Drawn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead = NoiseAhead()
+    both, start = threading.Barrier(2), ahead._thread.start
+    waiting = [drawn.noise(number) for number in range(2)]
+    errors: list[BaseException] = []
+
+    def late() -> None:
+        # The other thread gets here as well if nothing holds it back.
+        with suppress(threading.BrokenBarrierError):
+            both.wait(0.2)
+        start()
+
+    def announce(noise: Noise) -> None:
+        try:
+            ahead.announce(noise)
+        except RuntimeError as error:
+            errors.append(error)
+
+    monkeypatch.setattr(ahead._thread, "start", late)
+    threads = [threading.Thread(target=announce, args=(noise,)) for noise in waiting]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    assert not errors
+    for noise in waiting:
+        assert noise.to(CPU).shape == (3, 1, 1)
+
+
+def test_noise_that_the_host_has_no_memory_for_is_drawn_where_it_is_used(drawn: Drawn) -> None:
+    full = [True]
+
+    def draw() -> Tensor:
+        if full[0]:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return torch.ones(3, 1, 1)
+
+    ahead, large, later = NoiseAhead(room_bytes=10), Noise(draw, 10), drawn.noise(1)
+    ahead.announce(large)
+    ahead.announce(later)
+    drawn.wait_for(1)
+    with pytest.raises(RuntimeError, match="allocate"):
+        large.to(CPU)
+    full.clear()
+    full.append(False)
+    assert large.to(CPU)[0].item() == 1

@@ -81,12 +81,14 @@ class NoiseAhead:
         self._thread = threading.Thread(
             target=_draw_all, args=(self._events, room_bytes), name="noise", daemon=True
         )
+        self._starting = threading.Lock()
         weakref.finalize(self, self._events.put, None)
 
     def announce(self, noise: Noise) -> None:
-        """Lets noise be drawn as soon as there is room for it."""
-        if not self._thread.is_alive():
-            self._thread.start()
+        """Lets noise be drawn as soon as there is room for it; called from any thread."""
+        with self._starting:
+            if self._thread.ident is None:
+                self._thread.start()
         self._events.put(weakref.ref(noise))
 
 
@@ -118,6 +120,11 @@ def _drawn(
     # Also where it is never used, because its job is given back or its image was kept.
     freed = weakref.finalize(noise, events.put, noise.num_bytes)
     freed.atexit = False
-    if not noise.draw_ahead(freed):
+    try:
+        waits = noise.draw_ahead(freed)
+    except (MemoryError, RuntimeError):
+        # The host has no memory left. Whoever uses it draws it then, or says what is wrong.
+        waits = False
+    if not waits:
         freed()
     return noise.num_bytes
