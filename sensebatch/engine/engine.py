@@ -208,6 +208,9 @@ class SenseNovaEngine:
                 check_device(device, error)
                 raise
             message = str(error).splitlines()[0]
+        except OutOfMemoryError as error:
+            # Weights that made room for text, or were to come back after it, found no memory.
+            message = str(error)
         except CheckpointError as error:
             raise RunStoppedError(f"the weights can no longer be read: {error}") from error
         else:

@@ -20,7 +20,7 @@ from sensebatch.plan.batches import make_plan, plan_entry
 from sensebatch.plan.load import plan_loads
 from sensebatch.tasks import Task
 from tests.engine.golden_model import KeptImages, succeeded
-from tests.engine.test_engine import Line, load, make_config, make_job
+from tests.engine.test_engine import Line, load, make_config, make_job, raising
 
 pytestmark = pytest.mark.slow
 
@@ -246,15 +246,17 @@ def test_a_stop_while_texts_are_written_leaves_nothing_and_resumes_to_the_same(
 def test_texts_that_do_not_fit_together_are_written_alone_from_then_on(
     engine: SenseNovaEngine, monkeypatch: pytest.MonkeyPatch, expected: list[tuple[Any, ...]]
 ) -> None:
-    batches = batches_of(make_jobs())
+    batches, placements = batches_of(make_jobs()), engine._placements
     # This test is the last of the module, since the engine remembers.
-
-    def fails(*_: Any) -> None:
-        raise RuntimeError("CUDA error: out of memory")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("sensebatch.engine.writing.step_together", fails)
-        with pytest.raises(OutOfMemoryError):
-            Run(engine)(batches[0], batches[1:2])
-    assert engine.num_following(batches[0].group, batches[0].id) == 0
+    for error in (
+        RuntimeError("CUDA error: out of memory"),
+        OutOfMemoryError("7 MiB of weights did not fit"),
+    ):
+        engine._continue_with(placements)
+        assert engine.num_following(batches[0].group, batches[0].id) == 1
+        with monkeypatch.context() as patch:
+            patch.setattr("sensebatch.engine.writing.step_together", raising(error))
+            with pytest.raises(OutOfMemoryError, match=f"did not fit: {error}"):
+                Run(engine)(batches[0], batches[1:2])
+        assert engine.num_following(batches[0].group, batches[0].id) == 0
     assert outputs(Run(engine).all(batches)) == expected
