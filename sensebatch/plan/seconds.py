@@ -311,7 +311,7 @@ class Clock:
                 )
                 blocks = self._orders.images
                 yield Pass(
-                    blocks=replace(blocks, num_bytes=round(share * blocks.num_bytes)),
+                    blocks=replace(blocks, copied_bytes=round(share * blocks.copied_bytes)),
                     seconds=work.seconds(speeds),
                     count=num_passes * steps,
                     keeps=share == 1,

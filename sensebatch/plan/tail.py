@@ -29,7 +29,7 @@ def batch_work(group: GroupKey, demands: Sequence[Demand]) -> float:
         group: The batch's.
         demands: What its jobs take; at least one.
     """
-    evaluations = 0 if group.drawing is None else group.drawing.num_evaluations
+    evaluations = 0 if group.drawing is None else group.drawing.cost
     of_image = group.image_tokens * evaluations
     text = TEXT_STEP_TOKENS * max(demand.text_tokens for demand in demands)
     return text + sum(one.prompt_tokens + one.max_images * of_image for one in demands)

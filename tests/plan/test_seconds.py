@@ -27,7 +27,7 @@ from sensebatch.plan.work import (
 from sensebatch.resolutions import Resolution
 from sensebatch.tasks import Branch, Task
 from sensebatch.units import GIB
-from tests.plan.loads import ARCH, COMPUTATION, place_all
+from tests.plan.loads import ARCH, COMPUTATION, place_all, with_drawing
 
 SIZES = network_sizes(ARCH)
 H200 = Speeds(
@@ -101,6 +101,19 @@ def test_one_streamed_job_waits_for_copies_and_two_hide_them() -> None:
     hidden = step(make_load(2), 2, vram_mode="balanced")
     assert hidden == pytest.approx(0.222 + copies / STEPS / 2, rel=0.01)
     assert step(make_load(2), 2, vram_mode="low") == pytest.approx(copies, rel=0.02)
+
+
+def test_steps_without_the_middle_layers_compute_and_copy_a_third_of_them() -> None:
+    load = with_drawing(make_load(), layer_stride=2)
+    # The first step, every second from the next one on, which the last is one of, and a third of
+    # the 24 others.
+    evaluated = 26 + 24 / 3
+    assert seconds(load, vram_mode="full").images == pytest.approx(0.222 * evaluated, rel=0.01)
+    copies = weight_bytes(COMPUTATION).generation_layers / H200.copy_bytes_per_s
+    streamed = seconds(load, vram_mode="low").images
+    assert streamed == pytest.approx(copies * (evaluated + 1), rel=0.01)
+    # Blocks that stay are not copied, which the steps with all of them bring.
+    assert seconds(load, vram_mode="fast").images < 0.23 * evaluated + copies
 
 
 def test_decoding_takes_as_long_as_reading_the_weights() -> None:

@@ -13,6 +13,7 @@ from sensebatch.plan.batches import Demand, Plan, PlanEntry, make_plan
 from sensebatch.plan.forecast import forecast, timed_batches
 from sensebatch.plan.tail import TEXT_STEP_TOKENS, batch_work, handed_out, works
 from sensebatch.plan.workers import take_turns
+from tests.plan.loads import with_drawing
 from tests.plan.test_seconds import make_load
 
 STORY = make_load(num_images=4).group
@@ -127,6 +128,9 @@ def test_text_counts_once_a_batch_and_everything_else_for_each_job() -> None:
     images = 3 * STORY.image_tokens * evaluations
     assert batch_work(STORY, [short, long]) == 40 + 50 * TEXT_STEP_TOKENS + images
     assert batch_work(ASK, [short]) == 10 + 5 * TEXT_STEP_TOKENS
+    # Of the evaluations, 48 are without the middle layers.
+    leaner = with_drawing(make_load(), layer_stride=2).group
+    assert batch_work(leaner, [Demand(0, 0, 1)]) == IMAGE.image_tokens * (52 + 48 / 3)
 
 
 def test_defaults_of_a_run_keep_batches_that_are_alike_in_their_order() -> None:
