@@ -635,7 +635,7 @@ def _summarised(root: Path) -> Iterator[None]:
 
 
 def write_summary(root: Path) -> None:
-    """Writes the summary of a run's log, with what share of the images of each prompt would do.
+    """Writes the summary of a run's log, with what share of the images of each prompt passed.
 
     Raises:
         RunFolderError: There is no log.

@@ -66,7 +66,8 @@ class ContentOptions:
         bool,
         typer.Option(
             "--rejected",
-            help="Take images that accept did not accept as well, and its questions.",
+            help="Include tries that are not accepted, what starts from them, and questions "
+            "about tries.",
             rich_help_panel=_CONTENT,
         ),
     ] = False
@@ -380,9 +381,13 @@ def _lines(out: str, config: ExportConfig, done: Exported) -> Iterator[str]:
         yield "  written  nothing, as it was all there"
     if done.not_accepted:
         jobs = counted(done.not_accepted, "job")
-        yield f"  left out {jobs}: images that were not accepted, and questions; see --rejected"
+        yield f"  left out {jobs}: tries that are not accepted, what starts from them,"
+        yield "           and questions about tries; see --rejected"
     if done.dropped:
         yield f"  left out {counted(done.dropped, 'job')} of rejected images that were removed"
+    if done.not_needed:
+        which = "that was" if done.not_needed == 1 else "that were"
+        yield f"  left out {counted(done.not_needed, 'job')} {which} not needed"
     if done.not_done:
         which = "that is" if done.not_done == 1 else "that are"
         yield f"  left out {counted(done.not_done, 'job')} {which} not done"

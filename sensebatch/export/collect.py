@@ -15,6 +15,7 @@ from sensebatch.export.samples import ImageFile, Sample, prompt_group, sample_of
 from sensebatch.export.shards import Row
 from sensebatch.export.splits import Splits
 from sensebatch.store.acceptance import Verdict
+from sensebatch.store.attempts import HELD
 from sensebatch.store.files import reason
 from sensebatch.store.rows import SAMPLING_COLUMNS
 
@@ -67,7 +68,9 @@ class Collected:
 
     rows: list[Row] = field(default_factory=list)
     not_done: int = 0
-    """Selected jobs without images or text to export."""
+    """Selected jobs without images or text to export, besides those that were not needed."""
+    not_needed: int = 0
+    """Tries that are held since enough others are accepted, and what starts from such."""
     not_accepted: int = 0
     """Tries that were not accepted, what starts from them, and the questions about tries."""
     dropped: int = 0
@@ -101,7 +104,8 @@ def collect(
     found = Collected()
     for record in records:
         if not record.is_done:
-            found.not_done += 1
+            found.not_needed += record.status == HELD
+            found.not_done += record.status != HELD
             continue
         if not (with_rejected or is_accepted(record)):
             found.not_accepted += 1

@@ -65,7 +65,7 @@ LOG_COLUMNS = (
 folders of this machine."""
 
 
-ANSWER_COLUMNS = ("history", "answer", "choice_probabilities")
+ANSWER_COLUMNS = ("history", "answer", "function", "choice_probabilities")
 """Those that it has of jobs that answer in text as well."""
 
 

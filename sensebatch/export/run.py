@@ -22,6 +22,7 @@ from sensebatch.export.splits import Splits, unused
 from sensebatch.export.target import Target
 from sensebatch.jobs import InputImage
 from sensebatch.tasks import Task
+from sensebatch.units import counted
 
 SHARD_BYTES = 500 * 10**6
 """Of images in a shard, as `datasets` has it."""
@@ -63,6 +64,8 @@ class Exported:
     written_bytes: int = 0
     not_done: int = 0
     """Selected jobs that are not done, and so not in it."""
+    not_needed: int = 0
+    """Tries that are held since enough others are accepted, and what starts from such; likewise."""
     not_accepted: int = 0
     """Tries that were not accepted, what starts from them, and questions about tries; likewise."""
     dropped: int = 0
@@ -138,6 +141,7 @@ def export(
         written_images=writing.num_images,
         written_bytes=writing.num_bytes,
         not_done=found.not_done,
+        not_needed=found.not_needed,
         not_accepted=found.not_accepted,
         dropped=found.dropped,
         skipped=[*found.missing, *writing.skipped],
@@ -261,6 +265,9 @@ def _nothing(root: Path, found: Collected) -> str:
     if found.not_done:
         which = "that is" if found.not_done == 1 else "that are"
         return f"{root}: expected jobs that are done, found {found.not_done:,} {which} not"
+    if found.not_accepted:
+        jobs = counted(found.not_accepted, "job")
+        return f"{root}: expected images that are accepted, found none in {jobs}; see --rejected"
     return f"{root}: expected jobs to export, found none that are selected"
 
 

@@ -38,19 +38,19 @@ def acceptance_lines(found: Acceptance, *, with_short: bool = True) -> Iterator[
 
 
 def acceptance_table(found: Acceptance) -> Iterator[str]:
-    """Yields a line for each series, with what share of its images would do; the worst first."""
+    """Yields a line for each series, with what share of its images passed; the worst first."""
     if not found.series:
         return
     yield f"acceptance      {_total(found.series, noun='')}"
     worst = sorted(found.series, key=lambda one: (not one.is_short, _rate(one), one.name))
     shown = worst[:MAX_GROUPS]
     width = min(max(len("prompt group"), *(len(one.name) for one in shown)), 60)
-    yield f"  {'prompt group':<{width}}  accepted  judged  would do"
+    yield f"  {'prompt group':<{width}}  accepted  judged  pass rate"
     for one in shown:
-        rate = f"{100 * _rate(one):.0f}%" if one.judged else "-"
+        rate = f"{_rate(one):.0%}" if one.judged else "-"
         accepted = f"{one.accepted}/{one.keep}"
         short = "  short" if one.is_short else ""
-        yield f"  {one.name:<{width}}  {accepted:>8}  {one.judged:>6}  {rate:>8}{short}"
+        yield f"  {one.name:<{width}}  {accepted:>8}  {one.judged:>6}  {rate:>9}{short}"
     if len(worst) > MAX_GROUPS:
         yield f"  ... and {len(worst) - MAX_GROUPS:,} more; sensebatch status --json lists all"
     yield from acceptance_lines(Acceptance(held=found.held))
@@ -60,7 +60,7 @@ def _total(series: Sequence[Series], *, noun: str = "image") -> str:
     wanted, judged = sum(one.keep for one in series), sum(one.judged for one in series)
     accepted = sum(one.accepted for one in series)
     passed = sum(one.passed for one in series)
-    rate = f"; {100 * passed / judged:.0f}% of {judged:,} judged would do" if judged else ""
+    rate = f"; {passed:,} of {judged:,} judged passed ({passed / judged:.0%})" if judged else ""
     images = counted(wanted, noun) if noun else f"{wanted:,}"
     return f"{accepted:,} of {images} wanted{rate}"
 

@@ -86,7 +86,7 @@ class Series:
     judged: int
     """How many were accepted or rejected."""
     passed: int
-    """How many would do."""
+    """How many of them passed every check; those beyond `keep` are spare."""
     accepted: int
     """Those that are taken: at most `keep`."""
 

@@ -39,7 +39,7 @@ def test_a_run_calls_the_function_beside_its_configuration(
 ) -> None:
     ended = invoke("run", manifest, "--config", tmp_path / "own/c.yaml", "--drop-rejected")
     assert ended.code == 0
-    assert "accepted 1 of 1 image wanted; 50% of 2 judged would do" in ended.err
+    assert "accepted 1 of 1 image wanted; 1 of 2 judged passed (50%)" in ended.err
     assert "2 images made in" in ended.err
     assert ", 1 rejected image removed\n" in ended.err
     assert [path.name for path in Path("outputs/m/images").iterdir()] == ["a-seed=43.png"]

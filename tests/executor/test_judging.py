@@ -23,6 +23,7 @@ from sensebatch.store.acceptance import Verdict
 from sensebatch.store.store import open_store
 from tests.executor.crews import ThreadCrew, run_crew
 from tests.executor.fakes import FakeEngine, Flag, Ran, make_config, outcome, run_folder
+from tests.export.folders import export_folder, parquet_rows
 
 CONFIG = make_config(max_batch_size=3, execution=ExecutionConfig(max_attempts=1))
 SCORES = {42: 0.2, 43: 0.9, 44: 1.0, 45: 0.7}
@@ -55,6 +56,14 @@ def judged(root: Path) -> dict[str, Verdict]:
 def run(root: Path, jobs: list[Job], **functions: Any) -> Ran:
     named = {f"m:{name}": function for name, function in functions.items()}
     return run_folder(root, jobs, CONFIG, functions=named)
+
+
+def test_an_export_says_what_a_function_answered(tmp_path: Path) -> None:
+    run(tmp_path / "run", tries(OWN), own=by_seed)
+    export_folder(tmp_path / "run", tmp_path / "set", with_rejected=True)
+    answered = [row for row in parquet_rows(tmp_path / "set") if "answer" in row]
+    assert len(answered) == 2 * len(SCORES) - 2
+    assert {row["function"] for row in answered} == {"m:own"}
 
 
 def log_of(root: Path) -> dict[str, dict[str, Any]]:

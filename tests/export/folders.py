@@ -51,7 +51,9 @@ def mixed_jobs(inputs: Path) -> list[Job]:
     jobs += [make_job("edit", Task.EDIT, images=tuple(images[:1]))]
     jobs += [make_job("edit-two", Task.EDIT, images=tuple(images), think=True)]
     asked = replace(make_job("x", Task.ASK).sampling, choices=("yes", "no"))
-    jobs += [make_job("question", Task.ASK, images=tuple(images[:1]), sampling=asked)]
+    before = (("<image> A dot?", "yes"),)
+    question = make_job("question", Task.ASK, images=tuple(images[:1]), sampling=asked)
+    jobs += [replace(question, history=before)]
     jobs += [make_job("story", Task.INTERLEAVE), make_job("grows", Task.INTERLEAVE, prompt="grows")]
     return jobs
 
@@ -107,7 +109,7 @@ def expected_columns(record: Record) -> dict[str, Any]:
     names = ["seed", "think", "finish_reason", "key"]
     if record.job.task.spec.drawing is not None:
         names += ["width", "height", "num_steps", "cfg_scale", "cfg_interval"]
-    names += ["answer", "choice_probabilities"] if row["answer"] is not None else []
+    names += ["history", "answer", "choice_probabilities"] if row["answer"] is not None else []
     return {
         **{name: plain(row[name]) for name in names},
         "id": record.id,

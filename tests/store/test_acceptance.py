@@ -20,6 +20,8 @@ from sensebatch.config import ExecutionConfig, MemoryConfig, RunConfig, default_
 from sensebatch.contract import Channel, Following, Kept, Reading
 from sensebatch.dataset.records import open_dataset
 from sensebatch.dataset.selection import Selection
+from sensebatch.errors import ExportError
+from sensebatch.export.run import Exported
 from sensebatch.jobs import Batch, BatchMetrics, BatchResult, InputImage, Job, JobResult
 from sensebatch.manifest.read import read_rows
 from sensebatch.report.acceptance import acceptance_lines, acceptance_table
@@ -295,11 +297,29 @@ def test_status_counts_what_is_accepted(tmp_path: Path) -> None:
 def test_an_export_has_accepted_images_alone_unless_it_is_told(tmp_path: Path) -> None:
     run_folder(tmp_path / "run", series(*NAMES), CONFIG, engine=Judge())
     found = verdicts(tmp_path / "run")
-    export_folder(tmp_path / "run", tmp_path / "some")
+    some = export_folder(tmp_path / "run", tmp_path / "some")
     export_folder(tmp_path / "run", tmp_path / "all", with_rejected=True)
+    assert isinstance(some, Exported)
     accepted = {job_id for job_id, verdict in found.items() if verdict is Verdict.ACCEPTED}
+    assert (some.jobs, some.not_accepted) == (len(accepted), 2 * len(found) - len(accepted))
+    # The other tries were not needed, and neither were questions about them.
+    assert (some.not_needed, some.not_done) == (2 * (6 * len(NAMES) - len(found)), 0)
     assert set(parquet_ids(tmp_path / "some")) == accepted
     assert set(parquet_ids(tmp_path / "all")) == found.keys() | {f"{one}-check" for one in found}
+
+
+def test_an_export_of_rejected_images_alone_says_how_to_have_them(tmp_path: Path) -> None:
+    run_folder(
+        tmp_path / "run",
+        series("cat", tries=2, accept=CHECK | {"at_least": 1}),
+        CONFIG,
+        engine=Judge(),
+    )
+    with pytest.raises(
+        ExportError,
+        match=r"expected images that are accepted, found none in 4 jobs; see --rejected",
+    ):
+        export_folder(tmp_path / "run", tmp_path / "some")
 
 
 def test_expressions_know_verdicts(tmp_path: Path) -> None:
@@ -328,16 +348,16 @@ def test_what_was_accepted_and_what_came_short_is_said() -> None:
         "  held     1 job starts from rejected images that were removed: storm (@dog-seed=42)",
     ]
     assert list(acceptance_lines(found)) == [
-        "  accepted 3 of 6 images wanted; 38% of 8 judged would do",
+        "  accepted 3 of 6 images wanted; 3 of 8 judged passed (38%)",
         "  short    dog: 1 of 2 after 4 tries",
         *held,
     ]
     assert list(acceptance_table(found)) == [
-        "acceptance      3 of 6 wanted; 38% of 8 judged would do",
-        "  prompt group  accepted  judged  would do",
-        "  dog                1/2       4       25%  short",
-        "  owl                0/2       1        0%",
-        "  cat                2/2       3       67%",
+        "acceptance      3 of 6 wanted; 3 of 8 judged passed (38%)",
+        "  prompt group  accepted  judged  pass rate",
+        "  dog                1/2       4        25%  short",
+        "  owl                0/2       1         0%",
+        "  cat                2/2       3        67%",
         *held,
     ]
     assert list(acceptance_lines(Acceptance())) == list(acceptance_table(Acceptance())) == []
