@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -53,7 +54,7 @@ from sensebatch.cli.messages import (
 )
 from sensebatch.cli.options import UNUSED_BY_PLAN, with_options
 from sensebatch.cli.suggestions import advice
-from sensebatch.errors import ManifestError, RunStoppedError, SensebatchError, StoppedError
+from sensebatch.errors import ManifestError, RunStoppedError, SensebatchError, StoppedError, found
 from sensebatch.settings import expected
 from sensebatch.tasks import Task
 from sensebatch.units import counted
@@ -207,10 +208,23 @@ def _value_message(error: Any) -> str | None:
     if not isinstance(cause, ValidationError):
         return None
     record = cause.errors()[0]
-    words = expected(record)
+    words = expected(record) or _choices(error.param)
+    # A number is text here, which has quotes only where it is none.
+    is_number = record["type"].startswith(("greater", "less"))
+    value = record["input"] if is_number else found(record["input"])
     if words is None:
         return None
-    return f"{error.param.opts[0]}: expected {words}, found {record['input']}"
+    return f"{error.param.opts[0]}: expected {words}, found {value}"
+
+
+def _choices(parameter: Any) -> str | None:
+    """Returns the words that an option takes, as files and the log have them; None for others."""
+    # Older releases of the library keep them elsewhere, and its own words are good enough.
+    choices = getattr(getattr(parameter, "type_descriptor", None), "choices", None)
+    if not choices:
+        return None
+    *others, last = (str(getattr(choice, "value", choice)) for choice in choices)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _option_message(error: Any) -> str | None:
@@ -223,8 +237,7 @@ def _option_message(error: Any) -> str | None:
     known = {name for p in parameters if p.param_type_name == "option" for name in p.opts}
     reads_manifest = any(p.name in ("manifests", "source") for p in parameters)
     said = advice(error.option_name, known, JOB_FIELD_NAMES if reads_manifest else ())
-    found = f"found {shown(error.option_name)}"
-    words = f"expected an option of {error.ctx.command_path}, {found}"
+    words = f"expected an option of {error.ctx.command_path}, found {shown(error.option_name)}"
     return f"{words}; {said}" if said else words
 
 
@@ -234,6 +247,9 @@ def _usage_message(error: Any) -> str:
         return str(error.ctx.get_help())
     context = getattr(error, "ctx", None)
     message = _option_message(error) or _value_message(error) or error.format_message()
-    # Pydantic puts this before a word that a flag does not take.
-    text = f"{_NAME}: {message}".replace(": Value error, ", ": ")
+    # Pydantic puts words before what the parser of a flag says, and so does the library.
+    message = re.sub(
+        r"^Invalid value for '([^']+)': (Value error, )?expected ", r"\1: expected ", message
+    )
+    text = f"{_NAME}: {message}"
     return text if context is None else f"{text}\nsee {context.command_path} --help"

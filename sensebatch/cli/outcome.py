@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -146,9 +147,10 @@ def _next_lines(root: Path, summary: Summary, until: float | None) -> Iterator[s
 def _advice(root: Path, counts: Counts) -> Iterator[str]:
     """Yields what may be done about jobs that did not end well."""
     if counts.truncated:
+        reasons = " ".join(f"--finish-reason {reason}" for reason in counts.truncated)
         yield (
             f"{truncated_words(counts.truncated)}; --fail-truncated fails such jobs, and "
-            "sensebatch jobs --finish-reason lists them"
+            f"sensebatch jobs {shlex.quote(str(root))} {reasons} lists them"
         )
     if counts.failed:
         yield f"tracebacks are in {root / 'errors'}; --retry-failed tries those jobs again"

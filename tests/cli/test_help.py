@@ -101,7 +101,8 @@ def test_wrong_value_is_reported_with_the_name_of_its_option(invoke: Invoke) -> 
 def test_a_wrong_word_is_reported_in_our_own_words(invoke: Invoke, args: list[str]) -> None:
     ended = invoke(*args, "--vram-mode", "quick")
     assert ended.code == 2
-    assert "'--vram-mode': 'quick' is not one of" in ended.err
+    expected = "--vram-mode: expected auto, full, fast, balanced or low, found 'quick'"
+    assert ended.err.startswith(f"sensebatch: {expected}\n")
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,7 @@ def test_table_ends_where_it_was_told_to(invoke: Invoke, folder: Path) -> None:
         (["--tag", "sky"], ["a"]),
         (["--matrix", "light=noon"], ["b"]),
         (["--finish-reason", "token_limit"], ["edit"]),
+        (["--finish-reason", "token-limit"], ["edit"]),
         (["--where", "seed = 8", "--task", "t2i"], ["b"]),
         (["--where", "artist = 'Ann'"], ["a"]),
         (["--where", "id = 'gone'", "--removed"], ["gone"]),
@@ -160,7 +161,12 @@ def test_list_of_no_job_is_an_empty_list(invoke: Invoke, folder: Path) -> None:
         (["--format", "parquet"], "expected --output FILE"),
         (["--json", "--format", "csv"], "--json: expected no --format csv"),
         (["--output", "x.json", "--format", "table"], "found table"),
-        (["--status", "finished"], "'finished' is not one of"),
+        (["--status", "finished"], "--status: expected pending, done, failed, held or blocked, fo"),
+        (
+            ["--finish-reason", "limit"],
+            "--finish-reason: expected complete, token_limit, max_images, stopped_empty or "
+            "unfinished_thought, found 'limit'",
+        ),
     ],
 )
 def test_what_cannot_be_listed_is_said_at_once(

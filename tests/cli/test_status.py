@@ -193,6 +193,7 @@ def test_truncated_texts_are_counted(invoke: Invoke, manifest: Path) -> None:
     manifest.write_text(manifest.read_text().replace("a line", "a line that is cut"))
     ended = invoke("run", manifest)
     assert "1 text truncated (1 token_limit); --fail-truncated fails such jobs" in ended.err
+    assert "sensebatch jobs outputs/small --finish-reason token_limit lists them\n" in ended.err
     assert "  texts  1 text truncated (1 token_limit)\n" in invoke("status", "outputs/small").out
     assert invoke("status", "outputs/small", "--json").json["truncated"] == {"token_limit": 1}
     assert "finish reasons  complete=4  token_limit=1" in invoke("report", "outputs/small").out

@@ -146,13 +146,13 @@ def test_closed_standard_error_is_not_a_file_of_the_run(tmp_path: Path, closed: 
         ),
         (
             ["run", "MANIFEST", "--lora-path", ""],
-            "sensebatch: Invalid value for '--lora-path': exp",
+            "sensebatch: --lora-path: expected a path",
         ),
         (
             ["run", "MANIFEST", "--system-prompt-file", ""],
-            "sensebatch: Invalid value for '--system",
+            "sensebatch: --system-prompt-file: expected a path",
         ),
-        (["run", "MANIFEST", "--device", "tpu"], "sensebatch: Invalid value for '--device'"),
+        (["run", "MANIFEST", "--device", "tpu"], "sensebatch: --device: expected auto, cuda"),
         (["t2i", "--prompt", "a", "--num-steps", "0"], "sensebatch: --num-steps: "),
         (["manifest", "validate", "none.yaml"], "none.yaml: manifest: "),
         (["plan", "none.yaml"], "none.yaml: manifest: "),
