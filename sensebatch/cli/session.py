@@ -93,6 +93,9 @@ def settled(workers: WorkersConfig | None) -> WorkersConfig | None:
         return None
     _settle_allocator()
     _settle_token(workers)
+    # Ray takes the parent of this process for its own, unless it is told otherwise. Where it has
+    # lost its own, it would end a run without a word whose parent has ended, as after a logout.
+    os.environ["RAY_RAYLET_PID"] = str(os.getpid())
     environment = {name: os.environ.get(name) for name in _COMPUTES_ALIKE}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     shown = [gpu for gpu in visible.split(",") if gpu] if workers.cluster is None else []

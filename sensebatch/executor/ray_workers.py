@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -23,7 +24,7 @@ from sensebatch.config import WorkersConfig
 from sensebatch.contract import Raised
 from sensebatch.errors import ConfigError, SensebatchError, WorkersLostError
 from sensebatch.executor.guard import guarded, raise_again
-from sensebatch.executor.messages import Died, Joined, News, Order, Said
+from sensebatch.executor.messages import Died, Drew, Joined, News, Order, Said
 from sensebatch.executor.ray_actor import RayWorker, Recipe
 from sensebatch.executor.ray_start import import_ray, join, new_temp, start_local
 from sensebatch.executor.ray_watch import ClusterWatch
@@ -108,6 +109,8 @@ class RayCrew:
 
     def start(self, worker: int, life: int) -> None:
         """Starts a worker; the cluster says where."""
+        if self._is_cut_off:
+            return
         actor_class = self._ray.remote(
             num_gpus=1 if self._uses_gpu else 0,
             num_cpus=0 if self._uses_gpu else 1,
@@ -117,22 +120,21 @@ class RayCrew:
             max_concurrency=2,
             scheduling_strategy="DEFAULT" if self._uses_gpu else "SPREAD",
         )(RayWorker)
-        try:
+        with suppress(OSError):
             actor = actor_class.remote(worker, self._recipe, max(len(self._numbers), worker + 1))
-        except ConnectionError:
-            return
-        with self._lock:
-            self._actors[worker], self._lives[worker] = actor, life
-            self._places[worker] = 0
-            self._doubted.pop(worker, None)
-        self._ask(worker, life)
+            with self._lock:
+                self._actors[worker], self._lives[worker] = actor, life
+                self._places[worker] = 0
+                self._doubted.pop(worker, None)
+            self._ask(worker, life)
 
     def tell(self, worker: int, order: Order) -> None:
         """Sends an order; nothing comes of it where the worker is dead."""
-        actor, place = self._actors[worker], self._places[worker]
+        actor, place = self._actors.get(worker), self._places.get(worker, 0)
+        if actor is None or self._is_cut_off:
+            return
         self._places[worker] = place + 1
-        # From outside a cluster a lost one is a ConnectionError; the listener says so.
-        with suppress(self._ray.exceptions.RayError, ConnectionError):
+        with suppress(self._ray.exceptions.RayError, OSError):
             actor.tell.remote(place, order)
 
     def end(self, worker: int) -> None:
@@ -142,8 +144,8 @@ class RayCrew:
             self._questions = {
                 ref: asked for ref, asked in self._questions.items() if asked[0] != worker
             }
-        if actor is not None and not self._is_lost:
-            with suppress(self._ray.exceptions.RayError, ConnectionError):
+        if actor is not None and not self._is_cut_off:
+            with suppress(self._ray.exceptions.RayError, OSError):
                 self._ray.kill(actor, no_restart=True)
 
     def close(self) -> None:
@@ -159,6 +161,11 @@ class RayCrew:
         if self._temp is not None:
             shutil.rmtree(self._temp, ignore_errors=True)
 
+    @property
+    def _is_cut_off(self) -> bool:
+        """Whether nothing may be asked of Ray any more; the listener says why."""
+        return self._is_lost or self._watch.has_ended_here
+
     def _live(self) -> None:
         """Starts or joins Ray, and leaves it when the crew is closed."""
         try:
@@ -169,9 +176,9 @@ class RayCrew:
             self._is_connected.set()
         if self._refusal is None:
             self._listen()
-            self._watch.close()
             # Ray ends the process that lets go of an actor or a question while Ray is left.
             self._is_closing.wait()
+            self._watch.close()
         self._ray.shutdown()
 
     def _connect(self) -> None:
@@ -230,7 +237,9 @@ class RayCrew:
     def _pass_on(self) -> None:
         try:
             self._carry_news()
-        except ConnectionError as error:
+        except OSError as error:
+            # Ray says no more than that a line is broken.
+            self._require_cluster()
             lost = "the Ray cluster can no longer be reached"
             raise WorkersLostError(f"{lost}; the same command resumes the run") from error
 
@@ -267,8 +276,10 @@ class RayCrew:
         if asked is None:
             return
         worker, life = asked
+        self._require_cluster()
         try:
-            self._nodes[worker], news = self._ray.get(question)
+            self._nodes[worker], found = self._ray.get(question)
+            news = [_own(one) for one in found]
         except self._ray.exceptions.RayError as error:
             if not self._doubts(worker, life, error):
                 died = self._death(worker, error)
@@ -315,6 +326,18 @@ class RayCrew:
         if self._workers.cluster is not None and self._uses_gpu and self._workers.count is None:
             for worker in range(len(self._numbers), self._watch.num_gpus):
                 self._say(worker, 0, Joined())
+
+
+def _own(news: News) -> News:
+    """Returns news with a copy of its images.
+
+    Those that come lie in Ray's memory. To give them back after Ray has ended here, whenever that
+    would be, ends the process.
+    """
+    if not isinstance(news, Drew):
+        return news
+    drawn = [(index, replace(kept, image=kept.image.copy())) for index, kept in news.drawn]
+    return replace(news, drawn=tuple(drawn))
 
 
 def _take_back_sigterm() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -23,13 +25,19 @@ class Ray:
         self.answers.set()
         self.fails = False
         self.alive = {"driver": True, "other": True}
+        self.socket = "/nowhere"
 
     def nodes(self) -> list[dict[str, Any]]:
         self.answers.wait()
         if self.fails:
             raise ConnectionError("no such head")
         return [
-            {"NodeID": name, "Alive": alive, "Resources": {"CPU": 8.0, "GPU": 2.0}}
+            {
+                "NodeID": name,
+                "Alive": alive,
+                "Resources": {"CPU": 8.0, "GPU": 2.0},
+                "RayletSocketName": self.socket if name == "driver" else "/elsewhere",
+            }
             for name, alive in self.alive.items()
         ]
 
@@ -90,3 +98,19 @@ def test_nodes_are_those_of_now(
 def test_a_run_whose_own_node_has_ended_is_lost(ray: Ray, watch: ClusterWatch) -> None:
     ray.alive["driver"] = False
     assert wait_until_lost(watch) == "Ray has ended on the machine of the run"
+
+
+def test_ray_that_has_ended_here_is_seen_before_its_cluster_knows(ray: Ray) -> None:
+    # Names of sockets are short.
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder, socket.socket(socket.AF_UNIX) as server:
+        ray.socket = f"{folder}/raylet"
+        server.bind(ray.socket)
+        server.listen()
+        watch = ClusterWatch(ray, "driver")
+        process, _ = server.accept()
+        assert not watch.has_ended_here
+        assert watch.lost is None
+        process.close()
+        assert watch.has_ended_here
+        assert watch.lost == "Ray has ended on the machine of the run"
+        watch.close()

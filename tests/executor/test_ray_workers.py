@@ -8,12 +8,14 @@ from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 
 from sensebatch.config import OutputConfig, WorkersConfig
+from sensebatch.contract import KeptImage
 from sensebatch.errors import ConfigError, WorkersLostError
 from sensebatch.executor import ray_workers
-from sensebatch.executor.messages import Began, Died, Joined, News, Said
+from sensebatch.executor.messages import Began, Died, Drew, Joined, News, Said, StopWork
 from sensebatch.executor.ray_actor import Recipe
 from sensebatch.executor.ray_watch import ClusterWatch
 from sensebatch.executor.ray_workers import RayCrew
@@ -160,6 +162,55 @@ def test_no_worker_is_started_again_once_ray_has_ended_here(
     with pytest.raises(WorkersLostError, match="Ray has ended on the machine of the run"):
         heard(crew, exceptions.ActorDiedError())
     assert crew._events.empty()
+
+
+def test_nothing_large_is_moved_once_ray_has_ended_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Ray()
+    crew = new_crew(ray, monkeypatch)
+    monkeypatch.setattr(ClusterWatch, "has_ended_here", True)
+    for name in ("get", "kill", "remote"):
+        monkeypatch.setattr(ray, name, ended_process, raising=False)
+    crew._actors[0].tell = SimpleNamespace(remote=ended_process)
+    crew.tell(0, StopWork())
+    crew.start(0, 2)
+    crew._questions["question"] = (0, 1)
+    with pytest.raises(WorkersLostError, match="Ray has ended on the machine of the run"):
+        crew._take_answer("question")
+    crew.end(0)
+
+
+def ended_process(*_: object, **__: object) -> None:
+    raise AssertionError("Ray would have ended the process")
+
+
+def test_a_broken_line_to_ray_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Ray()
+    crew = new_crew(ray, monkeypatch)
+
+    def wait(*_: object, **__: object) -> None:
+        monkeypatch.setattr(ClusterWatch, "has_ended_here", True)
+        raise OSError("Broken pipe")
+
+    monkeypatch.setattr(ray, "wait", wait, raising=False)
+    crew._questions["question"] = (0, 1)
+    crew._listen()
+    said = crew._events.get()
+    assert not isinstance(said, Said)
+    with pytest.raises(WorkersLostError, match="Ray has ended on the machine of the run; the same"):
+        said()
+
+
+def test_images_that_are_passed_on_are_no_longer_in_the_memory_of_ray(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    of_ray = np.ones((3, 2, 2), np.float32)
+    drew = Drew(number=1, drawn=((0, KeptImage(image=of_ray, tokens=(1,))),))
+    (found,) = heard(new_crew(Ray(), monkeypatch), ("here", [drew]))
+    assert isinstance(found, Drew)
+    ((index, kept),) = found.drawn
+    assert (index, kept.tokens) == (0, (1,))
+    assert np.array_equal(kept.image, of_ray)
+    assert not np.shares_memory(kept.image, of_ray)
 
 
 def test_a_worker_that_stays_out_of_reach_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
