@@ -48,15 +48,18 @@ def prompt_of(fields: JobFields, errors: RowErrors, *, task: Task) -> str:
 
     A question is the last one of its conversation; see `history_of`.
     """
+    asked = [turn.value for turn in fields.conversations or () if turn.speaker in _ASKING]
     if fields.prompt is not None:
         name, prompt = "prompt", fields.prompt
         if fields.question is not None:
             errors.add("question", "expected either prompt or question, found both")
     elif fields.question is not None:
         name, prompt = "question", fields.question
+        if asked:
+            # Upstream has prompts beside conversations, and no questions.
+            errors.add("conversations", "expected either question or conversations, found both")
     elif fields.conversations is not None:
         name = "conversations"
-        asked = [turn.value for turn in fields.conversations if turn.speaker in _ASKING]
         if not asked or (len(asked) > 1 and "history" in FOREIGN_FIELDS[task]):
             errors.add(name, f"expected one turn from 'human' or 'user', found {len(asked)}")
             return ""

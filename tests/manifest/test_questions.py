@@ -129,6 +129,9 @@ def test_a_conversation_is_a_question_with_those_before_it(
     # What follows the last question is an answer to it, which is not read.
     (answered,) = read_rows(row | {"conversations": [*turns, {"from": "gpt", "value": "Yes."}]})
     assert answered.history == job.history
+    # A system turn is no question.
+    (told,) = read_rows(row | {"conversations": turns[:1], "question": "<image><image>"})
+    assert (told.prompt, told.system_prompt) == ("<image><image>", "Be brief.")
     # A prompt of its own wins, as ever.
     (own,) = read_rows(row | {"conversations": turns, "prompt": "<image><image>"})
     assert own.history == ()
@@ -149,6 +152,7 @@ def test_mistakes_in_conversations_are_named(mistakes: Mistakes, draw_input: Any
         {"task": "t2i", "prompt": "a", "history": [], "choices": []},
         row | {"history": [{"question": "", "answer": ""}]},
         row | {"history": [exchange | {"questoin": "What?"}]},
+        row | {"conversations": two},
     )
     assert found == [
         "line 1: conversations: expected one answer after each question but the last",
@@ -163,6 +167,7 @@ def test_mistakes_in_conversations_are_named(mistakes: Mistakes, draw_input: Any
         "line 8: history[0].question: expected text, found ''",
         "line 9: history[0].questoin: expected a known field, found 'questoin'; did you mean "
         "'question'?",
+        "line 10: conversations: expected either question or conversations, found both",
     ]
 
 
