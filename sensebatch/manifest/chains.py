@@ -5,9 +5,11 @@ Knows of every job with an id of its own what it makes, and nothing else of it.
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import re
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -17,12 +19,14 @@ from sensebatch.jobs import InputImage, Job
 from sensebatch.manifest.expand import filled, image_references, placeholders
 from sensebatch.manifest.fields import IMAGE_FIELDS
 from sensebatch.manifest.ids import slug, with_suffixes
-from sensebatch.manifest.problems import found, suggestion
+from sensebatch.manifest.problems import ALIKE, found
 from sensebatch.resolutions import Resolution
 
 _REFERENCE = re.compile(r"@([^/]+)(?:/([0-9]{1,4}))?")
 _MAX_SUGGESTED = 10_000
 """Ids among which a similar one is looked for."""
+_SHORT = 4
+"""Characters of an id that one letter more or less changes a lot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +41,6 @@ class _Made:
 
 _made = lru_cache(maxsize=4096)(_Made)
 """Most jobs make the same as others, which becomes one object."""
-
-
-class UnknownJobError(UnusableImageError):
-    """A name that no job read so far has; one that comes later may."""
 
 
 class Outputs:
@@ -67,12 +67,9 @@ class Outputs:
         if IMAGE_FIELDS.isdisjoint(fields):
             return False
         for _, reference in image_references(fields):
-            try:
-                self.image(reference, axes)
-            except UnknownJobError:
-                return True
-            except UnusableImageError:
-                pass
+            with suppress(UnusableImageError):
+                if self._named(reference, axes)[0] is None:
+                    return True
         return False
 
     def image(self, reference: str, axes: Mapping[str, Any]) -> InputImage:
@@ -85,18 +82,14 @@ class Outputs:
                 others of its row.
 
         Raises:
-            UnknownJobError: No job read so far has the name.
-            UnusableImageError: It is not a reference, or the job does not make the image.
+            UnusableImageError: It is not a reference, no job read so far has the name, or the job
+                does not make the image.
         """
-        candidates, index = parse(reference, axes)
-        job_id = next((one for one in candidates if one in self._made), None)
+        job_id, index = self._named(reference, axes)
         if job_id is None:
-            hint = ""
-            if len(self._made) <= _MAX_SUGGESTED:
-                hint = suggestion(candidates[0], self._made)
-            raise UnknownJobError(
-                f"expected @ and the id of another job, found {found(reference)}{hint}; a file of "
-                f"this name is written ./{reference}"
+            raise UnusableImageError(
+                f"expected @ and the id of another job, found {found(reference)}; "
+                f"{self._advice(reference, axes)}"
             )
         made = self._made[job_id]
         if made.size is None or index >= made.num_images:
@@ -107,17 +100,47 @@ class Outputs:
                 f"{found(reference)}{counted}"
             )
         return InputImage(
-            path=f"@{job_id}/{index}" if index else f"@{job_id}",
+            path=reference_to(job_id, index),
             sha256="",
             height=made.size.height,
             width=made.size.width,
             output=(job_id, index),
         )
 
+    def _named(self, reference: str, axes: Mapping[str, Any]) -> tuple[str | None, int]:
+        """Returns the id of the job that a reference names and the image's index.
+
+        The id is None where no job read so far has the name; one that comes later may.
+        """
+        candidates, index = parse(reference, axes)
+        return next((one for one in candidates if one in self._made), None), index
+
+    def _advice(self, reference: str, axes: Mapping[str, Any]) -> str:
+        """Returns what a reference that names no job may mean."""
+        candidates, index = parse(reference, axes)
+        meant = self._meant(candidates[0])
+        if meant is None:
+            return f"a file of this name is written ./{reference}"
+        return f"did you mean {found(reference_to(meant, index))}?"
+
+    def _meant(self, name: str) -> str | None:
+        """Returns the id of which an unknown one is a typo, or the first of its row."""
+        if len(self._made) > _MAX_SUGGESTED:
+            return None
+        of_row = (one for one in self._made if one.startswith(f"{name}-") and "=" in one)
+        folded = (one for one in self._made if one.casefold() == name.casefold())
+        close = difflib.get_close_matches(name, self._made, n=1, cutoff=_alike(name))
+        return next(itertools.chain(folded, of_row, close), None)
+
     def level(self, images: Sequence[InputImage]) -> int:
         """Returns how many jobs have to be done, one after the other, before these are there."""
         levels = (self._made[image.output[0]].level + 1 for image in images if image.output)
         return max(levels, default=0)
+
+
+def reference_to(job_id: str, index: int) -> str:
+    """Returns how manifests name an image of a job."""
+    return f"@{job_id}/{index}" if index else f"@{job_id}"
 
 
 def parse(reference: str, axes: Mapping[str, Any]) -> tuple[list[str], int]:
@@ -149,6 +172,11 @@ def parse(reference: str, axes: Mapping[str, Any]) -> tuple[list[str], int]:
         for names in itertools.combinations(unused, count)
     ]
     return [plain, *suffixes], index
+
+
+def _alike(name: str) -> float:
+    """Returns how similar an id must be, from 0 to 1, for a name to be a typo of it."""
+    return 0.6 if len(name) <= _SHORT else ALIKE
 
 
 def cycle(start: str, waits_for: Mapping[str, Sequence[str]]) -> list[str]:

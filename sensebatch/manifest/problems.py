@@ -35,7 +35,7 @@ _BRANCHES = frozenset(["<path>", "<struct>", "<list>", "<number>", "<word>", "<c
 Location = tuple[str | int, ...]
 """A field and a path inside it: `("images", 1)`."""
 
-_ALIKE = 0.75
+ALIKE = 0.75
 """How similar two names must be, from 0 to 1, for one to be a typo of the other."""
 
 _INSTEAD = {
@@ -167,7 +167,7 @@ def found(value: object) -> str:
 
 def suggestion(name: str, known: Iterable[str]) -> str:
     """Returns `; did you mean 'x'?`; empty if no known name is close enough."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=_ALIKE)
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=ALIKE)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
@@ -190,7 +190,7 @@ def _meant(name: str, known: Iterable[str]) -> list[str]:
     """Returns the field that an unknown name probably stands for, if there is one."""
     if name.lower() in _INSTEAD:
         return [_INSTEAD[name.lower()]]
-    return difflib.get_close_matches(name, list(known), n=1, cutoff=_ALIKE)
+    return difflib.get_close_matches(name, list(known), n=1, cutoff=ALIKE)
 
 
 def _worded(record: Any, known: Iterable[str]) -> tuple[Location, str]:

@@ -142,7 +142,36 @@ def mistakes(tmp_path: Path, jobs: str) -> list[str]:
     image: "@harbor"
 """,
             "line 6: image: expected @ and the id of another job, found '@harbor'; did you mean "
-            "'harbour'?; a file of this name is written ./@harbor",
+            "'@harbour'?",
+        ),
+        (
+            """  - {id: a, prompt: a dot}
+  - {id: x, prompt: make it red, image: "@aa"}
+""",
+            "line 4: image: expected @ and the id of another job, found '@aa'; did you mean '@a'?",
+        ),
+        (
+            """  - {id: Tale, task: interleave, prompt: tell, max_images: 2}
+  - {id: tales-of-men, prompt: a dot}
+  - {id: x, prompt: make it red, image: "@tale/1"}
+""",
+            "line 5: image: expected @ and the id of another job, found '@tale/1'; did you mean "
+            "'@Tale/1'?",
+        ),
+        (
+            """  - {id: ships, prompt: a dot}
+  - {id: ship, prompt: a dot, seeds: [5, 6]}
+  - {id: x, prompt: make it red, image: "@ship"}
+""",
+            "line 5: image: expected @ and the id of another job, found '@ship'; did you mean "
+            "'@ship-seed=5'?",
+        ),
+        (
+            """  - {id: a, prompt: a dot}
+  - {id: x, prompt: make it red, image: "@photo.png"}
+""",
+            "line 4: image: expected @ and the id of another job, found '@photo.png'; a file of "
+            "this name is written ./@photo.png",
         ),
         (
             """  - {id: a, prompt: a dot}
