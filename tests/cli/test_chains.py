@@ -106,7 +106,7 @@ jobs:
         Path("outputs/tries/summary.txt").read_text(),
         invoke("report", "outputs/tries").out,
     ):
-        assert "  a                  1/1       1      100%\n" in text
+        assert "  a                  1/1       1       100%\n" in text
     assert invoke("report", "outputs/tries", "--json").json["acceptance"][0]["judged"] == 1
 
 
