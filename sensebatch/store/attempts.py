@@ -35,14 +35,14 @@ class Attempt:
     """
 
     run: str
-    """The run folder's id: 12 hex digits, drawn when the folder was made."""
+    """The run folder's id: 12 random hex digits, made with the folder."""
     session: Int32
     """Number of the process that made the row, in this folder, from 1."""
     worker: Int32 | None
-    """Number of the worker that the job was given to, from 0; 0 for a run with one engine. Null in
-    rows of functions, which run beside the workers, and of versions that had no workers."""
+    """Number of the worker that did the job, from 0; 0 for a run with one engine. Null in rows of
+    functions, which run outside the workers, and of versions that had no workers."""
     node: str | None
-    """Name of the host that the worker ran on; likewise."""
+    """Name of the host that the worker ran on. Null where `worker` is."""
     job_id: str
     """The job's id in the manifest."""
     key: str
@@ -56,9 +56,9 @@ class Attempt:
     error_type: str | None = None
     """Type of the error of a failed attempt; else null."""
     error_message: str | None = None
-    """Its message; else null."""
+    """Message of that error; else null."""
     error_file: str | None = None
-    """Path, in the folder, of its traceback; else null."""
+    """Path, in the folder, of the traceback; else null."""
     finish_reason: str | None = None
     """Why the job's text ended: `complete`, `token_limit` (cut at `max_think_tokens` or
     `max_new_tokens`), `max_images` (the job has all images it may have), `stopped_empty` (a story
@@ -72,9 +72,9 @@ class Attempt:
     seed: int
     """Seed of the job's noise."""
     width: Int32 | None
-    """Pixels, of every image the job makes; null if it makes none."""
+    """Width in pixels of every image the job makes; null if it makes none."""
     height: Int32 | None
-    """Pixels; likewise."""
+    """Height in pixels of every image the job makes; null if it makes none."""
     num_steps: Int32
     """Steps for one image."""
     cfg_scale: float
@@ -88,46 +88,48 @@ class Attempt:
     timestep_shift: float
     """Shift of the timestep schedule."""
     solver: str | None = None
-    """`euler`, `ab2` or `dpm2m`; null in rows of versions that had Euler's steps alone."""
+    """`euler`, `ab2` or `dpm2m`; null in rows of versions that had only Euler's steps."""
     timesteps: tuple[float, ...] | None = None
-    """The timesteps between 0 and 1, where they are given in place of a shift; else empty, and null
-    in rows of versions that did not have them."""
+    """The timesteps between 0 and 1, if they were given instead of a shift; else empty, and null in
+    rows of versions without it."""
     guidance_stride: Int32 | None = None
-    """Guidance was evaluated in every so many of its steps; null likewise."""
+    """Guidance was evaluated in every n-th of its steps; null in rows of versions without it."""
     layer_stride: Int32 | None = None
-    """Every layer was evaluated in every so many steps; null likewise."""
+    """Every layer was evaluated in every n-th step; null in rows of versions without it."""
     think: bool
     """Whether the model thinks before it draws or answers."""
     choices: tuple[str, ...] | None = None
-    """Answers that a question may have; empty if it is answered freely, null for other tasks."""
+    """The answers that a question allows; empty if it is answered freely, null for other tasks."""
     function: str | None = None
-    """The function of the user's that answered in place of the model, `module:function`
-    (manifest.md#functions-of-your-own); null for everything else."""
+    """The function of yours that answered instead of the model, `module:function`
+    (manifest.md#functions-of-your-own); else null."""
     do_sample: bool | None = None
     """Whether the tokens of an answer are drawn at random; null for other tasks."""
     temperature: float | None = None
-    """What logits are divided by where tokens are drawn; likewise."""
+    """What logits are divided by before a token is drawn; null for other tasks."""
     top_p: float | None = None
-    """Probability of the tokens that are drawn from; likewise."""
+    """Total probability of the tokens that are drawn from; null for other tasks."""
     top_k: Int32 | None = None
-    """Most tokens that are drawn from, 0 for all; likewise."""
+    """How many of the most probable tokens are drawn from, 0 for all; null for other tasks."""
     repetition_penalty: float | None = None
-    """How much less probable tokens become that the answer has; likewise."""
+    """How much less probable the tokens become that the answer already has; null for other
+    tasks."""
     num_input_images: Int32
-    """Input images of the job."""
+    """Number of input images of the job."""
     input_image_paths: tuple[str, ...] | None = None
-    """Their paths, as the manifest led to them; `FILE#ROW/COLUMN/INDEX` for one inside a Parquet
-    manifest. Null in rows of versions that did not record them."""
+    """Paths of the input images, as the manifest led to them; `FILE#ROW/COLUMN/INDEX` for one
+    inside a Parquet manifest. Null in rows of versions that did not record them."""
     input_image_sha256: tuple[str, ...] | None = None
-    """SHA-256 of each of their files; likewise."""
+    """SHA-256 of the file of each input image. Null in rows of versions that did not record it."""
     num_images: Int32 = 0
-    """Images the attempt made; 0 if it failed."""
+    """Number of images the attempt made; 0 if it failed."""
     image_tokens: int = 0
     """Image tokens (squares of 32 by 32 pixels) of these images."""
     think_tokens: int = 0
-    """Tokens of the thoughts of a t2i, edit or ask job, also if the job failed afterwards."""
+    """Tokens of the thoughts of a t2i, edit or ask job, even if the job failed afterwards."""
     text_tokens: int = 0
-    """Tokens of the text of an interleave job, its thoughts included, or of an answer; likewise."""
+    """Tokens of the text of an interleave job, its thoughts included, or of an answer, even if the
+    job failed afterwards."""
     batch_id: str | None = None
     """Hash (16 hex digits) of the keys of the batch's jobs in their order; null if the job failed
     before a batch began."""
@@ -136,7 +138,7 @@ class Attempt:
     shared_figures: bool = False
     """Whether the columns marked *batch* are figures of several jobs together. The same figures
     then stand in the row of each of these jobs: count them once for each (`session`, `batch_id`,
-    `started_at`), never sum them over rows."""
+    `started_at`), and never sum them over rows."""
     queue_s: float
     """Seconds from the start of the session's run to the start of the batch. *Batch.*"""
     load_s: float
@@ -183,8 +185,8 @@ class Attempt:
     """Most device memory reserved during the batch; 0 on a CPU. *Batch.*"""
     peak_rss_bytes: int
     """Most host memory the worker's process had held resident by the time of the row, the pages of
-    mapped files (libraries) included. Weights are read, not mapped, so the page cache of the
-    checkpoint's files is not part of it."""
+    mapped files (libraries) included. The page cache of the checkpoint's files is not part of
+    it."""
     load_peak_allocated_bytes: int
     """Most device memory allocated while the model was loaded."""
     load_peak_reserved_bytes: int
@@ -214,10 +216,10 @@ class Attempt:
     model: str
     """The checkpoint, as the user named it."""
     model_license: str | None = None
-    """The licence that its model card names; null where it names none, and in rows of versions that
+    """The licence that the model card names; null if it names none, and in rows of versions that
     did not record it."""
     checkpoint: str
-    """Fingerprint of its tensors, configuration and tokenizer."""
+    """Fingerprint of the checkpoint's tensors, configuration and tokenizer."""
     lora: str | None
     """Fingerprint of the merged LoRA; null without one."""
     system_prompt_source: str
@@ -225,7 +227,7 @@ class Attempt:
     image_paths: tuple[str, ...] = ()
     """Paths of the images, in the folder, in the order drawn."""
     image_sha256: tuple[str, ...] = ()
-    """SHA-256 of each of these files."""
+    """SHA-256 of each of the images' files."""
     dropped: bool | None = None
     """True if the files were removed after the image was rejected (`--drop-rejected`); else
     null."""
@@ -235,17 +237,17 @@ class Attempt:
     text_path: str | None = None
     """Path of the think or interleave text or of the answer; null without one."""
     text_sha256: str | None = None
-    """SHA-256 of that file."""
+    """SHA-256 of the text's file."""
     text_chars: Int32 | None = None
-    """Characters of that text; null without one, and in rows of versions that did not record it."""
+    """Characters of the text; null without one, and in rows of versions that did not record it."""
     answer: str | None = None
     """The answer to a question, without thoughts; null for other tasks."""
     choice_probabilities: tuple[float, ...] | None = None
-    """Probability of each of `choices` among them: they sum to 1. Empty without choices, null in
-    rows of versions that had none."""
+    """Probability of each of `choices`; they sum to 1. Empty without choices, null in rows of
+    versions that had none."""
     choice_log_probabilities: tuple[float, ...] | None = None
     """Logarithm of the probability that the model itself gives each of `choices`
-    (manifest.md#questions), -1000 for a function's score of 0; likewise."""
+    (manifest.md#questions), -1000 for a function's score of 0. Empty or null as above."""
     started_at: datetime
     """UTC, when the batch began."""
     finished_at: datetime
@@ -253,7 +255,7 @@ class Attempt:
     source_file: str
     """The manifest, as the user named it."""
     source_row: str
-    """Line or row of the job in it."""
+    """Line or row of the job in the manifest."""
     metadata: str
     """The job's tags and metadata, as a JSON object."""
     matrix: str | None = None
@@ -262,7 +264,7 @@ class Attempt:
 
     @property
     def is_truncated(self) -> bool:
-        """Whether it failed because its text is truncated, which would only come again."""
+        """Whether it failed because its text is truncated, which no attempt would change."""
         return self.status == FAILED and self.finish_reason is not None
 
     @property
@@ -284,7 +286,7 @@ class Marks:
     versions that did not mark rows."""
     in_manifest: bool | None
     """Whether the job is still in the manifests. If not, its files are still there
-    (`sensebatch prune` removes them). Null likewise."""
+    (`sensebatch prune` removes them). Null in logs of versions that did not mark rows."""
 
 
 def attempt_to_json(attempt: Attempt) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,7 +22,7 @@ START = "| Column | Type | Meaning |\n| --- | --- | --- |\n"
 def table(*rows: type) -> str:
     """Returns the columns that dataclasses declare as a Markdown table."""
     lines = [
-        f"| `{field.name}` | {_word(field.type)} | {field_texts(row)[field.name]} |\n"
+        f"| `{field.name}` | {_word(field.type)} | {_linked(field_texts(row)[field.name])} |\n"
         for row in rows
         for field in arrow_schema(row)
     ]
@@ -47,6 +48,11 @@ def written(document: str) -> str:
     start = document.index("| Column |")
     end = document.index("|\n\n", start) + 2 if "|\n\n" in document[start:] else len(document)
     return document[:start] + table(Attempt, Marks) + document[end:]
+
+
+def _linked(text: str) -> str:
+    """Returns a text with links to the pages of docs/ that it names."""
+    return re.sub(r"\b(\w+\.md)(#[\w-]+)?", r"[\1](\1\2)", text)
 
 
 def _word(kind: pa.DataType) -> str:
