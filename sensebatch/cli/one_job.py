@@ -13,7 +13,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from sensebatch.cli.answers import answer_json, answer_text, chances_line, write_answers
+from sensebatch.cli.answers import (
+    ANSWERS_FILE,
+    answer_json,
+    answer_text,
+    chances_line,
+    write_answers,
+)
 from sensebatch.cli.compare import compose
 from sensebatch.cli.job_options import JobOptions
 from sensebatch.cli.messages import show_anyway
@@ -207,7 +213,9 @@ def _run_jsonl(command: Command, path: Path, voice: Voice) -> _Made:
         for finished in finished_jobs(root) if job.compare or job.print_think else ():
             written |= _extras(job, finished, root / "compare" / f"{finished.job.id}.png", voice)
         if task.spec.output is Output.TEXT:
-            written[write_answers(root, finished_jobs(root), path)] = True
+            before = sha256_of(root / ANSWERS_FILE)
+            answers = write_answers(root, finished_jobs(root), path)
+            written[answers] = sha256_of(answers) != before
     return _Made(root=root, summary=summary, files=written)
 
 
@@ -241,13 +249,18 @@ def _only_job(command: Command, stem: str | None, config: RunConfig, voice: Voic
         "system_prompt": command.job.system_prompt,
     }
     source = Source(file="command line", row=f"sensebatch {command.task.value}")
+
+    def complaint(problem: Problem) -> str:
+        is_question = problem.field == "prompt" and command.question is not None
+        return _complaint(replace(problem, field="question") if is_question else problem)
+
     try:
         fields = {**command.fields, **own}
         return job_from_fields(
-            fields, config, source=source, warn=lambda problem: voice.warn(_complaint(problem))
+            fields, config, source=source, warn=lambda problem: voice.warn(complaint(problem))
         )
     except ManifestError as error:
-        raise ConfigError("\n".join(_complaint(problem) for problem in error.problems)) from None
+        raise ConfigError("\n".join(map(complaint, error.problems))) from None
 
 
 def _refuse_to_replace_inputs(job: Job, folder: Path, is_of_job: Callable[[Path], bool]) -> None:

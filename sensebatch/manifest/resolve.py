@@ -396,7 +396,8 @@ def _check_marks(
         message = f"expected an {IMAGE_MARK} mark for each image of a conversation, found "
         errors.add("history" if fields.history else "conversations", message + found_images)
     if num_marks > num_images:
-        name = "prompt" if fields.question is None else "question"
+        names = ("prompt", "question", "conversations")
+        name = next(name for name in names if fields.given(name) is not None)
         errors.add(name, f"expected at most one {IMAGE_MARK} mark per image, found {found_images}")
 
 

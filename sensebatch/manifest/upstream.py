@@ -61,7 +61,8 @@ def prompt_of(fields: JobFields, errors: RowErrors, *, task: Task) -> str:
     elif fields.conversations is not None:
         name = "conversations"
         if not asked or (len(asked) > 1 and "history" in FOREIGN_FIELDS[task]):
-            errors.add(name, f"expected one turn from 'human' or 'user', found {len(asked)}")
+            hint = f"; {Task.ASK} jobs alone take earlier turns" if asked else ""
+            errors.add(name, f"expected one turn from 'human' or 'user', found {len(asked)}{hint}")
             return ""
         prompt = asked[-1]
     else:
@@ -89,7 +90,9 @@ def history_of(fields: JobFields, errors: RowErrors, *, task: Task) -> tuple[tup
         turn.speaker in _ASKING for turn in answered
     )
     if not is_in_turn or len(asked) != len(answered):
-        errors.add("conversations", "expected one answer after each question but the last")
+        speakers = ", ".join(turn.speaker for turn in turns)
+        message = f"expected one answer after each question but the last, found {speakers}"
+        errors.add("conversations", message)
         return given
     pairs = zip(asked, answered, strict=True)
     before = tuple((question.value, answer.value) for question, answer in pairs)

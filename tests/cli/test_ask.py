@@ -70,6 +70,9 @@ def test_upstreams_file_of_questions_gives_upstreams_file_of_answers(
     log = {row["job_id"]: row for row in pq.read_table("out/log.parquet").to_pylist()}
     assert log["a"]["answer"] == first["answer"]
     assert (log["a"]["choices"], log["a"]["choice_probabilities"]) == ([], [])
+    assert "wrote out/answers.jsonl\n" in ended.err
+    again = invoke("ask", "--jsonl", "vqa.jsonl", "--output_dir", "out")
+    assert "unchanged: out/answers.jsonl, which was there already\n" in again.err
     asked = log[third["id"]]
     assert (asked["task"], asked["choices"]) == ("ask", ["yes", "no"])
     assert asked["choice_log_probabilities"] == [-1.0, -2.0]
@@ -103,6 +106,8 @@ def test_choices_show_how_probable_they_are(invoke: Invoke) -> None:
         (["--question", "x", "--choices", "yes"], "--choices: expected two or more, found 'yes'"),
         (["--question", "x", "--jsonl", "a"], "--question: cannot be combined with --jsonl"),
         (["--question", "x", "--num-steps", "2"], "found --num-steps"),
+        (["--question", ""], "--question: expected text, found ''"),
+        (["--prompt", ""], "--prompt: expected text, found ''"),
     ],
 )
 def test_a_wrong_command_line_says_what_is_wrong(

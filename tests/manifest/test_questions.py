@@ -155,8 +155,10 @@ def test_mistakes_in_conversations_are_named(mistakes: Mistakes, draw_input: Any
         row | {"conversations": two},
     )
     assert found == [
-        "line 1: conversations: expected one answer after each question but the last",
-        "line 2: conversations: expected one turn from 'human' or 'user', found 2",
+        "line 1: conversations: expected one answer after each question but the last, found human, "
+        "human",
+        "line 2: conversations: expected one turn from 'human' or 'user', found 2; ask jobs alone "
+        "take earlier turns",
         "line 3: history: expected an <image> mark for each image of a conversation, found 0 "
         "marks and 1 image",
         "line 4: question: expected at most one <image> mark per image, found 1 mark and 0 images",

@@ -78,10 +78,19 @@ def test_upstream_rows_are_read_as_they_are(
 
 def test_a_conversation_needs_one_question(mistakes: Mistakes) -> None:
     turn = {"from": "human", "value": "a"}
-    found = mistakes({"conversations": [turn, turn]}, {"conversations": [{"from": "user"}]})
+    found = mistakes(
+        {"conversations": [turn, turn]},
+        {"conversations": [{"from": "user"}]},
+        {"conversations": [{"from": "gpt", "value": "a"}]},
+        {"conversations": [turn | {"value": "<image>?"}]},
+    )
     assert found == [
-        "line 1: conversations: expected one turn from 'human' or 'user', found 2",
+        "line 1: conversations: expected one turn from 'human' or 'user', found 2; ask jobs alone "
+        "take earlier turns",
         "line 2: conversations[0].value: expected a value, found nothing",
+        "line 3: conversations: expected one turn from 'human' or 'user', found 0",
+        "line 4: conversations: expected at most one <image> mark per image, found 1 mark and 0 "
+        "images",
     ]
 
 
