@@ -535,7 +535,7 @@ def expected(error: ErrorDetails) -> str | None:
 def _existing(values: object, path: Iterable[str | int]) -> Iterator[str | int]:
     """Yields the parts of a place that are in the data; pydantic appends names of its own."""
     for part in path:
-        if isinstance(values, list) and isinstance(part, int) and part < len(values):
+        if isinstance(values, list | tuple) and isinstance(part, int) and part < len(values):
             values = values[part]
         elif isinstance(values, Mapping) and part == 0:
             # The only one, without brackets.
