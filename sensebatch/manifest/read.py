@@ -568,7 +568,8 @@ def _unreadable(error: OSError) -> str:
     """Returns what is wrong with a file that cannot be read."""
     if isinstance(error, UnreadableFileError):
         return str(error)
-    return f"expected a readable file: {error.strerror or error}"
+    # The messages of Arrow have several lines.
+    return f"expected a readable file: {' '.join((error.strerror or str(error)).split())}"
 
 
 def _name(path: Path, problems: ProblemList) -> str:

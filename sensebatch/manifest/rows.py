@@ -41,9 +41,9 @@ class ManifestRows:
 def given(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of a row without nulls, the same from every format.
 
-    Tables hold whole numbers as 7.0, mappings as JSON text, and missing images as structs of nulls.
-    Two nulls stay: that of `input_max_pixels` becomes a word, and that of an image may mean one
-    that should be there.
+    Tables hold whole numbers as 7.0, mappings as JSON text, and missing images and checks as
+    structs of nulls. Two nulls stay: that of `input_max_pixels` becomes a word, and that of an
+    image may mean one that should be there.
     """
     fields: dict[str, Any] = {}
     for name, value in mapping.items():
@@ -59,6 +59,8 @@ def _alike(name: str, value: Any) -> Any:
     """Returns a field's value in the types of our own manifests."""
     if name in IMAGE_FIELDS:
         return _image(value)
+    if name == "accept":
+        return _checks(value)
     if name == "id":
         value = _whole(value)
         return str(value) if type(value) is int else value
@@ -100,6 +102,15 @@ def _mapping(value: Any) -> Any:
     except ValueError:
         return value
     return loaded if isinstance(loaded, dict) else value
+
+
+def _checks(value: Any) -> Any:
+    """Returns checks without nulls: in a table, those of a row have the names of all rows."""
+    if isinstance(value, list):
+        return [_checks(item) for item in value]
+    if not isinstance(value, dict) or not value:
+        return value
+    return {name: part for name, part in value.items() if part is not None} or None
 
 
 def _image(value: Any) -> Any:

@@ -190,6 +190,18 @@ def test_text_that_is_not_unicode_is_an_error(read_table: ReadTable) -> None:
     assert found.startswith("row 0: metadata: expected a mapping, found")
 
 
+def test_a_damaged_page_is_one_mistake_of_one_line(tmp_path: Path, config: RunConfig) -> None:
+    path = tmp_path / "jobs.parquet"
+    pq.write_table(pa.table({"prompt": ["a", "b"]}), path)
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + b"\xff" * 40 + content[44:])
+    with pytest.raises(ManifestError) as raised:
+        list(read_manifest(path, config))
+    (problem,) = raised.value.problems
+    assert problem.message.startswith("expected a readable file: ")
+    assert problem.message.splitlines() == [problem.message.rstrip()]
+
+
 def test_a_damaged_image_is_named(read_table: ReadTable) -> None:
     image = {"bytes": encoded("PNG")[:200], "path": "a.png"}
     (found,) = mistakes(read_table, {"prompt": ["a"], "images": [[image]]})

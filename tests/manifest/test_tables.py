@@ -233,3 +233,18 @@ def test_more_jobs_of_a_row_than_anyone_can_check_are_refused_at_once(
 ) -> None:
     (found,) = mistakes(read, [{"prompt": "a", **fields}], "jsonl")
     assert found.startswith(f"line 1: {field}: expected at most 1,000,000 jobs of a row, found 2,")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "yaml", "parquet"])
+def test_what_a_check_does_not_say_is_a_null_in_tables(read: Read, kind: str) -> None:
+    check = {"ask": "red?", "choices": ["yes", "no"], "is": "yes"}
+    nothing = dict.fromkeys([*check, "at_least"])
+    rows: list[Row] = [
+        {"id": "a", "prompt": "a", "tries": 1, "accept": [{**check, "at_least": None}]},
+        {"id": "b", "prompt": "b", "tries": 1, "accept": [{**check, "at_least": 0.8}]},
+        {"prompt": "c", "accept": nothing if kind != "parquet" else None},
+    ]
+    plain = [{**rows[0], "accept": [check]}, rows[1], {"prompt": "c"}]
+    jobs = read(rows, kind)
+    assert jobs == read(plain, "jsonl")
+    assert [job.verdict.at_least for job in jobs if job.verdict] == [0.5, 0.8]
