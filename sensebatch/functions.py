@@ -97,7 +97,9 @@ def score(function: str, judge: Judge, image: Any, row: Mapping[str, Any]) -> fl
 def _shown(value: object) -> str:
     if isinstance(value, float) and math.isnan(value):
         return "NaN"
-    return repr(value) if isinstance(value, Real | str) or value is None else type(value).__name__
+    if isinstance(value, str):
+        return found(value)
+    return repr(value) if isinstance(value, Real) or value is None else type(value).__name__
 
 
 def _own_places(function: AcceptFunction) -> list[str]:

@@ -739,11 +739,12 @@ class Failure:
 
     @classmethod
     def of(cls, error: BaseException, *, think_tokens: int = 0, text_tokens: int = 0) -> Failure:
-        """Returns what to keep of an exception."""
+        """Returns what to keep of an exception, even of one whose own text cannot be read."""
+        found = traceback.TracebackException.from_exception(error, compact=True)
         return cls(
             type=type(error).__name__,
-            message=_writable(str(error)),
-            traceback=_writable("".join(traceback.format_exception(error))),
+            message=_writable(str(found)),
+            traceback=_writable("".join(found.format())),
             think_tokens=think_tokens,
             text_tokens=text_tokens,
         )

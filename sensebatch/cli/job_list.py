@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import pyarrow.parquet as pq
 
 from sensebatch.bounded import escaped
-from sensebatch.cli.messages import Output, OutputError, show
+from sensebatch.cli.messages import Output, OutputError, error_text, show
 from sensebatch.cli.tables import FittingTable, print_parts
 from sensebatch.dataset.records import COLUMNS, Dataset, Record
 from sensebatch.dataset.tables import ALL, csv_lines, json_lines, row_of, schema_of
@@ -148,7 +148,7 @@ def _about(record: Record) -> Iterator[str]:
     if not record.in_manifest:
         yield "no longer in the manifest"
     if row is not None and row["status"] == "failed":
-        yield f"{row['error_type']}: {row['error_message'].partition(chr(10))[0]}"
+        yield error_text(row["error_type"], row["error_message"])
         return
     if record.finish_reason not in (None, "complete", "max_images"):
         yield str(record.finish_reason)

@@ -36,6 +36,12 @@ def show(text: str) -> None:
         raise
 
 
+def error_text(kind: str, message: str | None) -> str:
+    """Returns an exception's type and the first line of its message, if it has any."""
+    first = (message or "").partition("\n")[0]
+    return f"{kind}: {first}" if first else kind
+
+
 def listed(head: str, parts: Iterable[str]) -> Iterator[str]:
     """Yields lines of a list that fit the terminal, or 80 columns where there is none.
 

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from sensebatch.cli.eta import RemainingTime
 from sensebatch.cli.lanes import Lane, names, remaining_s
+from sensebatch.cli.messages import error_text
 from sensebatch.cli.signals import FINISHING, StopSignals
 from sensebatch.cli.voice import Level, Voice
 from sensebatch.contract import Progress
@@ -286,9 +287,9 @@ def loaded_line(info: EngineInfo) -> str:
 def failure_line(attempt: Attempt, will_retry: bool) -> str:
     """Returns the line about a failed attempt: job, error, traceback file."""
     what = "failed, will be tried again" if will_retry else "failed"
-    first = (attempt.error_message or "").partition("\n")[0]
+    error = error_text(str(attempt.error_type), attempt.error_message)
     file = f" ({attempt.error_file})" if attempt.error_file else ""
-    return f"{what}: {attempt.job_id}: {attempt.error_type}: {first}{file}"
+    return f"{what}: {attempt.job_id}: {error}{file}"
 
 
 def _bar(completed: int, total: int) -> ProgressBar:

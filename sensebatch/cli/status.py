@@ -132,14 +132,14 @@ def _lines(folder: Path, found: RunStatus) -> Iterator[str]:
 
 
 def _failure_lines(found: RunStatus) -> Iterator[str]:
-    from sensebatch.cli.messages import fitted
+    from sensebatch.cli.messages import error_text, fitted
 
     if found.failures:
         yield "failed jobs, which run --retry-failed tries again:"
     for failure in found.failures[:MAX_FAILURES]:
-        first = failure.error_message.partition("\n")[0]
+        error = error_text(failure.error_type, failure.error_message)
         file = f" ({failure.error_file})" if failure.error_file else ""
-        yield from fitted(f"  {failure.job_id}: {failure.error_type}: {first}{file}")
+        yield from fitted(f"  {failure.job_id}: {error}{file}")
     if len(found.failures) > MAX_FAILURES:
         yield f"  ... and {len(found.failures) - MAX_FAILURES:,} more; --json lists all"
 

@@ -9,7 +9,7 @@ import termios
 
 import pytest
 
-from sensebatch.cli.messages import fitted, say
+from sensebatch.cli.messages import error_text, fitted, say
 
 
 def test_lines_are_broken_between_words_and_paths_stay_whole() -> None:
@@ -24,6 +24,12 @@ def test_lines_are_broken_between_words_and_paths_stay_whole() -> None:
         "    two-three",
         "    four",
     ]
+
+
+def test_an_error_is_one_line_with_its_message_if_it_has_one() -> None:
+    assert error_text("KeyboardInterrupt", "") == error_text("KeyboardInterrupt", None)
+    assert error_text("KeyboardInterrupt", "") == "KeyboardInterrupt"
+    assert error_text("ValueError", "one\ntwo") == "ValueError: one"
 
 
 def test_a_narrow_terminal_gets_lines_that_fit_it(monkeypatch: pytest.MonkeyPatch) -> None:

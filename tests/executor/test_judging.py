@@ -175,6 +175,32 @@ def test_a_function_that_exits_is_one_failed_verdict_as_well(
     assert judged(tmp_path)["cat-seed=43"] is Verdict.ACCEPTED
 
 
+class UnprintableError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (UnprintableError(), "<exception str() failed>"),
+        ("y" * 10**6, "m:own: expected True, False or a number from 0 to 1, found 'yyyy"),
+    ],
+)
+def test_a_verdict_that_fails_says_why_in_a_few_words(
+    found: object, message: str, tmp_path: Path
+) -> None:
+    def own(*_: Any) -> Any:
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    assert run(tmp_path, tries(OWN, tries=2), own=own).summary.counts.failed == 4
+    failed = log_of(tmp_path)["cat-seed=42-m.own"]["error_message"]
+    assert failed.startswith(message)
+    assert len(failed) < 200
+
+
 def test_another_function_judges_again_and_draws_nothing(tmp_path: Path) -> None:
     run(tmp_path, tries(OWN), own=by_seed)
     jobs = [
