@@ -263,10 +263,12 @@ def change_lines(changes: Changes) -> Iterator[str]:
     for count, what in (
         (changes.changed, "with a changed definition, will be run again"),
         (changes.restored, "done before, but files are missing; will be run again"),
+        (changes.undropped, "rejected and removed before, will be drawn again"),
         (
             changes.descendants,
             "that start from images of jobs which will be run again, or were; will be run again",
         ),
+        (changes.held, "changed or without files, will be run again only if needed"),
         (
             changes.returned,
             "with a former definition again, whose files are there; will not be run again",

@@ -93,7 +93,7 @@ _LEFT = {
     DONE: (Verdict.KEPT, "done"),
     FAILED: (Verdict.LEFT, "failed; --retry-failed tries it again"),
     BLOCKED: (Verdict.BLOCKED, "starts from an image of a job that failed"),
-    HELD: (Verdict.HELD, "drawn only if too few others are accepted"),
+    HELD: (Verdict.HELD, "run only if too few others are accepted"),
 }
 """What becomes of jobs that are not run, by their status."""
 

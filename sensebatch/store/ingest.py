@@ -18,7 +18,7 @@ from sensebatch.errors import ManifestError, Problem
 from sensebatch.jobs import Job, ModelIdentity, folded_id, group_key, job_key, parents_of
 from sensebatch.plan.batches import plan_entry
 from sensebatch.store import acceptance, chains, tables
-from sensebatch.store.attempts import DONE, PENDING, digests_of, row_from_json
+from sensebatch.store.attempts import DONE, HELD, PENDING, digests_of, row_from_json
 from sensebatch.store.codec import job_from_json, job_to_json
 from sensebatch.store.files import is_file, sha256_of, storage_errors
 from sensebatch.store.manifests import Reading
@@ -57,6 +57,10 @@ class Changes:
     """Jobs that have a definition again which they were done with, and its files; they are done."""
     descendants: int = 0
     """Done jobs that start from images of jobs which run again; they run again too."""
+    undropped: int = 0
+    """Rejected jobs whose images were removed, and which are wanted now; they are drawn again."""
+    held: int = 0
+    """Jobs that would be counted above and run again only if they are needed."""
     redraw: Redraw | None = None
     """What the model alone makes of done jobs; None if it leaves all as they are."""
     reasons: Mapping[int, str] = field(default_factory=dict, compare=False, repr=False)
@@ -338,22 +342,14 @@ class Ingest:
         if self._jobs != limit:
             self._adopt()
         self._reading.finish(same=self._same, replaced=self._replaced)
-        removed = unread = 0
-        if self._jobs == limit:
-            unread = self._db.execute(
-                "SELECT count(*) FROM jobs WHERE wanted = 1 AND seen <> ?", (self._number,)
-            ).fetchone()[0]
-        else:
-            removed = self._db.execute(
-                "UPDATE jobs SET wanted = 0 WHERE wanted = 1 AND seen <> ?", (self._number,)
-            ).rowcount
+        removed, unread = self._leave_out(limit)
         with storage_errors(root):
             restored = self._without_files(root)
             self._db.executemany(
                 "UPDATE jobs SET status = ?, tries = 0, alone = 0, current = NULL WHERE number = ?",
                 ((PENDING, number) for number in restored),
             )
-            restored += acceptance.draw_dropped(self._db)
+            undropped = acceptance.draw_dropped(self._db)
             returned = self._take_back(root)
             descendants = chains.draw_again(self._db)
             acceptance.hold(self._db)
@@ -363,22 +359,41 @@ class Ingest:
             self._drop_outdated_batches(root)
         self._of_model -= returned.keys()
         self._reasons.update(dict.fromkeys(restored, "a file is missing"))
+        self._reasons.update(dict.fromkeys(undropped, _REMOVED))
         self._reasons.update(dict.fromkeys(descendants, "an image it starts from is made again"))
         is_new = self._is_other or self._number == 1
-        if is_new or removed or restored or returned or descendants:
+        if is_new or removed or restored or undropped or returned or descendants:
             tables.forget_log(self._db)
+        groups = (self._changed - returned.keys(), set(restored), set(undropped), set(descendants))
+        held = self._held() if any(groups) else set()
+        changed, missing, dropped, following = (len(group - held) for group in groups)
         return Changes(
             jobs=self._jobs,
             added=self._added,
-            changed=len(self._changed - returned.keys()),
+            changed=changed,
             removed=removed,
             unread=unread,
-            restored=len(restored),
+            restored=missing,
             returned=len(returned),
             redraw=self._redraw(),
             reasons=self._reasons,
-            descendants=len(descendants),
+            descendants=following,
+            undropped=dropped,
+            held=len(held & set().union(*groups)),
         )
+
+    def _leave_out(self, limit: int | None) -> tuple[int, int]:
+        """Marks jobs that are no longer in the manifests; returns how many, and how many may be."""
+        if self._jobs == limit:
+            query = "SELECT count(*) FROM jobs WHERE wanted = 1 AND seen <> ?"
+            return 0, self._db.execute(query, (self._number,)).fetchone()[0]
+        query = "UPDATE jobs SET wanted = 0 WHERE wanted = 1 AND seen <> ?"
+        return self._db.execute(query, (self._number,)).rowcount, 0
+
+    def _held(self) -> set[int]:
+        """Returns the jobs that run only if they are needed."""
+        query = "SELECT number FROM jobs WHERE seen = ? AND status = ?"
+        return {number for (number,) in self._db.execute(query, (self._number, HELD))}
 
     def _adopt(self) -> None:
         """Gives jobs that an earlier version derived another id for their new id.
@@ -491,8 +506,10 @@ class Ingest:
 
 def _changed_fields(before: Job, now: Job) -> list[str]:
     """Returns the names of what decides a job's pixels and is not as it was."""
-    names = ("task", "prompt", "seed", "think", "system_prompt", "input_max_pixels")
+    names = ("task", "prompt", "history", "seed", "think", "system_prompt", "input_max_pixels")
     changed = [name for name in names if getattr(before, name) != getattr(now, name)]
+    if before.judged_by != now.judged_by:
+        changed.append("function")
     inputs = [[(image.key, image.output) for image in job.images] for job in (before, now)]
     if inputs[0] != inputs[1]:
         changed.append("input images")
@@ -502,6 +519,8 @@ def _changed_fields(before: Job, now: Job) -> list[str]:
     return changed + [name for name in {**old, **new} if old.get(name) != new.get(name)]
 
 
+_REMOVED = "its image was removed when it was rejected"
+"""Why a job runs again whose image is wanted now."""
 _OTHER_PROMPTS = "other system prompts or another version of sensebatch"
 """Why a job runs again of which nothing that the log has is another."""
 

@@ -80,6 +80,28 @@ def test_a_function_that_judges_again_is_not_said_to_be_a_worker(
     assert " on worker " not in ended.err
 
 
+def test_what_a_run_says_of_an_edited_function_is_what_it_does(
+    invoke: Invoke, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "others_of_cli", raising=False)
+    other = tmp_path / "own/others_of_cli.py"
+    other.write_text("def other(image, job):\n    return True\n")
+    (tmp_path / "own/c.yaml").write_text("accept: [judges_of_cli:second, others_of_cli:other]\n")
+    run = ("run", manifest, "--config", tmp_path / "own/c.yaml", "--drop-rejected")
+    invoke(*run)
+    other.write_text("def other(image, job):\n    return True  # edited\n")
+    _judged_by.cache_clear()  # as in another process
+    dry = invoke(*run, "--dry-run", "--json").json
+    verdicts = {job["id"]: (job["verdict"], job["reason"]) for job in dry["jobs"]}
+    assert verdicts["a-seed=43-others_of_cli.other"] == ("redrawn", "function changed")
+    # The first function rejects the image that was removed, so nothing more is asked about it.
+    assert verdicts["a-seed=42-others_of_cli.other"][0] == "held"
+    said = invoke(*run).err
+    assert "1 job with a changed definition, will be run again\n" in said
+    assert "1 job changed or without files, will be run again only if needed\n" in said
+    assert "ask by function, 1 job in " in said
+
+
 def test_what_a_function_prints_is_not_on_stdout(
     invoke: Invoke, manifest: Path, tmp_path: Path
 ) -> None:

@@ -99,8 +99,11 @@ def test_a_removed_image_that_may_be_accepted_now_is_drawn_again(tmp_path: Path)
     run_folder(tmp_path / "kept", series(*NAMES), CONFIG, engine=Judge())
     run(tmp_path, series(*NAMES))
     lower = series(*NAMES, accept={**CHECK, "at_least": 0.0011})
-    batches = run(tmp_path, lower)
-    again = {job_id for batch in batches for job_id in batch}
+    removed = rejected(tmp_path)
+    ran = run_folder(tmp_path, lower, DROPPING, engine=Judge())
+    assert 0 < ran.changes.undropped <= len(removed)
+    assert ran.changes.restored == 0
+    again = {job_id for batch in ran.engine.batches for job_id in batch}
     assert any(job_id in again for job_id in rejected(tmp_path / "kept"))
     found = verdicts(tmp_path)
     assert list(found.values()).count(Verdict.ACCEPTED) == 2 * len(NAMES)
@@ -118,6 +121,18 @@ def test_another_check_is_not_asked_about_what_was_removed(tmp_path: Path) -> No
     assert ran.summary.counts.failed == 0
     assert before <= rejected(tmp_path)
     assert all(one.is_short or one.accepted == 2 for one in judged(tmp_path))
+
+
+def test_jobs_are_said_to_run_again_only_where_they_do(tmp_path: Path) -> None:
+    checks = [CHECK, {**CHECK, "ask": "Is it sharp?", "at_least": 0.0001}]
+    run(tmp_path, series("cat", "dog", accept=checks))
+    asked = sum(one.judged for one in judged(tmp_path))
+    other = [CHECK, {**checks[1], "ask": "Is it bright?"}]
+    ran = run_folder(tmp_path, series("cat", "dog", accept=other), DROPPING, engine=Judge())
+    # The first check has rejected some, whose images are not there to be asked about.
+    assert ran.changes.held == len(rejected(tmp_path)) > 0
+    assert ran.changes.changed == asked - ran.changes.held
+    assert sum(map(len, ran.engine.batches)) == ran.changes.changed
 
 
 def test_a_kill_between_verdict_and_removal_loses_nothing(
