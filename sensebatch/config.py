@@ -169,8 +169,8 @@ class OutputConfig:
     keep_rejected: bool = True
     """Whether images that were not accepted stay; their rows in the log always do."""
     num_writers: int | None = None
-    """Background threads that encode; None for half of the cores, within limits. A PNG of
-    2048x2048 takes a core seconds, so too few of them would hold up a fast device."""
+    """Background threads that encode; None for half of the cores, within limits. A lossless WebP
+    of 2048x2048 takes a core seconds, so too few of them would hold up a fast device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
