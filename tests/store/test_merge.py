@@ -262,7 +262,7 @@ def test_folders_that_do_not_belong_together_are_refused_by_name(
     refused([shards[0], tmp_path / "twice"], root, "shard 1 of 3 in both")
     changed = [replace(jobs[0], seed=8), *jobs[1:]]
     run_shard(tmp_path / "changed", 2, 3, changed)
-    refused([shards[0], tmp_path / "changed"], root, f"1 jobs with another .* {jobs[0].id}")
+    refused([shards[0], tmp_path / "changed"], root, f"1 job with another .* {jobs[0].id}")
     run_shard(tmp_path / "less", 2, 3, jobs[1:])
     refused([shards[0], tmp_path / "less"], root, f"only shard 1 of 3 has, such as {jobs[0].id}")
     run_shard(tmp_path / "order", 2, 3, jobs[::-1])
