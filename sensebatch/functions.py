@@ -72,6 +72,14 @@ def load_functions(functions: Iterable[AcceptFunction]) -> dict[str, Judge]:
     return {one.function: _load(one) for one in functions}
 
 
+def unused_words(functions: Iterable[AcceptFunction]) -> str:
+    """Returns the warning about functions that judge nothing a manifest has."""
+    return (
+        f"{', '.join(one.function for one in functions)}: called for no image, since no row of the "
+        "manifest has accept, keep or tries"
+    )
+
+
 def score(function: str, judge: Judge, image: Any, row: Mapping[str, Any]) -> float:
     """Returns what a function says of an image, from 0 to 1; lets through what it raises.
 

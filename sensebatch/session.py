@@ -44,7 +44,7 @@ from sensebatch.executor.ray_actor import Recipe
 from sensebatch.executor.roster import Crew, Roster
 from sensebatch.executor.run import execute
 from sensebatch.executor.worker import EngineWorker
-from sensebatch.functions import Judge, load_functions
+from sensebatch.functions import Judge, load_functions, unused_words
 from sensebatch.jobs import Batch, EngineInfo, InputImage, Job, ModelIdentity
 from sensebatch.manifest.inputs import InputReader
 from sensebatch.manifest.problems import ProblemList
@@ -468,8 +468,7 @@ def run_session(
             store.run_dir.write_settings(_settings_document(request))
             observer.jobs_read(request.root, changes)
             _run_again(request, store.state, observer)
-            if request.is_guarded:
-                _warn_of_unused(functions, store.state, observer)
+            _warn_of_unused(request, store.state, observer)
             return _run_pending(
                 request,
                 store,
@@ -501,7 +500,9 @@ def dry_run_session(
 
     def read(state: State) -> Changes:
         ingest = partial(state.ingest, root=request.root)
-        return _read(allowed, state, model, observer, NeverStop(), ingest=ingest)
+        changes = _read(allowed, state, model, observer, NeverStop(), ingest=ingest)
+        _warn_of_unused(request, state, observer)
+        return changes
 
     return dry_run(
         request.root,
@@ -599,12 +600,11 @@ def _run_again(request: Request, state: State, observer: RunObserver) -> None:
         )
 
 
-def _warn_of_unused(functions: Mapping[str, Judge], state: State, observer: RunObserver) -> None:
-    if functions and not state.has_tries():
-        observer.warning(
-            f"{', '.join(functions)}: called for no image, since no row of the manifest has "
-            "accept, keep or tries"
-        )
+def _warn_of_unused(request: Request, state: State, observer: RunObserver) -> None:
+    """Warns of functions that no row wants, unless there are no rows: a command made the job."""
+    functions = request.config.accept
+    if request.is_guarded and functions and not state.has_tries():
+        observer.warning(unused_words(functions))
 
 
 def _runtime(request: Request, backend: Backend) -> Backend:

@@ -37,7 +37,8 @@ def validate(
     ] = False,
 ) -> None:
     """Check manifests as a run does before it starts, and print every error in them."""
-    from sensebatch.cli.messages import show, warn_of
+    from sensebatch.cli.messages import show, warn, warn_of
+    from sensebatch.functions import unused_words
     from sensebatch.manifest.read import read_manifests
     from sensebatch.plan.summary import long_prompts
     from sensebatch.settings import resolve_settings
@@ -46,7 +47,12 @@ def validate(
     config = resolve_settings(config_file=model.config, flags=flags_of(model, reading))
     jobs = read_manifests(manifests, config, task=task, warn=warn_of)
     jobs = long_prompts(config, None, warn_of).watch(jobs)
-    by_task = Counter(job.task for job in jobs)
+    by_task, judged = Counter[Task](), 0
+    for job in jobs:
+        by_task[job.task] += 1
+        judged += job.judged_by is not None
+    if config.accept and not judged:
+        warn(unused_words(config.accept))
     if as_json:
         counts = {task.value: by_task[task] for task in Task}
         show(json.dumps({"jobs": by_task.total(), "by_task": counts}))

@@ -50,6 +50,7 @@ def plan(
     """
     from sensebatch.cli.messages import show, warn, warn_of
     from sensebatch.cli.speed_cache import read_speeds
+    from sensebatch.functions import unused_words
     from sensebatch.manifest.read import read_manifests
     from sensebatch.plan.batches import make_plan, plan_entry
     from sensebatch.plan.summary import long_prompts, memory_summary, plan_summary
@@ -69,6 +70,8 @@ def plan(
     noted = _Noted()
     entries = _noting(ids, map(plan_entry, noted.drawn(jobs)))
     made = make_plan(entries, config.memory)
+    if config.accept and not noted.judged:
+        warn(unused_words(config.accept))
     memory = memory_summary(made, config, gpu)
     found = _forecast(made, ids, memory, forecasting, now)
     summary = plan_summary(made) | {

@@ -136,6 +136,11 @@ def test_a_function_that_nothing_asks_for_is_warned_of(
     manifest.write_text(ROWS.replace(", keep: 1, tries: 3", ""))
     words = "judges_of_cli:second: called for no image, since no row of the manifest has accept"
     config = ("--config", tmp_path / "own/c.yaml")
-    assert words in invoke("run", manifest, *config).err
+    (tmp_path / "own/judges_of_cli.py").write_text("def second(image, job):\n    return True\n")
+    for command in (["run"], ["plan"], ["manifest", "validate"], ["run", "--dry-run"]):
+        assert invoke(*command, manifest, *config).err.count(words) == 1, command
+    manifest.write_text(ROWS)
+    for command in (["run"], ["plan"], ["manifest", "validate"], ["run", "--dry-run"]):
+        assert words not in invoke(*command, manifest, *config).err, command
     small = ("--width", "64", "--height", "32", "--output", "dot.png")
     assert words not in invoke("t2i", "--prompt", "a dot", *small, *config).err
