@@ -23,8 +23,9 @@ from sensebatch.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from sensebatch.functions import AcceptFunction
     from sensebatch.jobs import Job
-    from sensebatch.plan.batches import Plan, PlanEntry
+    from sensebatch.plan.batches import Plan
 
 clock = time.time
 """Says what time it is; one name to stop at in tests."""
@@ -50,7 +51,6 @@ def plan(
     """
     from sensebatch.cli.messages import show, warn, warn_of
     from sensebatch.cli.speed_cache import read_speeds
-    from sensebatch.functions import unused_words
     from sensebatch.manifest.read import read_manifests
     from sensebatch.plan.batches import make_plan, plan_entry
     from sensebatch.plan.summary import long_prompts, memory_summary, plan_summary
@@ -66,14 +66,11 @@ def plan(
     gpu = None if machine is None else machine.machine
     jobs = read_manifests(manifests, config, task=task, limit=limit, warn=warn_of)
     jobs = long_prompts(config, gpu, warn_of).watch(jobs)
-    ids: list[str] = []
     noted = _Noted()
-    entries = _noting(ids, map(plan_entry, noted.drawn(jobs)))
-    made = make_plan(entries, config.memory)
-    if config.accept and not noted.judged:
-        warn(unused_words(config.accept))
+    made = make_plan(map(plan_entry, noted.drawn(jobs)), config.memory)
+    noted.warn_of_unused(config.accept)
     memory = memory_summary(made, config, gpu)
-    found = _forecast(made, ids, memory, forecasting, now)
+    found = _forecast(made, noted.ids, memory, forecasting, now)
     summary = plan_summary(made) | {
         "memory": memory,
         "machine": None if machine is None else machine.model_dump(),
@@ -136,11 +133,21 @@ class _Noted:
     """What is noted of jobs beside their plan."""
 
     def __init__(self) -> None:
+        self.ids: list[str] = []
+        """Those of the jobs that a model does, in their order."""
         self.judged: Counter[str] = Counter()
         """Images that functions of the user's judge, by function."""
         self.from_tries: list[tuple[str, str]] = []
         """Jobs that start from a try, and that try."""
         self._tries: set[str] = set()
+
+    def warn_of_unused(self, functions: Sequence[AcceptFunction]) -> None:
+        """Warns of functions if they judge no image."""
+        from sensebatch.cli.messages import warn
+        from sensebatch.functions import unused_words
+
+        if functions and not self.judged:
+            warn(unused_words(functions))
 
     def drawn(self, jobs: Iterable[Job]) -> Iterator[Job]:
         """Yields the jobs that a model does."""
@@ -151,13 +158,7 @@ class _Noted:
                 parents = (image.output[0] for image in job.images if image.output)
                 self.from_tries += [(job.id, one) for one in parents if one in self._tries]
             if job.judged_by is None:
+                self.ids.append(job.id)
                 yield job
             else:
                 self.judged[job.judged_by.function] += 1
-
-
-def _noting(ids: list[str], entries: Iterable[PlanEntry]) -> Iterator[PlanEntry]:
-    """Yields entries, and notes their ids."""
-    for entry in entries:
-        ids.append(entry.id)
-        yield entry

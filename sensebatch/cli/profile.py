@@ -17,6 +17,7 @@ from sensebatch.errors import ConfigError
 
 if TYPE_CHECKING:
     from sensebatch.profile.rows import Row
+    from sensebatch.profile.suites import Scale, Suite
     from sensebatch.resolutions import Resolution
 
 MARKDOWN_NAME = "profile.md"
@@ -134,6 +135,7 @@ def _run(
     from sensebatch.cli.signals import StopSignals
     from sensebatch.cli.speed_cache import read_speeds
     from sensebatch.engine.device.choice import cuda_is_available
+    from sensebatch.profile.expected import cpu_weight_bytes
     from sensebatch.profile.forecast import Forecast
     from sensebatch.profile.measure import Hooks, run_suite
     from sensebatch.profile.suites import Scale, Suite, chosen_cases, default_steps, suite_cases
@@ -142,13 +144,18 @@ def _run(
     scale = Scale(**{"num_steps": default_steps(suite), **given})
     cases = chosen_cases(suite_cases(suite, scale), only)
     # A missing model is reported once and now; this loads no weights.
-    open_checkpoint(scale.model)
+    checkpoint = open_checkpoint(scale.model)
+    has_gpu = cuda_is_available()
+    if not has_gpu:
+        _require_room(cpu_weight_bytes(checkpoint.architecture), scale, suite)
     machine, mistake = read_speeds()
     if mistake is not None:
         warn(mistake)
-    has_gpu = cuda_is_available()
     if not has_gpu and not scale.is_small:
-        warn(_without_gpu(suite_name))
+        warn(
+            "found no GPU that torch can use; at full size a case takes hours on the CPU. "
+            f"{_scaled_down(suite)}"
+        )
     speeds = {machine.gpu: machine.machine.speeds} if machine is not None and has_gpu else {}
     forecast = Forecast(cases, scale, folder, speeds, has_gpu=has_gpu)
     say(forecast.before())
@@ -169,12 +176,29 @@ def _run(
     return rows, forecast.left
 
 
-def _without_gpu(suite_name: str) -> str:
-    """Returns what to expect of a suite that is not scaled down, and how to do that."""
+def _require_room(weight_bytes: int, scale: Scale, suite: Suite) -> None:
+    """Checks that the CPU can hold a model's weights.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    from sensebatch.process import free_memory_bytes
+    from sensebatch.units import GIB
+
+    free = free_memory_bytes()
+    if weight_bytes > free:
+        needed, found = (f"{count / GIB:.1f} GiB" for count in (weight_bytes, free))
+        raise ConfigError(
+            f"--model {scale.model}: expected a GPU that torch can use, or {needed} of free memory "
+            f"for the weights on the CPU, found no GPU and {found}. {_scaled_down(suite)}"
+        )
+
+
+def _scaled_down(suite: Suite) -> str:
+    """Returns how a suite is measured within minutes."""
     return (
-        "found no GPU that torch can use; at full size a case takes hours on the CPU, or does not "
-        "fit its memory. Scaled down, the suite takes minutes: sensebatch profile --suite "
-        f"{suite_name} --model synthetic:tiny --steps 2 --jobs 2 --size 64x64"
+        "Scaled down, the suite takes minutes: sensebatch profile --suite "
+        f"{suite} --model synthetic:tiny --steps 2 --jobs 2 --size 64x64"
     )
 
 

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sensebatch.checkpoint.architecture import Architecture
 from sensebatch.checkpoint.files import open_checkpoint
 from sensebatch.checkpoint.system_prompts import resolve_system_prompts
+from sensebatch.checkpoint.tensors import expected_tensors
 from sensebatch.jobs import GroupKey
 from sensebatch.manifest.read import read_manifest
 from sensebatch.plan.batches import GroupPlan, make_plan, plan_entry
@@ -110,6 +112,11 @@ def expectation(
         loads=loads,
         placements=placements,
     )
+
+
+def cpu_weight_bytes(architecture: Architecture) -> int:
+    """Returns the bytes of a network's weights on a CPU, which computes in float32."""
+    return 4 * sum(spec.num_elements for spec in expected_tensors(architecture).values())
 
 
 def with_expectation(

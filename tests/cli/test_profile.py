@@ -59,11 +59,25 @@ def test_without_a_gpu_full_size_is_warned_of_with_the_small_form(
     invoke: Invoke, monkeypatch: pytest.MonkeyPatch, has_gpu: bool
 ) -> None:
     monkeypatch.setattr("sensebatch.engine.device.choice.cuda_is_available", lambda: has_gpu)
+    monkeypatch.setattr("sensebatch.process.free_memory_bytes", lambda: 2**40)
     full = invoke("profile", "--suite", "modes", "--only", "low")
     small = "--suite modes --model synthetic:tiny --steps 2 --jobs 2 --size 64x64"
     assert ("warning: found no GPU" in full.err) == (small in full.err) == (not has_gpu)
     assert ("sensebatch doctor measures" in full.err) == has_gpu
     assert "found no GPU" not in invoke("profile", *small.split(), "--only", "low").err
+
+
+def test_without_a_gpu_weights_that_do_not_fit_are_refused_before_any_case(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch, launched: list[Sequence[str]]
+) -> None:
+    monkeypatch.setattr("sensebatch.engine.device.choice.cuda_is_available", lambda: False)
+    monkeypatch.setattr("sensebatch.process.free_memory_bytes", lambda: 60 * 2**30)
+    ended = invoke("profile", "--suite", "few")
+    assert (ended.code, launched, list(Path().iterdir())) == (2, [], [])
+    (line,) = ended.err.splitlines()
+    expected = "--model synthetic:8b: expected a GPU that torch can use, or 65.4 GiB of free memory"
+    assert line.startswith(f"sensebatch: {expected} for the weights on the CPU, found no GPU and")
+    assert line.endswith("--suite few --model synthetic:tiny --steps 2 --jobs 2 --size 64x64")
 
 
 @pytest.mark.usefixtures("backend")
