@@ -124,8 +124,8 @@ def _words(root: Path, summary: Summary) -> Iterator[str]:
         if kept:
             yield f"{counted(kept, 'image')} kept"
     if summary.done or summary.failed:
-        made = f"{counted(summary.images, 'image')} made " if summary.images else ""
-        yield f"{made}in {duration(summary.seconds)}"
+        made = f"{counted(summary.images, 'image')} made in" if summary.images else "took"
+        yield f"{made} {duration(summary.seconds)}"
     elif not counts.remaining:
         yield "nothing was left to run"
     if summary.dropped:
