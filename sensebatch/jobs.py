@@ -242,15 +242,15 @@ class Sampling:
     max_think_tokens: Annotated[
         int,
         COUNT,
-        Setting(help="Most tokens of the think text.", of=_limits_text("max_think_tokens")),
+        Setting(help="The most tokens of the think text.", of=_limits_text("max_think_tokens")),
     ]
     max_images: Annotated[
-        int, COUNT, Setting(help="Most images of the job.", of=_makes_several_images)
+        int, COUNT, Setting(help="The most images of the job.", of=_makes_several_images)
     ]
     max_new_tokens: Annotated[
         int,
         COUNT,
-        Setting(help="Most text tokens of the job.", of=_limits_text("max_new_tokens")),
+        Setting(help="The most text tokens of the job.", of=_limits_text("max_new_tokens")),
     ]
     solver: Annotated[
         Solver,
@@ -259,7 +259,7 @@ class Sampling:
     timesteps: Annotated[
         tuple[Annotated[float, Gt(0), Lt(1)], ...],
         Setting(
-            help="The timesteps between 0 and 1, in place of num_steps and timestep_shift.",
+            help="The timesteps between 0 and 1, instead of num_steps and timestep_shift.",
             of=draws,
             error=_timesteps_error,
         ),
@@ -268,7 +268,7 @@ class Sampling:
         int,
         COUNT,
         Setting(
-            help="Guidance is evaluated in every n-th of its steps, and used again in the others.",
+            help="Guidance is evaluated in every n-th of its steps, and reused in the others.",
             of=draws,
         ),
     ] = 1
@@ -277,7 +277,7 @@ class Sampling:
         COUNT,
         Setting(
             help="Every layer is evaluated in every n-th step; "
-            "in the others, what those in the middle added is used again.",
+            "the others reuse what the middle layers added.",
             of=draws,
         ),
     ] = 1
@@ -293,7 +293,7 @@ class Sampling:
     do_sample: Annotated[
         bool,
         Setting(
-            help="Draw each token at random by its probability, and not the most probable one.",
+            help="Draw each token at random by its probability, not the most probable one.",
             of=_answers,
         ),
     ] = False
@@ -320,7 +320,7 @@ class Sampling:
         int,
         Interval(ge=0, le=MAX_COUNT),
         Setting(
-            help="Draw from so many of the most probable tokens; 0 for all.",
+            help="Draw from this many of the most probable tokens; 0 for all.",
             of=_answers,
             implies={"do_sample": True},
         ),
@@ -329,7 +329,7 @@ class Sampling:
         float,
         Gt(0),
         Setting(
-            help="How much less probable the tokens become that the answer has; 1 for no less.",
+            help="How much less probable tokens become that the answer has; 1 turns it off.",
             of=_answers,
         ),
     ] = 1.0

@@ -26,7 +26,7 @@ FIELD = """
     grain: Annotated[float, Ge(0), Setting(help="How grainy images are.", of=draws)] = 0.0
 """
 BEFORE = """
-        Setting(help="Most text tokens of the job.", of=_limits_text("max_new_tokens")),
+        Setting(help="The most text tokens of the job.", of=_limits_text("max_new_tokens")),
     ]
 """
 USES = """

@@ -50,10 +50,10 @@ class AmountOptions:
         ),
     ] = None
     jobs: Annotated[
-        int, typer.Option(help="Jobs of each task; half of them decide.", metavar="N")
+        int, typer.Option(help="Jobs of each task; half of them judge.", metavar="N")
     ] = 8
     converged_steps: Annotated[
-        int, typer.Option(help="Steps of the images that all are compared with.", metavar="N")
+        int, typer.Option(help="Steps of the converged images.", metavar="N")
     ] = 128
 
     def scale(self) -> Scale:

@@ -77,15 +77,15 @@ def doctor(
         ),
     ] = False,
 ) -> None:
-    """Print what this machine computes with, what memory is free, and how fast a GPU is.
+    """Print what this machine has, how much memory is free, and how fast its GPU is.
 
     Speeds are measured in a few seconds: copies from host memory to the device, pinned and
     pageable, a matrix product in bfloat16, float8 and int8, attention in bfloat16, the attention
     backends at three sizes of images, and reads of the device's memory. They are kept for
     sensebatch plan and run. A machine without a GPU has none of them.
 
-    With --verify the same jobs of every task are then run again and again, in every memory mode
-    and precision, with memory in disorder, killed and resumed, and their files compared. Exit
+    With --verify the same jobs of every task are then run several times, in every memory mode
+    and precision, with fragmented memory, killed and resumed, and their files compared. Exit
     codes: 0 all promises hold that this machine can check, 1 one does not hold or a run failed, 75
     stopped. Runs that this machine cannot make, and why, are printed.
     """

@@ -75,7 +75,7 @@ class ContentOptions:
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Most bytes of images in one shard, such as 500MB. [default: 500MB]",
+            help="The most bytes of images in one shard, such as 500MB. [default: 500MB]",
             rich_help_panel=_CONTENT,
         ),
     ] = None
@@ -105,7 +105,7 @@ class ImageOptions:
         int | None,
         typer.Option(
             min=1,
-            help="Make larger images smaller, to this many pixels at their longer side.",
+            help="Scale larger images down, to this many pixels on their longer side.",
             rich_help_panel=_IMAGES,
         ),
     ] = None
@@ -128,7 +128,7 @@ class ImageOptions:
         str | None,
         typer.Option(
             metavar="URL",
-            help="Time stamping authority that is asked for each image.",
+            help="Time stamping authority to ask for each image.",
             rich_help_panel=_IMAGES,
         ),
     ] = None

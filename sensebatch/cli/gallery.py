@@ -65,7 +65,7 @@ def gallery(
 
     Search, filter and compare images, lay them out by seed and setting, pick the good ones, and see
     what the run cost. The page needs no server and no network. The same command again brings it up
-    to date, also while the run is going on.
+    to date, even during the run.
     """
     from sensebatch.cli.jobs import warn_of_picks
     from sensebatch.cli.messages import show
@@ -120,7 +120,7 @@ def _lines(made: Made) -> Iterator[str]:
     new = f"{counted(made.thumbnails_made, 'thumbnail')} made now"
     yield f"{counted(made.items, 'job')}, {counted(made.images, 'image')}; {new}"
     if made.pending:
-        state = "the run is going on" if made.is_running else "the run is not complete"
+        state = "the run is in progress" if made.is_running else "the run is not complete"
         yield f"{counted(made.pending, 'job')} to come ({state}); the same command adds them"
     yield f"open {made.page.absolute().as_uri()}"
 

@@ -33,14 +33,14 @@ Columns = Annotated[
     str | None,
     typer.Option(
         metavar="NAME,...",
-        help="Columns to print, such as id,seed,text. [default: of a table the main ones, "
-        "elsewhere all but text]",
+        help="Columns to print, such as id,seed,text. [default: the main ones in a table, "
+        "else all but text]",
     ),
 ]
 Limit = Annotated[
     int | None,
     typer.Option(
-        min=1, help=f"Print at most so many jobs. [default: {MAX_ROWS} in a table, else all]"
+        min=1, help=f"Print at most this many jobs. [default: {MAX_ROWS} in a table, else all]"
     ),
 ]
 
@@ -66,9 +66,9 @@ def jobs(
         typer.Option("--removed", help="Also jobs that are no longer in the manifest."),
     ] = False,
 ) -> None:
-    """List the jobs of a run: what they are now, chosen by what they are, have and made.
+    """List the jobs of a run, all of them or those that you choose.
 
-    It works while the run is going on. Columns are those of the log and of docs/dataset.md.
+    It works during the run. Columns are those of the log and of docs/dataset.md.
     """
     from sensebatch.cli.job_list import check_columns, print_table, write_list
     from sensebatch.cli.messages import say

@@ -38,7 +38,7 @@ def inspect(
 ) -> None:
     """Print the configuration, and parameters and bytes by group, without loading weights.
 
-    A folder is read where it lies; a Hub id that is not in the cache is fetched first. The exit
+    A folder is read in place; a Hub id that is not in the cache is fetched first. The exit
     code is 2 for a checkpoint that no run would take: tensors are missing, extra or of another
     shape, or there is no tokenizer.
     """

@@ -114,8 +114,8 @@ class ModelOptions:
     precision: Annotated[
         Precision | None,
         typer.Option(
-            help="How the layers' matrices are stored: fp8 in float8 for the generation expert, "
-            "fp8-all for both experts, int8 and int8-all in int8 likewise; half the bytes, faster, "
+            help="How the layers' matrices are stored: fp8 is float8 for the generation expert, "
+            "fp8-all for both experts, int8 and int8-all the same in int8; half the bytes, faster, "
             "different images.",
             rich_help_panel=_MODEL,
         ),
@@ -154,7 +154,7 @@ class ModelOptions:
         str | None,
         typer.Option(
             help='The most memory of GPU, host or both, in GiB: "0=20GiB,cpu=80GiB". cpu is the '
-            "resident memory of the process. With several workers, one GPU's amount counts for "
+            "resident memory of the process. With several workers, an amount for one GPU holds for "
             "each, unless others are named.",
             rich_help_panel=_MODEL,
         ),
@@ -356,7 +356,7 @@ class WorkerOptions:
         int | None,
         typer.Option(
             min=1,
-            help="How many workers; one for each GPU unless said. With --device cpu, workers "
+            help="How many workers: without it, one for each GPU. With --device cpu, workers "
             "without a GPU.",
             rich_help_panel=_WORKERS,
         ),
@@ -499,14 +499,14 @@ class DeadlineOptions:
         ),
     ] = None
     max_hours: Annotated[
-        float | None, typer.Option(help="Stop likewise before so many hours have passed.")
+        float | None, typer.Option(help="Stop before this many hours have passed, as with --until.")
     ] = None
 
     def at(self, now: float) -> float | None:
         """Returns when it is to be over, in seconds since the epoch; None if nothing was given.
 
         Args:
-            now: The time, likewise.
+            now: The time, in seconds since the epoch.
 
         Raises:
             ConfigError: Something else was given.
@@ -527,7 +527,7 @@ def _time(text: str, now: float) -> float:
     """Returns a local time as seconds since the epoch; a time of day is the next of its kind.
 
     Raises:
-        ConfigError: It is no time, or over.
+        ConfigError: It is not a time, or not a future one.
     """
     today = datetime.fromtimestamp(now).astimezone()
     try:
@@ -546,7 +546,7 @@ def _time(text: str, now: float) -> float:
         ) from None
     if found.timestamp() <= now:
         raise ConfigError(
-            f"--until: expected a time to come, found {text}, and it is {today:%Y-%m-%dT%H:%M}"
+            f"--until: expected a future time, found {text}, and it is {today:%Y-%m-%dT%H:%M}"
         )
     return found.timestamp()
 
@@ -555,8 +555,20 @@ def _time(text: str, now: float) -> float:
 class ForecastOptions(DeadlineOptions):
     """What a forecast of a plan is for."""
 
+    until: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="Print how far a run that begins now comes by a time of day, such as 07:00, or of "
+            "another day: 2026-12-24T07:00.",
+        ),
+    ] = None
+    max_hours: Annotated[
+        float | None, typer.Option(help="Print how far it comes in this many hours.")
+    ] = None
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Divide the time among N GPUs; say what is idle.")
+        int | None,
+        typer.Option(min=1, help="Divide the time among N GPUs, and print how long they idle."),
     ] = None
     speed_of: Annotated[
         Path | None,
@@ -605,8 +617,8 @@ class FolderOptions:
         bool,
         typer.Option(
             "--redraw",
-            help="Draw finished jobs again where the model, dtype or precision is another one than "
-            "it was; otherwise that is asked on a terminal, and refused elsewhere.",
+            help="Draw finished jobs again if the model, dtype or precision has changed. Without "
+            "it, a run asks on a terminal, and refuses elsewhere.",
         ),
     ] = False
     retry_from: Annotated[
@@ -678,14 +690,15 @@ class SelectionOptions:
     status: Annotated[
         list[JobStatus] | None,
         typer.Option(
-            help="Only jobs that are this now; may be repeated.", rich_help_panel=_SELECTION
+            help="Only jobs with this status; may be repeated.", rich_help_panel=_SELECTION
         ),
     ] = None
     finish_reason: Annotated[
         list[FinishReason] | None,
         typer.Option(
             metavar="REASON",
-            help=f"Only jobs whose text ended so; may be repeated: {', '.join(FinishReason)}.",
+            help="Only jobs whose text ended like this; may be repeated: "
+            f"{', '.join(FinishReason)}.",
             rich_help_panel=_SELECTION,
         ),
     ] = None
@@ -693,7 +706,7 @@ class SelectionOptions:
         list[str] | None,
         typer.Option(
             metavar="TAG",
-            help="Only jobs with this tag; repeated, with all of them.",
+            help="Only jobs with this tag; if repeated, with all of them.",
             rich_help_panel=_SELECTION,
         ),
     ] = None
@@ -701,7 +714,7 @@ class SelectionOptions:
         list[str] | None,
         typer.Option(
             metavar="NAME=VALUE",
-            help="Only jobs that the matrix gave this value; repeated, all of them.",
+            help="Only jobs that the matrix gave this value; if repeated, all of them.",
             rich_help_panel=_SELECTION,
         ),
     ] = None
@@ -710,8 +723,8 @@ class SelectionOptions:
         typer.Option(
             parser=path,
             metavar="FILE",
-            help="A file of picks, as the gallery saves it; only jobs that it keeps, unless "
-            "--picked says otherwise.",
+            help="Only jobs that this file of picks keeps, unless --picked says otherwise; the "
+            "gallery saves such a file.",
             rich_help_panel=_SELECTION,
         ),
     ] = None
@@ -736,7 +749,7 @@ class SelectionOptions:
         typer.Option(
             min=0,
             max=MAX_DISTANCE,
-            help="How many of 64 bits the hashes of images that look alike may differ in; 0 are "
+            help="In how many of 64 bits the hashes of images that look alike may differ; 0 finds "
             f"nearly equal ones. [default: {DISTANCE}]",
             rich_help_panel=_SELECTION,
         ),

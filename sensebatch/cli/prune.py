@@ -29,9 +29,9 @@ def prune(
 ) -> None:
     """List, or with --yes remove, the images and texts of jobs that are no longer in the manifest.
 
-    Nothing else is removed: no file of another job, none that another job starts from, none that
-    was changed since the job made it, no row of the log, and nothing of a manifest that is still
-    there and that the latest run did not read.
+    Everything else stays: files of other jobs and those that other jobs start from, files that were
+    changed since the job made them, rows of the log, and what belongs to a manifest that still
+    exists and that the latest run did not read.
     """
     from sensebatch.cli.messages import show
     from sensebatch.store.prune import prunable

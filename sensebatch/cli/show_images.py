@@ -26,7 +26,8 @@ def show(
 ) -> None:
     """Print the prompt, the seed and the settings in an image's metadata.
 
-    The image may be anywhere: they are in the file. A long prompt is cut in JPEG and WebP.
+    The settings are in the file, so the image may be anywhere. A long prompt is cut in JPEG and
+    WebP.
     """
     from sensebatch.cli import messages
     from sensebatch.store.images import metadata_of

@@ -35,7 +35,7 @@ def status(
 ) -> None:
     """Print how many jobs of a run are done, how fast it is, and which jobs failed and why.
 
-    It works while the run is going on. Exit code 1 if --verify finds files that are missing or have
+    It works during the run. Exit code 1 if --verify finds files that are missing or have
     changed.
     """
     from sensebatch.cli import exits

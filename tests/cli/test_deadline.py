@@ -97,7 +97,7 @@ def test_the_earlier_of_two_deadlines_counts() -> None:
         (DeadlineOptions(until="7"), "--until: expected a time such as 07:00 .* found '7'"),
         (DeadlineOptions(until="25:00"), "--until: expected a time such as"),
         (DeadlineOptions(until="2026-02-30T07:00"), "--until: expected a time such as"),
-        (DeadlineOptions(until="2026-11-28T22:00"), "time to come, .* it is 2026-11-28T22:30"),
+        (DeadlineOptions(until="2026-11-28T22:00"), "future time, .* it is 2026-11-28T22:30"),
         (DeadlineOptions(max_hours=0), "--max-hours: expected a number of hours above 0, found 0"),
         (DeadlineOptions(max_hours=-1), "found -1"),
         (DeadlineOptions(max_hours=float("nan")), "found nan"),
