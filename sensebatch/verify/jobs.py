@@ -1,4 +1,4 @@
-"""The jobs that promises are checked with: every task, thinking, guidance of every kind, two sizes.
+"""The jobs that promises are checked with: every task, thinking, guidance and steps of every kind.
 
 Writes a manifest, its input image and a LoRA; the file of the LoRA changes two matrices a little.
 """
@@ -20,7 +20,7 @@ from sensebatch.resolutions import Resolution
 from sensebatch.store.files import write_atomic
 from sensebatch.yaml_values import dump_yaml
 
-GROUPS = ("t2i", "small", "think", "edit", "interleave")
+GROUPS = ("t2i", "small", "steps", "think", "edit", "interleave", "ask")
 """What a job's id begins with; results are shown by these."""
 LORA_RANK = 2
 LORA_PARTS = ("mlp_mot_gen.down_proj.weight", "self_attn.q_proj_mot_gen.weight")
@@ -47,7 +47,14 @@ def write_jobs(scale: Scale, folder: Path) -> Path:
         "version": 1,
         "name": "promises",
         "defaults": {"num_steps": scale.num_steps, "cfg_scale": 4.0, "timestep_shift": 3.0},
-        "jobs": [*_t2i(scale), *_think(scale), *_edit(scale), *_stories(scale)],
+        "jobs": [
+            *_t2i(scale),
+            *_steps(scale),
+            *_think(scale),
+            *_edit(scale),
+            *_stories(scale),
+            *_questions(scale),
+        ],
     }
     path = folder / "promises.yaml"
     write_atomic(path, dump_yaml(manifest).encode())
@@ -71,6 +78,16 @@ def _t2i(scale: Scale) -> list[dict[str, Any]]:
         for number in range(1, 6)
     ]
     return large + small
+
+
+def _steps(scale: Scale) -> list[dict[str, Any]]:
+    """Returns jobs of which two steps use again what the middle layers added, and what guidance
+    did."""
+    fields = {"num_steps": 5, "solver": "ab2", "layer_stride": 3, "guidance_stride": 2}
+    return [
+        _job("steps", number, scale.side // 2, prompt=f"{number} kites over a field", **fields)
+        for number in (1, 2)
+    ]
 
 
 def _think(scale: Scale) -> list[dict[str, Any]]:
@@ -103,6 +120,14 @@ def _stories(scale: Scale) -> list[dict[str, Any]]:
     }
     height = scale.side // 2
     return [_job("interleave", n, scale.side, height=height, **fields) for n in (1, 2)]
+
+
+def _questions(scale: Scale) -> list[dict[str, Any]]:
+    fields = {"task": "ask", "prompt": "What is in the image?"}
+    return [
+        {"id": "ask-1", **fields, "image": "input.png", "max_new_tokens": scale.text_tokens},
+        {"id": "ask-2", **fields, "image": "input.png", "choices": ["a disc", "a ring"]},
+    ]
 
 
 def _draw_input(side: int, path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from sensebatch.units import counted
 from sensebatch.verify.check import Verdict
 from sensebatch.verify.compare import Outcome, worst
 from sensebatch.verify.jobs import GROUPS
@@ -52,4 +51,4 @@ def _cell(outcome: Outcome | None) -> str:
         return NOTHING
     if outcome.equal:
         return "equal"
-    return f"{outcome.num_files - outcome.num_equal} of {counted(outcome.num_files, 'file')} differ"
+    return f"{outcome.num_files - outcome.num_equal} of {outcome.num_files} files differ"

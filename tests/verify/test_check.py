@@ -12,6 +12,7 @@ from PIL import Image
 
 from sensebatch.manifest.read import read_manifest
 from sensebatch.settings import amount_bytes, resolve_settings
+from sensebatch.tasks import Task
 from sensebatch.units import GIB
 from sensebatch.verify.check import Machine, Verdict, verify
 from sensebatch.verify.child import NOWHERE
@@ -176,5 +177,8 @@ def test_every_job_is_valid_and_has_a_group(tmp_path: Path) -> None:
     config = resolve_settings(flags={"model.model": "tiny"})
     jobs = [*read_manifest(write_jobs(SCALE, tmp_path), config)]
     assert {job.id.rpartition("-")[0] for job in jobs} == set(GROUPS)
-    assert len({job.task for job in jobs}) == 3
+    assert {job.task for job in jobs} == set(Task)
     assert any(job.think for job in jobs)
+    drawings = [job.drawing for job in jobs if job.drawing is not None]
+    assert any(drawing.num_whole_steps < drawing.num_steps for drawing in drawings)
+    assert any(drawing.num_guided_steps < drawing.num_steps for drawing in drawings)
