@@ -20,6 +20,7 @@ from sensebatch.engine import engine as engine_module
 from sensebatch.engine.engine import SenseNovaEngine, load_engine
 from sensebatch.engine.tasks import single_image
 from sensebatch.engine.tasks.denoise import draw_noise
+from sensebatch.engine.tasks.noise import Noise, NoiseAhead
 from sensebatch.engine.tasks.state import job_generator
 from sensebatch.errors import ConfigError, JobError, OutOfMemoryError
 from sensebatch.jobs import (
@@ -244,10 +245,13 @@ def test_what_was_prepared_gives_the_same_images_every_time() -> None:
 
 
 @pytest.mark.parametrize("task", [Task.T2I, Task.EDIT])
-def test_noise_drawn_ahead_is_that_of_the_seed(task: Task) -> None:
+def test_noise_drawn_ahead_is_that_of_the_seed(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    announced: list[Noise] = []
+    monkeypatch.setattr(NoiseAhead, "announce", lambda _, noise: announced.append(noise))
     engine = load(make_config())
     job = make_job("abc", task=task)
     prepared = engine.prepare(job, ())
+    assert announced == [prepared.noise]
     generator = job_generator(job.seed)
     expected = draw_noise(open_checkpoint("tiny").architecture, job.resolution, generator)
     for _ in range(2):

@@ -157,6 +157,17 @@ def test_the_sums_of_int8_products_are_exact_whatever_is_beside_a_token() -> Non
         assert torch.equal(alone, found[row : row + 1])
 
 
+def test_each_token_of_an_int8_product_has_its_own_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where tokens are multiplied in parts."""
+    x, scales = quantise_rows(torch.randn(40, 96), INT8)
+    weight, of_weight = quantise_rows(torch.randn(24, 96), INT8)
+    whole = INT8.product((x, scales), weight, of_weight[:, 0], torch.float32)
+    monkeypatch.setattr("sensebatch.engine.model.quantized.PLAIN_ROWS", 16)
+    parts = INT8.product((x, scales), weight, of_weight[:, 0], torch.float32)
+    assert torch.equal(parts, whole)
+    assert relative_error(whole, (x * scales) @ (weight * of_weight).t()) < 1e-6
+
+
 def mean_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Returns the root mean square of the difference over that of what is expected."""
     difference = actual.reshape(expected.shape) - expected

@@ -21,10 +21,11 @@ from sensebatch.plan.computation import Computation
 from sensebatch.plan.footprint import reading_bytes
 from sensebatch.plan.load import Load, group_load
 from sensebatch.tasks import Branch, Task
-from tests.engine.golden_model import infer, succeeded
+from tests.engine.golden_model import build_job, build_runner, infer, succeeded
 from tests.engine.memory.tracker import LiveBytes
 from tests.engine.test_engine import load, make_config, make_job, planned, png
 from tests.engine.test_system_turns import CountingRunner, prepared
+from tests.golden_data import load_case
 
 Work = list[str]
 
@@ -138,6 +139,24 @@ def test_reading_is_spread_over_the_steps(monkeypatch: pytest.MonkeyPatch) -> No
     assert layers[0] > 0
     assert max(layers[:3]) - min(layers[:3]) <= 1
     assert layers[3] == 0
+
+
+@pytest.mark.parametrize("name", ["t2i_cfg4_none", "edit_2img_cfg4_img2"])
+@pytest.mark.parametrize("tokens_of_a_pass", [100, 9216])
+def test_as_many_steps_are_expected_as_there_are(
+    name: str, tokens_of_a_pass: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sensebatch.engine.runner.MAX_PREFILL_TOKENS", tokens_of_a_pass)
+    case = load_case("dense_fm", name)
+    runner, jobs = build_runner(case), [build_job(case, "Draw. ")] * 2
+    found = []
+    with infer():
+        # The system turn is there the second time.
+        for _ in range(2):
+            expected = state.read_ahead(runner, jobs)._left
+            found.append(sum(1 for _ in state.read_prompts(runner, jobs)))
+            assert found[-1] == expected
+    assert found[0] == found[1] + runner.network.arch.num_layers
 
 
 @pytest.mark.slow

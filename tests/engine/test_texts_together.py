@@ -75,6 +75,30 @@ def together(
     return [outputs(task.together.finish(runner, one, (), Channel())) for one in written]
 
 
+def text_after(
+    runner: Runner, prompts: Sequence[tuple[int, ...]], limit: int, *, is_last: bool = False
+) -> Text:
+    """Returns a text of so many tokens after each prompt."""
+    extensions = [runner.new_extension(Prompt(token_ids=ids)) for ids in prompts]
+    first = dict(enumerate(runner.choose(runner.extend(extensions))))
+    return Text(
+        caches=[extension.cache for extension in extensions],
+        writing=Writing(first, dict.fromkeys(first, limit), stop_before=frozenset()),
+        is_last=is_last,
+    )
+
+
+@pytest.mark.parametrize("num_texts", [1, 2])
+def test_caches_that_nothing_comes_after_are_freed(num_texts: int) -> None:
+    runner, _ = thinking("dense_fm")
+    with infer():
+        texts = [text_after(runner, [(5, 9), (7,)], 2, is_last=True), text_after(runner, [(3,)], 4)]
+        runner.write(texts[:num_texts])
+    lengths = [[cache.length for cache in text.caches] for text in texts]
+    assert lengths == [[0, 0], [1 if num_texts == 1 else 1 + 4]]
+    assert not any(layer.numel() for cache in texts[0].caches for layer in cache.layers)
+
+
 @pytest.mark.parametrize("config", ["dense_fm", "moe"])
 def test_batches_that_think_together_end_in_the_bytes_of_each_alone(config: str) -> None:
     runner, batches = thinking(config)
@@ -100,12 +124,6 @@ def test_kernels_decode_batches_together_to_the_same_bytes(monkeypatch: pytest.M
         begun.append(id(self))
         return begin(self, taken)
 
-    def read(batch: Sequence[tuple[int, ...]], limit: int) -> Text:
-        extensions = [runner.new_extension(Prompt(token_ids=ids)) for ids in batch]
-        first = dict(enumerate(runner.choose(runner.extend(extensions))))
-        writing = Writing(first, dict.fromkeys(first, limit), stop_before=frozenset())
-        return Text(caches=[extension.cache for extension in extensions], writing=writing)
-
     def content(text: Text) -> list[Any]:
         cached = [
             tensor.numpy().tobytes()
@@ -118,11 +136,11 @@ def test_kernels_decode_batches_together_to_the_same_bytes(monkeypatch: pytest.M
     monkeypatch.setattr("sensebatch.engine.decoding.ROOM_TOKENS", 1)
     monkeypatch.setattr(FastDecoder, "begin", watched)
     with infer():
-        alone = [read(*batch) for batch in batches]
+        alone = [text_after(runner, *batch) for batch in batches]
         for text in alone:
             runner.write([text])
         assert not begun
-        texts = [read(*batch) for batch in batches]
+        texts = [text_after(runner, *batch) for batch in batches]
         runner.write(texts)
     assert len(begun) == sum(limit for _, limit in batches)
     assert [content(text) for text in texts] == [content(text) for text in alone]

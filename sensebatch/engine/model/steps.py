@@ -23,8 +23,10 @@ def by_block(one: Pass[T]) -> Steps[T]:
                 lend, number = one.send(block)
             except StopIteration as end:
                 result: T = end.value
-                return result
+                break
         yield
+    yield
+    return result
 
 
 def run_through(steps: Steps[T]) -> T:
