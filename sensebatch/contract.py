@@ -230,7 +230,8 @@ class Engine(Protocol):
         A stop is heeded where no image is half drawn and others are still to be begun: before a
         pass of t2i or edit images, between the rounds of interleave jobs, and in text that precedes
         the first image. A batch that draws in one pass or one round is finished once its prompts
-        are read; while they are, a stop is heeded between layers.
+        are read, unless texts of batches that follow are written beside its own; while prompts are
+        read, a stop is heeded between layers.
 
         Args:
             batch: Jobs of one group.

@@ -208,13 +208,15 @@ class Runner:
         self.num_kept_images = 0
         """Images of the batch's results that were kept images."""
 
-    def heed_stop(self) -> None:
+    def heed_stop(self, *, others_write: bool = False) -> None:
         """Ends the batch if the run is to stop; called where no image is half drawn.
+
+        A batch of one pass or round is finished, unless texts of others would have to be as well.
 
         Raises:
             BatchStoppedError: It is to stop.
         """
-        if not self.limits.draws_once and self._stop():
+        if (others_write or not self.limits.draws_once) and self._stop():
             raise BatchStoppedError("the run was stopped between two passes of a batch")
 
     def _attend_to_prompts(
@@ -408,9 +410,14 @@ class Runner:
         return step
 
     def report_token(self, number: int, num_together: int = 0) -> None:
-        """Reports a step of decoding before it is made, and heeds a stop as `text_step` says."""
+        """Reports a step of decoding before it is made, and heeds a stop as `text_step` says.
+
+        Args:
+            number: The step's, from 1.
+            num_together: See `Progress`.
+        """
         if not self.num_denoise_steps:
-            self.heed_stop()
+            self.heed_stop(others_write=num_together > 0)
         self.progress(
             Progress(phase=Phase.THINK, step=number, num_steps=0, num_together=num_together)
         )

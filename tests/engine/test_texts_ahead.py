@@ -198,14 +198,19 @@ def test_texts_that_there_is_no_room_for_wait(
     text_bytes = engine._placement.text_bytes
     assert text_bytes is not None
     lengths: list[int] = []
+    all_caches: dict[int, Sequence[KVCache]] = {}
 
     def room(caches: Sequence[KVCache], _: int) -> int:
         """Returns half of the memory for a text that has just begun, and more for a longer one."""
+        all_caches[id(caches)] = caches
         lengths.append(caches[0].length)
         return text_bytes // 2 + (lengths[-1] > max(lengths[:2]))
 
     def step(steps: Sequence[Any]) -> list[list[int]]:
         together.append(len(steps))
+        written = [id(decoder._caches) for decoder, _ in steps]
+        for other in all_caches.keys() - written:
+            assert all(cache._parcel is not None for cache in all_caches[other])
         return step_together(steps)
 
     monkeypatch.setattr("sensebatch.engine.writing.room_bytes", room)
@@ -228,16 +233,14 @@ def test_answers_are_written_ahead() -> None:
 
 
 def test_a_stop_while_texts_are_written_leaves_nothing_and_resumes_to_the_same(
-    engine: SenseNovaEngine, monkeypatch: pytest.MonkeyPatch, expected: list[tuple[Any, ...]]
+    engine: SenseNovaEngine, expected: list[tuple[Any, ...]]
 ) -> None:
-    batches, limits = batches_of(make_jobs()), engine._limits
+    batches = batches_of(make_jobs())
     run = Run(engine)
     run.stop = lambda: run.phases[-1].count(Phase.THINK) == 3
-    with monkeypatch.context() as patch:
-        # A batch of one pass would be finished.
-        patch.setattr(engine, "_limits", lambda batch: replace(limits(batch), image_tokens=1))
-        with pytest.raises(BatchStoppedError):
-            run(batches[0], batches[1:])
+    # Alone, a batch of one pass would be finished.
+    with pytest.raises(BatchStoppedError):
+        run(batches[0], batches[1:])
     assert run.phases == [[Phase.THINK] * 3]
     assert not engine._written
     assert outputs(Run(engine).all(batches)) == expected
