@@ -176,7 +176,7 @@ class Calibration:
             backend = TracingBackend(self._backend, root / "velocities")
             if not self._run(root, [_variant(job, "", converged) for job in of_task], backend):
                 return None
-        ways = {task: self._ways(task, of_task) for task, of_task in chosen.items()}
+        ways = {task: self._ways(task, of_task) for task, of_task in fitted.items()}
         root = self._folder / _JUDGED
         all_jobs = [
             _variant(job, name, settings)
@@ -190,10 +190,11 @@ class Calibration:
         return [_verdict(task, judged[task], ways[task], finished) for task in chosen]
 
     def _ways(self, task: Task, jobs: Sequence[Job]) -> dict[str, Mapping[str, Any]]:
-        """Returns every way to take steps that is judged, by name."""
+        """Returns every way to take steps that is judged, by name, as the record of jobs says."""
         ways = _known_ways(jobs)
         folder = self._folder / _RECORDED / task / "velocities"
-        trace = read_trace(folder, converged_timesteps(self._scale.converged_steps))
+        timesteps = converged_timesteps(self._scale.converged_steps)
+        trace = read_trace(folder, timesteps, [job.id for job in jobs])
         for searched in self._searched(jobs[0]):
             timesteps = best_timesteps(trace, searched.num_steps, searched.solver)
             ways[searched.name] = searched.settings(timesteps)

@@ -1,7 +1,8 @@
 """Records how the velocity changes along the way of images: inner products, not velocities.
 
-The engine is wrapped, so that an ordinary run draws the images and can be resumed; a batch's record
-is on the disk before the batch is committed.
+The engine is wrapped, so that an ordinary run draws the images and can be resumed; the records of a
+batch are on the disk before the batch is committed. Each job has its own, under its id: a job that
+is drawn again replaces it, and that of a job that is no longer asked for is not read.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from sensebatch.contract import (
     Stop,
 )
 from sensebatch.errors import RunFolderError
-from sensebatch.jobs import Batch, BatchResult, EngineInfo, GroupKey, Job
+from sensebatch.jobs import Batch, BatchResult, EngineInfo, Failure, GroupKey, Job
 from sensebatch.plan.load import Load
 from sensebatch.session import Backend, Model, ReusableEngine
 from sensebatch.store.files import write_atomic
@@ -49,25 +50,51 @@ class Trace:
     each two timesteps, divided by the numbers of a velocity."""
 
 
-def read_trace(folder: Path, timesteps: Sequence[float]) -> Trace:
-    """Returns the mean of what was recorded of all batches.
+def read_trace(folder: Path, timesteps: Sequence[float], ids: Sequence[str]) -> Trace:
+    """Returns the mean of what was recorded of jobs.
 
     Args:
         folder: Where `TracingBackend` wrote.
         timesteps: Those between 0 and 1 that the images were drawn with.
+        ids: The jobs'; at least one.
 
     Raises:
-        RunFolderError: Nothing was recorded.
+        RunFolderError: A job has no record of so many steps.
     """
-    total, num_images = np.zeros(()), 0
-    for file in sorted(folder.glob("*.npz")):
-        with np.load(file, allow_pickle=False) as saved:
-            total = total + saved["products"]
-            num_images += int(saved["num_images"])
-    if not num_images:
-        raise RunFolderError(f"{folder}: expected a record of velocities, found none")
     times = np.array([0.0, *timesteps, 1.0])
-    return Trace(times=times, products=total / num_images)
+    num_steps = len(times) - 1
+    total = np.zeros((num_steps, num_steps))
+    for job_id in ids:
+        products = _read(_place(folder, job_id))
+        if products is None or products.shape != total.shape:
+            found = "none" if products is None else f"one of {len(products)}"
+            raise RunFolderError(
+                f"{folder}: expected a record of {num_steps} steps of job {job_id}, found {found}; "
+                f"without the folder {folder.parent} it is made again"
+            )
+        total += products
+    return Trace(times=times, products=total / len(ids))
+
+
+def _place(folder: Path, job_id: str) -> Path:
+    return folder / f"{job_id}.npz"
+
+
+def _read(path: Path) -> np.ndarray | None:
+    """Returns the inner products in a file; None without one."""
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            products: np.ndarray = saved["products"]
+            return products
+    except FileNotFoundError:
+        return None
+
+
+def _write(path: Path, products: np.ndarray) -> None:
+    content = io.BytesIO()
+    np.savez(content, products=products)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, content.getvalue())
 
 
 class TracingBackend:
@@ -75,7 +102,7 @@ class TracingBackend:
 
     Args:
         backend: Loads the engine.
-        folder: Receives a file for each batch.
+        folder: Receives a file for each job.
     """
 
     def __init__(self, backend: Backend, folder: Path) -> None:
@@ -127,22 +154,32 @@ class _TracingEngine:
         batch: Batch,
         prepared: Sequence[Prepared],
         *,
-        kept: Kept,
+        kept: Kept,  # noqa: ARG002, a part of the protocol
         channel: Channel,
         reading: Reading | None = None,
         following: Following = (),
     ) -> BatchResult:
-        """Runs a batch, and writes its record before it returns."""
+        """Runs a batch, and writes the records of its jobs before it returns.
+
+        Images that are kept are drawn again, since their velocities are not.
+        """
         recorder = _Recorder(channel, batch.group)
         result = self._engine.generate(
             batch,
             prepared,
-            kept=kept,
+            kept=(),
             channel=recorder,
             reading=reading,
             following=following,
         )
-        recorder.write(self._folder / f"{batch.id}.npz")
+        results = zip(batch.jobs, result.results, strict=True)
+        jobs = [job for job, one in results if not isinstance(one, Failure)]
+        # A job may fail before it is drawn, or afterwards.
+        for drawn in (batch.jobs, jobs):
+            if len(drawn) == len(recorder.products):
+                for job, products in zip(drawn, recorder.products, strict=True):
+                    _write(_place(self._folder, job.id), products)
+                break
         return result
 
 
@@ -153,8 +190,8 @@ class _Recorder(Channel):
         self._channel = channel
         assert group.drawing is not None
         self._num_steps = group.drawing.num_steps
-        self._products = np.zeros((self._num_steps, self._num_steps))
-        self._num_images = 0
+        self.products: list[np.ndarray] = []
+        """Those of each image, in the order drawn, which is the batch's."""
         self._pass: list[np.ndarray] = []
 
     def progress(self, progress: Progress) -> None:
@@ -170,7 +207,7 @@ class _Recorder(Channel):
         return self._channel.is_stopped()
 
     def observe(self, step: int, velocities: Any) -> None:
-        """Records a step; the last one of a pass adds the pass to the sums."""
+        """Records a step; the last one of a pass adds the products of its images."""
         jobs, tokens, numbers = velocities.shape
         size = self._num_steps * jobs * tokens * numbers * 4
         stride = -(-size // MAX_TRACE_BYTES)
@@ -178,19 +215,10 @@ class _Recorder(Channel):
             self._pass = []
         self._pass.append(velocities[:, ::stride].cpu().numpy().reshape(jobs, -1).copy())
         if step + 1 == self._num_steps:
-            for job in range(jobs):
-                self._products += _products([velocities[job] for velocities in self._pass])
-            self._num_images += jobs
+            self.products += [
+                _products([velocities[job] for velocities in self._pass]) for job in range(jobs)
+            ]
             self._pass = []
-
-    def write(self, path: Path) -> None:
-        """Writes the sums, if any image was drawn."""
-        if not self._num_images:
-            return
-        content = io.BytesIO()
-        np.savez(content, products=self._products, num_images=self._num_images)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, content.getvalue())
 
 
 def _products(velocities: Sequence[np.ndarray]) -> np.ndarray:

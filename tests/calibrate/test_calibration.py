@@ -7,25 +7,37 @@ import tracemalloc
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from sensebatch.calibrate.files import config_name, write_files
 from sensebatch.calibrate.run import AS_IT_IS, Calibration, Scale, Variant, Verdict, chosen_jobs
 from sensebatch.calibrate.run import _variant as variant_of
 from sensebatch.calibrate.trace import _products as products_of
-from sensebatch.calibrate.trace import read_trace
+from sensebatch.calibrate.trace import _TracingEngine, read_trace
 from sensebatch.config import NEUTRAL, PRESETS, converged_timesteps, default_config
+from sensebatch.contract import Channel, Kept, KeptImage
 from sensebatch.errors import ConfigError, RunFolderError
-from sensebatch.jobs import Job, Quality, Solver
+from sensebatch.jobs import (
+    Batch,
+    BatchMetrics,
+    BatchResult,
+    Job,
+    JobResult,
+    Quality,
+    Solver,
+    group_key,
+)
 from sensebatch.manifest.read import read_rows
-from sensebatch.session import Backend, Request, run_session
+from sensebatch.session import Backend, Request, ReusableEngine, run_session
 from sensebatch.settings import resolve_settings
 from sensebatch.store.finished import finished_jobs
 from sensebatch.tasks import Task
+from tests.executor.fakes import make_job
 
 SCALE = Scale(max_jobs=4, num_steps=(6, 3), converged_steps=24)
 CONFIG = default_config()
@@ -112,7 +124,8 @@ def test_every_way_is_judged_with_its_evaluations(made: tuple[Path, list[Verdict
 def test_the_record_has_the_products_of_the_velocities(made: tuple[Path, list[Verdict]]) -> None:
     folder, _ = made
     timesteps = converged_timesteps(SCALE.converged_steps)
-    trace = read_trace(folder / "converged" / "t2i" / "velocities", timesteps)
+    ids = ["circle-red", "circle-green"]
+    trace = read_trace(folder / "converged" / "t2i" / "velocities", timesteps, ids)
     assert trace.times.tolist() == [0.0, *timesteps, 1.0]
     assert trace.products.shape == (24, 24)
     np.testing.assert_allclose(trace.products, trace.products.T, rtol=1e-9)
@@ -193,9 +206,67 @@ def test_too_few_jobs_are_a_mistake(rows: list[dict[str, str]]) -> None:
         chosen_jobs(_jobs(rows), SCALE)
 
 
-def test_a_record_that_is_missing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RunFolderError, match="a record of velocities"):
-        read_trace(tmp_path, (0.5,))
+class _Drawer:
+    """Draws batches in passes of at most two jobs, without pixels."""
+
+    largest_batch = 8
+    num_following = 0
+    make_room = read = replan = close = None
+    velocities: ClassVar = {
+        job_id: torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(number))
+        for number, job_id in enumerate("abc")
+    }
+    """`[steps, tokens, numbers]` of each job."""
+
+    def generate(
+        self, batch: Batch, _prepared: object, *, kept: Kept, channel: Channel, **_: object
+    ) -> BatchResult:
+        lacking = [job for job in batch.jobs if not kept]
+        for start in range(0, len(lacking), 2):
+            together = lacking[start : start + 2]
+            for step in range(batch.jobs[0].sampling.num_steps):
+                channel.observe(step, torch.stack([self.velocities[o.id][step] for o in together]))
+        results = tuple(JobResult() for _ in batch.jobs)
+        return BatchResult(results=results, metrics=BatchMetrics(total_s=1.0))
+
+
+def _draw(folder: Path, *ids: str, num_steps: int = 3, kept: Kept = ()) -> None:
+    steps = replace(make_job("").sampling, num_steps=num_steps)
+    jobs = tuple(replace(make_job(one), sampling=steps) for one in ids)
+    batch = Batch(id="-".join(ids), group=group_key(jobs[0]), jobs=jobs, keys=ids)
+    engine = _TracingEngine(cast(ReusableEngine, _Drawer()), folder)
+    engine.generate(batch, [()] * len(jobs), kept=kept, channel=Channel())
+
+
+def _own(job_id: str, num_steps: int = 3) -> np.ndarray:
+    velocities = _Drawer.velocities[job_id][:num_steps].reshape(num_steps, -1).double().numpy()
+    return velocities @ velocities.T / velocities.shape[1]
+
+
+def test_a_record_is_of_the_jobs_that_are_asked_for_alone(tmp_path: Path) -> None:
+    _draw(tmp_path, "a", "b", "c")
+    for job_id in "abc":
+        products = read_trace(tmp_path, (0.2, 0.6), [job_id]).products
+        np.testing.assert_allclose(products, _own(job_id), rtol=1e-6)
+    # As after a job was taken out of the manifest.
+    mean = read_trace(tmp_path, (0.2, 0.6), ["a", "c"]).products
+    np.testing.assert_allclose(mean, (_own("a") + _own("c")) / 2, rtol=1e-6)
+
+
+def test_jobs_that_are_drawn_again_have_the_new_record(tmp_path: Path) -> None:
+    _draw(tmp_path, "a", "b")
+    _draw(tmp_path, "b", num_steps=2)
+    np.testing.assert_allclose(read_trace(tmp_path, (0.5,), ["b"]).products, _own("b", 2), 1e-6)
+    with pytest.raises(RunFolderError, match="a record of 2 steps of job a, found one of 3; "):
+        read_trace(tmp_path, (0.5,), ["a", "b"])
+    with pytest.raises(RunFolderError, match="a record of 3 steps of job c, found none; "):
+        read_trace(tmp_path, (0.2, 0.6), ["a", "c"])
+
+
+def test_images_that_a_killed_run_kept_are_drawn_again_for_the_record(tmp_path: Path) -> None:
+    image = KeptImage(image=np.zeros((3, 32, 64), np.float32), tokens=())
+    _draw(tmp_path, "a", "b", kept=((image,), ()))
+    assert read_trace(tmp_path, (0.2, 0.6), ["a", "b"]).products.shape == (3, 3)
 
 
 def test_products_are_formed_without_a_copy_of_all_velocities() -> None:
