@@ -71,7 +71,7 @@ def join(ray: Any, address: str) -> None:
         # A dead one would be waited for, for ten minutes.
         _require_answer(_place(ray, address), found)
         ray.init(address=address, **_COMMON)
-    except (ConnectionError, ImportError, RuntimeError, ValueError) as error:
+    except (OSError, ImportError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ConfigError(f"{found}: {_in_a_line(error)}") from error
 
 

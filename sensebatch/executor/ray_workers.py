@@ -37,6 +37,8 @@ _LOOK_S = 5.0
 _DOUBT_S, _AGAIN_S = 40.0, 1.0
 """Seconds until Ray knows what became of a worker that it cannot reach, and between two questions
 meanwhile: whether its machine is gone decides if its batch is to blame."""
+_SIGNAL_S = 0.02
+"""The longest that Ray's own handler of SIGTERM stays while Ray is started."""
 CONNECT_S = 90.0
 """Seconds within which Ray has to be started or joined."""
 CLOSE_S = 15.0
@@ -98,10 +100,11 @@ class RayCrew:
         """
         self._events = events
         self._thread.start()
-        if not self._is_connected.wait(CONNECT_S):
-            cluster = self._workers.cluster
-            what = "Ray on this machine" if cluster is None else f"the Ray cluster at {cluster}"
-            raise WorkersLostError(f"{what} did not answer within {CONNECT_S:.0f} s")
+        end = time.monotonic() + CONNECT_S
+        while not self._is_connected.wait(_SIGNAL_S) and time.monotonic() < end:
+            _take_back_sigterm()
+        if not self._is_connected.is_set():
+            raise WorkersLostError(f"{self._name} did not answer within {CONNECT_S:.0f} s")
         if self._refusal is not None:
             raise self._refusal
         _take_back_sigterm()
@@ -162,24 +165,36 @@ class RayCrew:
             shutil.rmtree(self._temp, ignore_errors=True)
 
     @property
+    def _name(self) -> str:
+        """What people call the Ray of the run."""
+        cluster = self._workers.cluster
+        return "Ray on this machine" if cluster is None else f"the Ray cluster at {cluster}"
+
+    @property
     def _is_cut_off(self) -> bool:
         """Whether nothing may be asked of Ray any more; the listener says why."""
         return self._is_lost or self._watch.has_ended_here
 
     def _live(self) -> None:
         """Starts or joins Ray, and leaves it when the crew is closed."""
-        try:
-            self._connect()
-        except SensebatchError as error:
-            self._refusal = error
-        finally:
-            self._is_connected.set()
+        raised = guarded(self._try_to_connect)
+        if isinstance(raised, Raised):
+            failure = raised.failure
+            why = f"{failure.type}: {failure.message}"
+            self._refusal = WorkersLostError(f"{self._name} cannot be used: {why}")
+        self._is_connected.set()
         if self._refusal is None:
             self._listen()
             # Ray ends the process that lets go of an actor or a question while Ray is left.
             self._is_closing.wait()
             self._watch.close()
         self._ray.shutdown()
+
+    def _try_to_connect(self) -> None:
+        try:
+            self._connect()
+        except SensebatchError as error:
+            self._refusal = error
 
     def _connect(self) -> None:
         """Starts Ray or joins the cluster; in the thread that stays."""

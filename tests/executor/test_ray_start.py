@@ -111,6 +111,17 @@ def test_an_address_from_outside_has_a_port_of_its_own(monkeypatch: pytest.Monke
         join(Ray(), "nonsense")
 
 
+def test_a_cluster_that_does_not_let_a_run_in_is_refused(
+    open_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(*_: object, **__: object) -> None:
+        raise Ray.exceptions.AuthenticationError("Missing token")
+
+    monkeypatch.setattr(Ray, "init", init)
+    with pytest.raises(ConfigError, match=f"found '127.0.0.1:{open_port}': Missing token"):
+        join(Ray(), f"127.0.0.1:{open_port}")
+
+
 def test_ray_is_started_without_helpers_that_nobody_asks(tmp_path: Path) -> None:
     ray = Ray()
     start_local(ray, WorkersConfig(count=2), uses_gpu=False, temp=tmp_path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -266,18 +266,55 @@ def test_a_cluster_that_stops_answering_while_it_is_joined_is_not_waited_for(
         raise ConfigError("no cluster")
 
     monkeypatch.setattr(ray_workers, "CONNECT_S", 0.01)
-    monkeypatch.setattr(ray_workers, "join", join)
-    ray = Ray()
-    monkeypatch.setattr(ray, "_private", SimpleNamespace(worker=SimpleNamespace()), raising=False)
-    monkeypatch.setattr(ray, "shutdown", lambda: None, raising=False)
-    crew = new_crew(ray, monkeypatch, cluster="head:6379")
-    crew._actors.clear()
+    crew = joining(join, monkeypatch)
     with pytest.raises(WorkersLostError, match="the Ray cluster at head:6379 did not answer"):
         crew.open(SimpleQueue())
     crew.close()
     assert crew._thread.is_alive(), "nobody waits for it"
     answers.set()
     crew._thread.join()
+
+
+def joining(join: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> RayCrew:
+    """Returns a crew that joins a cluster by `join`."""
+    monkeypatch.setattr(ray_workers, "join", join)
+    ray = Ray()
+    monkeypatch.setattr(ray, "_private", SimpleNamespace(worker=SimpleNamespace()), raising=False)
+    monkeypatch.setattr(ray, "shutdown", lambda: None, raising=False)
+    crew = new_crew(ray, monkeypatch, cluster="head:6379")
+    crew._actors.clear()
+    return crew
+
+
+def test_whatever_ray_raises_while_it_starts_is_said_in_a_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def join(*_: object) -> None:
+        raise KeyError("no such node")
+
+    crew = joining(join, monkeypatch)
+    with pytest.raises(WorkersLostError) as lost:
+        crew.open(SimpleQueue())
+    crew.close()
+    assert str(lost.value) == (
+        "the Ray cluster at head:6379 cannot be used: KeyError: 'no such node'"
+    )
+
+
+def test_sigterm_is_taken_back_as_soon_as_ray_has_taken_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    was_taken_back = threading.Event()
+
+    def join(*_: object) -> None:
+        assert was_taken_back.wait(60)
+        raise ConfigError("no cluster")
+
+    monkeypatch.setattr(ray_workers, "_take_back_sigterm", was_taken_back.set)
+    crew = joining(join, monkeypatch)
+    with pytest.raises(ConfigError, match="no cluster"):
+        crew.open(SimpleQueue())
+    crew.close()
 
 
 def test_nothing_is_asked_of_a_cluster_that_was_left_without_a_word(
