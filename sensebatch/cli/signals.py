@@ -97,6 +97,8 @@ class StopSignals:
 
     def _count(self, arrived: socket.socket) -> None:
         """Counts the signals that arrive, until the other end of the socket is closed."""
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         num_arrived = 0
         while numbers := arrived.recv(64):
             for number in numbers:

@@ -546,7 +546,9 @@ class _CrewRun:
             given.begun = begun
         given.stage = Stage.WAITING
         given.kept = self._store.kept.of_batch(given.begun.seq, given.begun.batch)
-        self._tell_to_run(desk, given)
+        # One that was asked back meanwhile is on its way, and the worker has forgotten it.
+        if not given.asked_back:
+            self._tell_to_run(desk, given)
 
     def _tell_to_run(self, desk: _Desk, given: _Given) -> None:
         assert given.kept is not None
@@ -645,8 +647,6 @@ class _CrewRun:
 
     def _patience_s(self, desk: _Desk) -> float:
         """Returns how long a worker may say nothing, by what it is at; see `plan.patience`."""
-        if self._roster.patience_s is not None:
-            return self._roster.patience_s
         device, known_s = desk.member.by.info.device, list[float | None]()
         if desk.running is not None:
             group, num_jobs = desk.running.begun.batch.group, len(desk.running.begun.jobs)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import shutil
-import signal
 import threading
 import time
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from sensebatch.errors import ConfigError, SensebatchError, WorkersLostError
 from sensebatch.executor.guard import guarded, raise_again
 from sensebatch.executor.messages import Died, Drew, Joined, News, Order, Said
 from sensebatch.executor.ray_actor import RayWorker, Recipe
+from sensebatch.executor.ray_signals import leave_to_main_thread, own_sigterm
 from sensebatch.executor.ray_start import import_ray, join, new_temp, start_local
 from sensebatch.executor.ray_watch import ClusterWatch
 from sensebatch.executor.roster import Event
@@ -99,15 +99,15 @@ class RayCrew:
             WorkersLostError: It does not answer any more.
         """
         self._events = events
-        self._thread.start()
-        end = time.monotonic() + CONNECT_S
-        while not self._is_connected.wait(_SIGNAL_S) and time.monotonic() < end:
-            _take_back_sigterm()
+        with own_sigterm() as take_back:
+            self._thread.start()
+            end = time.monotonic() + CONNECT_S
+            while not self._is_connected.wait(_SIGNAL_S) and time.monotonic() < end:
+                take_back()
         if not self._is_connected.is_set():
             raise WorkersLostError(f"{self._name} did not answer within {CONNECT_S:.0f} s")
         if self._refusal is not None:
             raise self._refusal
-        _take_back_sigterm()
         self._numbers = range(self._num_workers())
 
     def start(self, worker: int, life: int) -> None:
@@ -157,7 +157,9 @@ class RayCrew:
             self.end(worker)
         self._is_closing.set()
         if self._thread.is_alive():
-            self._thread.join(CLOSE_S if self._is_connected.is_set() else 0.0)
+            # What is half started here would stay for a minute; nobody waits for a cluster.
+            is_here = self._workers.cluster is None
+            self._thread.join(CLOSE_S if is_here or self._is_connected.is_set() else 0.0)
         if self._thread.is_alive():
             # It would be waited for where the process ends.
             atexit.unregister(self._ray.shutdown)
@@ -198,8 +200,7 @@ class RayCrew:
 
     def _connect(self) -> None:
         """Starts Ray or joins the cluster; in the thread that stays."""
-        # What a terminal sends to all its processes is for the run alone to heed.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+        leave_to_main_thread()
         # Ray prints on stdout what it notices of processes that end; the run says that itself.
         self._ray._private.worker.print_worker_logs = lambda *_: None
         # It would start another Ray where it has lost the one it was connected to.
@@ -353,10 +354,3 @@ def _own(news: News) -> News:
         return news
     drawn = [(index, replace(kept, image=kept.image.copy())) for index, kept in news.drawn]
     return replace(news, drawn=tuple(drawn))
-
-
-def _take_back_sigterm() -> None:
-    """Handles SIGTERM as before: Ray's own handler aborts the process seconds later."""
-    handler = signal.getsignal(signal.SIGTERM)
-    if threading.current_thread() is threading.main_thread() and handler is not None:
-        signal.signal(signal.SIGTERM, handler)

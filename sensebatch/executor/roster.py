@@ -112,8 +112,6 @@ class Roster:
         crew: Starts them.
         note: Takes what a person may want to know.
         clock: Returns monotonic seconds.
-        patience_s: Seconds without news after which a worker that has something to do counts as
-            dead; None for those that its batch may take.
         planned: How long batches take by the plan; None where no GPU was measured.
     """
 
@@ -122,10 +120,9 @@ class Roster:
         crew: Crew,
         note: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
-        patience_s: float | None = None,
         planned: PlannedSeconds | None = None,
     ) -> None:
-        self.crew, self.patience_s, self.planned = crew, patience_s, planned
+        self.crew, self.planned = crew, planned
         self.events: SimpleQueue[Event] = SimpleQueue()
         self.members: dict[int, Member] = {}
         self._note = note

@@ -134,12 +134,11 @@ def run_crew(
     seen: Recorder | None = None,
     stop: Stop | None = None,
     shard: Shard | None = None,
-    patience_s: float | None = None,
     **options: Any,
 ) -> Summary:
     """Opens a run's folder, ingests jobs and has a crew run them."""
     seen, stop = seen or Recorder(), stop or Flag()
-    roster = Roster(crew, seen.note, patience_s=patience_s, planned=getattr(crew, "planned", None))
+    roster = Roster(crew, seen.note, planned=getattr(crew, "planned", None))
     try:
         with open_store(root) as store:
             store.state.ingest(jobs, IDENTITY, root, shard=shard)

@@ -17,7 +17,18 @@ import pytest
 from sensebatch.config import ExecutionConfig
 from sensebatch.errors import ConfigError, DeviceError, WorkersLostError
 from sensebatch.executor import roster
-from sensebatch.executor.messages import Began, Drew, Ended, Joined, News, Prepare, Prepared, Run
+from sensebatch.executor.messages import (
+    Began,
+    Drew,
+    Ended,
+    GiveBack,
+    Joined,
+    News,
+    Order,
+    Prepare,
+    Prepared,
+    Run,
+)
 from sensebatch.executor.worker import EngineWorker
 from sensebatch.jobs import Batch, EngineInfo, GroupKey, Job, group_key
 from sensebatch.plan import patience
@@ -201,22 +212,6 @@ def test_run_without_a_worker_stops_and_can_be_resumed(tmp_path: Path) -> None:
     assert run_crew(tmp_path, jobs, CONFIG, ThreadCrew(1, CONFIG, jobs)).done == 3
 
 
-def test_silent_worker_counts_as_dead(tmp_path: Path) -> None:
-    asleep = threading.Event()
-
-    def make_engine(_: int, crew: ThreadCrew) -> FakeEngine:
-        engine = FakeEngine()
-        if crew.lives == [0]:
-            engine.on_step = partial(_wait_for, asleep)
-        return engine
-
-    jobs = [make_job(f"j{i}") for i in range(3)]
-    crew, seen = ThreadCrew(1, CONFIG, jobs, make_engine), Recorder()
-    summary = run_crew(tmp_path, jobs, CONFIG, _woken(crew, asleep), seen=seen, patience_s=0.3)
-    assert summary.done == 3
-    assert seen.notes == [f"worker 0 ({_node()}) died and is started again: no news of it for 0 s"]
-
-
 def test_plan_says_when_a_worker_is_silent_for_too_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -357,6 +352,49 @@ def test_waiting_batches_go_to_a_worker_that_has_nothing(tmp_path: Path) -> None
     run_crew(tmp_path, jobs, CONFIG, crew, seen=seen)
     rows = outcome(tmp_path)[1]
     assert sum(row["worker"] == 0 for row in rows) == 3
+
+
+class Crossing(ThreadCrew):
+    """Has what worker 0 says of its second assignment cross the question for it."""
+
+    held: list[News]
+
+    def said(self, worker: int, life: int, news: News) -> None:
+        self.held = getattr(self, "held", [])
+        if worker == 0 and isinstance(news, Prepared) and news.number == 3:
+            self.held.append(news)
+        else:
+            super().said(worker, life, news)
+
+    def tell(self, worker: int, order: Order) -> None:
+        if isinstance(order, GiveBack):
+            (prepared,) = self.held
+            super().said(worker, 1, prepared)
+        super().tell(worker, order)
+
+
+def test_a_batch_that_is_asked_back_while_it_is_prepared_is_run_by_one_worker(
+    tmp_path: Path,
+) -> None:
+    release = threading.Event()
+
+    def make_engine(worker: int, _: ThreadCrew) -> FakeEngine:
+        engine = FakeEngine()
+        if worker == 0:
+            engine.on_step = partial(_wait_for, release)
+        return engine
+
+    jobs = [make_job(f"j{i}") for i in range(9)]
+    crew = Crossing(2, CONFIG, jobs, make_engine)
+
+    def heard(worker: int, news: News) -> None:
+        if worker == 1 and isinstance(news, Ended) and news.number == 3:
+            release.set()
+
+    crew.on_said = heard
+    run_crew(tmp_path, jobs, CONFIG, crew)
+    given = [(order.number, worker) for worker, order in crew.orders if isinstance(order, Run)]
+    assert sorted(given) == [(1, 0), (2, 1), (3, 1)]
 
 
 @pytest.mark.slow

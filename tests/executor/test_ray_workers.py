@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
@@ -305,12 +306,17 @@ def test_sigterm_is_taken_back_as_soon_as_ray_has_taken_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     was_taken_back = threading.Event()
+    handle = signal.signal
+
+    def take_back(number: int, handler: Any) -> Any:
+        was_taken_back.set()
+        return handle(number, handler)
 
     def join(*_: object) -> None:
         assert was_taken_back.wait(60)
         raise ConfigError("no cluster")
 
-    monkeypatch.setattr(ray_workers, "_take_back_sigterm", was_taken_back.set)
+    monkeypatch.setattr(signal, "signal", take_back)
     crew = joining(join, monkeypatch)
     with pytest.raises(ConfigError, match="no cluster"):
         crew.open(SimpleQueue())
