@@ -15,6 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sensebatch.jobs import FinishReason
+from sensebatch.report.functions import COLUMNS as OPINION_COLUMNS
+from sensebatch.report.functions import Opinion, opinion_lines, opinions
 from sensebatch.report.timeline import COLUMNS as TIMELINE_COLUMNS
 from sensebatch.report.timeline import (
     Batch,
@@ -69,6 +71,7 @@ COLUMNS = sorted(
         *_LOAD,
         *_CONFIG,
         *TIMELINE_COLUMNS,
+        *OPINION_COLUMNS,
     }
 )
 
@@ -157,6 +160,8 @@ class Summary:
     """What each worker did; nothing where there was only one."""
     together_s: float
     """Seconds from the first batch of each session to the end of its last, of any worker."""
+    functions: tuple[Opinion, ...]
+    """What functions of the user's said of images; in none of the other figures."""
     calls: tuple[Call, ...]
     """In the order they were committed."""
 
@@ -180,6 +185,7 @@ def summarise(log: pa.Table, *, session: int | None = None) -> Summary:
     if session is not None:
         log = log.filter(pc.field("session") == session)
     failed_attempts = log.filter(pc.field("status") != "done").num_rows
+    functions = opinions(log)
     log = of_engines(log)
     done = log.filter(pc.field("status") == "done")
     calls = _calls(done)
@@ -208,6 +214,7 @@ def summarise(log: pa.Table, *, session: int | None = None) -> Summary:
         waiting=waiting(batches),
         workers=worker_shares(stints),
         together_s=together_s(stints),
+        functions=functions,
         calls=tuple(calls),
     )
 
@@ -359,6 +366,7 @@ def format_totals(summary: Summary) -> str:
     if any(reason in summary.finish_reasons for reason in truncated):
         reasons = (f"{name}={count}" for name, count in summary.finish_reasons.items())
         lines.append(f"finish reasons  {'  '.join(reasons)}")
+    lines += opinion_lines(summary.functions)
     if summary.failed_attempts:
         lines.append(f"failed attempts {summary.failed_attempts}")
     return "\n".join(lines)
