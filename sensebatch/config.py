@@ -218,7 +218,7 @@ class RunConfig:
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     pixel_limits: PixelLimits = field(default_factory=PixelLimits)
     accept: tuple[AcceptFunction, ...] = ()
-    """Functions of the user's that judge each image of which only accepted ones are wanted."""
+    """The user's functions, which judge each image of which only accepted ones are wanted."""
     tasks: Mapping[Task, TaskDefaults]
 
 

@@ -69,7 +69,7 @@ class StorageFullError(StorageError):
 
 
 class DeviceError(RunStoppedError):
-    """The device failed; this process cannot use it any more."""
+    """The device failed; this process can no longer use it."""
 
 
 class WorkersLostError(RunStoppedError):
@@ -93,7 +93,7 @@ class TruncatedError(JobError):
 
 
 class ProcessDiedError(JobError):
-    """A job that processes died of again and again while it ran alone."""
+    """A job that killed its process repeatedly while it ran alone."""
 
 
 class DoesNotFitError(JobError):

@@ -1,4 +1,4 @@
-"""Functions of the user's that judge images: what they are called, where they are, what they say.
+"""The user's functions that judge images: what they are called, where they are, what they say.
 
 They are named in configuration files alone. Reading a manifest looks at the file that one is in and
 never runs it; a run imports it before anything else.
@@ -90,7 +90,7 @@ def score(function: str, judge: Judge, image: Any, row: Mapping[str, Any]) -> fl
         row: The row of the log of the job that drew it.
 
     Raises:
-        JobError: What it returns is no score.
+        JobError: What it returns is not a score.
     """
     said = judge(image, row)
     # numpy's booleans and numbers are neither, but they say what they are.

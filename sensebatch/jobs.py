@@ -495,7 +495,7 @@ class Job:
     verdict: VerdictOn | None = None
     """What it decides about a try; None if nothing."""
     judged_by: JudgedBy | None = None
-    """The function of the user's that answers it; None for what the model does."""
+    """The user's function that answers it; None for what the model does."""
     source: Source
 
     @property
@@ -643,7 +643,7 @@ class GroupKey:
     drawing: Drawing | None
     """None for jobs that make no images."""
     by_function: bool = False
-    """Whether functions of the user's do the jobs, and no engine."""
+    """Whether the user's functions do the jobs, not an engine."""
 
     @property
     def image_tokens(self) -> int:

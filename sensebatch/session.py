@@ -170,7 +170,7 @@ class ReusableEngine(Engine, Protocol):
         """Plans memory again for another run of the same model, and reloads weights if it must."""
 
     def close(self) -> None:
-        """Frees the weights; the engine cannot be used any more."""
+        """Frees the weights; the engine can no longer be used."""
 
 
 class WarmEngine:

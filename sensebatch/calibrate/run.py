@@ -1,7 +1,7 @@
 """Finds the steps that suit a checkpoint and prompts: the runs of `sensebatch calibrate`.
 
 Half of the jobs are drawn converged while their velocities are recorded, which says where steps
-are worth most; the other half is drawn with what was found, and with what there is without it, and
+are worth most; the other half is drawn with what was found, with every preset, and
 decides. All images come from two ordinary runs, which resume as every run does.
 """
 

@@ -378,7 +378,7 @@ def _lines(out: str, config: ExportConfig, done: Exported) -> Iterator[str]:
         written = counted(done.written_images, "image")
         yield f"  written  {counted(done.written_shards, 'shard')} with {written}"
     else:
-        yield "  written  nothing, as it was all there"
+        yield "  written  nothing: all of it is there already"
     if done.not_accepted:
         jobs = counted(done.not_accepted, "job")
         yield f"  left out {jobs}: tries that are not accepted, what starts from them,"

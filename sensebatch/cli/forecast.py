@@ -52,7 +52,7 @@ def forecast_summary(
 
     Raises:
         ConfigError: The folder's log measures no speed.
-        RunFolderError: It is no run's folder.
+        RunFolderError: It is not a run's folder.
     """
     if speed_of is not None:
         seconds = _measured(plan, speed_of)

@@ -127,7 +127,7 @@ def _lines(made: Made) -> Iterator[str]:
 
 @contextmanager
 def _progress(*, shown: bool) -> Iterator[Progress]:
-    """Yields what is told how far the gallery is; shows it where there is a terminal."""
+    """Yields what receives how far the gallery is, and shows it on a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 

@@ -90,7 +90,7 @@ def _output_width() -> int:
 
 
 class Output:
-    """Standard output that fails with an OutputError, also where a library prints."""
+    """Standard output that fails with an OutputError, even if a library prints."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -143,7 +143,7 @@ def show_anyway(text: str) -> None:
 
 
 def say(text: str) -> None:
-    """Prints a line for people; if nobody reads it any more, the work continues."""
+    """Prints a line for people; if nobody reads it, the work continues."""
     # Without standard error, print would use standard output.
     if sys.stderr is not None:
         with suppress(OSError):

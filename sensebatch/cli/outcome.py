@@ -161,7 +161,7 @@ def _advice(root: Path, counts: Counts) -> Iterator[str]:
 def _late_line(summary: Summary, until: float) -> str:
     """Returns why a deadline ended a run, and what would have been next."""
     end = datetime.fromtimestamp(until)
-    words = [f"stopped to be over by {end:%H:%M} ({end:%Y-%m-%d})"]
+    words = [f"stopped to end by {end:%H:%M} ({end:%Y-%m-%d})"]
     if summary.next_s is not None:
         words.append(f"the next batch takes about {duration(summary.next_s)}")
     return "; ".join([*words, "the same command resumes the run"])

@@ -136,7 +136,7 @@ class _Noted:
         self.ids: list[str] = []
         """Those of the jobs that a model does, in their order."""
         self.judged: Counter[str] = Counter()
-        """Images that functions of the user's judge, by function."""
+        """Images that the user's functions judge, by function."""
         self.from_tries: list[tuple[str, str]] = []
         """Jobs that start from a try, and that try."""
         self._tries: set[str] = set()

@@ -127,7 +127,7 @@ class Tracker(RunObserver):
         self._say_batch("; ".join(words))
 
     def _count_more(self) -> None:
-        # More jobs may be found to be needed as the run goes on.
+        # More jobs may turn out to be needed during the run.
         self.num_jobs = max(self.num_jobs, self.num_done + self.num_failed)
 
     def _say_batch(self, line: str) -> None:
@@ -271,7 +271,7 @@ def change_lines(changes: Changes) -> Iterator[str]:
         (changes.held, "changed or without files, will be run again only if needed"),
         (
             changes.returned,
-            "with a former definition again, whose files are there; will not be run again",
+            "changed back to a former definition, whose files are there; will not be run again",
         ),
         (changes.removed, "no longer in the manifest; files are kept"),
         (changes.unread, "not read because of --limit; left as they are"),

@@ -71,5 +71,5 @@ def _lines(folder: Path, found: Prunable, *, is_removed: bool) -> Iterator[str]:
     for name in found.unread:
         yield (
             f"kept what the jobs of {escaped(name)} made, because the latest run did not read that "
-            "manifest; run it again, or remove it, if they are to go"
+            "manifest; to remove that too, run it again or delete it"
         )

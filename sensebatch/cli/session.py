@@ -49,7 +49,7 @@ def run_session(
     """
     _settle_allocator()
     stop = StopSignals() if stop is None else stop
-    # What functions of the user's print is for people; stdout is for the result of the command. The
+    # What the user's functions print is for people; stdout is for the result of the command. The
     # display replaces stdout as well while it lasts, so it has to begin later and to end earlier.
     apart = redirect_stdout(sys.stderr) if request.config.accept else nullcontext()
     try:
@@ -78,7 +78,7 @@ def _settle_allocator() -> None:
     """Lets torch's allocator grow its segments in place; it reads this setting on first use.
 
     Otherwise it keeps freed segments of sizes that no later tensor has, so less fits a budget. A
-    setting of the user's own is left alone.
+    setting that the user made is left alone.
     """
     if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

@@ -131,7 +131,7 @@ def handled_signals() -> tuple[int, ...]:
 
 
 def _tell(text: str, *, show_cursor: bool = False) -> None:
-    """Writes a line to standard error if it is open; nothing fails if nobody reads it any more."""
+    """Writes a line to standard error if it is open; nothing fails if nobody reads it."""
     # A plain write, because the main thread may be in the middle of a print.
     if sys.stderr is not None:
         with suppress(OSError):

@@ -1,6 +1,6 @@
 """Expressions about one job, in the SQL of SQLite: `status = 'failed' AND seed > 3`.
 
-SQLite itself reads and computes them, in memory and with nothing but the columns at hand: an
+SQLite itself reads and computes them, in memory and with nothing but the columns: an
 expression cannot read a file, change anything, or look at other jobs.
 """
 
@@ -45,7 +45,7 @@ class Where:
         text: The expression.
         columns: Names of the columns.
         extra_columns: Returns names inside `matrix` and `metadata`, with which of the two they are
-            in; called if the expression uses a name that is no column.
+            in; called if the expression uses a name that is not a column.
 
     Raises:
         ConfigError: It is not an expression about these columns.

@@ -44,7 +44,7 @@ class Ahead:
             self._expected[number] = prepared
 
     def forget(self, number: int) -> None:
-        """Drops what there is of an assignment."""
+        """Drops what was read of an assignment."""
         self._expected.pop(number, None)
         if self._held is not None and self._held[0] == number:
             self._held = None

@@ -509,7 +509,7 @@ class _CrewRun:
                 self._take_back(desk, given)
 
     def _admit(self, member: Member) -> None:
-        """Gives a worker a desk that started, or started again, while the run is going on."""
+        """Gives a worker a desk that started, or started again, during the run."""
         assert member.ready is not None
         for group, jobs in member.ready.fitting.items():
             planned = self._planned.get(group)
@@ -642,7 +642,7 @@ class _CrewRun:
             is_silent = now - max(desk.member.heard, desk.member.since) > patience_s
             if is_silent and any(one.stage > Stage.READING for one in desk.given.values()):
                 self._roster.crew.end(desk.member.number)
-                if self._roster.lose(desk.member, f"no news of it for {patience_s:.0f} s"):
+                if self._roster.lose(desk.member, f"no message from it for {patience_s:.0f} s"):
                     self._lose(desk, is_of_node=False)
 
     def _patience_s(self, desk: _Desk) -> float:

@@ -1,4 +1,4 @@
-"""Has functions of the user's judge images, in threads of this process, beside the drawing.
+"""Has the user's functions judge images, in threads of this process, beside the drawing.
 
 What a function raises, SystemExit too, is one failed job. A call cannot be ended: a run that is to
 stop waits for those that are under way.

@@ -54,7 +54,7 @@ class KeptOnDisk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopWork:
-    """Asks for the batch at hand to end where it can, and for all others to be given back."""
+    """Asks for the current batch to end where it can, and for all others to be given back."""
 
 
 Order: TypeAlias = Prepare | Run | GiveBack | KeptOnDisk | StopWork

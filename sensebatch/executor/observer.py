@@ -158,7 +158,7 @@ class Tally:
 
 
 def report(call: Callable[..., None], *values: object) -> None:
-    """Calls a method of an observer; a display that fails is no reason to lose a night."""
+    """Calls a method of an observer; a display that fails must not cost a night."""
     reported = guarded(partial(call, *values))
     if isinstance(reported, Raised):
         _LOGGER.warning("the run's display failed: %s", reported.failure.message)

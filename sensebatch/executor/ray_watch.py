@@ -30,7 +30,7 @@ TICK_S = 0.5
 
 
 class ClusterWatch:
-    """Asks a cluster for its nodes, again and again until it is closed.
+    """Asks a cluster for its nodes, repeatedly until it is closed.
 
     Args:
         ray: The package, connected.

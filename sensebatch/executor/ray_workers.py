@@ -36,7 +36,7 @@ _LOOK_S = 5.0
 """Seconds between two looks at the cluster for machines that were added."""
 _DOUBT_S, _AGAIN_S = 40.0, 1.0
 """Seconds until Ray knows what became of a worker that it cannot reach, and between two questions
-meanwhile: whether its machine is gone decides if its batch is to blame."""
+meanwhile: whether its machine is lost decides if its batch is to blame."""
 _SIGNAL_S = 0.02
 """The longest that Ray's own handler of SIGTERM stays while Ray is started."""
 CONNECT_S = 90.0
@@ -82,7 +82,7 @@ class RayCrew:
         self._thread = threading.Thread(target=self._live, name="ray", daemon=True)
         self._is_connected = threading.Event()
         self._is_lost = False
-        """Whether nothing can be asked of Ray any more."""
+        """Whether Ray can no longer be asked anything."""
         self._refusal: SensebatchError | None = None
         """Why Ray was neither started nor joined."""
 
@@ -96,7 +96,7 @@ class RayCrew:
 
         Raises:
             ConfigError: There is no such cluster, or it has no room for the workers.
-            WorkersLostError: It does not answer any more.
+            WorkersLostError: It no longer answers.
         """
         self._events = events
         with own_sigterm() as take_back:
@@ -174,7 +174,7 @@ class RayCrew:
 
     @property
     def _is_cut_off(self) -> bool:
-        """Whether nothing may be asked of Ray any more; the listener says why."""
+        """Whether Ray may no longer be asked anything; the listener says why."""
         return self._is_lost or self._watch.has_ended_here
 
     def _live(self) -> None:
@@ -304,7 +304,7 @@ class RayCrew:
                 self._say(worker, life, died)
             return
         if worker in self._doubted:
-            lost = "what it said was lost while it could not be reached"
+            lost = "its messages were lost while it could not be reached"
             self._say(worker, life, Died(reason=lost))
             return
         for one in news:

@@ -37,7 +37,7 @@ class Recovered:
     suspects: tuple[Recorded, ...]
     """Single jobs that run last, with nothing beside them."""
     given_up: tuple[Recorded, ...]
-    """Single jobs that are not run any more."""
+    """Single jobs that are no longer run."""
 
 
 def recover(

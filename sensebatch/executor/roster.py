@@ -171,7 +171,7 @@ class Roster:
 
     @property
     def words(self) -> str:
-        """What people are told of the workers that are ready."""
+        """What is printed about the workers that are ready."""
         ready = [member.ready for member in self.ready() if member.ready is not None]
         nodes = {one.node for one in ready}
         where = next(iter(nodes)) if len(nodes) == 1 else counted(len(nodes), "host")

@@ -185,7 +185,7 @@ class Schedule:
     def retry(self, job_id: str) -> None:
         """Queues a job that failed to run alone at the end of the group.
 
-        The job must not be running any more; the assignment that it was in may be in flight.
+        The job must no longer be running; the assignment that it was in may be in flight.
         """
         of_job = (lane for one, lane in self._in_flight.values() if job_id in one.ids)
         lane = next(of_job, self._lanes[0])

@@ -104,7 +104,7 @@ def export(
         config: What the export is to be like.
         read_input: Returns the bytes of an input image, or raises a JobError.
         sign: Signs images; `config.signer` is its certificate.
-        observer: Is told of the progress.
+        observer: Receives the progress.
 
     Raises:
         ConfigError: The selection, or what is at the target, does not fit.

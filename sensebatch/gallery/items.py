@@ -197,7 +197,7 @@ def _without_thoughts(text: str) -> str:
 
 
 def _file_text(root: Path, path: str | None) -> str | None:
-    """Returns a text of the run's folder; None where there is none any more."""
+    """Returns a text of the run's folder; None if it no longer exists."""
     if path is None:
         return None
     try:

@@ -39,7 +39,7 @@ THUMBNAIL_SIDE = 192
 """Pixels of the longer side of a thumbnail where nothing else is said."""
 
 Progress = Callable[[str, int, int], None]
-"""Is told what is done, and how many of how many."""
+"""Receives what is done, and how many of how many."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +80,7 @@ def make_gallery(
         workers: Sheets of thumbnails that are made at once.
         copies_images: Whether images and inputs are copied into the gallery, so that it can be
             moved without the runs.
-        progress: Is told how far it is.
+        progress: Receives how far it is.
 
     Raises:
         RunFolderError: A folder is not a run's, has nothing to show, or is there twice; or `out`
@@ -137,7 +137,7 @@ def _collected(
     inputs: Inputs,
     progress: Progress,
 ) -> Parts:
-    """Returns what there is of every item; their details are in the data files by then."""
+    """Returns what is known of every item; their details are in the data files by then."""
     parts = Parts()
     for number, run in enumerate(runs):
         alike = _alike(run, selection)

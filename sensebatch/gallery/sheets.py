@@ -94,14 +94,14 @@ def make_sheets(
 ) -> Sheets:
     """Returns the sheets with a thumbnail of each image; draws those that are not there yet.
 
-    Sheets that nothing is on any more are removed by `remove_unused`, once no page names them.
+    Sheets with nothing left on them are removed by `remove_unused`, once no page names them.
 
     Args:
         sources: The images; those of the same hash share a thumbnail.
         folder: Where the sheets are.
         side: Pixels of the longer side of a thumbnail.
         workers: How many sheets are drawn at once.
-        progress: Is told how many of how many missing thumbnails there are.
+        progress: Receives how many of how many missing thumbnails there are.
 
     Raises:
         OSError: A sheet cannot be written.

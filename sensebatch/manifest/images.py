@@ -61,7 +61,7 @@ class ImageProbe:
         """Begins to look at the image in a file that `file` will be asked for.
 
         Args:
-            path: The file; nothing is said of one that is no image.
+            path: The file; nothing is said of one that is not an image.
             as_stored: See `file`.
         """
         num_threads = min(MAX_THREADS, os.cpu_count() or 1)

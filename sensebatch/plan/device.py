@@ -34,7 +34,7 @@ def place(
 ) -> Placements:
     """Returns for each group the fastest placement that fits, or the one that was asked for.
 
-    Without a budget or a mode of the user's, jobs that do not fit what is free are left out, as
+    Without a budget or a mode from the user, jobs that do not fit what is free are left out, as
     long as others do fit.
 
     Args:

@@ -240,7 +240,7 @@ class _Summary:
 
 
 def _refused_group(refusals: Sequence[Refusal]) -> dict[str, Any]:
-    """Returns what there is to say of a group of which no job fits."""
+    """Returns what is said of a group of which no job fits."""
     return {
         "vram_mode": None,
         "reason": refusals[0].message,

@@ -85,7 +85,7 @@ class Waiting:
 
 
 def of_engines(log: pa.Table) -> pa.Table:
-    """Returns the rows of a log that engines made, and not functions of the user's beside them."""
+    """Returns the rows of a log that engines made, and not the user's functions beside them."""
     return log.filter(pc.is_null(log["function"]))
 
 

@@ -43,7 +43,7 @@ class Database:
         path: The file.
         read_only: Reads an existing file, also beside the process that writes it. Nothing is left
             beside the file afterwards, and nobody has to be allowed to write there.
-        as_copy: Works on a copy of what there is, or on an empty file; nothing is written back.
+        as_copy: Works on a copy of an existing file, or on an empty one; nothing is written back.
 
     Raises:
         RunFolderError: The file is not a state database, or a newer version made it.

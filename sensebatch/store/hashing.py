@@ -39,7 +39,7 @@ def add_hashes(root: Path, progress: Callable[[int, int], None] = lambda *_: Non
 
     Args:
         root: The run's folder.
-        progress: Is told how many jobs are done, of how many.
+        progress: Receives how many jobs are done, of how many.
 
     Raises:
         RunFolderError: It is not a run's folder, or a process works in it.

@@ -131,7 +131,7 @@ class State:
     Args:
         path: `state.db`; made where it does not exist.
         read_only: Reads beside the process that writes.
-        as_copy: Works on a copy of what there is, or on an empty file; nothing is written back.
+        as_copy: Works on a copy of an existing file, or on an empty one; nothing is written back.
 
     Raises:
         RunFolderError: The file is not a state database, or a newer version made it.
@@ -505,7 +505,7 @@ class State:
                 (ELSEWHERE,),
             )
             has_chains, judgements = chains.has_any(db), acceptance.judgements(db)
-            # Jobs read so far that are no accepted tries, or start from one that is not.
+            # Jobs read so far that are tries and not accepted, or start from such a try.
             others: set[str] = set()
             dropped: set[str] = set()
             for definition, key, status, listed, attempts, row, is_empty in rows:
@@ -611,7 +611,7 @@ class State:
             return db.execute(query, (manifest,)).fetchone() is not None
 
     def forget_outputs(self, numbers: Iterable[int], paths: Iterable[str]) -> None:
-        """Records that jobs have no files any more, and which of them are to be removed.
+        """Records that jobs no longer have files, and which of them are to be removed.
 
         Args:
             numbers: The jobs; should they return to the manifests, they are run again.

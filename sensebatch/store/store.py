@@ -1,4 +1,4 @@
-"""A run's folder, opened: its lock held, its state, its kept images and its log at hand."""
+"""A run's folder, opened: its lock held, its state, its kept images and its log."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class Store:
 
     @contextmanager
     def complete_log(self) -> Iterator[None]:
-        """Writes every row there is at the end of the block, also where the run was stopped."""
+        """Writes every row at the end of the block, even if the run was stopped."""
         try:
             yield
         except RunStoppedError:

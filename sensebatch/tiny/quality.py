@@ -95,7 +95,7 @@ Interval = tuple[float, float]
 
 
 def mean(values: Sequence[float | None]) -> Interval:
-    """Returns the mean of what there is; NaN if there is nothing."""
+    """Returns the mean of some figures; NaN if there are none."""
     known = np.array([value for value in values if value is not None])
     if not len(known):
         return math.nan, math.nan

@@ -41,7 +41,7 @@ def test_a_run_ends_before_its_deadline_says_how_far_it_came_and_resumes(
     assert ended.code == 75
     # In the order of the first jobs: a and b, then c.
     assert "3 of 5 jobs done, 2 to do" in ended.err
-    assert "stopped to be over by 22:30 (2026-11-28); the next batch takes about" in ended.err
+    assert "stopped to end by 22:30 (2026-11-28); the next batch takes about" in ended.err
     assert "the same command resumes the run" in ended.err
     values = invoke("run", manifest, "--until", "07:00", "--json").json
     assert (values["exit_code"], values["deadline"], values["done"]) == (0, False, 5)
@@ -67,7 +67,7 @@ def test_a_run_whose_deadline_has_come_loads_nothing(
     ended = invoke("run", manifest, "--max-hours", "1")
     assert (ended.code, backend.loaded) == (75, [])
     assert "0 of 5 jobs done, 5 to do" in ended.err
-    assert "stopped to be over by 23:30 (2026-11-28); the same command" in ended.err
+    assert "stopped to end by 23:30 (2026-11-28); the same command" in ended.err
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_export_prints_what_it_wrote_and_how_to_open_it(invoke: Invoke, folder: 
     card = Path("out/README.md").read_text()
     assert "license: cc-by-4.0\npretty_name: ships\n" in card
     again = invoke("export", "hf", folder, "out", "--license", "cc-by-4.0")
-    assert "  written  nothing, as it was all there\n" in again.out
+    assert "  written  nothing: all of it is there already\n" in again.out
 
 
 def test_export_without_a_licence_says_so(invoke: Invoke, folder: Path) -> None:

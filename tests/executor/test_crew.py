@@ -234,7 +234,8 @@ def test_plan_says_when_a_worker_is_silent_for_too_long(
     crew.planned = Planned()
     summary = run_crew(tmp_path, jobs, CONFIG, _woken(crew, asleep), seen=seen)
     assert summary.done == 3
-    assert seen.notes == [f"worker 0 ({_node()}) died and is started again: no news of it for 0 s"]
+    died = f"worker 0 ({_node()}) died and is started again: no message from it for 0 s"
+    assert seen.notes == [died]
     assert (FakeEngine().info.device, group_key(jobs[0]), 3) in asked
 
 

@@ -151,7 +151,7 @@ def test_a_worker_that_is_reached_again_may_have_said_what_is_lost(
     crew = new_crew(Ray(), monkeypatch)
     heard(crew, UNAVAILABLE)
     (died,) = heard(crew, ("here", [Began(number=1)]))
-    assert died == Died(reason="what it said was lost while it could not be reached")
+    assert died == Died(reason="its messages were lost while it could not be reached")
 
 
 def test_no_worker_is_started_again_once_ray_has_ended_here(

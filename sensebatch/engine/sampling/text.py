@@ -25,7 +25,7 @@ class Decoded:
 class Script:
     """The choices of jobs with synthetic weights, whose own choices mean nothing.
 
-    Every pass is computed all the same, and only its choice is replaced, so that a job costs what
+    Every pass is computed, and only its choice is replaced, so that a job costs what
     its settings ask for.
     """
 

@@ -128,7 +128,7 @@ class SyntheticWeights:
 
 
 def _repeat(table: Tensor, first: int, target: Tensor) -> None:
-    """Fills flat memory with a table's numbers from an index on, again and again."""
+    """Fills flat memory with a table's numbers, repeated from an index on."""
     # As bytes, which numpy copies at the speed of the memory; it has no bfloat16.
     source, flat = table.view(torch.uint8).numpy(), target.view(torch.uint8).numpy()
     place = first % table.numel() * table.element_size()
