@@ -52,3 +52,11 @@ def test_very_long_prompt_does_not_cost_the_image(image_format: str) -> None:
 def test_array_that_is_not_an_image_is_refused() -> None:
     with pytest.raises(ValueError, match="expected uint8 pixels"):
         encode_image(PIXELS.astype(np.float32), OutputConfig(), metadata())
+
+
+def test_png_looks_for_runs_alone() -> None:
+    half = np.random.default_rng(0).integers(0, 256, (16, 64, 3), dtype=np.uint8)
+    output = OutputConfig(embed_metadata=False)
+    # A search for repeats would find the second half.
+    assert len(encode_image(np.concatenate([half, half]), output, {})) > 2 * half.nbytes * 0.95
+    assert len(encode_image(np.full((32, 64, 3), 7, dtype=np.uint8), output, {})) < 200
