@@ -101,7 +101,7 @@ class Attempt:
     choices: tuple[str, ...] | None = None
     """The answers that a question allows; empty if it is answered freely, null for other tasks."""
     function: str | None = None
-    """The function of yours that answered instead of the model, `module:function`
+    """Your function that judged instead of the model, `module:function`
     (manifest.md#functions-of-your-own); else null."""
     do_sample: bool | None = None
     """Whether the tokens of an answer are drawn at random; null for other tasks."""
