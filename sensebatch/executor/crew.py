@@ -46,11 +46,26 @@ from sensebatch.executor.messages import (
 )
 from sensebatch.executor.observer import Observer, Summary, Tally, WorkerState, report
 from sensebatch.executor.prepare import read_inputs
-from sensebatch.executor.recovery import MAX_DEATHS, recover, worker_death
+from sensebatch.executor.recovery import (
+    MAX_DEATHS,
+    Blame,
+    Recovered,
+    death,
+    recover,
+    worker_death,
+)
 from sensebatch.executor.roster import TICK_S, Member, Roster
-from sensebatch.executor.schedule import Assignment, Idle, Schedule
+from sensebatch.executor.schedule import Assignment, Idle, Recorded, Schedule
 from sensebatch.functions import Judge
-from sensebatch.jobs import BatchMetrics, BatchResult, EncodedJob, Failure, InputImage, group_key
+from sensebatch.jobs import (
+    BatchMetrics,
+    BatchResult,
+    EncodedJob,
+    Failure,
+    GroupKey,
+    InputImage,
+    group_key,
+)
 from sensebatch.plan.patience import patience_s
 from sensebatch.store.attempts import Attempt
 from sensebatch.store.kept import KeptOfBatch
@@ -187,7 +202,8 @@ def execute_crew(
             ends=_Ends(stop=deadline.beside(stop), deadline=deadline),
         )
         try:
-            run.loop()
+            with run.blame.lifted():
+                run.loop()
         finally:
             run.pools.cancel()
     seconds = time.monotonic() - start
@@ -238,15 +254,14 @@ class _CrewRun:
         self._desks: dict[int, _Desk] = {}
         self._returned: deque[Begun] = deque()
         """Batches that came back; they go out before anything else."""
-        self._unwritten_bytes = self._num_unwritten = self._num_judged = 0
+        self._unwritten_bytes = self._num_unwritten = 0
+        self._judged: set[int] = set()
+        """Numbers of batches that functions judge, which may end this process."""
+        self.blame = Blame(store.state)
         self._is_ending = False
         self.tally = Tally(observer, config.execution)
-        fitting, note = roster.fitting(), partial(report, observer.note)
-        found = recover(store, fitting.get, config.memory, note)
-        self._suspects = {seq for seq, _ in found.suspects}
-        self._doubtful = set(found.doubtful) | self._suspects
-        """Numbers of batches that something died of: nothing is beside them at their worker."""
-        claim_batches(store, config, fitting.get, note)
+        fitting = roster.fitting()
+        found = self._recovered(config, fitting.get)
         num_workers = sum(1 for _ in roster.ready())
         levels = plan_levels(store, config, fitting.get, ends.deadline, num_workers)
         self._planned = {group.group: group.batch_size for group in levels.plan.groups}
@@ -269,7 +284,7 @@ class _CrewRun:
         for member in roster.ready():
             self._seat(member)
         for batch in found.given_up:
-            self._ledger.give_up(batch, next(roster.ready()).by, worker_death())
+            self._give_up(batch)
 
     def loop(self) -> None:
         """Hands out assignments and takes news until all is done or the run is to stop.
@@ -290,6 +305,23 @@ class _CrewRun:
                     event()
             if time.monotonic() >= self._look_at:
                 self._look_after()
+
+    def _recovered(self, config: RunConfig, fitting: Callable[[GroupKey], int | None]) -> Recovered:
+        """Returns what an earlier process left, in a folder whose batches are the run's own."""
+        note = partial(report, self._observer.note)
+        found = recover(self._store, fitting, config.memory, note)
+        self._suspects = {seq for seq, _ in found.suspects}
+        self._doubtful = set(found.doubtful) | self._suspects
+        """Numbers of batches that something died of: nothing is beside them at their worker, or
+        with functions."""
+        claim_batches(self._store, config, fitting, note)
+        return found
+
+    def _give_up(self, batch: Recorded) -> None:
+        """Fails a job that earlier lives of workers, or of this process, have died of."""
+        (stored,) = self._store.state.jobs(batch[1])
+        why = worker_death() if stored.job.judged_by is None else death()
+        self._ledger.give_up(batch, self._judge_by, why)
 
     def _look_after(self) -> None:
         """Does what depends on the clock alone."""
@@ -327,19 +359,25 @@ class _CrewRun:
 
     @property
     def _can_take_more(self) -> bool:
-        if self._num_judged >= MAX_WAITING:
+        if len(self._judged) >= MAX_WAITING or not self._judged.isdisjoint(self._doubtful):
             return False
         return self._unwritten_bytes <= MAX_UNWRITTEN_BYTES and self._num_unwritten <= MAX_UNWRITTEN
 
     def _judge(self, begun: Begun) -> None:
-        """Has functions judge a batch, beside whatever the workers do."""
-        self._num_judged += 1
+        """Has functions judge a batch, beside whatever the workers do.
+
+        They may end this process, so the batch's start is counted, unlike that of one that is
+        drawn elsewhere.
+        """
+        self._store.state.start(begun.seq, 0)
+        self.blame.take(begun.seq)
+        self._judged.add(begun.seq)
         future = self.pools.judging.start(begun.jobs)
         judged = partial(self._was_judged, begun, future)
         future.add_done_callback(lambda _: self._roster.events.put(judged))
 
     def _was_judged(self, begun: Begun, future: Future[BatchResult]) -> None:
-        self._num_judged -= 1
+        self._judged.discard(begun.seq)
         self._num_unwritten += 1
         result, by = future.result(), next(self._roster.ready(), None)
         self._judge_by = self._judge_by if by is None else by.by
@@ -366,7 +404,7 @@ class _CrewRun:
             return self._returned.popleft()
         expected = self._schedule.peek()
         if expected is not None:
-            if expected.seq in self._doubtful and desk.given:
+            if expected.seq in self._doubtful and (desk.given or self._judged):
                 return None
             if not self._admits(desk, expected.ids):
                 return None
@@ -627,6 +665,7 @@ class _CrewRun:
         self._num_unwritten -= 1
         self._doubtful.discard(begun.seq)
         self._suspects.discard(begun.seq)
+        self.blame.drop(begun.seq)
         self._ledger.committed(begun, attempts)
 
     def _remove(self, desk: _Desk, given: _Given) -> None:

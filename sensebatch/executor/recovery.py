@@ -8,11 +8,12 @@ beside them; a job that a process then dies of is given up, so that it cannot st
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from sensebatch.config import MemoryConfig
-from sensebatch.errors import ProcessDiedError
+from sensebatch.errors import ProcessDiedError, RunFolderError, RunStoppedError
 from sensebatch.executor.schedule import Recorded
 from sensebatch.jobs import Failure, GroupKey, group_key
 from sensebatch.plan.batches import batch_size
@@ -38,6 +39,48 @@ class Recovered:
     """Single jobs that run last, with nothing beside them."""
     given_up: tuple[Recorded, ...]
     """Single jobs that are no longer run."""
+
+
+class Blame:
+    """Batches whose start counts against them if this process is killed.
+
+    Args:
+        state: The run's.
+    """
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._seqs: set[int] = set()
+
+    def take(self, seq: int) -> None:
+        """Blames a batch, whose start is on record."""
+        self._seqs.add(seq)
+
+    def drop(self, seq: int) -> None:
+        """Blames a batch no longer, which is committed or no longer on record."""
+        self._seqs.discard(seq)
+
+    def forgive(self, seq: int) -> None:
+        """Takes the start of a batch back, if it is blamed."""
+        if seq in self._seqs:
+            self._seqs.discard(seq)
+            self._state.forgive(seq)
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Blames no batch for the end of the process if the block ends as a run is meant to end."""
+        try:
+            yield
+        except (RunStoppedError, RunFolderError, KeyboardInterrupt):
+            # If it is the disk that failed, the starts stay as they are.
+            with suppress(RunStoppedError, RunFolderError):
+                self._forgive_all()
+            raise
+        self._forgive_all()
+
+    def _forgive_all(self) -> None:
+        for seq in sorted(self._seqs):
+            self.forgive(seq)
 
 
 def recover(

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 
 from sensebatch.config import RunConfig
 from sensebatch.contract import Channel, Concerns, Drawn, Progress, Raised, Stop, Worker
-from sensebatch.errors import BatchStoppedError, RunFolderError, RunStoppedError
+from sensebatch.errors import BatchStoppedError
 from sensebatch.executor.claim import claim_batches
 from sensebatch.executor.deadline import Deadline
 from sensebatch.executor.guard import raise_again
@@ -29,7 +29,7 @@ from sensebatch.executor.ledger import Begun, Ledger, batch_of, members_of
 from sensebatch.executor.levels import plan_levels
 from sensebatch.executor.observer import Observer, Summary, Tally, report
 from sensebatch.executor.prepare import Preparer
-from sensebatch.executor.recovery import death, recover
+from sensebatch.executor.recovery import Blame, death, recover
 from sensebatch.executor.schedule import Assignment, Idle, Schedule
 from sensebatch.functions import Judge
 from sensebatch.jobs import Batch, BatchMetrics, BatchResult, GroupKey, InputImage, group_key
@@ -96,7 +96,7 @@ def execute(
             deadline=deadline,
         )
         # A batch that heeds the stop stays on record, as a kill would leave it.
-        with run.forgiving():
+        with run.blame.lifted():
             with suppress(BatchStoppedError):
                 run.loop()
             run.settle()
@@ -141,8 +141,7 @@ class _Run:
         self._stop = stop
         self._start = time.monotonic()
         self._writing: tuple[Begun, Future[tuple[Attempt, ...]]] | None = None
-        self._blamed: set[int] = set()
-        """Numbers of batches whose start counts against them if the process is killed."""
+        self.blame = Blame(store.state)
         self.tally = Tally(observer, config.execution)
         note = partial(report, observer.note)
         found = recover(store, self._fitting, config.memory, note)
@@ -233,7 +232,7 @@ class _Run:
             assignment, queue_s=time.monotonic() - self._start, started_at=datetime.now(UTC)
         )
         self._store.state.start(begun.seq, 0)
-        self._blamed.add(begun.seq)
+        self.blame.take(begun.seq)
         self._verdicts.append((begun, self._judging.start(begun.jobs)))
         if alone:
             self._finish_verdicts()
@@ -288,9 +287,9 @@ class _Run:
             queue_s=queue_s,
             started_at=started_at,
         )
-        self._blamed.discard(seq or 0)
+        self.blame.drop(seq or 0)
         if begun is not None:
-            self._blamed.add(begun.seq)
+            self.blame.take(begun.seq)
         return begun
 
     def _by(self) -> RanBy:
@@ -311,7 +310,7 @@ class _Run:
             self._store.run_dir.require_in_place()
             seq = self._store.state.begin(members_of(jobs))
         if seq is not None:
-            self._blamed.add(seq)
+            self.blame.take(seq)
         return seq
 
     def _following(self, begun: Begun) -> list[tuple[int, Batch]]:
@@ -381,7 +380,7 @@ class _Run:
     def _end(self, begun: Begun, outcome: BatchResult | Raised) -> None:
         """Hands results to the writer, or splits a batch that failed as a whole."""
         if isinstance(outcome, Raised):
-            self._blamed.discard(begun.seq)
+            self.blame.drop(begun.seq)
             self._ledger.split(begun, outcome)
             return
         self.settle()
@@ -403,25 +402,8 @@ class _Run:
             return
         (begun, future), self._writing = self._writing, None
         attempts = future.result()
-        self._blamed.discard(begun.seq)
+        self.blame.drop(begun.seq)
         self._ledger.committed(begun, attempts)
-
-    @contextmanager
-    def forgiving(self) -> Iterator[None]:
-        """Blames no batch for the end of the process if the block ends as a run is meant to end."""
-        try:
-            yield
-        except (RunStoppedError, RunFolderError, KeyboardInterrupt):
-            # If it is the disk that failed, the starts stay as they are.
-            with suppress(RunStoppedError, RunFolderError):
-                self._forgive(*self._blamed)
-            raise
-        self._forgive(*self._blamed)
-
-    def _forgive(self, *seqs: int) -> None:
-        for seq in self._blamed.intersection(seqs):
-            self._blamed.discard(seq)
-            self._store.state.forgive(seq)
 
     def _progress(self, begun: Begun, progress: Progress) -> None:
         self._head_start.end()
@@ -429,7 +411,7 @@ class _Run:
         self._deadline.advanced(self._worker.number, begun.batch.group, progress)
         if self._stop.is_set():
             # A second signal ends the process at once, whatever the batch is doing.
-            self._forgive(begun.seq)
+            self.blame.forgive(begun.seq)
         if self._writing is not None:
             future = self._writing[1]
             if future.done() and future.exception() is None:

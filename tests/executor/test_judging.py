@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -258,8 +259,9 @@ class Died(BaseException):
     """The process ends."""
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_function_that_processes_die_of_costs_one_verdict(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    num_workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = Judging.start
 
@@ -271,12 +273,42 @@ def test_a_function_that_processes_die_of_costs_one_verdict(
     monkeypatch.setattr(Judging, "start", deadly)
     for _ in range(6):
         try:
-            run(tmp_path, tries(OWN), own=by_seed)
+            if num_workers:
+                crew = ThreadCrew(num_workers, CONFIG, tries(OWN))
+                run_crew(tmp_path, tries(OWN), CONFIG, crew, functions={"m:own": by_seed})
+            else:
+                run(tmp_path, tries(OWN), own=by_seed)
             break
         except Died:
             continue
     failed = [name for name, row in log_of(tmp_path).items() if row["status"] != "done"]
     assert failed == ["cat-seed=43-m.own"]
     assert log_of(tmp_path)[failed[0]]["error_type"] == "ProcessDiedError"
+    assert "the process was killed 2 times" in log_of(tmp_path)[failed[0]]["error_message"]
     assert judged(tmp_path)["cat-seed=44"] is Verdict.ACCEPTED
     assert judged(tmp_path)["dog-seed=43"] is Verdict.ACCEPTED
+
+
+def test_a_stop_while_functions_judge_is_not_their_death(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop, is_left, leave = threading.Event(), threading.Event(), Judging.__exit__
+
+    def own(_: Any, __: Any) -> bool:
+        stop.set()
+        return is_left.wait(60)
+
+    def wait_for_own(self: Judging, *error: object) -> None:
+        is_left.set()
+        leave(self, *error)
+
+    monkeypatch.setattr(Judging, "__exit__", wait_for_own)
+
+    jobs = tries(OWN, keep=1, tries=1)
+    crew = ThreadCrew(1, CONFIG, jobs)
+    assert run_crew(tmp_path, jobs, CONFIG, crew, stop=stop, functions={"m:own": own}).stopped
+    with open_store(tmp_path) as store:
+        assert [batch.starts for batch in store.state.started_batches()] == [0]
+    crew = ThreadCrew(1, CONFIG, jobs)
+    run_crew(tmp_path, jobs, CONFIG, crew, functions={"m:own": lambda *_: True})
+    assert set(judged(tmp_path).values()) == {Verdict.ACCEPTED}
