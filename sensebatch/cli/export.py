@@ -238,7 +238,7 @@ def export(
     export that was interrupted, and adds what has been made since.
     """
     from sensebatch.cli.jobs import warn_of_picks
-    from sensebatch.cli.messages import show
+    from sensebatch.cli.messages import fitted, show
     from sensebatch.dataset.records import open_dataset
     from sensebatch.export import run
     from sensebatch.export.formats import FORMATS
@@ -267,7 +267,9 @@ def export(
     if as_json:
         show(json.dumps({**asdict(done), "out": out, "pushed_to": address}))
     else:
-        show("\n".join([*_lines(out, config, done), *_next_lines(out, config, done, address)]))
+        lines = [line for text in _lines(out, config, done) for line in fitted(text)]
+        # What is to be copied stays whole.
+        show("\n".join([*lines, *_next_lines(out, config, done, address)]))
 
 
 def _config(
@@ -381,8 +383,8 @@ def _lines(out: str, config: ExportConfig, done: Exported) -> Iterator[str]:
         yield "  written  nothing: all of it is there already"
     if done.not_accepted:
         jobs = counted(done.not_accepted, "job")
-        yield f"  left out {jobs}: tries that are not accepted, what starts from them,"
-        yield "           and questions about tries; see --rejected"
+        what = "tries that are not accepted, what starts from them, and questions about tries"
+        yield f"  left out {jobs}: {what}; see --rejected"
     if done.dropped:
         yield f"  left out {counted(done.dropped, 'job')} of rejected images that were removed"
     if done.not_needed:

@@ -84,6 +84,18 @@ jobs:
     assert [job.attempt_at is None for job in jobs] == [False, True, False, True, True, True]
 
 
+def test_numbers_in_the_defaults_are_for_the_rows_with_accept_alone(tmp_path: Path) -> None:
+    jobs = read(
+        tmp_path,
+        f"""defaults: {{keep: 1, tries: 2}}
+jobs:
+  - {{id: a, prompt: a dot}}
+  - {{id: b, prompt: a dot, accept: {CHECK}}}
+""",
+    )
+    assert [job.id for job in jobs if job.verdict is None] == ["a", "b-seed=42", "b-seed=43"]
+
+
 def test_a_try_may_start_from_another_jobs_image(tmp_path: Path) -> None:
     jobs = read(
         tmp_path,

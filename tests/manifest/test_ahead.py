@@ -20,6 +20,7 @@ from sensebatch.manifest.images import ImageProbe
 from sensebatch.manifest.problems import Location
 from sensebatch.manifest.read import read_manifest
 from sensebatch.manifest.rows import RawRow
+from sensebatch.settings import resolve_settings
 from tests.manifest.test_images import encoded
 
 PATIENCE_S = 10.0
@@ -90,6 +91,26 @@ def test_images_of_several_rows_are_looked_at_together(
         (tmp_path / name).write_bytes(encoded("PNG", (8 + number, 8)))
     jobs = list(read_manifest(write_manifest(tmp_path, names), default_config()))
     assert [job.images[0].width for job in jobs] == list(range(8, 16))
+
+
+@pytest.mark.parametrize("place", ["configuration", "defaults", "row"])
+def test_images_are_looked_at_ahead_as_their_rows_take_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    looks: list[bool] = []
+
+    def look_ahead(_: ImageProbe, _path: Path, *, as_stored: bool) -> None:
+        looks.append(as_stored)
+
+    monkeypatch.setattr(ImageProbe, "look_ahead", look_ahead)
+    (tmp_path / "a.png").write_bytes(encoded("PNG"))
+    given = {name: {"raw_inputs": True} if name == place else {} for name in ("defaults", "row")}
+    row = {"task": "ask", "prompt": "What?", "image": "a.png", **given["row"]}
+    path = tmp_path / "jobs.yaml"
+    path.write_text(json.dumps({"version": 1, "defaults": given["defaults"], "jobs": [row]}))
+    flags = {"tasks.ask.raw_inputs": place == "configuration" or None}
+    list(read_manifest(path, resolve_settings(flags=flags)))
+    assert looks == [True]
 
 
 def test_what_is_wrong_with_an_image_is_said_of_its_rows(tmp_path: Path) -> None:
