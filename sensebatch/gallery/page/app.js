@@ -279,7 +279,7 @@
     for (const [name, wanted] of query.facets) {
       const column = SB.items.byName.get(name);
       const words = wanted instanceof Set ? [...wanted].map((word) => (word === SB.NONE ? "none" : word)).join(" or ") : rangeWords(wanted, column);
-      chips.push(SB.button(`${column.title}: ${words} ×`, () => { query.facets.delete(name); apply(); }, { class: "chip", title: "Take this filter away" }));
+      chips.push(SB.button(`${column.title}: ${words} ×`, () => { query.facets.delete(name); apply(); }, { class: "chip", title: "Remove this filter" }));
     }
     SB.put(nodes.chips, chips);
   }

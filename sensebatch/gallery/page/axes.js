@@ -43,7 +43,7 @@
       // Jobs outside a matrix are not part of a grid of its values.
       const axes = [rows, columns].filter((field) => field?.group === "Matrix");
       this.result = result.filter((item) => !axes.some((field) => field.isNone(field.of(item))));
-      if (!fields.length) return SB.put(this.node, SB.el("p", { class: "notice" }, "Nothing varies among the items shown, so there is nothing to lay out. Take a filter away."));
+      if (!fields.length) return SB.put(this.node, SB.el("p", { class: "notice" }, "Nothing varies among the items shown, so there is nothing to lay out. Remove a filter."));
       const others = this.others(fields, rows, columns);
       for (const field of [rows, columns, ...others]) field?.narrow?.(this.result);
       for (const name of [...this.fixed.keys()]) if (!others.some((field) => field.name === name)) this.fixed.delete(name);

@@ -94,7 +94,7 @@
             SB.el("thead", null, SB.el("tr", null, SB.el("th", null), this.items.map((_, index) => SB.el("th", { scope: "col" }, "ABCD"[index])))),
             SB.el("tbody", null, shown.map((row) => SB.el("tr", { class: differs(row) ? "differs" : "" },
               SB.el("th", { scope: "row" }, row[0]), row[1].map((value) => SB.el("td", null, value))))))
-          : SB.el("p", { class: "dim" }, "Nothing that is known of them differs."));
+          : SB.el("p", { class: "dim" }, "Nothing known about them differs."));
     }
   }
   SB.Compare = Compare;

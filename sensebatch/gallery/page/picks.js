@@ -54,7 +54,7 @@
         }
         this.unwritten.clear();
       } catch {
-        if (!this.unkept) this.complaint = "This browser keeps no more for this page: save the picks as a file before you leave";
+        if (!this.unkept) this.complaint = "This browser stores no more for this page: save the picks as a file before you leave";
         this.unkept = true;
       }
     }
