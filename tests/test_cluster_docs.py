@@ -90,7 +90,7 @@ class Job:
     def is_alone_after_it(self) -> bool:
         """Returns whether nothing listens at the port any more soon after the script has ended."""
         self._process.wait(PATIENCE_S)
-        end = time.monotonic() + PATIENCE_S / 10
+        end = time.monotonic() + PATIENCE_S
         while time.monotonic() < end:
             try:
                 socket.create_connection(("127.0.0.1", self.port)).close()

@@ -46,7 +46,9 @@ class Ahead:
     def forget(self, number: int) -> None:
         """Drops what was read of an assignment."""
         self._expected.pop(number, None)
-        if self._held is not None and self._held[0] == number:
+        # Read once, since the thread that generates may take it meanwhile.
+        held = self._held
+        if held is not None and held[0] == number:
             self._held = None
 
     def take(self, number: int) -> Reading | None:

@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -26,6 +27,8 @@ from sensebatch.errors import ConfigError, WorkersLostError
 INSTALL_COMMAND = "pip install 'sensebatch[cluster]'"
 REACH_S = 10.0
 """Seconds within which a cluster has to take a connection."""
+START_S, _AGAIN_S = 75.0, 0.1
+"""Seconds within which Ray has to start on this machine, and between two looks."""
 CLIENT_PORT = 10001
 """Where a cluster takes those that come from outside, unless an address says another one."""
 _COMMON = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "sensebatch"}
@@ -72,7 +75,7 @@ def join(ray: Any, address: str) -> None:
         _require_answer(_place(ray, address), found)
         ray.init(address=address, **_COMMON)
     except (OSError, ImportError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise ConfigError(f"{found}: {_in_a_line(error)}") from error
+        raise ConfigError(f"{found}: {in_a_line(error)}") from error
 
 
 def start_local(ray: Any, workers: WorkersConfig, *, uses_gpu: bool, temp: Path) -> None:
@@ -86,7 +89,7 @@ def start_local(ray: Any, workers: WorkersConfig, *, uses_gpu: bool, temp: Path)
     if workers.gpus or not uses_gpu:
         resources["num_gpus"] = len(workers.gpus) if uses_gpu else 0
     try:
-        with _without_helpers(ray):
+        with _without_helpers(ray), _with_patience(ray):
             ray.init(
                 address="local",
                 include_dashboard=False,
@@ -98,7 +101,7 @@ def start_local(ray: Any, workers: WorkersConfig, *, uses_gpu: bool, temp: Path)
                 **_COMMON,
             )
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise WorkersLostError(f"Ray did not start on this machine: {_in_a_line(error)}") from error
+        raise WorkersLostError(f"Ray did not start on this machine: {in_a_line(error)}") from error
 
 
 def new_temp() -> Path:
@@ -149,7 +152,7 @@ def _require_answer(place: tuple[str, int] | None, found: str) -> None:
         raise ConfigError(f"{found}: nothing answers at {host}:{port} ({reason})") from error
 
 
-def _in_a_line(error: Exception) -> str:
+def in_a_line(error: Exception) -> str:
     """Returns the first line of what Ray says; its name if it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
@@ -172,6 +175,31 @@ def _without_helpers(ray: Any) -> Iterator[None]:
         yield
     finally:
         parameter.RayParams, node.start_api_server = as_found
+
+
+@contextmanager
+def _with_patience(ray: Any) -> Iterator[None]:
+    """Gives Ray's process longer to start than Ray does, as a busy machine takes.
+
+    Half a minute is written in `Node`, which then raises.
+    """
+    services = ray._private.services
+    get_node, end = services.get_node, time.monotonic() + START_S
+
+    def wait_for_node(*args: Any, **options: Any) -> Any:
+        while True:
+            try:
+                return get_node(*args, **options)
+            except RuntimeError:
+                if time.monotonic() >= end:
+                    raise
+                time.sleep(_AGAIN_S)
+
+    services.get_node = wait_for_node
+    try:
+        yield
+    finally:
+        services.get_node = get_node
 
 
 def _store_bytes(num_workers: int) -> int:

@@ -11,8 +11,8 @@ import atexit
 import shutil
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from sensebatch.executor.guard import guarded, raise_again
 from sensebatch.executor.messages import Died, Drew, Joined, News, Order, Said
 from sensebatch.executor.ray_actor import RayWorker, Recipe
 from sensebatch.executor.ray_signals import leave_to_main_thread, own_sigterm
-from sensebatch.executor.ray_start import import_ray, join, new_temp, start_local
+from sensebatch.executor.ray_start import import_ray, in_a_line, join, new_temp, start_local
 from sensebatch.executor.ray_watch import ClusterWatch
 from sensebatch.executor.roster import Event
 
@@ -123,7 +123,7 @@ class RayCrew:
             max_concurrency=2,
             scheduling_strategy="DEFAULT" if self._uses_gpu else "SPREAD",
         )(RayWorker)
-        with suppress(OSError):
+        with self._saying_why(worker, life, "it could not be started"):
             actor = actor_class.remote(worker, self._recipe, max(len(self._numbers), worker + 1))
             with self._lock:
                 self._actors[worker], self._lives[worker] = actor, life
@@ -137,8 +137,21 @@ class RayCrew:
         if actor is None or self._is_cut_off:
             return
         self._places[worker] = place + 1
-        with suppress(self._ray.exceptions.RayError, OSError):
+        with self._saying_why(worker, self._lives[worker], "an order could not be sent to it"):
             actor.tell.remote(place, order)
+
+    @contextmanager
+    def _saying_why(self, worker: int, life: int, what: str) -> Iterator[None]:
+        """Says that a worker is of no use if Ray does not take what is for it.
+
+        The listener says so of a cluster that can no longer be reached, a ConnectionError.
+        """
+        try:
+            yield
+        except ConnectionError:
+            pass
+        except (self._ray.exceptions.RayError, OSError) as error:
+            self._say(worker, life, Died(reason=f"{what}: {in_a_line(error)}"))
 
     def end(self, worker: int) -> None:
         """Ends a worker at once, if it is alive."""

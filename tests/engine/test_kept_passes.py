@@ -25,7 +25,7 @@ from tests.engine.test_batches import fresh, jobs_of
 
 pytestmark = pytest.mark.slow
 
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
 
 
 @dataclass

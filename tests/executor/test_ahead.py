@@ -24,7 +24,7 @@ from sensebatch.jobs import Batch, BatchResult, Job, batch_id, group_key
 from sensebatch.tasks import Task
 from tests.executor.fakes import FakeEngine, make_config, make_job, read_input, run_worker
 
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
 
 
 @dataclass

@@ -32,7 +32,7 @@ from tests.executor.fakes import (
     run_folder,
 )
 
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
 
 
 class Watched(FakeEngine):

@@ -45,14 +45,24 @@ class Ray:
     def __init__(self, params: type = Params, latest: str | None = None) -> None:
         self.asked: list[dict[str, Any]] = []
         self.started: list[tuple[Any, Any]] = []
+        self.looks, self.ready_after = 0, 0
         self._private = SimpleNamespace(
             parameter=SimpleNamespace(RayParams=params),
             node=SimpleNamespace(Node=Node),
-            services=SimpleNamespace(get_ray_address_from_environment=lambda *_: latest),
+            services=SimpleNamespace(
+                get_ray_address_from_environment=lambda *_: latest, get_node=self._get_node
+            ),
         )
+
+    def _get_node(self, name: str) -> str:
+        self.looks += 1
+        if self.looks < self.ready_after:
+            raise RuntimeError("no such node yet")
+        return name
 
     def init(self, **asked: Any) -> None:
         self.asked.append(asked)
+        assert self._private.services.get_node("own") == "own"
         made = self._private.parameter.RayParams()
         server = self._private.node.Node().start_api_server(include_dashboard=False)
         self.started.append((made.helpers, server))
@@ -130,6 +140,21 @@ def test_ray_is_started_without_helpers_that_nobody_asks(tmp_path: Path) -> None
     assert ray.asked[0]["_system_config"]["gcs_server_rpc_server_thread_num"] == 1
     assert ray._private.parameter.RayParams is Params
     assert Node().start_api_server(include_dashboard=True) == "dashboard True"
+
+
+def test_ray_that_takes_long_to_start_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_start, "_AGAIN_S", 0.0)
+    ray = Ray()
+    ray.ready_after = 5
+    start_local(ray, WorkersConfig(count=1), uses_gpu=False, temp=tmp_path)
+    assert ray.looks == 5
+    assert ray._private.services.get_node == ray._get_node
+    monkeypatch.setattr(ray_start, "START_S", -1.0)
+    ray.ready_after = 10
+    with pytest.raises(WorkersLostError, match="Ray did not start on this machine: no such node"):
+        start_local(ray, WorkersConfig(count=1), uses_gpu=False, temp=tmp_path)
 
 
 def test_another_ray_is_started_as_it_is(tmp_path: Path) -> None:

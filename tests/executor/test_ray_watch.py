@@ -44,7 +44,7 @@ class Ray:
 
 @pytest.fixture
 def ray(monkeypatch: pytest.MonkeyPatch) -> Ray:
-    for name, seconds in {"LOOK_S": 0.01, "TICK_S": 0.01, "FRESH_S": 0.02, "LOST_S": 0.1}.items():
+    for name, seconds in {"LOOK_S": 0.01, "TICK_S": 0.01, "FRESH_S": 0.02}.items():
         monkeypatch.setattr(ray_watch, name, seconds)
     return Ray()
 
@@ -57,30 +57,30 @@ def watch(ray: Ray) -> Iterator[ClusterWatch]:
     ray.answers.set()
 
 
-def wait_until_lost(watch: ClusterWatch) -> str:
+def lost_or_found(watch: ClusterWatch, *, is_lost: bool) -> str | None:
+    """Returns why a cluster is lost once it is, or None once it is not."""
     end = time.monotonic() + PATIENCE_S
-    while (lost := watch.lost) is None and time.monotonic() < end:
+    while ((lost := watch.lost) is not None) is not is_lost:
+        assert time.monotonic() < end
         time.sleep(0.01)
-    assert lost is not None
     return lost
 
 
 @pytest.mark.parametrize("how", ["waits", "fails"])
 def test_a_cluster_that_does_not_answer_is_lost_until_it_does(
-    how: str, ray: Ray, watch: ClusterWatch
+    how: str, ray: Ray, watch: ClusterWatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(ray_watch, "LOST_S", 0.1)
     if how == "waits":
         ray.answers.clear()
     else:
         ray.fails = True
-    assert wait_until_lost(watch) == "the Ray cluster has not answered for 0 s"
+    lost = lost_or_found(watch, is_lost=True)
+    assert lost == "the Ray cluster has not answered for 0 s"
     assert watch.alive() == {"driver", "other"}, "as it was heard last"
     ray.fails = False
     ray.answers.set()
-    end = time.monotonic() + PATIENCE_S
-    while watch.lost is not None and time.monotonic() < end:
-        time.sleep(0.01)
-    assert watch.lost is None
+    assert lost_or_found(watch, is_lost=False) is None
 
 
 def test_nodes_are_those_of_now(
@@ -97,7 +97,8 @@ def test_nodes_are_those_of_now(
 
 def test_a_run_whose_own_node_has_ended_is_lost(ray: Ray, watch: ClusterWatch) -> None:
     ray.alive["driver"] = False
-    assert wait_until_lost(watch) == "Ray has ended on the machine of the run"
+    lost = lost_or_found(watch, is_lost=True)
+    assert lost == "Ray has ended on the machine of the run"
 
 
 def test_ray_that_has_ended_here_is_seen_before_its_cluster_knows(ray: Ray) -> None:

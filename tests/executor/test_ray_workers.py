@@ -184,6 +184,28 @@ def ended_process(*_: object, **__: object) -> None:
     raise AssertionError("Ray would have ended the process")
 
 
+def test_a_worker_that_ray_does_not_take_an_order_for_is_started_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise exceptions.ObjectStoreFullError("no room for the order")
+
+    def disconnected(*_: object) -> None:
+        raise ConnectionError("the client is disconnected")
+
+    crew = new_crew(Ray(), monkeypatch)
+    crew._actors[0].tell = SimpleNamespace(remote=disconnected)
+    crew.tell(0, StopWork())
+    assert crew._events.empty()
+    crew._actors[0].tell = SimpleNamespace(remote=refuse)
+    crew.tell(0, StopWork())
+    said = crew._events.get_nowait()
+    assert isinstance(said, Said)
+    assert isinstance(said.news, Died)
+    assert (said.worker, said.life) == (0, 1)
+    assert said.news.reason.startswith("an order could not be sent to it: ")
+
+
 def test_a_broken_line_to_ray_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     ray = Ray()
     crew = new_crew(ray, monkeypatch)

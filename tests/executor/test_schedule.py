@@ -320,3 +320,16 @@ def test_a_lane_reads_its_next_part_while_another_is_in_flight() -> None:
     for one in (again, *rest):
         schedule.done(one)
     assert schedule.next() is Idle.FINISHED
+
+
+def test_a_lane_that_waits_for_the_end_of_a_group_keeps_no_other_one_waiting() -> None:
+    lanes = [iter([[[("a1",)], [("a2",)]]]), iter([[[("b1",)]]])]
+    schedule = Schedule(later=lanes)
+    first = schedule.next()
+    assert isinstance(first, Assignment)
+    assert first.ids == ("a1",)
+    schedule.hold(first)
+    other = schedule.next()
+    assert isinstance(other, Assignment)
+    assert other.ids == ("b1",)
+    assert schedule.next() is Idle.WAITING

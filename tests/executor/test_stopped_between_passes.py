@@ -16,7 +16,7 @@ from tests.executor.fakes import FakeEngine, make_config, make_job, mixed_jobs, 
 
 pytestmark = pytest.mark.slow
 
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
 CONFIG = make_config(max_batch_size=3)
 JOBS = [make_job(f"j{i}") for i in range(7)]
 STORIES = [make_job("story", Task.INTERLEAVE, prompt="grows to its last image")]

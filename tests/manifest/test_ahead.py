@@ -23,7 +23,7 @@ from sensebatch.manifest.rows import RawRow
 from sensebatch.settings import resolve_settings
 from tests.manifest.test_images import encoded
 
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
 
 
 @pytest.fixture(autouse=True)
