@@ -30,11 +30,12 @@ from sensebatch.errors import (
 )
 from sensebatch.executor.observer import Summary
 from sensebatch.jobs import Job
+from sensebatch.loading import TorchBackend
 from sensebatch.manifest.read import read_manifests, read_rows
 from sensebatch.plan import summary
 from sensebatch.plan.batches import Plan, plan_entry
 from sensebatch.plan.batches import make_plan as _make_plan
-from sensebatch.session import Request, RunObserver, TorchBackend, WarmEngine, run_session
+from sensebatch.session import Request, RunObserver, WarmEngine, run_session
 from sensebatch.settings import resolve_settings
 from sensebatch.store import finished, log, status
 from sensebatch.store.finished import FinishedJob

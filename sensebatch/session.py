@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import secrets
 import shlex
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,17 +16,14 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import sensebatch
-from sensebatch.checkpoint.files import Checkpoint, check_tensors, open_checkpoint
-from sensebatch.checkpoint.fingerprint import model_identity
-from sensebatch.checkpoint.system_prompts import resolve_system_prompts
+from sensebatch import loading
 from sensebatch.config import TINY_MODEL, ModelConfig, RunConfig, WorkersConfig
-from sensebatch.contract import Engine, HostShare, Progress, Stop
+from sensebatch.contract import HostShare, Progress, Stop
 from sensebatch.dataset.picks import Pick, Picks
 from sensebatch.errors import (
-    CheckpointError,
     ConfigError,
     EngineError,
     Problem,
@@ -45,10 +41,10 @@ from sensebatch.executor.roster import Crew, Roster
 from sensebatch.executor.run import execute
 from sensebatch.executor.worker import EngineWorker
 from sensebatch.functions import Judge, load_functions, unused_words
-from sensebatch.jobs import Batch, EngineInfo, InputImage, Job, ModelIdentity
+from sensebatch.jobs import Batch, EngineInfo, InputImage, Job
+from sensebatch.loading import Backend, Model, NeverStop, ReusableEngine, WorkerEngine, open_model
 from sensebatch.manifest.inputs import InputReader
 from sensebatch.manifest.problems import ProblemList
-from sensebatch.plan.attention import AttentionSpeeds
 from sensebatch.plan.batches import Plan, make_plan
 from sensebatch.plan.computation import gpu_computation
 from sensebatch.plan.load import Load, plan_loads
@@ -70,107 +66,10 @@ from sensebatch.store.shards import SHARD, Shard
 from sensebatch.store.state import Counts, State
 from sensebatch.store.status import read_acceptance, recent_batches
 from sensebatch.store.store import Store, open_store
-from sensebatch.tasks import Task
 from sensebatch.units import counted
 
 clock = time.time
 """Says when a deadline has come; one name to stop at in tests."""
-
-
-class Backend(Protocol):
-    """Computes: torch, an engine that is already loaded, or a stand-in."""
-
-    def resolve_runtime(self, model: ModelConfig) -> tuple[str, str]:
-        """Returns the names of device and dtype."""
-
-    def load_engine(
-        self,
-        config: RunConfig,
-        model: Model,
-        *,
-        loads: Sequence[Load],
-        stop: Stop,
-        share: HostShare | None = None,
-    ) -> ReusableEngine:
-        """Returns the engine, loaded, with its memory planned for these loads.
-
-        Args:
-            config: The run's settings.
-            model: What is loaded.
-            loads: One for each group of the run.
-            stop: Whether to stop loading.
-            share: How the host is shared with the run's other workers on it; None without any.
-
-        Raises:
-            StoppedError: The stop was set before the engine was loaded.
-        """
-
-
-@dataclass(frozen=True, slots=True)
-class TorchBackend:
-    """Computes with torch, which is imported on first use."""
-
-    attention_speeds: AttentionSpeeds | None = None
-    """What attention backends were measured to reach on a GPU."""
-
-    def resolve_runtime(self, model: ModelConfig) -> tuple[str, str]:
-        """Returns the names of device and dtype."""
-        from sensebatch.engine.device.choice import resolve_runtime
-
-        return resolve_runtime(model)
-
-    def load_engine(
-        self,
-        config: RunConfig,
-        model: Model,
-        *,
-        loads: Sequence[Load],
-        stop: Stop,
-        share: HostShare | None = None,
-    ) -> ReusableEngine:
-        """Returns the engine, loaded, with its memory planned for these loads."""
-        from sensebatch.engine.engine import load_engine
-
-        if self.attention_speeds is not None and model.device == "cuda":
-            config = self._with_attention(self.attention_speeds, config, model, loads)
-        return load_engine(
-            config,
-            checkpoint=model.checkpoint,
-            identity=model.identity,
-            system_prompt_source=model.prompt_source,
-            device=model.device,
-            loads=loads,
-            stop=stop.is_set,
-            share=share,
-        )
-
-    @staticmethod
-    def _with_attention(
-        speeds: AttentionSpeeds, config: RunConfig, model: Model, loads: Sequence[Load]
-    ) -> RunConfig:
-        """Returns the settings with the fastest attention backend in place of `auto`."""
-        from sensebatch.engine.device.runtime import fastest_attention
-
-        if config.model.attn_backend != "auto":
-            return config
-        backend = fastest_attention(speeds, loads, model.identity.dtype)
-        return replace(config, model=replace(config.model, attn_backend=backend))
-
-
-class ReusableEngine(Engine, Protocol):
-    """An engine that can serve run after run."""
-
-    def replan(
-        self,
-        config: RunConfig,
-        *,
-        loads: Sequence[Load],
-        stop: Callable[[], bool],
-    ) -> None:
-        """Plans memory again for another run of the same model, and reloads weights if it must."""
-
-    def close(self) -> None:
-        """Frees the weights; the engine can no longer be used."""
 
 
 class WarmEngine:
@@ -192,7 +91,7 @@ class WarmEngine:
         self.config = config
         """The settings it was opened with."""
         self._backend = backend
-        self._model = open_model(config.model, backend, RunObserver())
+        self._model = open_model(config.model, backend)
         self._engine: ReusableEngine | None = None
         self._in_use = threading.Lock()
         self._is_open, self._is_lent = True, False
@@ -331,14 +230,6 @@ class RunObserver:
         """Takes something a person may want to know, such as why a batch was split."""
 
 
-class NeverStop:
-    """A stop that is never set."""
-
-    def is_set(self) -> bool:
-        """Returns False."""
-        return False
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """What to run, and where."""
@@ -375,54 +266,6 @@ class Request:
     """Picks whose rejected jobs run again."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Model:
-    """A checkpoint and everything about it that job keys depend on, without its weights."""
-
-    name: str
-    """As the user named it."""
-    checkpoint: Checkpoint
-    identity: ModelIdentity
-    prompt_source: Mapping[Task, str]
-    device: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerEngine:
-    """Loads an engine in the process of a worker, on whatever machine; implements `OpenEngine`."""
-
-    config: RunConfig
-    """With device and dtype as they were resolved for the run."""
-    backend: Backend
-    identity: ModelIdentity
-    """The run's: what the worker's own files must come to."""
-    loads: tuple[Load, ...]
-    gpu_budget_bytes: Mapping[str, int]
-
-    def __call__(self, gpu: str | None, share: HostShare | None) -> Engine:
-        """Returns the engine, loaded.
-
-        Raises:
-            CheckpointError: The checkpoint is missing here, or is another one than the run's.
-            ConfigError: The device or its budget cannot be used.
-        """
-        model = open_model(self.config.model, self.backend, RunObserver())
-        if model.identity != self.identity:
-            found, expected = asdict(model.identity), asdict(self.identity)
-            name = next(name for name, value in found.items() if value != expected[name])
-            raise CheckpointError(
-                f"{model.name}: expected the same files on {socket.gethostname()} as on the "
-                f"machine of the run, found another {name.replace('_', ' ')}"
-            )
-        config = self.config
-        budget = None if gpu is None else self.gpu_budget_bytes.get(gpu)
-        if budget is not None:
-            config = replace(config, memory=replace(config.memory, vram_budget_bytes=budget))
-        return self.backend.load_engine(
-            config, model, loads=self.loads, stop=NeverStop(), share=share
-        )
-
-
 class _ClusterRuntime:
     """A backend for a run whose workers are on a cluster: nothing is asked of this machine."""
 
@@ -456,12 +299,12 @@ def run_session(
         RunStoppedError: The disk is full, or the device failed; the run can be resumed.
         StoppedError: The stop was set before any job ran.
     """
-    backend = TorchBackend() if backend is None else backend
+    backend = loading.TorchBackend() if backend is None else backend
     observer = RunObserver() if observer is None else observer
     stop = NeverStop() if stop is None else stop
     functions = load_functions(request.config.accept)
     with _summarised(request.root):
-        model = open_model(request.config.model, _runtime(request, backend), observer)
+        model = open_model(request.config.model, _runtime(request, backend), observer.warning)
         with open_store(request.root, state_dir=request.state_dir) as store:
             _warn_of_network(store.run_dir.state, observer)
             changes = _read(request, store.state, model, observer, stop, ingest=store.ingest)
@@ -493,9 +336,9 @@ def dry_run_session(
     Raises:
         SensebatchError: Something the user can fix, as from `run_session`.
     """
-    backend = TorchBackend() if backend is None else backend
+    backend = loading.TorchBackend() if backend is None else backend
     observer = RunObserver() if observer is None else observer
-    model = open_model(request.config.model, _runtime(request, backend), observer)
+    model = open_model(request.config.model, _runtime(request, backend), observer.warning)
     allowed = replace(request, redraw=True)
 
     def read(state: State) -> Changes:
@@ -645,32 +488,6 @@ def write_summary(root: Path) -> None:
     log = summarise(read_log(run_dir.log))
     lines = [format_summary(log), *acceptance_table(read_acceptance(root))]
     write_atomic(run_dir.summary, ("\n".join(lines) + "\n").encode())
-
-
-def open_model(config: ModelConfig, backend: Backend, observer: RunObserver) -> Model:
-    """Opens a checkpoint and works out its identity; loads no weights.
-
-    Raises:
-        CheckpointError: The checkpoint, LoRA or prompt file cannot be used.
-        ConfigError: The device cannot be used.
-    """
-    checkpoint = open_checkpoint(config.model, config.revision)
-    check_tensors(checkpoint)
-    prompts = resolve_system_prompts(checkpoint, config.system_prompt_file)
-    if prompts.warn_built_in:
-        observer.warning(
-            "the release's system prompts were not found beside the checkpoint, so the built-in "
-            "ones are used, which it was not trained with; system_prompt_file names a file of them"
-        )
-    device, dtype = backend.resolve_runtime(config)
-    identity = model_identity(checkpoint, prompts, config, dtype=dtype)
-    return Model(
-        name=config.model,
-        checkpoint=checkpoint,
-        identity=identity,
-        prompt_source=prompts.sources,
-        device=device,
-    )
 
 
 def _settings_document(request: Request) -> dict[str, Any]:

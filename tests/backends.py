@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from sensebatch.config import ModelConfig, RunConfig
 from sensebatch.contract import HostShare, Stop
+from sensebatch.loading import Model
 from sensebatch.plan.load import Load
-from sensebatch.session import Model
 from sensebatch.tasks import Task
 from tests.executor.fakes import FakeEngine
 

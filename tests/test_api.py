@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import sensebatch
-from sensebatch import api, session
+from sensebatch import api, loading
 from sensebatch.checkpoint.files import TINY_FOLDER
 from sensebatch.jobs import Batch
 from sensebatch.session import WarmEngine
@@ -28,7 +28,7 @@ STORY = {"id": "s", "task": "interleave", "prompt": "a story", "max_images": 2, 
 def backend(monkeypatch: pytest.MonkeyPatch) -> FakeBackend:
     """What every run and every engine of the test computes with."""
     fake = FakeBackend()
-    monkeypatch.setattr(session, "TorchBackend", fake)
+    monkeypatch.setattr(loading, "TorchBackend", fake)
     monkeypatch.setattr(api, "TorchBackend", fake)
     return fake
 

@@ -16,17 +16,10 @@ import pytest
 from sensebatch.checkpoint.files import TINY_FOLDER
 from sensebatch.errors import StoppedError
 from sensebatch.jobs import Batch, EngineInfo, Job
+from sensebatch.loading import Model, NeverStop, TorchBackend, open_model
 from sensebatch.plan.attention import AttentionSpeeds
 from sensebatch.plan.batches import Plan
-from sensebatch.session import (
-    Model,
-    NeverStop,
-    Request,
-    RunObserver,
-    TorchBackend,
-    open_model,
-    run_session,
-)
+from sensebatch.session import Request, RunObserver, run_session
 from sensebatch.store.attempts import Attempt
 from sensebatch.store.ingest import Changes
 from sensebatch.store.state import Counts
@@ -167,6 +160,6 @@ def test_measured_attention_takes_the_place_of_auto_alone(
     speeds = AttentionSpeeds(gpu="NVIDIA Test", torch="2.11", flop_per_s={})
     config = make_config()
     config = replace(config, model=replace(config.model, attn_backend=asked))
-    model = replace(open_model(config.model, FakeBackend(), RunObserver()), device=device)
+    model = replace(open_model(config.model, FakeBackend()), device=device)
     TorchBackend(speeds).load_engine(config, model, loads=[], stop=NeverStop())
     assert load_engine.call_args.args[0].model.attn_backend == expected

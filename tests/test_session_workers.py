@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 
 import sensebatch
-from sensebatch import session
+from sensebatch import loading, session
 from sensebatch.config import RunConfig, WorkersConfig
 from sensebatch.contract import Engine, HostShare
 from sensebatch.errors import CheckpointError, ConfigError
 from sensebatch.executor.backends import BACKENDS
 from sensebatch.executor.ray_actor import Recipe
 from sensebatch.jobs import ModelIdentity, group_key
+from sensebatch.loading import WorkerEngine, open_model
 from sensebatch.plan.patience import MeasuredGpu
 from sensebatch.plan.work import Speeds
-from sensebatch.session import Request, RunObserver, WorkerEngine, open_model, run_session
+from sensebatch.session import Request, RunObserver, run_session
 from tests.backends import FakeBackend
 from tests.executor.crews import ThreadCrew
 from tests.executor.fakes import FakeEngine, make_config, make_job
@@ -85,7 +86,7 @@ def test_named_gpus_that_are_not_there_are_not_replaced_by_the_cpu(tmp_path: Pat
 
 def worker_engine(**changes: Any) -> tuple[WorkerEngine, FakeBackend]:
     config, backend = make_config(), FakeBackend()
-    model = open_model(config.model, backend, RunObserver())
+    model = open_model(config.model, backend)
     values: dict[str, Any] = {"identity": model.identity, "gpu_budget_bytes": {}}
     opens = WorkerEngine(config=config, backend=backend, loads=(), **{**values, **changes})
     return opens, backend
@@ -123,7 +124,7 @@ def test_python_programs_have_workers_too(tmp_path: Path, monkeypatch: pytest.Mo
     workers = sensebatch.WorkersConfig(
         backend="threads", count=2, environment={"OMP_NUM_THREADS": "1"}
     )
-    monkeypatch.setattr(session, "TorchBackend", FakeBackend)
+    monkeypatch.setattr(loading, "TorchBackend", FakeBackend)
     assert sensebatch.run(JOBS, tmp_path, config=make_config(), workers=workers).done == 5
     assert recipes[0].environment == {"OMP_NUM_THREADS": "1"}
 

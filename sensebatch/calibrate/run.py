@@ -20,8 +20,9 @@ from sensebatch.calibrate.trace import TracingBackend, read_trace
 from sensebatch.config import NEUTRAL, PRESETS, SCHEDULE_SETTINGS, RunConfig, converged_timesteps
 from sensebatch.errors import ConfigError
 from sensebatch.jobs import Job, Quality, Solver
+from sensebatch.loading import Backend, TorchBackend
 from sensebatch.report.distance import psnr, ssim
-from sensebatch.session import Backend, Request, TorchBackend
+from sensebatch.session import Request
 from sensebatch.store.finished import FinishedJob, finished_jobs
 from sensebatch.tasks import Output, Task
 

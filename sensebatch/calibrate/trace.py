@@ -28,8 +28,8 @@ from sensebatch.contract import (
 )
 from sensebatch.errors import RunFolderError
 from sensebatch.jobs import Batch, BatchResult, EngineInfo, Failure, GroupKey, Job
+from sensebatch.loading import Backend, Model, ReusableEngine
 from sensebatch.plan.load import Load
-from sensebatch.session import Backend, Model, ReusableEngine
 from sensebatch.store.files import write_atomic
 
 MAX_TRACE_BYTES = 256 << 20

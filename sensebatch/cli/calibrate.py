@@ -29,7 +29,8 @@ from sensebatch.units import counted
 if TYPE_CHECKING:
     from sensebatch.calibrate.run import Scale, Verdict
     from sensebatch.config import RunConfig
-    from sensebatch.session import Backend, Request
+    from sensebatch.loading import Backend
+    from sensebatch.session import Request
 
 _HEAD = ("steps", "evaluations", "dB to\nconverged", "SSIM", "s/image")
 _FEWEST_JOBS = 2

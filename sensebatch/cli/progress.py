@@ -21,8 +21,9 @@ from sensebatch.cli.voice import Level, Voice
 from sensebatch.contract import Progress
 from sensebatch.executor.observer import WorkerState
 from sensebatch.jobs import Batch, EngineInfo
+from sensebatch.loading import Model
 from sensebatch.plan.batches import Plan
-from sensebatch.session import Model, RunObserver
+from sensebatch.session import RunObserver
 from sensebatch.store.attempts import DONE, Attempt
 from sensebatch.store.ingest import Changes
 from sensebatch.store.run_dir import RunDir

@@ -9,7 +9,7 @@ from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
-from sensebatch import session
+from sensebatch import loading, session
 from sensebatch.cli.progress import watch
 from sensebatch.cli.signals import Interrupt, StopSignals
 from sensebatch.cli.speed_cache import read_speeds
@@ -17,8 +17,9 @@ from sensebatch.cli.voice import Voice
 from sensebatch.config import WorkersConfig
 from sensebatch.errors import ConfigError, StoppedError
 from sensebatch.executor.observer import Summary
+from sensebatch.loading import Backend
 from sensebatch.plan.patience import MeasuredGpu
-from sensebatch.session import Backend, Request
+from sensebatch.session import Request
 
 _COMPUTES_ALIKE = (
     "CUBLAS_WORKSPACE_CONFIG",
@@ -61,11 +62,11 @@ def run_session(
         raise StoppedError("a signal came before any job was run") from None
 
 
-def _backend() -> session.Backend:
+def _backend() -> Backend:
     """Returns what computes; it knows what attention backends reach if doctor has measured it."""
     # What is wrong with the file is for plan to say: a run needs nothing of it.
     measured, _ = read_speeds()
-    return session.TorchBackend(None if measured is None else measured.attention_speeds)
+    return loading.TorchBackend(None if measured is None else measured.attention_speeds)
 
 
 def measured_gpu() -> MeasuredGpu | None:

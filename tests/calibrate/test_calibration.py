@@ -32,8 +32,9 @@ from sensebatch.jobs import (
     Solver,
     group_key,
 )
+from sensebatch.loading import Backend, ReusableEngine
 from sensebatch.manifest.read import read_rows
-from sensebatch.session import Backend, Request, ReusableEngine, run_session
+from sensebatch.session import Request, run_session
 from sensebatch.settings import resolve_settings
 from sensebatch.store.finished import finished_jobs
 from sensebatch.tasks import Task

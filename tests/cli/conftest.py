@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from sensebatch import session
+from sensebatch import loading
 from sensebatch.cli.main import main
 from tests.backends import FakeBackend
 
@@ -37,7 +37,7 @@ Invoke = Callable[..., Ended]
 def backend(monkeypatch: pytest.MonkeyPatch) -> FakeBackend:
     """What every command of the test computes with."""
     fake = FakeBackend()
-    monkeypatch.setattr(session, "TorchBackend", fake)
+    monkeypatch.setattr(loading, "TorchBackend", fake)
     return fake
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sensebatch import session
+from sensebatch import loading
 from sensebatch.cli import verification
 from sensebatch.cli.speed_cache import read_speeds, speeds_path
 from sensebatch.engine.device import machine
@@ -116,7 +116,7 @@ def test_run_knows_what_doctor_kept(
         given.append(speeds)
         return backend
 
-    monkeypatch.setattr(session, "TorchBackend", new_backend)
+    monkeypatch.setattr(loading, "TorchBackend", new_backend)
     invoke("run", manifest)
     invoke("doctor")
     invoke("run", manifest)

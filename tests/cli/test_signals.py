@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 KILLED_TWICE = """
 import os, signal, sys
-from sensebatch import session
+from sensebatch import loading
 from sensebatch.cli.main import main
 from tests.backends import FakeBackend
 from tests.executor.fakes import FakeEngine
@@ -31,7 +31,7 @@ def twice():
     os.kill(os.getpid(), {number})
     os.kill(os.getpid(), {number})
 
-session.TorchBackend = FakeBackend(engine=FakeEngine(on_step=twice))
+loading.TorchBackend = FakeBackend(engine=FakeEngine(on_step=twice))
 main(["run", sys.argv[1], "--output-dir", sys.argv[2]])
 """
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from sensebatch.config import default_config
+from sensebatch.executor.ray_actor import Recipe
+from sensebatch.loading import TorchBackend, WorkerEngine, open_model
 from tests.backends import FakeBackend
 from tests.cli.conftest import Invoke
 
@@ -24,27 +29,24 @@ except SystemExit as ended:
     print(ended.code)
 print(*(name for name in ("torch", "transformers", "pyarrow") if name in sys.modules))
 """
-LOAD = """
-import sys
-import torch
-from sensebatch.checkpoint.files import open_checkpoint
-from sensebatch.config import default_config
-from sensebatch.engine.engine import load_engine
-from sensebatch.jobs import ModelIdentity
-from sensebatch.tasks import Task
+WORK = """
+import pickle, sys
+from sensebatch.executor.host import Outbox, WorkerHost
+from sensebatch.executor.ray_actor import RayWorker
 
-load_engine(
-    default_config(),
-    checkpoint=open_checkpoint("tiny"),
-    identity=ModelIdentity(
-        checkpoint="", lora=None, dtype="float32", generation_prompt="", interleave_prompt=""
-    ),
-    system_prompt_source=dict.fromkeys(Task, "test"),
-    device="cpu",
-)
-compiler = ("torch._dynamo", "torch._inductor", "sympy", "triton", "torch.distributed.fsdp")
-print(*(name for name in compiler if name in sys.modules), "loaded")
+recipe = pickle.loads(bytes.fromhex(sys.argv[1]))
+engine = recipe.open_engine(None, None)
+WorkerHost(engine, number=0, device="cpu", output=recipe.output, outbox=Outbox()).close()
+print(*(name for name in {unwanted!r} if name in sys.modules), "loaded")
 """
+COMPILER = ("torch._dynamo", "torch._inductor", "sympy", "triton", "torch.distributed.fsdp")
+"""What of torch is for models that are compiled."""
+OF_RUN = (
+    *("sensebatch.session", "sensebatch.store.state", "sensebatch.executor.run"),
+    *("sensebatch.manifest", "sensebatch.report", "sensebatch.dataset", "sensebatch.settings"),
+    *("pyarrow", "pandas", "sqlite3", "rich", "typer", "ray"),
+)
+"""What reads manifests, keeps the run's folder and talks to people; Ray imports itself."""
 
 
 def run_fresh(code: str, *args: str) -> list[str]:
@@ -77,5 +79,19 @@ def test_a_run_that_finds_nothing_to_do_does_not_import_torch(
     assert run_fresh(NOTHING_TO_DO, *args) == ["0", "pyarrow"]
 
 
-def test_loading_a_checkpoint_does_not_import_the_compiler() -> None:
-    assert run_fresh(LOAD) == ["loaded"]
+def test_a_worker_imports_neither_the_compiler_nor_what_only_the_run_needs() -> None:
+    config = default_config()
+    config = replace(config, model=replace(config.model, device="cpu"))
+    backend = TorchBackend()
+    opens = WorkerEngine(
+        config=config,
+        backend=backend,
+        identity=open_model(config.model, backend).identity,
+        loads=(),
+        gpu_budget_bytes={},
+    )
+    recipe = Recipe(
+        open_engine=opens, output=config.output, groups=(), environment={}, version="", share=""
+    )
+    code = WORK.format(unwanted=(*COMPILER, *OF_RUN))
+    assert run_fresh(code, pickle.dumps(recipe).hex()) == ["loaded"]

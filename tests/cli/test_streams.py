@@ -21,11 +21,11 @@ FULL = Path("/dev/full")
 
 FAKED = """
 import sys
-from sensebatch import session
+from sensebatch import loading
 from sensebatch.__main__ import main
 from tests.backends import FakeBackend
 
-session.TorchBackend = FakeBackend()
+loading.TorchBackend = FakeBackend()
 main()
 """
 

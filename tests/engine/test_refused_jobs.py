@@ -11,8 +11,9 @@ import pytest
 from sensebatch.config import TINY_MODEL, default_config
 from sensebatch.engine.device import memory
 from sensebatch.errors import ConfigError
+from sensebatch.loading import TorchBackend
 from sensebatch.manifest.read import read_rows
-from sensebatch.session import Request, RunObserver, TorchBackend, WarmEngine, run_session
+from sensebatch.session import Request, RunObserver, WarmEngine, run_session
 from sensebatch.store.run_dir import RunDir
 from sensebatch.units import GIB, MIB
 
