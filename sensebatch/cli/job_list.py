@@ -69,7 +69,9 @@ def write_list(
     rows = (row_of(record, names, extra) for record, _ in zip(records, count, strict=False))
     if output is None:
         stdout = Output(sys.stdout)
-        for line in _lines(form, rows, names):
+        # What an encoding has not would be escaped as Python does it, which JSON does not know.
+        is_unicode = "utf" in (stdout.encoding or "").lower()
+        for line in _lines(form, rows, names, ascii_alone=not is_unicode):
             stdout.write(line)
         stdout.flush()
         return next(count)
@@ -85,8 +87,16 @@ def write_list(
     return next(count)
 
 
-def _lines(form: str, rows: Iterable[Mapping[str, Any]], names: Sequence[str]) -> Iterator[str]:
-    return json_lines(rows) if form == "json" else csv_lines(rows, names)
+def _lines(
+    form: str,
+    rows: Iterable[Mapping[str, Any]],
+    names: Sequence[str],
+    *,
+    ascii_alone: bool = False,
+) -> Iterator[str]:
+    if form == "json":
+        return json_lines(rows, ascii_alone=ascii_alone)
+    return csv_lines(rows, names)
 
 
 def _write_parquet(rows: Iterable[Mapping[str, Any]], names: Sequence[str], file: BinaryIO) -> None:

@@ -60,11 +60,11 @@ def row_of(record: Record, names: Sequence[str], extra: Mapping[str, str]) -> di
     return found
 
 
-def json_lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+def json_lines(rows: Iterable[Mapping[str, Any]], *, ascii_alone: bool = False) -> Iterator[str]:
     """Yields one JSON list, with a row on a line."""
     before = "["
     for row in rows:
-        yield f"{before}\n{json.dumps(row, ensure_ascii=False, default=_time)}"
+        yield f"{before}\n{json.dumps(row, ensure_ascii=ascii_alone, default=_time)}"
         before = ","
     yield "[]\n" if before == "[" else "\n]\n"
 

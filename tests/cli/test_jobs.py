@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
+from sensebatch.cli.main import main
 from sensebatch.dataset.records import open_dataset
 from sensebatch.dataset.tables import ALL
 from sensebatch.tasks import Task
@@ -65,6 +67,22 @@ def test_table_says_what_became_of_each_job(invoke: Invoke, folder: Path) -> Non
     assert "\x1b" not in ended.out
     assert "gone" not in ended.out
     assert "no longer in the manifest" in invoke("jobs", folder, "--removed").out
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_json_is_json_in_every_encoding(
+    encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = "grün 日本 \N{OWL}"
+    run_folder(tmp_path, [make_job("a", prompt=prompt)])
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+    with pytest.raises(SystemExit) as ended:
+        main(["jobs", str(tmp_path), "--json"])
+    assert ended.value.code == 0
+    text = written.getvalue().decode(encoding)
+    assert [job["prompt"] for job in json.loads(text)] == [prompt]
+    assert (prompt in text) is (encoding == "utf-8")
 
 
 def test_table_ends_where_it_was_told_to(invoke: Invoke, folder: Path) -> None:
