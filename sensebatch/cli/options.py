@@ -515,7 +515,8 @@ class DeadlineOptions:
         if self.max_hours is not None:
             if not 0 < self.max_hours < MAX_HOURS:
                 raise ConfigError(
-                    f"--max-hours: expected a number of hours above 0, found {self.max_hours:g}"
+                    f"--max-hours: expected a number of hours above 0 and below {MAX_HOURS:,}, "
+                    f"found {self.max_hours:g}"
                 )
             ends.append(now + 3600 * self.max_hours)
         if self.until is not None:

@@ -69,10 +69,11 @@ def dry_run(
         retry_failed: Whether failed jobs are tried again.
 
     Raises:
-        RunFolderError: It is not a run's folder, or its state has to be rebuilt.
+        RunFolderError: It is not a run's folder and cannot be one, or its state has to be rebuilt.
     """
     run_dir = RunDir(root)
     if not run_dir.state.exists():
+        run_dir.require_nothing_in_the_way()
         run_dir.require_no_outputs()
     with closing(State(run_dir.state, as_copy=True)) as state:
         if run_dir.state.exists() and not run_dir.in_use():

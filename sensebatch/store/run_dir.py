@@ -169,10 +169,19 @@ class RunDir:
             except OSError as error:
                 if error.errno not in _NO_FOLDER:
                     raise
-                why = in_the_way(self.root) or reason(error)
+                self.require_nothing_in_the_way()
                 raise RunFolderError(
-                    f"{self.root}: expected a folder that can be made: {why}"
+                    f"{self.root}: expected a folder that can be made: {reason(error)}"
                 ) from None
+
+    def require_nothing_in_the_way(self) -> None:
+        """Refuses a path at which no folder can be, without making one.
+
+        Raises:
+            RunFolderError: There is a file at it, or at one of the folders it would lie in.
+        """
+        if (why := in_the_way(self.root)) is not None:
+            raise RunFolderError(f"{self.root}: expected a folder that can be made: {why}")
 
     def _require_parts(self) -> None:
         """Refuses a folder in which something else has the place of a folder or a file.
@@ -194,10 +203,15 @@ class RunDir:
         them from where nobody looks.
 
         Raises:
-            StorageError: It is no longer where it was.
+            StorageError: It is no longer where it was, or its state is not.
         """
         with storage_errors(self.root):
             if not (self.state.exists() and self._says_where_state_is()):
+                if self._lock.exists():
+                    raise StorageError(
+                        f"{self.state}: expected the state of the run, found it removed; bring it "
+                        f"back, or rebuild it with: {repair_command(self.root)}"
+                    )
                 raise StorageError(
                     f"{self.root}: expected the run's folder where it was, found it moved, removed "
                     "or unmounted; bring it back and run the same command again"

@@ -15,6 +15,7 @@ from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from sensebatch.bounded import in_the_way
 from sensebatch.errors import RunFolderError
 from sensebatch.store.file_systems import network_file_system
 from sensebatch.store.files import repair_command, storage_errors, sync_folders, write_atomic
@@ -121,9 +122,11 @@ def place_state(root: Path, folder: Path, *, is_lost: bool = False) -> Path:
         is_lost: Whether a state that is not where it was is given up for a new one.
 
     Raises:
-        RunFolderError: The folder is on a network, or the state is elsewhere.
+        RunFolderError: The folder is on a network or cannot be made, or the state is elsewhere.
         StorageError: The file system failed.
     """
+    if (why := in_the_way(folder)) is not None:
+        raise RunFolderError(f"--state-dir: expected a folder that can be made: {why}")
     found = network_file_system(folder)
     if found is not None:
         raise RunFolderError(

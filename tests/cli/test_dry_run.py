@@ -62,6 +62,15 @@ def test_dry_run_of_a_new_folder_makes_none(invoke: Invoke, write: Any) -> None:
     assert not Path("outputs").exists()
 
 
+@pytest.mark.parametrize("folder", ["file", "file/run"])
+def test_dry_run_refuses_what_a_run_would_refuse(invoke: Invoke, write: Any, folder: str) -> None:
+    Path("file").write_text("")
+    ended = [invoke("run", write(), "--output-dir", folder, *how) for how in ((), ("--dry-run",))]
+    assert {one.code for one in ended} == {2}
+    for one in ended:
+        assert f"{folder}: expected a folder that can be made: file is a file" in one.err
+
+
 def test_dry_run_says_what_becomes_of_each_job_and_changes_nothing(
     invoke: Invoke, write: Any, backend: FakeBackend
 ) -> None:

@@ -311,6 +311,24 @@ def test_a_run_whose_folder_disappears_stops_although_its_state_is_there(tmp_pat
         run_apart(root, tmp_path / "local", engine=engine)
 
 
+@pytest.mark.parametrize("is_apart", [False, True])
+def test_a_run_whose_state_alone_disappears_says_so(is_apart: bool, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+
+    def lose() -> None:
+        RunDir(root).state.unlink(missing_ok=True)
+
+    engine = FakeEngine(lose)
+    with pytest.raises(StorageError, match=r"state\.db: .*removed; .*: sensebatch repair .*run$"):
+        run_apart(root, tmp_path / "local" if is_apart else None, engine=engine)
+
+
+def test_a_state_cannot_be_where_a_file_is(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFolderError, match=r"--state-dir: expected a folder .*file is a file"):
+        run_apart(tmp_path / "run", tmp_path / "file" / "local")
+
+
 def test_a_run_that_never_had_a_job_leaves_nothing(tmp_path: Path) -> None:
     with (
         pytest.raises(ZeroDivisionError),
