@@ -116,8 +116,9 @@ def _make_rooms(
         # Weights give up what they have before caches grow, and get what is left.
         room.fill(0)
     for text in active:
+        wanted = _wanted(text, tokens)
         if text.decoder is not None:
-            text.decoder.grow(tokens)
+            text.decoder.grow(wanted)
             continue
         text.decoder = new_decoder(
             runner.network,
@@ -127,7 +128,7 @@ def _make_rooms(
             # Weights may move whenever there is more text.
             as_graph=False,
             choose=text.choose,
-            room_tokens=tokens,
+            room_tokens=wanted,
         )
     if room is not None:
         held = held_bytes([cache for text in active for cache in text.caches])
@@ -135,11 +136,16 @@ def _make_rooms(
     return active
 
 
+def _wanted(text: Text, tokens: int) -> int:
+    """Returns the tokens that a text gets room for; no more than it may still write."""
+    return min(tokens, max(text.writing.left, 1))
+
+
 def _that_fit(pending: Sequence[Text], num_bytes: int, tokens: int) -> list[Text]:
     """Returns the first texts whose rooms fit so many bytes; at least one."""
     active: list[Text] = []
     for text in pending:
-        num_bytes -= room_bytes(text.caches, min(tokens, text.writing.left))
+        num_bytes -= room_bytes(text.caches, _wanted(text, tokens))
         if num_bytes >= 0 or not active:
             active.append(text)
     return active

@@ -13,6 +13,7 @@ from torch import nn
 
 from sensebatch.contract import Channel
 from sensebatch.engine.decoding import FastDecoder
+from sensebatch.engine.model.kv_cache import held_bytes, room_bytes
 from sensebatch.engine.model.lockstep import Pass, run, run_together
 from sensebatch.engine.prompts import Prompt
 from sensebatch.engine.runner import Runner
@@ -21,8 +22,9 @@ from sensebatch.engine.tasks.ask import RUNNER as ASK
 from sensebatch.engine.tasks.registry import TaskRunner
 from sensebatch.engine.tasks.single_image import RUNNER as SINGLE_IMAGE
 from sensebatch.engine.tasks.state import PreparedJob
-from sensebatch.engine.writing import Text
+from sensebatch.engine.writing import Text, _make_rooms
 from sensebatch.jobs import Failure, JobResult
+from sensebatch.plan import passes
 from tests.engine.golden_model import build_job, build_runner, infer
 from tests.engine.test_batches import fresh
 from tests.engine.test_kernels import interpreted
@@ -97,6 +99,15 @@ def test_caches_that_nothing_comes_after_are_freed(num_texts: int) -> None:
     lengths = [[cache.length for cache in text.caches] for text in texts]
     assert lengths == [[0, 0], [1 if num_texts == 1 else 1 + 4]]
     assert not any(layer.numel() for cache in texts[0].caches for layer in cache.layers)
+
+
+def test_a_text_gets_no_more_room_than_it_may_write() -> None:
+    runner, _ = thinking("dense_fm")
+    with infer():
+        text = text_after(runner, [(5, 9), (7, 3)], 3)
+        counted = room_bytes(text.caches, 3)
+        _make_rooms(runner, [text], None, passes.TEXT_ROOM_TOKENS)
+    assert 0 < held_bytes(text.caches) <= counted
 
 
 @pytest.mark.parametrize("config", ["dense_fm", "moe"])

@@ -357,6 +357,13 @@ def thoughts(jobs: int, *, batch: int = 16, text: int = 300) -> Load:
     return replace(load, demands=((Demand(100, text, 1), jobs),))
 
 
+def without_texts(load: Load, together: int) -> int:
+    """Returns what the device holds beside texts and the weights that stay: logits of each batch,
+    and what all batches share."""
+    weights, text = weight_bytes(COMPUTATION), text_memory(COMPUTATION, load)
+    return weights.rest + weights.buffers(RING, 0) + text.shared + together * text.of_step
+
+
 def test_texts_of_as_many_batches_as_fit_are_written_together_where_weights_stream() -> None:
     budget = 7 * GIB
     for jobs, together in ((16, 1), (40, 3), (64, 4), (640, 6)):
@@ -366,6 +373,7 @@ def test_texts_of_as_many_batches_as_fit_are_written_together_where_weights_stre
         assert placement.text_batches == together
         assert placement.text_bytes is not None
         assert caches <= placement.text_bytes < budget - placement.device_bytes // 8
+        assert placement.text_bytes == budget - without_texts(thoughts(jobs), together)
         assert placement.device_bytes <= budget
     # As many as fit if each writes a third of what it may; the others would then wait.
     likely = text_memory(COMPUTATION, thoughts(jobs)).of_likely

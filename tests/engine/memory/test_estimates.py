@@ -43,6 +43,7 @@ from sensebatch.plan.footprint import (
     head_numbers,
     kept_per_image,
     prompt_bytes,
+    quantising_bytes,
     text_bytes,
     velocity_bytes,
 )
@@ -139,6 +140,19 @@ def test_denoising_takes_what_is_expected(
         network = Network(arch).requires_grad_(False).eval()
     measured = drawn_bytes(network, attend_without_kernel, task, side, jobs, prompt)
     expected = denoise_bytes(computation_of(network), square_load(task, side, jobs, prompt), jobs)
+    assert LEAST <= expected / measured <= MOST, (expected, measured)
+
+
+def test_denoising_in_int8_takes_what_is_expected() -> None:
+    """With torch's operations, whose sums take as much as quantising does."""
+    arch = replace(small_architecture(4096), vision_hidden_size=1024)
+    with torch.device("meta"):
+        network = Network(arch).requires_grad_(False).eval()
+    network.generation.quantise(NUMBERS[Stored.INT8])
+    computation = replace(computation_of(network), precision=Precision.INT8)
+    measured = drawn_bytes(network, attend_without_kernel, Task.T2I, 256, 8, 300)
+    expected = denoise_bytes(computation, square_load(Task.T2I, 256, 8, 300), 8)
+    expected += quantising_bytes(computation)
     assert LEAST <= expected / measured <= MOST, (expected, measured)
 
 
