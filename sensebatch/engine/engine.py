@@ -490,6 +490,7 @@ def load_engine(
         CheckpointError: The checkpoint, its tokenizer or the LoRA does not fit.
         ConfigError: The attention backend or the precision cannot be used, or the jobs do not
             fit the memory.
+        DeviceError: The device unpacks other weights than were packed.
         OutOfMemoryError: The device has less memory than it said.
     """
     start = time.perf_counter()

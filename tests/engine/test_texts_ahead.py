@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -157,6 +158,11 @@ def test_another_order_of_batches_changes_nothing(
     first, second = run(batches[0]), run(batches[1])
     assert outputs([first, second]) == expected
     assert [Phase.THINK in phases for phases in run.phases] == [True] * 3
+    # Also where what comes first writes nothing ahead.
+    engine._written[batches[0].id] = []
+    story = replace(batches[1], group=replace(batches[1].group, task=Task.INTERLEAVE))
+    assert engine._write(Mock(), story, (), ()) is None
+    assert not engine._written
 
 
 def test_weights_give_way_to_caches_and_come_back(

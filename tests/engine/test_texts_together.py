@@ -13,7 +13,7 @@ from torch import nn
 
 from sensebatch.contract import Channel
 from sensebatch.engine.decoding import FastDecoder
-from sensebatch.engine.model.kv_cache import held_bytes, room_bytes
+from sensebatch.engine.model.kv_cache import SharedRoom, held_bytes, room_bytes
 from sensebatch.engine.model.lockstep import Pass, run, run_together
 from sensebatch.engine.prompts import Prompt
 from sensebatch.engine.runner import Runner
@@ -107,7 +107,10 @@ def test_a_text_gets_no_more_room_than_it_may_write() -> None:
         text = text_after(runner, [(5, 9), (7, 3)], 3)
         counted = room_bytes(text.caches, 3)
         _make_rooms(runner, [text], None, passes.TEXT_ROOM_TOKENS)
-    assert 0 < held_bytes(text.caches) <= counted
+        assert 0 < held_bytes(text.caches) <= counted
+        # One that is shared is there once.
+        SharedRoom(text.caches, 5)
+        assert held_bytes(text.caches) == room_bytes(text.caches, 5)
 
 
 @pytest.mark.parametrize("config", ["dense_fm", "moe"])

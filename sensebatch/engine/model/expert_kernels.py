@@ -506,6 +506,19 @@ def _fitted(x: Tensor, tile: Tile, *, matrices: int, height: int, width: int) ->
     return fitting(tile, matrices=matrices, item_bytes=x.itemsize, shared_bytes=shared)
 
 
+def _options(tile: Tile, num_experts: int) -> dict[str, int]:
+    """Returns what both products are compiled with."""
+    return {
+        "EXPERTS": max(triton.next_power_of_2(num_experts), LEAST_EXPERTS),
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "BLOCK": tile.block,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+        "enable_fp_fusion": True,
+    }
+
+
 @functools.cache
 def has_descriptors(device: torch.device) -> bool:
     """Returns whether a device copies tiles by itself, and Triton knows how to ask for it."""
@@ -557,14 +570,8 @@ def gate_up(x_TD: Tensor, weight: Tensor, routes: Routes, tile: Tile) -> Tensor:
         num_experts,
         inner,
         CHOICES=routes.weights_TC.shape[1],
-        EXPERTS=max(triton.next_power_of_2(num_experts), LEAST_EXPERTS),
         WIDTH=width,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        BLOCK=tile.block,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        enable_fp_fusion=True,
+        **_options(tile, num_experts),
     )
     return hidden_PI
 
@@ -597,14 +604,8 @@ def down(hidden_PI: Tensor, weight: Tensor, routes: Routes, tile: Tile) -> Tenso
         routes.weights_TC,
         num_experts,
         width,
-        EXPERTS=max(triton.next_power_of_2(num_experts), LEAST_EXPERTS),
         INNER=inner,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        BLOCK=tile.block,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        enable_fp_fusion=True,
+        **_options(tile, num_experts),
     )
     return out_PD
 

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sensebatch.jobs import Stored
+
+if TYPE_CHECKING:
+    from sensebatch.engine.model.operations import Operations
 
 LEAST = 1e-12
 """Lower bound of a row's largest number, so that a row of zeros has a scale."""
@@ -126,25 +129,6 @@ def quantise_rows(x: Tensor, numbers: Numbers) -> Quantised:
     return numbers.rounded(values.div_(scale)), scale
 
 
-class Quantising(Protocol):
-    """The operations around the product of a quantised layer; see `operations.Operations`."""
-
-    def quantise(
-        self, x_TI: Tensor, numbers: Numbers, norm_I: Tensor | None = None, eps: float = 0.0
-    ) -> Quantised:
-        """Returns rows quantised, normed first if there is a norm."""
-
-    def scaled_product(
-        self,
-        tokens: Quantised,
-        weight_OI: Tensor,
-        scale_O: Tensor,
-        dtype: torch.dtype,
-        residual_TO: Tensor | None = None,
-    ) -> Tensor:
-        """Returns quantised tokens by quantised weights, added into a residual if there is one."""
-
-
 class QuantisedLinear(nn.Module):
     """A linear layer without bias whose weights are 8-bit numbers with a scale for each output.
 
@@ -162,7 +146,7 @@ class QuantisedLinear(nn.Module):
         out_features: int,
         numbers: Numbers,
         device: torch.device,
-        operations: Quantising,
+        operations: Operations,
     ) -> None:
         super().__init__()
         self.numbers = numbers

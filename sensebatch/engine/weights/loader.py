@@ -99,6 +99,7 @@ class NetworkLoader:
         Raises:
             StoppedError: The load was stopped.
             CheckpointError: A file cannot be read.
+            DeviceError: The device unpacks other weights than were packed.
             OutOfMemoryError: The device or the host has less memory than planned.
         """
         network = self.new_network()

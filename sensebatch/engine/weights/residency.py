@@ -63,6 +63,7 @@ class Residency:
 
     Raises:
         CheckpointError: A file cannot be read.
+        DeviceError: The device unpacks other weights than were packed.
         OutOfMemoryError: The host has less memory than planned.
         StoppedError: A stop was set while another process read the weights.
     """
