@@ -121,7 +121,8 @@ class Outputs:
         meant = self._meant(candidates[0])
         if meant is None:
             return f"a file of this name is written ./{reference}"
-        return f"did you mean {found(reference_to(meant, index))}?"
+        # Whole, since it is to be typed.
+        return f"did you mean {reference_to(meant, index)!r}?"
 
     def _meant(self, name: str) -> str | None:
         """Returns the id of which an unknown one is a typo, or the first of its row."""

@@ -167,6 +167,13 @@ def mistakes(tmp_path: Path, jobs: str) -> list[str]:
             "'@ship-seed=5'?",
         ),
         (
+            f"""  - {{id: {"a-long-name-" * 8}end, prompt: a dot}}
+  - {{id: x, prompt: make it red, image: "@a-long-name-{"a-long-name-" * 7}ending"}}
+""",
+            "line 4: image: expected @ and the id of another job, found "
+            f"'@{('a-long-name-' * 8)[:59]}...'; did you mean '@{'a-long-name-' * 8}end'?",
+        ),
+        (
             """  - {id: a, prompt: a dot}
   - {id: x, prompt: make it red, image: "@photo.png"}
 """,
