@@ -47,7 +47,7 @@ def listed(head: str, parts: Iterable[str]) -> Iterator[str]:
 
     They are broken between two parts alone, so that paths and figures stay whole.
     """
-    width = _output_width()
+    width = output_width()
     line = head
     indent = " " * (len(head) - len(head.lstrip()) + 2)
     for number, part in enumerate(parts):
@@ -69,13 +69,16 @@ def fitted(text: str, width: int | None = None) -> Iterator[str]:
         text: One line or several.
         width: In columns; None for the terminal's, or 80 where there is none.
     """
-    width = _output_width() if width is None else width
+    width = output_width() if width is None else width
     for line in text.split("\n"):
+        if " " not in line.strip():
+            yield line
+            continue
         indent = " " * (len(line) - len(line.lstrip()) + 2)
         broken = textwrap.wrap(
             line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
         )
-        yield from broken or [line]
+        yield from broken
 
 
 def _terminal_width(stream: TextIO) -> int:
@@ -85,7 +88,8 @@ def _terminal_width(stream: TextIO) -> int:
         return FILE_WIDTH
 
 
-def _output_width() -> int:
+def output_width() -> int:
+    """Returns the columns of standard output, or of a file."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else FILE_WIDTH
 
 

@@ -48,7 +48,7 @@ def print_plan(summary: Summary, *forecast: str) -> None:
         # It imports Arrow, which most plans do without.
         from sensebatch.report.acceptance import starting_from
 
-        what = "tries, and are drawn only if those are"
+        what = "tries, and only if those are drawn"
         lines.append(starting_from(what, summary["from_tries"]))
     print_parts(table, *(lines if more > 0 else lines[1:]), *_memory(summary), *forecast)
 

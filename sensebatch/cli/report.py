@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sensebatch.cli.paths import path
+
+if TYPE_CHECKING:
+    from sensebatch.store.status import Acceptance
 
 MAX_CALLS = 20
 
@@ -33,7 +36,6 @@ def report(
     """Print what a run cost: load time, seconds per image, throughput, peak memory, calls."""
     from sensebatch.cli.messages import say, show, warn
     from sensebatch.cli.tables import print_report, print_timeline
-    from sensebatch.report.acceptance import acceptance_table
     from sensebatch.report.summary import read_log, summarise, summary_json
     from sensebatch.report.timeline import timeline
     from sensebatch.store.run_dir import RunDir
@@ -62,5 +64,14 @@ def report(
         show(json.dumps({"shard": part, **summary_json(summary), "acceptance": accepted}))
         return
     print_report(summary, max_calls=None if calls else MAX_CALLS)
-    for line in acceptance_table(acceptance):
-        show(line)
+    _print_acceptance(acceptance)
+
+
+def _print_acceptance(found: Acceptance) -> None:
+    """Prints what share of the images of each prompt passed; nothing where none was judged."""
+    from sensebatch.cli.messages import fitted, output_width, show
+    from sensebatch.report.acceptance import acceptance_table
+
+    lines = acceptance_table(found, output_width())
+    if text := "\n".join(line for one in lines for line in fitted(one)):
+        show(f"\n{text}")

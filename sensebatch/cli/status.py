@@ -39,7 +39,7 @@ def status(
     changed.
     """
     from sensebatch.cli import exits
-    from sensebatch.cli.messages import show
+    from sensebatch.cli.messages import fitted, show
     from sensebatch.store.status import read_status
 
     found = read_status(folder)
@@ -47,7 +47,8 @@ def status(
     if as_json:
         show(json.dumps({**_values(found), **(verified or {})}))
     else:
-        show("\n".join([*_lines(folder, found), *_verified_lines(verified)]))
+        lines = [*_lines(folder, found), *_verified_lines(verified)]
+        show("\n".join(line for text in lines for line in fitted(text)))
     if verified is not None and verified["wrong_files"]:
         raise typer.Exit(exits.FAILED)
 
@@ -132,14 +133,14 @@ def _lines(folder: Path, found: RunStatus) -> Iterator[str]:
 
 
 def _failure_lines(found: RunStatus) -> Iterator[str]:
-    from sensebatch.cli.messages import error_text, fitted
+    from sensebatch.cli.messages import error_text
 
     if found.failures:
         yield "failed jobs, which run --retry-failed tries again:"
     for failure in found.failures[:MAX_FAILURES]:
         error = error_text(failure.error_type, failure.error_message)
         file = f" ({failure.error_file})" if failure.error_file else ""
-        yield from fitted(f"  {failure.job_id}: {error}{file}")
+        yield f"  {failure.job_id}: {error}{file}"
     if len(found.failures) > MAX_FAILURES:
         yield f"  ... and {len(found.failures) - MAX_FAILURES:,} more; --json lists all"
 

@@ -19,7 +19,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from sensebatch.bounded import shown
-from sensebatch.cli.messages import FILE_WIDTH, show
+from sensebatch.cli.messages import FILE_WIDTH, fitted, show
 from sensebatch.units import GIB, counted
 
 if TYPE_CHECKING:
@@ -101,8 +101,10 @@ def print_parts(*parts: object) -> None:
             if not _has_lines():
                 part.box = ASCII_HEAD
             part.fit(console)
-        # Paths, which people copy, are not broken into lines.
-        console.print(part, soft_wrap=isinstance(part, str) and " " not in part)
+        if isinstance(part, str):
+            # Paths and ids, which people copy, are not broken into lines.
+            part = "\n".join(fitted(part, console.width))
+        console.print(part, soft_wrap=isinstance(part, str))
         before = part
     show(printed.getvalue().removesuffix("\n"))
 

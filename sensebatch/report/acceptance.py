@@ -8,6 +8,10 @@ from sensebatch.store.acceptance import HeldJob, Series
 from sensebatch.store.status import Acceptance
 from sensebatch.units import counted
 
+FILE_WIDTH = 80
+"""Columns of a file."""
+FIGURES_WIDTH = 38
+"""Columns beside the name of a series."""
 MAX_SHORT = 20
 """Series that came short of which a line is printed."""
 MAX_GROUPS = 100
@@ -37,20 +41,31 @@ def acceptance_lines(found: Acceptance, *, with_short: bool = True) -> Iterator[
             yield f"  held     {_held(held, is_dropped=is_dropped)}"
 
 
-def acceptance_table(found: Acceptance) -> Iterator[str]:
-    """Yields a line for each series, with what share of its images passed; the worst first."""
+def acceptance_table(found: Acceptance, columns: int = FILE_WIDTH) -> Iterator[str]:
+    """Yields a line for each series, with what share of its images passed; the worst first.
+
+    Args:
+        found: What is known.
+        columns: How many there are for a line; a longer name has one of its own.
+    """
     if not found.series:
         return
     yield f"acceptance      {_total(found.series, noun='')}"
     worst = sorted(found.series, key=lambda one: (not one.is_short, _rate(one), one.name))
     shown = worst[:MAX_GROUPS]
-    width = min(max(len("prompt group"), *(len(one.name) for one in shown)), 60)
+    most = max(columns - FIGURES_WIDTH, len("prompt group"))
+    names = (len(one.name) for one in shown if len(one.name) <= most)
+    width = max(len("prompt group"), *names, 0)
     yield f"  {'prompt group':<{width}}  accepted  judged  pass rate"
     for one in shown:
         rate = f"{_rate(one):.0%}" if one.judged else "-"
         accepted = f"{one.accepted}/{one.keep}"
         short = "  short" if one.is_short else ""
-        yield f"  {one.name:<{width}}  {accepted:>8}  {one.judged:>6}  {rate:>9}{short}"
+        name = one.name
+        if len(name) > width:
+            yield f"  {name}"
+            name = ""
+        yield f"  {name:<{width}}  {accepted:>8}  {one.judged:>6}  {rate:>9}{short}"
     if len(worst) > MAX_GROUPS:
         yield f"  ... and {len(worst) - MAX_GROUPS:,} more; sensebatch status --json lists all"
     yield from acceptance_lines(Acceptance(held=found.held))

@@ -24,6 +24,7 @@ def test_lines_are_broken_between_words_and_paths_stay_whole() -> None:
         "    two-three",
         "    four",
     ]
+    assert list(fitted(f"  {path}", 12)) == [f"  {path}"]
 
 
 def test_an_error_is_one_line_with_its_message_if_it_has_one() -> None:

@@ -360,6 +360,18 @@ def test_what_was_accepted_and_what_came_short_is_said() -> None:
         "  cat                2/2       3        67%",
         *held,
     ]
+    long = "a-name-that-leaves-little-room-for-figures"
+    assert list(acceptance_table(Acceptance(series=(one(long, 2, 3), one("dog", 1, 4))), 60))[
+        1:
+    ] == [
+        "  prompt group  accepted  judged  pass rate",
+        "  dog                1/2       4        25%  short",
+        f"  {long}",
+        "                     2/2       3        67%",
+    ]
+    wide = list(acceptance_table(Acceptance(series=(one(long, 2, 3),)), 80))
+    assert max(map(len, wide)) <= 80
+    assert wide[-1].split() == [long, "2/2", "3", "67%"]
     assert list(acceptance_lines(Acceptance())) == list(acceptance_table(Acceptance())) == []
 
 
