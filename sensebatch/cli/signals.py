@@ -7,10 +7,10 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 FINISHING = "stopping after the current images; again to stop at once"
 """Printed after the first signal, once jobs are running."""
@@ -19,6 +19,8 @@ LEAVING = "stopping; again to stop at once"
 RESUMABLE = "stopped at once; the same command resumes the run"
 """Printed after the second signal."""
 
+_Handler: TypeAlias = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
+"""What Python has for a signal."""
 _SHOW_CURSOR = b"\x1b[?25h"
 
 
@@ -47,6 +49,8 @@ class StopSignals:
         self._ended = ended
         self._stop = threading.Event()
         self._numbers: tuple[int, ...] = ()
+        self._before: dict[int, _Handler] = {}
+        """The handlers that ours replaced; empty unless ours are installed."""
         self._interrupts = False
         self._finishes = True
         self._num_handled = 0
@@ -73,18 +77,32 @@ class StopSignals:
         arrived, arriving = socket.socketpair()
         arriving.setblocking(False)
         wakeup = signal.set_wakeup_fd(arriving.fileno(), warn_on_full_buffer=False)
-        before = {number: signal.signal(number, self._handle) for number in self._numbers}
+        self._before = {number: signal.signal(number, self._handle) for number in self._numbers}
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._restore)
         counter = threading.Thread(target=self._count, args=(arrived,), daemon=True)
         counter.start()
         try:
             yield self
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            signal.set_wakeup_fd(wakeup)
+            self._restore(wakeup)
+            # To close it would not end the thread while a process that was forked has it open too.
+            arriving.shutdown(socket.SHUT_RDWR)
             arriving.close()
             counter.join()
             arrived.close()
+
+    def _restore(self, wakeup: int = -1) -> None:
+        """Has signals do what they did before; so they do in a process that is forked meanwhile.
+
+        Else a signal that is sent to it, as to end it, would neither end it nor be its own: it
+        would be counted here.
+        """
+        if self._before:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(wakeup)
+            self._before = {}
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         self._num_handled += 1

@@ -271,3 +271,39 @@ def test_handlers_are_restored() -> None:
     with StopSignals().installed():
         assert signal.getsignal(signal.SIGINT) != before
     assert signal.getsignal(signal.SIGINT) == before
+
+
+FORKS = """
+import multiprocessing, threading, time
+from sensebatch.cli.signals import StopSignals
+
+fork = multiprocessing.get_context("fork")
+stop, codes = StopSignals(), []
+
+def begun():
+    ready = fork.Event()
+    process = fork.Process(target=lambda: (ready.set(), time.sleep(60)), daemon=True)
+    process.start()
+    ready.wait()
+    return process
+
+def judge():
+    for process in [begun(), begun()]:
+        process.terminate()
+        process.join()
+        codes.append(process.exitcode)
+
+with stop.installed():
+    thread = threading.Thread(target=judge)
+    thread.start()
+    thread.join()
+    left = begun()
+print(codes, stop.is_set(), left.is_alive())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+def test_processes_that_functions_fork_neither_stop_a_run_nor_keep_it() -> None:
+    ended = _python(FORKS, timeout=30)
+    assert ended.stdout == "[-15, -15] False True\n"
+    assert (ended.returncode, ended.stderr) == (0, "")
