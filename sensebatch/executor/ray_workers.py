@@ -203,7 +203,8 @@ class RayCrew:
             # Ray ends the process that lets go of an actor or a question while Ray is left.
             self._is_closing.wait()
             self._watch.close()
-        self._ray.shutdown()
+        # What goes wrong when a lost cluster is left is nobody's concern.
+        guarded(self._ray.shutdown)
 
     def _try_to_connect(self) -> None:
         try:

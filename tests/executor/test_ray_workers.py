@@ -398,3 +398,24 @@ def test_ray_is_left_once_nothing_of_it_is_held(monkeypatch: pytest.MonkeyPatch)
     crew.close()
     crew._thread.join()
     assert held_at_shutdown == [({}, {})]
+
+
+# pytest warns of what a thread raises, and a warning is an error.
+def test_a_cluster_that_cannot_be_left_in_order_is_left_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def join(*_: object) -> None:
+        raise ConfigError("no cluster")
+
+    def shutdown() -> None:
+        left.append(True)
+        raise RuntimeError("the cluster does not answer")
+
+    left: list[bool] = []
+    crew = joining(join, monkeypatch)
+    monkeypatch.setattr(crew._ray, "shutdown", shutdown)
+    with pytest.raises(ConfigError, match="no cluster"):
+        crew.open(SimpleQueue())
+    crew.close()
+    crew._thread.join()
+    assert left
