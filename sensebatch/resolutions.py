@@ -71,7 +71,7 @@ class PixelLimits:
     min_pixels: int = 512 * 512
     """Smaller input images are enlarged to this many."""
     min_asked_pixels: int = 256 * 256
-    """The same for images that are only asked about."""
+    """Smaller images that are only asked about are enlarged to this many."""
 
     def model_pixels(self, num_images: int, *, draws: bool = True) -> tuple[int, int]:
         """Returns the fewest and most pixels of each input image.
