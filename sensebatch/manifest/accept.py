@@ -18,7 +18,7 @@ from sensebatch.errors import ConfigError
 from sensebatch.functions import AcceptFunction
 from sensebatch.jobs import AttemptAt, Job, JudgedBy, VerdictOn
 from sensebatch.manifest.expand import Expanded, as_text, check_template, filled
-from sensebatch.manifest.fields import ACCEPT_FIELDS, Check, JobFields
+from sensebatch.manifest.fields import ACCEPT_FIELDS, Check, JobFields, listed
 from sensebatch.manifest.problems import RowErrors
 from sensebatch.tasks import Output, Task
 
@@ -186,31 +186,31 @@ def acceptance_of(
     except ValidationError as error:
         errors.add_validation(error, ())
         return others, None
-    checks = checked.accept or ()
     keep, seed = checked.keep or 1, fields.get("seed")
     accept = Acceptance(
-        checks=(checks,) if isinstance(checks, Check) else tuple(checks),
+        checks=listed(checked.accept),
         functions=functions,
         keep=keep,
         tries=checked.tries or _TRIES_FOR_EACH * keep,
         first_seed=seed if isinstance(seed, int) else default_seed,
     )
     num_errors = len(errors)
-    _check(accept, fields, errors)
+    _check(accept, fields, errors, own)
     if len(errors) > num_errors:
         return {name: value for name, value in others.items() if name not in _SEEDS}, None
     return {**others, "n": accept.tries}, accept
 
 
-def _check(accept: Acceptance, fields: Mapping[str, Any], errors: RowErrors) -> None:
+def _check(
+    accept: Acceptance, fields: Mapping[str, Any], errors: RowErrors, own: frozenset[str]
+) -> None:
     matrix = fields.get("matrix")
     names = {"prompt", *(matrix if isinstance(matrix, dict) else ())}
     for check in accept.checks:
         check_template("accept", check.ask, names, errors)
-        if check.expected not in check.choices:
-            known = ", ".join(check.choices)
-            message = f"expected one of the choices ({known}) for is, found {check.expected!r}"
-            errors.add("accept", message)
+        # Those in the defaults are reported there.
+        if "accept" in own and check.mistake is not None:
+            errors.add("accept", check.mistake)
     if accept.keep > accept.tries:
         message = f"expected at most as many as tries, {accept.tries}, found {accept.keep}"
         errors.add("keep", message)

@@ -198,6 +198,14 @@ class Check(StrictModel):
         0.5, gt=0, le=1, description="The probability that this answer must have."
     )
 
+    @property
+    def mistake(self) -> str | None:
+        """What is wrong with it that no type says; None if nothing is."""
+        if self.expected in self.choices:
+            return None
+        known = ", ".join(self.choices)
+        return f"expected one of the choices ({known}) for is, found {self.expected!r}"
+
 
 def _check_tag(value: object) -> str | None:
     if isinstance(value, dict | Check):
@@ -214,6 +222,11 @@ Checks = Annotated[
     ),
 ]
 """One check or several."""
+
+
+def listed(checks: Check | list[Check] | None) -> tuple[Check, ...]:
+    """Returns the checks of a field, of which one needs no list."""
+    return (checks,) if isinstance(checks, Check) else tuple(checks or ())
 
 
 class SharedFields(_SettingFields):

@@ -16,6 +16,7 @@ from sensebatch.manifest.fields import (
     DefaultsFields,
     ManifestHeader,
     SharedFields,
+    listed,
 )
 from sensebatch.manifest.ids import id_error
 from sensebatch.manifest.problems import RowErrors, found
@@ -133,4 +134,9 @@ def _section(
     bad = {location[0] for location, _ in wrong}
     for location, message in wrong:
         errors.add((*place, *location), message)
+    if "accept" in fields.keys() - bad:
+        given_checks = SharedFields.model_validate({"accept": fields["accept"]}).accept
+        for check in listed(given_checks):
+            if check.mistake is not None:
+                errors.add((*place, "accept"), check.mistake)
     return {name: value for name, value in fields.items() if name not in bad}

@@ -168,6 +168,24 @@ def test_mistakes_are_named(row: str, expected: str, tmp_path: Path) -> None:
     assert [f"{one.field}: {one.message}" for one in raised.value.problems] == [expected]
 
 
+def test_a_mistake_in_the_defaults_is_reported_once(tmp_path: Path) -> None:
+    path = tmp_path / "m.yaml"
+    path.write_text(
+        """version: 1
+defaults:
+  accept: [{ask: q, choices: [yes, no], is: maybe}, {ask: q, choices: [a, b], is: a}]
+jobs:
+  - {id: a, prompt: a}
+  - {id: b, prompt: b, keep: 2}
+"""
+    )
+    with pytest.raises(ManifestError) as raised:
+        list(read_manifest(path, default_config()))
+    (problem,) = raised.value.problems
+    assert (problem.row, problem.field) == ("line 3", "defaults.accept")
+    assert problem.message == "expected one of the choices (yes, no) for is, found 'maybe'"
+
+
 def test_such_rows_are_the_same_in_every_format(tmp_path: Path) -> None:
     text = f"""
 defaults: {{tags: [one]}}
