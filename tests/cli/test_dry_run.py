@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sensebatch import session
+from sensebatch import loading
 from sensebatch.checkpoint.fingerprint import model_identity
 from sensebatch.cli import messages
 from sensebatch.cli.demo import catalog
@@ -245,7 +245,7 @@ def test_demo_draws_again_what_an_earlier_embedded_checkpoint_drew(
     def later(*args: Any, **options: Any) -> ModelIdentity:
         return replace(model_identity(*args, **options), checkpoint="e" * 64)
 
-    monkeypatch.setattr(session, "model_identity", later)
+    monkeypatch.setattr(loading, "model_identity", later)
     backend.engine.batches.clear()
     ended = invoke("run", catalog(), "--output-dir", "outputs/catalog")
     assert ended.code == 2

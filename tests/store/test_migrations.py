@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from sensebatch import session
+from sensebatch import loading
 from sensebatch.checkpoint.fingerprint import model_identity
 from sensebatch.cli.main import main
 from sensebatch.errors import RunFolderError, StorageFullError
@@ -49,7 +49,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def identity_of_then(*args: Any, **options: Any) -> ModelIdentity:
         return replace(model_identity(*args, **options), checkpoint=then)
 
-    monkeypatch.setattr(session, "model_identity", identity_of_then)
+    monkeypatch.setattr(loading, "model_identity", identity_of_then)
     return tmp_path
 
 
