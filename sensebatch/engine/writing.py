@@ -60,7 +60,8 @@ def write_together(runner: Runner, texts: Sequence[Text], room: TextRoom | None)
     tokens = passes.ROOM_TOKENS if room is None else passes.TEXT_ROOM_TOKENS
     pending, left = list(texts), 0
     active: list[Text] = []
-    for number in itertools.count(1):
+    numbers = itertools.count(1)
+    while True:
         steps = [(text, taken) for text in active if (taken := text.writing.taken())]
         if not steps or not left:
             ended = [text for text in active if not text.writing.taken()]
@@ -72,7 +73,9 @@ def write_together(runner: Runner, texts: Sequence[Text], room: TextRoom | None)
             steps = [(text, taken) for text in active if (taken := text.writing.taken())]
             if not steps:
                 continue
-        runner.report_token(number, sum(len(taken) for _, taken in steps) if texts[1:] else 0)
+        runner.report_token(
+            next(numbers), sum(len(taken) for _, taken in steps) if texts[1:] else 0
+        )
         _step(steps)
         left -= 1
 
