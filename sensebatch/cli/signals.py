@@ -7,10 +7,10 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any, NoReturn, TypeAlias
+from typing import NoReturn
 
 FINISHING = "stopping after the current images; again to stop at once"
 """Printed after the first signal, once jobs are running."""
@@ -19,8 +19,6 @@ LEAVING = "stopping; again to stop at once"
 RESUMABLE = "stopped at once; the same command resumes the run"
 """Printed after the second signal."""
 
-_Handler: TypeAlias = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
-"""What Python has for a signal."""
 _SHOW_CURSOR = b"\x1b[?25h"
 
 
@@ -49,8 +47,8 @@ class StopSignals:
         self._ended = ended
         self._stop = threading.Event()
         self._numbers: tuple[int, ...] = ()
-        self._before: dict[int, _Handler] = {}
-        """The handlers that ours replaced; empty unless ours are installed."""
+        self._is_installed = False
+        self._forking = threading.local()
         self._interrupts = False
         self._finishes = True
         self._num_handled = 0
@@ -77,32 +75,49 @@ class StopSignals:
         arrived, arriving = socket.socketpair()
         arriving.setblocking(False)
         wakeup = signal.set_wakeup_fd(arriving.fileno(), warn_on_full_buffer=False)
-        self._before = {number: signal.signal(number, self._handle) for number in self._numbers}
+        before = {number: signal.signal(number, self._handle) for number in self._numbers}
+        self._is_installed = True
         if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._restore)
+            os.register_at_fork(
+                before=self._fork, after_in_parent=self._forked, after_in_child=self._in_child
+            )
         counter = threading.Thread(target=self._count, args=(arrived,), daemon=True)
         counter.start()
         try:
             yield self
         finally:
-            self._restore(wakeup)
+            self._is_installed = False
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(wakeup)
             # To close it would not end the thread while a process that was forked has it open too.
             arriving.shutdown(socket.SHUT_RDWR)
             arriving.close()
             counter.join()
             arrived.close()
 
-    def _restore(self, wakeup: int = -1) -> None:
-        """Has signals do what they did before; so they do in a process that is forked meanwhile.
+    def _fork(self) -> None:
+        """Holds signals back while a thread, of a function that judges, forks its process."""
+        if self._is_installed:
+            self._forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, self._numbers)
 
-        Else a signal that is sent to it, as to end it, would neither end it nor be its own: it
-        would be counted here.
+    def _forked(self) -> None:
+        mask = self._forking.__dict__.pop("mask", None)
+        if mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def _in_child(self) -> None:
+        """Has signals to a process that was forked end it; here they would be counted as the run's.
+
+        A terminal sends SIGINT to all, and the run says when it is over.
         """
-        if self._before:
-            for number, handler in self._before.items():
-                signal.signal(number, handler)
-            signal.set_wakeup_fd(wakeup)
-            self._before = {}
+        if self._is_installed:
+            self._is_installed = False
+            signal.set_wakeup_fd(-1)
+            for number in self._numbers:
+                is_interrupt = number == signal.SIGINT
+                signal.signal(number, (lambda *_: None) if is_interrupt else signal.SIG_DFL)
+        self._forked()
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         self._num_handled += 1

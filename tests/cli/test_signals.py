@@ -274,21 +274,20 @@ def test_handlers_are_restored() -> None:
 
 
 FORKS = """
-import multiprocessing, threading, time
+import multiprocessing, os, signal, threading, time
 from sensebatch.cli.signals import StopSignals
 
 fork = multiprocessing.get_context("fork")
-stop, codes = StopSignals(), []
+stop, codes, ready = StopSignals(), [], fork.Event()
 
-def begun():
-    ready = fork.Event()
-    process = fork.Process(target=lambda: (ready.set(), time.sleep(60)), daemon=True)
+def begun(*before):
+    target = lambda: (*(call() for call in before), time.sleep(60))
+    process = fork.Process(target=target, daemon=True)
     process.start()
-    ready.wait()
     return process
 
 def judge():
-    for process in [begun(), begun()]:
+    for process in [begun() for _ in range(5)]:
         process.terminate()
         process.join()
         codes.append(process.exitcode)
@@ -297,13 +296,14 @@ with stop.installed():
     thread = threading.Thread(target=judge)
     thread.start()
     thread.join()
-    left = begun()
-print(codes, stop.is_set(), left.is_alive())
+    left = begun(lambda: os.kill(os.getpid(), signal.SIGINT), ready.set)
+    ready.wait()
+print({*codes}, stop.is_set(), left.is_alive())
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
 def test_processes_that_functions_fork_neither_stop_a_run_nor_keep_it() -> None:
     ended = _python(FORKS, timeout=30)
-    assert ended.stdout == "[-15, -15] False True\n"
+    assert ended.stdout == "{-15} False True\n"
     assert (ended.returncode, ended.stderr) == (0, "")
