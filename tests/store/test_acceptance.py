@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 import sqlite3
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from sensebatch.config import ExecutionConfig, MemoryConfig, RunConfig, default_config
 from sensebatch.contract import Channel, Following, Kept, Reading
@@ -54,7 +56,7 @@ CHECK = {"ask": "Is it good?", "choices": ["yes", "no"], "is": "yes", "at_least"
 
 
 class Judge(FakeEngine):
-    """Answers questions by the bytes of the image, so that some are good and some are not."""
+    """Answers questions by the pixels of the image, so that some are good and some are not."""
 
     def generate(
         self,
@@ -79,10 +81,16 @@ class Judge(FakeEngine):
         self.on_step()
         results = []
         for job, inputs in zip(batch.jobs, prepared, strict=True):
-            share = (1 + digest(job.prompt, *inputs)[0]) / 258
+            share = (1 + digest(job.prompt, *map(_pixels, inputs))[0]) / 258
             logs = (math.log(share), math.log(1 - share))
             results.append(JobResult(text="yes", answer="yes", choice_log_probabilities=logs))
         return BatchResult(results=tuple(results), metrics=BatchMetrics(total_s=1.0))
+
+
+def _pixels(encoded: bytes) -> bytes:
+    """Returns the pixels of an image, however its file was compressed."""
+    with Image.open(io.BytesIO(encoded)) as image:
+        return image.tobytes()
 
 
 def series(*names: str, **changes: Any) -> list[Job]:
