@@ -136,7 +136,7 @@ def _load(function: AcceptFunction) -> Judge:
     try:
         module = _imported(module_name, _file_in(_own_places(function), function))
     except ModuleNotFoundError as error:
-        if error.name is None or not module_name.startswith(error.name):
+        if not f"{module_name}.".startswith(f"{error.name}."):
             raise _cannot_import(function, error) from error
         where = ", ".join(_own_places(function))
         raise ConfigError(

@@ -84,6 +84,8 @@ def test_modules_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> 
         ),
         ("def own(image, job, more): return 1", r"found own\(image, job, more\)"),
         ("import missing_of_test", "found ModuleNotFoundError: No module named 'missing_of_test'"),
+        # Its name begins like that of the module itself.
+        ("import judges", "found ModuleNotFoundError: No module named 'judges'"),
         ("own = 1 / 0", "for judges_of_test:own, found ZeroDivisionError"),
         ("raise SystemExit(3)", "found SystemExit: 3"),
     ],
