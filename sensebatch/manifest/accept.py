@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from sensebatch.errors import ConfigError
 from sensebatch.functions import AcceptFunction
 from sensebatch.jobs import AttemptAt, Job, JudgedBy, VerdictOn
-from sensebatch.manifest.expand import Expanded, as_text, check_template, filled
+from sensebatch.manifest.expand import Expanded, as_text, check_template, filled, id_of
 from sensebatch.manifest.fields import ACCEPT_FIELDS, Check, JobFields, listed
 from sensebatch.manifest.problems import RowErrors
 from sensebatch.tasks import Output, Task
@@ -26,6 +26,8 @@ _SEEDS = frozenset({"seeds", "n"})
 _OR_FUNCTION = "or a function that the configuration file names (accept), found neither"
 _TRIES_FOR_EACH = 3
 """Tries for each image that is wanted, if a row does not say how many."""
+_SEED_MARK = "\0"
+"""Stands for the seed in an id, which never has it."""
 YES, NO = "yes", "no"
 """The choices of a function, whose score is the probability of the first."""
 
@@ -49,13 +51,13 @@ class Acceptance:
     keep: int
     tries: int
     first_seed: int
+    id: str
+    """The row's, with the names that stand for values."""
 
     def as_try(self, job: Job) -> Job:
         """Returns a job of the row as what it is a try at."""
-        # The name of all is the id without the seed, which alone tells them apart.
-        series = re.sub(r"-seed=[0-9]+(?=-|$)", "", job.id)
-        if series == job.id:
-            series = "*".join(job.id.rsplit(str(job.seed), 1))
+        # All have the id without the seed, which alone tells them apart. No id has a star.
+        series = re.sub(r"-seed=\*(?=-|$)", "", id_of(self.id, job.matrix, seed="*"))
         number = job.seed - self.first_seed
         checks = len(self.checks) + len(self.functions)
         attempt_at = AttemptAt(series=series, number=number, keep=self.keep, checks=checks)
@@ -70,20 +72,21 @@ class Acceptance:
         Raises:
             ConfigError: They start from images that no one row can name.
         """
-        first, ids = tries[0], _template([job.id for job in tries], tries)
-        assert ids is not None
+        first = tries[0]
         texts = {name: as_text(value) for name, value in first.matrix.items()}
         texts["prompt"] = first.prompt
         checks = [
             {
-                "ask": re.sub(r"[{}]", r"\g<0>\g<0>", filled(check.ask, texts)),
+                "ask": _doubled(filled(check.ask, texts)),
                 "choices": list(check.choices),
                 "is": check.expected,
                 "at_least": check.at_least,
             }
             for check in self.checks
         ]
-        fields = {"id": ids.removesuffix("-seed={seed}"), "seed": first.seed}
+        own_id = _doubled(id_of(self.id, first.matrix, seed=_SEED_MARK))
+        own_id = own_id.replace(_SEED_MARK, "{seed}").removesuffix("-seed={seed}")
+        fields = {"id": own_id, "seed": first.seed}
         fields |= {"accept": checks} if checks else {}
         if any(image.output for image in first.images):
             fields["images"] = self._images(tries)
@@ -94,7 +97,7 @@ class Acceptance:
         names = []
         for own in zip(*(job.images for job in tries), strict=True):
             paths = [image.path if image.output else "" for image in own]
-            name = paths[0] if len(set(paths)) == 1 else _template(paths, tries)
+            name = _doubled(paths[0]) if len(set(paths)) == 1 else _template(paths, tries)
             if name is None:
                 raise ConfigError(
                     f"expected tries that start from images of one name, found {paths[0]} and "
@@ -133,14 +136,18 @@ class Acceptance:
             )
 
 
+def _doubled(text: str) -> str:
+    """Returns a text as a template of itself."""
+    return re.sub(r"[{}]", r"\g<0>\g<0>", text)
+
+
 def _template(texts: Sequence[str], tries: Sequence[Job]) -> str | None:
     """Returns a text that becomes each of some with the seed of its try; None if there is none."""
-    seed = str(tries[0].seed)
-    for old, new in ((f"-seed={seed}", "-seed={seed}"), (seed, "{seed}")):
-        template = new.join(texts[0].rsplit(old, 1))
-        made = (template.replace("{seed}", str(job.seed)) for job in tries)
-        if all(one == text for one, text in zip(made, texts, strict=True)):
-            return template
+    first = texts[0]
+    for place in re.finditer(str(tries[0].seed), first):
+        begin, end = first[: place.start()], first[place.end() :]
+        if all(f"{begin}{job.seed}{end}" == text for job, text in zip(tries, texts, strict=True)):
+            return f"{_doubled(begin)}{{seed}}{_doubled(end)}"
     return None
 
 
@@ -193,6 +200,7 @@ def acceptance_of(
         keep=keep,
         tries=checked.tries or _TRIES_FOR_EACH * keep,
         first_seed=seed if isinstance(seed, int) else default_seed,
+        id=str(fields.get("id")),
     )
     num_errors = len(errors)
     _check(accept, fields, errors, own)

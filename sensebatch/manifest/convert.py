@@ -125,6 +125,7 @@ def _by_row(reads: Iterable[ReadJob]) -> Iterator[list[ReadJob]]:
         tries.append(read)
         if len(tries) == read.accept.tries:
             yield series.pop(read.job.attempt_at.series)
+    assert not series
 
 
 def _row(reads: list[ReadJob], dst: Path, reader: InputReader, embed_images: bool) -> Row:

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from sensebatch.jobs import MAX_SEED
 from sensebatch.manifest.fields import ACCEPT_FIELDS, EXPANSION_FIELDS, JOB_FIELD_NAMES, JobFields
-from sensebatch.manifest.ids import slug, with_suffixes
+from sensebatch.manifest.ids import slug
 from sensebatch.manifest.problems import RowErrors, found, suggestion
 
 Axis = tuple[str, Sequence[Any]]
@@ -227,10 +227,21 @@ def _combined(
             fields[name] = filled(template, texts)
     job_id = fields.get("id")
     if isinstance(job_id, str):
-        missing = combination.keys() - placeholders(job_id)
-        plain = filled(job_id, {name: slug(value) for name, value in combination.items()})
-        fields["id"] = with_suffixes(plain, ((name, combination[name]) for name in missing))
+        fields["id"] = id_of(job_id, combination)
     return fields
+
+
+def id_of(template: str, combination: Mapping[str, Any], **texts: str) -> str:
+    """Returns the id of one combination.
+
+    Args:
+        template: The id of the row.
+        combination: Values by their names, which are added where the template lacks them.
+        texts: Further names and what stands for them, as it is.
+    """
+    values = {name: slug(value) for name, value in combination.items()} | texts
+    missing = sorted(values.keys() - placeholders(template))
+    return filled(template, values) + "".join(f"-{name}={values[name]}" for name in missing)
 
 
 def filled(template: str, texts: Mapping[str, str]) -> str:

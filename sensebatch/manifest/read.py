@@ -207,7 +207,7 @@ class ManifestReader:
         self._task = task
         self._acceptance_of = partial(acceptance_of, functions=config.accept)
         self._resolver = JobResolver(config, warn)
-        self._ids = IdRegistry()
+        self._ids, self._series = IdRegistry(), IdRegistry()
         self._outputs = self._resolver.outputs
         self._waiting: list[_Waiting] = []
 
@@ -234,7 +234,8 @@ class ManifestReader:
         if not is_unicode(str(path)):
             self._add(path, "manifest", (), "expected a path in UTF-8, found bytes that are not")
             return
-        self._ids.start_file(str(path), unit)
+        for registry in (self._ids, self._series):
+            registry.start_file(str(path), unit)
 
         def report(number: int, location: Location, message: str) -> None:
             self._add(path, f"{unit} {number}", location, message)
@@ -374,12 +375,22 @@ class ManifestReader:
         if accept is None:
             yield read
             return
-        yield replace(read, job=accept.as_try(read.job), accept=accept)
+        tried = accept.as_try(read.job)
+        self._check_series(tried, number, errors)
+        yield replace(read, job=tried, accept=accept)
         for question in accept.questions(read.job):
             found = self._job(question.expanded, Task.ASK, origin, number, errors)
             if found is not None:
                 job = replace(found.job, verdict=question.verdict, judged_by=question.judged_by)
                 yield replace(found, job=job)
+
+    def _check_series(self, tried: Job, number: int, errors: RowErrors) -> None:
+        """Checks, at the first try of a series, that no other row has one of its name."""
+        assert tried.attempt_at is not None
+        series = tried.attempt_at.series
+        if tried.attempt_at.number == 0 and (other := self._series.add(series, number)) is not None:
+            message = f"expected another id than that of {other}, found {series!r}"
+            errors.add("id", f"{message}; each row with accept needs one, whatever its seeds are")
 
     def _refuse(self, waiting: Sequence[_Waiting]) -> None:
         """Reports why jobs can never run."""

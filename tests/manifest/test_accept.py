@@ -60,6 +60,39 @@ jobs:
     assert [job.prompt for job in jobs if job.verdict] == ["{Is} red in: A red dot?"]
 
 
+def test_a_series_has_one_name_whatever_digits_its_ids_have(tmp_path: Path) -> None:
+    rows = f"""defaults: {{accept: {CHECK}}}
+jobs:
+  - {{id: "a-{{seed}}-{{size}}", prompt: a dot, seed: 5, matrix: {{size: [55, 6]}}}}
+  - {{id: b-seed=7, prompt: a dot}}
+"""
+    jobs = read(tmp_path, rows)
+    tries = [job for job in jobs if job.attempt_at]
+    assert {job.attempt_at.series for job in tries if job.attempt_at} == {
+        "a-*-55",
+        "a-*-6",
+        "b-seed=7",
+    }
+    convert_manifest(tmp_path / "m.yaml", tmp_path / "out.jsonl", default_config())
+    found = read_manifest(tmp_path / "out.jsonl", default_config())
+    assert {job.id: job.attempt_at for job in found} == {job.id: job.attempt_at for job in jobs}
+
+
+def test_two_rows_are_never_one_series(tmp_path: Path) -> None:
+    rows = "".join(
+        f"  - {{id: a, prompt: a {colour} dot, seed: {seed}, accept: {CHECK}}}\n"
+        for colour, seed in (("red", 1), ("blue", 10))
+    )
+    with pytest.raises(ManifestError) as raised:
+        read(tmp_path, f"jobs:\n{rows}")
+    (problem,) = raised.value.problems
+    assert (problem.field, problem.message) == (
+        "id",
+        "expected another id than that of line 3, found 'a'; each row with accept needs one, "
+        "whatever its seeds are",
+    )
+
+
 def test_a_seed_in_the_id_names_no_series(tmp_path: Path) -> None:
     jobs = read(
         tmp_path, f'jobs: [{{id: "x{{seed}}y", prompt: a dot, seed: 5, accept: {CHECK}}}]\n'
