@@ -82,6 +82,8 @@ _EXPECTED = {
     "model_type": "a section",
     "string_too_short": "text",
     "string_type": "text",
+    "too_long": "at most {max_length} values",
+    "too_short": "at least {min_length} values",
     "tuple_type": "a list",
 }
 """What was expected, by pydantic's type of error; filled from its context."""
@@ -497,7 +499,7 @@ def _complaints(
 ) -> str:
     """Returns a line for each place that pydantic found an error in, as `place` names it."""
     misspelled = {error["loc"][:-1] for error in errors if error["type"] == "extra_forbidden"}
-    complaints: dict[str, list[str]] = {}
+    complaints: dict[str, dict[str, None]] = {}
     inputs: dict[str, str] = {}
     for error in errors:
         path = list(_existing(values, error["loc"]))
@@ -505,6 +507,8 @@ def _complaints(
         message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         if kind == "extra_forbidden":
             message = f"unknown setting{_suggestion(path)}"
+        elif kind == "missing" and isinstance(error["loc"][-1], int):
+            message, inputs[where] = "more values", found(error["input"])
         elif kind == "missing":
             if error["loc"][:-1] in misspelled:
                 continue
@@ -512,12 +516,12 @@ def _complaints(
         elif not message.startswith("expected "):
             message = expected(error) or message
             inputs[where] = found(error["input"])
-        complaints.setdefault(where, []).append(message)
+        complaints.setdefault(where, {})[message] = None
     return "\n".join(
         f"{where}: expected {' or '.join(m.removeprefix('expected ') for m in messages)}"
         f", found {inputs[where]}"
         if where in inputs
-        else f"{where}: {messages[0]}"
+        else f"{where}: {next(iter(messages))}"
         for where, messages in complaints.items()
     )
 

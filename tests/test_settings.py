@@ -205,6 +205,18 @@ def test_file_offers_exactly_the_settings_of_every_task(task: Task) -> None:
         ),
         ("memory: 3", "FILE: line 1: memory: expected a section, found 3"),
         (
+            "tasks: {t2i: {cfg_interval: [0.1, 2]}}",
+            "FILE: line 1: tasks.t2i.cfg_interval[1]: expected a number of at most 1, found 2",
+        ),
+        (
+            "tasks: {t2i: {cfg_interval: []}}",
+            "FILE: line 1: tasks.t2i.cfg_interval: expected more values, found a list of 0",
+        ),
+        (
+            "tasks: {t2i: {cfg_interval: [0, 1, 1]}}",
+            "FILE: line 1: tasks.t2i.cfg_interval: expected at most 2 values, found a list of 3",
+        ),
+        (
             "tasks: {edit: {input_max_pixels: 0}}",
             "FILE: line 1: tasks.edit.input_max_pixels: expected 'auto' or a number of at least "
             "1, found 0",
