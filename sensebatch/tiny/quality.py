@@ -301,7 +301,8 @@ def draw_curves(points: Sequence[Point], path: Path) -> None:
         panel.set_xlabel("evaluations of the network an image", fontsize=8)
     for row in axes:
         row[0].set_ylabel("PSNR to the converged image, dB", fontsize=8)
-    axes[0][0].legend(fontsize=7)
+    lines = axes[0][0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside upper center", ncols=5, fontsize=8)
     figure.savefig(path, dpi=110)
 
 
