@@ -174,9 +174,11 @@ def _show(verdicts: Sequence[Verdict]) -> None:
     from sensebatch.calibrate.files import table_rows
     from sensebatch.cli.tables import FittingTable, print_parts
 
+    parts: list[object] = []
     for verdict in verdicts:
         table = FittingTable(*_HEAD, words=_HEAD[:1])
         for row in table_rows(verdict):
             table.add_row(*row)
         judged = counted(verdict.num_judged, "image")
-        print_parts(f"{verdict.task}, {judged} that the search did not see", table)
+        parts += [f"{verdict.task}, {judged} that the search did not see", table]
+    print_parts(*parts)

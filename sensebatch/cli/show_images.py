@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,7 +38,10 @@ def show(
         messages.show(json.dumps([{"file": str(image), **values} for image, values in found]))
         return
     for image, values in found:
-        messages.show("\n".join([str(image), *_lines(values)]))
+        lines = "\n".join(_lines(values))
+        if sys.stdout is not None and sys.stdout.isatty():
+            lines = "\n".join(messages.fitted(lines))
+        messages.show(f"{image}\n{lines}")
 
 
 def _lines(values: Mapping[str, Any]) -> Iterator[str]:
