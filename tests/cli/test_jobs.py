@@ -171,6 +171,7 @@ def test_list_of_no_job_is_an_empty_list(invoke: Invoke, folder: Path) -> None:
         (["--columns", "id,ligth"], "found 'ligth'; did you mean 'light'?"),
         (["--columns", "id,seed,id"], "--columns: expected each name once, found 'id' again"),
         (["--matrix", "light"], "--matrix: expected NAME=VALUE, found 'light'"),
+        (["--matrix", "ligth=noon"], "expected one of light, found 'ligth'; did you mean 'light'?"),
         (["--picked", "reject"], "--picked: expected --picks FILE beside it"),
         (["--picks", "none.json"], "none.json: cannot be read: No such file"),
         (["--dedupe-distance", "3"], "--dedupe-distance: expected --dedupe beside it"),

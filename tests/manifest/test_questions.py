@@ -137,6 +137,18 @@ def test_a_conversation_is_a_question_with_those_before_it(
     assert own.history == ()
 
 
+def test_turns_are_given_in_one_form(mistakes: Mistakes) -> None:
+    turns = [
+        {"from": "human", "value": "What?"},
+        {"from": "gpt", "value": "A dot."},
+        {"from": "human", "value": "Sure?"},
+    ]
+    history = [{"question": "What?", "answer": "A dot."}]
+    (found,) = mistakes({"task": "ask", "conversations": turns, "history": history})
+    words = "expected either history or the turns of conversations, found both"
+    assert found == f"line 1: history: {words}"
+
+
 def test_mistakes_in_conversations_are_named(mistakes: Mistakes, draw_input: Any) -> None:
     image = draw_input()
     two = [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]
