@@ -37,6 +37,8 @@ _SYSTEM = {
     "memory_monitor_refresh_ms": 0,
     # There would be one for every four cores, of 2 MiB each; a run has few messages for it.
     "gcs_server_rpc_server_thread_num": 1,
+    # Ray kills and starts again what takes a minute to start, as a worker may on a busy machine.
+    "worker_register_timeout_seconds": 600,
 }
 _NEWS_BYTES = 256 << 20
 """Of Ray's shared memory for each worker: a batch's images on their way, or those to be kept."""

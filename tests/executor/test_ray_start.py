@@ -138,6 +138,7 @@ def test_ray_is_started_without_helpers_that_nobody_asks(tmp_path: Path) -> None
     assert ray.started == [((False, False), None)]
     assert ray.asked[0]["num_cpus"] == 2
     assert ray.asked[0]["_system_config"]["gcs_server_rpc_server_thread_num"] == 1
+    assert ray.asked[0]["_system_config"]["worker_register_timeout_seconds"] > 60
     assert ray._private.parameter.RayParams is Params
     assert Node().start_api_server(include_dashboard=True) == "dashboard True"
 
