@@ -460,7 +460,7 @@ class JudgedBy:
     function: str
     """`module:function`."""
     source_sha256: str
-    """Of the module's file; another one may say something else."""
+    """The hash of the module's file; another one may say something else."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -735,7 +735,7 @@ class Failure:
     text_tokens: int = 0
     """Likewise."""
     finish_reason: FinishReason | None = None
-    """Of a job that failed because its text is truncated."""
+    """The finish reason of a job that failed because its text is truncated."""
 
     @classmethod
     def of(cls, error: BaseException, *, think_tokens: int = 0, text_tokens: int = 0) -> Failure:

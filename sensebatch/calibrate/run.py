@@ -56,7 +56,8 @@ class Variant:
     settings: Mapping[str, Any]
     """Among `config.SCHEDULE_SETTINGS`."""
     evaluations: int
-    """Of the network, for one image; without the middle layers they count as a third."""
+    """How often the network is evaluated for one image; without the middle layers it counts as a
+    third."""
     steps: float
     """Steps of every layer that take as long."""
     psnr_db: float

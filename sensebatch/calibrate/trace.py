@@ -36,7 +36,7 @@ MAX_TRACE_BYTES = 256 << 20
 """Memory for the velocities of a pass; of larger images, every n-th token is recorded."""
 
 NUMBERS_AT_A_TIME = 1 << 14
-"""Of a velocity, where products are formed."""
+"""Numbers of a velocity of which products are formed at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -146,7 +146,7 @@ class _Runs:
         self._stopped = False
         """Whether a signal came during the last run, although all of its jobs are done."""
         self.exit_code = exits.DONE
-        """Of the last run."""
+        """The exit code of the last run."""
 
     def __call__(self, request: Request, backend: Backend) -> bool:
         """Runs what is missing in a folder; returns whether all of it is done."""

@@ -220,9 +220,9 @@ class _Budgets:
     """Bytes that a run may take."""
 
     gpus: dict[str, int]
-    """Of GPUs by their numbers."""
+    """Budgets of GPUs by their numbers."""
     host: int | None
-    """Of the host; None without a budget."""
+    """The host's budget; None without one."""
 
 
 def _budgets(max_memory: str | None, vram_budget: str | None) -> _Budgets:
@@ -741,7 +741,7 @@ class SelectionOptions:
         bool,
         typer.Option(
             "--dedupe",
-            help="Of jobs whose images look alike, only the first.",
+            help="Only the first of jobs whose images look alike.",
             rich_help_panel=_SELECTION,
         ),
     ] = False

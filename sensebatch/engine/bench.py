@@ -141,7 +141,7 @@ def _drawings(
     sampling = default_config(SYNTHETIC_PREFIX + "8b").tasks[Task.T2I].sampling
     guidance = Guidance(Task.T2I, sampling)
     shared = runner.new_extension(_prompt(prompts[1]))
-    # Of different lengths, as prompts are.
+    # They differ in length, as prompts do.
     own = [runner.new_extension(_prompt(prompts[0] + job)) for job in range(jobs)]
     runner.prefill([shared, *own])
     arch = runner.network.arch
@@ -174,7 +174,7 @@ def token_seconds(runner: Runner, *, sequences: int, tokens: int, plain: bool) -
         tokens: How many are timed.
         plain: Whether to decode by the passes that also read prompts.
     """
-    # Of different tokens, so that they do not all go to the same experts.
+    # Their tokens differ, so that they do not all go to the same experts.
     prompts = [_prompt(PROMPT_TOKENS + i, first=1 + i * PROMPT_TOKENS) for i in range(sequences)]
     extensions = [runner.new_extension(prompt) for prompt in prompts]
     choices = runner.choose(runner.prefill(extensions))

@@ -63,7 +63,7 @@ class CachedPrompts:
     """The prompts of a batch's jobs, after the network has read them."""
 
     caches: Sequence[Mapping[Branch, KVCache]]
-    """Of each job, by the branches of its guidance."""
+    """The caches of each job, by the branches of its guidance."""
     hidden_SD: Tensor
     """The normed output after each prompt that was read."""
     rows: Sequence[int]

@@ -22,7 +22,7 @@ class Levels:
     """What a schedule is made of."""
 
     plan: Plan
-    """Of all levels, as far as is known now."""
+    """The plan of all levels, as far as is known now."""
     groups: Groups
     """What may run at once."""
     later: tuple[Iterator[Groups], ...]

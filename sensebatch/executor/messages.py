@@ -32,7 +32,7 @@ class Run:
     """Asks for a batch to be run, once those before it are through."""
 
     number: int
-    """Of the assignment, whose jobs are prepared."""
+    """The number of the assignment whose jobs are prepared."""
     batch: Batch
     """Those of its jobs that could be prepared."""
     kept: Kept

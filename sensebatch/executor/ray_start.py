@@ -41,7 +41,7 @@ _SYSTEM = {
     "worker_register_timeout_seconds": 600,
 }
 _NEWS_BYTES = 256 << 20
-"""Of Ray's shared memory for each worker: a batch's images on their way, or those to be kept."""
+"""Ray's shared memory for each worker: a batch's images on their way, or those to be kept."""
 _MAX_SHARE = 0.3
 """Most of the host's memory for that; Ray brings what does not fit to the disk."""
 _TEMP_PREFIX = "sensebatch-ray-"

@@ -38,7 +38,7 @@ class Column:
     name: str
     kind: Kind = Kind.VALUE
     type: pa.DataType | None = None
-    """Of a value."""
+    """The type of a value."""
 
 
 TAGS = Column(name="tags", type=pa.list_(pa.string()))

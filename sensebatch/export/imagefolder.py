@@ -23,7 +23,7 @@ from sensebatch.export.target import Target
 from sensebatch.tasks import Task
 
 MAX_IMAGES = 9_000
-"""Of a folder; the Hub takes fewer than 10,000 files in one."""
+"""The most images of a folder; the Hub takes fewer than 10,000 files in one."""
 METADATA = "metadata.parquet"
 
 _IMAGE = "image"

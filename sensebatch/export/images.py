@@ -52,7 +52,7 @@ class LoadedSample:
     sample: Sample
     """Its images are named as they are after the conversion."""
     digest: str
-    """Of the row before it."""
+    """The digest of the row before it."""
     images: tuple[bytes, ...]
 
 

@@ -30,7 +30,7 @@ class Shard:
     rows: tuple[str, ...]
     """The digest of each row, in order."""
     num_bytes: int
-    """Of rows and images as they were read, which decides how much goes into a shard."""
+    """The size of rows and images as they were read, which decides how much goes into a shard."""
     files: Mapping[str, int] = field(default_factory=dict)
     """Bytes of its files by name, once they are written."""
 

@@ -13,7 +13,7 @@ from sensebatch.errors import ConfigError, StorageError
 from sensebatch.export.ledger import FOLDER
 
 MAX_FILES = 100_000
-"""Of a repository of the Hub."""
+"""The most files of a repository of the Hub."""
 _TYPE = "dataset"
 _AGAIN = "run the same command again to continue"
 

@@ -25,9 +25,9 @@ from sensebatch.tasks import Task
 from sensebatch.units import counted
 
 SHARD_BYTES = 500 * 10**6
-"""Of images in a shard, as `datasets` has it."""
+"""The size of the images in a shard, as `datasets` has it."""
 VERSION = 1
-"""Of the columns and their values; an export of another version is not continued."""
+"""The version of the columns and their values; an export of another one is not continued."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,9 +45,9 @@ class ExportConfig:
     with_rejected: bool = False
     """Whether tries that were not accepted are in it, and the questions about tries."""
     title: str = ""
-    """Of the card; empty for the name of the run's folder."""
+    """The title of the card; empty for the name of the run's folder."""
     license: str = "unknown"
-    """Of the set, in the Hub's words."""
+    """The license of the set, in the Hub's words."""
     signer: str | None = None
     """Fingerprint of the certificate that images are signed with."""
 

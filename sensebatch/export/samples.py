@@ -23,7 +23,7 @@ class ImageFile:
     name: str
     """Its file name in the export, without a folder."""
     sha256: str
-    """Of the bytes that the log names."""
+    """The hash of the bytes that the log names."""
     source: str | InputImage
     """Its path in the run's folder, or an input image."""
 

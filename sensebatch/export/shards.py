@@ -20,7 +20,7 @@ class Row:
     split: str
     digest: str
     num_bytes: int
-    """Of its images and its values."""
+    """The size of its images and its values."""
     num_images: int
     place: int
     """Where the row itself is kept."""

@@ -18,7 +18,7 @@ from sensebatch.export.target import Target
 from sensebatch.tasks import Task
 
 MAX_ROWS = 10_000
-"""Of a shard, as is usual."""
+"""The most rows of a shard, as is usual."""
 
 
 def limits(shard_bytes: int) -> Limits:

@@ -81,7 +81,7 @@ class GroupPlan:
     demands: tuple[tuple[Demand, int], ...]
     """What the jobs take, and how many take that."""
     level: int = 0
-    """Of its jobs; those of a level run when all of the levels before are through."""
+    """The level of its jobs, which run when all of the levels before are through."""
     kinds: tuple[int, ...] = ()
     """For each of `fresh`, which of the demands is its own; empty if all jobs take the same."""
 

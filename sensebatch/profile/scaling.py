@@ -104,7 +104,7 @@ class Row:
     driver_cpu_share: float | None = None
     """Processor time of the driver by `elapsed_s`; 1 is a core."""
     sha256: str | None = None
-    """Of the hashes of all images, by job."""
+    """The hash of the hashes of all images, by job."""
     torch_version: str | None = None
     sensebatch_version: str
     started_at: datetime

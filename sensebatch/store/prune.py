@@ -36,7 +36,7 @@ class Prunable:
     """What there is to remove, and what is left."""
 
     numbers: tuple[int, ...]
-    """Of the removed jobs, in the state."""
+    """Numbers of the removed jobs in the state."""
     files: tuple[PrunedFile, ...]
     changed: tuple[str, ...]
     """Files that are no longer as the job made them; they stay."""

@@ -75,10 +75,11 @@ class Point:
     method: str
     num_steps: int
     evaluations: float
-    """Of the network, for each image; without the middle layers they count as a third."""
+    """How often the network is evaluated for each image; without the middle layers it counts as a
+    third."""
     psnrs_db: tuple[float | None, ...]
-    """Of each example to the converged one, mean over its images. None for a story that was told in
-    other words, and where no images are converged."""
+    """Distance of each example to the converged one, mean over its images. None for a story that
+    was told in other words, and where no images are converged."""
     ssims: tuple[float | None, ...]
     """Likewise."""
     rights: tuple[bool, ...]

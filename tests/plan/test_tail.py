@@ -128,7 +128,7 @@ def test_text_counts_once_a_batch_and_everything_else_for_each_job() -> None:
     images = 3 * STORY.image_tokens * evaluations
     assert batch_work(STORY, [short, long]) == 40 + 50 * TEXT_STEP_TOKENS + images
     assert batch_work(ASK, [short]) == 10 + 5 * TEXT_STEP_TOKENS
-    # Of the evaluations, 48 are without the middle layers.
+    # 48 of the evaluations are without the middle layers.
     leaner = with_drawing(make_load(), layer_stride=2).group
     assert batch_work(leaner, [Demand(0, 0, 1)]) == IMAGE.image_tokens * (52 + 48 / 3)
 

@@ -37,7 +37,7 @@ class Needed:
     """What products of 8-bit numbers need."""
 
     capability: tuple[int, int]
-    """Of the first CUDA devices that have them."""
+    """The compute capability of the first CUDA devices that have them."""
     generations: str
     """The names of these and of newer ones."""
     on_cpu: bool
