@@ -11,8 +11,9 @@ from sensebatch.engine.model import attention
 from sensebatch.engine.model.attention import (
     Attention,
     Segment,
-    attend_segments,
+    attend_each,
     attend_without_mask,
+    runs_of,
     sdpa,
 )
 from sensebatch.plan.footprint import WORKSPACE_BYTES
@@ -36,7 +37,7 @@ def attend(num_cached: int, segments: list[Segment], attend_run: Attention = sdp
     q = torch.randn(new, HEADS, DIM, generator=generator)
     k, v = (torch.randn(num_cached + new, KV_HEADS, DIM, generator=generator) for _ in range(2))
     out = torch.full_like(q, float("nan"))
-    attend_segments(attend_run, q, k, v, segments, out)
+    attend_each(attend_run, q, k, v, runs_of(segments, num_cached), out)
     return out
 
 

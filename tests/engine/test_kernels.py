@@ -28,7 +28,8 @@ from sensebatch.engine.decoding import (
     PlainDecoder,
     decoding_operations,
 )
-from sensebatch.engine.model.attention import sdpa
+from sensebatch.engine.model.attention import attend_each, runs_of, sdpa
+from sensebatch.engine.model.kv_cache import KVCache, prefix_table
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.operations import Operations, choose_operations, rms_norm
 from sensebatch.engine.model.quantized import (
@@ -39,6 +40,7 @@ from sensebatch.engine.model.quantized import (
     quantise_rows,
 )
 from sensebatch.engine.model.rope import rotate_token_heads, token_rotary
+from sensebatch.engine.model.runs import goes_together, table_of_runs
 from sensebatch.engine.prompts import Prompt
 from sensebatch.engine.sampling.text import Writing, decode_text
 from sensebatch.engine.weights.loader import NetworkLoader, warm_up
@@ -59,7 +61,8 @@ from sensebatch.engine.model import (
     kernels,
     triton_operations,
 )
-from sensebatch.engine.model.triton_operations import TritonOperations
+from sensebatch.engine.model.attention_kernels import TILE_KEYS
+from sensebatch.engine.model.triton_operations import RunOperations, TritonOperations
 
 pytestmark = pytest.mark.slow
 
@@ -368,7 +371,7 @@ def test_kernels_compile_for_gpus_without_one(tmp_path: Path, capability: int) -
     shared = json.loads(ended.stdout)
     assert shared.keys() == {
         *("_rms_norm", "_swiglu", "_norm_rotate", "_vector_product", "_matrix_product"),
-        *("_attend_token", "_attend_run", "_combine"),
+        *("_attend_token", "_attend_run", "_attend_runs", "_combine"),
         *("_rms_norm_quantised", "_swiglu_quantised", "_int8_product"),
         *("_route", "_place", "_gate_up", "_down", "_add_parts"),
         *(("_gate_up_described", "_down_described") if capability >= 90 else ()),
@@ -413,6 +416,68 @@ def test_a_run_attends_as_torch_does(
     k, v = room[:, :keys]
     out = attention_kernels.attend_run(q, k, v, causal)
     assert_equal(out, sdpa(q, k, v, causal))
+
+
+def cached(length: int, room: int, kv_heads: int, dim: int) -> KVCache:
+    """Returns a cache of one layer; what lies after its tokens must not matter."""
+    cache = KVCache(
+        num_layers=1,
+        num_kv_heads=kv_heads,
+        head_dim=dim,
+        dtype=torch.float32,
+        device=torch.device(DEVICE),
+    )
+    cache.reserve(room)
+    for part in cache.upto(0, room):
+        part[:length] = noise(length, kv_heads, dim)
+        part[length:] = float("nan")
+    cache.advance(length, length)
+    return cache
+
+
+def test_prompts_attend_at_once_as_they_do_alone() -> None:
+    heads, kv_heads, dim = 8, 2, 16
+    # New tokens, tokens before them, and whether they are an image.
+    prompts = [(SPLIT_QUERIES + 1, 0, False), (200, 31, False), (3, 70, False), (80, 7, True)]
+    q = noise(sum(new for new, _, _ in prompts), heads, dim)
+    caches = [cached(new + before, new + before + 5, kv_heads, dim) for new, before, _ in prompts]
+    out, expected = torch.full_like(q, float("nan")), torch.full_like(q, float("nan"))
+    runs, row = [], 0
+    for (new, before, is_image), cache in zip(prompts, caches, strict=True):
+        (run,) = runs_of([(0, new, is_image)], before)
+        rows = slice(row, row + new)
+        if goes_together(run):
+            runs.append((cache.addresses, row, run))
+            attend_each(
+                attention_kernels.attend_run, q[rows], *cache.read(0), [run], expected[rows]
+            )
+        row += new
+    assert len(runs) == 3
+    table = table_of_runs(runs, torch.device(DEVICE))
+    attention_kernels.attend_runs(
+        q, None, table[0], num_tokens=200, num_kv_heads=kv_heads, out_THE=out
+    )
+    assert torch.equal(out.nan_to_num(7), expected.nan_to_num(7))
+
+
+@pytest.mark.parametrize("tokens", [48, 2 * TILE_KEYS])
+def test_images_attend_at_once_as_they_do_alone(tokens: int) -> None:
+    heads, kv_heads, dim = 8, 2, 16
+    lengths = [0, 130, 1]
+    caches = [cached(length, length + 3, kv_heads, dim) for length in lengths]
+    caches.append(caches[1])
+    q = noise(len(caches) * tokens, heads, dim)
+    k, v = noise(2, len(caches) * tokens, kv_heads, dim)
+    table = prefix_table(caches)[0]
+    out = RunOperations().of_images(q, (k, v), table)
+    for image, cache in enumerate(caches):
+        rows = slice(image * tokens, (image + 1) * tokens)
+        alone = RunOperations().of_images(q[rows], (k[rows], v[rows]), table[image : image + 1])
+        assert torch.equal(out[rows], alone)
+        keys, values = (
+            torch.cat(both) for both in zip((k[rows], v[rows]), cache.read(0), strict=True)
+        )
+        assert_equal(out[rows], sdpa(q[rows], keys, values, False))
 
 
 @EIGHT_BITS

@@ -18,6 +18,7 @@ from sensebatch.checkpoint.architecture import (
 from sensebatch.engine.device.fragments import fragment
 from sensebatch.engine.device.runtime import new_attention, resolve_attention
 from sensebatch.engine.model.attention import Attention
+from sensebatch.engine.model.kv_cache import KVCache, prefix_table
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.operations import choose_operations
 from sensebatch.engine.model.patchify import HEAD_MODULES
@@ -63,6 +64,40 @@ def results(compute: Callable[[], Tensor]) -> set[bytes]:
         if seed % 3 == 0:
             torch.cuda.empty_cache()
     return found
+
+
+def prefix(length: int) -> KVCache:
+    """Returns a cache of one layer."""
+    cache = KVCache(
+        num_layers=1,
+        num_kv_heads=LARGE.num_kv_heads,
+        head_dim=LARGE.head_dim,
+        dtype=torch.bfloat16,
+        device=CUDA,
+    )
+    cache.reserve(length)
+    for part in cache.upto(0, length):
+        part.copy_(noise(*part.shape))
+    cache.advance(length, length)
+    return cache
+
+
+@pytest.mark.parametrize("side", [16, 12])
+def test_small_images_attend_at_once_as_they_do_alone(side: int) -> None:
+    from sensebatch.engine.model.triton_operations import RunOperations
+
+    tokens, caches = side * side, [prefix(length) for length in (300, 17, 1, 90)]
+    caches += [caches[0]] * 12
+    q = noise(len(caches) * tokens, LARGE.num_heads, LARGE.head_dim)
+    k, v = noise(2, len(q), LARGE.num_kv_heads, LARGE.head_dim)
+    table = prefix_table(caches)[0]
+    alone = [
+        RunOperations().of_images(q[rows], (k[rows], v[rows]), table[image : image + 1])
+        for image in range(len(caches))
+        for rows in [slice(image * tokens, (image + 1) * tokens)]
+    ]
+    (found,) = results(lambda: RunOperations().of_images(q, (k, v), table))
+    assert found == torch.cat(alone).float().cpu().numpy().tobytes()
 
 
 @pytest.mark.parametrize("fused", [True, False])

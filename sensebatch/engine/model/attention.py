@@ -14,6 +14,7 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -142,34 +143,61 @@ def flash_module() -> str | None:
     return None
 
 
-def attend_segments(
-    attention: Attention,
-    q_QHE: Tensor,
-    k_LKE: Tensor,
-    v_LKE: Tensor,
-    segments: Sequence[Segment],
-    out_QHE: Tensor,
-) -> None:
-    """Attends from a prompt's new tokens to everything before them and to themselves.
+@dataclass(frozen=True, slots=True)
+class Run:
+    """New tokens of one sequence that attend to its keys up to a place."""
+
+    start: int
+    """The first of them, counted in the sequence's new tokens."""
+    end: int
+    num_keys: int
+    """Keys up to the last of them, cached ones included."""
+    causal: bool
+    """Whether a token sees no later one."""
+
+
+def runs_of(segments: Sequence[Segment], num_cached: int) -> list[Run]:
+    """Returns the runs in which a prompt's new tokens attend.
 
     A token sees all earlier ones; the tokens of one image also see the later ones of that image.
     Going run by run, and through long text in runs of `RUN_SCORES`, never forms the prompt's whole
     score matrix or mask.
 
     Args:
-        attention: How one run attends.
-        q_QHE: Queries of the new tokens.
-        k_LKE: Keys of the cached tokens and, after them, of the new ones.
-        v_LKE: Values, likewise.
-        segments: The runs of the new tokens, in order and without gaps.
-        out_QHE: Where the result is written.
+        segments: The new tokens, in order and without gaps.
+        num_cached: Tokens of the sequence before them.
     """
-    num_cached = k_LKE.shape[0] - q_QHE.shape[0]
+    runs = []
     for first, last, is_image in segments:
         size = last - first
         if not is_image:
             size = min(size, max(RUN_SCORES // (num_cached + last), 1))
         for start in range(first, last, size):
             end = min(start + size, last)
-            keys, values = k_LKE[: num_cached + end], v_LKE[: num_cached + end]
-            out_QHE[start:end] = attention(q_QHE[start:end], keys, values, not is_image)
+            runs.append(Run(start, end, num_cached + end, not is_image))
+    return runs
+
+
+def attend_each(
+    attention: Attention,
+    q_QHE: Tensor,
+    k_LKE: Tensor,
+    v_LKE: Tensor,
+    runs: Sequence[Run],
+    out_QHE: Tensor,
+) -> None:
+    """Attends from runs of one sequence, one after the other.
+
+    Args:
+        attention: How one run attends.
+        q_QHE: Queries of the new tokens.
+        k_LKE: Keys of the cached tokens and, after them, of the new ones.
+        v_LKE: Values, likewise.
+        runs: Runs of the new tokens.
+        out_QHE: Where the results are written.
+    """
+    for run in runs:
+        keys, values = k_LKE[: run.num_keys], v_LKE[: run.num_keys]
+        out_QHE[run.start : run.end] = attention(
+            q_QHE[run.start : run.end], keys, values, run.causal
+        )

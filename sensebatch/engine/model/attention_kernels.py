@@ -1,4 +1,4 @@
-"""Attention as Triton kernels: one new token of several sequences, or a run of one sequence.
+"""Attention as Triton kernels: one new token of several sequences, a run, or many runs at once.
 
 Which kernel computes, in which tiles and in how many splits, follows from the numbers of queries,
 keys and heads alone; so the same numbers give the same bytes wherever they lie, whatever memory is
@@ -7,7 +7,7 @@ share of the keys: a few queries would otherwise occupy a few processors only. A
 float32.
 
 Needs Triton, as `kernels` does. Shape suffixes: Q queries, S sequences, L keys, H query heads, K
-key/value heads, E head_dim.
+key/value heads, E head_dim, T tokens of a pass, R runs.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sensebatch.checkpoint.architecture import Architecture
+from sensebatch.engine.model.operations import Room
+from sensebatch.engine.model.runs import COLUMNS
 from sensebatch.plan.passes import ATTENTION_SPLITS, SPLIT_QUERIES
 
 LEAST_ROWS = 16
@@ -29,33 +31,41 @@ TILE_KEYS = 64
 
 
 @triton.jit
+def _nothing(ROWS: tl.constexpr, DIM: tl.constexpr):
+    """Returns what `_scan` returns of rows that have seen no key."""
+    top = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((ROWS,), dtype=tl.float32)
+    out = tl.zeros((ROWS, DIM), dtype=tl.float32)
+    return top, total, out
+
+
+@triton.jit
 def _scan(
     q_tile,
     keys,
     values,
-    base,
     begin,
     end,
     last,
     scale,
+    top,
+    total,
+    out,
     KV_HEADS: tl.constexpr,
-    ROWS: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Attends from some rows to the keys in [begin, end), each row up to its last key.
 
     Returns each row's highest score, the sum of its weights relative to that score, and its
-    weighted values, not yet divided by the sum.
+    weighted values, not yet divided by the sum: of these keys and of those before, whose `top`,
+    `total` and `out` it is given.
     """
     channels = tl.arange(0, DIM)
-    top = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
-    total = tl.zeros((ROWS,), dtype=tl.float32)
-    out = tl.zeros((ROWS, DIM), dtype=tl.float32)
     for start in range(begin, end, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
         inside = tokens < end
-        place = base + tokens[:, None] * (KV_HEADS * DIM) + channels[None, :]
+        place = tokens[:, None] * (KV_HEADS * DIM) + channels[None, :]
         k_tile = tl.load(keys + place, mask=inside[:, None], other=0.0)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale
         seen = inside[None, :] & (tokens[None, :] <= last[:, None])
@@ -101,9 +111,11 @@ def _attend_token(
     there = queries < GROUP
     q_tile = tl.load(q + row[:, None] * DIM + channels[None, :], mask=there[:, None], other=0.0)
     base = sequence.to(tl.int64) * stride + head * DIM
+    keys, values = keys + base, values + base
     last = length + tl.zeros((ROWS,), dtype=tl.int32)
+    top, total, out = _nothing(ROWS, DIM)
     top, total, out = _scan(
-        q_tile, keys, values, base, begin, end, last, scale, KV_HEADS, ROWS, DIM, BLOCK
+        q_tile, keys, values, begin, end, last, scale, top, total, out, KV_HEADS, DIM, BLOCK
     )
     place = row * SPLITS + split
     tl.store(highest + place, top, mask=there)
@@ -143,9 +155,10 @@ def _attend_run(
     # No row of the tile sees more than its last one.
     seen = tl.minimum(num_earlier + (first + ROWS - 1) // GROUP + 1, num_keys)
     end = tl.minimum(begin + span, seen)
-    base, last = head * DIM, num_earlier + query
+    keys, values, last = keys + head * DIM, values + head * DIM, num_earlier + query
+    top, total, out = _nothing(ROWS, DIM)
     top, total, out = _scan(
-        q_tile, keys, values, base, begin, end, last, scale, KV_HEADS, ROWS, DIM, BLOCK
+        q_tile, keys, values, begin, end, last, scale, top, total, out, KV_HEADS, DIM, BLOCK
     )
     if SPLITS == 1:
         out = (out / total[:, None]).to(result.dtype.element_ty)
@@ -155,6 +168,76 @@ def _attend_run(
         tl.store(highest + place, top, mask=there)
         tl.store(sums + place, total, mask=there)
         tl.store(parts + place[:, None] * DIM + channels[None, :], out, mask=there[:, None])
+
+
+@triton.jit
+def _places(
+    first,
+    start,
+    head,
+    num_queries,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """Returns the query of each row of a tile, where its numbers are, and whether it is there."""
+    rows = first + tl.arange(0, ROWS)
+    query = rows // GROUP
+    row = ((start + query) * KV_HEADS + head) * GROUP + rows % GROUP
+    return query, row[:, None] * DIM + tl.arange(0, DIM)[None, :], query < num_queries
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _attend_runs(
+    q,
+    own_k,
+    own_v,
+    table,
+    result,
+    num_tokens,
+    scale,
+    OWN: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    head, run = tl.program_id(1), tl.program_id(2)
+    first = tl.program_id(0) * ROWS
+    entry = table + run * COLUMNS
+    # Heads are aligned, which an address from a table does not say.
+    keys = tl.multiple_of(tl.load(entry).to(q.dtype), 16)
+    values = tl.multiple_of(tl.load(entry + 1).to(q.dtype), 16)
+    num_keys = tl.load(entry + 2).to(tl.int32)
+    if OWN:
+        start, num_queries, num_earlier = run * num_tokens, num_tokens, num_keys
+    else:
+        start = tl.load(entry + 3).to(tl.int32)
+        num_queries = tl.load(entry + 4).to(tl.int32)
+        num_earlier = tl.load(entry + 5).to(tl.int32)
+    if first >= num_queries * GROUP:
+        return
+    query, place, there = _places(first, start, head, num_queries, KV_HEADS, GROUP, ROWS, DIM)
+    q_tile = tl.load(q + place, mask=there[:, None], other=0.0)
+    top, total, out = _nothing(ROWS, DIM)
+    if OWN:
+        base = (start * KV_HEADS + head) * DIM
+        own_k, own_v = own_k + base, own_v + base
+        last = num_queries + tl.zeros((ROWS,), dtype=tl.int32)
+        top, total, out = _scan(
+            q_tile, own_k, own_v, 0, num_queries, last, scale, top, total, out, KV_HEADS, DIM, BLOCK
+        )
+    # No row of the tile sees more than its last one.
+    end = tl.minimum(num_earlier + (first + ROWS - 1) // GROUP + 1, num_keys)
+    keys, values, last = keys + head * DIM, values + head * DIM, num_earlier + query
+    top, total, out = _scan(
+        q_tile, keys, values, 0, end, last, scale, top, total, out, KV_HEADS, DIM, BLOCK
+    )
+    out = (out / total[:, None]).to(result.dtype.element_ty)
+    tl.store(result + place, out, mask=there[:, None])
 
 
 @triton.jit
@@ -261,9 +344,61 @@ def attend_run(q_QHE: Tensor, k_LKE: Tensor, v_LKE: Tensor, causal: bool) -> Ten
     return out
 
 
+def attend_runs(
+    q_THE: Tensor,
+    own: Room | None,
+    table_Rx: Tensor,
+    *,
+    num_tokens: int,
+    num_kv_heads: int,
+    out_THE: Tensor,
+) -> None:
+    """Attends from runs of several sequences, each row as `attend_run` does without splits.
+
+    Args:
+        q_THE: Contiguous queries of a pass.
+        own: Contiguous keys and values of the same tokens, if runs are images: each has
+            `num_tokens` of them, one image after the other, and sees these before those of the
+            table. None if the table has all that runs see.
+        table_Rx: int64 `[R, COLUMNS]`, contiguous; see `runs`.
+        num_tokens: The most queries of a run.
+        num_kv_heads: Key/value heads.
+        out_THE: Contiguous; the rows of the runs are written.
+    """
+    heads, dim = q_THE.shape[1:]
+    group = heads // num_kv_heads
+    rows = max(TILE_ROWS, triton.next_power_of_2(group))
+    own_keys, own_values = (q_THE, q_THE) if own is None else own
+    _attend_runs[(triton.cdiv(num_tokens * group, rows), num_kv_heads, len(table_Rx))](
+        q_THE,
+        own_keys,
+        own_values,
+        table_Rx,
+        out_THE,
+        num_tokens,
+        dim**-0.5,
+        OWN=own is not None,
+        COLUMNS=COLUMNS,
+        KV_HEADS=num_kv_heads,
+        GROUP=group,
+        ROWS=rows,
+        DIM=dim,
+        BLOCK=TILE_KEYS if q_THE.itemsize == 2 else TILE_KEYS // 2,
+        num_warps=4,
+        enable_fp_fusion=True,
+        num_stages=2 if q_THE.itemsize == 2 else 1,
+    )
+
+
 def warm_up_runs(arch: Architecture, dtype: torch.dtype, device: torch.device) -> None:
     """Compiles what attends from runs; see `kernels.warm_up`."""
     for num_queries in (SPLIT_QUERIES, SPLIT_QUERIES + 1):
         q_QHE = torch.zeros(num_queries, arch.num_heads, arch.head_dim, dtype=dtype, device=device)
         k_LKE = q_QHE[:, : arch.num_kv_heads].contiguous()
         attend_run(q_QHE, k_LKE, k_LKE, True)
+    places = (k_LKE.data_ptr(), k_LKE.data_ptr(), 1, 0, 1, 0)
+    table_Rx = torch.tensor([places], dtype=torch.int64, device=device)
+    for own in (None, (k_LKE, k_LKE)):
+        attend_runs(
+            q_QHE, own, table_Rx, num_tokens=1, num_kv_heads=arch.num_kv_heads, out_THE=q_QHE
+        )

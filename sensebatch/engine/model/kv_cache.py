@@ -9,13 +9,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import accumulate
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from sensebatch.engine.model.attention import Attention, Segment, attend_segments
+from sensebatch.engine.model.attention import Attention, Segment, attend_each, runs_of
+from sensebatch.engine.model.runs import (
+    Addresses,
+    goes_together,
+    table_of_prefixes,
+    table_of_runs,
+)
 from sensebatch.plan.passes import GROWTH_TOKENS, ROOM_SPARE, reserved_bytes
+
+if TYPE_CHECKING:
+    from sensebatch.engine.model.triton_operations import RunOperations
 
 
 class Parcel(Protocol):
@@ -61,6 +71,11 @@ class KVCache:
         """Cached tokens."""
         self.next_t = 0
         """Position t of the next text token."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where keys and values are kept, unless they wait."""
+        return self._empty.device
 
     def reserve(self, num_tokens: int) -> None:
         """Makes room for `num_tokens` after the cached ones.
@@ -171,6 +186,15 @@ class KVCache:
         return self._layers
 
     @property
+    def addresses(self) -> Addresses:
+        """Where the keys and values of each layer begin, until the cache moves or grows."""
+        assert self._parcel is None, "a waiting cache must be brought back first"
+        return [
+            (layer.data_ptr(), layer.data_ptr() + layer.stride(0) * layer.itemsize)
+            for layer in self._layers
+        ]
+
+    @property
     def num_layers(self) -> int:
         """The number of layers that it caches."""
         return len(self._layers)
@@ -265,13 +289,43 @@ class Span:
 
 
 class UnderstandingContext:
-    """Attention of prompt tokens: they are cached, and see what came before them."""
+    """Attention of prompt tokens: they are cached, and see what came before them.
 
-    def __init__(self, spans: Sequence[Span], attention: Attention) -> None:
+    Args:
+        spans: The tokens of each sequence.
+        attention: How one run attends.
+        operations: How many runs attend at once; None where they attend one by one.
+    """
+
+    def __init__(
+        self,
+        spans: Sequence[Span],
+        attention: Attention,
+        operations: RunOperations | None = None,
+    ) -> None:
         self._spans = spans
         self._attention = attention
+        self._operations = operations
         for span in spans:
             span.cache.reserve(span.num_tokens)
+        self._runs = [runs_of(span.segments, span.cache.length) for span in spans]
+        self._together_LRx: Tensor | None = None
+        if operations is not None:
+            self._join_runs()
+
+    def _join_runs(self) -> None:
+        """Has runs that can attend together do so."""
+        first_rows = accumulate((span.num_tokens for span in self._spans), initial=0)
+        together = []
+        for span, first, runs in zip(self._spans, first_rows, self._runs, strict=False):
+            joined = [run for run in runs if goes_together(run)]
+            addresses = span.cache.addresses if joined else ()
+            together += [(addresses, first, run) for run in joined]
+        if together:
+            device = self._spans[0].cache.device
+            self._together_LRx = table_of_runs(together, device)
+            self._most_tokens = max(run.end - run.start for _, _, run in together)
+            self._runs = [[run for run in runs if not goes_together(run)] for runs in self._runs]
 
     def parts(self, num_tokens: int) -> Sequence[slice]:
         """Returns all tokens as one part: sequences may be of very different lengths."""
@@ -294,10 +348,15 @@ class UnderstandingContext:
         _write_ends([keys for keys, _ in read], k_TKE.split(sizes))
         _write_ends([values for _, values in read], v_TKE.split(sizes))
         out_THE = torch.empty_like(q_THE)
-        for span, (keys, values), q_SHE, out_SHE in zip(
-            self._spans, read, q_THE.split(sizes), out_THE.split(sizes), strict=True
+        if self._together_LRx is not None:
+            assert self._operations is not None
+            self._operations.of_prompts(
+                q_THE, self._together_LRx[layer], self._most_tokens, k_TKE.shape[1], out_THE
+            )
+        for runs, (keys, values), q_SHE, out_SHE in zip(
+            self._runs, read, q_THE.split(sizes), out_THE.split(sizes), strict=True
         ):
-            attend_segments(self._attention, q_SHE, keys, values, span.segments, out_SHE)
+            attend_each(self._attention, q_SHE, keys, values, runs, out_SHE)
         return out_THE
 
 
@@ -305,6 +364,60 @@ def _write_ends(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copies each source to the last rows of its target, with one launch for many of them."""
     ends = [target[-len(source) :] for target, source in zip(targets, sources, strict=True)]
     torch._foreach_copy_(ends, list(sources))
+
+
+class SmallImagesContext:
+    """Attention of images being denoised that are too small for the backend, all of a part at once.
+
+    Args:
+        prefixes_LBx: See `prefix_table`.
+        num_tokens: Tokens of one image.
+        parts: See `GenerationContext`.
+        operations: How they attend.
+    """
+
+    def __init__(
+        self,
+        prefixes_LBx: Tensor,
+        num_tokens: int,
+        parts: Sequence[slice],
+        operations: RunOperations,
+    ) -> None:
+        self._prefixes_LBx = prefixes_LBx
+        self._num_tokens = num_tokens
+        self._parts = parts
+        self._operations = operations
+
+    def parts(self, num_tokens: int) -> Sequence[slice]:  # noqa: ARG002
+        """Returns the tokens of the images of each part."""
+        return _token_parts(self._parts, self._num_tokens)
+
+    def room(self, num_tokens: int) -> None:
+        """Returns None: images attend to their keys wherever these are."""
+
+    def attend(
+        self, layer: int, part: slice, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor
+    ) -> Tensor:
+        """Returns `[T, H, E]` of the images of a part."""
+        images = slice(part.start // self._num_tokens, part.stop // self._num_tokens)
+        table_Bx = self._prefixes_LBx[layer, images]
+        return self._operations.of_images(q_THE, (k_TKE, v_TKE), table_Bx)
+
+
+def prefix_table(caches: Sequence[KVCache]) -> Tensor:
+    """Returns where the prefix of each image is, int64 `[layers, images, COLUMNS]`.
+
+    Caches must neither move nor grow while it is used.
+    """
+    # Many images share one.
+    addresses = {id(cache): cache.addresses for cache in caches}
+    prefixes = [(addresses[id(cache)], cache.length) for cache in caches]
+    return table_of_prefixes(prefixes, caches[0].device)
+
+
+def _token_parts(parts: Sequence[slice], num_tokens: int) -> Sequence[slice]:
+    """Returns the tokens of the images of each part, of which each has so many."""
+    return [slice(part.start * num_tokens, part.stop * num_tokens) for part in parts]
 
 
 class GenerationContext:
@@ -338,8 +451,7 @@ class GenerationContext:
 
     def parts(self, num_tokens: int) -> Sequence[slice]:  # noqa: ARG002
         """Returns the tokens of the images of each part."""
-        size = self._num_tokens
-        return [slice(part.start * size, part.stop * size) for part in self._parts]
+        return _token_parts(self._parts, self._num_tokens)
 
     def room(self, num_tokens: int) -> tuple[Tensor, Tensor] | None:
         """Returns the beginning of the buffer where a part is one image."""
@@ -366,10 +478,10 @@ class GenerationContext:
     def _fill(self, layer: int, image: int, k_NKE: Tensor, v_NKE: Tensor) -> None:
         """Lays out what one image attends to."""
         num_tokens, cache = self._num_tokens, self._caches[image]
-        keys, values = cache.read(layer)
         length = num_tokens + cache.length
-        self._keys[num_tokens:length] = keys
-        self._values[num_tokens:length] = values
+        targets = [self._keys[num_tokens:length], self._values[num_tokens:length]]
+        sources = [*cache.read(layer)]
         if k_NKE.data_ptr() != self._keys.data_ptr():
-            self._keys[:num_tokens] = k_NKE
-            self._values[:num_tokens] = v_NKE
+            targets += [self._keys[:num_tokens], self._values[:num_tokens]]
+            sources += [k_NKE, v_NKE]
+        torch._foreach_copy_(targets, sources)

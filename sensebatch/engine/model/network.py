@@ -21,8 +21,10 @@ from sensebatch.engine.model.copies import to_device
 from sensebatch.engine.model.kv_cache import (
     GenerationContext,
     KVCache,
+    SmallImagesContext,
     Span,
     UnderstandingContext,
+    prefix_table,
 )
 from sensebatch.engine.model.lockstep import Lend, Pass, run
 from sensebatch.engine.model.operations import Operations
@@ -33,8 +35,8 @@ from sensebatch.engine.model.patchify import (
     tokens_to_patches,
 )
 from sensebatch.engine.model.rope import Rotary, patch_rotary, token_rotary
-from sensebatch.engine.model.transformer import Expert, Middle
-from sensebatch.plan.passes import evaluation_parts, images_per_part
+from sensebatch.engine.model.transformer import AttentionContext, Expert, Middle
+from sensebatch.plan.passes import LONG_RUN, evaluation_parts, images_per_part
 from sensebatch.resolutions import PATCH_PIXELS, Resolution
 
 
@@ -118,6 +120,8 @@ class ImagePositions:
     """Rotation angles of the patches of one image."""
     patch_grid: tuple[int, int]
     """(rows, columns) of the patches of one image."""
+    prefixes_LBx: Tensor | None
+    """See `kv_cache.prefix_table`; None for images that attend one by one."""
 
 
 class Network(nn.Module):
@@ -217,12 +221,15 @@ class Network(nn.Module):
             spans: Each sequence's cache, number of tokens and segments.
             attention: How one run attends.
         """
-        context = UnderstandingContext(spans, attention)
+        context = UnderstandingContext(spans, attention, self.operations.runs)
         rotary = self.token_rotary(to_device(positions_AT, self.device))
         return self.understanding.through(x_TD, rotary, context)
 
     def image_positions(self, caches: Sequence[KVCache], resolution: Resolution) -> ImagePositions:
-        """Returns the positions of one image after each cache."""
+        """Returns the positions of one image after each cache.
+
+        They hold as long as the caches neither move nor grow.
+        """
         rows, columns = resolution.height // PATCH_PIXELS, resolution.width // PATCH_PIXELS
         grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).T
         positions = [
@@ -234,7 +241,12 @@ class Network(nn.Module):
             token_rotary=self.token_rotary(to_device(torch.cat(positions, dim=1), self.device)),
             patch_rotary=self.patch_rotary(patch_grid),
             patch_grid=patch_grid,
+            prefixes_LBx=prefix_table(caches) if self._attends_at_once(resolution) else None,
         )
+
+    def _attends_at_once(self, resolution: Resolution) -> bool:
+        """Returns whether all images of a part attend in one launch."""
+        return self.operations.runs is not None and resolution.image_tokens < LONG_RUN
 
     def condition(self, t_B: Tensor, noise_scale: float) -> Tensor:
         """Returns `[B, D]`, what is added to every token of an image at each of these timesteps.
@@ -274,11 +286,11 @@ class Network(nn.Module):
         seen = range(len(caches)) if images is None else images
         parts = evaluation_parts(seen, size.image_tokens)
         x_TD = self.embed_noisy(z_JNx, condition_D, positions, seen)
-        # Not named, so that the key/value buffer is freed before the head runs.
+        # Not named, so that a key/value buffer is freed before the head runs.
         x_TD = self.generation(
             x_TD,
             positions.token_rotary,
-            GenerationContext(caches, size.image_tokens, parts, attention),
+            self._image_context(caches, positions, parts, attention),
             middle,
         )
         x_BND = x_TD.unflatten(0, (len(caches), -1))
@@ -286,6 +298,20 @@ class Network(nn.Module):
         for part in parts:
             x_BNx[part] = self.head(x_BND[part], size.height, size.width)
         return x_BNx
+
+    def _image_context(
+        self,
+        caches: Sequence[KVCache],
+        positions: ImagePositions,
+        parts: Sequence[slice],
+        attention: Attention,
+    ) -> AttentionContext:
+        """Returns what images attend to; see `predict_image`."""
+        num_tokens, prefixes_LBx = positions.resolution.image_tokens, positions.prefixes_LBx
+        if prefixes_LBx is None:
+            return GenerationContext(caches, num_tokens, parts, attention)
+        assert self.operations.runs is not None
+        return SmallImagesContext(prefixes_LBx, num_tokens, parts, self.operations.runs)
 
     def embed_noisy(
         self,

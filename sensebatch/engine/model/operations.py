@@ -25,7 +25,7 @@ from sensebatch.engine.model.quantized import (
 from sensebatch.engine.model.rope import Rotary, rotate_token_heads
 
 if TYPE_CHECKING:
-    from sensebatch.engine.model.triton_operations import DecodingOperations
+    from sensebatch.engine.model.triton_operations import DecodingOperations, RunOperations
 
 Room = tuple[Tensor, Tensor]
 """Contiguous `[T, K, E]` for keys and for values."""
@@ -36,6 +36,8 @@ class Operations:
 
     decoding: DecodingOperations | None = None
     """What a step of decoding text is made of; None where there are no kernels for it."""
+    runs: RunOperations | None = None
+    """Attention of many runs at once; None where there are no kernels for it."""
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         """Returns the rows of `[T, D]` normed; see the function `rms_norm`."""

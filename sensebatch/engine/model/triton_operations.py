@@ -98,10 +98,55 @@ class DecodingOperations:
         decode_kernels.warm_up(arch, dtype, device, num_sequences, numbers)
 
 
+class RunOperations:
+    """Attention of many runs in one launch."""
+
+    def of_prompts(
+        self, q_THE: Tensor, table_Rx: Tensor, num_tokens: int, num_kv_heads: int, out_THE: Tensor
+    ) -> None:
+        """Attends from runs of several prompts, whose rows of `out_THE` it writes.
+
+        Args:
+            q_THE: Contiguous queries of the pass.
+            table_Rx: A layer of `runs.table_of_runs`.
+            num_tokens: The most queries of a run.
+            num_kv_heads: Key/value heads.
+            out_THE: Contiguous.
+        """
+        attention_kernels.attend_runs(
+            q_THE,
+            None,
+            table_Rx,
+            num_tokens=num_tokens,
+            num_kv_heads=num_kv_heads,
+            out_THE=out_THE,
+        )
+
+    def of_images(self, q_THE: Tensor, own: Room, table_Rx: Tensor) -> Tensor:
+        """Returns the attention of images of one size, `[T, H, E]`.
+
+        Args:
+            q_THE: Contiguous queries, one image after the other.
+            own: The keys and values of the same tokens, which each image sees before its prefix.
+            table_Rx: A layer of `runs.table_of_prefixes`, the rows of these images.
+        """
+        out_THE = torch.empty_like(q_THE)
+        attention_kernels.attend_runs(
+            q_THE,
+            own,
+            table_Rx,
+            num_tokens=q_THE.shape[0] // table_Rx.shape[0],
+            num_kv_heads=own[0].shape[1],
+            out_THE=out_THE,
+        )
+        return out_THE
+
+
 class TritonOperations(Operations):
     """The operations of a layer as one kernel a chain."""
 
     decoding = DecodingOperations()
+    runs = RunOperations()
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         """See `Operations.rms_norm`."""
