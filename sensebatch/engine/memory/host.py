@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -70,7 +71,8 @@ class HostStore:
         self._readers = readers
         self._pin = pin
         self._shared = shared
-        self._pins: list[PinnedMemory] = []
+        self._pins: dict[Block | None, list[PinnedMemory]] = defaultdict(list)
+        """What keeps the memory of each kept block pinned, and under None that of the others."""
         self._pack_on = pack_on
         self._packed: set[Block] = set()
         self._reading = threading.Semaphore(NUM_PACKED)
@@ -78,6 +80,8 @@ class HostStore:
         self._raw: list[tuple[Tensor, list[PinnedMemory]]] = []
         """Memory that blocks are read into before they are packed."""
         self._largest = 0
+        self._spare: int | None = None
+        """Bytes that kept blocks may take beyond what was expected of them; None for no limit."""
         self._kept: dict[Block, Tensor | Packed] = {}
         self._staging: list[_Staging] = []
         self._free: SimpleQueue[_Staging] = SimpleQueue()
@@ -124,14 +128,21 @@ class HostStore:
                 if size <= left:
                     kept.append(block)
                     left -= size
+        if room_bytes is not None:
+            self._spare = room_bytes - sum(map(self._kept_size, kept))
+            if len(kept) < len(blocks):
+                self._spare -= NUM_STAGING * largest
         with ThreadPoolExecutor(NUM_KEEPERS) as keepers:
             if self._shared is None:
-                self._kept = dict(zip(kept, keepers.map(self._read, kept), strict=True))
+                read = zip(kept, keepers.map(self._read, kept), strict=True)
+                self._kept = {block: one for block, one in read if one is not None}
             else:
                 self._kept = {**self._share(self._shared, kept, blocks, keepers)}
         self._check_packed(lane)
         self._raw.clear()
         if len(self._kept) < len(blocks):
+            if room_bytes is not None:
+                self._make_room(room_bytes - NUM_STAGING * largest)
             for _ in range(NUM_STAGING):
                 staging = _Staging(self._pinned(new_buffer(largest, CPU)), lane.new_mark())
                 self._staging.append(staging)
@@ -196,16 +207,25 @@ class HostStore:
         finally:
             self._free.put(staging)
 
-    def _read(self, block: Block) -> Tensor | Packed:
+    def _make_room(self, room_bytes: int) -> None:
+        """Gives up kept blocks, the last ones first, until they take no more than that."""
+        for block in reversed([*self._kept]):
+            if self.kept_bytes <= room_bytes:
+                return
+            del self._kept[block]
+            self._pins.pop(block, None)
+
+    def _read(self, block: Block) -> Tensor | Packed | None:
+        """Returns a block to be kept; None if it does not pack into the room that is left."""
         size = block.layout.num_bytes
         if self._pack_on is None or block not in self._packed:
             buffer = new_buffer(size, CPU)
             self._fill(block, buffer)
-            return self._pinned(buffer)
+            return self._pinned(buffer, block)
         with self._reading:
             return self._read_packed(block, self._pack_on)
 
-    def _read_packed(self, block: Block, device: torch.device) -> Tensor | Packed:
+    def _read_packed(self, block: Block, device: torch.device) -> Tensor | Packed | None:
         # Memory that was touched and pinned before is filled, and copied from, much faster.
         size = block.layout.num_bytes
         raw, pins = self._raw.pop() if self._raw else self._new_pinned(self._largest)
@@ -219,12 +239,24 @@ class HostStore:
 
         with self._packing:
             packed = pack(raw[:size], device, new)
-        if packed is None:
-            self._pins += pins
+            fits = self._fits(block, size if packed is None else packed.nbytes)
+        if fits and packed is None:
+            self._pins[block] = pins
             return raw[:size]
-        self._pins += of_packed
         self._raw.append((raw, pins))
+        if not fits:
+            return None
+        self._pins[block] = of_packed
         return packed
+
+    def _fits(self, block: Block, num_bytes: int) -> bool:
+        """Returns whether there is room for a block that takes so many bytes."""
+        if self._spare is None:
+            return True
+        expected = self._kept_size(block)
+        fits = num_bytes - expected <= self._spare
+        self._spare += expected - (num_bytes if fits else 0)
+        return fits
 
     def _check_packed(self, lane: Lane) -> None:
         """Unpacks one block as a run does, and raises if it is not what was read.
@@ -290,9 +322,9 @@ class HostStore:
     def _fill(self, block: Block, flat: Tensor) -> None:
         self._readers.run(partial(part, flat) for part in block.parts)
 
-    def _pinned(self, buffer: Tensor) -> Tensor:
+    def _pinned(self, buffer: Tensor, block: Block | None = None) -> Tensor:
         if self._pin:
-            self._pins.append(PinnedMemory(buffer))
+            self._pins[block].append(PinnedMemory(buffer))
         return buffer
 
 

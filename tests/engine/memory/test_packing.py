@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from sensebatch.engine.memory.pool import Pool
 from sensebatch.engine.memory.readers import Readers
 from sensebatch.errors import DeviceError
 from sensebatch.plan import passes
+from sensebatch.plan.passes import PACKED_SHARE
 from tests.engine.test_kernels import interpreted
 
 CPU = torch.device("cpu")
@@ -139,6 +141,47 @@ def test_blocks_of_bfloat16_are_kept_packed_and_lent_as_they_were(room: int | No
             with pool.lend(block) as module:
                 for name, view in block.layout.views(expected).items():
                     assert torch.equal(module.get_parameter(name), view)
+    host.close(lane)
+    readers.close()
+
+
+def wild_block(number: int) -> Block:
+    """Returns a block whose numbers are of all sizes, so that it cannot be packed."""
+    block = layer_block(number)
+
+    def fill(flat: Tensor) -> None:
+        generator = torch.Generator().manual_seed(number)
+        flat.view(torch.int16).random_(-(1 << 15), 1 << 15, generator=generator)
+
+    return replace(block, parts=(fill,))
+
+
+@pytest.mark.parametrize("wild", [{}, {0}, {3}, {1, 4}, {5}, {0, 1, 2, 3, 4, 5}])
+@pytest.mark.parametrize("spare", [0.0, 0.3, 2.5])
+def test_blocks_that_cannot_be_packed_stay_within_the_budget(
+    monkeypatch: pytest.MonkeyPatch, wild: set[int], spare: float
+) -> None:
+    monkeypatch.setattr(passes, "MAX_EXCEPTION_BYTES", 1 << 12)
+    blocks = [wild_block(n) if n in wild else layer_block(n) for n in range(6)]
+    size = blocks[0].layout.num_bytes
+    # Those that can be packed take a little more than is expected of layers of full size.
+    room = int(size * (6 * PACKED_SHARE + 0.05 + spare))
+    readers, lane = Readers(), CpuLane()
+    host = HostStore(readers, pin=False, pack_on=CPU)
+    host.keep(blocks, room, lane, packed=blocks)
+    assert host.kept_bytes <= room
+    assert len(host._kept) == 6 or host.kept_bytes > room - 1.01 * size
+    if not wild:
+        assert len(host._kept) == 6
+    pool = Pool(new_buffer(3 * size, CPU), host, lane)
+    pool.schedule(blocks, keep=True)
+    for block in blocks:
+        expected = new_buffer(size, CPU)
+        block.parts[0](expected)
+        with pool.lend(block) as module:
+            for name, view in block.layout.views(expected).items():
+                found = module.get_parameter(name).view(torch.int16)
+                assert torch.equal(found, view.view(torch.int16))
     host.close(lane)
     readers.close()
 
