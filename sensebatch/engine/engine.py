@@ -32,7 +32,9 @@ from sensebatch.engine.device.runtime import (
     resolve_fused,
 )
 from sensebatch.engine.memory.host import BLOCKS
+from sensebatch.engine.memory.lanes import lane_for
 from sensebatch.engine.memory.pages import Pages
+from sensebatch.engine.memory.places import Places
 from sensebatch.engine.memory.shared import can_share, taken_bytes
 from sensebatch.engine.memory.shelf import Shelf
 from sensebatch.engine.model.attention import Attention
@@ -118,7 +120,7 @@ class SenseNovaEngine:
         self._idle_since: float | None = None
         self._written: dict[str, Written] = {}
         """Batches whose texts are written and wait, by their ids."""
-        self._ahead = NoiseAhead()
+        self._ahead = _noise_ahead(loader.device)
 
     @property
     def info(self) -> EngineInfo:
@@ -454,6 +456,13 @@ class SenseNovaEngine:
 def _fresh(prepared: Sequence[PreparedJob]) -> list[PreparedJob]:
     """Returns jobs with generators of their own, so that they can be run again."""
     return [replace(job, generator=job.generator.clone_state()) for job in prepared]
+
+
+def _noise_ahead(device: torch.device) -> NoiseAhead:
+    """Returns what draws noise ahead: for a GPU into memory that it copies from by itself."""
+    if device.type != "cuda":
+        return NoiseAhead()
+    return NoiseAhead(take=Places(lane_for(device)).take)
 
 
 def synthetic_text(tokenizer: Tokenizer) -> Script:

@@ -77,6 +77,15 @@ def test_later_images_of_a_job_have_other_noise_from_the_same_generator() -> Non
     assert not torch.equal(first, second)
 
 
+def test_noise_in_memory_that_is_given_is_the_same() -> None:
+    generators = [torch.Generator().manual_seed(1) for _ in range(2)]
+    place = torch.zeros(3 * 32 * 64)
+    noise = initial_noise(32, 64, 2.0, generators[0], place)
+    assert noise.data_ptr() == place.data_ptr()
+    assert torch.equal(noise, initial_noise(32, 64, 2.0, generators[1]))
+    assert torch.equal(*(generator.get_state() for generator in generators))
+
+
 @pytest.mark.parametrize(
     ("task", "interval", "t", "active"),
     [

@@ -51,7 +51,13 @@ def noise_scale(
     return min(scaled, max_value)
 
 
-def initial_noise(height: int, width: int, scale: float, generator: torch.Generator) -> Tensor:
+def initial_noise(
+    height: int,
+    width: int,
+    scale: float,
+    generator: torch.Generator,
+    out: Tensor | None = None,
+) -> Tensor:
     """Returns the starting noise of an image, float32 `[3, height, width]` on the CPU.
 
     It is drawn on the CPU whatever the device, so that a seed means the same image everywhere.
@@ -61,8 +67,11 @@ def initial_noise(height: int, width: int, scale: float, generator: torch.Genera
         width: Width in pixels.
         scale: Standard deviation.
         generator: The job's own; its later images continue where the earlier ones stopped.
+        out: Memory that it is drawn into, float32 `[3 * height * width]`; None for new memory.
     """
-    noise = torch.randn(1, 3, height, width, generator=generator)[0]
+    shape = (3, height, width)
+    place = None if out is None else out.view(shape)
+    noise = torch.randn(shape, generator=generator, out=place)
     # So few at a time that torch does not share them out among threads, each of which would keep a
     # processor busy for milliseconds after its share.
     for part in noise.view(-1).split(SERIAL_NUMBERS):

@@ -57,10 +57,18 @@ def image_noise_scale(arch: Architecture, resolution: Resolution) -> float:
     )
 
 
-def draw_noise(arch: Architecture, resolution: Resolution, generator: torch.Generator) -> Tensor:
-    """Returns an image's starting noise, float32 `[3, height, width]` on the CPU."""
+def draw_noise(
+    arch: Architecture,
+    resolution: Resolution,
+    generator: torch.Generator,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Returns an image's starting noise, float32 `[3, height, width]` on the CPU.
+
+    It lies in `out` where that is given, float32 `[3 * height * width]`.
+    """
     scale = image_noise_scale(arch, resolution)
-    return initial_noise(resolution.height, resolution.width, scale, generator)
+    return initial_noise(resolution.height, resolution.width, scale, generator, out)
 
 
 def passes(runner: Runner, num_jobs: int, resolution: Resolution) -> list[slice]:

@@ -87,8 +87,8 @@ def prepare_job(
 
 
 def _image_noise(arch: Architecture, resolution: Resolution, seed: int) -> Noise:
-    def draw() -> Tensor:
-        return draw_noise(arch, resolution, job_generator(seed))
+    def draw(out: Tensor | None) -> Tensor:
+        return draw_noise(arch, resolution, job_generator(seed), out)
 
     return Noise(draw, 4 * TOKEN_NUMBERS * resolution.image_tokens)
 
