@@ -78,6 +78,10 @@ from sensebatch.process import peak_rss_bytes
 from sensebatch.resolutions import PixelLimits
 from sensebatch.tasks import Task
 
+PINNED_PIXEL_BYTES = 192 << 20
+"""Most pinned memory for pixels until they are written: of four batches by default. If a disk is so
+far behind that more wait, they wait in ordinary memory."""
+
 
 class SenseNovaEngine:
     """Implements `contract.Engine` with a network that computes on one device.
@@ -114,13 +118,15 @@ class SenseNovaEngine:
         self._pixel_limits = pixel_limits
         self._info = info
         self._script = script
-        self._shelf = Shelf(pin=True) if loader.device.type == "cuda" else None
+        lane = lane_for(loader.device) if loader.device.type == "cuda" else None
+        self._shelf = None if lane is None else Shelf(pin=True)
+        self._pixels = None if lane is None else Places(lane, PINNED_PIXEL_BYTES)
         self._pages = Pages(pin=loader.device.type == "cuda")
         self._system_turns: dict[tuple[int, ...], KVCache] = {}
         self._idle_since: float | None = None
         self._written: dict[str, Written] = {}
         """Batches whose texts are written and wait, by their ids."""
-        self._ahead = _noise_ahead(loader.device)
+        self._ahead = NoiseAhead() if lane is None else NoiseAhead(take=Places(lane).take)
 
     @property
     def info(self) -> EngineInfo:
@@ -274,6 +280,8 @@ class SenseNovaEngine:
         runner.reading_ahead = reading
         if self._shelf is not None:
             runner.copy_images = self._shelf.copy
+        if self._pixels is not None:
+            runner.copy_pixels = self._pixels.bring
         return runner
 
     def _limits(self, batch: Batch) -> PassLimits:
@@ -456,13 +464,6 @@ class SenseNovaEngine:
 def _fresh(prepared: Sequence[PreparedJob]) -> list[PreparedJob]:
     """Returns jobs with generators of their own, so that they can be run again."""
     return [replace(job, generator=job.generator.clone_state()) for job in prepared]
-
-
-def _noise_ahead(device: torch.device) -> NoiseAhead:
-    """Returns what draws noise ahead: for a GPU into memory that it copies from by itself."""
-    if device.type != "cuda":
-        return NoiseAhead()
-    return NoiseAhead(take=Places(lane_for(device)).take)
 
 
 def synthetic_text(tokenizer: Tokenizer) -> Script:

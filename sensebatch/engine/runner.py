@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -145,6 +146,11 @@ def seconds_between(start: Mark, end: Mark) -> float:
     return milliseconds / 1000
 
 
+def _copied(tensor: Tensor) -> np.ndarray:
+    copied: np.ndarray = tensor.cpu().numpy()
+    return copied
+
+
 def prompt_passes(lengths: Sequence[int]) -> list[slice]:
     """Returns which prompts share a pass, by their tokens; see `Runner.prefill`."""
     passes: list[slice] = []
@@ -192,6 +198,9 @@ class Runner:
         self.copy_images: Callable[[Tensor], Tensor] = Tensor.cpu
         """Copies the images of a pass to the host, where they stay while they are kept. They are
         there once the device is through with what it was asked for so far."""
+        self.copy_pixels: Callable[[Tensor], np.ndarray] = _copied
+        """Copies what results hold to the host, where it stays as long as they do. It is there once
+        the device is through with what it was asked for so far."""
         self.reading_ahead: Paced[CachedPrompts] | None = None
         """The reading of the batch's prompts, if it began while another one was drawn."""
         self.limits = PassLimits() if limits is None else limits

@@ -6,14 +6,19 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from sensebatch.contract import Channel
+from sensebatch.engine.memory import places as places_module
+from sensebatch.engine.memory.lanes import CpuLane
+from sensebatch.engine.memory.places import Places
 from sensebatch.engine.runner import Runner
 from sensebatch.engine.tasks.interleave import run_interleave
+from sensebatch.engine.tasks.registry import runner_of
 from sensebatch.engine.tasks.state import PreparedJob, job_generator, prepare_job
-from sensebatch.jobs import CfgNorm, Failure
+from sensebatch.jobs import CfgNorm, Failure, JobResult
 from tests.engine.golden_model import (
     KeptImages,
     build_job,
@@ -143,3 +148,48 @@ def test_an_image_that_is_not_finite_fails_its_job_alone() -> None:
     assert [isinstance(result, Failure) for result in results] == [False, True, False]
     assert isinstance(results[1], Failure)
     assert "expected finite pixels" in results[1].message
+
+
+def run(runner: Runner, jobs: list[PreparedJob]) -> list[JobResult]:
+    run_task = runner_of(jobs[0].job.task).run
+    with infer():
+        results = run_task(runner, fresh(jobs), kept=(), channel=Channel(), script=None)
+    return succeeded(results)
+
+
+def pixels_of(results: list[JobResult]) -> list[bytes]:
+    return [image.tobytes() for result in results for image in result.images]
+
+
+def test_pixels_are_whole_once_the_device_was_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    pending: list[tuple[np.ndarray, torch.Tensor]] = []
+    to_list = torch.Tensor.tolist
+
+    def later(tensor: torch.Tensor) -> np.ndarray:
+        pending.append((np.zeros(tensor.shape, dtype=np.uint8), tensor))
+        return pending[-1][0]
+
+    def waited(tensor: torch.Tensor) -> Any:
+        while pending:
+            place, copied = pending.pop()
+            place[:] = copied.numpy()
+        return to_list(tensor)
+
+    runner, jobs = jobs_of("dense_fm", "t2i_cfg4_none")
+    expected = pixels_of(run(runner, jobs))
+    monkeypatch.setattr(runner, "copy_pixels", later)
+    monkeypatch.setattr(torch.Tensor, "tolist", waited)
+    assert pixels_of(run(runner, jobs)) == expected
+
+
+@pytest.mark.parametrize("name", ["t2i_cfg4_none", "il_text_nothink"])
+def test_results_stay_as_they_are_while_other_batches_are_drawn(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(places_module, "PinnedMemory", lambda _: None)
+    runner, jobs = jobs_of("dense_fm", name)
+    expected = pixels_of(run(runner, jobs))
+    monkeypatch.setattr(runner, "copy_pixels", Places(CpuLane()).bring)
+    results = run(runner, jobs)
+    run(runner, jobs[::-1])
+    assert pixels_of(results) == expected

@@ -18,6 +18,9 @@ from sensebatch.config import MemoryConfig, RunConfig, default_config
 from sensebatch.contract import Channel, Drawn, Progress
 from sensebatch.engine import engine as engine_module
 from sensebatch.engine.engine import SenseNovaEngine, load_engine
+from sensebatch.engine.memory import places as places_module
+from sensebatch.engine.memory.lanes import CpuLane
+from sensebatch.engine.memory.places import Places
 from sensebatch.engine.tasks import single_image
 from sensebatch.engine.tasks.denoise import draw_noise
 from sensebatch.engine.tasks.noise import Noise, NoiseAhead
@@ -256,6 +259,20 @@ def test_noise_drawn_ahead_is_that_of_the_seed(task: Task, monkeypatch: pytest.M
     expected = draw_noise(open_checkpoint("tiny").architecture, job.resolution, generator)
     for _ in range(2):
         assert torch.equal(prepared.noise.to("cpu"), expected)
+
+
+def test_images_that_go_through_pinned_memory_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places_module, "PinnedMemory", lambda _: None)
+    engine = load(make_config())
+    jobs = [make_job(name) for name in ("a", "bc", "def")]
+    expected = pixels(generate(engine, *jobs))
+    of_pixels = Places(CpuLane())
+    monkeypatch.setattr(engine, "_pixels", of_pixels)
+    monkeypatch.setattr(engine, "_ahead", NoiseAhead(take=Places(CpuLane()).take))
+    results = [generate(engine, *jobs) for _ in range(2)]
+    assert [pixels(result) for result in results] == [expected] * 2
+    # Both results are still held.
+    assert of_pixels._held_bytes == 2 * sum(map(len, expected))
 
 
 def test_making_room_keeps_the_images_the_same_until_none_is_left() -> None:

@@ -9,6 +9,7 @@ import weakref
 from collections import deque
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from sensebatch.engine.memory.lanes import Lane
 from sensebatch.errors import OutOfMemoryError
 
 MAX_TIMES = 2
-"""A place is used for this much less than it has at most; a larger one is freed."""
+"""How many times what is asked for a place may have at most."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,37 +29,82 @@ class _Buffer:
     flat: Tensor
     pin: PinnedMemory
     copied: object
-    """Mark: the last copy from it is done."""
+    """Mark: the last copy from or to it is done."""
 
 
 class Places:
-    """Makes places and keeps the free ones, which are all about as large as the last one taken.
+    """Makes places, and keeps free ones as long as they suit what is asked for.
 
     Args:
         lane: The device's.
+        most_bytes: Most bytes of all places; None for no limit.
     """
 
-    def __init__(self, lane: Lane) -> None:
+    def __init__(self, lane: Lane, most_bytes: int | None = None) -> None:
         self._lane = lane
-        # Places are deleted at any moment and in any thread.
+        self._most_bytes = most_bytes
+        self._held_bytes = 0
+        # Places are given back at any moment and in any thread.
         self._free: deque[_Buffer] = deque()
         self._is_off = False
 
     def take(self, num_bytes: int) -> Place | None:
         """Returns a place of so many bytes; called by one thread at a time.
 
-        It waits for copies from the place that it returns, and from those that it frees.
+        It waits for copies from the place that it returns, and of those that it frees.
 
         Returns:
-            None where the system does not allow so much memory to be pinned. Then it is not asked
-            again.
+            None where the system does not allow so much memory to be pinned, or `most_bytes` does
+            not. The system is not asked again.
         """
+        buffer = self._buffer(num_bytes)
+        if buffer is None:
+            return None
+        place = Place(buffer.flat[:num_bytes], self._lane, buffer.copied)
+        self._give_back_with(place, buffer)
+        return place
+
+    def bring(self, tensor: Tensor) -> np.ndarray:
+        """Begins to copy a tensor to the host, and returns the array that it will be.
+
+        It is there once the device is through with what was asked of it. Its place is free again
+        once neither the array nor a view of it is left. Where there is no place, the copy is to
+        ordinary memory, which takes longer. Called by one thread at a time.
+        """
+        buffer = self._buffer(tensor.nbytes)
+        if buffer is None:
+            copied: np.ndarray = tensor.cpu().numpy()
+            return copied
+        target = buffer.flat[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        array: np.ndarray = target.numpy()
+        self._give_back_with(array, buffer)
+        target.copy_(tensor, non_blocking=True)
+        self._lane.computed(buffer.copied)
+        return array
+
+    def _give_back_with(self, owner: object, buffer: _Buffer) -> None:
+        weakref.finalize(owner, self._free.append, buffer).atexit = False
+
+    def _buffer(self, num_bytes: int) -> _Buffer | None:
+        """Returns a free buffer or a new one; frees those that do not suit if none does."""
+        others: list[_Buffer] = []
         while self._free:
             buffer = self._free.popleft()
-            self._lane.finish(buffer.copied)
             if num_bytes <= buffer.flat.nbytes <= MAX_TIMES * num_bytes:
-                return self._taken(buffer, num_bytes)
-        if self._is_off:
+                self._free.extend(others)
+                self._lane.finish(buffer.copied)
+                return buffer
+            others.append(buffer)
+        while others:
+            buffer = others.pop()
+            self._lane.finish(buffer.copied)
+            self._held_bytes -= buffer.flat.nbytes
+            del buffer
+        return self._new(num_bytes)
+
+    def _new(self, num_bytes: int) -> _Buffer | None:
+        is_over = self._most_bytes is not None and self._held_bytes + num_bytes > self._most_bytes
+        if self._is_off or is_over:
             return None
         try:
             flat = new_buffer(num_bytes, CPU)
@@ -66,12 +112,8 @@ class Places:
         except OutOfMemoryError:
             self._is_off = True
             return None
-        return self._taken(buffer, num_bytes)
-
-    def _taken(self, buffer: _Buffer, num_bytes: int) -> Place:
-        place = Place(buffer.flat[:num_bytes], self._lane, buffer.copied)
-        weakref.finalize(place, self._free.append, buffer).atexit = False
-        return place
+        self._held_bytes += num_bytes
+        return buffer
 
 
 class Place:

@@ -19,14 +19,14 @@ from sensebatch.checkpoint.tokenizer import IMG_START
 from sensebatch.contract import Channel, Kept, KeptImage
 from sensebatch.engine.decoding import end_text
 from sensebatch.engine.model.kv_cache import KVCache
-from sensebatch.engine.preprocess import drawn_to_patches, to_uint8
+from sensebatch.engine.preprocess import drawn_to_patches
 from sensebatch.engine.prompts import Grid
 from sensebatch.engine.runner import Extension, PassLimits, Runner
 from sensebatch.engine.sampling.guidance import COND, IMG_COND
 from sensebatch.engine.sampling.text import Script, Writing, decode_text
 from sensebatch.engine.tasks.denoise import Canvas, denoise, draw_noise, passes
 from sensebatch.engine.tasks.registry import TaskRunner
-from sensebatch.engine.tasks.state import PreparedJob, RunningJob, check_finite, start_jobs
+from sensebatch.engine.tasks.state import PreparedJob, RunningJob, start_jobs, take_pixels
 from sensebatch.errors import JobError
 from sensebatch.jobs import IMAGE_MARK, Batch, Failure, FinishReason, Job, JobResult
 from sensebatch.resolutions import PATCH_PIXELS, Resolution
@@ -196,7 +196,7 @@ def _draw(runner: Runner, jobs: Sequence[InterleaveJob], channel: Channel) -> No
             by_size.setdefault(job.resolution, []).append((job, noise))
         else:
             job.num_kept += 1
-            _finish_image(job, image.to(runner.network.device))
+            _finish_images(runner, [job], image[None].to(runner.network.device))
     for resolution, group in by_size.items():
         _denoise_group(runner, group, resolution, channel=channel)
 
@@ -264,19 +264,18 @@ def _denoise_pass(
         drawing=replace(drawing, resolution=resolution),
         place=place,
     )
-    for (job, _), image in zip(group, images, strict=True):
-        _finish_image(job, image)
+    _finish_images(runner, [job for job, _ in group], images)
 
 
-def _finish_image(job: InterleaveJob, image: Tensor) -> None:
-    try:
-        check_finite(image)
-    except JobError as error:
-        job.failure = Failure.of(JobError(f"image {len(job.images)}: {error}"))
-        return
-    job.images.append(to_uint8(image[None])[0].cpu().numpy())
-    job.last = image.cpu()
-    job.text += IMAGE_MARK
+def _finish_images(runner: Runner, jobs: Sequence[InterleaveJob], images: Tensor) -> None:
+    """Takes an image of each job, or what is wrong with it."""
+    for job, image, found in zip(jobs, images, take_pixels(runner, images), strict=True):
+        if isinstance(found, JobError):
+            job.failure = Failure.of(JobError(f"image {len(job.images)}: {found}"))
+            continue
+        job.images.append(found)
+        job.last = image.cpu()
+        job.text += IMAGE_MARK
 
 
 def _read_back(runner: Runner, jobs: Sequence[InterleaveJob]) -> None:

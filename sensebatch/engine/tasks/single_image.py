@@ -19,7 +19,6 @@ from torch import Tensor
 
 from sensebatch.checkpoint.tokenizer import THINK_END
 from sensebatch.contract import Channel, Kept, KeptImage
-from sensebatch.engine.preprocess import to_uint8
 from sensebatch.engine.prompts import after_think
 from sensebatch.engine.runner import PassLimits, Runner
 from sensebatch.engine.sampling.guidance import COND
@@ -27,7 +26,7 @@ from sensebatch.engine.sampling.text import Script, Writing
 from sensebatch.engine.tasks.denoise import Canvas, denoise, passes
 from sensebatch.engine.tasks.keeping import Keeper
 from sensebatch.engine.tasks.registry import TaskRunner, WritesTogether
-from sensebatch.engine.tasks.state import PreparedJob, RunningJob, check_finite, start_jobs
+from sensebatch.engine.tasks.state import PreparedJob, RunningJob, start_jobs, take_pixels
 from sensebatch.engine.writing import Text
 from sensebatch.errors import JobError
 from sensebatch.jobs import Batch, Failure, FinishReason, Job, JobResult
@@ -82,7 +81,8 @@ def finish(runner: Runner, begun: Begun, kept: Kept, channel: Channel) -> list[J
             if len(images) == len(drawn_before[members]):
                 runner.num_kept_images += len(images)
                 for image in images:
-                    finished += _pixels(torch.from_numpy(image[None]).to(runner.network.device))
+                    on_device = torch.from_numpy(image[None]).to(runner.network.device)
+                    finished += _pixels(runner, on_device)
                 continue
             runner.heed_stop()
             place = (number, len(together))
@@ -150,7 +150,7 @@ def _draw(
     is_kept = number + 1 < count
     # The pixels come after it, so that it is there when they are.
     copied = runner.copy_images(images) if is_kept else None
-    pixels = _pixels(images)
+    pixels = _pixels(runner, images)
     if copied is None or any(isinstance(one, Failure) for one in pixels):
         return pixels, []
     of_jobs = zip(copied.numpy(), thoughts, strict=True)
@@ -166,22 +166,12 @@ def _kept_image(kept: Sequence[KeptImage], thought: Thought) -> np.ndarray | Non
     return next((one.image for one in reversed(kept) if one.tokens == tokens), None)
 
 
-def _pixels(images: Tensor) -> list[np.ndarray | Failure]:
-    """Returns each image as uint8 `[height, width, 3]`, or what is wrong with it.
-
-    They are copied together, because the device waits for each copy.
-    """
-    finite = torch.isfinite(images).flatten(1).all(1)
-    pixels = to_uint8(images).cpu().numpy()
-    found: list[np.ndarray | Failure] = []
-    for image, own, is_finite in zip(images, pixels, finite.tolist(), strict=True):
-        try:
-            if not is_finite:
-                check_finite(image)
-            found.append(own)
-        except JobError as error:
-            found.append(Failure.of(error))
-    return found
+def _pixels(runner: Runner, images: Tensor) -> list[np.ndarray | Failure]:
+    """Returns each image as uint8 `[height, width, 3]`, or the failure of its job."""
+    return [
+        Failure.of(found) if isinstance(found, JobError) else found
+        for found in take_pixels(runner, images)
+    ]
 
 
 def _result(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from sensebatch.engine.decoding import Choose, choose_greedily
 from sensebatch.engine.model.kv_cache import KVCache
 from sensebatch.engine.model.steps import Paced, Steps, run_through
 from sensebatch.engine.model.tokenizer import Tokenizer
-from sensebatch.engine.preprocess import Patches
+from sensebatch.engine.preprocess import Patches, to_uint8
 from sensebatch.engine.prompts import Prompt, branch_prompts
 from sensebatch.engine.runner import CachedPrompts, Extension, Runner, prompt_passes
 from sensebatch.engine.sampling.guidance import COND, UNCOND, Guidance
@@ -265,15 +266,25 @@ def _cached_system_turns(
     return found
 
 
-def check_finite(image: Tensor) -> None:
-    """Checks that an image holds neither NaN nor infinite numbers.
+def take_pixels(runner: Runner, images: Tensor) -> list[np.ndarray | JobError]:
+    """Returns each image of a pass as uint8 `[height, width, 3]`, or what is wrong with it.
+
+    They are copied to the host together, because the device waits until they are there. An image
+    with numbers that are NaN or infinite would be written as a black or a random one.
 
     Args:
-        image: float `[3, height, width]`.
-
-    Raises:
-        JobError: It does; it would be written as a black or a random image.
+        runner: Copies them.
+        images: float32 `[J, 3, height, width]`, not clamped.
     """
-    if not bool(torch.isfinite(image).all()):
-        bad = int((~torch.isfinite(image)).sum())
-        raise JobError(f"expected finite pixels, found {bad} that are NaN or infinite")
+    finite_J = torch.isfinite(images).flatten(1).all(1)
+    pixels = runner.copy_pixels(to_uint8(images))
+    # Comes after the pixels, so that they are there when it is.
+    return [
+        own if is_finite else _not_finite(image)
+        for image, own, is_finite in zip(images, pixels, finite_J.tolist(), strict=True)
+    ]
+
+
+def _not_finite(image: Tensor) -> JobError:
+    bad = int((~torch.isfinite(image)).sum())
+    return JobError(f"expected finite pixels, found {bad} that are NaN or infinite")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -131,3 +132,53 @@ def test_a_host_without_memory_has_no_places(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(places_module, "new_buffer", refuse)
     assert Places(CpuLane()).take(8) is None
+
+
+def test_what_is_brought_stays_as_long_as_a_view_of_it(pinned: type[Pinned]) -> None:
+    lane = Noted()
+    places = Places(lane)
+    images = torch.arange(2 * 3 * 4, dtype=torch.uint8).view(2, 3, 4)
+    expected = images.numpy().copy()
+    array = places.bring(images)
+    images.zero_()
+    view = array[1][:2]
+    where = array.ctypes.data
+    del array
+    other = places.bring(images)
+    assert other.ctypes.data != where
+    assert np.array_equal(view, expected[1][:2])
+    del view
+    assert places.bring(images).ctypes.data == where
+    assert pinned.alive == 2
+    (_, first), (_, second), *last = lane.events
+    assert first is not second
+    assert last == [("finished", first), ("set", first)]
+
+
+def test_what_is_brought_keeps_its_numbers() -> None:
+    places = Places(CpuLane())
+    for tensor in (torch.arange(6.0).view(2, 3), torch.arange(20, dtype=torch.uint8)):
+        array = places.bring(tensor)
+        assert array.shape == tensor.shape
+        assert np.array_equal(array, tensor.numpy())
+
+
+def test_more_than_may_be_pinned_goes_to_ordinary_memory(pinned: type[Pinned]) -> None:
+    places = Places(CpuLane(), most_bytes=25)
+    arrays = [places.bring(torch.full((10,), number, dtype=torch.uint8)) for number in range(4)]
+    assert pinned.alive == 2
+    assert [array.tolist() for array in arrays] == [[number] * 10 for number in range(4)]
+    del arrays
+    # Those that do not suit make room.
+    assert places.bring(torch.ones(25, dtype=torch.uint8)).tolist() == [1] * 25
+    assert pinned.alive == 1
+
+
+def test_passes_of_two_sizes_in_turn_pin_nothing_again(pinned: type[Pinned]) -> None:
+    places = Places(CpuLane())
+    before: list[np.ndarray] = []
+    for _ in range(4):
+        batch = [places.bring(torch.zeros(size, dtype=torch.uint8)) for size in (80, 10)]
+        before = batch
+    assert len(before) == 2
+    assert pinned.tried == pinned.alive == 4
