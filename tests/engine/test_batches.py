@@ -16,6 +16,7 @@ from sensebatch.engine.memory.lanes import CpuLane
 from sensebatch.engine.memory.places import Places
 from sensebatch.engine.runner import Runner
 from sensebatch.engine.tasks.interleave import run_interleave
+from sensebatch.engine.tasks.noise import Noise
 from sensebatch.engine.tasks.registry import runner_of
 from sensebatch.engine.tasks.state import PreparedJob, job_generator, prepare_job
 from sensebatch.jobs import CfgNorm, Failure, JobResult
@@ -193,3 +194,22 @@ def test_results_stay_as_they_are_while_other_batches_are_drawn(
     results = run(runner, jobs)
     run(runner, jobs[::-1])
     assert pixels_of(results) == expected
+
+
+def test_noise_is_on_its_way_before_the_steps_are_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    runner, jobs = jobs_of("dense_fm", "t2i_cfg4_none")
+    condition, copy = runner.network.condition, Noise.to
+
+    def conditioned(*args: Any) -> torch.Tensor:
+        order.append("steps")
+        return condition(*args)
+
+    def copied(noise: Noise, device: torch.device) -> torch.Tensor:
+        order.append("noise")
+        return copy(noise, device)
+
+    monkeypatch.setattr(runner.network, "condition", conditioned)
+    monkeypatch.setattr(Noise, "to", copied)
+    run(runner, jobs)
+    assert order == ["noise"] * 3 + ["steps"]

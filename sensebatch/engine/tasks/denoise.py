@@ -100,6 +100,8 @@ def denoise(
     schedule = drawing_schedule(drawing)
     resolution, num_steps = drawing.resolution, drawing.num_steps
     with runner.denoising():
+        # First, so that a GPU copies it while the host prepares the steps.
+        noise = _noise(runner, canvases, resolution)
         velocity = _guided_velocity(runner, canvases, drawing, schedule)
         number, count = place
 
@@ -111,7 +113,6 @@ def denoise(
             runner.pause(Progress(phase=Phase.DENOISE, step=done, num_steps=all_steps))
             return v_JNx
 
-        noise = _noise(runner, canvases, resolution)
         z_JNx = integrate(noise, schedule, reported, drawing.solver)
         return tokens_to_image(z_JNx, resolution.height, resolution.width)
 
