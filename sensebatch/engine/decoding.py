@@ -1,20 +1,22 @@
 """Decodes the text of several sequences in step, one token of each at a time.
 
 `PlainDecoder` runs the network's ordinary passes and works everywhere. `FastDecoder` keeps the
-caches of all sequences in one buffer and computes a step with a few kernels a layer, as a CUDA
-graph if the weights that it needs stay on the device. The steps of several decoders can be
-computed side by side, so that weights that are streamed come once for all of them; each computes
-what it would alone. Shape suffixes: S sequences.
+caches of all sequences in one buffer and computes a step with a few kernels a layer: as a CUDA
+graph if the weights that it needs stay on the device, else as a graph for each layer. The steps of
+several decoders can be computed side by side, so that weights that are streamed come once for all
+of them; each computes what it would alone. Shape suffixes: S sequences.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
+from sensebatch.engine.graphs import Recorder, Recordings
 from sensebatch.engine.model.kv_cache import KVCache, SharedRoom, part_caches
 from sensebatch.engine.model.lockstep import Pass, run, run_together
 from sensebatch.engine.model.network import Network
@@ -129,6 +131,8 @@ class FastDecoder:
             once used; embeddings may be in host memory.
         choose: Chooses by logits; None takes the most probable tokens, which is part of the graph.
         room_tokens: Room to begin with; None for as much as decoders make themselves.
+        recorder: Records what is computed with each layer, unless a step is captured. Decoders may
+            share it. None computes every step with a launch for each kernel.
     """
 
     def __init__(
@@ -141,12 +145,14 @@ class FastDecoder:
         as_graph: bool,
         choose: Choose | None = None,
         room_tokens: int | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self._network = network
         self._operations = operations
         self._caches = caches
         self._left = most_tokens
         self._as_graph = as_graph
+        self._recordings = None if recorder is None or as_graph else Recordings(recorder)
         self._choose = choose
         count, device = len(caches), network.device
         hidden = network.arch.hidden_size
@@ -156,6 +162,7 @@ class FastDecoder:
         self._logits_SV = self._x_SD.new_zeros(count, chosen_from)
         self._lengths_S = torch.zeros_like(self._choices_S)
         self._angles_S = torch.zeros_like(self._choices_S)
+        self._places_S = torch.zeros_like(self._choices_S)
         self._sequences_S = torch.arange(count, device=device)
         self._given = torch.zeros(count, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._room: SharedRoom | None = None
@@ -167,6 +174,8 @@ class FastDecoder:
         # An old graph frees its memory before more is taken. The caches alone still hold an old
         # room, and leave it layer by layer.
         self._graph: torch.cuda.CUDAGraph | None = None
+        if self._recordings is not None:
+            self._recordings.clear()
         self._room = None
         self._is_first = True
         room = min(self._left, num_tokens)
@@ -214,9 +223,6 @@ class FastDecoder:
 
     def _run(self) -> None:
         if not self._as_graph or self._is_first:
-            # The first step in every room also loads the kernels that its size needs, which must
-            # happen before a step is captured.
-            self._is_first = False
             run(self._compute())
             return
         if self._graph is None:
@@ -228,15 +234,22 @@ class FastDecoder:
 
     def _compute(self) -> Pass[None]:
         """Computes the next choices from embedded tokens, with the same allocations each time."""
-        network, expert = self._network, self._network.understanding
-        x_SD, room = self._x_SD, self._room
+        network, expert, room = self._network, self._network.understanding, self._room
         assert room is not None
-        places_S = room.places(self._sequences_S, self._lengths_S)
+        # The first step in every room also loads the kernels that its size needs, which must
+        # happen before anything is captured.
+        recordings = None if self._is_first else self._recordings
+        self._places_S.copy_(room.places(self._sequences_S, self._lengths_S))
         for index in range(len(expert.layers)):
             layer = yield expert.lend, index
             assert isinstance(layer, DecoderLayer)
-            x_SD = self._through(layer, x_SD, room.layer(index), places_S)
-        normed = network.operations.rms_norm(x_SD, expert.norm, network.arch.rms_norm_eps)
+            compute = partial(self._through, layer, room.layer(index))
+            if recordings is None:
+                compute()
+            else:
+                recordings.run(layer, index, compute)
+        self._is_first = False
+        normed = network.operations.rms_norm(self._x_SD, expert.norm, network.arch.rms_norm_eps)
         logits = yield from network.lm_head.through(normed)
         if self._choose is None:
             self._choices_S.copy_(logits.argmax(-1))
@@ -246,11 +259,9 @@ class FastDecoder:
         self._lengths_S.add_(1).clamp_(max=room.num_tokens - 1)
         self._angles_S.add_(1).clamp_(max=self._rotary[0].shape[0] - 1)
 
-    def _through(
-        self, layer: DecoderLayer, x_SD: Tensor, cache: tuple[Tensor, Tensor], places_S: Tensor
-    ) -> Tensor:
-        """Returns a layer's output, `[S, D]`."""
-        network, decoding = self._network, self._operations
+    def _through(self, layer: DecoderLayer, cache: tuple[Tensor, Tensor]) -> None:
+        """Takes the tokens through a layer, in the memory of its input."""
+        network, decoding, x_SD = self._network, self._operations, self._x_SD
         rms_norm, eps = network.operations.rms_norm, network.arch.rms_norm_eps
         normed = rms_norm(x_SD, layer.input_norm, eps)
         q_SHE = decoding.heads(
@@ -260,15 +271,16 @@ class FastDecoder:
             eps=eps,
             cache=cache,
             rotary_rows_S=self._angles_S,
-            places_S=places_S,
+            places_S=self._places_S,
         )
         attended = decoding.attend(q_SHE, cache, self._lengths_S)
-        x_SD = decoding.product(attended, layer.o, residual=x_SD)
+        decoding.product(attended, layer.o, residual=x_SD, out=x_SD)
         normed = rms_norm(x_SD, layer.post_norm, eps)
         if isinstance(layer.mlp, SparseMlp):
-            return layer.mlp.add_to(x_SD, normed, in_place=False)
+            layer.mlp.add_to(x_SD, normed, in_place=True)
+            return
         hidden = decoding.product(normed, layer.mlp.gate_up, swiglu=True)
-        return decoding.product(hidden, layer.mlp.down, residual=x_SD)
+        decoding.product(hidden, layer.mlp.down, residual=x_SD, out=x_SD)
 
 
 def decoding_operations(network: Network) -> DecodingOperations | None:
@@ -314,6 +326,7 @@ def new_decoder(
     as_graph: bool,
     choose: Choose | None = None,
     room_tokens: int | None = None,
+    recorder: Recorder | None = None,
 ) -> Decoder:
     """Returns the fastest decoder that a network allows.
 
@@ -325,6 +338,7 @@ def new_decoder(
         as_graph: See `FastDecoder`.
         choose: See `PlainDecoder`.
         room_tokens: See `FastDecoder`.
+        recorder: See `FastDecoder`.
     """
     operations = _operations_for(network, len(caches))
     if operations is not None:
@@ -337,6 +351,7 @@ def new_decoder(
             as_graph=as_graph and on_gpu,
             choose=choose,
             room_tokens=room_tokens,
+            recorder=recorder,
         )
     for cache in caches:
         cache.bring()

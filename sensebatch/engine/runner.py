@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sensebatch.checkpoint.tokenizer import IMG_CONTEXT, IMG_END
 from sensebatch.contract import Phase, Progress
+from sensebatch.engine import graphs
 from sensebatch.engine.decoding import (
     Choose,
     choose_greedily,
@@ -403,13 +404,15 @@ class Runner:
             choose: Chooses by logits; None takes the most probable tokens.
         """
         numbers = itertools.count(1)
+        stays = self._weights is None or self._weights.keeps_text
         decoder = new_decoder(
             self.network,
             caches,
             most_tokens,
             extend=self.appending,
-            as_graph=self._weights is None or self._weights.keeps_text,
+            as_graph=stays,
             choose=choose,
+            recorder=None if stays else graphs.new_recorder(self.network.device),
         )
 
         def step(taken: Sequence[tuple[int, int]]) -> list[int]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sensebatch.engine import graphs
 from sensebatch.engine.decoding import Choose, Decoder, new_decoder, step_together
 from sensebatch.engine.model.kv_cache import KVCache, held_bytes, part_caches, room_bytes
 from sensebatch.engine.model.lockstep import run_together
@@ -58,6 +59,7 @@ def write_together(runner: Runner, texts: Sequence[Text], room: TextRoom | None)
         room: Memory for them; None where weights have nothing to give up.
     """
     tokens = passes.ROOM_TOKENS if room is None else passes.TEXT_ROOM_TOKENS
+    recorder = graphs.new_recorder(runner.network.device)
     pending, left = list(texts), 0
     active: list[Text] = []
     numbers = itertools.count(1)
@@ -69,7 +71,7 @@ def write_together(runner: Runner, texts: Sequence[Text], room: TextRoom | None)
             pending = [text for text in pending if text not in ended]
             if not pending:
                 return
-            active, left = _make_rooms(runner, pending, room, tokens), tokens
+            active, left = _make_rooms(runner, pending, room, tokens, recorder), tokens
             steps = [(text, taken) for text in active if (taken := text.writing.taken())]
             if not steps:
                 continue
@@ -107,7 +109,11 @@ def _step(steps: Sequence[tuple[Text, Sequence[tuple[int, int]]]]) -> None:
 
 
 def _make_rooms(
-    runner: Runner, pending: Sequence[Text], room: TextRoom | None, tokens: int
+    runner: Runner,
+    pending: Sequence[Text],
+    room: TextRoom | None,
+    tokens: int,
+    recorder: graphs.Recorder | None = None,
 ) -> list[Text]:
     """Makes room for more tokens of as many texts as it holds, and returns these."""
     active = list(pending) if room is None else _that_fit(pending, room.num_bytes, tokens)
@@ -132,6 +138,8 @@ def _make_rooms(
             as_graph=False,
             choose=text.choose,
             room_tokens=wanted,
+            # Steps are made one after the other, so all may use the same memory.
+            recorder=recorder,
         )
     if room is not None:
         held = held_bytes([cache for text in active for cache in text.caches])

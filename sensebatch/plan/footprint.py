@@ -21,6 +21,8 @@ from sensebatch.plan.passes import (
     ROOM_SPARE,
     ROWS,
     RUN_SCORES,
+    SEGMENT_BYTES,
+    SHARED_SEGMENT_BYTES,
     SPLIT_QUERIES,
     head_parts,
     images_per_part,
@@ -38,6 +40,8 @@ mask of a run of text: `RUN_SCORES` as bytes, and again as numbers."""
 TEXT_WORKSPACE_BYTES = 96 * MIB
 """The same while text is decoded beside streamed weights: little is allocated, and a library
 multiplies only by the vocabulary head."""
+ROUTER_WORKSPACE_BYTES = 32 * MIB
+"""What a library takes that multiplies by the router of a sparse block while that is recorded."""
 HOLES = 16
 """Caches that grow image by image leave about one part in so many of their bytes unused: holes
 that are too small for the larger ones that follow."""
@@ -265,13 +269,25 @@ def text_memory(computation: Computation, load: Load) -> TextMemory:
     likely = longest - load.text_tokens + -(-load.text_tokens // LIKELY_TEXT)
     text_pass = _prompt_pass_bytes(computation, jobs, longest)
     if fast:
-        text_pass += 16 * longest * arch.head_dim
+        text_pass += 16 * longest * arch.head_dim + _recorded_bytes(computation, text_pass)
     return TextMemory(
         of_batch=rooms * of_layer(longest),
         of_likely=rooms * of_layer(likely),
         of_step=jobs * arch.vocab_size * 2 * computation.item_bytes,
         shared=TEXT_WORKSPACE_BYTES + quantising_bytes(computation) + of_layer(longest) + text_pass,
     )
+
+
+def _recorded_bytes(computation: Computation, num_bytes: int) -> int:
+    """Returns what torch reserves for layers that are recorded as graphs, apart from all else.
+
+    Args:
+        computation: The network, and how it is computed.
+        num_bytes: Temporaries of a layer; what lies between its kernels is there once for all.
+    """
+    segments = -(-num_bytes // SHARED_SEGMENT_BYTES) * SHARED_SEGMENT_BYTES + 2 * SEGMENT_BYTES
+    moe = computation.arch.understanding_moe
+    return segments + (ROUTER_WORKSPACE_BYTES if moe is not None and any(moe.sparse_layers) else 0)
 
 
 def decodes_fast(computation: Computation) -> bool:

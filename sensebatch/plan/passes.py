@@ -139,6 +139,8 @@ SEGMENT_BYTES = 2 << 20
 """Torch takes device memory for large tensors by so much at a time."""
 LARGE_BYTES = 10 << 20
 """Tensors from this size on get memory of their own."""
+SHARED_SEGMENT_BYTES = 20 << 20
+"""Those below it, but for very small ones, share memory that torch takes by so much at a time."""
 
 
 def reserved_bytes(num_bytes: int) -> int:

@@ -160,6 +160,7 @@ def product(
     *,
     swiglu: bool = False,
     residual: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Returns `[S, rows]`, the product of a few rows with a weight matrix.
 
@@ -169,10 +170,11 @@ def product(
         scale: Float32 of each of its rows, if they are 8-bit numbers.
         swiglu: Whether the result is `silu(gate) * up`.
         residual: Contiguous `[S, rows]` that is added.
+        out: Contiguous `[S, rows]` that is returned, perhaps the residual; None for new memory.
     """
     num_sequences, width = x_SD.shape
     height = weight.shape[0] // (2 if swiglu else 1)
-    out = x_SD.new_empty(num_sequences, height)
+    out = x_SD.new_empty(num_sequences, height) if out is None else out
     pointers = (
         x_SD,
         weight,

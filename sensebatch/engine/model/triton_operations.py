@@ -41,13 +41,16 @@ class DecodingOperations:
         *,
         swiglu: bool = False,
         residual: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Returns a product with a layer's weights; see `decode_kernels.product`.
 
         Only weights are quantised here: reading them takes the time, and tokens are as they were.
         """
         scale = linear.scale if isinstance(linear, QuantisedLinear) else None
-        return decode_kernels.product(x_SD, linear.weight, scale, swiglu=swiglu, residual=residual)
+        return decode_kernels.product(
+            x_SD, linear.weight, scale, swiglu=swiglu, residual=residual, out=out
+        )
 
     def heads(
         self,
