@@ -269,7 +269,7 @@ def text_memory(computation: Computation, load: Load) -> TextMemory:
     likely = longest - load.text_tokens + -(-load.text_tokens // LIKELY_TEXT)
     text_pass = _prompt_pass_bytes(computation, jobs, longest)
     if fast:
-        text_pass += 16 * longest * arch.head_dim + _recorded_bytes(computation, text_pass)
+        text_pass += 16 * longest * arch.head_dim + recorded_bytes(computation, jobs, longest)
     return TextMemory(
         of_batch=rooms * of_layer(longest),
         of_likely=rooms * of_layer(likely),
@@ -278,14 +278,18 @@ def text_memory(computation: Computation, load: Load) -> TextMemory:
     )
 
 
-def _recorded_bytes(computation: Computation, num_bytes: int) -> int:
-    """Returns what torch reserves for layers that are recorded as graphs, apart from all else.
+def recorded_bytes(computation: Computation, jobs: int, longest: int) -> int:
+    """Returns what torch reserves for layers of text that are recorded as graphs.
+
+    It keeps the temporaries of a layer apart from all else, once for all layers and batches.
 
     Args:
         computation: The network, and how it is computed.
-        num_bytes: Temporaries of a layer; what lies between its kernels is there once for all.
+        jobs: Jobs of a batch.
+        longest: Keys of its longest sequence.
     """
-    segments = -(-num_bytes // SHARED_SEGMENT_BYTES) * SHARED_SEGMENT_BYTES + 2 * SEGMENT_BYTES
+    temporaries = _prompt_pass_bytes(computation, jobs, longest)
+    segments = -(-temporaries // SHARED_SEGMENT_BYTES) * SHARED_SEGMENT_BYTES + 2 * SEGMENT_BYTES
     moe = computation.arch.understanding_moe
     return segments + (ROUTER_WORKSPACE_BYTES if moe is not None and any(moe.sparse_layers) else 0)
 

@@ -28,6 +28,8 @@ from sensebatch.engine.weights.residency import Residency
 from sensebatch.engine.weights.sources import SyntheticWeights
 from sensebatch.engine.writing import Text
 from sensebatch.jobs import Precision
+from sensebatch.plan.computation import Computation
+from sensebatch.plan.footprint import recorded_bytes
 from tests.engine.golden_model import infer
 from tests.engine.test_texts_together import text_after
 from tests.engine.weights.test_residency import make_placement
@@ -93,9 +95,9 @@ def addresses(decoder: FastDecoder, layer: nn.Module, cache: Sequence[Tensor]) -
 def sparse(arch: Architecture) -> Architecture:
     """Returns an architecture with sparse blocks in every other layer of text."""
     moe = Moe(
-        num_experts=4,
-        num_experts_per_tok=2,
-        intermediate_size=64,
+        num_experts=32 if HAS_GPU else 4,
+        num_experts_per_tok=8 if HAS_GPU else 2,
+        intermediate_size=256 if HAS_GPU else 64,
         norm_topk_prob=True,
         sparse_layers=tuple(index % 2 == 1 for index in range(arch.num_layers)),
     )
@@ -301,21 +303,17 @@ def test_a_batch_alone_is_replayed_where_weights_do_not_all_stay(
     assert recorder.num_replayed > recorder.num_recorded > 0
 
 
-LARGE = replace(
-    parse_architecture(OFFICIAL_8B),
-    hidden_size=512,
-    intermediate_size=1024,
-    num_layers=NUM_LAYERS,
-    vocab_size=512,
-)
+LARGE = replace(parse_architecture(OFFICIAL_8B), num_layers=2, vocab_size=512)
+NARROW = replace(LARGE, hidden_size=512, intermediate_size=1024, num_layers=NUM_LAYERS)
+on_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
+@on_gpu
 @pytest.mark.usefixtures("_inference")
 @pytest.mark.parametrize(
     ("arch", "precision"),
-    [(LARGE, None), (LARGE, Precision.INT8_ALL), (sparse(LARGE), None)],
+    [(NARROW, None), (NARROW, Precision.INT8_ALL), (sparse(NARROW), None)],
     ids=["dense", "int8", "sparse"],
 )
 @pytest.mark.parametrize("write", [written, stepped])
@@ -345,3 +343,24 @@ def test_graphs_write_what_launches_write(
     # Batches that are written together share a recorder.
     assert len(set(recorded)) <= (3 if write is written else 3 * len(PROMPTS))
     assert len(recorded) > 3 * NUM_LAYERS
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.usefixtures("_inference")
+@pytest.mark.parametrize("num_jobs", [1, 16, 64])
+@pytest.mark.parametrize("arch", [LARGE, sparse(LARGE)], ids=["dense", "sparse"])
+def test_graphs_take_no_more_than_a_plan_counts(
+    monkeypatch: pytest.MonkeyPatch, arch: Architecture, num_jobs: int
+) -> None:
+    runner = streamed_runner(arch, torch.device("cuda"), torch.bfloat16)
+    recorder = CudaRecorder(torch.device("cuda"))
+    use(monkeypatch, recorder)
+    with runner.prefilling(decodes=True):
+        text = text_after(runner, [(5, 9)] * num_jobs, 12)
+    with runner.decoding():
+        decode_text(text.writing, runner.text_step(text.caches, text.writing.most_tokens))
+    segments = torch.cuda.memory_snapshot()
+    own = [one["total_size"] for one in segments if one["segment_pool_id"] == recorder._pool]
+    computation = Computation(arch=arch, item_bytes=2, fused=True)
+    assert 0 < sum(own) <= recorded_bytes(computation, num_jobs, 2 + 12)
