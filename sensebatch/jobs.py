@@ -804,7 +804,8 @@ class EngineInfo:
     attn_backend: str
     compile_s: float | None
     """Seconds of compiling kernels and trying them once, part of `load_s`; None without kernels."""
-    vram_mode: VramMode
+    vram_mode: VramMode | None
+    """None where no weights are loaded."""
     budget_bytes: int | None
     torch_version: str
     load_s: float
@@ -813,3 +814,8 @@ class EngineInfo:
     load_peak_rss_bytes: int
     refusals: tuple[str, ...] = ()
     """What people should know of jobs that do not fit the memory, which fail in their turn."""
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the weights are loaded."""
+        return self.vram_mode is not None

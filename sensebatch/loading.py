@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
+from sensebatch.checkpoint.card import model_license
 from sensebatch.checkpoint.files import Checkpoint, check_tensors, open_checkpoint
 from sensebatch.checkpoint.fingerprint import model_identity
 from sensebatch.checkpoint.system_prompts import resolve_system_prompts
 from sensebatch.config import ModelConfig, RunConfig
 from sensebatch.contract import Engine, HostShare, Stop
 from sensebatch.errors import CheckpointError
-from sensebatch.jobs import ModelIdentity
+from sensebatch.jobs import EngineInfo, ModelIdentity
 from sensebatch.plan.attention import AttentionSpeeds
 from sensebatch.plan.load import Load
 from sensebatch.tasks import Task
@@ -169,6 +170,27 @@ def open_model(
         identity=identity,
         prompt_source=prompts.sources,
         device=device,
+    )
+
+
+def unloaded_info(model: Model) -> EngineInfo:
+    """Returns what the log says of the engine of a model whose weights are not loaded."""
+    return EngineInfo(
+        identity=model.identity,
+        model=model.name,
+        model_license=model_license(model.checkpoint.path),
+        system_prompt_source=model.prompt_source,
+        device="",
+        dtype=model.identity.dtype,
+        attn_backend="",
+        compile_s=None,
+        vram_mode=None,
+        budget_bytes=None,
+        torch_version="",
+        load_s=0.0,
+        load_peak_allocated_bytes=0,
+        load_peak_reserved_bytes=0,
+        load_peak_rss_bytes=0,
     )
 
 

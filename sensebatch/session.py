@@ -21,7 +21,7 @@ from typing import Any
 import sensebatch
 from sensebatch import loading
 from sensebatch.config import TINY_MODEL, ModelConfig, RunConfig, WorkersConfig
-from sensebatch.contract import HostShare, Progress, Stop
+from sensebatch.contract import Engine, HostShare, Progress, Stop
 from sensebatch.dataset.picks import Pick, Picks
 from sensebatch.errors import (
     ConfigError,
@@ -39,10 +39,18 @@ from sensebatch.executor.observer import Summary, WorkerState, report
 from sensebatch.executor.ray_actor import Recipe
 from sensebatch.executor.roster import Crew, Roster
 from sensebatch.executor.run import execute
-from sensebatch.executor.worker import EngineWorker
+from sensebatch.executor.worker import EngineWorker, NoEngine
 from sensebatch.functions import Judge, load_functions, unused_words
 from sensebatch.jobs import Batch, EngineInfo, InputImage, Job
-from sensebatch.loading import Backend, Model, NeverStop, ReusableEngine, WorkerEngine, open_model
+from sensebatch.loading import (
+    Backend,
+    Model,
+    NeverStop,
+    ReusableEngine,
+    WorkerEngine,
+    open_model,
+    unloaded_info,
+)
 from sensebatch.manifest.inputs import InputReader
 from sensebatch.manifest.problems import ProblemList
 from sensebatch.plan.batches import Plan, make_plan
@@ -199,6 +207,9 @@ class RunObserver:
     def jobs_read(self, root: Path, changes: Changes) -> None:
         """The run's folder is open, and its state has the jobs of this run."""
 
+    def judging(self, counts: Counts) -> None:
+        """Functions are about to judge, without weights: nothing else is to be done for now."""
+
     def loading(self, counts: Counts, model: Model) -> None:
         """There are jobs to run, so the weights are about to be loaded."""
 
@@ -206,7 +217,10 @@ class RunObserver:
         """The weights are loaded."""
 
     def run_started(self, counts: Counts, plan: Plan) -> None:
-        """The first batch is next; interrupted batches, counted as started, precede the plan."""
+        """The first batch is next; interrupted batches, counted as started, precede the plan.
+
+        Where functions judged before the weights were loaded, it is called once more after that.
+        """
 
     def batch_started(self, batch: Batch) -> None:
         """A batch goes into the engine; the one before has left it."""
@@ -514,41 +528,113 @@ def _run_pending(
     config = request.config
     if config.execution.retry_failed:
         store.state.retry_failed()
+        # Jobs that fail from now on have had their tries.
+        config = replace(config, execution=replace(config.execution, retry_failed=False))
     counts = store.state.counts()
     deadline = _deadline(request, store.state)
     if not counts.remaining or deadline.is_set():
         return _nothing_to_run(store, config, counts)
-    _warn_of_cpu(config, model, observer)
-    observer.loading(expected_counts(store, config), model)
-    loads = _loads(config, store, model)
     with closing(InputReader()) as reader:
-        read_image = reading(store.run_dir.root, reader.read)
-        if request.workers is not None:
-            return _run_on_crew(
-                _new_roster(request.workers, request, model, backend, loads, observer),
-                config,
-                store,
-                read_image=read_image,
-                functions=functions,
-                observer=observer,
-                stop=stop,
-                deadline=deadline,
-            )
-        engine = backend.load_engine(config, model, loads=loads, stop=stop)
-        observer.loaded(engine.info)
-        for text in engine.info.refusals:
-            observer.warning(text)
-        with _resumable():
-            return execute(
-                store=store,
-                worker=EngineWorker(engine),
-                config=config,
-                read_image=read_image,
-                functions=functions,
-                observer=observer,
-                stop=stop,
-                deadline=deadline,
-            )
+        course = _Course(
+            store=store,
+            config=config,
+            read_image=reading(store.run_dir.root, reader.read),
+            functions=functions,
+            observer=observer,
+            stop=stop,
+            deadline=deadline,
+        )
+        judged = _judge_first(course, model)
+        if judged is not None and _has_ended(judged):
+            return judged
+        try:
+            summary = _load_and_run(_after(judged, course), request, model, backend)
+        except StoppedError:
+            if judged is None:
+                raise
+            return replace(judged, stopped=True)
+        return summary if judged is None else _together(judged, summary)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Course:
+    """What a run is made with, whatever computes."""
+
+    store: Store
+    config: RunConfig
+    read_image: Callable[[InputImage], bytes]
+    functions: Mapping[str, Judge]
+    observer: RunObserver
+    stop: Stop
+    deadline: Deadline
+
+
+def _judge_first(course: _Course, model: Model) -> Summary | None:
+    """Has functions judge what is drawn already, if nothing else is to be done for now.
+
+    Returns:
+        What it came to, with jobs left if verdicts ask for more images; None if nothing was judged.
+    """
+    state = course.store.state
+    if not all(group.by_function for group in state.groups_to_run()):
+        return None
+    course.observer.judging(state.counts())
+    return _run_on_engine(NoEngine(unloaded_info(model)), course)
+
+
+def _has_ended(judged: Summary) -> bool:
+    is_over = judged.stopped or judged.late or judged.too_many_failures
+    return is_over or not judged.counts.remaining
+
+
+def _after(judged: Summary | None, course: _Course) -> _Course:
+    """Returns what the rest of a run is made with: verdicts that failed count as failures of it."""
+    most = course.config.execution.max_failures
+    if judged is None or most is None:
+        return course
+    execution = replace(course.config.execution, max_failures=most - judged.failed)
+    return replace(course, config=replace(course.config, execution=execution))
+
+
+def _together(judged: Summary, rest: Summary) -> Summary:
+    """Returns what a run came to, of which functions judged before the rest was run."""
+    return replace(
+        rest,
+        done=judged.done + rest.done,
+        failed=judged.failed + rest.failed,
+        images=judged.images + rest.images,
+        seconds=judged.seconds + rest.seconds,
+    )
+
+
+def _load_and_run(course: _Course, request: Request, model: Model, backend: Backend) -> Summary:
+    """Loads the weights, here or in workers, and runs all that is left."""
+    config, observer = course.config, course.observer
+    _warn_of_cpu(config, model, observer)
+    observer.loading(expected_counts(course.store, config), model)
+    loads = _loads(config, course.store, model)
+    if request.workers is not None:
+        roster = _new_roster(request.workers, request, model, backend, loads, observer)
+        return _run_on_crew(roster, course)
+    engine = backend.load_engine(config, model, loads=loads, stop=course.stop)
+    observer.loaded(engine.info)
+    for text in engine.info.refusals:
+        observer.warning(text)
+    return _run_on_engine(engine, course)
+
+
+def _run_on_engine(engine: Engine, course: _Course) -> Summary:
+    with _resumable():
+        return execute(
+            store=course.store,
+            worker=EngineWorker(engine),
+            config=course.config,
+            read_image=course.read_image,
+            functions=course.functions,
+            observer=course.observer,
+            stop=course.stop,
+            deadline=course.deadline,
+        )
 
 
 def _deadline(request: Request, state: State) -> Deadline:
@@ -621,19 +707,10 @@ def _new_crew(
     return BACKENDS[workers.backend](workers, recipe, uses_gpu)
 
 
-def _run_on_crew(
-    roster: Roster,
-    config: RunConfig,
-    store: Store,
-    *,
-    read_image: Callable[[InputImage], bytes],
-    functions: Mapping[str, Judge],
-    observer: RunObserver,
-    stop: Stop,
-    deadline: Deadline,
-) -> Summary:
+def _run_on_crew(roster: Roster, course: _Course) -> Summary:
+    observer = course.observer
     with closing(roster.crew):
-        roster.assemble(stop)
+        roster.assemble(course.stop)
         infos = [member.by.info for member in roster.ready()]
         observer.loaded(infos[0])
         observer.note(roster.words)
@@ -641,14 +718,14 @@ def _run_on_crew(
             observer.warning(text)
         with _resumable():
             return execute_crew(
-                store=store,
+                store=course.store,
                 roster=roster,
-                config=config,
-                read_image=read_image,
-                functions=functions,
+                config=course.config,
+                read_image=course.read_image,
+                functions=course.functions,
                 observer=observer,
-                stop=stop,
-                deadline=deadline,
+                stop=course.stop,
+                deadline=course.deadline,
             )
 
 

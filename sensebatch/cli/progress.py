@@ -70,13 +70,21 @@ class Tracker(RunObserver):
         for line in change_lines(changes):
             self._voice.info(line)
 
+    def judging(self, counts: Counts) -> None:
+        """Functions are about to judge, without weights."""
+        self._stop.finish_images()
+        self._say_counts(counts)
+
     def loading(self, counts: Counts, model: Model) -> None:
         """There are jobs to run, so the weights are about to be loaded."""
+        self._say_counts(counts)
+        how = ", ".join(filter(None, (model.identity.dtype, model.identity.precision)))
+        self._voice.tell(Level.BRIEF, f"loading {model.name} on {model.device} ({how})")
+
+    def _say_counts(self, counts: Counts) -> None:
         jobs = counted(counts.jobs, "job")
         held = f"; {counts.held:,} more only if they are needed" if counts.held else ""
         self._voice.info(f"{counts.remaining:,} of {jobs} to run in {self._root}{held}")
-        how = ", ".join(filter(None, (model.identity.dtype, model.identity.precision)))
-        self._voice.tell(Level.BRIEF, f"loading {model.name} on {model.device} ({how})")
 
     def loaded(self, info: EngineInfo) -> None:
         """The weights are loaded."""
@@ -198,7 +206,7 @@ class LiveDisplay(Tracker):
         self._voice.record(line)
 
     def __rich__(self) -> RenderableType:
-        if not self._lanes:
+        if self._remaining is None:
             return Text()
         lines: list[RenderableType] = [self._grid()]
         if self._stop.is_set():

@@ -36,6 +36,8 @@ def plan_levels(
     fitting: Callable[[GroupKey], int | None],
     deadline: Deadline,
     num_workers: int = 1,
+    *,
+    draws: bool = True,
 ) -> Levels:
     """Returns the plan of the jobs that are to be run.
 
@@ -50,6 +52,8 @@ def plan_levels(
         fitting: How many jobs of a group fit the device's memory; None for any number.
         deadline: Decides the order of batches.
         num_workers: How many workers are handed them.
+        draws: Whether there is an engine. If not, a lane ends before the first level of which
+            functions do not do every job.
     """
     memory, keep_rejected = config.memory, config.output.keep_rejected
     plan = make_plan(store.state.entries(), memory, fitting)
@@ -68,6 +72,8 @@ def plan_levels(
             entries = [entry for entry in store.state.entries(span) if entry.level == to_come]
             ids = {entry.id for entry in entries}
             if ids <= before:
+                return
+            if not draws and not all(entry.group.by_function for entry in entries):
                 return
             before = ids
             level = make_plan(entries, memory, fitting)

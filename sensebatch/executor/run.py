@@ -58,7 +58,8 @@ def execute(
 
     Args:
         store: The run's folder, with the manifests ingested.
-        worker: What generates; loaded.
+        worker: What generates. One whose weights are not loaded is given nothing: the run has
+            functions judge and ends where anything else is next.
         config: The run's settings.
         read_image: Returns an input image's encoded bytes; raises JobError where it cannot.
         observer: Who watches.
@@ -147,7 +148,7 @@ class _Run:
         found = recover(store, self._fitting, config.memory, note)
         self._doubtful = found.doubtful
         claim_batches(store, config, self._fitting, note)
-        levels = plan_levels(store, config, self._fitting, self._deadline)
+        levels = plan_levels(store, config, self._fitting, deadline, draws=worker.info.is_loaded)
         self._schedule = Schedule(
             recorded=found.recorded,
             groups=levels.groups,

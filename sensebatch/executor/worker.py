@@ -120,6 +120,41 @@ class EngineWorker:
         self._ahead.forget(number)
 
 
+class NoEngine:
+    """Implements `Engine` without weights, for as long as functions do every job.
+
+    Args:
+        info: What the log says of it.
+    """
+
+    def __init__(self, info: EngineInfo) -> None:
+        self.info = info
+
+    def largest_batch(self, group: GroupKey) -> int | None:  # noqa: ARG002
+        """Returns None."""
+        return None
+
+    def num_following(self, group: GroupKey, batch: str | None = None) -> int:  # noqa: ARG002
+        """Returns 0."""
+        return 0
+
+    def make_room(self) -> str | None:
+        """Returns None."""
+        return None
+
+    def prepare(self, job: Job, inputs: Sequence[bytes]) -> Prepared:  # noqa: ARG002
+        """Is never called."""
+        raise AssertionError(job.id)
+
+    def read(self, prepared: Sequence[Prepared]) -> Reading | None:
+        """Is never called."""
+        raise AssertionError(prepared)
+
+    def generate(self, batch: Batch, *_: object, **__: object) -> BatchResult:
+        """Is never called."""
+        raise AssertionError(batch.id)
+
+
 def _ran_out(outcome: BatchResult | Raised) -> bool:
     return isinstance(outcome, Raised) and outcome.concerns is Concerns.MEMORY
 

@@ -195,12 +195,12 @@ class Attempt:
     """Most host memory the process had held resident by the end of the load."""
     vram_mode: str
     """Where weights were kept: `full`, `fast`, `balanced` or `low` (memory.md). It changes within a
-    run if memory ran out."""
+    run if memory ran out. Empty in rows of functions that judged before any weights were loaded."""
     budget_bytes: int | None
     """Device memory the run was allowed (`--vram-budget` or `--max-memory`); null without a
     limit."""
     attn_backend: str
-    """Attention kernel: `cudnn`, `flash` or `sdpa`."""
+    """Attention kernel: `cudnn`, `flash` or `sdpa`. Empty where `vram_mode` is."""
     compile_s: float | None = None
     """Seconds of compiling kernels and trying them once, part of `load_s`; null if nothing was
     compiled (`--no-compile`, a CPU, no Triton)."""
@@ -210,9 +210,9 @@ class Attempt:
     """`fp8` or `fp8-all` if matrices are float8, `int8` or `int8-all` if they are int8 (memory.md);
     null if all weights are in the dtype."""
     device: str
-    """The device, as torch names it."""
+    """The device, as torch names it. Empty where `vram_mode` is."""
     torch_version: str
-    """Version of torch."""
+    """Version of torch. Empty where `vram_mode` is."""
     model: str
     """The checkpoint, as the user named it."""
     model_license: str | None = None

@@ -93,7 +93,7 @@ def job_columns(context: RowContext, stored: StoredJob) -> dict[str, Any]:
         "load_peak_allocated_bytes": info.load_peak_allocated_bytes,
         "load_peak_reserved_bytes": info.load_peak_reserved_bytes,
         "load_peak_rss_bytes": info.load_peak_rss_bytes,
-        "vram_mode": info.vram_mode,
+        "vram_mode": info.vram_mode or "",
         "budget_bytes": info.budget_bytes,
         "attn_backend": info.attn_backend,
         "compile_s": info.compile_s,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sensebatch.jobs import FinishReason, Job, ModelIdentity, folded_id, parents_of
+from sensebatch.jobs import FinishReason, GroupKey, Job, ModelIdentity, folded_id, parents_of
 from sensebatch.plan.batches import PlanEntry, plan_entry
 from sensebatch.store import acceptance, chains, lanes, shards, tables
 from sensebatch.store.acceptance import HeldJob, Judgement, Series, Verdict
@@ -450,6 +450,16 @@ class State:
                         alone=bool(alone),
                         level=its_level,
                     )
+
+    def groups_to_run(self) -> set[GroupKey]:
+        """Returns the groups of all jobs that are to be run."""
+        with self._db.reading() as db:
+            rows = db.execute(
+                "SELECT definition FROM groups WHERE number IN (SELECT group_number FROM jobs"
+                " WHERE wanted = 1 AND status = ? AND seen = ?)",
+                (PENDING, tables.latest_reading(db)),
+            )
+            return {group_from_json(text) for (text,) in rows}
 
     def whole_manifest(self) -> Iterator[PlanEntry]:
         """Yields what the plan needs of every job, as if none had been tried."""
