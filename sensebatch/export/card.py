@@ -48,9 +48,10 @@ def write_card(target: Target, ledger: Ledger, facts: CardFacts) -> bool:
     there = target.read(CARD)
     if there == content:
         return True
-    if there is not None and hashlib.sha256(there).hexdigest() not in ledger.cards:
+    replaced = None if there is None else hashlib.sha256(there).hexdigest()
+    if replaced is not None and replaced not in ledger.cards:
         return False
-    ledger.add_card(hashlib.sha256(content).hexdigest())
+    ledger.replace_card(replaced, hashlib.sha256(content).hexdigest())
     with target.write(CARD) as file:
         file.write(content)
     return True

@@ -101,12 +101,21 @@ class Ledger:
 
     @property
     def cards(self) -> list[str]:
-        """The SHA-256 of the last cards that were written."""
+        """The SHA-256 of the last card, after that of the one it replaced, if there was one.
+
+        Where an export was killed before it wrote the last one, the other one is still there.
+        """
         return self._head.get("cards", [])
 
-    def add_card(self, digest: str) -> None:
-        """Keeps the SHA-256 of a card that is about to take the place of the last one."""
-        self._head["cards"] = [*self.cards[-1:], digest]
+    def replace_card(self, there: str | None, digest: str) -> None:
+        """Keeps the SHA-256 of a card that is about to be written.
+
+        Args:
+            there: The SHA-256 of the card it replaces; None where there is none. It need not be the
+                last one that was kept: an export may have been killed before it wrote that.
+            digest: Its SHA-256.
+        """
+        self._head["cards"] = [digest] if there is None else [there, digest]
         self.begin()
 
     def _require_empty(self, files: Mapping[str, int]) -> None:

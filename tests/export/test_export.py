@@ -8,8 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 import pytest
@@ -19,6 +22,7 @@ from sensebatch.errors import ConfigError, ExportError, StorageError, StorageFul
 from sensebatch.export.formats import FORMATS
 from sensebatch.export.run import ExportObserver
 from sensebatch.export.splits import parse_splits
+from sensebatch.export.target import Folder
 from sensebatch.jobs import InputImage
 from sensebatch.store.repair import repair
 from sensebatch.tasks import Task
@@ -285,6 +289,56 @@ def test_export_that_was_killed_continues(grown: Path, tmp_path: Path) -> None:
         export_folder(grown, out, shard_bytes=50_000)
         assert sorted(parquet_ids(out)) == sorted(records_of(grown))
         assert not list(out.rglob("*.tmp"))
+
+
+class _DyingFolder(Folder):
+    """A folder whose process dies before one of its writes."""
+
+    def __init__(self, root: Path, before: int) -> None:
+        super().__init__(root, str(root))
+        self._left = before
+
+    @contextmanager
+    def write(self, name: str) -> Iterator[BinaryIO]:
+        if not self._left:
+            raise _KilledError
+        self._left -= 1
+        with super().write(name) as file:
+            yield file
+
+
+def _contents(out: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(out).as_posix(): path.read_bytes()
+        for path in out.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("num_kills", [1, 2, 3])
+def test_export_killed_before_any_write_ends_as_one_that_was_not(
+    num_kills: int, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titles, whole = ("first", "second"), tmp_path / "whole"
+    expected = []
+    for title in titles:
+        export_folder(mixed, whole, title=title)
+        expected.append(_contents(whole))
+    for before in range(12):
+        out, num_killed = tmp_path / str(before), 0
+        for title, contents in zip(titles, expected, strict=True):
+            with monkeypatch.context() as patched:
+                dying = partial(_DyingFolder, out, before)
+                patched.setattr("tests.export.folders.open_target", lambda _, dying=dying: dying())
+                for _ in range(num_kills):
+                    with suppress(_KilledError):
+                        export_folder(mixed, out, title=title)
+                        break
+                    num_killed += 1
+            export_folder(mixed, out, title=title)
+            assert _contents(out) == contents, (title, before)
+    # The last one came through.
+    assert num_killed == 0
 
 
 def test_shard_that_was_damaged_or_removed_is_written_again(grown: Path, tmp_path: Path) -> None:
