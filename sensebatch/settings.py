@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
@@ -318,6 +318,10 @@ def resolve_settings(
     values = _merge(defaults, chosen)
     _name_buckets(values)
 
+    def place_in_file(path: list[str | int]) -> str:
+        assert document is not None
+        return f"{config_file}: line {document.line_of(path)}: {_dotted(path)}"
+
     def place(path: list[str | int]) -> str:
         name = _dotted(path)
         if list(_existing(from_flags, path)) == path:
@@ -326,21 +330,33 @@ def resolve_settings(
             return f"--{flag}" if dashed else name
         if document is None:
             return f"{_COMMAND_LINE}: {name}" if dashed else name
-        return f"{config_file}: line {document.line_of(path)}: {name}"
+        return place_in_file(path)
 
+    complaints = [*_contradictions(from_file, place_in_file), *_contradictions(from_flags, place)]
     try:
         settings = Settings.model_validate_json(json.dumps(values, default=str))
     except ValidationError as error:
-        raise ConfigError(_complaints(error.errors(), values, place)) from None
+        complaints.append(_complaints(error.errors(), values, place))
+    if complaints:
+        raise ConfigError("\n".join(complaints)) from None
     config = _run_config(settings, Path.cwd() if config_file is None else config_file.parent)
-    for number, function in enumerate(config.accept):
+    _require_folders(config.accept, values, place)
+    return config
+
+
+def _require_folders(
+    functions: Sequence[AcceptFunction],
+    values: Mapping[str, Any],
+    place: Callable[[list[str | int]], str],
+) -> None:
+    """Raises ConfigError for a function whose module's folder is missing."""
+    for number, function in enumerate(functions):
         if not Path(function.folder).is_dir():
             where = place(list(_existing(values, ["accept", number, "folder"])))
             raise ConfigError(
                 f"{where}: expected the folder of the module of {function.function}, found none at "
                 f"{function.folder}"
             )
-    return config
 
 
 def dump_settings(config: RunConfig) -> dict[str, Any]:
@@ -474,6 +490,28 @@ def _without_replaced(below: Mapping[str, Any], above: Mapping[str, Any]) -> Map
         if sets_aside(section.get("timesteps"), over):
             kept[name] = {k: v for k, v in section.items() if k not in SCHEDULE_SETTINGS}
     return {**below, "tasks": kept}
+
+
+def _contradictions(
+    layer: Mapping[str, Any], place: Callable[[list[str | int]], str]
+) -> Iterator[str]:
+    """Yields a line for each setting of a file, or of the flags, that the timesteps beside it deny.
+
+    Settings that a run has resolved have all of them, and they agree.
+    """
+    tasks = layer.get("tasks")
+    for task, section in tasks.items() if isinstance(tasks, Mapping) else ():
+        timesteps = section.get("timesteps") if isinstance(section, Mapping) else None
+        if not isinstance(timesteps, list | tuple) or not timesteps:
+            continue
+        implied = scheduled({"timesteps": timesteps})
+        for name in ("num_steps", "timestep_shift"):
+            value = section.get(name)
+            if isinstance(value, int | float) and value != implied[name]:
+                yield (
+                    f"{place(['tasks', task, name])}: expected none beside timesteps, or "
+                    f"{implied[name]:g}, which they come to, found {value:g}"
+                )
 
 
 def _imply(tasks: object) -> None:

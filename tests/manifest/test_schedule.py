@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sensebatch.config import NEUTRAL, PRESETS, SCHEDULE_SETTINGS, RunConfig, default_config
-from sensebatch.errors import ManifestError, Problem
+from sensebatch.errors import ConfigError, ManifestError, Problem
 from sensebatch.jobs import Job, Quality, Sampling, Solver, group_key
 from sensebatch.manifest.read import read_manifest
 from sensebatch.manifest.resolve import Warn
@@ -91,6 +91,42 @@ def test_what_stands_above_timesteps_replaces_them(tmp_path: Path, name: str) ->
 def test_steps_beside_timesteps_are_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="num_steps: expected none beside timesteps"):
         _job(tmp_path, {"timesteps": [0.25], "num_steps": 2})
+
+
+CONTRADICTING = """\
+tasks:
+  t2i:
+    timesteps: [0.25, 0.5]
+    num_steps: 50
+    timestep_shift: 3
+    cfg_scale: much
+"""
+
+
+def test_steps_beside_timesteps_of_a_file_are_a_mistake_unless_they_agree(tmp_path: Path) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text(CONTRADICTING, encoding="utf-8")
+    # What a flag says instead does not make the file right.
+    with pytest.raises(ConfigError) as caught:
+        resolve_settings(config_file=path, flags={"tasks.t2i.num_steps": 3})
+    beside = "expected none beside timesteps, or"
+    assert str(caught.value).splitlines() == [
+        f"{path}: line 4: tasks.t2i.num_steps: {beside} 3, which they come to, found 50",
+        f"{path}: line 5: tasks.t2i.timestep_shift: {beside} 1, which they come to, found 3",
+        f"{path}: line 6: tasks.t2i.cfg_scale: expected a number, found 'much'",
+    ]
+    agreeing = CONTRADICTING.replace("50", "3").replace("shift: 3", "shift: 1")
+    path.write_text(agreeing.replace("    cfg_scale: much\n", ""), encoding="utf-8")
+    sampling = resolve_settings(config_file=path).tasks[Task.T2I].sampling
+    assert (sampling.num_steps, sampling.timesteps) == (3, (0.25, 0.5))
+
+
+def test_steps_beside_timesteps_of_flags_are_a_mistake_as_well() -> None:
+    flags = {"tasks.t2i.timesteps": [0.25], "tasks.t2i.num_steps": 9}
+    with pytest.raises(ConfigError, match=r"^--num-steps: expected none .* or 2, .* found 9$"):
+        resolve_settings(flags=flags)
+    with pytest.raises(ConfigError, match=r"^tasks\.t2i\.num_steps: expected none"):
+        resolve_settings(flags=flags, dashed=False)
 
 
 @pytest.mark.parametrize(
