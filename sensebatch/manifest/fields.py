@@ -14,7 +14,17 @@ from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 from annotated_types import Len
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag, create_model
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    Tag,
+    create_model,
+)
+from pydantic_core import PydanticCustomError
 
 from sensebatch.config import TaskDefaults
 from sensebatch.declarations import declared, item_of_any_number
@@ -292,10 +302,19 @@ else:
     )
 
 
+def _number(value: object) -> object:
+    # To Python, and so to pydantic, true is 1.
+    if value is True:
+        raise PydanticCustomError("wrong_type", "1")
+    return value
+
+
 class ManifestHeader(StrictModel):
     """A YAML manifest without its jobs."""
 
-    version: Literal[1] = Field(description="The version of the format.")
+    version: Annotated[Literal[1], BeforeValidator(_number)] = Field(
+        description="The version of the format."
+    )
     name: str | None = Field(
         None, description="Names the run's folder; the file's stem if not given."
     )

@@ -195,6 +195,7 @@ def test_a_mistake_has_the_line_of_its_field(
         ("- prompt: x", "line 1: : expected a mapping with version and jobs, found a list of 1"),
         ("jobs: [{prompt: x}]", "line 1: version: expected 1, found nothing"),
         ("version: 2\njobs: [{prompt: x}]", "line 1: version: expected 1, found 2"),
+        ("version: true\njobs: [{prompt: x}]", "line 1: version: expected 1, found true"),
         (HEAD, "line 1: jobs: expected a list of jobs, found nothing"),
         (HEAD + "jobs: {}", "line 2: jobs: expected a list of jobs, found a mapping"),
         (HEAD + "jobs: []", "manifest: : expected at least one job, found none"),
