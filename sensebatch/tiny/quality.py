@@ -11,10 +11,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import typer
@@ -63,6 +63,8 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 """The ways to take steps, each measured at every number of them."""
+
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -330,13 +332,15 @@ def main(
     batch_size: Annotated[int, typer.Option(help="Examples drawn together.")] = BATCH_SIZE,
 ) -> None:
     """Measures how near every way to take steps comes to the converged image."""
+    names = _known("kinds", kinds.split(","), RIGHT)
+    methods = _known("method", method or [], METHODS)
+    steps = _numbers("num-steps", num_steps.split(",") if num_steps else [], int)
+    scales = _numbers("guidance", guidance.split(","), float)
     config = run_config(device=device, sampling={})
-    config = replace(config, model=replace(config.model, dtype=dtype))
-    engine = open_engine(model, config)
+    engine = open_engine(model, replace(config, model=replace(config.model, dtype=dtype)))
     out.mkdir(parents=True, exist_ok=True)
-    steps = [int(one) for one in num_steps.split(",") if one]
     points: list[Point] = []
-    for kind, scale in itertools.product(kinds.split(","), map(float, guidance.split(","))):
+    for kind, scale in itertools.product(names, scales):
         measurement = Measurement(
             engine,
             kind=kind,
@@ -347,7 +351,7 @@ def main(
             device=device,
             batch_size=batch_size,
         )
-        for name, settings in ways(steps, method or ()):
+        for name, settings in ways(steps, methods):
             points.append(measurement.point(name, settings))
             print(table(points[-1:]).splitlines()[-1], flush=True)
             # What there is so far: a run may be stopped.
@@ -355,6 +359,25 @@ def main(
     print(verdicts(points), end="", flush=True)
     if converged_steps and steps:
         draw_curves(points, out / "quality.png")
+
+
+def _known(option: str, names: list[str], known: Iterable[str]) -> list[str]:
+    """Returns names; raises BadParameter for one that there is not."""
+    if (unknown := next((name for name in names if name not in known), None)) is not None:
+        words = ", ".join(map(repr, known))
+        raise typer.BadParameter(f"--{option}: expected one of {words}, found {unknown!r}")
+    return names
+
+
+def _numbers(option: str, words: Sequence[str], kind: Callable[[str], Number]) -> list[Number]:
+    """Returns words as numbers; raises BadParameter for what is none."""
+    try:
+        return [kind(word) for word in words]
+    except ValueError:
+        found = ",".join(words)
+        raise typer.BadParameter(
+            f"--{option}: expected numbers with commas between them, found {found!r}"
+        ) from None
 
 
 def write(points: Sequence[Point], out: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 from sensebatch.config import CONVERGED_END, PRESETS, converged_timesteps
 from sensebatch.engine.sampling.flow_matching import T_EPS, explicit_timesteps
@@ -103,6 +105,23 @@ def test_no_share_is_found_the_same_for_certain() -> None:
     assert share_difference(few, few)[0] == share_difference(many, many)[0] == 0
     assert 0.15 < share_difference(few, few)[1] < 0.25
     assert share_difference(many, many)[1] < 0.002
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"method": ["euler", "ab2"]}, r"--method: expected one of 'euler, shift 3', .*'euler'$"),
+        ({"kinds": "t2i,sketch"}, r"--kinds: expected one of 't2i', .* found 'sketch'$"),
+        ({"num_steps": "8,few"}, r"--num-steps: expected numbers .* found '8,few'$"),
+        ({"guidance": ""}, r"--guidance: expected numbers .* found ''$"),
+    ],
+)
+def test_what_is_unknown_is_refused_before_anything_is_loaded(
+    tmp_path: Path, given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(typer.BadParameter, match=message):
+        main(out=tmp_path / "out", model="none", **given)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
