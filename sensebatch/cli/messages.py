@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import io
 import os
-import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -82,6 +81,10 @@ def fitted(text: str, width: int | None = None) -> Iterator[str]:
 
 
 def _terminal_width(stream: TextIO) -> int:
+    """Returns the columns of a terminal; `COLUMNS` wins, as it does for rich."""
+    said = os.environ.get("COLUMNS", "")
+    if said.isdecimal() and int(said):
+        return int(said)
     try:
         return os.get_terminal_size(stream.fileno()).columns or FILE_WIDTH
     except (OSError, ValueError):
@@ -90,7 +93,7 @@ def _terminal_width(stream: TextIO) -> int:
 
 def output_width() -> int:
     """Returns the columns of standard output, or of a file."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else FILE_WIDTH
+    return _terminal_width(sys.stdout) if sys.stdout.isatty() else FILE_WIDTH
 
 
 class Output:

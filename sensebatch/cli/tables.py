@@ -87,7 +87,8 @@ def print_parts(*parts: object) -> None:
     console = Console(
         file=printed,
         force_terminal=terminal.is_terminal,
-        width=terminal.width if terminal.is_terminal else FILE_WIDTH,
+        # Rich takes COLUMNS=0 at its word.
+        width=(terminal.width if terminal.is_terminal else 0) or FILE_WIDTH,
         highlight=False,
         # Names of jobs and tensors may look like either.
         markup=False,

@@ -9,7 +9,7 @@ import termios
 
 import pytest
 
-from sensebatch.cli.messages import error_text, fitted, say
+from sensebatch.cli.messages import error_text, fitted, say, show
 
 
 def test_lines_are_broken_between_words_and_paths_stay_whole() -> None:
@@ -33,16 +33,37 @@ def test_an_error_is_one_line_with_its_message_if_it_has_one() -> None:
     assert error_text("ValueError", "one\ntwo") == "ValueError: one"
 
 
-def test_a_narrow_terminal_gets_lines_that_fit_it(monkeypatch: pytest.MonkeyPatch) -> None:
+NARROW = [
+    "tracebacks are in outputs/night/errors; --retry-failed tries",
+    "  those jobs again",
+    "",
+]
+NARROWER = [
+    "tracebacks are in outputs/night/errors;",
+    "  --retry-failed tries those jobs again",
+    "",
+]
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"), [(None, NARROW), ("0", NARROW), ("wide", NARROW), ("40", NARROWER)]
+)
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_narrow_terminal_gets_lines_that_fit_it(
+    monkeypatch: pytest.MonkeyPatch, stream: str, columns: str | None, expected: list[str]
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
+    text = "tracebacks are in outputs/night/errors; --retry-failed tries those jobs again"
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 60))
     with os.fdopen(theirs, "w") as terminal, monkeypatch.context() as patched:
-        patched.setattr(sys, "stderr", terminal)
-        say("tracebacks are in outputs/night/errors; --retry-failed tries those jobs again")
+        patched.setattr(sys, stream, terminal)
+        if stream == "stderr":
+            say(text)
+        else:
+            show("\n".join(fitted(text)))
         lines = os.read(ours, 1000).decode().split("\r\n")
     os.close(ours)
-    assert lines == [
-        "tracebacks are in outputs/night/errors; --retry-failed tries",
-        "  those jobs again",
-        "",
-    ]
+    assert lines == expected

@@ -144,6 +144,15 @@ def test_what_goes_to_a_file_does_not_depend_on_the_terminal(
     assert invoke("model", "inspect", "tiny").out == before
 
 
+def test_terminal_that_is_said_to_have_no_columns_has_80(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("COLUMNS", "0"), ("FORCE_COLOR", "1"), ("TERM", "xterm")):
+        monkeypatch.setenv(name, value)
+    print_parts("word " * 30)
+    assert [len(line) for line in capsys.readouterr().out.splitlines()] == [79, 71]
+
+
 def test_nothing_but_messages_prints() -> None:
     assert show is not print
     for path in (ROOT / "sensebatch" / "cli").glob("*.py"):
