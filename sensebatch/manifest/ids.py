@@ -76,29 +76,32 @@ class IdRegistry:
 
     def __init__(self) -> None:
         self._files: list[tuple[str, str]] = []
+        self._numbers: dict[str, int] = {}
         self._rows: dict[int, int] = {}
 
     def start_file(self, file: str, unit: str) -> None:
-        """Starts a file: the ids that follow are in it, and its rows are counted in `unit`s."""
+        """Starts a file, whose rows are counted in `unit`s."""
+        self._numbers[file] = len(self._files)
         self._files.append((file, unit))
 
-    def add(self, job_id: str, number: int) -> str | None:
-        """Remembers an id and returns the place of an earlier row with the same one, or None.
+    def add(self, job_id: str, file: str, number: int) -> str | None:
+        """Remembers an id and returns the place of a row that had the same one, or None.
 
         Args:
             job_id: A valid id.
-            number: The row's number in the current file.
+            file: Was started; not always the last one, since jobs may wait for others.
+            number: The row's number in the file.
         """
         key = folded_id(job_id).encode()
         digest = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
-        current = len(self._files) - 1
+        current = self._numbers[file]
         known = self._rows.get(digest)
         if known is None:
             self._rows[digest] = (number << _FILE_BITS) | current
             return None
-        file, unit = self._files[known & _FILE_MASK]
+        other, unit = self._files[known & _FILE_MASK]
         row = f"{unit} {known >> _FILE_BITS}"
-        return row if known & _FILE_MASK == current else f"{file}: {row}"
+        return row if known & _FILE_MASK == current else f"{other}: {row}"
 
 
 def derived_id(task: Task, content: Mapping[str, Any]) -> str:

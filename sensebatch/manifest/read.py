@@ -376,7 +376,7 @@ class ManifestReader:
             yield read
             return
         tried = accept.as_try(read.job)
-        self._check_series(tried, number, errors)
+        self._check_series(tried, origin.source.file, number, errors)
         yield replace(read, job=tried, accept=accept)
         for question in accept.questions(read.job):
             found = self._job(question.expanded, Task.ASK, origin, number, errors)
@@ -384,11 +384,14 @@ class ManifestReader:
                 job = replace(found.job, verdict=question.verdict, judged_by=question.judged_by)
                 yield replace(found, job=job)
 
-    def _check_series(self, tried: Job, number: int, errors: RowErrors) -> None:
+    def _check_series(self, tried: Job, file: str, number: int, errors: RowErrors) -> None:
         """Checks, at the first try of a series, that no other row has one of its name."""
         assert tried.attempt_at is not None
         series = tried.attempt_at.series
-        if tried.attempt_at.number == 0 and (other := self._series.add(series, number)) is not None:
+        if tried.attempt_at.number:
+            return
+        other = self._series.add(series, file, number)
+        if other is not None:
             message = f"expected another id than that of {other}, found {series!r}"
             errors.add("id", f"{message}; each row with accept needs one, whatever its seeds are")
 
@@ -423,8 +426,10 @@ class ManifestReader:
         given = given_id(expanded.fields.get("id"))
         job_id = given if read is None else read.job.id
         # Checked for jobs with other errors too, so that the next attempt brings no surprise.
-        if job_id is not None and (other := self._ids.add(job_id, number)) is not None:
-            same_row = other == origin.source.row
+        source = origin.source
+        other = None if job_id is None else self._ids.add(job_id, source.file, number)
+        if other is not None:
+            same_row = other == source.row
             found_here.add(*_collision(given, "another job of this row" if same_row else other))
             read = None
         if given is not None and read is None:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from sensebatch.config import default_config
 from sensebatch.errors import ManifestError
-from sensebatch.jobs import Job
+from sensebatch.jobs import Job, Source
 from sensebatch.manifest.chains import cycle
 from sensebatch.manifest.convert import convert_manifest
 from sensebatch.manifest.read import read_manifest, read_manifests, read_rows
@@ -253,8 +253,39 @@ def test_a_job_of_another_manifest_may_be_named(tmp_path: Path) -> None:
     one, two = tmp_path / "one.yaml", tmp_path / "two.jsonl"
     one.write_text('version: 1\njobs: [{id: x, prompt: red, image: "@a"}]\n', encoding="utf-8")
     two.write_text('{"id": "a", "prompt": "a dot"}\n', encoding="utf-8")
-    assert [job.id for job in read_manifests([one, two], default_config())] == ["a", "x"]
+    jobs = {job.id: job.source for job in read_manifests([one, two], default_config())}
+    assert jobs == {
+        "a": Source(file=str(two), row="line 1"),
+        "x": Source(file=str(one), row="line 2"),
+    }
+    assert list(jobs) == ["a", "x"]
     assert [job.id for job in read_manifests([one, two], default_config(), limit=1)] == ["a"]
+
+
+WAITS = '{"id": "x", "prompt": "red", "image": "@a", "seed": 1}'
+TRIES = WAITS.replace("}", ', "accept": {"ask": "?", "choices": ["yes", "no"], "is": "yes"}}')
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "file", "other"),
+    [
+        (WAITS, '{"id": "x", "prompt": "blue"}', "one.jsonl: line 2", "two.jsonl: line 1"),
+        (WAITS, WAITS, "two.jsonl: line 1", "one.jsonl: line 2"),
+        # Other seeds make other ids, and one series.
+        (TRIES, TRIES.replace("1", "100"), "two.jsonl: line 1", "one.jsonl: line 2"),
+    ],
+)
+def test_mistake_about_the_id_of_a_job_that_waits_names_both_files(
+    first: str, second: str, file: str, other: str, tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    one.write_text(f'{{"prompt": "a line"}}\n{first}\n', encoding="utf-8")
+    two.write_text(f'{second}\n{{"id": "a", "prompt": "a dot"}}\n', encoding="utf-8")
+    with pytest.raises(ManifestError) as caught:
+        list(read_manifests([one, two], default_config()))
+    (problem,) = caught.value.problems
+    expected = f"{tmp_path}/{file}: id: expected another id than that of {tmp_path}/{other}"
+    assert str(problem).startswith(expected)
 
 
 def test_rows_in_memory_may_name_each_other() -> None:

@@ -74,12 +74,16 @@ def test_an_allowed_id_is_one_path_component(job_id: str) -> None:
 def test_the_registry_names_the_first_row() -> None:
     registry = IdRegistry()
     registry.start_file("a.yaml", "line")
-    assert registry.add("Cat", 7) is None
-    assert registry.add("cat", 9) == "line 7"
+    assert registry.add("Cat", "a.yaml", 7) is None
+    assert registry.add("cat", "a.yaml", 9) == "line 7"
     registry.start_file("b.parquet", "row")
-    assert registry.add("CAT", 0) == "a.yaml: line 7"
-    assert registry.add("dog", 5) is None
-    assert registry.add("DOG", 6) == "row 5"
+    assert registry.add("CAT", "b.parquet", 0) == "a.yaml: line 7"
+    assert registry.add("dog", "b.parquet", 5) is None
+    assert registry.add("DOG", "b.parquet", 6) == "row 5"
+    # A job that has waited comes after those of other files.
+    assert registry.add("dog", "a.yaml", 8) == "b.parquet: row 5"
+    assert registry.add("fox", "a.yaml", 3) is None
+    assert registry.add("fox", "b.parquet", 7) == "a.yaml: line 3"
 
 
 def test_colliding_ids_are_one_mistake_that_names_the_other_row(mistakes: Mistakes) -> None:
