@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -234,6 +235,19 @@ def test_live_display_shows_the_whole_and_the_batch() -> None:
     assert "2 of 8 jobs, 1 failed" in shown
     assert "t2i 64x32, 2 jobs: denoise 1 of 2" in shown
     assert "stopping" not in shown
+
+
+def test_functions_that_judge_without_an_engine_are_shown_and_can_be_stopped() -> None:
+    stop = StopSignals()
+    display = LiveDisplay(Console(file=io.StringIO(), width=110), stop, Voice())
+    with stop.installed(interrupts=True):
+        display.judging(_counts(8, done=5, pending=3))
+        # It would be an Interrupt if nothing had been done so far.
+        signal.raise_signal(signal.SIGINT)
+    display.run_started(_counts(8, done=5, pending=3), _plan(T2I))
+    shown = _shown(display)
+    assert "5 of 8 jobs" in shown
+    assert FINISHING in shown
 
 
 def _worker(number: int, **changes: Any) -> WorkerState:
