@@ -413,6 +413,7 @@ class SenseNovaEngine:
 
     def close(self) -> None:
         """Frees the weights; the engine can no longer be used."""
+        self._ahead.close()
         self._system_turns.clear()
         self._written.clear()
         # After a failed load there are none, and a device that failed frees nothing.

@@ -102,6 +102,16 @@ def test_thread_ends_with_the_engine_that_it_drew_for(drawn: Drawn) -> None:
     assert not thread.is_alive()
 
 
+def test_closing_waits_for_the_thread(drawn: Drawn) -> None:
+    ahead = NoiseAhead()
+    ahead.close()
+    ahead = NoiseAhead()
+    ahead.announce(drawn.noise(0))
+    thread = ahead._thread
+    ahead.close()
+    assert not thread.is_alive()
+
+
 def test_threads_that_announce_at_the_same_time_start_one_thread(
     drawn: Drawn, monkeypatch: pytest.MonkeyPatch
 ) -> None:

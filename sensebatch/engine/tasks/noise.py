@@ -108,7 +108,15 @@ class NoiseAhead:
             target=_draw_all, args=(self._events, room_bytes, take), name="noise", daemon=True
         )
         self._starting = threading.Lock()
-        weakref.finalize(self, self._events.put, None)
+        # Not as the process ends: a thread that then frees pinned memory aborts it.
+        weakref.finalize(self, self._events.put, None).atexit = False
+
+    def close(self) -> None:
+        """Ends the thread, and returns once it has; no more noise can be announced."""
+        self._events.put(None)
+        with self._starting:
+            if self._thread.ident is not None:
+                self._thread.join()
 
     def announce(self, noise: Noise) -> None:
         """Lets noise be drawn as soon as there is room for it; called from any thread."""
