@@ -165,6 +165,9 @@ class FastDecoder:
         self._places_S = torch.zeros_like(self._choices_S)
         self._sequences_S = torch.arange(count, device=device)
         self._given = torch.zeros(count, dtype=torch.int64, pin_memory=device.type == "cuda")
+        # The first step also loads the kernels that its size needs, which must happen before
+        # anything is captured.
+        self._is_first = True
         self._room: SharedRoom | None = None
         self.grow(ROOM_TOKENS if room_tokens is None else room_tokens)
 
@@ -177,7 +180,8 @@ class FastDecoder:
         if self._recordings is not None:
             self._recordings.clear()
         self._room = None
-        self._is_first = True
+        if self._as_graph:
+            self._is_first = True
         room = min(self._left, num_tokens)
         self._room = SharedRoom(self._caches, room)
         ends = [cache.next_t + room + ROOM_SPARE for cache in self._caches]
@@ -236,8 +240,6 @@ class FastDecoder:
         """Computes the next choices from embedded tokens, with the same allocations each time."""
         network, expert, room = self._network, self._network.understanding, self._room
         assert room is not None
-        # The first step in every room also loads the kernels that its size needs, which must
-        # happen before anything is captured.
         recordings = None if self._is_first else self._recordings
         self._places_S.copy_(room.places(self._sequences_S, self._lengths_S))
         for index in range(len(expert.layers)):

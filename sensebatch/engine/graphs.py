@@ -21,9 +21,6 @@ Compute = Callable[[], None]
 class Recorder(Protocol):
     """Records computations that are replayed one after the other, never side by side."""
 
-    def prepare(self) -> None:
-        """Makes sure that recordings get memory."""
-
     def record(self, compute: Compute) -> Compute:
         """Returns what computes again what a function would, which has been computed before.
 
@@ -44,12 +41,11 @@ class CudaRecorder:
         # Torch gives up memory that no graph uses, and then takes its handle no more.
         self._last: torch.cuda.CUDAGraph | None = None
 
-    def prepare(self) -> None:
-        """See `Recorder`. While it records, torch fails sooner than it gives up what it caches."""
-        torch.cuda.empty_cache()
-
     def record(self, compute: Compute) -> Compute:
         """See `Recorder`."""
+        if self._last is None:
+            # While it records, torch fails sooner than it gives up what it caches.
+            torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         # Not `torch.cuda.graph`, which waits for the device each time.
         with torch.cuda.stream(self._stream):
@@ -87,12 +83,10 @@ class Recordings:
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
         self._found: WeakKeyDictionary[nn.Module, dict[int, Compute]] = WeakKeyDictionary()
-        self._is_prepared = False
 
     def clear(self) -> None:
         """Forgets all, because something else that they use is about to move."""
         self._found.clear()
-        self._is_prepared = False
 
     def run(self, module: nn.Module, index: int, compute: Compute) -> None:
         """Computes what a function does with a module.
@@ -105,8 +99,5 @@ class Recordings:
         """
         of_module = self._found.setdefault(module, {})
         if index not in of_module:
-            if not self._is_prepared:
-                self._recorder.prepare()
-                self._is_prepared = True
             of_module[index] = self._recorder.record(compute)
         of_module[index]()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from sensebatch.engine import graphs
 from sensebatch.engine.decoding import Choose, Decoder, new_decoder, step_together
-from sensebatch.engine.model.kv_cache import KVCache, held_bytes, part_caches, room_bytes
+from sensebatch.engine.model.kv_cache import KVCache, part_caches, room_bytes
 from sensebatch.engine.model.lockstep import run_together
 from sensebatch.engine.sampling.text import Writing
 from sensebatch.plan import passes
@@ -122,8 +122,8 @@ def _make_rooms(
             text.decoder = None
             runner.park(text.caches)
     if room is not None:
-        # Weights give up what they have before caches grow, and get what is left.
-        room.fill(0)
+        # Before caches grow.
+        room.fill(left_bytes(room, active, tokens))
     for text in active:
         wanted = _wanted(text, tokens)
         if text.decoder is not None:
@@ -141,10 +141,21 @@ def _make_rooms(
             # Steps are made one after the other, so all may use the same memory.
             recorder=recorder,
         )
-    if room is not None:
-        held = held_bytes([cache for text in active for cache in text.caches])
-        room.fill(max(room.num_bytes - held, 0))
     return active
+
+
+def left_bytes(room: TextRoom, active: Sequence[Text], tokens: int) -> int:
+    """Returns what the rooms of texts leave for weights.
+
+    Args:
+        room: Memory for both.
+        active: Those that get a room.
+        tokens: See `_wanted`.
+    """
+    rooms = [room_bytes(text.caches, _wanted(text, tokens)) for text in active]
+    # While caches grow, a layer of a text is there twice.
+    twice = max(rooms) // active[0].caches[0].num_layers
+    return max(room.num_bytes - sum(rooms) - twice, 0)
 
 
 def _wanted(text: Text, tokens: int) -> int:

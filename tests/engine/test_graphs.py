@@ -20,7 +20,6 @@ from sensebatch.engine.decoding import FastDecoder
 from sensebatch.engine.device.runtime import new_attention, resolve_attention
 from sensebatch.engine.graphs import Compute, CudaRecorder, Recorder, Recordings
 from sensebatch.engine.memory.pool import Pool
-from sensebatch.engine.model.kv_cache import KVCache
 from sensebatch.engine.runner import PassLimits, Runner
 from sensebatch.engine.sampling.text import decode_text
 from sensebatch.engine.weights.loader import NetworkLoader
@@ -53,15 +52,11 @@ class StandIn:
     """Computes again what was recorded, if all that a graph would find is where it was."""
 
     def __init__(self) -> None:
-        self.num_prepared = self.num_recorded = self.num_replayed = 0
+        self.num_recorded = self.num_replayed = 0
         self.layers: list[weakref.ref[nn.Module]] = []
-
-    def prepare(self) -> None:
-        self.num_prepared += 1
 
     def record(self, compute: Compute) -> Compute:
         assert isinstance(compute, partial)
-        assert self.num_prepared
         layer, cache = compute.args
         owner: FastDecoder = compute.func.__self__  # type: ignore[attr-defined]
         decoder, there = weakref.ref(owner), weakref.ref(layer)
@@ -137,10 +132,10 @@ def sized_rooms(monkeypatch: pytest.MonkeyPatch) -> Callable[[Runner], None]:
         of_layer = residency._buffer_bytes(3) - residency._buffer_bytes(2)
         kept = itertools.cycle(KEPT)
 
-        def held(_: Sequence[KVCache]) -> int:
-            return TEXT_BYTES - next(kept) * of_layer
+        def left(*_: object) -> int:
+            return next(kept) * of_layer
 
-        monkeypatch.setattr("sensebatch.engine.writing.held_bytes", held)
+        monkeypatch.setattr("sensebatch.engine.writing.left_bytes", left)
         monkeypatch.setattr("sensebatch.plan.passes.TEXT_ROOM_TOKENS", ROOM)
         monkeypatch.setattr("sensebatch.engine.decoding.ROOM_TOKENS", ROOM)
         if not HAS_GPU:
@@ -198,23 +193,17 @@ def test_what_is_done_with_a_module_is_recorded_once_until_something_moves() -> 
         recordings.run(module, index, recorder.compute(module, index))
     assert recorder.recorded == [(first, 0), (first, 1), (second, 0)]
     assert recorder.computed == [(first, 0), (first, 0), (first, 1), (second, 0), (first, 1)]
-    assert recorder.num_prepared == 1
     recordings.clear()
     recordings.run(first, 0, recorder.compute(first, 0))
     assert recorder.recorded[3:] == [(first, 0)]
-    assert recorder.num_prepared == 2
 
 
 class Mock:
     """Records what it is given, by module and number."""
 
     def __init__(self) -> None:
-        self.num_prepared = 0
         self.recorded: list[tuple[nn.Module, int]] = []
         self.computed: list[tuple[nn.Module, int]] = []
-
-    def prepare(self) -> None:
-        self.num_prepared += 1
 
     def record(self, compute: Compute) -> Compute:
         assert isinstance(compute, partial)
@@ -231,8 +220,6 @@ def test_a_module_that_is_gone_is_not_replayed() -> None:
 
     class Numbered:
         num_recorded = 0
-
-        def prepare(self) -> None: ...
 
         def record(self, _: Compute) -> Compute:
             self.num_recorded += 1
@@ -278,12 +265,10 @@ def test_replayed_layers_write_what_launches_write(
         assert written(runner) == expected
     finally:
         gc.enable()
-    # A room's first step is launched; a layer comes to lie in at most two places.
-    replayed = sum(length - -(-length // ROOM) for length in LENGTHS)
-    assert recorder.num_replayed == NUM_LAYERS * replayed
-    recorded_in = sum(length // ROOM + (length % ROOM > 1) for length in LENGTHS)
-    assert NUM_LAYERS < recorder.num_recorded <= 2 * NUM_LAYERS * recorded_in
-    assert recorder.num_prepared == recorded_in
+    # A text's first step is launched; a layer comes to lie in at most two places.
+    assert recorder.num_replayed == NUM_LAYERS * sum(length - 1 for length in LENGTHS)
+    num_rooms = sum(-(-length // ROOM) for length in LENGTHS)
+    assert NUM_LAYERS < recorder.num_recorded <= 2 * NUM_LAYERS * num_rooms
 
 
 @interpreted

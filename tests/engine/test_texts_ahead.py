@@ -15,6 +15,7 @@ from sensebatch.engine.decoding import step_together
 from sensebatch.engine.engine import SenseNovaEngine
 from sensebatch.engine.model.kv_cache import KVCache
 from sensebatch.engine.weights.residency import Residency
+from sensebatch.engine.writing import Text, TextRoom
 from sensebatch.errors import BatchStoppedError, OutOfMemoryError
 from sensebatch.jobs import Batch, BatchResult, Job, VramMode, batch_id, group_key
 from sensebatch.plan.batches import make_plan, plan_entry
@@ -172,27 +173,27 @@ def test_weights_give_way_to_caches_and_come_back(
     sizes: list[int] = []
     resize = Residency.resize
 
-    def watched(self: Residency, num_buffers: int) -> int:
+    def watched(self: Residency, num_buffers: int, *, within: bool = False) -> int:
         sizes.append(num_buffers)
-        return resize(self, num_buffers)
+        return resize(self, num_buffers, within=within)
 
     taken: list[int] = []
-    text_bytes, block = engine._placement.text_bytes, 1_329_024 + 4096
-    assert text_bytes is not None
+    block = 1_329_024 + 4096
 
-    def held(caches: Sequence[KVCache]) -> int:
-        """Returns what leaves memory for one block less each time."""
-        taken.append(len(caches))
-        return text_bytes - (4 - len(taken)) * block
+    def left(_: TextRoom, active: Sequence[Text], tokens: int) -> int:
+        """Returns memory for one block less each time."""
+        taken.append(sum(len(text.caches) for text in active))
+        assert tokens == 4
+        return (4 - len(taken)) * block
 
     monkeypatch.setattr(Residency, "resize", watched)
-    monkeypatch.setattr("sensebatch.engine.writing.held_bytes", held)
+    monkeypatch.setattr("sensebatch.engine.writing.left_bytes", left)
     monkeypatch.setattr("sensebatch.plan.passes.TEXT_ROOM_TOKENS", 4)
     Run(engine)(batches[0], batches[1:])
     first, *grown, last = sizes
-    # Only the ring stays while rooms are made, and as many blocks beside them as fit.
+    # Beside the ring, as many blocks stay as rooms leave memory for.
     assert taken == [4, 4, 4]
-    assert grown == [2, 2 + 3, 2, 2 + 2, 2, 2 + 1]
+    assert grown == [2 + 3, 2 + 2, 2 + 1]
     assert first == last == engine._placement.num_buffers
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from sensebatch.contract import Channel
 from sensebatch.engine.decoding import FastDecoder
-from sensebatch.engine.model.kv_cache import SharedRoom, held_bytes, room_bytes
+from sensebatch.engine.model.kv_cache import KVCache, SharedRoom, room_bytes
 from sensebatch.engine.model.lockstep import Pass, run, run_together
 from sensebatch.engine.prompts import Prompt
 from sensebatch.engine.runner import Runner
@@ -49,6 +49,13 @@ def thinking(config: str, fused: bool = False) -> tuple[Runner, list[list[Prepar
 def longest(job: PreparedJob, tokens: int) -> PreparedJob:
     sampling = replace(job.job.sampling, max_think_tokens=tokens)
     return replace(job, job=replace(job.job, sampling=sampling))
+
+
+def held_bytes(caches: Sequence[KVCache]) -> int:
+    """Returns the bytes of device memory that caches take, rooms that they share counted once."""
+    storages = [layer.untyped_storage() for cache in caches for layer in cache.layers]
+    held = {one.data_ptr(): one.nbytes() for one in storages}
+    return sum(map(passes.reserved_bytes, held.values()))
 
 
 def outputs(results: Sequence[JobResult | Failure]) -> list[tuple[Any, ...]]:

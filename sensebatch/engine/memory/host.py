@@ -119,19 +119,7 @@ class HostStore:
         if self._pack_on is not None and self._shared is None:
             self._packed = {block for block in packed if _is_bfloat16(block)}
         self._largest = largest = max((block.layout.num_bytes for block in blocks), default=0)
-        sizes = [self._kept_size(block) for block in blocks]
-        kept = list(blocks)
-        if room_bytes is not None and sum(sizes) > room_bytes:
-            left = room_bytes - NUM_STAGING * largest
-            kept = []
-            for block, size in zip(blocks, sizes, strict=True):
-                if size <= left:
-                    kept.append(block)
-                    left -= size
-        if room_bytes is not None:
-            self._spare = room_bytes - sum(map(self._kept_size, kept))
-            if len(kept) < len(blocks):
-                self._spare -= NUM_STAGING * largest
+        kept = self._that_fit(blocks, room_bytes)
         with ThreadPoolExecutor(NUM_KEEPERS) as keepers:
             if self._shared is None:
                 read = zip(kept, keepers.map(self._read, kept), strict=True)
@@ -148,6 +136,22 @@ class HostStore:
                 self._staging.append(staging)
                 self._free.put(staging)
             self._copiers = ThreadPoolExecutor(NUM_STAGING, thread_name_prefix="sensebatch-copier")
+
+    def _that_fit(self, blocks: Sequence[Block], room_bytes: int | None) -> list[Block]:
+        """Returns the blocks to be kept, and notes what they may take beyond what is expected."""
+        if room_bytes is None:
+            return [*blocks]
+        left = room_bytes - sum(map(self._kept_size, blocks))
+        kept = [*blocks]
+        if left < 0:
+            left, kept = room_bytes - NUM_STAGING * self._largest, []
+            for block in blocks:
+                size = self._kept_size(block)
+                if size <= left:
+                    kept.append(block)
+                    left -= size
+        self._spare = left
+        return kept
 
     def close(self, lane: Lane) -> None:
         """Waits for the last copies, then frees what only copies need."""

@@ -262,12 +262,6 @@ def room_bytes(caches: Sequence[KVCache], num_tokens: int) -> int:
     return caches[0].num_layers * reserved_bytes(len(caches) * tokens * of_token)
 
 
-def held_bytes(caches: Sequence[KVCache]) -> int:
-    """Returns the bytes of device memory that caches take, rooms that they share counted once."""
-    storages = [layer.untyped_storage() for cache in caches for layer in cache.layers]
-    return sum(map(reserved_bytes, {one.data_ptr(): one.nbytes() for one in storages}.values()))
-
-
 def part_caches(caches: Sequence[KVCache]) -> None:
     """Gives caches memory of their own, one layer at a time, so that a shared room is freed.
 

@@ -153,8 +153,13 @@ class Residency:
         """Prepares for many passes of the generation expert."""
         self._schedule(self._generation, keep=True)
 
-    def resize(self, num_buffers: int) -> int:
+    def resize(self, num_buffers: int, *, within: bool = False) -> int:
         """Keeps fewer or more blocks on the device, if they are in host memory as well.
+
+        Args:
+            num_buffers: How many buffers there are to be.
+            within: Whether fewer buffers may lie in the memory of those before. It then goes back
+                to the system together with them, and to the caches of this process before.
 
         Returns:
             The buffers there are now: as many as before if there is no memory for as many.
@@ -167,8 +172,9 @@ class Residency:
             return num_buffers
         before = self._pool.num_bytes
         self._pool.release()
-        # Otherwise the new memory could be a part of the old, which could then not be freed.
-        empty_cache(self._device)
+        if not within or self._buffer_bytes(num_buffers) > before:
+            # Otherwise the new memory could be a part of the old, which could then not be freed.
+            empty_cache(self._device)
         try:
             memory = self._new_memory(self._buffer_bytes(num_buffers))
         except OutOfMemoryError:
@@ -196,7 +202,7 @@ class Residency:
         enough = -(-max(len(text) * largest - ring, 0) // of_layer)
 
         def fill(num_bytes: int) -> None:
-            self.resize(RING + min(num_bytes // of_layer, enough))
+            self.resize(RING + min(num_bytes // of_layer, enough), within=True)
             self.decode()
 
         try:
