@@ -39,6 +39,8 @@ ATTENTION_SPLITS = 16
 """Programs that share the keys of one key/value head, so that few queries occupy the GPU."""
 SPLIT_QUERIES = 64
 """Queries of a run up to which its keys are shared by `ATTENTION_SPLITS` programs as well."""
+FEW_KEYS = 512
+"""Keys of such a run up to which it attends together with other runs, and shares nothing."""
 ROOM_SPARE = 16
 """Places after that room: for what is written after sequences that have ended, and for the few
 tokens that lead over from text to an image."""

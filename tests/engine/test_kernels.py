@@ -46,7 +46,7 @@ from sensebatch.engine.sampling.text import Writing, decode_text
 from sensebatch.engine.weights.loader import NetworkLoader, warm_up
 from sensebatch.jobs import Precision, Stored
 from sensebatch.plan.computation import is_tileable
-from sensebatch.plan.passes import SPLIT_QUERIES
+from sensebatch.plan.passes import FEW_KEYS, SPLIT_QUERIES
 from tests.engine.golden_model import build_network, build_runner, golden_step, infer, predict
 from tests.golden_data import TOLERANCE, case_ids, golden_architecture, load_case, relative_error
 
@@ -438,26 +438,31 @@ def cached(length: int, room: int, kv_heads: int, dim: int) -> KVCache:
 def test_prompts_attend_at_once_as_they_do_alone() -> None:
     heads, kv_heads, dim = 8, 2, 16
     # New tokens, tokens before them, and whether they are an image.
-    prompts = [(SPLIT_QUERIES + 1, 0, False), (200, 31, False), (3, 70, False), (80, 7, True)]
+    prompts = [
+        *((SPLIT_QUERIES + 1, 0, False), (200, 31, False), (80, 7, True)),
+        *((3, 70, False), (1, 0, False), (5, FEW_KEYS, False), (9, 4, True)),
+    ]
     q = noise(sum(new for new, _, _ in prompts), heads, dim)
     caches = [cached(new + before, new + before + 5, kv_heads, dim) for new, before, _ in prompts]
     out, expected = torch.full_like(q, float("nan")), torch.full_like(q, float("nan"))
-    runs, row = [], 0
+    together, long_rows, row = [], 0, 0
     for (new, before, is_image), cache in zip(prompts, caches, strict=True):
         (run,) = runs_of([(0, new, is_image)], before)
         rows = slice(row, row + new)
-        if goes_together(run):
-            runs.append((cache.addresses, row, run))
-            attend_each(
-                attention_kernels.attend_run, q[rows], *cache.read(0), [run], expected[rows]
-            )
         row += new
-    assert len(runs) == 3
-    table = table_of_runs(runs, torch.device(DEVICE))
+        if goes_together(run):
+            together.append((cache.addresses, rows.start, run))
+            attend = attention_kernels.attend_run if new > SPLIT_QUERIES else sdpa
+            attend_each(attend, q[rows], *cache.read(0), [run], expected[rows])
+            long_rows += new if new > SPLIT_QUERIES else 0
+    assert len(together) == len(prompts) - 1
+    table = table_of_runs(together, torch.device(DEVICE))
     attention_kernels.attend_runs(
         q, None, table[0], num_tokens=200, num_kv_heads=kv_heads, out_THE=out
     )
-    assert torch.equal(out.nan_to_num(7), expected.nan_to_num(7))
+    assert torch.equal(out[:long_rows], expected[:long_rows])
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert_equal(out.nan_to_num(7), expected.nan_to_num(7))
 
 
 @pytest.mark.parametrize("tokens", [48, 2 * TILE_KEYS])

@@ -442,6 +442,15 @@ class GenerationContext:
         self._attention = attention
         longest = max(cache.length for cache in caches)
         self._keys, self._values = caches[0].new_rows(num_tokens + longest)
+        self._own = self._keys[:num_tokens], self._values[:num_tokens]
+        # Made once, since a layer has little time for each image.
+        self._seen = {
+            length: tuple(buffer[: num_tokens + length] for buffer in (self._keys, self._values))
+            for length in {cache.length for cache in caches}
+        }
+        self._prefixes = {
+            length: [buffer[num_tokens:] for buffer in both] for length, both in self._seen.items()
+        }
 
     def parts(self, num_tokens: int) -> Sequence[slice]:  # noqa: ARG002
         """Returns the tokens of the images of each part."""
@@ -449,9 +458,7 @@ class GenerationContext:
 
     def room(self, num_tokens: int) -> tuple[Tensor, Tensor] | None:
         """Returns the beginning of the buffer where a part is one image."""
-        if num_tokens != self._num_tokens:
-            return None
-        return self._keys[:num_tokens], self._values[:num_tokens]
+        return self._own if num_tokens == self._num_tokens else None
 
     def attend(
         self, layer: int, part: slice, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor
@@ -463,19 +470,14 @@ class GenerationContext:
         for index in range(q_THE.shape[0] // num_tokens):
             rows = slice(index * num_tokens, (index + 1) * num_tokens)
             self._fill(layer, first + index, k_TKE[rows], v_TKE[rows])
-            length = num_tokens + self._caches[first + index].length
-            outputs.append(
-                self._attention(q_THE[rows], self._keys[:length], self._values[:length], False)
-            )
+            keys, values = self._seen[self._caches[first + index].length]
+            outputs.append(self._attention(q_THE[rows], keys, values, False))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _fill(self, layer: int, image: int, k_NKE: Tensor, v_NKE: Tensor) -> None:
         """Lays out what one image attends to."""
-        num_tokens, cache = self._num_tokens, self._caches[image]
-        length = num_tokens + cache.length
-        targets = [self._keys[num_tokens:length], self._values[num_tokens:length]]
-        sources = [*cache.read(layer)]
+        cache = self._caches[image]
+        targets, sources = self._prefixes[cache.length], [*cache.read(layer)]
         if k_NKE.data_ptr() != self._keys.data_ptr():
-            targets += [self._keys[:num_tokens], self._values[:num_tokens]]
-            sources += [k_NKE, v_NKE]
+            targets, sources = [*targets, *self._own], [*sources, k_NKE, v_NKE]
         torch._foreach_copy_(targets, sources)

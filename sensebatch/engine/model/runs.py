@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sensebatch.engine.model.attention import Run
 from sensebatch.engine.model.copies import to_device
-from sensebatch.plan.passes import LONG_RUN, SPLIT_QUERIES
+from sensebatch.plan.passes import FEW_KEYS, LONG_RUN, SPLIT_QUERIES
 
 COLUMNS = 6
 """Numbers of a run in a table: the addresses of its sequence's keys and values, how many keys it
@@ -28,10 +28,13 @@ Addresses = Sequence[tuple[int, int]]
 def goes_together(run: Run) -> bool:
     """Returns whether a kernel attends from a run that shares its launch with others.
 
-    Fewer queries share their keys among programs, and long runs of an image go to the backend.
+    Few queries that see many keys share these among programs, and long runs of an image go to the
+    backend.
     """
     size = run.end - run.start
-    return size > SPLIT_QUERIES and (run.causal or size < LONG_RUN)
+    if size > SPLIT_QUERIES:
+        return run.causal or size < LONG_RUN
+    return run.num_keys <= FEW_KEYS
 
 
 def table_of_runs(runs: Sequence[tuple[Addresses, int, Run]], device: torch.device) -> Tensor:
