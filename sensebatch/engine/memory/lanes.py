@@ -25,7 +25,10 @@ class Lane(Protocol):
         """Sets a mark after everything that has been computed so far."""
 
     def copy(self, target: Tensor, source: Tensor, after: object, done: object) -> None:
-        """Starts a copy for when `after` is reached, and sets `done` after it."""
+        """Starts a copy for when `after` is reached, and sets `done` after it.
+
+        It comes after all copies that were started before, and after what these unpack.
+        """
 
     def unpack(self, target: Tensor, source: Packed, after: object, done: object) -> None:
         """Does what `copy` does, with a packed source."""
@@ -89,6 +92,9 @@ class CudaLane:
         assert isinstance(done, torch.cuda.Event)
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(after)
+            if self._unpacker is not None:
+                # The target may be memory that a block was brought to, which nobody waits for now.
+                self._stream.wait_event(self._unpacker.unpacked)
             target.copy_(source, non_blocking=True)
             done.record(self._stream)
 
@@ -162,6 +168,8 @@ class _Unpacker:
         size = packed_chunk_bytes(passes.PACKING_CHUNK)
         self._slots = [_Slot(size, device), _Slot(size, device)]
         self._exceptions = _Slot(passes.MAX_EXCEPTION_BYTES, device)
+        self.unpacked = torch.cuda.Event()
+        """Mark: the last block is unpacked."""
 
     def unpack(
         self, target: Tensor, source: Packed, after: torch.cuda.Event, done: torch.cuda.Event
@@ -181,6 +189,7 @@ class _Unpacker:
             flat = self._bring(self._exceptions, source.exceptions)
             self._kernels.restore_exceptions(flat, numbers)
             self._exceptions.free.record(self._stream)
+            self.unpacked.record(self._stream)
             done.record(self._stream)
 
     def _bring(self, slot: _Slot, source: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ On a CPU every copy is done when its call returns, so nothing else shows a wait 
 from __future__ import annotations
 
 import random
+import zlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,10 +14,12 @@ from functools import partial
 from threading import RLock
 
 import pytest
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from sensebatch.engine.memory.blocks import Block, new_buffer
+from sensebatch.engine.memory.blocks import Block, layout_of, new_buffer
 from sensebatch.engine.memory.host import CPU, HostStore
+from sensebatch.engine.memory.lanes import lane_for
 from sensebatch.engine.memory.packing import Packed
 from sensebatch.engine.memory.pool import Pool
 from sensebatch.engine.memory.readers import Readers
@@ -37,6 +40,13 @@ class Mark:
     reached: int = 0
 
 
+class AsItIs(Packed):
+    """A block that only counts as packed."""
+
+    def __init__(self, flat: Tensor) -> None:
+        object.__setattr__(self, "flat", flat)
+
+
 class Streams:
     """A computation and the copies beside it, as a device's lane; a seed decides their order."""
 
@@ -45,6 +55,8 @@ class Streams:
         self._lock = RLock()
         self._computation: deque[Callable[[], bool]] = deque()
         self._copies: deque[Callable[[], bool]] = deque()
+        self._unpacking: deque[Callable[[], bool]] = deque()
+        self._unpacked = Mark()
 
     def compute(self, work: Callable[[], object]) -> None:
         self._computation.append(partial(self._do, work))
@@ -59,12 +71,24 @@ class Streams:
     def copy(self, target: Tensor, source: Tensor, after: object, done: object) -> None:
         with self._lock:
             self._wait(self._copies, after)
+            self._wait(self._copies, self._unpacked)
             self._copies.append(partial(self._do, partial(target.copy_, source)))
             self._set(self._copies, done)
         self._continue()
 
     def unpack(self, target: Tensor, source: Packed, after: object, done: object) -> None:
-        raise NotImplementedError
+        assert isinstance(source, AsItIs)
+        arrived = Mark()
+        with self._lock:
+            self._wait(self._unpacking, after)
+            self._set(self._copies, arrived)
+            self._wait(self._unpacking, arrived)
+            for half in (slice(0, len(target) // 2), slice(len(target) // 2, None)):
+                write = partial(target[half].copy_, source.flat[half])
+                self._unpacking.append(partial(self._do, write))
+            self._set(self._unpacking, done)
+            self._set(self._unpacking, self._unpacked)
+        self._continue()
 
     def wait(self, mark: object) -> None:
         self._wait(self._computation, mark)
@@ -74,7 +98,7 @@ class Streams:
         with self._lock:
             asked = mark.asked
             while mark.reached < asked:
-                assert self._step(self._computation, self._copies), (
+                assert self._step(self._computation, self._copies, self._unpacking), (
                     "the streams wait for one another"
                 )
 
@@ -108,9 +132,9 @@ class Streams:
 
     def _continue(self) -> None:
         with self._lock:
-            streams = [self._computation, self._copies]
-            # Often one stands still.
-            chosen = self._random.sample(streams, self._random.choice((1, 1, 2)))
+            streams = [self._computation, self._copies, self._unpacking]
+            # Often some stand still.
+            chosen = self._random.sample(streams, self._random.choice((1, 1, 2, 3)))
             for _ in range(self._random.randrange(6)):
                 self._step(*chosen)
 
@@ -122,13 +146,14 @@ def check(weight: Tensor, number: int, wrong: list[int]) -> None:
 
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("host_budget_bytes", [None, 0, 9 * 1024])
+@pytest.mark.parametrize("packed", [False, True])
 def test_a_block_is_what_it_is_lent_as_until_it_has_been_computed_with(
-    sizes: tuple[int, int, int], host_budget_bytes: int | None
+    sizes: tuple[int, int, int], host_budget_bytes: int | None, packed: bool
 ) -> None:
     readers = Readers()
     wrong: list[int] = []
     for seed in range(60):
-        go_through_phases(seed, sizes, host_budget_bytes, readers, wrong)
+        go_through_phases(seed, sizes, host_budget_bytes, packed, readers, wrong)
     readers.close()
     assert wrong == []
 
@@ -137,6 +162,7 @@ def go_through_phases(
     seed: int,
     sizes: tuple[int, int, int],
     host_budget_bytes: int | None,
+    packed: bool,
     readers: Readers,
     wrong: list[int],
 ) -> None:
@@ -155,6 +181,10 @@ def go_through_phases(
     ]
     host = HostStore(readers, pin=False)
     host.keep([*generation, *understanding, *head], host_budget_bytes, streams)
+    for block in [*understanding, *head] if packed else ():
+        kept = host._kept.get(block)
+        if isinstance(kept, Tensor):
+            host._kept[block] = AsItIs(kept)
 
     def new_memory() -> Tensor:
         return new_buffer(2 * max(sizes) + chance.randrange(10) * sizes[1], CPU)
@@ -181,3 +211,53 @@ def go_through_phases(
     end = streams.new_mark()
     streams.computed(end)
     streams.finish(end)
+
+
+def weight_block(name: str, rows: int) -> Block:
+    """Returns a block of a matrix in bfloat16, the same for the same name."""
+    with torch.device("meta"):
+        module = nn.Linear(4096, rows, bias=False, dtype=torch.bfloat16)
+
+    def fill(flat: Tensor) -> None:
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        view = layout.views(flat)["weight"]
+        view.copy_(0.02 * torch.randn(view.shape, generator=generator))
+
+    layout = layout_of(module)
+    return Block(name=name, module=module, layout=layout, parts=(fill,))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("num_heads", [1, 2])
+@pytest.mark.parametrize("kept", [0, 1, 3])
+def test_packed_blocks_on_a_gpu_leave_those_alone_that_come_after_them(
+    num_heads: int, kept: int
+) -> None:
+    """A sparse model has large blocks for text and small ones for images in the same memory."""
+    device, readers = torch.device("cuda"), Readers()
+    text = [weight_block(f"text {number}", 16_384) for number in range(4)]
+    head = [weight_block(f"head {number}", 8_192) for number in range(num_heads)]
+    images = [weight_block(f"images {number}", 4_096) for number in range(6)]
+    lane = lane_for(device)
+    host = HostStore(readers, pin=True, pack_on=device)
+    host.keep([*images, *text, *head], None, lane, packed=frozenset([*text, *head]))
+    assert all(isinstance(host._kept[block], Packed) for block in text)
+    expected = {}
+    for block in [*images, *text, *head]:
+        flat = new_buffer(block.layout.num_bytes, CPU)
+        block.parts[0](flat)
+        expected[block] = block.layout.views(flat)["weight"].to(device)
+    size, small = text[0].layout.num_bytes, images[0].layout.num_bytes
+    pool = Pool(new_buffer(2 * size + kept * small, device), host, lane)
+    wrong = torch.zeros((), dtype=torch.int64, device=device)
+    for order, keep in [(text, False), (images, True), ([*text, *head], True), (images, True)] * 6:
+        pool.schedule(order, keep=keep)
+        for _ in range(3 if keep else 1):
+            for block in order:
+                with pool.lend(block) as module:
+                    wrong += (module.get_parameter("weight") != expected[block]).sum()
+    assert int(wrong) == 0
+    pool.release()
+    host.close(lane)
+    readers.close()
