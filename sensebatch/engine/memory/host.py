@@ -232,7 +232,10 @@ class HostStore:
     def _read_packed(self, block: Block, device: torch.device) -> Tensor | Packed | None:
         # Memory that was touched and pinned before is filled, and copied from, much faster.
         size = block.layout.num_bytes
-        raw, pins = self._raw.pop() if self._raw else self._new_pinned(self._largest)
+        try:
+            raw, pins = self._raw.pop()
+        except IndexError:
+            raw, pins = self._new_pinned(self._largest)
         self._fill(block, raw[:size])
         of_packed: list[PinnedMemory] = []
 
@@ -244,14 +247,16 @@ class HostStore:
         with self._packing:
             packed = pack(raw[:size], device, new)
             fits = self._fits(block, size if packed is None else packed.nbytes)
-        if fits and packed is None:
-            self._pins[block] = pins
-            return raw[:size]
+        kept: Tensor | Packed | None = packed if fits else None
+        if packed is None:
+            of_packed.clear()
+            if fits:
+                # Not what it was read into, which is as large as the largest block.
+                kept = new(size).copy_(raw[:size])
         self._raw.append((raw, pins))
-        if not fits:
-            return None
-        self._pins[block] = of_packed
-        return packed
+        if kept is not None:
+            self._pins[block] = of_packed
+        return kept
 
     def _fits(self, block: Block, num_bytes: int) -> bool:
         """Returns whether there is room for a block that takes so many bytes."""

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from sensebatch.engine.memory import host as host_module
 from sensebatch.engine.memory.blocks import Block, layout_of, new_buffer
 from sensebatch.engine.memory.host import HostStore
 from sensebatch.engine.memory.lanes import CpuLane
@@ -183,6 +184,27 @@ def test_blocks_that_cannot_be_packed_stay_within_the_budget(
                 found = module.get_parameter(name).view(torch.int16)
                 assert torch.equal(found, view.view(torch.int16))
     host.close(lane)
+    readers.close()
+
+
+def test_blocks_that_cannot_be_packed_leave_what_they_were_read_into(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is as large as the largest block, and what a device unpacks is compared there."""
+    monkeypatch.setattr(passes, "MAX_EXCEPTION_BYTES", 1 << 12)
+    # One at a time, so that the last one is read into what the first was packed from.
+    monkeypatch.setattr(host_module, "NUM_KEEPERS", 1)
+    large = [layer_block(0, torch.float32), layer_block(1), wild_block(2)]
+    readers = Readers()
+    host = HostStore(readers, pin=False, pack_on=CPU)
+    host.keep(large, None, CpuLane(), packed=large)
+    packed, whole = host._kept[large[1]], host._kept[large[2]]
+    assert isinstance(packed, Packed)
+    assert isinstance(whole, Tensor)
+    assert whole.untyped_storage().nbytes() == large[2].layout.num_bytes
+    expected = new_buffer(whole.nbytes, CPU)
+    large[2].parts[0](expected)
+    assert torch.equal(whole, expected)
     readers.close()
 
 
