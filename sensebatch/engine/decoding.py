@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from sensebatch.engine.graphs import Recorder, Recordings
+from sensebatch.engine.graphs import Recorder, Recordings, uncollected
 from sensebatch.engine.model.kv_cache import KVCache, SharedRoom, part_caches
 from sensebatch.engine.model.lockstep import Pass, run, run_together
 from sensebatch.engine.model.network import Network
@@ -232,7 +232,8 @@ class FastDecoder:
         if self._graph is None:
             self._graph = torch.cuda.CUDAGraph()
             # Other threads may use the device meanwhile.
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            captured = torch.cuda.graph(self._graph, capture_error_mode="thread_local")
+            with uncollected(), captured:
                 run(self._compute())
         self._graph.replay()
 

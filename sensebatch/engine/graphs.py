@@ -8,7 +8,9 @@ writes has to stay where it is for as long as it is replayed.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
@@ -48,15 +50,35 @@ class CudaRecorder:
             torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         # Not `torch.cuda.graph`, which waits for the device each time.
-        with torch.cuda.stream(self._stream):
+        with uncollected(), torch.cuda.stream(self._stream):
             # Other threads may use the device meanwhile.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 compute()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                # Says what is wrong, which the end of a recording that is broken off does not.
+                with suppress(RuntimeError):
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         self._last = graph
         return graph.replay
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Holds back the garbage collector while a graph is recorded.
+
+    It may come upon graphs, kernels or pinned memory, and what frees these breaks the recording
+    off. Source: pytorch/pytorch pull request 161037.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import gc
 import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -235,6 +236,71 @@ def test_a_module_that_is_gone_is_not_replayed() -> None:
         computed.clear()
         del module
         assert there() is None
+
+
+class Capture:
+    """A CUDA graph; an error breaks its capture off."""
+
+    def __init__(self) -> None:
+        self.is_open = self.is_broken = False
+
+    def capture_begin(self, **_: object) -> None:
+        self.is_open = True
+
+    def capture_end(self) -> None:
+        self.is_open = False
+        if self.is_broken:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def replay(self) -> None:
+        """Computes nothing."""
+
+
+@pytest.fixture
+def capture(monkeypatch: pytest.MonkeyPatch) -> Capture:
+    """Returns what a recorder captures next, without a device."""
+    only = Capture()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: only)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(graphs, "_recording_stream", lambda _: None)
+    return only
+
+
+def test_what_breaks_a_recording_off_is_what_is_raised(capture: Capture) -> None:
+    def compute() -> None:
+        capture.is_broken = True
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    recorder = CudaRecorder(torch.device("cuda"))
+    with pytest.raises(torch.OutOfMemoryError):
+        recorder.record(compute)
+    assert not capture.is_open
+    assert gc.isenabled()
+
+
+def test_nothing_is_collected_while_a_graph_is_recorded(capture: Capture) -> None:
+    """What frees graphs, kernels and pinned memory is not allowed then."""
+    freed: list[bool] = []
+
+    class Cycle:
+        def __init__(self) -> None:
+            self.own = self
+
+        def __del__(self) -> None:
+            freed.append(capture.is_open)
+
+    def compute() -> None:
+        Cycle()
+        # More than the collector waits for.
+        assert len([[] for _ in range(100_000)]) > gc.get_threshold()[0]
+
+    recorder = CudaRecorder(torch.device("cuda"))
+    recorder.record(compute)
+    gc.collect()
+    assert freed == [False]
+    assert gc.isenabled()
 
 
 @interpreted
