@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Protocol
 
 import torch
@@ -73,7 +74,7 @@ class CudaLane:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+        self._stream, self._unpacking = _streams(device)
         self._device = device
         self._unpacker: _Unpacker | None = None
 
@@ -103,7 +104,7 @@ class CudaLane:
         assert isinstance(after, torch.cuda.Event)
         assert isinstance(done, torch.cuda.Event)
         if self._unpacker is None:
-            self._unpacker = _Unpacker(self._device, self._stream)
+            self._unpacker = _Unpacker(self._device, self._stream, self._unpacking)
         self._unpacker.unpack(target, source, after, done)
 
     def wait(self, mark: object) -> None:
@@ -115,6 +116,16 @@ class CudaLane:
         """See `Lane`."""
         assert isinstance(mark, torch.cuda.Event)
         mark.synchronize()
+
+
+@functools.cache
+def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """Returns the streams of copies and of unpacking, the same ones for all lanes.
+
+    Torch has 32 and hands them out in turn. In time, a lane would get the one that graphs are
+    recorded in, and what another thread copies there meanwhile would be recorded and not copied.
+    """
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
 class Leash:
@@ -156,15 +167,18 @@ class _Unpacker:
     Args:
         device: A CUDA device.
         copies: The stream of the copies.
+        stream: Where it unpacks.
     """
 
-    def __init__(self, device: torch.device, copies: torch.cuda.Stream) -> None:
+    def __init__(
+        self, device: torch.device, copies: torch.cuda.Stream, stream: torch.cuda.Stream
+    ) -> None:
         # Needs Triton.
         from sensebatch.engine.memory import packing_kernels
 
         self._kernels = packing_kernels
         self._copies = copies
-        self._stream = torch.cuda.Stream(device)
+        self._stream = stream
         size = packed_chunk_bytes(passes.PACKING_CHUNK)
         self._slots = [_Slot(size, device), _Slot(size, device)]
         self._exceptions = _Slot(passes.MAX_EXCEPTION_BYTES, device)
