@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 
 from sensebatch.engine import graphs
 from sensebatch.engine.decoding import Choose, Decoder, new_decoder, step_together
+from sensebatch.engine.device.memory import translated_out_of_memory
 from sensebatch.engine.model.kv_cache import KVCache, part_caches, room_bytes
 from sensebatch.engine.model.lockstep import run_together
 from sensebatch.engine.sampling.text import Writing
+from sensebatch.errors import OutOfMemoryError
 from sensebatch.plan import passes
 
 if TYPE_CHECKING:
@@ -121,27 +123,48 @@ def _make_rooms(
         if text not in active:
             text.decoder = None
             runner.park(text.caches)
+    waiting = [*active]
     if room is not None:
         # Before caches grow.
         room.fill(left_bytes(room, active, tokens))
-    for text in active:
+        try:
+            with translated_out_of_memory("text found no room"):
+                _give_rooms(runner, waiting, tokens, recorder)
+        except OutOfMemoryError:
+            # There is as much as was counted, but in holes that are too small.
+            pass
+        if waiting:
+            room.fill(0)
+    _give_rooms(runner, waiting, tokens, recorder)
+    return active
+
+
+def _give_rooms(
+    runner: Runner, waiting: list[Text], tokens: int, recorder: graphs.Recorder | None
+) -> None:
+    """Makes room for more tokens of texts, which then no longer wait.
+
+    Where memory runs out, the others still do; it can be called again.
+    """
+    while waiting:
+        text = waiting[0]
         wanted = _wanted(text, tokens)
         if text.decoder is not None:
             text.decoder.grow(wanted)
-            continue
-        text.decoder = new_decoder(
-            runner.network,
-            text.caches,
-            max(text.writing.left, 1),
-            extend=runner.appending,
-            # Weights may move whenever there is more text.
-            as_graph=False,
-            choose=text.choose,
-            room_tokens=wanted,
-            # Steps are made one after the other, so all may use the same memory.
-            recorder=recorder,
-        )
-    return active
+        else:
+            text.decoder = new_decoder(
+                runner.network,
+                text.caches,
+                max(text.writing.left, 1),
+                extend=runner.appending,
+                # Weights may move whenever there is more text.
+                as_graph=False,
+                choose=text.choose,
+                room_tokens=wanted,
+                # Steps are made one after the other, so all may use the same memory.
+                recorder=recorder,
+            )
+        waiting.pop(0)
 
 
 def left_bytes(room: TextRoom, active: Sequence[Text], tokens: int) -> int:

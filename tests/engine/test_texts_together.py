@@ -22,7 +22,7 @@ from sensebatch.engine.tasks.ask import RUNNER as ASK
 from sensebatch.engine.tasks.registry import TaskRunner
 from sensebatch.engine.tasks.single_image import RUNNER as SINGLE_IMAGE
 from sensebatch.engine.tasks.state import PreparedJob
-from sensebatch.engine.writing import Text, _make_rooms
+from sensebatch.engine.writing import Text, TextRoom, _make_rooms, write_together
 from sensebatch.jobs import Failure, JobResult
 from sensebatch.plan import passes
 from tests.engine.golden_model import build_job, build_runner, infer
@@ -118,6 +118,57 @@ def test_a_text_gets_no_more_room_than_it_may_write() -> None:
         # One that is shared is there once.
         SharedRoom(text.caches, 5)
         assert held_bytes(text.caches) == room_bytes(text.caches, 5)
+
+
+@pytest.mark.parametrize(
+    "fused", [False, pytest.param(True, marks=[interpreted, pytest.mark.slow])]
+)
+def test_weights_give_up_what_they_have_where_a_room_finds_no_memory(
+    monkeypatch: pytest.MonkeyPatch, fused: bool
+) -> None:
+    """Caches that were half moved are moved again."""
+    runner, _ = thinking("dense_fm", fused=fused)
+    monkeypatch.setattr(passes, "TEXT_ROOM_TOKENS", 2)
+    monkeypatch.setattr("sensebatch.engine.model.attention_kernels.ATTENTION_SPLITS", 2)
+    fills: list[int] = []
+    left: list[int] = []
+    new_empty = torch.Tensor.new_empty
+
+    def fill(num_bytes: int) -> None:
+        fills.append(num_bytes)
+        left.clear()
+        if num_bytes and not is_roomy:
+            # Of the first cache or room, a layer does not fit.
+            left.append(1)
+
+    def limited(self: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        found = new_empty(self, *args, **options)
+        if left and found.numel():
+            if not left[0]:
+                left.clear()
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            left[0] -= 1
+        return found
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", limited)
+    found = []
+    with infer():
+        for is_roomy in (True, False):
+            texts = [text_after(runner, [(5, 9), (7,)], 3), text_after(runner, [(3,)], 5)]
+            fills.clear()
+            write_together(runner, texts, TextRoom(num_bytes=1 << 30, fill=fill))
+            decoded = [text.writing.decoded for text in texts]
+            caches = [cache for text in texts for cache in text.caches]
+            found.append((decoded, [[*cache.read(0), *cache.read(-1)] for cache in caches]))
+            assert (
+                [bool(num_bytes) for num_bytes in fills] == [True] * 3
+                if is_roomy
+                else [True, False] * 3
+            )
+    (expected, expected_keys), (decoded, keys) = found
+    assert decoded == expected
+    for own, others in zip(keys, expected_keys, strict=True):
+        assert all(map(torch.equal, own, others))
 
 
 @pytest.mark.parametrize("config", ["dense_fm", "moe"])

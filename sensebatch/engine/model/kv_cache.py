@@ -84,7 +84,8 @@ class KVCache:
         """
         assert self._parcel is None, "a waiting cache must be brought back first"
         needed = self.length + num_tokens
-        capacity = self._layers[0].shape[1]
+        # Of the layer that grows last, in case memory ran out before it did.
+        capacity = self._layers[-1].shape[1]
         if needed <= capacity:
             return
         size = capacity + GROWTH_TOKENS if num_tokens == 1 else needed
