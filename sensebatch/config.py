@@ -282,8 +282,10 @@ def scheduled(given: Mapping[str, Any]) -> dict[str, Any]:
     if values.get("quality") in list(Quality):
         preset = PRESETS[Quality(values["quality"])]
         values = {**NEUTRAL, **preset, **values}
-    timesteps = values.get("timesteps")
-    if isinstance(timesteps, list | tuple) and timesteps:
+    timesteps = values.get("timesteps", ())
+    if not isinstance(timesteps, list | tuple):
+        return values
+    if timesteps:
         values |= {"num_steps": len(timesteps) + 1, "timestep_shift": 1.0}
     elif "num_steps" in values or "timestep_shift" in values:
         values["timesteps"] = ()

@@ -507,10 +507,10 @@ def _contradictions(
         implied = scheduled({"timesteps": timesteps})
         for name in ("num_steps", "timestep_shift"):
             value = section.get(name)
-            if isinstance(value, int | float) and value != implied[name]:
+            if value is not None and value != implied[name]:
                 yield (
                     f"{place(['tasks', task, name])}: expected none beside timesteps, or "
-                    f"{implied[name]:g}, which they come to, found {value:g}"
+                    f"{implied[name]:g}, which they come to, found {found(value)}"
                 )
 
 

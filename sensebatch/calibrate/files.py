@@ -13,6 +13,7 @@ from sensebatch.calibrate.run import Variant, Verdict
 from sensebatch.declarations import plain
 from sensebatch.report.sheet import Tile, contact_sheet
 from sensebatch.store.files import write_atomic
+from sensebatch.units import counted
 from sensebatch.yaml_values import dump_yaml
 
 SHEET, FIGURES = "sheet.png", "calibration.json"
@@ -80,7 +81,7 @@ def _config(verdicts: Sequence[Verdict], num_steps: int, *, model: str, made_by:
         lines.append(
             f"#   {best.psnr_db:.1f} dB from the converged image (as it is: {base.psnr_db:.1f}), "
             f"{best.image_s:.2f} s an image ({base.image_s:.2f}), "
-            f"means of {verdict.num_judged} images that the search did not see."
+            f"means of {counted(verdict.num_judged, 'image')} that the search did not see."
         )
     return "\n".join(lines) + "\n" + dump_yaml({"tasks": tasks})
 

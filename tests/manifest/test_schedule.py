@@ -130,6 +130,27 @@ def test_steps_beside_timesteps_of_flags_are_a_mistake_as_well() -> None:
 
 
 @pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("{timesteps: 0.5, num_steps: 3}", "timesteps: expected a list, found 0.5"),
+        ("{timesteps: '0.5', quality: fast}", "timesteps: expected a list, found '0.5'"),
+        (
+            "{timesteps: [0.5], num_steps: '9'}",
+            "num_steps: expected none beside timesteps, or 2, which they come to, found '9'",
+        ),
+    ],
+)
+def test_values_of_another_type_are_not_replaced_by_what_others_imply(
+    tmp_path: Path, section: str, message: str
+) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text(f"tasks: {{t2i: {section}}}", encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        resolve_settings(config_file=path)
+    assert str(caught.value) == f"{path}: line 1: tasks.t2i.{message}"
+
+
+@pytest.mark.parametrize(
     ("timesteps", "message"),
     [
         ([0.5, 0.5], "expected rising timesteps"),
