@@ -312,7 +312,7 @@ def draw_curves(points: Sequence[Point], path: Path) -> None:
 def main(
     out: Annotated[Path, typer.Option(help="Folder for quality.json, .md and .png.")],
     model: Annotated[str, typer.Option(help="Checkpoint folder, or tiny.")] = TINY_MODEL,
-    count: Annotated[int, typer.Option(help="Examples of each kind.")] = 48,
+    count: Annotated[int, typer.Option(min=1, help="Examples of each kind.")] = 48,
     first: Annotated[int, typer.Option(help="Number of the first example.")] = 20_000,
     converged_steps: Annotated[
         int, typer.Option(help="Steps of the converged images; 0 to count right answers alone.")
@@ -334,8 +334,8 @@ def main(
     """Measures how near every way to take steps comes to the converged image."""
     names = _known("kinds", kinds.split(","), RIGHT)
     methods = _known("method", method or [], METHODS)
-    steps = _numbers("num-steps", num_steps.split(",") if num_steps else [], int)
-    scales = _numbers("guidance", guidance.split(","), float)
+    steps = _numbers("num-steps", num_steps.split(",") if num_steps else [], int, least=1)
+    scales = _numbers("guidance", guidance.split(","), float, least=0)
     config = run_config(device=device, sampling={})
     engine = open_engine(model, replace(config, model=replace(config.model, dtype=dtype)))
     out.mkdir(parents=True, exist_ok=True)
@@ -369,15 +369,21 @@ def _known(option: str, names: list[str], known: Iterable[str]) -> list[str]:
     return names
 
 
-def _numbers(option: str, words: Sequence[str], kind: Callable[[str], Number]) -> list[Number]:
-    """Returns words as numbers; raises BadParameter for what is none."""
+def _numbers(
+    option: str, words: Sequence[str], kind: Callable[[str], Number], *, least: int
+) -> list[Number]:
+    """Returns words as numbers; raises BadParameter for what is none, or is too small."""
     try:
-        return [kind(word) for word in words]
+        numbers = [kind(word) for word in words]
     except ValueError:
+        numbers = []
+    if len(numbers) < len(words) or not all(least <= number < math.inf for number in numbers):
         found = ",".join(words)
         raise typer.BadParameter(
-            f"--{option}: expected numbers with commas between them, found {found!r}"
-        ) from None
+            f"--{option}: expected numbers from {least} on with commas between them, "
+            f"found {found!r}"
+        )
+    return numbers
 
 
 def write(points: Sequence[Point], out: Path) -> None:

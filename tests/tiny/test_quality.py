@@ -113,6 +113,8 @@ def test_no_share_is_found_the_same_for_certain() -> None:
         ({"method": ["euler", "ab2"]}, r"--method: expected one of 'euler, shift 3', .*'euler'$"),
         ({"kinds": "t2i,sketch"}, r"--kinds: expected one of 't2i', .* found 'sketch'$"),
         ({"num_steps": "8,few"}, r"--num-steps: expected numbers .* found '8,few'$"),
+        ({"num_steps": "8,0"}, r"--num-steps: expected numbers from 1 on .* found '8,0'$"),
+        ({"guidance": "nan"}, r"--guidance: expected numbers from 0 on .* found 'nan'$"),
         ({"guidance": ""}, r"--guidance: expected numbers .* found ''$"),
     ],
 )
