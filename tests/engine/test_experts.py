@@ -29,7 +29,7 @@ from tests.golden_data import relative_error
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
-from sensebatch.engine.model import decode_kernels, expert_kernels, kernels
+from sensebatch.engine.model import attention_kernels, decode_kernels, expert_kernels, kernels
 from sensebatch.engine.model.expert_kernels import TILES, fitting, route, tiles_for
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -204,7 +204,7 @@ class Unlaunched:
 
 @pytest.fixture
 def unlaunched(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (kernels, expert_kernels):
+    for module in (attention_kernels, kernels, expert_kernels):
         for name, value in list(vars(module).items()):
             if name.startswith("_") and hasattr(value, "__getitem__") and hasattr(value, "fn"):
                 monkeypatch.setattr(module, name, Unlaunched())
