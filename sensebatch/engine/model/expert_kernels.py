@@ -662,4 +662,6 @@ def warm_up(arch: Architecture, dtype: torch.dtype, device: torch.device) -> Non
         downs = x_TD.new_empty(moe.num_experts, width, inner)
         for tiles in TILES.values():
             hidden_PI = gate_up(x_TD, gates_ups, routes, tiles.gate_up)
-            add_parts(down(hidden_PI, downs, routes, tiles.down), x_TD, x_TD)
+            # Without rows nothing was written to them.
+            parts = down(hidden_PI, downs, routes, tiles.down).zero_()
+            add_parts(parts, x_TD, x_TD)
