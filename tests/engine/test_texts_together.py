@@ -138,7 +138,7 @@ def test_weights_give_up_what_they_have_where_a_room_finds_no_memory(
         fills.append(num_bytes)
         left.clear()
         if num_bytes and not is_roomy:
-            # Of the first cache or room, a layer does not fit.
+            # A layer of the first cache or room does not fit.
             left.append(1)
 
     def limited(self: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:

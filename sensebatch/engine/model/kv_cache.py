@@ -84,7 +84,7 @@ class KVCache:
         """
         assert self._parcel is None, "a waiting cache must be brought back first"
         needed = self.length + num_tokens
-        # Of the layer that grows last, in case memory ran out before it did.
+        # That is what the layer that grows last has, in case memory ran out before it did.
         capacity = self._layers[-1].shape[1]
         if needed <= capacity:
             return

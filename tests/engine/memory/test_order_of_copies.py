@@ -9,6 +9,7 @@ import random
 import zlib
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from threading import RLock
@@ -17,10 +18,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sensebatch.engine.memory import lanes
 from sensebatch.engine.memory.blocks import Block, layout_of, new_buffer
 from sensebatch.engine.memory.host import CPU, HostStore
 from sensebatch.engine.memory.lanes import lane_for
-from sensebatch.engine.memory.packing import Packed
+from sensebatch.engine.memory.packing import Packed, pack
 from sensebatch.engine.memory.pool import Pool
 from sensebatch.engine.memory.readers import Readers
 from tests.engine.memory.test_blocks import plain_block
@@ -211,6 +213,50 @@ def go_through_phases(
     end = streams.new_mark()
     streams.computed(end)
     streams.finish(end)
+
+
+class Event:
+    """As much of a CUDA event as a lane asks for."""
+
+    def __init__(self, **_: object) -> None:
+        self.recorded_in: Stream | None = None
+
+    def record(self, stream: Stream) -> None:
+        self.recorded_in = stream
+
+
+class Stream:
+    """As much of a CUDA stream; what it waits for, in order."""
+
+    def __init__(self) -> None:
+        self.waits: list[tuple[Event, Stream | None]] = []
+
+    def wait_event(self, event: Event) -> None:
+        self.waits.append((event, event.recorded_in))
+
+
+def test_a_lane_copies_after_what_it_unpacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `Streams` does, which shows why."""
+    packing_kernels = pytest.importorskip("sensebatch.engine.memory.packing_kernels")
+    copies, unpacking = Stream(), Stream()
+    monkeypatch.setattr(lanes, "_streams", lambda _: (copies, unpacking))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    for name in ("unpack_chunk", "restore_exceptions"):
+        monkeypatch.setattr(packing_kernels, name, lambda *_: None)
+    lane = lanes.CudaLane(CPU)
+    numbers = (0.02 * torch.randn(4096)).to(torch.bfloat16).view(torch.uint8)
+    packed = pack(numbers, CPU, lambda size: torch.empty(size, dtype=torch.uint8))
+    assert packed is not None
+    after, done = lane.new_mark(), lane.new_mark()
+    lane.copy(numbers.clone(), numbers, after, done)
+    lane.unpack(torch.empty_like(numbers), packed, after, done)
+    assert (done, unpacking) not in copies.waits
+    copies.waits.clear()
+    lane.copy(numbers.clone(), numbers, after, lane.new_mark())
+    (first, second) = copies.waits
+    assert first == (after, None)
+    assert second[1] is unpacking
 
 
 def weight_block(name: str, rows: int) -> Block:
