@@ -120,6 +120,20 @@ def test_a_text_gets_no_more_room_than_it_may_write() -> None:
         assert held_bytes(text.caches) == room_bytes(text.caches, 5)
 
 
+@pytest.mark.parametrize("spare", [-1, 0, 1 << 20])
+def test_weights_get_what_rooms_leave_while_a_layer_moves(spare: int) -> None:
+    runner, _ = thinking("dense_fm")
+    fills: list[int] = []
+    with infer():
+        texts = [text_after(runner, [(5, 9), (7,)], 9), text_after(runner, [(3,)], 2)]
+        rooms = [room_bytes(texts[0].caches, 9), room_bytes(texts[1].caches, 2)]
+        layer = max(rooms) // runner.network.arch.num_layers
+        room = TextRoom(num_bytes=sum(rooms) + layer + spare, fill=fills.append)
+        active = _make_rooms(runner, texts, room, passes.TEXT_ROOM_TOKENS)
+        assert active == texts
+    assert fills == [max(spare, 0)]
+
+
 @pytest.mark.parametrize(
     "fused", [False, pytest.param(True, marks=[interpreted, pytest.mark.slow])]
 )
