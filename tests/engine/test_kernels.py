@@ -29,7 +29,14 @@ from sensebatch.engine.decoding import (
     decoding_operations,
 )
 from sensebatch.engine.model.attention import attend_each, runs_of, sdpa
-from sensebatch.engine.model.kv_cache import KVCache, prefix_table
+from sensebatch.engine.model.kv_cache import (
+    GenerationContext,
+    KVCache,
+    SmallImagesContext,
+    Span,
+    UnderstandingContext,
+    prefix_table,
+)
 from sensebatch.engine.model.network import Network
 from sensebatch.engine.model.operations import Operations, choose_operations, rms_norm
 from sensebatch.engine.model.quantized import (
@@ -483,6 +490,40 @@ def test_images_attend_at_once_as_they_do_alone(tokens: int) -> None:
             torch.cat(both) for both in zip((k[rows], v[rows]), cache.read(0), strict=True)
         )
         assert_equal(out[rows], sdpa(q[rows], keys, values, False))
+
+
+def test_prompts_of_a_pass_attend_at_once_as_they_do_one_by_one() -> None:
+    heads, kv_heads, dim = 8, 2, 16
+    sizes, before = [70, 3, 90], [5, 0, 600]
+    total = sum(sizes)
+    q, (k, v) = noise(total, heads, dim), noise(2, total, kv_heads, dim)
+    caches = [cached(length, length, kv_heads, dim) for length in before]
+    found = []
+    for operations in (RunOperations(), None):
+        spans = [
+            Span(cache=cache.fork(), num_tokens=size, segments=[(0, size, False)])
+            for cache, size in zip(caches, sizes, strict=True)
+        ]
+        context = UnderstandingContext(spans, sdpa, operations)
+        found.append(context.attend(0, slice(0, total), q, k, v))
+    assert_equal(found[0], found[1])
+
+
+def test_small_images_of_every_part_see_their_own_prefixes() -> None:
+    heads, kv_heads, dim, tokens = 8, 2, 16, 48
+    caches = [cached(length, length, kv_heads, dim) for length in (7, 1, 90, 20, 33)]
+    parts = [slice(0, 2), slice(2, 5)]
+    q = noise(len(caches) * tokens, heads, dim)
+    k, v = noise(2, len(q), kv_heads, dim)
+    contexts = (
+        SmallImagesContext(prefix_table(caches), tokens, parts, RunOperations()),
+        GenerationContext(caches, tokens, parts, sdpa),
+    )
+    for part in contexts[0].parts(len(q)):
+        found, expected = (
+            context.attend(0, part, q[part], k[part], v[part]) for context in contexts
+        )
+        assert_equal(found, expected)
 
 
 @EIGHT_BITS
