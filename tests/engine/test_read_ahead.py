@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from sensebatch.config import MemoryConfig
 from sensebatch.contract import Channel, Phase, Progress, Raised
+from sensebatch.engine.model.kv_cache import KVCache
 from sensebatch.engine.model.steps import Paced, run_through
 from sensebatch.engine.tasks import state
 from sensebatch.engine.tasks.single_image import run_single_image
@@ -157,6 +159,32 @@ def test_as_many_steps_are_expected_as_there_are(
             found.append(sum(1 for _ in state.read_prompts(runner, jobs)))
             assert found[-1] == expected
     assert found[0] == found[1] + runner.network.arch.num_layers
+
+
+@pytest.mark.parametrize("system", ["", "a rule. " * 5])
+def test_each_step_gives_memory_to_one_job(system: str) -> None:
+    runner = CountingRunner()
+    batch = [prepared(runner, f"{'y' * 20} {number}", system=system) for number in range(4)]
+    caches: list[KVCache] = []
+    new_cache, fork = runner.network.new_cache, KVCache.fork
+
+    def noted(cache: KVCache) -> KVCache:
+        caches.append(cache)
+        return cache
+
+    with infer(), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(runner.network, "new_cache", lambda: noted(new_cache()))
+        patched.setattr(KVCache, "fork", lambda cache, room=0: noted(fork(cache, room)))
+        steps = state.read_prompts(runner, batch)
+        have_room = []
+        for _ in steps:
+            # The system turn's cache is the first that has memory.
+            have_room.append(sum(bool(cache.layers[0].shape[1]) for cache in caches))
+    branches = len(batch[0].prompts)
+    first = have_room.index(branches + bool(system))
+    gains = [after - before for before, after in pairwise(have_room[first:])]
+    assert gains[:3] == [branches - 1] * 3
+    assert not any(gains[3:])
 
 
 @pytest.mark.slow

@@ -114,14 +114,20 @@ class KVCache:
         shape = (num_tokens, *self._empty.shape[2:])
         return self._empty.new_empty(shape), self._empty.new_empty(shape)
 
-    def fork(self) -> KVCache:
+    def fork(self, num_tokens: int = 0) -> KVCache:
         """Returns a cache that begins with the same tokens and grows independently.
 
-        It shares their memory until it is added to; there is no room after them, so it then takes
-        memory of its own.
+        With room for `num_tokens` it has memory of its own, copied at once: the host would take
+        longer to launch a copy for each layer. Without, it shares the memory until it is added to.
         """
         twin = copy.copy(self)
-        twin._layers = [layer[:, : self.length] for layer in self._layers]
+        twin._layers = cached = [layer[:, : self.length] for layer in self._layers]
+        if num_tokens:
+            assert self._parcel is None, "a waiting cache must be brought back first"
+            size = (2, self.length + num_tokens, *self._empty.shape[2:])
+            twin._layers = [self._empty.new_empty(size) for _ in cached]
+            halves = [half[: self.length] for layer in twin._layers for half in layer.unbind()]
+            torch._foreach_copy_(halves, [half for layer in cached for half in layer.unbind()])
         return twin
 
     def park(self, take: Callable[[int], Parcel]) -> None:

@@ -160,14 +160,14 @@ def read_ahead(runner: Runner, jobs: Sequence[PreparedJob]) -> Paced[CachedPromp
     lengths = [len(prompt.token_ids) for prompt in _read_prompts(jobs)]
     num_passes = len(prompt_passes(lengths)) + (_system_turns(jobs) != list(runner.system_turns))
     num_images = sum(len(job.images) for job in jobs)
-    num_steps = num_images + num_passes * runner.network.arch.num_layers
+    num_steps = num_images + len(jobs) + num_passes * runner.network.arch.num_layers
     return Paced(read_prompts(runner, jobs), num_steps)
 
 
 def read_prompts(
     runner: Runner, jobs: Sequence[PreparedJob], decodes: bool = False
 ) -> Steps[CachedPrompts]:
-    """Caches the prompts of every branch of every job; images and layers are steps.
+    """Caches the prompts of every branch of every job; images, jobs and layers are steps.
 
     What jobs have in common is computed once: the unconditional prompt, which never grows, and each
     system turn. A turn is computed on its own even if only one job has it, so that a job goes
@@ -204,6 +204,7 @@ def read_prompts(
             shared = extension.cache if branch == UNCOND else shared
             extensions.append(extension)
         found.append(caches)
+        yield
     # Free a turn that is not kept as soon as its jobs have copied it.
     del system_turns, system
     hidden_SD = yield from runner.prefill_by_layer(extensions)
@@ -225,12 +226,23 @@ def _read_prompts(jobs: Sequence[PreparedJob]) -> list[Prompt]:
 def _extension(
     runner: Runner, prompt: Prompt, embeds: Sequence[Tensor], system: KVCache | None
 ) -> Extension:
-    """Returns a prompt that is to be cached, after its system turn if that is already cached."""
+    """Returns a prompt that is to be cached, after its system turn if that is already cached.
+
+    It has its memory from here on, unless caches wait in host memory: room for all jobs in one
+    step would take the host longer than the device has work queued.
+    """
+    has_room = runner.limits.park is None
     if system is None:
-        return runner.new_extension(prompt, embeds)
+        extension = runner.new_extension(prompt, embeds)
+        if has_room:
+            extension.cache.reserve(len(prompt.token_ids))
+        return extension
+    own = prompt.after_system()
+    if has_room:
+        runner.bring([system])
     return Extension(
-        cache=system.fork(),
-        prompt=prompt.after_system(),
+        cache=system.fork(len(own.token_ids) if has_room else 0),
+        prompt=own,
         embeds=embeds,
         num_shared=prompt.num_system,
     )

@@ -85,6 +85,22 @@ def test_a_fork_of_a_cache_that_waits_continues_by_itself() -> None:
     assert same(content(cache), expected)
 
 
+@pytest.mark.parametrize(("length", "spare"), [(5, 0), (5, 3), (0, 2)])
+def test_a_fork_with_room_has_memory_of_its_own(length: int, spare: int) -> None:
+    cache = filled(length, room=spare)
+    expected = content(cache)
+    twin = cache.fork(4)
+    memory = [layer.data_ptr() for layer in twin.layers]
+    assert same(content(twin), expected)
+    twin.reserve(4)
+    assert [layer.data_ptr() for layer in twin.layers] == memory
+    for layer in range(LAYERS):
+        write(twin, layer, torch.ones(2, 4, HEADS, DIM))
+        for half in twin.read(layer):
+            half.fill_(2)
+    assert same(content(cache), expected)
+
+
 def test_pages_are_free_once_nothing_waits_in_them() -> None:
     pages = Pages(pin=False, page_bytes=64)
     cache = filled(5)
