@@ -105,6 +105,8 @@ class Residency:
             lane,
             packed=frozenset([*self._understanding, *self._head]),
         )
+        # What was packed, and a block that was unpacked, lay where no two blocks would fit.
+        empty_cache(device)
         if self._whole:
             self._pool = Pool(new_buffer(sum(sizes), device), self._host, lane, sizes)
         else:

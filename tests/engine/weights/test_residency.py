@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sensebatch.engine.memory.host import HostStore
 from sensebatch.engine.memory.packing import Packed
 from sensebatch.engine.model import transformer
 from sensebatch.engine.model.attention import sdpa
@@ -342,3 +343,34 @@ def test_what_text_goes_through_is_packed_and_gives_the_same_bits() -> None:
         assert packed == {one.name for one in kept if packs and "generation" not in one.name}
         assert len(packed) == packs * (loader.arch.num_layers + 1)
     assert torch.equal(*found)
+
+
+def test_what_packing_took_goes_back_before_blocks_get_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two blocks of a sparse model do not fit where one of them was unpacked."""
+    case = load_case("dense_fm", "t2i_think_end")
+    done: list[str] = []
+
+    def noting(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*values: Any, **named: Any) -> Any:
+            done.append(name)
+            return call(*values, **named)
+
+        return noted
+
+    for owner, name in (
+        (HostStore, "keep"),
+        (residency_module, "empty_cache"),
+        (residency_module, "Pool"),
+    ):
+        monkeypatch.setattr(owner, name, noting(name, getattr(owner, name)))
+    source = RuleWeights(rule_weights(case.config, case.weight_edits))
+    loader = NetworkLoader(
+        arch=golden_architecture(case.config),
+        source=source,
+        device=torch.device("cpu"),
+        dtype=torch.bfloat16,
+    )
+    Residency(loader.new_network(), source, make_placement(2), loader.device, packs=True)
+    assert done == ["keep", "empty_cache", "Pool"]
