@@ -90,23 +90,27 @@ class HostMemory:
             working: `host_working_bytes` of the batch, and `prepared_bytes` of the next.
             streams: Whether blocks come from host memory rather than stay on the device.
         """
-        if not streams:
-            capped = self.process_bytes is not None and self.is_apart
-            return not capped or self._besides(working) <= (self.process_bytes or 0)
+        if not streams and (self.process_bytes is None or not self.is_apart):
+            return True
         if self.process_bytes is not None:
-            return self._besides(working) + self._least_weights <= self.process_bytes
+            return self.least_bytes(working, streams=streams) <= self.process_bytes
         weights = min(self._blocks + self.weights.embeddings, self._free_for_weights)
         return weights + self.num_workers * working <= int(self.free_bytes * RUN_SHARE)
 
     def least_bytes(self, working: int, *, streams: bool) -> int:
         """Returns the smallest budget that would do."""
-        return self._besides(working) + (self._least_weights if streams else 0)
+        if streams:
+            return self._besides(working) + self._least_weights
+        return max(self._besides(working), self._passing_through)
 
     def block_bytes(self, working: int) -> int:
         """Returns what is left for blocks beside the run's most demanding batch."""
         left = self._free_for_weights
         if self.process_bytes is not None:
             left = self.process_bytes - self._besides(working)
+            if self.process_bytes < self._loading + self.weights.embeddings + self._blocks:
+                # With one block less, staging buffers take the place of what blocks are packed in.
+                left = min(left, self._blocks + self.weights.embeddings - 1)
         # Embeddings are looked up in host memory, whatever is left for blocks.
         left -= self.weights.embeddings
         if left < self._blocks:
@@ -122,18 +126,32 @@ class HostMemory:
             blocks: What `block_bytes` returns.
             streams: See `holds`.
         """
+        if not streams:
+            return max(self._besides(working), self._passing_through)
         kept = self._blocks
-        if kept > blocks:
+        if kept <= blocks:
+            besides = max(self._besides(working), self._loading)
+        else:
             others = (self.num_workers - 1) * self._staging
             kept = max(blocks, self._staging) + others
-        # With all weights on the device the program is largest while embeddings pass through.
-        held = self.weights.embeddings + kept if streams else 0
-        loading = LOADING_BYTES + self.weights.embeddings
-        return max(self._besides(working) + held, self.num_workers * loading)
+            besides = self._besides(working)
+        return besides + self.weights.embeddings + kept
 
     def _besides(self, working: int) -> int:
         """Returns what the processes take besides weights."""
         return self.num_workers * (PROGRAM_BYTES + working)
+
+    @property
+    def _loading(self) -> int:
+        """What the processes take besides weights while all blocks are read, and packed."""
+        packing = self.weights.packing if self.num_workers == 1 else 0
+        return self.num_workers * LOADING_BYTES + packing
+
+    @property
+    def _passing_through(self) -> int:
+        """What they take while weights go to the device for good: embeddings, or then blocks."""
+        passing = max(self.weights.embeddings, self._staging)
+        return self.num_workers * (LOADING_BYTES + passing)
 
     @property
     def _blocks(self) -> int:

@@ -50,6 +50,9 @@ PACKING_CHUNK = 1 << 24
 """Numbers of a packed block that are unpacked at a time."""
 PACKED_SHARE = 0.755
 """The part of its bytes that a packed block is planned to take: 3/4 and some exceptions."""
+NUM_PACKED = 2
+"""Host buffers that blocks are read into before they are packed: one is filled while another one is
+packed."""
 MAX_EXCEPTION_BYTES = 6 << 20
 """Exceptions of a packed block; one with more of them stays as it is."""
 PAGE_BYTES = 16 << 20

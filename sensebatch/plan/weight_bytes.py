@@ -14,7 +14,7 @@ from sensebatch.checkpoint.tensors import (
     head_part_rows,
 )
 from sensebatch.plan.computation import Computation
-from sensebatch.plan.passes import PACKED_SHARE, unpacking_bytes
+from sensebatch.plan.passes import NUM_PACKED, PACKED_SHARE, unpacking_bytes
 
 SCALE_BYTES = 4
 """A float32: the scale of a row of 8-bit numbers."""
@@ -40,6 +40,8 @@ class WeightBytes:
     """The same in host memory that one process has to itself."""
     unpacking: int
     """Device memory that packed blocks pass through; 0 if none are packed."""
+    packing: int
+    """Host memory that blocks are read into before they are packed; 0 if none are."""
     understanding_layers: int
     """The decoder layers of the understanding expert."""
     generation_layers: int
@@ -97,6 +99,7 @@ def weight_bytes(computation: Computation) -> WeightBytes:
     parts = head_part_rows(arch)
     kept = max(size for (group, _), size in layers.items() if group is TensorGroup.GENERATION)
     part = parts[0] * arch.hidden_size * item_bytes
+    largest = max(*layers.values(), part)
     text = max(size for (group, _), size in layers.items() if group is TensorGroup.UNDERSTANDING)
     head = vocabulary * item_bytes
     experts = [
@@ -108,7 +111,8 @@ def weight_bytes(computation: Computation) -> WeightBytes:
     return WeightBytes(
         packed_blocks=packed,
         unpacking=unpacking_bytes() if computation.packs else 0,
-        block=max(*layers.values(), part),
+        packing=NUM_PACKED * largest if computation.packs else 0,
+        block=largest,
         kept_block=kept,
         text_block=max(text, part),
         num_generation=arch.num_layers,

@@ -9,11 +9,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sensebatch.checkpoint.files import open_checkpoint
 from sensebatch.errors import ConfigError
 from sensebatch.plan.batches import Demand
-from sensebatch.plan.host import PROGRAM_BYTES, prepared_bytes
+from sensebatch.plan.computation import Computation
+from sensebatch.plan.host import (
+    ENOUGH_BYTES,
+    LOADING_BYTES,
+    PROGRAM_BYTES,
+    HostMemory,
+    prepared_bytes,
+)
 from sensebatch.plan.load import Load
-from sensebatch.plan.passes import NUM_STAGING
+from sensebatch.plan.passes import NUM_PACKED, NUM_STAGING
 from sensebatch.plan.weight_bytes import weight_bytes
 from sensebatch.resolutions import Resolution
 from sensebatch.tasks import Branch
@@ -107,7 +115,7 @@ def test_workers_of_a_host_share_its_budget() -> None:
 
 
 def test_a_host_budget_must_cover_the_program_with_all_weights_on_the_device() -> None:
-    with pytest.raises(ConfigError, match=r"max_memory: expected cpu to be at least 1\.\d\d GiB"):
+    with pytest.raises(ConfigError, match=r"max_memory: expected cpu to be at least 2\.\d\d GiB"):
         place_all(vram_mode="full", device_free=80 * GIB, host_budget_bytes=GIB)
     # Host and device are one: the program is smaller, and nobody knows by how much.
     assert placed(vram_mode="full", host_budget_bytes=GIB).num_buffers is None
@@ -139,3 +147,31 @@ def test_a_host_budget_is_never_exceeded(
     for placement in chosen.groups.values():
         assert placement.host_bytes <= memory["host_budget_bytes"]
     assert len({placement.host_block_bytes for placement in chosen.groups.values()}) == 1
+
+
+@pytest.mark.parametrize("spare", [-1, 0])
+def test_blocks_are_packed_within_a_host_budget(spare: int) -> None:
+    """What they are read into is as large as two blocks, and there until the last is packed."""
+    weights = weight_bytes(replace(COMPUTATION, packs=True))
+    packing = NUM_PACKED * weights.block
+    assert LOADING_BYTES + packing > PROGRAM_BYTES
+    enough = LOADING_BYTES + packing + weights.embeddings + weights.packed_blocks
+    host = HostMemory(
+        weights=weights, free_bytes=ENOUGH_BYTES, process_bytes=enough + spare, is_apart=True
+    )
+    blocks = host.block_bytes(0)
+    assert (blocks >= weights.packed_blocks) == (spare >= 0)
+    assert host.peak_bytes(0, blocks, streams=True) <= enough + spare
+
+
+@pytest.mark.parametrize("model", ["synthetic:8b", "synthetic:a3b"])
+def test_weights_pass_through_the_host_within_a_budget(model: str) -> None:
+    computation = Computation(arch=open_checkpoint(model).architecture, item_bytes=2)
+    weights = weight_bytes(computation)
+    passing = max(weights.embeddings, NUM_STAGING * weights.block)
+    host = HostMemory(
+        weights=weights, free_bytes=ENOUGH_BYTES, process_bytes=2 * GIB, is_apart=True
+    )
+    assert not host.holds(0, streams=False)
+    assert host.least_bytes(0, streams=False) == LOADING_BYTES + passing
+    assert host.peak_bytes(0, 0, streams=False) == LOADING_BYTES + passing

@@ -28,12 +28,10 @@ from sensebatch.engine.memory.packing import Packed, pack
 from sensebatch.engine.memory.readers import Readers
 from sensebatch.engine.memory.shared import SharedBuffers
 from sensebatch.errors import DeviceError, OutOfMemoryError
-from sensebatch.plan.passes import NUM_STAGING, PACKED_SHARE
+from sensebatch.plan.passes import NUM_PACKED, NUM_STAGING, PACKED_SHARE
 
 NUM_KEEPERS = 4
 """How many kept blocks are read and pinned at the same time."""
-NUM_PACKED = 2
-"""How many of them are packed at the same time: one is read while another one is packed."""
 CPU = torch.device("cpu")
 BLOCKS = "blocks"
 """What kept blocks are called where they are shared."""
