@@ -193,3 +193,18 @@ def test_a_kept_turn_waits_where_the_next_batch_lets_prefixes_wait() -> None:
     later = CountingRunner(system_turns=kept, limits=PassLimits(park=Pages(pin=False).take))
     start(later, prepared(later, "b"), prepared(later, "c"))
     assert cache._parcel is not None
+
+
+def test_a_turn_that_waits_comes_back_for_a_batch_whose_prefixes_stay() -> None:
+    kept: dict[tuple[int, ...], KVCache] = {}
+    before = CountingRunner(system_turns=kept, limits=PassLimits(park=Pages(pin=False).take))
+    start(before, prepared(before, "a"))
+    (cache,) = kept.values()
+    assert cache._parcel is not None
+    runner = CountingRunner(system_turns=kept)
+    (found,) = start(runner, prepared(runner, "b"))
+    assert all(tokens < TURN for tokens in runner.passes)
+    assert cache._parcel is None
+    alone = CountingRunner()
+    (expected,) = start(alone, prepared(alone, "b"))
+    assert bits(found) == bits(expected)
