@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import zlib
 from typing import Any
 
 import numpy as np
@@ -60,3 +61,35 @@ def test_png_looks_for_runs_alone() -> None:
     # A search for repeats would find the second half.
     assert len(encode_image(np.concatenate([half, half]), output, {})) > 2 * half.nbytes * 0.95
     assert len(encode_image(np.full((32, 64, 3), 7, dtype=np.uint8), output, {})) < 200
+
+
+def chunks(png: bytes) -> list[tuple[bytes, bytes]]:
+    """Returns the names and contents of a PNG's chunks, whose checksums are right."""
+    found, start = [], len(b"\x89PNG\r\n\x1a\n")
+    while start < len(png):
+        length = int.from_bytes(png[start : start + 4], "big")
+        name, content = png[start + 4 : start + 8], png[start + 8 : start + 8 + length]
+        end = start + 12 + length
+        assert zlib.crc32(name + content) == int.from_bytes(png[end - 4 : end], "big")
+        found.append((name, content))
+        start = end
+    return found
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (64, 300)])
+def test_all_rows_of_a_png_have_the_same_filter(shape: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    found = chunks(encode_image(pixels, OutputConfig(), metadata()))
+    names = [name for name, _ in found]
+    assert names[:3] == [b"IHDR", b"iTXt", b"iTXt"]
+    assert names[-1] == b"IEND"
+    rows = zlib.decompress(b"".join(content for name, content in found if name == b"IDAT"))
+    paeth = 4
+    assert set(rows[:: 3 * shape[1] + 1]) == {paeth}
+
+
+def test_a_view_of_pixels_is_written_as_it_looks() -> None:
+    rows = np.random.default_rng(0).integers(0, 256, (9, 8, 3), dtype=np.uint8)
+    for view in (rows[::-1], rows[:, ::2], rows.transpose(1, 0, 2)):
+        with Image.open(io.BytesIO(encode_image(view, OutputConfig(), metadata()))) as image:
+            assert np.array_equal(np.asarray(image), view)
