@@ -25,6 +25,9 @@ from sensebatch.errors import ConfigError, StorageError
 from sensebatch.store.files import atomic_file
 from sensebatch.units import counted
 
+LIST_WIDTH = 160
+"""Columns of the list in a file or a pipe, where ids are searched for and copied."""
+
 
 def check_columns(dataset: Dataset, names: Sequence[str] | None) -> None:
     """Refuses names that no column has, and those that are given twice.
@@ -134,7 +137,7 @@ def print_table(records: Iterable[Record], names: Sequence[str] | None, most: in
     lines = [f"{counted(total, 'job')}: {words}"]
     if total > len(shown):
         lines.insert(0, f"... and {total - len(shown):,} more; --limit {total} prints all")
-    print_parts(table, *lines)
+    print_parts(table, *lines, file_width=LIST_WIDTH)
 
 
 def _main_table(records: Sequence[Record]) -> FittingTable:

@@ -15,7 +15,7 @@ MAX_GROUPS = 100
 
 def print_plan(summary: Summary, *forecast: str) -> None:
     """Prints what `sensebatch plan --json` prints, and lines about the time that it takes."""
-    titles: tuple[str, ...] = ("steps x\nprompts", "jobs", "images", "batches", "up to\njobs")
+    titles: tuple[str, ...] = ("steps x\nbranches", "jobs", "images", "batches", "up to\njobs")
     levels = any(group["level"] for group in summary["groups"])
     titles = ("level", *titles) if levels else titles
     table = FittingTable("#", "task", "size", *titles, words=["task", "size"])

@@ -80,20 +80,26 @@ class FittingTable(Table):
         return Measurement.get(console, console.options.update(max_width=MEASURE_WIDTH), self)
 
 
-def print_parts(*parts: object) -> None:
-    """Prints tables and lines, with an empty line before and after a table."""
+def print_parts(*parts: object, file_width: int = FILE_WIDTH) -> None:
+    """Prints tables and lines, with an empty line before and after a table.
+
+    Args:
+        parts: Tables and lines.
+        file_width: The columns of tables where standard output is no terminal.
+    """
     terminal = Console(highlight=False)
     printed = io.StringIO()
     console = Console(
         file=printed,
         force_terminal=terminal.is_terminal,
         # Rich takes COLUMNS=0 at its word.
-        width=(terminal.width if terminal.is_terminal else 0) or FILE_WIDTH,
+        width=(terminal.width or FILE_WIDTH) if terminal.is_terminal else file_width,
         highlight=False,
         # Names of jobs and tensors may look like either.
         markup=False,
         emoji=False,
     )
+    text_width = console.width if terminal.is_terminal else FILE_WIDTH
     before: object = None
     for part in parts:
         if isinstance(before, Table) or (isinstance(part, Table) and before is not None):
@@ -104,10 +110,11 @@ def print_parts(*parts: object) -> None:
             part.fit(console)
         if isinstance(part, str):
             # Paths and ids, which people copy, are not broken into lines.
-            part = "\n".join(fitted(part, console.width))
+            part = "\n".join(fitted(part, text_width))
         console.print(part, soft_wrap=isinstance(part, str))
         before = part
-    show(printed.getvalue().removesuffix("\n"))
+    lines = printed.getvalue().removesuffix("\n").split("\n")
+    show("\n".join(lines if terminal.is_terminal else map(str.rstrip, lines)))
 
 
 def _has_lines() -> bool:

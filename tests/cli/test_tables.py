@@ -171,3 +171,17 @@ def test_tables_have_ascii_lines_where_only_ascii_can_be_shown() -> None:
     )
     assert "--------\n" in shown.stdout
     assert "\\u" not in shown.stdout
+
+
+def test_ids_are_whole_where_the_list_of_jobs_is_no_terminal(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "a-lighthouse-at-dusk-with-gulls-over-a-rough-sea-seed=42"
+    prompt = "a red disc on a white background, seen from very far away " * 3
+    lines = f"version: 1\njobs:\n  - {{id: {name}, prompt: {prompt!r}, width: 64, height: 64}}\n"
+    Path("long.yaml").write_text(lines)
+    assert invoke("run", "long.yaml", "--output-dir", "out").code == 0
+    listed = invoke("jobs", "out").out.splitlines()
+    assert any(line.startswith(f"{name} ") for line in listed)
+    assert listed == [line.rstrip() for line in listed]
