@@ -32,6 +32,7 @@ __all__ = [
     "StorageFullError",
     "Summary",
     "Task",
+    "Verdict",
     "WarmEngine",
     "WorkersConfig",
     "configure",

@@ -38,6 +38,7 @@ from sensebatch.plan.batches import make_plan as _make_plan
 from sensebatch.session import Request, RunObserver, WarmEngine, run_session
 from sensebatch.settings import resolve_settings
 from sensebatch.store import finished, log, status
+from sensebatch.store.acceptance import Verdict
 from sensebatch.store.finished import FinishedJob
 from sensebatch.store.run_dir import RunDir
 from sensebatch.store.status import RunStatus
@@ -67,6 +68,7 @@ __all__ = [
     "StorageFullError",
     "Summary",
     "Task",
+    "Verdict",
     "WarmEngine",
     "WorkersConfig",
     "configure",
@@ -242,6 +244,9 @@ def run(
         raise ConfigError("workers: expected no engine beside them; each loads one of its own")
     if config is None:
         config = default_config() if engine is None else engine.config
+    if not isinstance(config, RunConfig):
+        found = type(config).__name__
+        raise ConfigError(f"config: expected what `configure` returns, found a {found}")
     request = Request(
         root=Path(folder),
         config=config,
@@ -270,6 +275,8 @@ def _some(jobs: Iterable[Job]) -> Iterator[Job]:
 
 def finished_jobs(folder: AnyPath) -> Iterator[FinishedJob]:
     """Yields the jobs of a run's folder that are done, in order; works during a run.
+
+    Rejected tries are among them: their `verdict` says so.
 
     Raises:
         RunFolderError: It is not a run's folder.

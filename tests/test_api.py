@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -240,3 +241,11 @@ def test_finished_jobs_are_drawn_again_for_the_models_sake_only_if_that_is_said(
     with pytest.raises(sensebatch.RunFolderError, match="precision fp8 instead of auto"):
         sensebatch.run(jobs, tmp_path, config=other)
     assert sensebatch.run(jobs, tmp_path, config=other, redraw=True).done == 1
+
+
+def test_settings_that_were_not_configured_are_a_mistake(tmp_path: Path) -> None:
+    rows = [{"id": "a", "prompt": "a red disc"}]
+    config: Any = {"memory.max_batch_size": 2}
+    with pytest.raises(sensebatch.ConfigError, match="expected what `configure` returns, found a"):
+        sensebatch.run(sensebatch.make_jobs(rows), tmp_path / "out", config=config)
+    assert not (tmp_path / "out").exists()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sensebatch.jobs import Job
+from sensebatch.store.acceptance import Verdict
 from sensebatch.store.attempts import row_from_json
 from sensebatch.store.codec import job_from_json
 from sensebatch.store.run_dir import RunDir
@@ -31,6 +32,8 @@ class FinishedJob:
     """Its think or interleave text; None without one."""
     row: Mapping[str, Any]
     """The log's row about the attempt that made them; docs/log.md explains the columns."""
+    verdict: Verdict | None = None
+    """What became of it if it is a try that was judged; None for any other job."""
 
     def open_images(self) -> list[Image.Image]:
         """Returns the images, read from their files.
@@ -54,6 +57,8 @@ class FinishedJob:
 def finished_jobs(root: Path) -> Iterator[FinishedJob]:
     """Yields the jobs of the latest manifests that are done, in the order of the manifests.
 
+    Tries that were rejected are among them, as long as they have their files.
+
     Args:
         root: The run's folder.
 
@@ -64,11 +69,14 @@ def finished_jobs(root: Path) -> Iterator[FinishedJob]:
     run_dir.require_state()
     state = State(run_dir.state, read_only=True)
     try:
+        verdicts = state.verdicts()
         for definition, key, text in state.finished():
             row = row_from_json(text)
             text_path = row["text_path"]
+            job = job_from_json(definition)
             yield FinishedJob(
-                job=job_from_json(definition),
+                job=job,
+                verdict=verdicts.get(job.id),
                 key=key,
                 image_files=tuple(root / path for path in row["image_paths"]),
                 text_file=None if text_path is None else root / text_path,

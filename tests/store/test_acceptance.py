@@ -30,6 +30,7 @@ from sensebatch.report.acceptance import acceptance_lines, acceptance_table
 from sensebatch.store import acceptance
 from sensebatch.store.acceptance import HeldJob, Series, Verdict
 from sensebatch.store.dry_run import dry_run
+from sensebatch.store.finished import finished_jobs
 from sensebatch.store.status import Acceptance, read_status
 from sensebatch.store.store import Store, open_store
 from sensebatch.store.tables import WHOLE
@@ -41,6 +42,7 @@ from tests.executor.fakes import (
     Flag,
     digest,
     make_config,
+    make_job,
     outcome,
     run_folder,
 )
@@ -423,3 +425,11 @@ def test_the_questions_about_a_try_are_found_without_looking_at_others(tmp_path:
         plan = db.execute(f"EXPLAIN QUERY PLAN {acceptance.QUESTIONS}", ("a-seed=42",)).fetchall()
     assert "verdicts_on_job" in plan[0][-1]
     assert not any("SCAN" in step[-1] or "jobs_todo" in step[-1] for step in plan)
+
+
+def test_finished_tries_say_what_became_of_them(tmp_path: Path) -> None:
+    run_folder(tmp_path, [*series(*NAMES), make_job("plain")], CONFIG, engine=Judge())
+    found = {finished.job.id: finished.verdict for finished in finished_jobs(tmp_path)}
+    assert {name: verdict for name, verdict in found.items() if verdict} == verdicts(tmp_path)
+    assert Verdict.REJECTED in found.values()
+    assert found["plain"] is None
