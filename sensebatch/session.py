@@ -11,7 +11,7 @@ import secrets
 import shlex
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -434,15 +434,15 @@ def _approve(request: Request, changes: Changes) -> None:
     )
 
 
-def _run_again(request: Request, state: State, observer: RunObserver) -> None:
-    """Has jobs run again that a picks file rejects.
+def _run_again(request: Request, state: State, observer: RunObserver) -> Collection[str]:
+    """Has jobs run again that a picks file rejects, and returns their ids.
 
     Raises:
         ConfigError: The file has no picks of the folder.
     """
     picks = request.retry_from
     if picks is None:
-        return
+        return ()
     rejected = {
         job_id: picked.key
         for job_id, picked in picks.of_run(state.run_id).items()
@@ -455,6 +455,7 @@ def _run_again(request: Request, state: State, observer: RunObserver) -> None:
             f"{jobs} drawn again as they were, with the same seed and settings, which makes the "
             "same images on the same machine; change them in the manifest for others"
         )
+    return rejected
 
 
 def _warn_of_unused(request: Request, state: State, observer: RunObserver) -> None:

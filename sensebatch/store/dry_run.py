@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
 from sensebatch.store.attempts import BLOCKED, DONE, FAILED, HELD
-from sensebatch.store.ingest import Changes
+from sensebatch.store.ingest import MADE_AGAIN, Changes
 from sensebatch.store.run_dir import RunDir
 from sensebatch.store.state import State
 from sensebatch.store.store import require_whole
@@ -56,7 +56,7 @@ class DryRun:
 def dry_run(
     root: Path,
     read: Callable[[State], Changes],
-    again: Callable[[State], object],
+    again: Callable[[State], Collection[str]],
     *,
     retry_failed: bool,
 ) -> DryRun:
@@ -65,7 +65,8 @@ def dry_run(
     Args:
         root: The folder, which need not exist.
         read: Reads the manifests into a state.
-        again: Has jobs of a state run again that were done.
+        again: Has jobs of a state run again that were done, with those that start from them, and
+            returns the ids of the former.
         retry_failed: Whether failed jobs are tried again.
 
     Raises:
@@ -80,13 +81,17 @@ def dry_run(
             require_whole(run_dir, state)
         changes = read(state)
         before = {job.id: job.status for job in state.progress()}
-        again(state)
-        picked = {job.id for job in state.progress() if job.status != before[job.id]}
+        picked = again(state)
+        reasons = {
+            job.id: "picked" if job.id in picked else MADE_AGAIN
+            for job in state.progress()
+            if job.status != before[job.id]
+        }
         if retry_failed:
             state.retry_failed()
         return DryRun(
             changes=changes,
-            jobs=tuple(_decided(state, before, picked, changes)),
+            jobs=tuple(_decided(state, before, reasons, changes)),
         )
 
 
@@ -100,7 +105,7 @@ _LEFT = {
 
 
 def _decided(
-    state: State, before: dict[str, str], picked: set[str], changes: Changes
+    state: State, before: dict[str, str], again: dict[str, str], changes: Changes
 ) -> Iterator[Decided]:
     children = {held.job for held in state.held_jobs()}
     for job in state.progress():
@@ -111,8 +116,8 @@ def _decided(
             verdict, reason = _LEFT[job.status]
         elif job.is_started:
             verdict, reason = Verdict.CONTINUED, "interrupted"
-        elif job.id in picked:
-            reason = "picked"
+        elif job.id in again:
+            reason = again[job.id]
         elif job.number in changes.reasons:
             reason = changes.reasons[job.number]
         elif before[job.id] == FAILED:

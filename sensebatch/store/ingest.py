@@ -24,6 +24,8 @@ from sensebatch.store.files import is_file, sha256_of, storage_errors
 from sensebatch.store.manifests import Reading
 from sensebatch.tasks import Task
 
+MADE_AGAIN = "an image it starts from is made again"
+"""Why a job is drawn again that itself is as before."""
 _MAX_PROBLEMS = 100
 _CHUNK = 500
 """Jobs that are compared with the state at a time."""
@@ -285,7 +287,7 @@ class Ingest:
             self._redefined.add(new.job.id)
             return
         if not self._redefined.isdisjoint(parents):
-            self._reasons[old.number] = "an image it starts from is made again"
+            self._reasons[old.number] = MADE_AGAIN
             self._redefined.add(new.job.id)
             return
         query = "SELECT row FROM attempts WHERE seq = ?"
@@ -360,7 +362,7 @@ class Ingest:
         self._of_model -= returned.keys()
         self._reasons.update(dict.fromkeys(restored, "a file is missing"))
         self._reasons.update(dict.fromkeys(undropped, _REMOVED))
-        self._reasons.update(dict.fromkeys(descendants, "an image it starts from is made again"))
+        self._reasons.update(dict.fromkeys(descendants, MADE_AGAIN))
         is_new = self._is_other or self._number == 1
         if is_new or removed or restored or undropped or returned or descendants:
             tables.forget_log(self._db)

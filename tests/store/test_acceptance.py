@@ -389,7 +389,7 @@ def test_a_dry_run_holds_what_may_not_be_needed(tmp_path: Path) -> None:
     found = dry_run(
         tmp_path,
         lambda state: state.ingest(series("cat"), IDENTITY, tmp_path),
-        lambda _: None,
+        lambda _: (),
         retry_failed=False,
     )
     counted = Counter(one.verdict.value for one in found.jobs)

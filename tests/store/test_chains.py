@@ -20,6 +20,7 @@ from sensebatch.store.chains import reading
 from sensebatch.store.codec import job_from_json, job_to_json
 from sensebatch.store.dry_run import dry_run
 from sensebatch.store.shards import Shard
+from sensebatch.store.state import State
 from sensebatch.store.status import read_status
 from sensebatch.store.store import Store, open_store
 from sensebatch.tasks import Task
@@ -252,6 +253,21 @@ def test_a_child_without_its_parent_is_refused(tmp_path: Path) -> None:
         run_folder(tmp_path, [child("x", "a"), make_job("a")], CONFIG)
 
 
+def test_a_dry_run_tells_what_was_picked_from_what_starts_from_it(tmp_path: Path) -> None:
+    run_folder(tmp_path, family(), CONFIG)
+
+    def again(state: State) -> list[str]:
+        state.run_again({"a": None}, "picks")
+        return ["a"]
+
+    read = lambda state: state.ingest(family(), IDENTITY, tmp_path)  # noqa: E731
+    found = {one.id: one for one in dry_run(tmp_path, read, again, retry_failed=False).jobs}
+    assert found["a"].reason == "picked"
+    assert found["a-edited"].reason == "an image it starts from is made again"
+    assert {found[name].verdict.value for name in ("a", "a-edited")} == {"redrawn"}
+    assert found["b"].reason == "done"
+
+
 def test_chains_are_not_divided_into_shards(tmp_path: Path) -> None:
     with (
         open_store(tmp_path / "run") as store,
@@ -267,7 +283,7 @@ def test_a_dry_run_says_why_children_run_again_and_which_are_blocked(tmp_path: P
     found = dry_run(
         tmp_path,
         lambda state: state.ingest(jobs, IDENTITY, tmp_path),
-        lambda _: None,
+        lambda _: (),
         retry_failed=False,
     )
     reasons = {one.id: (one.verdict.value, one.reason) for one in found.jobs}
