@@ -122,7 +122,7 @@ def _lines(made: Made) -> Iterator[str]:
     if made.pending:
         state = "the run is in progress" if made.is_running else "the run is not complete"
         yield f"{counted(made.pending, 'job')} to come ({state}); the same command adds them"
-    yield f"open {Path(os.path.abspath(made.page)).as_uri()}"
+    yield f"open {made.page.resolve().as_uri()}"
 
 
 @contextmanager

@@ -84,9 +84,7 @@ class Residency:
         self._generation = _blocks(network, "generation.layers", pieces, source)
         self._head = _blocks(network, "lm_head.parts", pieces, source)
         blocks = [*self._generation, *self._understanding, *self._head]
-        sizes = [block.layout.num_bytes for block in blocks]
-        num_buffers = placement.num_buffers
-        self._whole = num_buffers is None
+        self._whole = placement.num_buffers is None
         self._embed_on_device = placement.embed_on_device
         lane = lane_for(device)
         self._readers = Readers()
@@ -107,17 +105,20 @@ class Residency:
         )
         # What was packed, and a block that was unpacked, lay where no two blocks would fit.
         empty_cache(device)
-        if self._whole:
-            self._pool = Pool(new_buffer(sum(sizes), device), self._host, lane, sizes)
-        else:
-            assert num_buffers is not None
-            self._num_buffers = num_buffers
-            memory = new_buffer(self._buffer_bytes(num_buffers), device)
-            self._pool = Pool(memory, self._host, lane)
+        self._pool = self._new_pool(blocks, placement.num_buffers, lane)
         lent = self._load_all(blocks, lane) if self._whole else None
         network.understanding.lend = self._lender(self._understanding, lent)
         network.generation.lend = _on(Leash(lane, LEASH), self._lender(self._generation, lent))
         network.lm_head.lend = self._lender(self._head, lent)
+
+    def _new_pool(self, blocks: Sequence[Block], num_buffers: int | None, lane: Lane) -> Pool:
+        """Returns device memory for blocks: so many buffers; None for all that they need."""
+        if num_buffers is None:
+            sizes = [block.layout.num_bytes for block in blocks]
+            return Pool(new_buffer(sum(sizes), self._device), self._host, lane, sizes)
+        self._num_buffers = num_buffers
+        memory = new_buffer(self._buffer_bytes(num_buffers), self._device)
+        return Pool(memory, self._host, lane)
 
     @property
     def is_whole(self) -> bool:
