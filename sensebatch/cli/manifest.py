@@ -89,6 +89,9 @@ def convert(
     embed_images: Annotated[
         bool, typer.Option("--embed-images", help="Store the images inside DEST (Parquet).")
     ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace DEST if it exists.")
+    ] = False,
 ) -> None:
     """Write a manifest in another format, with one row per job, matrices and defaults expanded."""
     from sensebatch.cli.messages import show
@@ -97,5 +100,12 @@ def convert(
     from sensebatch.units import counted
 
     config = resolve_settings(config_file=model.config, flags=flags_of(model, reading))
-    num_jobs = convert_manifest(source, destination, config, task=task, embed_images=embed_images)
+    num_jobs = convert_manifest(
+        source,
+        destination,
+        config,
+        task=task,
+        embed_images=embed_images,
+        overwrite=overwrite,
+    )
     show(f"{counted(num_jobs, 'job')} written to {destination}")

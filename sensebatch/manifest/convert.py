@@ -47,6 +47,7 @@ def convert_manifest(
     *,
     task: Task | None = None,
     embed_images: bool = False,
+    overwrite: bool = False,
 ) -> int:
     """Writes the jobs of a manifest to another one and returns how many rows there are.
 
@@ -57,19 +58,20 @@ def convert_manifest(
 
     Args:
         src: A YAML, JSONL or Parquet manifest.
-        dst: The file to write; it is replaced once the new one is complete.
+        dst: The file to write; an older one is there until the new one is complete.
         config: The settings that jobs are checked with.
         task: The task of rows that name none.
         embed_images: Whether images are stored inside `dst`, which must then be Parquet.
+        overwrite: Whether `dst` may be a file that exists.
 
     Raises:
         ManifestError: Something is wrong in `src`.
-        ConfigError: `dst` has no name for this, or is `src`.
+        ConfigError: `dst` has no name for this, or is `src`, or exists and is to stay.
         StorageError: `dst` cannot be written.
         JobError: An image changed while it was being copied.
     """
     suffix = dst.suffix.lower()
-    _check_destination(src, dst, suffix, embed_images)
+    _check_destination(src, dst, suffix, embed_images=embed_images, overwrite=overwrite)
     temporary = dst.with_name(f".{dst.name}.tmp")
     reader = InputReader()
     count = 0
@@ -100,7 +102,9 @@ def convert_manifest(
     return count
 
 
-def _check_destination(src: Path, dst: Path, suffix: str, embed_images: bool) -> None:
+def _check_destination(
+    src: Path, dst: Path, suffix: str, *, embed_images: bool, overwrite: bool
+) -> None:
     message = ""
     if suffix not in SUFFIXES:
         message = f"expected a name that ends in one of {', '.join(SUFFIXES)}, found {dst.name!r}"
@@ -108,6 +112,8 @@ def _check_destination(src: Path, dst: Path, suffix: str, embed_images: bool) ->
         message = f"expected a Parquet manifest to store images in, found {dst.name!r}"
     elif src.exists() and dst.exists() and dst.samefile(src):
         message = "expected another file than the one that is read, found the same"
+    elif dst.is_file() and not overwrite:
+        message = "expected no file, found one; --overwrite replaces it"
     if message:
         raise ConfigError(f"{dst}: {message}")
 

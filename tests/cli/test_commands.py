@@ -139,6 +139,16 @@ def test_convert_writes_a_manifest_with_the_same_plan(invoke: Invoke, manifest: 
     assert invoke("plan", "out.jsonl", "--json").json == of_source
 
 
+def test_convert_replaces_a_file_only_if_asked(invoke: Invoke, manifest: Path) -> None:
+    Path("out.jsonl").write_text("mine")
+    ended = invoke("manifest", "convert", manifest, "out.jsonl")
+    assert ended.code == 2
+    assert "out.jsonl: expected no file, found one; --overwrite replaces it" in ended.err
+    assert Path("out.jsonl").read_text() == "mine"
+    assert invoke("manifest", "convert", manifest, "out.jsonl", "--overwrite").code == 0
+    assert invoke("manifest", "validate", "out.jsonl").code == 0
+
+
 def test_model_inspect_adds_up(invoke: Invoke) -> None:
     values = invoke("model", "inspect", "tiny", "--json").json
     groups = values["groups"]

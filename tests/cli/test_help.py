@@ -196,7 +196,7 @@ def test_commands_list_only_the_options_that_change_what_they_do(
     invoke: Invoke, manifest: Path, name: str
 ) -> None:
     shown = set(re.findall(r"--[a-z][a-z-]+", invoke(*name.split(), "--help").out))
-    own = {"--json"} if name == "manifest validate" else {"--embed-images"}
+    own = {"--json"} if name == "manifest validate" else {"--embed-images", "--overwrite"}
     both = {"--config", "--model", "--model-path", "--max-image-pixels", "--task", "--help"}
     assert shown == both | own
     # The options of the run are taken all the same.

@@ -86,7 +86,7 @@ def test_any_prompt_survives_every_format(
     source = write_jsonl(*({"prompt": text, "metadata": {text: text}} for text in texts))
     for suffix in SUFFIXES:
         target = tmp_path / f"to{suffix}"
-        convert_manifest(source, target, config)
+        convert_manifest(source, target, config, overwrite=True)
         assert [job.prompt for job in read_manifest(target, config)] == texts
         assert [job.metadata for job in read_manifest(target, config)] == [{t: t} for t in texts]
 
@@ -144,8 +144,9 @@ def test_a_bad_manifest_leaves_the_target_as_it_was(
 ) -> None:
     target = tmp_path / "target.yaml"
     target.write_text("precious")
+    source = write_jsonl({"prompt": "x"}, {"prompt": ""})
     with pytest.raises(ManifestError, match="line 2: prompt"):
-        convert_manifest(write_jsonl({"prompt": "x"}, {"prompt": ""}), target, config)
+        convert_manifest(source, target, config, overwrite=True)
     assert target.read_text() == "precious"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["jobs.jsonl", "target.yaml"]
 
@@ -171,6 +172,20 @@ def test_a_target_of_another_kind_is_refused(
     with pytest.raises(ConfigError, match=message):
         convert_manifest(source, tmp_path / name, config, embed_images=embed)
     assert source.read_bytes() == content
+
+
+def test_a_target_that_exists_is_replaced_only_if_asked(
+    tmp_path: Path, config: RunConfig, write_jsonl: WriteJsonl
+) -> None:
+    target = tmp_path / "mine.yaml"
+    target.write_text("precious")
+    broken = write_jsonl({"prompt": ""})
+    # Before the manifest is read, which has a mistake.
+    with pytest.raises(ConfigError, match=r"mine\.yaml: expected no file, found one; --overwrite "):
+        convert_manifest(broken, target, config)
+    assert target.read_text() == "precious"
+    convert_manifest(write_jsonl({"prompt": "x"}), target, config, overwrite=True)
+    assert [job.prompt for job in read_manifest(target, config)] == ["x"]
 
 
 def test_a_target_in_the_place_of_a_file_cannot_be_written(
