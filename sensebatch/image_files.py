@@ -31,6 +31,20 @@ checkpoint looks at."""
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000")
 """What Pillow decodes by itself; for some other formats it starts programs."""
+_SUFFIXES = {
+    "PNG": ".png",
+    "JPEG": ".jpg",
+    "MPO": ".jpg",
+    "WEBP": ".webp",
+    "GIF": ".gif",
+    "BMP": ".bmp",
+    "TIFF": ".tif",
+    "PPM": ".ppm",
+    "TGA": ".tga",
+    "JPEG2000": ".jp2",
+    "AVIF": ".avif",
+}
+"""How the files of what is decoded are named, by Pillow's names of formats."""
 _ORIENTATION = 0x0112
 _MAX_PROFILE_BYTES = 2**24
 _SRGB_TOLERANCE = 2
@@ -164,6 +178,16 @@ def decode_image(
         colours, alpha = _channels(image, keyed="alpha16" in wanted)
         turned = _orientation(image) if "orientation" in wanted else 1
         return _turned(_flattened(colours, alpha, profile if "profile" in wanted else None), turned)
+
+
+def file_suffix(content: bytes) -> str:
+    """Returns the suffix of an encoded image's format, such as `.png`.
+
+    Raises:
+        UnusableImageError: It is not an image.
+    """
+    with _opened(content, MAX_PIXELS) as (image, _):
+        return _SUFFIXES[image.format or ""]
 
 
 @contextmanager

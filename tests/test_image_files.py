@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, PngImagePlugin
 
 from sensebatch import image_files
-from sensebatch.image_files import UnusableImageError, check_image, decode_image
+from sensebatch.image_files import UnusableImageError, check_image, decode_image, file_suffix
 from tests.bounds import bounded
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
@@ -54,6 +54,16 @@ def chunk(name: bytes, body: bytes, checksum: int | None = None) -> bytes:
 def with_chunk(png: bytes, added: bytes, *, at_the_end: bool = False) -> bytes:
     place = len(png) - 12 if at_the_end else 33
     return png[:place] + added + png[place:]
+
+
+@pytest.mark.parametrize("kind", image_files._formats())
+def test_a_file_of_every_format_has_its_suffix(kind: str) -> None:
+    suffix = file_suffix(encoded(noise(), kind))
+    assert Image.registered_extensions()[suffix] == kind
+    if kind == "JPEG":
+        # As of a camera that adds a preview.
+        both = encoded(noise(), "MPO", save_all=True, append_images=[noise()])
+        assert file_suffix(both) == suffix
 
 
 @pytest.mark.parametrize("kind", FORMATS)

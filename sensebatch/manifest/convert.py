@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, get_args, get_origin
 from sensebatch.bounded import in_the_way
 from sensebatch.config import RunConfig
 from sensebatch.errors import ConfigError, StorageError
+from sensebatch.image_files import file_suffix
 from sensebatch.jobs import InputImage, history_fields
 from sensebatch.manifest.fields import EXPANSION_FIELDS, IMAGE_FIELDS, SETTINGS
 from sensebatch.manifest.inputs import InputReader
@@ -171,10 +172,11 @@ def _image(image: InputImage, dst: Path, reader: InputReader, embed_images: bool
         return _path_from(Path(image.path), dst.parent)
     folder = dst.with_name(f"{dst.stem}-images")
     folder.mkdir(exist_ok=True)
-    copy = folder / image.sha256
+    content = reader.read(image)
+    copy = folder / f"{image.sha256}{file_suffix(content)}"
     if not copy.exists():
         temporary = copy.with_name(f".{copy.name}.tmp")
-        temporary.write_bytes(reader.read(image))
+        temporary.write_bytes(content)
         temporary.replace(copy)
     return f"{folder.name}/{copy.name}"
 

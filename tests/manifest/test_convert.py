@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from dataclasses import replace
 from pathlib import Path
@@ -107,6 +108,12 @@ def test_images_inside_a_manifest_come_out_and_go_in(
     pq.write_table(pa.table({"prompt": ["x"], "images": [cell]}), source)
     target = tmp_path / "out" / f"jobs{suffix}"
     convert_manifest(source, target, config)
+    names = {path.stem: path.suffix for path in (tmp_path / "out/jobs-images").iterdir()}
+    suffixes = (".png", ".jpg")
+    assert names == {
+        hashlib.sha256(one["bytes"] or b"").hexdigest(): suffix
+        for one, suffix in zip(cell, suffixes, strict=True)
+    }
     source.unlink()
     embedded = tmp_path / "again.parquet"
     convert_manifest(target, embedded, config, embed_images=True)
