@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from sensebatch.calibrate.run import Variant, Verdict
 from sensebatch.declarations import plain
+from sensebatch.errors import ConfigError
 from sensebatch.report.sheet import Tile, contact_sheet
 from sensebatch.store.files import write_atomic
 from sensebatch.units import counted
@@ -38,8 +40,57 @@ def table_rows(verdict: Verdict) -> list[list[str]]:
     ]
 
 
+def claim_folder(folder: Path, manifests: Sequence[Path], model: str) -> None:
+    """Notes in a folder, before anything is drawn, which calibration it holds.
+
+    Args:
+        folder: Where everything goes.
+        manifests: Those with the jobs.
+        model: As the user named it.
+
+    Raises:
+        ConfigError: It holds the calibration of other manifests or of another model.
+    """
+    path, own = folder / FIGURES, _subject(manifests, model)
+    if not path.exists():
+        write_atomic(path, _json(own))
+        return
+    try:
+        content = json.loads(path.read_bytes())
+        held = {name: content[name] for name in own}
+    except (OSError, ValueError, KeyError, TypeError):
+        held = {}
+    if held != own:
+        words = _words(held) if held else "something else"
+        raise ConfigError(
+            f"{folder}: holds the calibration of {words}, found {_words(own)}; choose another "
+            "--output-dir"
+        )
+
+
+def _subject(manifests: Sequence[Path], model: str) -> dict[str, Any]:
+    """Returns what a calibration is of."""
+    # A link is a place of its own.
+    paths = [os.path.abspath(path) for path in manifests]  # noqa: PTH100
+    return {"model": model, "manifests": paths}
+
+
+def _words(subject: dict[str, Any]) -> str:
+    return f"{subject['model']} with {', '.join(subject['manifests'])}"
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1) + "\n").encode()
+
+
 def write_files(
-    folder: Path, verdicts: Sequence[Verdict], num_steps: Sequence[int], *, model: str, made_by: str
+    folder: Path,
+    verdicts: Sequence[Verdict],
+    num_steps: Sequence[int],
+    *,
+    manifests: Sequence[Path],
+    model: str,
+    made_by: str,
 ) -> list[Path]:
     """Writes the files of a calibration, and returns their paths.
 
@@ -47,6 +98,7 @@ def write_files(
         folder: Where they go.
         verdicts: One for each task.
         num_steps: The numbers of steps that configuration files are for.
+        manifests: Those with the jobs.
         model: As the user named it.
         made_by: The version and the date.
     """
@@ -55,8 +107,8 @@ def write_files(
         text = _config(verdicts, steps, model=model, made_by=made_by)
         write_atomic(path, text.encode())
     figures = {str(verdict.task): _figures(verdict) for verdict in verdicts}
-    content = {"model": model, "made_by": made_by, "tasks": figures}
-    write_atomic(folder / FIGURES, (json.dumps(content, indent=1) + "\n").encode())
+    content = {**_subject(manifests, model), "made_by": made_by, "tasks": figures}
+    write_atomic(folder / FIGURES, _json(content))
     shown = [tile for verdict in verdicts for tile in verdict.sheet]
     tiles = [Tile(image=image, caption=text) for image, text in shown]
     sheet = io.BytesIO()

@@ -92,9 +92,9 @@ def calibrate(
     Draws jobs of the manifests converged, finds the timesteps that matter by dynamic programming
     over what each step changes, and judges them on jobs that the search did not see. Writes
     N-steps.yaml for --config, sheet.png to look at, and calibration.json. Only t2i and edit jobs
-    count. The same command resumes it.
+    count. The same command resumes it; another manifest or model needs another --output-dir.
     """
-    from sensebatch.calibrate.files import write_files
+    from sensebatch.calibrate.files import claim_folder, write_files
     from sensebatch.calibrate.run import Calibration
     from sensebatch.manifest.read import read_manifests
     from sensebatch.settings import resolve_settings
@@ -112,14 +112,22 @@ def calibrate(
             )
         runs = _Runs(voice)
         calibration = Calibration(output_dir, config, scale, run_jobs=runs)
-        for task, evaluations in calibration.evaluations(rows).items():
+        by_task, name = calibration.evaluations(rows), config.model.model
+        claim_folder(output_dir, manifests, name)
+        for task, evaluations in by_task.items():
             voice.info(f"{task}: {evaluations:,} evaluations of the network in all")
         verdicts = calibration.calibrate(rows)
         if verdicts is None:
             raise typer.Exit(runs.exit_code)
         made_by = f"sensebatch {sensebatch.__version__}, {datetime.now(UTC).date().isoformat()}"
-        name = config.model.model
-        files = write_files(output_dir, verdicts, scale.num_steps, model=name, made_by=made_by)
+        files = write_files(
+            output_dir,
+            verdicts,
+            scale.num_steps,
+            manifests=manifests,
+            model=name,
+            made_by=made_by,
+        )
         _show(verdicts)
         for file in files:
             voice.tell(Level.BRIEF, f"wrote {file}")

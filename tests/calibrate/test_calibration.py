@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tracemalloc
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sensebatch.calibrate.files import config_name, write_files
+from sensebatch.calibrate.files import claim_folder, config_name, write_files
 from sensebatch.calibrate.run import AS_IT_IS, Calibration, Scale, Variant, Verdict, chosen_jobs
 from sensebatch.calibrate.run import _variant as variant_of
 from sensebatch.calibrate.trace import _products as products_of
@@ -42,6 +43,7 @@ from tests.executor.fakes import make_job
 
 SCALE = Scale(max_jobs=4, num_steps=(6, 3), converged_steps=24)
 CONFIG = default_config()
+MANIFESTS = (Path("jobs.yaml"),)
 ROWS = [
     {"id": f"circle-{colour}", "prompt": f"A {colour} circle on a white background"}
     for colour in ("red", "blue", "green", "yellow")
@@ -137,7 +139,9 @@ def test_the_record_has_the_products_of_the_velocities(made: tuple[Path, list[Ve
 @pytest.mark.slow
 def test_the_files_say_what_was_found(made: tuple[Path, list[Verdict]], tmp_path: Path) -> None:
     _, verdicts = made
-    files = write_files(tmp_path, verdicts, (6, 3), model="tiny", made_by="today")
+    files = write_files(
+        tmp_path, verdicts, (6, 3), manifests=MANIFESTS, model="tiny", made_by="today"
+    )
     assert [file.name for file in files] == [
         "6-steps.yaml",
         "3-steps.yaml",
@@ -164,10 +168,37 @@ def test_a_preset_that_wins_is_written_as_its_settings(tmp_path: Path) -> None:
     variant = _variant("quality fast", preset, 50.0)
     base = replace(_variant(AS_IT_IS, {**preset, "num_steps": 60}, 90.0), steps=60)
     verdict = Verdict(task=Task.T2I, num_judged=1, variants=(base, variant), sheet=(tile,))
-    write_files(tmp_path, [verdict], (16,), model="tiny", made_by="today")
+    write_files(tmp_path, [verdict], (16,), manifests=MANIFESTS, model="tiny", made_by="today")
     sampling = resolve_settings(config_file=tmp_path / "16-steps.yaml").tasks[Task.T2I].sampling
     assert (sampling.num_steps, sampling.timestep_shift, sampling.layer_stride) == (22, 1.0, 2)
     assert (sampling.solver, sampling.timesteps) == (Solver.EULER, ())
+
+
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_a_folder_holds_one_calibration(tmp_path: Path, is_finished: bool) -> None:
+    claim_folder(tmp_path, MANIFESTS, "tiny")
+    if is_finished:
+        variant = _variant(AS_IT_IS, {**NEUTRAL, **PRESETS[Quality.FAST]}, 50.0)
+        tile = (Image.new("RGB", (32, 32)), "a")
+        verdict = Verdict(task=Task.T2I, num_judged=1, variants=(variant,), sheet=(tile,))
+        write_files(tmp_path, [verdict], (16,), manifests=MANIFESTS, model="tiny", made_by="today")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    claim_folder(tmp_path, [Path("other") / ".." / "jobs.yaml"], "tiny")
+    jobs, others = Path("jobs.yaml").absolute(), Path("others.yaml").absolute()
+    held = f"{tmp_path}: holds the calibration of tiny with {jobs}, found "
+    for manifest, model in ((others, "tiny"), (jobs, "some/model")):
+        message = f"{held}{model} with {manifest}; choose another --output-dir"
+        with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+            claim_folder(tmp_path, [manifest], model)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"model": "tiny"}'])
+def test_a_folder_with_other_figures_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "calibration.json").write_text(content)
+    with pytest.raises(ConfigError, match="holds the calibration of something else, found tiny"):
+        claim_folder(tmp_path, MANIFESTS, "tiny")
+    assert (tmp_path / "calibration.json").read_text() == content
 
 
 def _variant(name: str, settings: dict[str, object], psnr_db: float) -> Variant:

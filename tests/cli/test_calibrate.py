@@ -77,6 +77,27 @@ def test_calibrate_says_that_a_manifest_has_steps_of_its_own(
     assert (said in result.err) is warns, result.err
 
 
+def test_another_manifest_or_model_needs_another_folder(
+    invoke: Invoke, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibrated: list[object] = []
+    monkeypatch.setattr(Calibration, "calibrate", lambda *given: calibrated.append(given))
+    other = manifest.with_name("other.yaml")
+    other.write_text(MANIFEST, encoding="utf-8")
+    out = str(tmp_path / "out")
+    for _ in range(2):
+        invoke("calibrate", str(manifest), "--output-dir", out)
+    assert len(calibrated) == 2
+    for words in ([str(other)], [str(manifest), "--model", "synthetic:8b"]):
+        result = invoke("calibrate", *words, "--output-dir", out)
+        assert result.code == 2
+        assert f"{out}: holds the calibration of tiny with {manifest}, found " in result.err
+        assert "; choose another --output-dir" in result.err
+    assert len(calibrated) == 2
+    invoke("calibrate", str(other), "--output-dir", str(tmp_path / "else"))
+    assert len(calibrated) == 3
+
+
 @pytest.mark.slow
 def test_a_signal_during_the_last_batch_of_the_first_run_begins_no_other(
     invoke: Invoke, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
