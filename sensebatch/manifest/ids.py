@@ -25,8 +25,8 @@ _WINDOWS_DEVICES = frozenset(
     ["con", "prn", "aux", "nul"]
     + [f"{port}{digit}" for port in ("com", "lpt") for digit in "0123456789¹²³"]
 )
-_FILE_BITS = 16
-_FILE_MASK = (1 << _FILE_BITS) - 1
+_FILE_BITS = _SPELLING_BITS = 16
+_MASK = (1 << 16) - 1
 _HIDDEN_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
 _SAFE = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_=-]*[A-Za-z0-9_])?")
 _SLUG_GAPS = re.compile(r"[^\w+-]+")
@@ -78,6 +78,7 @@ class IdRegistry:
         self._files: list[tuple[str, str]] = []
         self._numbers: dict[str, int] = {}
         self._rows: dict[int, int] = {}
+        """By an id's digest: from the lowest bits on the file, how the id is spelled, the row."""
 
     def start_file(self, file: str, unit: str) -> None:
         """Starts a file, whose rows are counted in `unit`s."""
@@ -92,16 +93,29 @@ class IdRegistry:
             file: Was started; not always the last one, since jobs may wait for others.
             number: The row's number in the file.
         """
-        key = folded_id(job_id).encode()
-        digest = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
-        current = self._numbers[file]
+        digest, current = _digest(folded_id(job_id)), self._numbers[file]
         known = self._rows.get(digest)
         if known is None:
-            self._rows[digest] = (number << _FILE_BITS) | current
+            spelled = (number << _SPELLING_BITS) | _spelling(job_id)
+            self._rows[digest] = (spelled << _FILE_BITS) | current
             return None
-        other, unit = self._files[known & _FILE_MASK]
-        row = f"{unit} {known >> _FILE_BITS}"
-        return row if known & _FILE_MASK == current else f"{other}: {row}"
+        other, unit = self._files[known & _MASK]
+        row = f"{unit} {known >> (_FILE_BITS + _SPELLING_BITS)}"
+        return row if known & _MASK == current else f"{other}: {row}"
+
+    def differs_in_case(self, job_id: str) -> bool:
+        """Returns whether an id that was added before is spelled otherwise than at first."""
+        known = self._rows[_digest(folded_id(job_id))]
+        return (known >> _FILE_BITS) & _MASK != _spelling(job_id)
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def _spelling(job_id: str) -> int:
+    """Returns enough of a digest to word a message by."""
+    return _digest(job_id) & _MASK
 
 
 def derived_id(task: Task, content: Mapping[str, Any]) -> str:

@@ -428,9 +428,11 @@ class ManifestReader:
         # Checked for jobs with other errors too, so that the next attempt brings no surprise.
         source = origin.source
         other = None if job_id is None else self._ids.add(job_id, source.file, number)
-        if other is not None:
+        if job_id is not None and other is not None:
             same_row = other == source.row
-            found_here.add(*_collision(given, "another job of this row" if same_row else other))
+            differs = self._ids.differs_in_case(job_id)
+            where = "another job of this row" if same_row else other
+            found_here.add(*_collision(given, where, differs_in_case=differs))
             read = None
         if given is not None and read is None:
             self._outputs.add_broken(given)
@@ -499,18 +501,19 @@ def _check_null_images(fields: Mapping[str, Any], errors: RowErrors) -> None:
         errors.add(nulls[0], message)
 
 
-def _collision(given: str | None, where: str) -> tuple[str, str]:
+def _collision(given: str | None, where: str, *, differs_in_case: bool) -> tuple[str, str]:
     """Returns the field and the message about an id that another job has too.
 
     Args:
         given: The later job's id; None if it was derived.
         where: The place of the earlier job.
+        differs_in_case: Whether the earlier job's id is the same but for upper and lower case.
     """
     if given is None:
         message = f"expected other content than that of {where}, found the same"
         return "", f"{message}; give one of the two an id or another seed"
-    message = f"expected another id than that of {where}, even if upper and lower case are the same"
-    return "id", f"{message}, found {given!r}"
+    clause = ", even if upper and lower case are the same" if differs_in_case else ""
+    return "id", f"expected another id than that of {where}{clause}, found {given!r}"
 
 
 def unit_of(path: Path) -> str:

@@ -94,6 +94,14 @@ def test_colliding_ids_are_one_mistake_that_names_the_other_row(mistakes: Mistak
     ]
 
 
+def test_an_id_that_is_given_twice_says_nothing_of_case(mistakes: Mistakes) -> None:
+    rows = [{"id": job_id, "prompt": "x"} for job_id in ("one", "Cat", "one", "cat", "Cat")]
+    alike, differing, alike_again = mistakes(*rows)
+    assert alike == "line 3: id: expected another id than that of line 1, found 'one'"
+    assert differing.endswith("line 2, even if upper and lower case are the same, found 'cat'")
+    assert alike_again == "line 5: id: expected another id than that of line 2, found 'Cat'"
+
+
 def test_identical_rows_without_an_id_must_differ(mistakes: Mistakes) -> None:
     found = mistakes({"prompt": "x"}, {"prompt": "x"})
     assert len(found) == 1
