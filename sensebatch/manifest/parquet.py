@@ -15,7 +15,7 @@ from uuid import UUID
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sensebatch.bounded import check_file
+from sensebatch.bounded import UnreadableFileError, check_file
 from sensebatch.manifest.fields import IMAGE_FIELDS, JOB_FIELD_NAMES
 from sensebatch.manifest.inputs import READ_AHEAD_BYTES
 from sensebatch.manifest.problems import Unreadable, unknown_field
@@ -26,6 +26,8 @@ ROWS_IN_MEMORY = 2048
 IMAGE_ROWS_IN_MEMORY = 32
 """How many rows are held at once if a column holds the bytes of images."""
 
+_DAMAGED = (pa.ArrowException, UnicodeDecodeError)
+"""What pyarrow raises on a file that is not Parquet, or not all of it."""
 _BAD_CELL = (pa.ArrowException, ValueError, OverflowError)
 """What a cell raises that Python has no value for: text that is not UTF-8, a time out of range."""
 _PANDAS_INDEX = re.compile(r"__index_level_\d+__")
@@ -37,19 +39,23 @@ def parquet_rows(path: Path, report: Report) -> Iterator[RawRow]:
     Raises:
         OSError: The file cannot be read.
     """
-    first = 0
+    check_file(path)
     try:
-        check_file(path)
-        with pq.ParquetFile(path, pre_buffer=False, buffer_size=READ_AHEAD_BYTES) as file:
-            schema = file.schema_arrow
-            names = _known_columns(schema, report)
-            images = any(has_bytes(schema.field(name).type) for name in names)
-            size = IMAGE_ROWS_IN_MEMORY if images else ROWS_IN_MEMORY
+        file = pq.ParquetFile(path, pre_buffer=False, buffer_size=READ_AHEAD_BYTES)
+        schema = file.schema_arrow
+    except _DAMAGED as error:
+        raise UnreadableFileError(f"expected a Parquet file, found an error: {error}") from error
+    first = 0
+    with file:
+        names = _known_columns(schema, report)
+        images = any(has_bytes(schema.field(name).type) for name in names)
+        size = IMAGE_ROWS_IN_MEMORY if images else ROWS_IN_MEMORY
+        try:
             for batch in file.iter_batches(batch_size=size, columns=names):
                 yield from _batch_rows(batch, first)
                 first += batch.num_rows
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        report(first, (), f"expected a Parquet file, found an error: {error}")
+        except _DAMAGED as error:
+            report(first, (), f"expected a Parquet file, found an error: {error}")
 
 
 def _known_columns(schema: pa.Schema, report: Report) -> list[str]:

@@ -156,7 +156,7 @@ def test_a_broken_line_is_a_mistake_and_the_rest_is_read(
         ("none.jsonl", None, "manifest: expected a file, found none"),
         ("empty.jsonl", b"\n", "manifest: expected at least one job, found none"),
         ("jobs.csv", b"", "manifest: expected a manifest that ends in one of .yaml, .yml, .jsonl"),
-        ("bad.parquet", b"PAR1", "row 0: expected a Parquet file, found an error: "),
+        ("bad.parquet", b"PAR1", "manifest: expected a Parquet file, found an error: "),
         ("none.yaml", b"jobs: [{prompt: a}]", "line 1: version: expected 1, found nothing"),
         ("bad.yaml", b"\xff", "line 1: expected UTF-8 text, found byte 0xff"),
     ],
