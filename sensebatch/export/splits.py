@@ -48,26 +48,28 @@ def parse_splits(text: str | None) -> Splits:
     """
     if text is None:
         return Splits()
-    pairs = [part.strip().partition("=") for part in text.split(",")]
-    names = tuple(name.strip() for name, _, _ in pairs)
+    pairs = [part.strip() for part in text.split(",")]
+    names = tuple(pair.partition("=")[0].strip() for pair in pairs)
     for name in names:
         if not _NAME.fullmatch(name) or name == "all":
             raise ConfigError(f"{_EXPECTED}; found the name {name!r}")
     if len(set(names)) < len(names):
         raise ConfigError(f"{_EXPECTED}; found a name twice in {text!r}")
-    shares = tuple(_share(value) for _, _, value in pairs)
+    shares = tuple(_share(pair) for pair in pairs)
     if not math.isclose(total := float(sum(shares)), 1, abs_tol=1e-6):
         raise ConfigError(f"{_EXPECTED}; found a sum of {total:g}")
     return Splits(names=names, shares=shares)
 
 
-def _share(text: str) -> Fraction:
+def _share(pair: str) -> Fraction:
+    """Returns the share in `train=0.9`."""
+    text = pair.partition("=")[2].strip()
     try:
-        share = Fraction(text.strip())
+        share = Fraction(text)
     except (ValueError, ZeroDivisionError):
-        raise ConfigError(f"{_EXPECTED}; found {text.strip()!r}") from None
+        raise ConfigError(f"{_EXPECTED}; found {pair!r}") from None
     if not 0 < share <= 1:
-        raise ConfigError(f"{_EXPECTED}; found a share of {text.strip()}")
+        raise ConfigError(f"{_EXPECTED}; found a share of {text}")
     return share
 
 

@@ -94,6 +94,8 @@ def test_near_duplicates_are_left_out(invoke: Invoke, folder: Path) -> None:
         (["--where", "seed = 99"], "expected jobs to export, found none that are selected"),
         (["--status", "failed"], "expected jobs that are done, found 1 that is not"),
         (["--license", "cc-by4"], "did you mean 'cc-by-4.0'?"),
+        (["--split", "train"], "train=0.9,test=0.1; found 'train'"),
+        (["--split", "train=most"], "train=0.9,test=0.1; found 'train=most'"),
         (["--split", "train=0.5"], "--split: expected names and shares that sum to 1"),
         (["--shard-size", "many"], "--shard-size: expected a size such as 500MB or 1GiB"),
         (["--shard-size", "0MB"], "--shard-size: expected a size such as 500MB or 1GiB"),
