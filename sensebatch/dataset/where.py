@@ -23,6 +23,8 @@ _MAX_FURTHER = 1000
 """Most names of matrix and metadata that are columns."""
 _NUMBER = "#"
 """The column with a job's place; no other column has such a name."""
+_END = "\n)"
+"""What follows an expression: a comment at its end ends with its line."""
 _LIST_WIDTH = 78
 """The columns of a terminal that a list of names takes."""
 _MAX_VALUE_BYTES = 2**26
@@ -107,8 +109,7 @@ class Where:
         return json.loads(job.value(self._extra[name])).get(name)
 
     def _query(self) -> str:
-        # A comment at the end of the expression ends with its line.
-        return f'SELECT "{_NUMBER}" FROM jobs WHERE ({self._text}\n)'
+        return f'SELECT "{_NUMBER}" FROM jobs WHERE ({self._text}{_END}'
 
     def _compile(self, columns: Collection[str]) -> None:
         """Finds out which columns the expression uses."""
@@ -173,7 +174,8 @@ def _reason(error: Exception, columns: Collection[str]) -> str:
         return f"expected one of these columns, found {match[1]!r}{hint}\n{listing(columns)}"
     if "not authorized" in said or "one statement" in said:
         return _NOTHING_ELSE
-    return f"expected an SQL expression: {said}"
+    # Quotes that nothing closes reach to the end of all.
+    return "expected an SQL expression: " + re.sub(rf'{re.escape(_END)}"$', '"', said)
 
 
 def listing(columns: Iterable[str]) -> str:

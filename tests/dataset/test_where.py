@@ -114,6 +114,8 @@ def test_a_list_of_columns_has_narrow_lines() -> None:
         ("", "expected an SQL expression"),
         ("seed >", "expected an SQL expression"),
         ("unheard(seed)", "no such function: unheard"),
+        ("seed > 'x", """unrecognized token: "'x"$"""),
+        ("seed > 'x\n)\"", r"""unrecognized token: "'x\n\)""$"""),
         ("count(*) > 1", "misuse of aggregate"),
         ("seed = 1; DROP TABLE jobs", "without SELECT|syntax error"),
         ("1) UNION SELECT (1", "without SELECT"),
