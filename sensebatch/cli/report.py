@@ -42,7 +42,10 @@ def report(
     from sensebatch.store.status import folder_shard, num_unlogged, read_acceptance
     from sensebatch.units import counted
 
-    log, shard = read_log(RunDir(folder).log), folder_shard(folder)
+    run_dir = RunDir(folder)
+    if not run_dir.log.exists():
+        run_dir.require_state()
+    log, shard = read_log(run_dir.log), folder_shard(folder)
     if missing := num_unlogged(folder, log.num_rows):
         warn(
             f"log.parquet lacks the latest {counted(missing, 'row')}, which are written when the "

@@ -91,7 +91,7 @@ def test_demo_draws_the_catalog_wherever_it_is_started(
 def test_folder_without_a_run_is_a_clear_error(invoke: Invoke, command: str) -> None:
     ended = invoke(command, "nowhere")
     assert ended.code == 2
-    assert ended.err.startswith("sensebatch: nowhere")
+    assert ended.err == "sensebatch: nowhere: expected a run's folder, found no state.db\n"
 
 
 @pytest.mark.usefixtures("backend")

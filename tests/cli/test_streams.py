@@ -157,7 +157,7 @@ def test_closed_standard_error_is_not_a_file_of_the_run(tmp_path: Path, closed: 
         (["manifest", "validate", "none.yaml"], "none.yaml: manifest: "),
         (["plan", "none.yaml"], "none.yaml: manifest: "),
         (["status", "none"], "sensebatch: none: expected a run's folder"),
-        (["report", "none"], "sensebatch: none/log.parquet: "),
+        (["report", "none"], "sensebatch: none: expected a run's folder"),
         (["model", "inspect", "./none"], "sensebatch: ./none: expected"),
     ],
 )
