@@ -139,6 +139,19 @@ def test_paths_lead_to_the_same_file_through_links(
     assert not Path(found.images[0].path).is_absolute()
 
 
+def test_values_of_a_matrix_are_in_the_rows_and_no_matrix_is(
+    tmp_path: Path, config: RunConfig, write_jsonl: WriteJsonl
+) -> None:
+    source = write_jsonl({"prompt": "a {x}", "matrix": {"x": ["cat"], "num_steps": [3]}})
+    convert_manifest(source, tmp_path / "other.yaml", config)
+    (before,), (after,) = (
+        read_manifest(source, config),
+        read_manifest(tmp_path / "other.yaml", config),
+    )
+    assert (dict(before.matrix), dict(after.matrix)) == ({"x": "cat", "num_steps": 3}, {})
+    assert (after.prompt, after.sampling.num_steps) == ("a cat", 3)
+
+
 def test_the_name_is_kept(tmp_path: Path, config: RunConfig) -> None:
     source = tmp_path / "source.yaml"
     source.write_text("version: 1\nname: night\njobs: [{prompt: x}]")
