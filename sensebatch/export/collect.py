@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sensebatch.dataset.records import Record
-from sensebatch.errors import ExportError
+from sensebatch.errors import ExportError, JobError
 from sensebatch.export.columns import LOG_COLUMNS
 from sensebatch.export.samples import ImageFile, Sample, prompt_group, sample_of
 from sensebatch.export.shards import Row
@@ -77,6 +77,8 @@ class Collected:
     """Rejected tries whose images were removed, and questions about them; never in it."""
     missing: list[str] = field(default_factory=list)
     """What is wrong with the files of jobs that are left out."""
+    changed: list[str] = field(default_factory=list)
+    """Which texts are not those that the run wrote; their jobs are left out too."""
     settings: dict[str, set[str]] = field(default_factory=dict)
     """The values of each of `SETTINGS`, as text."""
 
@@ -99,7 +101,7 @@ def collect(
         with_rejected: Whether tries that were not accepted are in it, and questions about tries.
 
     Raises:
-        ExportError: Files are missing, all of which were looked for, or no job is done.
+        ExportError: Files are missing, all of which were looked for, or a text was changed.
     """
     found = Collected()
     for record in records:
@@ -119,6 +121,9 @@ def collect(
         except (OSError, ValueError) as error:
             found.missing.append(f"job {record.job.id}: {_said(record.root, error)}")
             continue
+        except JobError as error:
+            found.changed.append(f"job {record.job.id}: {error}")
+            continue
         found.rows.append(
             Row(
                 task=sample.task,
@@ -132,7 +137,21 @@ def collect(
         _note(found.settings, sample)
     if found.missing and not skip_missing:
         raise ExportError(_missing(found.missing))
+    if found.changed and not skip_missing:
+        raise ExportError(damaged(found.changed[0]))
     return found
+
+
+def damaged(problem: str) -> str:
+    """Returns what ends an export because of a file that is not as it should be.
+
+    Args:
+        problem: The job and what is wrong with its file.
+    """
+    return (
+        f"{problem}\n"
+        "sensebatch status --verify checks all files; --skip-missing leaves such jobs out"
+    )
 
 
 def is_accepted(record: Record) -> bool:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from sensebatch.config import OutputConfig
 from sensebatch.errors import JobError
-from sensebatch.export.samples import ImageFile, Sample
+from sensebatch.export.samples import ImageFile, Sample, changed_file
 from sensebatch.image_files import UnusableImageError, decode_image
 from sensebatch.jobs import InputImage
 from sensebatch.store.chains import reading
@@ -138,9 +138,7 @@ class ImageLoader:
         except OSError as error:
             raise JobError(f"{file.source}: cannot be read: {reason(error)}") from error
         if hashlib.sha256(content).hexdigest() != file.sha256:
-            raise JobError(
-                f"{file.source}: expected the file that the run wrote, found other bytes"
-            )
+            raise JobError(changed_file(file.source))
         return content
 
 

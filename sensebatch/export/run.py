@@ -12,7 +12,7 @@ from sensebatch.dataset.records import Dataset
 from sensebatch.dataset.selection import Selection
 from sensebatch.errors import ExportError, JobError
 from sensebatch.export.card import CardFacts, write_card
-from sensebatch.export.collect import Collected, Spool, collect
+from sensebatch.export.collect import Collected, Spool, collect, damaged
 from sensebatch.export.formats import FORMATS
 from sensebatch.export.images import Conversion, ImageLoader, LoadedSample, Sign
 from sensebatch.export.ledger import Ledger, Shard, is_record
@@ -144,7 +144,7 @@ def export(
         not_needed=found.not_needed,
         not_accepted=found.not_accepted,
         dropped=found.dropped,
-        skipped=[*found.missing, *writing.skipped],
+        skipped=[*found.missing, *found.changed, *writing.skipped],
         empty_splits=unused(config.splits, [shard.split for shard in shards]),
         card_kept=not is_ours,
     )
@@ -211,10 +211,7 @@ class _Writing:
             elif self._config.skip_missing:
                 self.skipped.append(str(row))
             else:
-                raise ExportError(
-                    f"{row}\nsensebatch status --verify checks all files; --skip-missing leaves "
-                    "such jobs out"
-                ) from row
+                raise ExportError(damaged(str(row))) from row
 
     def _noted(self, rows: Iterable[LoadedSample], digests: list[str]) -> Iterator[LoadedSample]:
         """Yields rows, and notes which they were."""
@@ -260,7 +257,7 @@ def _collected(dataset: Dataset, spool: Spool, config: ExportConfig) -> Collecte
 
 def _nothing(root: Path, found: Collected) -> str:
     """Returns why there is nothing to export."""
-    if found.missing:
+    if found.missing or found.changed:
         return f"{root}: expected files that can be read, found none"
     if found.not_done:
         which = "that is" if found.not_done == 1 else "that are"

@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from sensebatch.dataset.records import Record
+from sensebatch.errors import JobError
 from sensebatch.export.columns import ANSWER_COLUMNS, LOG_COLUMNS, columns_of
 from sensebatch.jobs import IMAGE_MARK, InputImage
 from sensebatch.store.provenance import public_name
@@ -64,6 +65,7 @@ def sample_of(record: Record) -> Sample:
     Raises:
         OSError: Its text cannot be read.
         ValueError: Its text is not UTF-8.
+        JobError: Its text is not the one that the run wrote.
     """
     row = record.row
     assert row is not None
@@ -79,7 +81,7 @@ def sample_of(record: Record) -> Sample:
         for path, sha256 in zip(row["image_paths"], row["image_sha256"], strict=True)
     )
     outputs = range(len(inputs), len(inputs) + len(drawn))
-    text = record.read_text()
+    text = _text(record)
     known = {
         **{name: row.get(name) for name in (*LOG_COLUMNS, *ANSWER_COLUMNS)},
         "model": public_name(row["model"]),
@@ -97,6 +99,26 @@ def sample_of(record: Record) -> Sample:
     }
     values = {column.name: known[column.name] for column in columns_of(job.task)}
     return Sample(task=job.task.value, values=values, images=(*inputs, *drawn))
+
+
+def _text(record: Record) -> str | None:
+    """Returns the text that a job wrote, as it wrote it; None without one."""
+    if record.row is None or record.text_file is None:
+        return None
+    content = record.text_file.read_bytes()
+    sha256 = record.row.get("text_sha256")
+    if sha256 and hashlib.sha256(content).hexdigest() != sha256:
+        raise JobError(changed_file(record.row["text_path"]))
+    return content.decode("utf-8")
+
+
+def changed_file(path: str) -> str:
+    """Returns what is said of a file whose bytes have another hash than the log names.
+
+    Args:
+        path: In the run's folder.
+    """
+    return f"{path}: expected the file that the run wrote, found other bytes"
 
 
 def _parts(text: str, images: range) -> Iterator[dict[str, Any]]:

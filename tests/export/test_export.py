@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +23,7 @@ from sensebatch.dataset.selection import Selection
 from sensebatch.errors import ConfigError, ExportError, StorageError, StorageFullError
 from sensebatch.export.formats import FORMATS
 from sensebatch.export.run import ExportObserver
+from sensebatch.export.samples import sample_of
 from sensebatch.export.splits import parse_splits
 from sensebatch.export.target import Folder
 from sensebatch.jobs import InputImage
@@ -423,6 +426,59 @@ def test_image_that_was_changed_is_not_exported(grown: Path, tmp_path: Path) -> 
     done = export_folder(root, tmp_path / "out", skip_missing=True)
     assert (done.jobs, len(done.skipped)) == (199, 1)
     assert "image-0005" not in parquet_ids(tmp_path / "out")
+
+
+@pytest.mark.parametrize("job_id", ["thinks", "edit-two", "question", "story"])
+def test_text_that_was_changed_is_not_exported(job_id: str, mixed: Path, tmp_path: Path) -> None:
+    root, out = Path(shutil.copytree(mixed, tmp_path / "run")), tmp_path / "out"
+    file = root / f"text/{job_id}.txt"
+    file.write_text(file.read_text() + "and more")
+    problem = rf"job {job_id}: text/{job_id}\.txt: expected the file that the run wrote, found"
+    with pytest.raises(ExportError, match=rf"{problem} other bytes\nsensebatch status --verify"):
+        export_folder(root, out)
+    assert not out.exists()
+    done = export_folder(root, out, skip_missing=True)
+    assert done.skipped == [
+        f"job {job_id}: text/{job_id}.txt: expected the file that the run wrote, found other bytes"
+    ]
+    assert {*parquet_ids(out), job_id} == records_of(root).keys()
+    assert job_id not in parquet_ids(out)
+
+
+def test_text_that_is_changed_after_an_export_leaves_the_set(mixed: Path, tmp_path: Path) -> None:
+    root, out = Path(shutil.copytree(mixed, tmp_path / "run")), tmp_path / "out"
+    export_folder(root, out)
+    before = snapshot(out)
+    (root / "text/story.txt").write_text("Once.")
+    with pytest.raises(ExportError, match=r"job story: text/story\.txt: expected the file"):
+        export_folder(root, out)
+    assert snapshot(out) == before
+    export_folder(root, out, skip_missing=True)
+    assert {*parquet_ids(out), "story"} == records_of(root).keys()
+    assert "story" not in parquet_ids(out)
+
+
+def test_missing_files_are_named_before_a_text_that_was_changed(
+    mixed: Path, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(mixed, tmp_path / "run"))
+    (root / "text/thinks.txt").write_text("Once.")
+    (root / "text/story.txt").unlink()
+    with pytest.raises(ExportError, match=r"found 1 job that lacks some:\n  job story: text"):
+        export_folder(root, tmp_path / "out")
+    done = export_folder(root, tmp_path / "out", skip_missing=True)
+    assert [text.partition(":")[0] for text in done.skipped] == ["job story", "job thinks"]
+
+
+def test_text_is_exported_as_it_was_written_line_ends_included(mixed: Path, tmp_path: Path) -> None:
+    text = "One.\r\nTwo."
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/thinks.txt").write_bytes(text.encode())
+    record = records_of(mixed)["thinks"]
+    for sha256 in (hashlib.sha256(text.encode()).hexdigest(), None):
+        row = {**json.loads(record.row_text or ""), "text_sha256": sha256}
+        there = replace(record, root=tmp_path, row_text=json.dumps(row))
+        assert sample_of(there).values["text"] == text
 
 
 def test_input_image_that_was_changed_is_not_exported(tmp_path: Path) -> None:
