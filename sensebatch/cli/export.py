@@ -381,6 +381,23 @@ def _lines(out: str, config: ExportConfig, done: Exported) -> Iterator[str]:
         yield f"  written  {counted(done.written_shards, 'shard')} with {written}"
     else:
         yield "  written  nothing: all of it is there already"
+    if done.removed_rows:
+        rows = counted(done.removed_rows, "row")
+        shards = f"{counted(done.removed_shards, 'shard')} and " if done.removed_shards else ""
+        yield f"  removed  {shards}{rows} of jobs that are left out now, or have changed"
+    yield from _left_out_lines(done)
+    for split in done.empty_splits:
+        yield f"  empty    split {split}: no prompt falls into it"
+    if done.card_kept:
+        yield "  card     README.md was changed by hand, and is left as it is"
+    if config.license == UNKNOWN:
+        yield "  licence  unknown; --license names one"
+
+
+def _left_out_lines(done: Exported) -> Iterator[str]:
+    """Yields which of the chosen jobs are not in an export."""
+    from sensebatch.units import counted
+
     if done.not_accepted:
         jobs = counted(done.not_accepted, "job")
         what = "tries that are not accepted, what starts from them, and questions about tries"
@@ -396,12 +413,6 @@ def _lines(out: str, config: ExportConfig, done: Exported) -> Iterator[str]:
     if done.skipped:
         yield f"  left out {counted(len(done.skipped), 'job')} with missing or damaged files:"
         yield from (f"    {text}" for text in done.skipped[:NUM_SHOWN])
-    for split in done.empty_splits:
-        yield f"  empty    split {split}: no prompt falls into it"
-    if done.card_kept:
-        yield "  card     README.md was changed by hand, and is left as it is"
-    if config.license == UNKNOWN:
-        yield "  licence  unknown; --license names one"
 
 
 def _next_lines(

@@ -62,6 +62,10 @@ class Exported:
     written_shards: int = 0
     written_images: int = 0
     written_bytes: int = 0
+    removed_shards: int = 0
+    """Shards that were there and are not now."""
+    removed_rows: int = 0
+    """Rows that were there and are not now: their jobs are left out now, or have changed."""
     not_done: int = 0
     """Selected jobs that are not done, and so not in it."""
     not_needed: int = 0
@@ -140,6 +144,8 @@ def export(
         written_shards=len(shards) - len(plan.kept),
         written_images=writing.num_images,
         written_bytes=writing.num_bytes,
+        removed_shards=len(_stems(whole) - _stems(shards)),
+        removed_rows=len(_rows(whole) - _rows(shards)),
         not_done=found.not_done,
         not_needed=found.not_needed,
         not_accepted=found.not_accepted,
@@ -148,6 +154,14 @@ def export(
         empty_splits=unused(config.splits, [shard.split for shard in shards]),
         card_kept=not is_ours,
     )
+
+
+def _stems(shards: Iterable[Shard]) -> set[str]:
+    return {shard.stem for shard in shards}
+
+
+def _rows(shards: Iterable[Shard]) -> set[str]:
+    return {digest for shard in shards for digest in shard.rows}
 
 
 class _Writing:
@@ -173,7 +187,7 @@ class _Writing:
 
     def clear(self, plan: ShardPlan, whole: Iterable[Shard], others: Iterable[str]) -> None:
         """Removes shards that change, and what an export that was interrupted left."""
-        kept = {shard.stem for shard in plan.kept}
+        kept = _stems(plan.kept)
         for shard in whole:
             if shard.stem in kept:
                 continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from sensebatch.cli import exits
+from sensebatch.tasks import Task
 from tests.cli.conftest import Invoke
 from tests.executor.fakes import make_job
 from tests.export.fake_hub import TOKEN, FakeHub, fake_hub
@@ -64,8 +66,34 @@ def test_selection_decides_which_jobs_are_exported(invoke: Invoke, folder: Path)
     assert invoke("export", "hf", folder, "out", *chosen).code == exits.DONE
     assert parquet_ids(Path("out")) == [f"image-{number:04d}" for number in range(4, 8)]
     # Fewer jobs: the export follows, and keeps no row that is no longer chosen.
-    assert invoke("export", "hf", folder, "out", "--where", "seed = 5").code == exits.DONE
+    ended = invoke("export", "hf", folder, "out", "--where", "seed = 5")
+    assert ended.code == exits.DONE
+    assert "  removed  3 rows of jobs that are left out now, or have changed\n" in ended.out
     assert parquet_ids(Path("out")) == ["image-0005"]
+
+
+def test_subset_that_is_no_longer_chosen_is_said_to_be_removed(
+    invoke: Invoke, tmp_path: Path
+) -> None:
+    root = make_folder(tmp_path / "run", [*grid(3), make_job("a", Task.ASK)])
+    assert "removed" not in invoke("export", "hf", root, "out").out
+    ended = invoke("export", "hf", root, "out", "--task", "ask")
+    assert ended.out.splitlines()[:3] == [
+        "out: 1 job in 1 shard",
+        "  written  nothing: all of it is there already",
+        "  removed  1 shard and 3 rows of jobs that are left out now, or have changed",
+    ]
+    invoke("export", "hf", root, "out")
+    found = invoke("export", "hf", root, "out", "--task", "ask", "--json").json
+    assert (found["removed_shards"], found["removed_rows"]) == (1, 3)
+
+
+def test_documented_keys_are_those_of_the_json(invoke: Invoke, folder: Path) -> None:
+    found = invoke("export", "hf", folder, "out", "--json").json
+    section = (ROOT / "docs/dataset.md").read_text().partition("`--json` prints one object")[2]
+    table = section.partition("\n\nMeasured")[0]
+    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert sorted(re.findall("`([a-z_]+)`", "".join(cells))) == sorted(found)
 
 
 def test_picks_decide_which_jobs_are_exported(invoke: Invoke, folder: Path) -> None:

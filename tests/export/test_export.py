@@ -215,6 +215,41 @@ def test_job_that_was_drawn_again_and_one_that_was_removed(grown: Path, tmp_path
         assert rows[job_id]["image"]["bytes"] == record.image_files[0].read_bytes()
 
 
+def test_rows_and_shards_that_are_removed_are_counted(grown: Path, tmp_path: Path) -> None:
+    root, out = Path(shutil.copytree(grown, tmp_path / "run")), tmp_path / "out"
+    first = export_folder(root, out, shard_bytes=50_000)
+    assert (first.removed_shards, first.removed_rows) == (0, 0)
+    jobs = grid(200)
+    jobs[3] = make_job(jobs[3].id, prompt="another prompt")
+    del jobs[150]
+    run_folder(root, jobs)
+    second = export_folder(root, out, shard_bytes=50_000)
+    assert (second.removed_shards, second.removed_rows) == (0, 2)
+    third = export_folder(
+        root, out, selection=Selection(where="seed IN (5, 6)"), shard_bytes=50_000
+    )
+    assert (third.jobs, third.removed_rows) == (2, 199 - 2)
+    assert third.removed_shards == second.shards - third.shards > 0
+
+
+def test_row_that_moves_to_another_split_or_shard_is_not_removed(
+    mixed: Path, tmp_path: Path
+) -> None:
+    first = export_folder(mixed, tmp_path)
+    done = export_folder(mixed, tmp_path, splits=parse_splits("a=0.5,b=0.5"))
+    assert (done.removed_shards, done.removed_rows) == (first.shards, 0)
+
+
+def test_subsets_that_are_no_longer_chosen_are_counted_as_removed(
+    mixed: Path, tmp_path: Path
+) -> None:
+    first = export_folder(mixed, tmp_path)
+    done = export_folder(mixed, tmp_path, selection=Selection(tasks=[Task.EDIT]))
+    assert (done.jobs, done.written_shards) == (2, 0)
+    assert (done.removed_shards, done.removed_rows) == (first.shards - 1, first.jobs - 2)
+    assert {path.parent.name for path in tmp_path.glob("*/*.parquet")} == {"edit"}
+
+
 class _KilledError(BaseException):
     """Stands for a kill: nothing catches it."""
 
