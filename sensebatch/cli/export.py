@@ -180,14 +180,15 @@ class PublishOptions:
         typer.Option(
             metavar="ID",
             help="Licence of the set for its card, in the Hub's words, such as cc-by-4.0. "
-            "[default: unknown]",
+            "[default: as in an earlier export, or unknown]",
             rich_help_panel=_PUBLISH,
         ),
     ] = None
     title: Annotated[
         str | None,
         typer.Option(
-            help="Title of the card. [default: the name of DIR]", rich_help_panel=_PUBLISH
+            help="Title of the card. [default: as in an earlier export, or the name of DIR]",
+            rich_help_panel=_PUBLISH,
         ),
     ] = None
     push: Annotated[
@@ -267,7 +268,7 @@ def export(
     if as_json:
         show(json.dumps({**asdict(done), "out": out, "pushed_to": address}))
     else:
-        lines = [line for text in _lines(out, config, done) for line in fitted(text)]
+        lines = [line for text in _lines(out, done) for line in fitted(text)]
         # What is to be copied stays whole.
         show("\n".join([*lines, *_next_lines(out, config, done, address)]))
 
@@ -292,8 +293,8 @@ def _config(
         shard_bytes=SHARD_BYTES if content.shard_size is None else _bytes(content.shard_size),
         skip_missing=content.skip_missing,
         with_rejected=content.rejected,
-        title=publish.title or "",
-        license=checked_license(publish.license),
+        title=publish.title or None,
+        license=None if publish.license is None else checked_license(publish.license),
         signer=None if signer is None else signer.fingerprint,
     )
 
@@ -370,7 +371,7 @@ def _progress() -> Iterator[ExportObserver]:
         yield Bar()
 
 
-def _lines(out: str, config: ExportConfig, done: Exported) -> Iterator[str]:
+def _lines(out: str, done: Exported) -> Iterator[str]:
     """Yields what became of an export."""
     from sensebatch.export.licenses import UNKNOWN
     from sensebatch.units import counted
@@ -390,7 +391,7 @@ def _lines(out: str, config: ExportConfig, done: Exported) -> Iterator[str]:
         yield f"  empty    split {split}: no prompt falls into it"
     if done.card_kept:
         yield "  card     README.md was changed by hand, and is left as it is"
-    if config.license == UNKNOWN:
+    elif done.license == UNKNOWN:
         yield "  licence  unknown; --license names one"
 
 

@@ -81,6 +81,18 @@ class Ledger:
         """Writes the export's own record, before anything else."""
         self._write(_HEAD, self._head)
 
+    def given(self, name: str, now: str | None) -> str | None:
+        """Returns what a user gave for the card, now or else last; None if that was never.
+
+        Args:
+            name: `license` or `title`.
+            now: What is given to this export, which `begin` records; None for nothing.
+        """
+        given = self._head.setdefault("given", {})
+        if now is not None:
+            given[name] = now
+        return given.get(name)
+
     def add(self, shard: Shard) -> None:
         """Records a shard whose files are in place."""
         self._write(

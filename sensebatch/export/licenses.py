@@ -26,14 +26,12 @@ LICENSES = frozenset(
 """The licences that the Hub knows by name."""
 
 
-def checked_license(name: str | None) -> str:
-    """Returns a licence in the Hub's words; `unknown` where none is named.
+def checked_license(name: str) -> str:
+    """Returns a licence in the Hub's words.
 
     Raises:
         ConfigError: The Hub has no such word.
     """
-    if name is None:
-        return UNKNOWN
     word = name.strip().lower()
     if word in LICENSES:
         return word

@@ -16,6 +16,7 @@ from sensebatch.export.collect import Collected, Spool, collect, damaged
 from sensebatch.export.formats import FORMATS
 from sensebatch.export.images import Conversion, ImageLoader, LoadedSample, Sign
 from sensebatch.export.ledger import Ledger, Shard, is_record
+from sensebatch.export.licenses import UNKNOWN
 from sensebatch.export.samples import Sample
 from sensebatch.export.shards import ShardPlan, plan_shards
 from sensebatch.export.splits import Splits, unused
@@ -44,10 +45,12 @@ class ExportConfig:
     """Whether jobs whose files are missing or damaged are left out."""
     with_rejected: bool = False
     """Whether tries that were not accepted are in it, and the questions about tries."""
-    title: str = ""
-    """The title of the card; empty for the name of the run's folder."""
-    license: str = "unknown"
-    """The license of the set, in the Hub's words."""
+    title: str | None = None
+    """The title of the card; None for that of an earlier export, or the name of the run's folder.
+    """
+    license: str | None = None
+    """The licence of the set, in the Hub's words; None for that of an earlier export, or unknown.
+    """
     signer: str | None = None
     """Fingerprint of the certificate that images are signed with."""
 
@@ -77,6 +80,8 @@ class Exported:
     skipped: list[str] = field(default_factory=list)
     """Jobs left out because of their files, and why."""
     empty_splits: list[str] = field(default_factory=list)
+    license: str = UNKNOWN
+    """Of the set, in the Hub's words."""
     card_kept: bool = False
     """Whether the card was left alone, since a person changed it."""
 
@@ -130,29 +135,51 @@ def export(
             limits = FORMATS[config.format].limits(config.shard_bytes)
             plan = plan_shards(whole, found.rows, limits)
             observer.planned(sum(row.num_images for _, rows in plan.written for row in rows))
+            facts = _facts(dataset, config, found, ledger)
             ledger.begin()
             writing = _Writing(target, ledger, loader, config, observer)
             writing.clear(plan, whole, others)
             shards = [*plan.kept, *writing.write(plan, spool)]
             if not shards:
                 raise ExportError(f"{dataset.root}: expected files that can be read, found none")
-            is_ours = write_card(target, ledger, _facts(dataset, config, found, shards))
+            facts = replace(facts, shards=tuple(shards))
+            is_ours = write_card(target, ledger, facts)
+    done = _done(config, found, writing, whole, shards)
+    done.license, done.card_kept = facts.license, not is_ours
+    return done
+
+
+def _done(
+    config: ExportConfig,
+    found: Collected,
+    writing: _Writing,
+    old: Sequence[Shard],
+    shards: Sequence[Shard],
+) -> Exported:
+    """Returns what an export came to, besides the card.
+
+    Args:
+        config: Of the export.
+        found: What there was to export.
+        writing: Has written it.
+        old: The shards that were there before.
+        shards: Those that are there now.
+    """
     return Exported(
         jobs=sum(len(shard.rows) for shard in shards),
         tasks=[task.value for task in Task if any(shard.task == task for shard in shards)],
         shards=len(shards),
-        written_shards=len(shards) - len(plan.kept),
+        written_shards=writing.num_shards,
         written_images=writing.num_images,
         written_bytes=writing.num_bytes,
-        removed_shards=len(_stems(whole) - _stems(shards)),
-        removed_rows=len(_rows(whole) - _rows(shards)),
+        removed_shards=len(_stems(old) - _stems(shards)),
+        removed_rows=len(_rows(old) - _rows(shards)),
         not_done=found.not_done,
         not_needed=found.not_needed,
         not_accepted=found.not_accepted,
         dropped=found.dropped,
         skipped=[*found.missing, *found.changed, *writing.skipped],
         empty_splits=unused(config.splits, [shard.split for shard in shards]),
-        card_kept=not is_ours,
     )
 
 
@@ -181,6 +208,7 @@ class _Writing:
         self._config = config
         self._format = FORMATS[config.format]
         self._observer = observer
+        self.num_shards = 0
         self.num_images = 0
         self.num_bytes = 0
         self.skipped: list[str] = []
@@ -215,6 +243,7 @@ class _Writing:
         )
         written = replace(shard, rows=tuple(digests), files=files)
         self._ledger.add(written)
+        self.num_shards += 1
         self.num_bytes += sum(files.values())
         return written
 
@@ -282,14 +311,13 @@ def _nothing(root: Path, found: Collected) -> str:
     return f"{root}: expected jobs to export, found none that are selected"
 
 
-def _facts(
-    dataset: Dataset, config: ExportConfig, found: Collected, shards: Sequence[Shard]
-) -> CardFacts:
-    """Returns what the card says."""
+def _facts(dataset: Dataset, config: ExportConfig, found: Collected, ledger: Ledger) -> CardFacts:
+    """Returns what the card says, as yet without shards."""
+    title = ledger.given("title", config.title)
     return CardFacts(
-        title=config.title or dataset.root.resolve().name,
-        license=config.license,
-        shards=tuple(shards),
+        title=dataset.root.resolve().name if title is None else title,
+        license=ledger.given("license", config.license) or UNKNOWN,
+        shards=(),
         pattern=FORMATS[config.format].pattern,
         settings=found.settings,
     )

@@ -55,6 +55,22 @@ def test_export_without_a_licence_says_so(invoke: Invoke, folder: Path) -> None:
     assert list(Path("out/t2i").glob("*.tar"))
 
 
+def test_licence_and_title_stay_until_others_are_given(invoke: Invoke, folder: Path) -> None:
+    def said(*options: str) -> tuple[str, str]:
+        ended = invoke("export", "hf", folder, "out", *options)
+        assert ended.code == exits.DONE
+        head = Path("out/README.md").read_text().splitlines()[1:3]
+        assert ("  licence  unknown" in ended.out) == (head[0] == "license: unknown")
+        return head[0].removeprefix("license: "), head[1].removeprefix("pretty_name: ")
+
+    assert said() == ("unknown", "ships")
+    assert said("--license", "CC-BY-4.0", "--title", "Boats") == ("cc-by-4.0", "Boats")
+    assert said() == ("cc-by-4.0", "Boats")
+    assert said("--where", "seed > 3", "--title", "Ships") == ("cc-by-4.0", "Ships")
+    assert invoke("export", "hf", folder, "out", "--json").json["license"] == "cc-by-4.0"
+    assert said("--license", "unknown") == ("unknown", "Ships")
+
+
 def test_json_is_one_object(invoke: Invoke, folder: Path) -> None:
     found = invoke("export", "hf", folder, "out", "--split", "a=0.5,b=0.5", "--json").json
     assert (found["jobs"], found["not_done"], found["tasks"]) == (8, 1, ["t2i"])
