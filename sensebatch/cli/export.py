@@ -411,6 +411,9 @@ def _left_out_lines(done: Exported) -> Iterator[str]:
     if done.not_done:
         which = "that is" if done.not_done == 1 else "that are"
         yield f"  left out {counted(done.not_done, 'job')} {which} not done"
+    if done.look_alikes:
+        jobs = counted(done.look_alikes, "job")
+        yield f"  left out {jobs} whose images look like those of an earlier job (--dedupe)"
     if done.skipped:
         yield f"  left out {counted(len(done.skipped), 'job')} with missing or damaged files:"
         yield from (f"    {text}" for text in done.skipped[:NUM_SHOWN])

@@ -252,11 +252,15 @@ class Dataset:
                 replaced.append(job_id)
         return unknown, replaced
 
-    def records(self, selection: Selection | None = None) -> Iterator[Record]:
+    def records(
+        self, selection: Selection | None = None, *, look_alikes: list[str] | None = None
+    ) -> Iterator[Record]:
         """Yields jobs in the order of the manifests, those that are no longer in them last.
 
         Args:
             selection: Which; None for all jobs in the manifests.
+            look_alikes: Takes the ids of the jobs that `selection.dedupe` leaves out, before the
+                first job.
 
         Raises:
             ConfigError: The selection does not fit the folder; raised before the first job.
@@ -268,11 +272,10 @@ class Dataset:
         if selection.dedupe is None:
             return self._chosen(selection, selector)
         firsts = near_duplicates(self._chosen(selection, selector), selection.dedupe)
-        return (
-            record
-            for record in self._chosen(selection, selector)
-            if firsts.get(record.id, record.id) == record.id
-        )
+        left_out = {job_id: first for job_id, first in firsts.items() if first != job_id}
+        if look_alikes is not None:
+            look_alikes += left_out
+        return (record for record in self._chosen(selection, selector) if record.id not in left_out)
 
     def _chosen(self, selection: Selection, selector: Selector) -> Iterator[Record]:
         return selector.chosen(

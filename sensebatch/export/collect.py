@@ -75,6 +75,8 @@ class Collected:
     """Tries that were not accepted, what starts from them, and the questions about tries."""
     dropped: int = 0
     """Rejected tries whose images were removed, and questions about them; never in it."""
+    look_alikes: int = 0
+    """Jobs that were left out before, since their images look like those of an earlier one."""
     missing: list[str] = field(default_factory=list)
     """What is wrong with the files of jobs that are left out."""
     changed: list[str] = field(default_factory=list)

@@ -77,6 +77,8 @@ class Exported:
     """Tries that were not accepted, what starts from them, and questions about tries; likewise."""
     dropped: int = 0
     """Rejected tries whose images were removed, and questions about them; likewise."""
+    look_alikes: int = 0
+    """Jobs whose images look like those of an earlier one; likewise, where that is asked for."""
     skipped: list[str] = field(default_factory=list)
     """Jobs left out because of their files, and why."""
     empty_splits: list[str] = field(default_factory=list)
@@ -178,6 +180,7 @@ def _done(
         not_needed=found.not_needed,
         not_accepted=found.not_accepted,
         dropped=found.dropped,
+        look_alikes=found.look_alikes,
         skipped=[*found.missing, *found.changed, *writing.skipped],
         empty_splits=unused(config.splits, [shard.split for shard in shards]),
     )
@@ -289,13 +292,16 @@ def _terms(dataset: Dataset, config: ExportConfig) -> dict[str, Any]:
 
 
 def _collected(dataset: Dataset, spool: Spool, config: ExportConfig) -> Collected:
-    return collect(
-        dataset.records(config.selection),
+    look_alikes: list[str] = []
+    found = collect(
+        dataset.records(config.selection, look_alikes=look_alikes),
         spool,
         config.splits,
         skip_missing=config.skip_missing,
         with_rejected=config.with_rejected,
     )
+    found.look_alikes = len(look_alikes)
+    return found
 
 
 def _nothing(root: Path, found: Collected) -> str:

@@ -13,6 +13,7 @@ import pytest
 
 from sensebatch.cli import exits
 from sensebatch.tasks import Task
+from sensebatch.units import counted
 from tests.cli.conftest import Invoke
 from tests.executor.fakes import make_job
 from tests.export.fake_hub import TOKEN, FakeHub, fake_hub
@@ -127,8 +128,17 @@ def test_picks_decide_which_jobs_are_exported(invoke: Invoke, folder: Path) -> N
 
 
 def test_near_duplicates_are_left_out(invoke: Invoke, folder: Path) -> None:
-    invoke("export", "hf", folder, "out", "--dedupe", "--dedupe-distance", "32")
-    assert 1 <= len(parquet_ids(Path("out"))) < 8
+    options = ["--dedupe", "--dedupe-distance", "32"]
+    ended = invoke("export", "hf", folder, "out", *options)
+    num_kept = len(parquet_ids(Path("out")))
+    assert 1 <= num_kept < 8
+    which = "whose images look like those of an earlier job (--dedupe)"
+    assert f"  left out {counted(8 - num_kept, 'job')} {which}\n" in ended.out
+    found = invoke("export", "hf", folder, "out", *options, "--json").json
+    assert (found["jobs"], found["look_alikes"], found["not_done"]) == (num_kept, 8 - num_kept, 1)
+    # Those that other conditions leave out are not counted.
+    chosen = ["--where", "seed = 3", *options, "--json"]
+    assert invoke("export", "hf", folder, "out", *chosen).json["look_alikes"] == 0
 
 
 @pytest.mark.parametrize(

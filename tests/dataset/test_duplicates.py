@@ -78,6 +78,9 @@ def test_jobs_are_compared_with_those_of_their_kind(
         }
         kept = [record.id for record in dataset.records(Selection(dedupe=6))]
         assert kept == ["a", "e1", "e2", "fails"]
+        left_out: list[str] = []
+        dataset.records(Selection(dedupe=6), look_alikes=left_out)
+        assert sorted(left_out) == ["b", "e3"]
         # What is left out otherwise stands for nothing.
         kept = [record.id for record in dataset.records(Selection(dedupe=6, where="id <> 'a'"))]
         assert kept == ["b", "e1", "e2", "fails"]
