@@ -373,6 +373,7 @@ def _progress() -> Iterator[ExportObserver]:
 
 def _lines(out: str, done: Exported) -> Iterator[str]:
     """Yields what became of an export."""
+    from sensebatch.export.card import CardState
     from sensebatch.export.licenses import UNKNOWN
     from sensebatch.units import counted
 
@@ -389,10 +390,25 @@ def _lines(out: str, done: Exported) -> Iterator[str]:
     yield from _left_out_lines(done)
     for split in done.empty_splits:
         yield f"  empty    split {split}: no prompt falls into it"
-    if done.card_kept:
-        yield "  card     README.md was changed by hand, and is left as it is"
+    if done.card != CardState.WRITTEN:
+        yield f"  card     README.md was changed by hand, and {_of_edited_card(done)}"
     elif done.license == UNKNOWN:
         yield "  licence  unknown; --license names one"
+
+
+def _of_edited_card(done: Exported) -> str:
+    """Returns what became of a card that a person changed."""
+    from sensebatch.export.card import CardState
+
+    if done.card == CardState.UPDATED:
+        return "is left as it is but for the subsets and splits in its header"
+    if done.card == CardState.KEPT:
+        return "is left as it is"
+    subsets = ", ".join(done.tasks)
+    return (
+        f"has no header whose configs could be brought up to date, so that {subsets} may not "
+        "load; move it away, export again and copy the configs from the new README.md"
+    )
 
 
 def _left_out_lines(done: Exported) -> Iterator[str]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 
 from sensebatch.export.collect import MAX_VALUES
+from sensebatch.export.edited_card import with_configs
 from sensebatch.export.ledger import Ledger, Shard
 from sensebatch.export.target import Target
 from sensebatch.store.provenance import SOFTWARE
@@ -38,36 +40,67 @@ class CardFacts:
     """The values of each setting."""
 
 
-def write_card(target: Target, ledger: Ledger, facts: CardFacts) -> bool:
-    """Writes the card, unless a person has changed the one that is there.
+class CardState(StrEnum):
+    """What became of a card."""
 
-    Returns:
-        Whether the card is that of these facts.
-    """
+    WRITTEN = "written"
+    """It is that of the set."""
+    KEPT = "kept"
+    """A person changed it, and it was left alone; it names all subsets and splits."""
+    UPDATED = "updated"
+    """A person changed it, and the `configs` of its header were brought up to date."""
+    OUTDATED = "outdated"
+    """A person changed it, and it has no header whose `configs` can be brought up to date."""
+
+
+def write_card(target: Target, ledger: Ledger, facts: CardFacts) -> CardState:
+    """Writes the card; of one that a person has changed, only the subsets and splits."""
     content = card(facts).encode()
     there = target.read(CARD)
     if there == content:
-        return True
+        return CardState.WRITTEN
     replaced = None if there is None else hashlib.sha256(there).hexdigest()
-    if replaced is not None and replaced not in ledger.cards:
-        return False
+    if there is not None and replaced not in ledger.cards:
+        return _update(target, there, facts)
     ledger.replace_card(replaced, hashlib.sha256(content).hexdigest())
     with target.write(CARD) as file:
         file.write(content)
-    return True
+    return CardState.WRITTEN
+
+
+def _update(target: Target, there: bytes, facts: CardFacts) -> CardState:
+    """Names the subsets and splits in a card that a person changed."""
+    try:
+        text = there.decode()
+    except UnicodeDecodeError:
+        return CardState.OUTDATED
+    changed = with_configs(text, _configs(facts, _splits(facts)), facts.pattern)
+    if changed is None:
+        return CardState.OUTDATED
+    if changed == text:
+        return CardState.KEPT
+    with target.write(CARD) as file:
+        file.write(changed.encode())
+    return CardState.UPDATED
 
 
 def card(facts: CardFacts) -> str:
     """Returns the text of a card."""
+    splits = _splits(facts)
+    return f"---\n{dump_yaml(_head(facts, splits))}---\n\n{_body(facts, splits)}"
+
+
+def _splits(facts: CardFacts) -> dict[str, dict[str, Counter[str]]]:
+    """Returns the counts of rows, shards and bytes by task and split."""
     splits: dict[str, dict[str, Counter[str]]] = {}
     for shard in sorted(facts.shards, key=lambda shard: list(Task).index(Task(shard.task))):
         count = splits.setdefault(shard.task, {}).setdefault(shard.split, Counter())
         count.update(rows=len(shard.rows), shards=1, bytes=sum(shard.files.values()))
-    return f"---\n{dump_yaml(_head(facts, splits))}---\n\n{_body(facts, splits)}"
+    return splits
 
 
-def _head(facts: CardFacts, splits: Mapping[str, Mapping[str, Counter[str]]]) -> dict[str, object]:
-    num_rows = sum(count["rows"] for task in splits.values() for count in task.values())
+def _configs(facts: CardFacts, splits: Mapping[str, Iterable[str]]) -> list[dict[str, object]]:
+    """Returns the subsets as the Hub and `load_dataset` read them."""
     configs: list[dict[str, object]] = [
         {
             "config_name": task,
@@ -79,6 +112,11 @@ def _head(facts: CardFacts, splits: Mapping[str, Mapping[str, Counter[str]]]) ->
     ]
     # The one that `load_dataset` takes when nobody names one.
     configs[0]["default"] = True
+    return configs
+
+
+def _head(facts: CardFacts, splits: Mapping[str, Mapping[str, Counter[str]]]) -> dict[str, object]:
+    num_rows = sum(count["rows"] for task in splits.values() for count in task.values())
     return {
         "license": facts.license,
         "pretty_name": facts.title,
@@ -88,7 +126,7 @@ def _head(facts: CardFacts, splits: Mapping[str, Mapping[str, Counter[str]]]) ->
         "language_creators": ["machine-generated"],
         "source_datasets": ["original"],
         "tags": ["synthetic", "sensebatch"],
-        "configs": configs,
+        "configs": _configs(facts, splits),
     }
 
 

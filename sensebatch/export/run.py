@@ -11,7 +11,7 @@ from typing import Any
 from sensebatch.dataset.records import Dataset
 from sensebatch.dataset.selection import Selection
 from sensebatch.errors import ExportError, JobError
-from sensebatch.export.card import CardFacts, write_card
+from sensebatch.export.card import CardFacts, CardState, write_card
 from sensebatch.export.collect import Collected, Spool, collect, damaged
 from sensebatch.export.formats import FORMATS
 from sensebatch.export.images import Conversion, ImageLoader, LoadedSample, Sign
@@ -84,8 +84,7 @@ class Exported:
     empty_splits: list[str] = field(default_factory=list)
     license: str = UNKNOWN
     """Of the set, in the Hub's words."""
-    card_kept: bool = False
-    """Whether the card was left alone, since a person changed it."""
+    card: CardState = CardState.WRITTEN
 
 
 class ExportObserver:
@@ -145,9 +144,9 @@ def export(
             if not shards:
                 raise ExportError(f"{dataset.root}: expected files that can be read, found none")
             facts = replace(facts, shards=tuple(shards))
-            is_ours = write_card(target, ledger, facts)
+            state = write_card(target, ledger, facts)
     done = _done(config, found, writing, whole, shards)
-    done.license, done.card_kept = facts.license, not is_ours
+    done.license, done.card = facts.license, state
     return done
 
 

@@ -72,6 +72,28 @@ def test_licence_and_title_stay_until_others_are_given(invoke: Invoke, folder: P
     assert said("--license", "unknown") == ("unknown", "Ships")
 
 
+def test_card_that_was_edited_is_spoken_of(invoke: Invoke, folder: Path) -> None:
+    card, options = Path("out/README.md"), ["export", "hf", folder, "out"]
+    invoke(*options)
+    card.write_text(card.read_text() + "My own words.\n")
+    ended = invoke(*options)
+    assert "  card     README.md was changed by hand, and is left as it is\n" in ended.out
+    assert "licence" not in ended.out
+    card.write_text(card.read_text().replace("t2i/train-*", "t2i/gone-*"))
+    ended = invoke(*options)
+    assert "left as it is but for the subsets and splits" in " ".join(ended.out.split())
+    assert "path: t2i/train-*.parquet" in card.read_text()
+    assert "gone" not in card.read_text()
+    card.write_text("My own words.\n")
+    said = " ".join(invoke(*options).out.split())
+    assert "no header whose configs could be brought up to date, so that t2i may not load" in said
+    assert invoke(*options, "--json").json["card"] == "outdated"
+    # What the message says mends it.
+    card.rename("mine.md")
+    assert "card" not in invoke(*options).out
+    assert "path: t2i/train-*.parquet" in card.read_text()
+
+
 def test_json_is_one_object(invoke: Invoke, folder: Path) -> None:
     found = invoke("export", "hf", folder, "out", "--split", "a=0.5,b=0.5", "--json").json
     assert (found["jobs"], found["not_done"], found["tasks"]) == (8, 1, ["t2i"])

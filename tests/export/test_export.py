@@ -628,11 +628,42 @@ def test_card_that_a_person_changed_is_left_alone(grown: Path, tmp_path: Path) -
     out = tmp_path / "out"
     export_folder(root, out, title="Ships")
     run_folder(root, [*grid(200), make_job("new")])
-    assert not export_folder(root, out, title="Ships").card_kept
+    assert export_folder(root, out, title="Ships").card == "written"
     assert "| t2i | train | 201 |" in (out / "README.md").read_text()
     (out / "README.md").write_text("# My own words\n")
-    assert export_folder(root, out, title="Boats").card_kept
+    assert export_folder(root, out, title="Boats").card == "outdated"
     assert (out / "README.md").read_text() == "# My own words\n"
+
+
+def test_card_that_a_person_changed_keeps_up_with_subsets_and_splits(
+    mixed: Path, tmp_path: Path
+) -> None:
+    card = tmp_path / "README.md"
+    export_folder(mixed, tmp_path, selection=Selection(tasks=[Task.EDIT]))
+    edited = card.read_text().replace("pretty_name: run", "pretty_name: Mine  # really")
+    card.write_text(edited + "\nMy own words.\n")
+    kept = card.read_text()
+    assert export_folder(mixed, tmp_path, selection=Selection(tasks=[Task.EDIT])).card == "kept"
+    assert card.read_text() == kept
+    splits = parse_splits("train=0.5,test=0.5")
+    assert export_folder(mixed, tmp_path, splits=splits).card == "updated"
+    changed = card.read_text()
+    assert "path: ask/train-*.parquet" in changed or "path: ask/test-*.parquet" in changed
+    head, found, body = changed.partition("configs:\n")
+    assert (head, found) == kept.partition("configs:\n")[:2]
+    assert body.partition("---\n")[1:] == kept.partition("configs:\n")[2].partition("---\n")[1:]
+    assert export_folder(mixed, tmp_path, splits=splits).card == "kept"
+    # Back again, and the card is as the person left it.
+    assert export_folder(mixed, tmp_path, selection=Selection(tasks=[Task.EDIT])).card == "updated"
+    assert card.read_text() == kept
+
+
+def test_card_that_is_no_text_is_left_alone(mixed: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    export_folder(mixed, tmp_path / "out")
+    (tmp_path / "out/README.md").write_bytes(b"---\n\xff\n---\n")
+    assert export_folder(mixed, tmp_path / "out").card == "outdated"
+    assert (tmp_path / "out/README.md").read_bytes() == b"---\n\xff\n---\n"
 
 
 def test_record_of_a_shard_that_is_damaged_costs_that_shard_alone(

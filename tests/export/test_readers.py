@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from sensebatch.dataset.selection import Selection
 from sensebatch.export.splits import parse_splits
+from sensebatch.tasks import Task
 from tests.export.folders import (
     expected_columns,
     export_folder,
@@ -72,6 +74,16 @@ def test_load_dataset_gives_what_the_log_has(
         drawn = rows[job_id].get("image") or rows[job_id].get("output")
         if drawn is not None:
             assert image_bytes(drawn) == record.image_files[0].read_bytes()
+
+
+def test_card_that_a_person_changed_still_opens_every_subset(
+    mixed: Path, tmp_path: Path, datasets: Any
+) -> None:
+    out = tmp_path / "out"
+    export_folder(mixed, out, selection=Selection(tasks=[Task.EDIT]))
+    (out / "README.md").write_text((out / "README.md").read_text() + "\nMy own words.\n")
+    assert export_folder(mixed, out).card == "updated"
+    assert loaded(datasets, out, tmp_path / "cache").keys() == records_of(mixed).keys()
 
 
 def test_images_of_lists_and_stories_are_images(mixed: Path, tmp_path: Path, datasets: Any) -> None:
