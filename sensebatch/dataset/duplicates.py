@@ -7,46 +7,49 @@ one that is near it, so that no chain of small differences joins images that loo
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from operator import attrgetter
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from sensebatch.dataset.choices import DISTANCE
+from sensebatch.store.acceptance import Verdict
 
 if TYPE_CHECKING:
     from sensebatch.dataset.records import Record
 
 
-@dataclass(slots=True)
-class _Alike:
-    """Jobs whose images can be compared: of one task, from the same inputs, as many images."""
-
-    ids: list[str] = field(default_factory=list)
-    hashes: list[Sequence[str]] = field(default_factory=list)
+class _Candidate(NamedTuple):
+    is_left: bool
+    """Whether it is a try that is not taken."""
+    job_id: str
+    hashes: Sequence[str]
 
 
 def near_duplicates(records: Iterable[Record], distance: int = DISTANCE) -> dict[str, str]:
     """Returns the first job of each job's group, by their ids; the first one's is its own.
 
     Jobs are near duplicates if they have the same task, the same input images and the same number
-    of images, of which each is near its counterpart. Jobs without hashes are left out.
+    of images, of which each is near its counterpart. Jobs without hashes are left out. A try that
+    is not taken stands for no other job.
 
     Args:
         records: Jobs, the preferred ones first.
         distance: Most bits in which two hashes differ.
     """
-    alike: dict[tuple[object, ...], _Alike] = {}
+    alike: dict[tuple[object, ...], list[_Candidate]] = {}
     for record in records:
         if record.phashes:
             inputs = tuple(image.sha256 for image in record.job.images)
-            kind = alike.setdefault((record.job.task, inputs, len(record.phashes)), _Alike())
-            kind.ids.append(record.id)
-            kind.hashes.append(record.phashes)
+            kind = alike.setdefault((record.job.task, inputs, len(record.phashes)), [])
+            is_left = record.verdict in (Verdict.REJECTED, Verdict.SPARE)
+            kind.append(_Candidate(is_left, record.id, record.phashes))
     found = {}
     for kind in alike.values():
-        for job_id, first in zip(kind.ids, group_hashes(kind.hashes, distance), strict=True):
-            found[job_id] = kind.ids[first]
+        kind.sort(key=attrgetter("is_left"))
+        firsts = group_hashes([one.hashes for one in kind], distance)
+        for one, first in zip(kind, firsts, strict=True):
+            found[one.job_id] = kind[first].job_id
     return found
 
 

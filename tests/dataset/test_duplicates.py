@@ -11,8 +11,10 @@ from sensebatch.dataset.duplicates import group_hashes, near_duplicates
 from sensebatch.dataset.records import open_dataset
 from sensebatch.dataset.selection import Selection
 from sensebatch.store import writer
+from sensebatch.store.acceptance import Verdict
 from sensebatch.tasks import Task
 from tests.executor.fakes import make_input, make_job, run_folder
+from tests.store.test_acceptance import CONFIG, Judge, series
 
 
 def rows(*values: int) -> list[list[str]]:
@@ -84,3 +86,15 @@ def test_jobs_are_compared_with_those_of_their_kind(
         # What is left out otherwise stands for nothing.
         kept = [record.id for record in dataset.records(Selection(dedupe=6, where="id <> 'a'"))]
         assert kept == ["b", "e1", "e2", "fails"]
+
+
+def test_a_rejected_try_does_not_stand_for_an_accepted_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "phash", lambda _: "0" * 16)
+    run_folder(tmp_path, series("dog"), CONFIG, engine=Judge())
+    with open_dataset(tmp_path) as dataset:
+        known = {record.id: record.verdict for record in dataset.records() if record.verdict}
+        assert next(iter(known.values())) is Verdict.REJECTED
+        kept = {record.id for record in dataset.records(Selection(dedupe=6))} & known.keys()
+    assert [known[job_id] for job_id in kept] == [Verdict.ACCEPTED]
