@@ -765,11 +765,8 @@ def _nothing_to_run(store: Store, config: RunConfig, counts: Counts) -> Summary:
 
 def _loads(config: RunConfig, store: Store, model: Model) -> list[Load]:
     """Returns the most demanding job of every group that is to be run."""
-    # Jobs of all levels run in the same memory.
     entries = (
-        replace(entry, level=0)
-        for entry in store.state.entries(with_started=True)
-        if not entry.group.by_function
+        entry for entry in store.state.entries(with_started=True) if not entry.group.by_function
     )
     to_run = make_plan(entries, config.memory)
     prompt_bytes = model.identity.system_prompt_bytes

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from sensebatch.jobs import GroupKey
@@ -138,5 +139,27 @@ def group_load(plan: GroupPlan, *, system_prompt_bytes: int = SYSTEM_PROMPT_BYTE
 
 
 def plan_loads(plan: Plan, *, system_prompt_bytes: int) -> list[Load]:
-    """Returns the most demanding job of every group of a plan; see `group_load`."""
-    return [group_load(group, system_prompt_bytes=system_prompt_bytes) for group in plan.groups]
+    """Returns the most demanding job of every group of a plan; see `group_load`.
+
+    Jobs of all levels run in the same memory, so a group that has some on several is one load.
+    """
+    levels: dict[GroupKey, list[GroupPlan]] = {}
+    for group in plan.groups:
+        levels.setdefault(group.group, []).append(group)
+    return [
+        group_load(_as_one(groups), system_prompt_bytes=system_prompt_bytes)
+        for groups in levels.values()
+    ]
+
+
+def _as_one(groups: Sequence[GroupPlan]) -> GroupPlan:
+    """Returns one group's levels as the first of them, with what a load needs of all of them."""
+    demands: Counter[Demand] = Counter()
+    for group in groups:
+        demands.update(dict(group.demands))
+    return replace(
+        groups[0],
+        # Jobs of different levels never share a batch.
+        fresh=max((group.fresh for group in groups), key=len),
+        demands=tuple(demands.items()),
+    )

@@ -26,7 +26,7 @@ from sensebatch.plan.batches import GroupPlan, Plan
 from sensebatch.plan.computation import Computation, gpu_computation
 from sensebatch.plan.device import place
 from sensebatch.plan.host import ENOUGH_BYTES
-from sensebatch.plan.load import Load, plan_loads
+from sensebatch.plan.load import Load, group_load, plan_loads
 from sensebatch.plan.long_prompts import LongPrompts
 from sensebatch.plan.passes import RING
 from sensebatch.plan.placement import Placement, Refusal
@@ -129,6 +129,9 @@ def memory_summary(
         computation=computation,
         weights=weight_bytes(computation),
         loads=loads,
+        groups=[
+            group_load(group, system_prompt_bytes=prompts.longest_bytes) for group in plan.groups
+        ],
         num_jobs=[group.num_jobs for group in plan.groups],
         machine=machine,
         clock=None if machine is None else _new_clock(computation, machine, backend),
@@ -164,8 +167,11 @@ class _Summary:
     computation: Computation
     weights: WeightBytes
     loads: Sequence[Load]
+    """Those that memory is planned for."""
+    groups: Sequence[Load]
+    """Those of the plan's groups, level by level."""
     num_jobs: Sequence[int]
-    """Jobs of each load's group."""
+    """Jobs of each of these groups."""
     machine: Machine | None
     clock: Clock | None
     attn_backend: str | None
@@ -187,11 +193,16 @@ class _Summary:
             host_free=ENOUGH_BYTES,
         )
         leanest, seconds, groups = placements.leanest, [], []
-        for load, num_jobs in zip(self.loads, self.num_jobs, strict=True):
-            of_group = [r for r in placements.refused if r.group == load.group]
-            num_refused = sum(refusal.num_jobs for refusal in of_group)
+        for load, num_jobs in zip(self.groups, self.num_jobs, strict=True):
+            counts = dict(load.demands)
+            of_group = [
+                refusal
+                for refusal in placements.refused
+                if refusal.group == load.group and refusal.demand in counts
+            ]
+            num_refused = sum(counts[refusal.demand] for refusal in of_group)
             if num_refused == num_jobs:
-                groups.append(_refused_group(of_group))
+                groups.append(_refused_group(of_group, num_refused))
                 continue
             placement = placements.of(load.group)
             load = load.without({refusal.demand for refusal in of_group}) or load
@@ -239,7 +250,7 @@ class _Summary:
         return missing * weights.blocks // weights.packed_blocks
 
 
-def _refused_group(refusals: Sequence[Refusal]) -> dict[str, Any]:
+def _refused_group(refusals: Sequence[Refusal], num_jobs: int) -> dict[str, Any]:
     """Returns what is said of a group of which no job fits."""
     return {
         "vram_mode": None,
@@ -251,7 +262,7 @@ def _refused_group(refusals: Sequence[Refusal]) -> dict[str, Any]:
         "device_bytes": min(refusal.needed_bytes for refusal in refusals),
         "host_bytes": 0,
         "seconds": None,
-        "refused_jobs": sum(refusal.num_jobs for refusal in refusals),
+        "refused_jobs": num_jobs,
     }
 
 

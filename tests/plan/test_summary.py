@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from sensebatch.config import MemoryConfig, default_config
+from sensebatch.jobs import Job
 from sensebatch.plan import device, footprint, seconds, weight_bytes, work
 from sensebatch.plan.batches import Plan, make_plan, plan_entry
 from sensebatch.plan.summary import memory_summary, plan_summary
@@ -90,3 +91,27 @@ def test_the_cost_of_a_plan_per_group_does_not_include_listing_tensors(
     assert 0 < many["working_bytes"] == many["prompt_bytes"] <= 4 * 12
     # Silent and with all text, a few passes for each of ten images.
     assert 0 < many["understanding_work"] <= 60 * 12
+
+
+@pytest.mark.parametrize("heavy_level", [0, 1])
+def test_jobs_of_all_levels_count_for_the_memory_of_their_group(heavy_level: int) -> None:
+    heavy = make_job("heavy", prompt="x" * 20_000, level=heavy_level)
+    light = make_job("light", level=1 - heavy_level)
+    other = make_job("other", resolution=Resolution(height=64, width=64), level=1)
+
+    def planned(*jobs: Job) -> list[dict[str, Any]]:
+        return memory_summary(make_plan(map(plan_entry, jobs), NIGHT.memory), NIGHT, None) or []
+
+    for alone, both in zip(planned(heavy), planned(light, other, heavy), strict=True):
+        assert both["device_bytes"] >= alone["device_bytes"]
+        assert len(both["groups"]) == 3
+        large = max(group["device_bytes"] for group in both["groups"])
+        assert large >= alone["groups"][0]["device_bytes"]
+
+
+def test_refused_jobs_are_counted_on_their_level() -> None:
+    heavy = [make_job(f"heavy{n}", prompt="x" * 4_000_000, level=1) for n in range(2)]
+    jobs = [make_job("light"), *heavy, make_job("fits", level=1)]
+    plan = make_plan(map(plan_entry, jobs), NIGHT.memory)
+    (found,) = memory_summary(plan, NIGHT, GPU) or []
+    assert [group["refused_jobs"] for group in found["groups"]] == [0, 2]
