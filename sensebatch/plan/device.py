@@ -22,6 +22,9 @@ from sensebatch.plan.placement import Placement, Placements, Refusal
 from sensebatch.plan.weight_bytes import WeightBytes, weight_bytes
 from sensebatch.units import GIB
 
+MAX_TRIES = 20
+"""How often a budget that an error names is made larger until it would do."""
+
 
 def place(
     computation: Computation,
@@ -73,7 +76,10 @@ def place(
         if not refused:
             raise
         options = planner.options(memory.vram_mode, fitting)
-    placed = planner.placements(options)
+    try:
+        placed = planner.placements(options)
+    except _HostBudgetError as error:
+        raise planner.with_enough(memory.vram_mode, fitting, error) from None
     return Placements(
         groups={load.group: p for load, p in zip(fitting, placed, strict=False)},
         leanest=min(placed, key=_how_much_stays),
@@ -85,6 +91,23 @@ def fast_buffers(weights: WeightBytes, *, writes: bool) -> int:
     """Returns how many buffers spare denoising all copies, and decoding too where there is any."""
     images = weights.buffers_for_images(RING)
     return max(images, weights.buffers_for_text(RING)) if writes else images
+
+
+class _HostBudgetError(ConfigError):
+    """The host's budget is too small for what the device leaves.
+
+    Args:
+        least: A budget that may do.
+        found: The budget.
+        name: What people call the group that needs it.
+    """
+
+    def __init__(self, least: int, found: int, name: str) -> None:
+        super().__init__(
+            f"max_memory: expected cpu to be at least {_enough(least)} for {name}, found "
+            f"{found / GIB:.2f} GiB"
+        )
+        self.least, self.name = least, name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,7 +238,42 @@ class _Planner:
         if all(self._fits(option) for option in whole):
             return [(option, f"all weights fit {self._what(self.limit)}") for option in whole]
         self._check(VramMode.LOW, loads)
-        return [self._streamed(load, self.limit) for load in loads]
+        streamed = [self._streamed(load, self.limit) for load in loads]
+        if self._missing_host([option for option, _ in streamed]) is not None:
+            # In smaller batches there may be room for all weights, none of which the host keeps.
+            small = [self._largest(load, VramMode.FULL) for load in loads]
+            if all(map(self._fits, small)) and self._missing_host(small) is None:
+                what = self._what(self.limit)
+                reason = f"in smaller batches all weights fit {what}; the host's budget holds none"
+                return [(option, reason) for option in small]
+        return streamed
+
+    def with_enough(
+        self, mode: VramMode, loads: Sequence[Load], error: _HostBudgetError
+    ) -> _HostBudgetError:
+        """Returns an error with a budget that would do: with more memory, batches may grow."""
+        found = self.host.process_bytes or 0
+        for _ in range(MAX_TRIES):
+            enough = -(-math.ceil(error.least / GIB * 100) * GIB // 100)
+            more = replace(self, host=replace(self.host, process_bytes=enough))
+            missing = more._missing_host([o for o, _ in more.options(mode, loads or [None])])
+            if missing is None:
+                break
+            error = _HostBudgetError(missing.least, found, missing.name)
+        return error
+
+    def _missing_host(self, options: Sequence[_Option]) -> _HostBudgetError | None:
+        """Returns what is wrong with the host's budget; None where it is enough."""
+        budget = self.host.process_bytes
+        if budget is None:
+            return None
+        working = self._expected_working(options)
+        most = max(working)
+        demanding = options[working.index(most)]
+        least = self.host.least_bytes(most, streams=demanding.streams)
+        if budget >= least or not (self.host.is_apart or demanding.streams):
+            return None
+        return _HostBudgetError(least, budget, _name(demanding.load))
 
     def placements(self, options: Sequence[tuple[_Option, str]]) -> list[Placement]:
         """Returns placements with what is left of the host for blocks, the same for all groups.
@@ -225,14 +283,9 @@ class _Planner:
         """
         working = self._expected_working([option for option, _ in options])
         most = max(working)
-        demanding, _ = options[working.index(most)]
-        least = self.host.least_bytes(most, streams=demanding.streams)
-        budget = self.host.process_bytes
-        if budget is not None and budget < least and (self.host.is_apart or demanding.streams):
-            raise ConfigError(
-                f"max_memory: expected cpu to be at least {_enough(least)} for "
-                f"{_name(demanding.load)}, found {budget / GIB:.2f} GiB"
-            )
+        missing = self._missing_host([option for option, _ in options])
+        if missing is not None:
+            raise missing
         # Also where all weights stay on the device, until memory runs out there.
         blocks = self.host.block_bytes(most)
         ahead = [self._ahead(option) for option, _ in options]

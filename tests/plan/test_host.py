@@ -175,3 +175,23 @@ def test_weights_pass_through_the_host_within_a_budget(model: str) -> None:
     assert not host.holds(0, streams=False)
     assert host.least_bytes(0, streams=False) == LOADING_BYTES + passing
     assert host.peak_bytes(0, 0, streams=False) == LOADING_BYTES + passing
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    vram=st.integers(20 * GIB, 45 * GIB),
+    jobs=st.integers(1, 32),
+    prompt=st.integers(1, 9000),
+    text=st.sampled_from([0, 1024]),
+    more=st.integers(0, 8 * GIB),
+)
+def test_a_host_budget_that_an_error_names_will_do_and_so_will_more(
+    vram: int, jobs: int, prompt: int, text: int, more: int
+) -> None:
+    loads = [make_load(jobs, prompt=prompt, text=text), make_interleave(min(jobs, 8))]
+    memory: dict[str, Any] = {"vram_budget_bytes": vram}
+    with pytest.raises(ConfigError, match="cpu to be at least") as error:
+        place_all(loads, host_budget_bytes=1, **memory)
+    said = float(str(error.value).split("at least ")[1].split(" GiB")[0])
+    budget = round(said * GIB) + more
+    assert place_all(loads, host_budget_bytes=budget, **memory).host_bytes <= budget
