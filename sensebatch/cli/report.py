@@ -12,6 +12,8 @@ import typer
 from sensebatch.cli.paths import path
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from sensebatch.store.status import Acceptance
 
 MAX_CALLS = 20
@@ -35,9 +37,8 @@ def report(
 ) -> None:
     """Print what a run cost: load time, seconds per image, throughput, peak memory, calls."""
     from sensebatch.cli.messages import say, show, warn
-    from sensebatch.cli.tables import print_report, print_timeline
+    from sensebatch.cli.tables import print_report
     from sensebatch.report.summary import read_log, summarise, summary_json
-    from sensebatch.report.timeline import timeline
     from sensebatch.store.run_dir import RunDir
     from sensebatch.store.status import folder_shard, num_unlogged, read_acceptance
     from sensebatch.units import counted
@@ -54,11 +55,7 @@ def report(
     if shard is not None and not as_json:
         say(f"{folder}: {shard.words}")
     if show_timeline:
-        batches = timeline(log)
-        if as_json:
-            show(json.dumps([asdict(batch) for batch in batches]))
-        else:
-            print_timeline(batches)
+        _print_batches(log, as_json=as_json)
         return
     summary, acceptance = summarise(log), read_acceptance(folder)
     if as_json:
@@ -68,6 +65,19 @@ def report(
         return
     print_report(summary, max_calls=None if calls else MAX_CALLS)
     _print_acceptance(acceptance)
+
+
+def _print_batches(log: pa.Table, *, as_json: bool) -> None:
+    """Prints when each batch began, how long the device waited for it, and its phases."""
+    from sensebatch.cli.messages import show
+    from sensebatch.cli.tables import print_timeline
+    from sensebatch.report.timeline import timeline
+
+    batches = timeline(log)
+    if as_json:
+        show(json.dumps([asdict(batch) for batch in batches]))
+    else:
+        print_timeline(batches)
 
 
 def _print_acceptance(found: Acceptance) -> None:
