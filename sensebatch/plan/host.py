@@ -95,7 +95,7 @@ class HostMemory:
         if self.process_bytes is not None:
             return self.least_bytes(working, streams=streams) <= self.process_bytes
         weights = min(self._blocks + self.weights.embeddings, self._free_for_weights)
-        return weights + self.num_workers * working <= int(self.free_bytes * RUN_SHARE)
+        return weights + self.num_workers * working <= self._free_for_run
 
     def least_bytes(self, working: int, *, streams: bool) -> int:
         """Returns the smallest budget that would do."""
@@ -105,7 +105,7 @@ class HostMemory:
 
     def block_bytes(self, working: int) -> int:
         """Returns what is left for blocks beside the run's most demanding batch."""
-        left = self._free_for_weights
+        left = min(self._free_for_weights, self._free_for_run - self.num_workers * working)
         if self.process_bytes is not None:
             left = self.process_bytes - self._besides(working)
             if self.process_bytes < self._loading + self.weights.embeddings + self._blocks:
@@ -161,6 +161,10 @@ class HostMemory:
     @property
     def _free_for_weights(self) -> int:
         return int(self.free_bytes * WEIGHT_SHARE)
+
+    @property
+    def _free_for_run(self) -> int:
+        return int(self.free_bytes * RUN_SHARE)
 
     @property
     def _staging(self) -> int:

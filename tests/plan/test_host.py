@@ -195,3 +195,14 @@ def test_a_host_budget_that_an_error_names_will_do_and_so_will_more(
     said = float(str(error.value).split("at least ")[1].split(" GiB")[0])
     budget = round(said * GIB) + more
     assert place_all(loads, host_budget_bytes=budget, **memory).host_bytes <= budget
+
+
+def test_weights_leave_a_large_job_its_part_of_what_the_host_has_free() -> None:
+    free = 40 * GIB
+    vast = with_drawing(make_load(1), resolution=Resolution(height=16384, width=16384))
+    large = place_all([vast], vram_mode="balanced", host_free=free).leanest
+    assert large.host_bytes <= free + PROGRAM_BYTES
+    assert large.host_block_bytes is not None
+    small = place_all([make_load(1)], vram_mode="balanced", host_free=free).leanest
+    assert small.host_block_bytes is not None
+    assert large.host_block_bytes < small.host_block_bytes
