@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sensebatch.errors import ConfigError
-from sensebatch.plan.batches import Plan
+from sensebatch.plan.batches import Demand, GroupPlan, Plan
 from sensebatch.plan.forecast import forecast, timed_batches
 from sensebatch.plan.speed import Speed
 from sensebatch.units import counted, duration
@@ -42,6 +42,8 @@ def forecast_summary(
 ) -> dict[str, Any] | None:
     """Returns what `plan --json` says of the future; None where no time is known.
 
+    Jobs that do not fit the measured GPU are left out.
+
     Args:
         plan: The plan.
         ids: Of its jobs, in manifest order.
@@ -57,16 +59,9 @@ def forecast_summary(
     if speed_of is not None:
         seconds = _measured(plan, speed_of)
     elif placements is not None and len(placements) == 1 and placements[0]["seconds"] is not None:
-        groups = placements[0]["groups"]
-        seconds = [
-            own["seconds"]["images"] / group.num_jobs
-            for own, group in zip(groups, plan.groups, strict=True)
-        ]
-        cut = [
-            replace(group, batch_size=own["batch_size"])
-            for own, group in zip(groups, plan.groups, strict=True)
-        ]
-        plan = Plan(groups=tuple(cut))
+        fitting = list(_fitting(plan, placements[0]["groups"]))
+        plan = Plan(groups=tuple(group for group, _ in fitting))
+        seconds = [of_job for _, of_job in fitting]
     else:
         return None
     by_manifest = available_s is not None
@@ -78,6 +73,20 @@ def forecast_summary(
         "jobs": plan.num_jobs,
         **asdict(found),
     }
+
+
+def _fitting(plan: Plan, groups: Sequence[Summary]) -> Iterator[tuple[GroupPlan, float]]:
+    """Yields the groups with the jobs that fit the GPU, and the least seconds of a job of each.
+
+    Args:
+        plan: The plan.
+        groups: What the placement says of each group.
+    """
+    for group, own in zip(plan.groups, groups, strict=True):
+        rest = group.without([Demand(**one) for one in own["refused_demands"]])
+        if rest is not None:
+            of_job = own["seconds"]["images"] / rest.num_jobs
+            yield replace(rest, batch_size=own["batch_size"]), of_job
 
 
 def _measured(plan: Plan, folder: Path) -> list[float]:

@@ -7,8 +7,8 @@ the state database.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from sensebatch.config import MemoryConfig
@@ -115,6 +115,29 @@ class GroupPlan:
         yield from self.fresh_batches()
         for job_id in self.alone:
             yield (job_id,)
+
+    def without(self, refused: Collection[Demand]) -> GroupPlan | None:
+        """Returns the group without jobs that take too much; None if no job is left.
+
+        Args:
+            refused: What those jobs take. None of the group's jobs has failed before.
+        """
+        assert not self.alone
+        kept = [number for number, (one, _) in enumerate(self.demands) if one not in refused]
+        if not kept:
+            return None
+        places = {number: place for place, number in enumerate(kept)}
+        kinds = self.kinds or (0,) * len(self.fresh)
+        demands = tuple(self.demands[number] for number in kept)
+        return replace(
+            self,
+            fresh=tuple(
+                job_id for job_id, kind in zip(self.fresh, kinds, strict=True) if kind in places
+            ),
+            max_images=sum(demand.max_images * count for demand, count in demands),
+            demands=demands,
+            kinds=tuple(places[kind] for kind in kinds if kind in places) if len(kept) > 1 else (),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

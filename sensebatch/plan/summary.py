@@ -194,22 +194,21 @@ class _Summary:
         )
         leanest, seconds, groups = placements.leanest, [], []
         for load, num_jobs in zip(self.groups, self.num_jobs, strict=True):
-            counts = dict(load.demands)
-            of_group = [
-                refusal
-                for refusal in placements.refused
-                if refusal.group == load.group and refusal.demand in counts
-            ]
-            num_refused = sum(counts[refusal.demand] for refusal in of_group)
+            of_group = [r for r in placements.refused if r.group == load.group]
+            refused = {refusal.demand for refusal in of_group}
+            # The group may have other jobs at another level.
+            num_refused = sum(count for demand, count in load.demands if demand in refused)
             if num_refused == num_jobs:
-                groups.append(_refused_group(of_group, num_refused))
+                groups.append(_refused_group(of_group, num_jobs))
                 continue
             placement = placements.of(load.group)
-            load = load.without({refusal.demand for refusal in of_group}) or load
+            load = load.without(refused) or load
             if self.clock is not None:
                 seconds.append(self.clock.group_seconds(load, num_jobs - num_refused, placement))
             group = self._group(load, placement, seconds[-1] if seconds else None)
-            groups.append({**group, "refused_jobs": num_refused})
+            groups.append(
+                {**group, "refused_jobs": num_refused, "refused_demands": _demands(of_group)}
+            )
         total = GroupSeconds(
             images=sum(own.images for own in seconds), text=sum(own.text for own in seconds)
         )
@@ -263,7 +262,12 @@ def _refused_group(refusals: Sequence[Refusal], num_jobs: int) -> dict[str, Any]
         "host_bytes": 0,
         "seconds": None,
         "refused_jobs": num_jobs,
+        "refused_demands": _demands(refusals),
     }
+
+
+def _demands(refusals: Sequence[Refusal]) -> list[dict[str, int]]:
+    return [one._asdict() for one in dict.fromkeys(refusal.demand for refusal in refusals)]
 
 
 def _seconds(seconds: GroupSeconds | None) -> dict[str, float] | None:

@@ -13,6 +13,7 @@ from sensebatch.cli import plan
 from sensebatch.cli.options import DeadlineOptions
 from sensebatch.errors import ConfigError
 from sensebatch.executor.deadline import Deadline
+from sensebatch.units import GIB
 from tests.backends import FakeBackend
 from tests.cli.conftest import Invoke
 from tests.cli.test_plan import MODEL, SPEEDS
@@ -165,6 +166,31 @@ def test_a_plan_divides_the_least_time_of_a_measured_gpu(
         "By 22:31 (2026-11-28) at most 8 of 12 jobs, in 2 of 3 batches; a-seed=50 is"
         in " ".join(ended.out.split())
     )
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_plan_leaves_out_what_does_not_fit_the_measured_gpu(
+    invoke: Invoke, manifest: Path, tmp_path: Path
+) -> None:
+    speeds = tmp_path / "cache" / "speeds.json"
+    speeds.parent.mkdir()
+    speeds.write_text(json.dumps(SPEEDS | {"free_bytes": 3 * GIB}), encoding="utf-8")
+    rows = [
+        {"id": "large", "prompt": "a", "resolution": "8192x8192"},
+        {"id": "long", "prompt": "a " * 90_000, "resolution": "2048x2048"},
+        {"id": "fits", "prompt": "a", "resolution": "2048x2048", "n": 2},
+    ]
+    manifest = manifest.with_suffix(".jsonl")
+    manifest.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    asked = ("plan", manifest, *MODEL, "--json", "--max-hours")
+    plan = invoke(*asked, "8").json
+    (memory,) = plan["memory"]
+    assert [own["refused_jobs"] for own in memory["groups"]] == [1, 1]
+    found = plan["forecast"]
+    assert (found["jobs"], found["jobs_in_time"], found["next_job"]) == (2, 2, None)
+    assert found["seconds"] == pytest.approx(memory["seconds"]["images"])
+    found = invoke(*asked, "0.0001").json["forecast"]
+    assert (found["jobs_in_time"], found["next_job"]) == (0, "fits-seed=42")
 
 
 def test_a_plan_without_these_options_has_no_forecast(invoke: Invoke, manifest: Path) -> None:

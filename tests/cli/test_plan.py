@@ -275,6 +275,22 @@ def test_jobs_that_do_not_fit_the_gpu_are_named_and_the_others_planned(
     assert "2 jobs do not fit and will fail: free device memory: expected at least" in printed
 
 
+def test_jobs_of_one_group_that_fit_at_none_of_its_levels_are_counted_by_level(
+    invoke: Invoke, manifest: Path, measured: Path
+) -> None:
+    measured.write_text(json.dumps(SPEEDS | {"free_bytes": 3 * GIB}), encoding="utf-8")
+    rows: list[dict[str, object]] = [
+        {"id": "small", "task": "t2i", "prompt": "a", "width": 2048, "height": 2048},
+        {"id": "first", "prompt": "a", "image": "in.png"},
+        {"id": "second", "prompt": "a", "image": "@first"},
+    ]
+    sizes = {"task": "edit", "width": 8192, "height": 8192}
+    path = manifest.with_suffix(".jsonl")
+    path.write_text("\n".join(json.dumps({**sizes, **row}) for row in rows), encoding="utf-8")
+    (mode,) = invoke("plan", path, *MODEL, "--json").json["memory"]
+    assert [group["refused_jobs"] for group in mode["groups"]] == [0, 1, 1]
+
+
 @pytest.mark.parametrize("content", ["{}", "no json", json.dumps({"gpu": "NVIDIA Test"})])
 def test_a_file_of_speeds_that_cannot_be_used_is_named(
     invoke: Invoke, large: Path, measured: Path, content: str
