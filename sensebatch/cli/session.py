@@ -126,7 +126,8 @@ def _settle_token(workers: WorkersConfig) -> None:
     """
     if "RAY_AUTH_MODE" in os.environ:
         return
+    token = os.path.expanduser("~/.ray/auth_token")  # noqa: PTH111, a user may have no home
     if workers.cluster is None:
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    elif (Path.home() / ".ray" / "auth_token").is_file() or "RAY_AUTH_TOKEN" in os.environ:
+    elif Path(token).is_file() or "RAY_AUTH_TOKEN" in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"

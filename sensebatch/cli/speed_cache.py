@@ -8,6 +8,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from sensebatch.bounded import shown
+from sensebatch.errors import ConfigError
 from sensebatch.jobs import Stored
 from sensebatch.plan.attention import AttentionSpeeds
 from sensebatch.plan.work import Machine, Speeds
@@ -62,12 +64,21 @@ class MachineSpeeds(BaseModel):
 
 
 def speeds_path() -> Path:
-    """Returns where speeds are kept: in SENSEBATCH_CACHE, or in the user's cache folder."""
+    """Returns where speeds are kept: in SENSEBATCH_CACHE, or in the user's cache folder.
+
+    Raises:
+        ConfigError: It is in a home folder that nobody knows, as in a container whose user has no
+            name.
+    """
     own = os.environ.get("SENSEBATCH_CACHE")
-    if own:
-        return Path(own).expanduser() / FILE_NAME
     caches = os.environ.get("XDG_CACHE_HOME")
-    folder = Path(caches) if caches else Path.home() / ".cache"
+    try:
+        if own:
+            return Path(own).expanduser() / FILE_NAME
+        folder = Path(caches) if caches else Path.home() / ".cache"
+    except RuntimeError:
+        seen = f"SENSEBATCH_CACHE={shown(own)}" if own else "no HOME and no SENSEBATCH_CACHE"
+        raise ConfigError(f"speeds: expected a folder to keep them in, found {seen}") from None
     return folder / "sensebatch" / FILE_NAME
 
 
@@ -75,6 +86,7 @@ def write_speeds(speeds: MachineSpeeds) -> Path:
     """Writes speeds over those kept before, and returns where they are.
 
     Raises:
+        ConfigError: It is not known where they are kept.
         OSError: The folder cannot be made.
         RunFolderError: The folder cannot be written.
         StorageFullError: The disk is full.
@@ -86,7 +98,10 @@ def write_speeds(speeds: MachineSpeeds) -> Path:
 
 def read_speeds() -> tuple[MachineSpeeds | None, str | None]:
     """Returns the kept speeds, or what is wrong with a file that cannot be used."""
-    path = speeds_path()
+    try:
+        path = speeds_path()
+    except ConfigError as error:
+        return None, str(error)
     try:
         return MachineSpeeds.model_validate_json(path.read_bytes()), None
     except FileNotFoundError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pwd
 import signal
 from collections.abc import Sequence
 from dataclasses import replace
@@ -157,6 +158,33 @@ def test_speeds_are_kept_among_the_caches_of_the_user(
     assert speeds_path() == tmp_path / ".cache" / "sensebatch" / "speeds.json"
     monkeypatch.setenv("SENSEBATCH_CACHE", str(tmp_path / "own"))
     assert speeds_path() == tmp_path / "own" / "speeds.json"
+
+
+@pytest.mark.parametrize(
+    ("cache", "said"),
+    [("~nobody-at-all/x", "SENSEBATCH_CACHE=~nobody-at-all/x"), (None, "no HOME and no SENSE")],
+)
+@pytest.mark.usefixtures("backend", "with_gpu")
+def test_a_user_without_a_home_has_no_speeds_and_all_else(
+    invoke: Invoke,
+    manifest: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cache: str | None,
+    said: str,
+) -> None:
+    for name in ("HOME", "XDG_CACHE_HOME", "SENSEBATCH_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    # As pwd has it for a user id without an entry.
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    if cache is not None:
+        monkeypatch.setenv("SENSEBATCH_CACHE", cache)
+    assert invoke("run", manifest).code == 0
+    planned = invoke("plan", manifest, "--json")
+    assert (planned.code, planned.json["machine"]) == (0, None)
+    assert f"speeds: expected a folder to keep them in, found {said}" in planned.err
+    ended = invoke("doctor", "--json")
+    assert (ended.code, ended.json["speeds_file"]) == (0, None)
+    assert said in ended.err
 
 
 @pytest.mark.usefixtures("with_gpu")

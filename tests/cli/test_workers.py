@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import signal
 import subprocess
 import sys
@@ -313,6 +314,17 @@ def test_cluster_is_asked_with_the_token_that_is_at_home(
     settled(WorkersConfig(cluster="auto"))
     assert os.environ.get("RAY_AUTH_MODE") == ("token" if has_token else None)
     assert "RAY_AUTH_TOKEN" not in os.environ
+
+
+def test_cluster_is_asked_without_a_token_where_nobody_has_a_home(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "HOME"):
+        monkeypatch.setenv(name, "-")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    settled(WorkersConfig(cluster="auto"))
+    assert "RAY_AUTH_MODE" not in os.environ
 
 
 def test_one_amount_counts_for_every_gpu() -> None:
