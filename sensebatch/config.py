@@ -201,6 +201,8 @@ class WorkersConfig:
     on which Ray is started for the run."""
     gpus: tuple[str, ...] = ()
     """Numbers of the GPUs of this machine, as its driver counts them; all if there are none."""
+    needs_gpu: bool = False
+    """Whether the CPU must not take the place of GPUs, even where the workers are counted."""
     gpu_budget_bytes: Mapping[str, int] = field(default_factory=dict)
     """Device memory of single GPUs by their numbers, in place of `memory.vram_budget_bytes`."""
     environment: Mapping[str, str | None] = field(default_factory=dict)

@@ -683,10 +683,11 @@ def _new_crew(
     """Returns the workers of a run, none of which is started yet.
 
     Raises:
-        ConfigError: The backend is not installed, or it is not said how many workers there are.
+        ConfigError: The backend is not installed, it is not said how many workers there are, or
+            there is no GPU and one is needed.
     """
     uses_gpu = model.device == "cuda"
-    if not uses_gpu and (workers.count is None or workers.gpus):
+    if not uses_gpu and (workers.count is None or workers.gpus or workers.needs_gpu):
         raise ConfigError(
             "--gpus: expected a GPU that torch can use, found none; --workers N computes on the CPU"
         )

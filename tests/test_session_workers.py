@@ -11,6 +11,7 @@ import pytest
 
 import sensebatch
 from sensebatch import loading, session
+from sensebatch.cli.options import ModelOptions, WorkerOptions
 from sensebatch.config import RunConfig, WorkersConfig
 from sensebatch.contract import Engine, HostShare
 from sensebatch.errors import CheckpointError, ConfigError
@@ -78,8 +79,9 @@ def test_workers_without_a_gpu_have_to_be_counted(tmp_path: Path) -> None:
         run_session(request(tmp_path, WorkersConfig()), FakeBackend())
 
 
-def test_named_gpus_that_are_not_there_are_not_replaced_by_the_cpu(tmp_path: Path) -> None:
-    workers = WorkersConfig(gpus=("0", "1"), count=2)
+@pytest.mark.parametrize("gpus", ["0,1", "all"])
+def test_gpus_that_are_not_there_are_not_replaced_by_the_cpu(tmp_path: Path, gpus: str) -> None:
+    workers = WorkerOptions(gpus=gpus, workers=2).config(ModelOptions(), "auto")
     with pytest.raises(ConfigError, match="--gpus: expected a GPU that torch can use, found none"):
         run_session(request(tmp_path, workers), FakeBackend())
 

@@ -388,6 +388,7 @@ class WorkerOptions:
             count=len(numbers) or self.workers,
             cluster=self.cluster,
             gpus=tuple(numbers),
+            needs_gpu=self.gpus is not None,
             gpu_budget_bytes=model.gpu_budget_bytes(),
         )
 
