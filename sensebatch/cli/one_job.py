@@ -250,9 +250,18 @@ def _only_job(command: Command, stem: str | None, config: RunConfig, voice: Voic
     }
     source = Source(file="command line", row=f"sensebatch {command.task.value}")
 
+    # What a field is called where its value came from an option of another name.
+    given = {
+        name: option
+        for name, option, value in (
+            ("prompt", "question", command.question),
+            ("id", "output", command.output),
+        )
+        if value is not None
+    }
+
     def complaint(problem: Problem) -> str:
-        is_question = problem.field == "prompt" and command.question is not None
-        return _complaint(replace(problem, field="question") if is_question else problem)
+        return _complaint(replace(problem, field=given.get(problem.field, problem.field)))
 
     try:
         fields = {**command.fields, **own}
