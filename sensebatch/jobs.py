@@ -354,6 +354,9 @@ class InputImage:
     output: tuple[str, int] | None = None
     """(id, index) of the job whose image it is; None for an image that is there before the run.
     The bytes are then known only once that job is done."""
+    absent: str | None = field(default=None, compare=False)
+    """A path at which nothing was found, and where an image would have been taken in its place;
+    None if there is none, or if the job comes from the state database."""
 
     @property
     def place(self) -> str:

@@ -235,10 +235,14 @@ class JobResolver:
             image = image.path
         if image.startswith(JOB_MARK):
             return self.outputs.image(image, origin.axes)
-        return self._probe.file(self._path(image, origin, column), as_stored=as_stored)
+        path, absent = self._path(image, origin, column)
+        probed = self._probe.file(path, as_stored=as_stored)
+        return probed if absent is None else replace(probed, absent=str(absent))
 
-    def _path(self, image: str, origin: Origin, column: str) -> Path:
-        """Returns where an image is: beside the manifest, or where upstream would look.
+    def _path(self, image: str, origin: Origin, column: str) -> tuple[Path, Path | None]:
+        """Returns where an image is, and the place before it where there is nothing.
+
+        It is beside the manifest, or where upstream would look.
 
         Raises:
             UnusableImageError: It is in neither place, or is not a path.
@@ -251,13 +255,14 @@ class JobResolver:
         if place is not None:
             if place is here:
                 self._warn_of_place(origin.source, column, here)
-            return place
+                return here, beside
+            return beside, None
         if "\\" in image and os.sep == "/":
             raise UnusableImageError(
                 f"expected an image file, found nothing at {found(image)}; folders are separated "
                 "by / here"
             )
-        return beside
+        return beside, None
 
     def _warn_of_place(self, source: Source, column: str, here: Path) -> None:
         """Warns, once for each manifest, of images that are not relative to its own folder."""

@@ -205,6 +205,7 @@ class Ingest:
                 self._update(new, old)
             known[new.folded] = old._replace(seen=self._number)
             self._reading.add(image.path for image in new.job.images if image.output is None)
+            self._reading.add_absent(image.absent for image in new.job.images if image.absent)
             if new.job.attempt_at or new.job.verdict or self._has_tries:
                 acceptance.link(self._db, new.job)
             if new.job.level or self._has_chains:

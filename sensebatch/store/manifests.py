@@ -22,6 +22,9 @@ from sensebatch.store import tables
 _SETTLED_S = 2.0
 """Age from which every later change of a file shows in its times, on every common file system."""
 
+_ABSENT = "absent"
+"""The stamp of a place where there is nothing."""
+
 MANIFESTS, _READ = "manifests", "read"
 """Names in `meta`: the manifests of the folder, and what decided the latest reading."""
 
@@ -65,7 +68,7 @@ class Reading:
         if self._files is None or tables.get_meta(self._db, _READ) != self._depends_on():
             return False
         stamps = self._db.execute("SELECT path, stamp FROM inputs")
-        return all(stamp and stamp == _stamp(path) for path, stamp in stamps)
+        return all(_is_unchanged(path, stamp) for path, stamp in stamps)
 
     def begin(self) -> None:
         """Forgets what the reading before depended on."""
@@ -76,6 +79,12 @@ class Reading:
         """Records files that a job is made of, as they are now."""
         if self._files is not None:
             stamps = [(path, _stamp(path, changed_before=self._started)) for path in paths]
+            self._db.executemany("INSERT OR IGNORE INTO inputs VALUES (?, ?)", stamps)
+
+    def add_absent(self, paths: Iterable[str]) -> None:
+        """Records places where there is nothing, and where a file would change what a job is."""
+        if self._files is not None:
+            stamps = [(path, _ABSENT) for path in paths]
             self._db.executemany("INSERT OR IGNORE INTO inputs VALUES (?, ?)", stamps)
 
     def finish(self, *, same: int, replaced: int) -> None:
@@ -142,6 +151,12 @@ def _is_own(known: Sequence[Sequence[str]], places: Sequence[Sequence[str]]) -> 
     return all(path in absolute for path, _ in places) or all(
         path in relative for _, path in places
     )
+
+
+def _is_unchanged(path: str, stamp: str) -> bool:
+    if stamp == _ABSENT:
+        return not os.path.exists(path)  # noqa: PTH110, as many of them
+    return bool(stamp) and stamp == _stamp(path)
 
 
 def _stamp(path: str, *, changed_before: float | None = None) -> str:

@@ -8,14 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from sensebatch.errors import RunFolderError
 from sensebatch.jobs import InputImage, Job, ModelIdentity
+from sensebatch.manifest.read import read_manifest
 from sensebatch.store.ingest import Changes
 from sensebatch.store.manifests import ManifestFiles
 from sensebatch.store.store import open_store
 from sensebatch.tasks import Task
-from tests.executor.fakes import IDENTITY, Flag, make_job, run_folder, run_store
+from tests.executor.fakes import IDENTITY, Flag, make_config, make_job, run_folder, run_store
 
 JOBS = [make_job(f"j{i}") for i in range(3)]
 
@@ -122,6 +124,33 @@ def test_everything_that_may_change_a_job_has_the_manifest_read_again(
     assert is_read()
     image.unlink()
     assert is_read()
+
+
+def test_image_that_comes_to_be_found_before_another_has_the_manifest_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    manifest = Path("m/edits.yaml")
+    (manifest.parent / "m").mkdir(parents=True)
+    row = "{id: a, task: edit, prompt: a, image: m/in.png, width: 32, height: 32}"
+    manifest.write_text(f"version: 1\njobs:\n  - {row}\n", encoding="utf-8")
+    Image.new("RGB", (32, 32), "red").save("m/in.png")
+    num_readings = 0
+
+    def num_read() -> int:
+        def jobs() -> Iterator[Job]:
+            nonlocal num_readings
+            num_readings += 1
+            yield from read_manifest(manifest, make_config())
+
+        with open_store(tmp_path / "run") as store:
+            files = ManifestFiles(paths=(manifest,), settings="")
+            store.ingest(jobs(), IDENTITY, files=files)
+        return num_readings
+
+    assert [num_read(), num_read()] == [1, 1]
+    Image.new("RGB", (32, 32), "blue").save("m/m/in.png")
+    assert [num_read(), num_read()] == [2, 2]
 
 
 def test_file_that_may_change_again_within_its_timestamp_is_read_again(
