@@ -302,8 +302,10 @@ def resolve_settings(
             place.
 
     Raises:
-        ConfigError: Every unknown key and unusable value, each with its place.
+        ConfigError: Every unknown key and unusable value, each with its place; or the working
+            directory is gone.
     """
+    working_directory = _working_directory()
     document = None if config_file is None else _read_yaml(config_file)
     from_file = {} if document is None else document.value
     from_flags = _nested(
@@ -339,9 +341,16 @@ def resolve_settings(
         complaints.append(_complaints(error.errors(), values, place))
     if complaints:
         raise ConfigError("\n".join(complaints)) from None
-    config = _run_config(settings, Path.cwd() if config_file is None else config_file.parent)
+    config = _run_config(settings, working_directory if config_file is None else config_file.parent)
     _require_folders(config.accept, values, place)
     return config
+
+
+def _working_directory() -> Path:
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        raise ConfigError("expected a working directory, found that it was deleted") from None
 
 
 def _require_folders(

@@ -351,3 +351,14 @@ def test_amounts_of_memory_mean_what_accelerate_means(amount: str) -> None:
     from accelerate.utils.modeling import convert_file_size_to_int
 
     assert abs(amount_bytes(amount) - convert_file_size_to_int(amount)) <= 1
+
+
+def test_a_working_directory_that_was_deleted_is_a_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(ConfigError, match="expected a working directory, found that it was del"):
+        resolve_settings()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sensebatch.cli.options import SelectionOptions
+from sensebatch.cli.options import MAX_LIMIT, SelectionOptions
 from sensebatch.cli.paths import path
 
 if TYPE_CHECKING:
@@ -40,7 +40,9 @@ Columns = Annotated[
 Limit = Annotated[
     int | None,
     typer.Option(
-        min=1, help=f"Print at most this many jobs. [default: {MAX_ROWS} in a table, else all]"
+        min=1,
+        max=MAX_LIMIT,
+        help=f"Print at most this many jobs. [default: {MAX_ROWS} in a table, else all]",
     ),
 ]
 

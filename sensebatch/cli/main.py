@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -64,6 +65,8 @@ _USAGE_ERRORS: tuple[type[Exception], ...] = tuple(
     kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
 )
 """The library's errors about a command line; typer has no public name for their base class."""
+_MAX_SIZE_DIGITS = 6
+"""Longest number of columns or lines; whoever wants no line to be broken says 100000."""
 _SETTINGS = {
     # cfg_scale and cfg-scale are the same option; values stay as they are.
     "token_normalize_func": lambda token: token.replace("_", "-"),
@@ -134,6 +137,7 @@ def main(args: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: Always, with the exit code.
     """
+    _forget_odd_sizes()
     if sys.stdout is None:
         sys.stdout = ClosedOutput()
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -142,6 +146,15 @@ def main(args: Sequence[str] | None = None) -> None:
     with redirect_stdout(cast("TextIO", Output(sys.stdout))):
         code = _run(sys.argv[1:] if args is None else list(args))
     raise SystemExit(code)
+
+
+def _forget_odd_sizes() -> None:
+    """Removes sizes of the terminal that are not numbers, on which rich would fail."""
+    for name in ("COLUMNS", "LINES"):
+        size = os.environ.get(name, "")
+        # int() refuses digits such as a superscript two, and very long numbers.
+        if not (size.isascii() and size.isdigit() and len(size) <= _MAX_SIZE_DIGITS):
+            os.environ.pop(name, None)
 
 
 def _run(args: list[str]) -> int:

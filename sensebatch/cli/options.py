@@ -60,7 +60,9 @@ Manifests = Annotated[
     typer.Argument(parser=path, help="YAML, Parquet or JSONL files.", metavar="MANIFEST..."),
 ]
 RowTask = Annotated[Task | None, typer.Option(help="The task of rows that name none (JSONL).")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first N jobs.")]
+MAX_LIMIT = 10**9
+"""More jobs than a manifest has."""
+Limit = Annotated[int | None, typer.Option(min=1, max=MAX_LIMIT, help="Use only the first N jobs.")]
 MAX_HOURS = 24 * 365 * 10
 """More hours than a run may be given."""
 _ANOTHER_MODEL = "another model"
@@ -542,15 +544,17 @@ def _time(text: str, now: float) -> float:
             found = datetime.fromisoformat(text)
         else:
             raise ValueError(text)
-    except ValueError:
+        # A year that is too early or too late for the local time has none.
+        seconds = found.timestamp()
+    except (ValueError, OverflowError):
         raise ConfigError(
             f"--until: expected a time such as 07:00 or 2026-12-24T07:00, found {text!r}"
         ) from None
-    if found.timestamp() <= now:
+    if seconds <= now:
         raise ConfigError(
             f"--until: expected a future time, found {text}, and it is {today:%Y-%m-%dT%H:%M}"
         )
-    return found.timestamp()
+    return seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -98,6 +98,7 @@ def test_the_earlier_of_two_deadlines_counts() -> None:
         (DeadlineOptions(until="7"), "--until: expected a time such as 07:00 .* found '7'"),
         (DeadlineOptions(until="25:00"), "--until: expected a time such as"),
         (DeadlineOptions(until="2026-02-30T07:00"), "--until: expected a time such as"),
+        (DeadlineOptions(until="0001-01-01T00:00"), "--until: expected a time such as"),
         (DeadlineOptions(until="2026-11-28T22:00"), "future time, .* it is 2026-11-28T22:30"),
         (
             DeadlineOptions(max_hours=0),

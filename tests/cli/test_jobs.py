@@ -95,6 +95,13 @@ def test_table_ends_where_it_was_told_to(invoke: Invoke, folder: Path) -> None:
     assert invoke("jobs", folder, "--tag", "none").out == "0 jobs\n"
 
 
+@pytest.mark.parametrize("command", ["jobs", "plan", "run"])
+def test_a_limit_beyond_all_counts_is_a_clear_error(invoke: Invoke, command: str) -> None:
+    ended = invoke(command, "any", "--limit", "9" * 20)
+    assert ended.code == 2
+    assert "--limit: expected a number of at most 1000000000, found 9999" in ended.err
+
+
 @pytest.mark.parametrize(
     ("args", "expected"),
     [

@@ -190,3 +190,15 @@ def test_json_is_one_object_also_where_a_signal_came_first(
     monkeypatch.setattr(backend, "resolve_runtime", interrupted)
     ended = invoke("run", manifest, "--json")
     assert (ended.code, ended.json["exit_code"], ended.json["stopped"]) == (75, 75, True)
+
+
+@pytest.mark.parametrize("size", ["²", "9" * 5000])
+def test_a_terminal_whose_size_is_no_number_is_as_one_that_says_none(
+    manifest: Path, size: str
+) -> None:
+    command = ("plan", manifest, "--device", "cpu")
+    ended = _shell('unset COLUMNS LINES; "$@"', *command)
+    assert ended.returncode == 0
+    for name in ("COLUMNS", "LINES"):
+        other = _shell(f'unset COLUMNS LINES; {name}={size} "$@"', *command)
+        assert (other.returncode, other.stdout, other.stderr) == (0, ended.stdout, ended.stderr)
