@@ -165,6 +165,14 @@ def quoted(value: object, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
+def abridged(text: str, most: int) -> str:
+    """Returns a text of which the middle is left out where it has more than `most` characters."""
+    if len(text) <= most:
+        return text
+    half = most // 2
+    return f"{text[:half]} ... ({len(text) - 2 * half:,} characters left out) ... {text[-half:]}"
+
+
 def escaped(text: str) -> str:
     """Returns a text in which what would do something to a terminal is escaped."""
     if text.isprintable():

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias
 
+from sensebatch.bounded import abridged
 from sensebatch.errors import ConfigError, JobError, found
 
 FUNCTION_NAME = r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
@@ -32,6 +33,9 @@ _LATER: Mapping[Callable[[Any], bool], str] = {
     inspect.isgeneratorfunction: "a generator",
 }
 """What gives no score when it is called, and its name."""
+
+_MAX_MESSAGE = 2000
+"""Longest message of an error in the user's module that is shown whole, in characters."""
 
 Judge: TypeAlias = Callable[[Any, Mapping[str, Any]], Any]
 """Takes an image (PIL) and the row of the log of the job that drew it."""
@@ -199,5 +203,5 @@ def _imported(name: str, own: Path | None) -> ModuleType:
 def _cannot_import(function: AcceptFunction, error: BaseException) -> ConfigError:
     return ConfigError(
         f"accept: expected a module that can be imported for {function.function}, found "
-        f"{type(error).__name__}: {error}"
+        f"{type(error).__name__}: {abridged(str(error), _MAX_MESSAGE)}"
     )

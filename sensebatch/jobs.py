@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge, Gt, Interval, Le, Lt
 
+from sensebatch.bounded import abridged
 from sensebatch.declarations import Setting, stated
 from sensebatch.resolutions import Resolution
 from sensebatch.tasks import Branch, Output, SystemPromptKind, Task, TaskSpec
@@ -37,6 +38,10 @@ COUNT = Interval(ge=1, le=MAX_COUNT)
 """The range of every count."""
 MAX_SEED = 2**63 - 1
 """The largest seed that they can hold."""
+_MAX_MESSAGE = 2000
+"""Longest message of a failed job's error that is kept whole, in characters."""
+_MAX_TRACEBACK = 50_000
+"""Longest traceback, likewise."""
 
 
 class CfgNorm(StrEnum):
@@ -742,12 +747,15 @@ class Failure:
 
     @classmethod
     def of(cls, error: BaseException, *, think_tokens: int = 0, text_tokens: int = 0) -> Failure:
-        """Returns what to keep of an exception, even of one whose own text cannot be read."""
+        """Returns what to keep of an exception, even of one whose own text cannot be read.
+
+        Texts that are too long, as of a user's function, lose their middle.
+        """
         found = traceback.TracebackException.from_exception(error, compact=True)
         return cls(
             type=type(error).__name__,
-            message=_writable(str(found)),
-            traceback=_writable("".join(found.format())),
+            message=_writable(abridged(str(found), _MAX_MESSAGE)),
+            traceback=_writable(abridged("".join(found.format()), _MAX_TRACEBACK)),
             think_tokens=think_tokens,
             text_tokens=text_tokens,
         )

@@ -17,6 +17,7 @@ from sensebatch.bounded import (
     MAX_DIGITS,
     MAX_VALUES,
     UnreadableFileError,
+    abridged,
     check_depth,
     check_file,
     in_the_way,
@@ -131,3 +132,8 @@ def test_what_is_in_the_way_of_a_folder_is_named(tmp_path: Path) -> None:
         in_the_way(tmp_path / "link" / "a" / "b") == f"{tmp_path}/link is a link that leads nowhere"
     )
     assert in_the_way(tmp_path / "there" / "new") is None
+
+
+def test_a_long_text_loses_its_middle_and_no_more_than_it_must() -> None:
+    assert abridged("abcdef", 6) == "abcdef"
+    assert abridged("abcdefg", 6) == "abc ... (1 characters left out) ... efg"

@@ -88,6 +88,7 @@ def test_modules_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> 
         ("import judges", "found ModuleNotFoundError: No module named 'judges'"),
         ("own = 1 / 0", "for judges_of_test:own, found ZeroDivisionError"),
         ("raise SystemExit(3)", "found SystemExit: 3"),
+        ("raise ValueError('a' * 10**6)", r"found ValueError: a{1000} \.\.\. .* \.\.\. a{1000}$"),
     ],
 )
 def test_what_cannot_be_called_is_an_error_at_the_start(

@@ -144,3 +144,19 @@ def test_a_function_that_nothing_asks_for_is_warned_of(
         assert words not in invoke(*command, manifest, *config).err, command
     small = ("--width", "64", "--height", "32", "--output", "dot.png")
     assert words not in invoke("t2i", "--prompt", "a dot", *small, *config).err
+
+
+def test_what_a_function_raises_is_shown_and_kept_within_bounds(
+    invoke: Invoke, manifest: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "own/judges_of_cli.py").write_text(
+        "def second(image, job):\n    raise ValueError('begin' + 'x' * 10**7 + 'end')\n"
+    )
+    ended = invoke("run", manifest, "--config", tmp_path / "own/c.yaml")
+    assert "ValueError: begin" in ended.err
+    folder = Path("outputs/m")
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    texts = [path.read_text() for path in (folder / "run.log", *(folder / "errors").iterdir())]
+    assert all("begin" in text and "end" in text for text in texts)
+    assert len(texts) > 1
+    assert len(ended.err) + sum(path.stat().st_size for path in files) < 10**6
