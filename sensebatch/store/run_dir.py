@@ -76,6 +76,8 @@ class RunDir:
         self.log_parts = root / "log"
         self.kept_images = root / "checkpoints"
         self._lock = root / ".lock"
+        self._held: int | None = None
+        """A descriptor of the lock's file while this process holds it, if its identity is known."""
         self._holder = root / ".lock-holder.json"
 
     def image_name(self, job_id: str, extension: str, index: int | None = None) -> str:
@@ -123,15 +125,20 @@ class RunDir:
                 raise RunFolderError(
                     f"{self.root}: in use by another run{self._held_by()}; wait for it or stop it"
                 ) from None
+        self._held = _open_known(self._lock)
         try:
             holder = {"pid": os.getpid(), "host": socket.gethostname()}
             write_atomic(self._holder, json.dumps(holder).encode())
             yield
         finally:
             try:
-                with suppress(OSError):
-                    self._holder.unlink(missing_ok=True)
+                if not self._has_lost_lock():
+                    with suppress(OSError):
+                        self._holder.unlink(missing_ok=True)
             finally:
+                if self._held is not None:
+                    os.close(self._held)
+                    self._held = None
                 lock.release()
 
     @contextmanager
@@ -197,13 +204,14 @@ class RunDir:
                 raise StorageError(f"{path}: expected a file, found a folder; {_PUT_BACK}")
 
     def require_in_place(self) -> None:
-        """Stops a run whose folder was moved, removed or unmounted.
+        """Stops a run whose folder was moved, removed or unmounted, or whose lock was removed.
 
         Files would go to a new folder of its name, and the open state database would answer for
-        them from where nobody looks.
+        them from where nobody looks. Without its lock, another process may work in the folder, and
+        each would remove the files of the other.
 
         Raises:
-            StorageError: It is no longer where it was, or its state is not.
+            StorageError: It is no longer where it was, or its state or its lock is not.
         """
         with storage_errors(self.root):
             if not (self.state.exists() and self._says_where_state_is()):
@@ -216,6 +224,26 @@ class RunDir:
                     f"{self.root}: expected the run's folder where it was, found it moved, removed "
                     "or unmounted; bring it back and run the same command again"
                 )
+            if self._has_lost_lock():
+                raise StorageError(
+                    f"{self._lock}: expected the lock of this run, found it removed or replaced; "
+                    "another run may have begun in the folder: make sure that none works there and "
+                    "run the same command again"
+                )
+
+    def _has_lost_lock(self) -> bool:
+        """Returns whether the lock that this process holds is no longer the one in the folder.
+
+        Where that cannot be told, it is not.
+        """
+        if self._held is None:
+            return False
+        try:
+            return not os.path.samestat(os.fstat(self._held), self._lock.stat())
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
 
     def _says_where_state_is(self) -> bool:
         is_here = self.state.parent == self.root
@@ -325,6 +353,22 @@ def read_settings(path: Path) -> dict[str, Any]:
     except (OSError, YamlTextError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _open_known(path: Path) -> int | None:
+    """Opens a file if its path and its descriptor say that they are the same one.
+
+    Not every network file system has numbers by which to tell a file from another one.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    with suppress(OSError):
+        if os.path.samestat(os.fstat(descriptor), path.stat()):
+            return descriptor
+    os.close(descriptor)
+    return None
 
 
 def _is_locked(path: Path) -> bool:

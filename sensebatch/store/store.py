@@ -110,6 +110,7 @@ class Store:
                 self.run_dir.require_in_place()
                 self.log.write()
             raise
+        self.run_dir.require_in_place()
         self.log.write()
 
     def remove_stale(self, names: Sequence[str]) -> None:

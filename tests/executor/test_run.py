@@ -215,6 +215,25 @@ def test_folder_that_is_moved_under_a_run_stops_it_and_it_can_be_resumed(tmp_pat
     assert outcome(root) == outcome(tmp_path / "whole")
 
 
+def test_lock_that_is_removed_under_a_run_stops_it_before_it_removes_files(tmp_path: Path) -> None:
+    jobs, root = [make_job("a"), make_job("b")], tmp_path / "run"
+
+    others: list[Any] = []
+
+    def begin_another() -> None:
+        (root / ".lock").unlink(missing_ok=True)
+        if not others:
+            run_folder(root, jobs)
+            others.append(outcome(root))
+
+    with pytest.raises(StorageError, match=r"\.lock: expected the lock of this run"):
+        run_folder(root, jobs, engine=FakeEngine(begin_another))
+    assert others == [outcome(root)]
+    run_folder(root, jobs)
+    run_folder(tmp_path / "whole", jobs)
+    assert outcome(root) == outcome(tmp_path / "whole")
+
+
 def test_inputs_that_vanish_with_the_folder_fail_no_job(tmp_path: Path) -> None:
     root, elsewhere = tmp_path / "run", tmp_path / "moved"
     jobs = [make_job(f"e{i}", Task.EDIT, images=(make_input("missing"),)) for i in range(3)]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sensebatch.errors import JobError, RunFolderError, StorageFullError
+from sensebatch.errors import JobError, RunFolderError, StorageError, StorageFullError
 from sensebatch.store import run_dir
 from sensebatch.store.files import write_atomic
 from sensebatch.store.run_dir import RunDir
@@ -44,6 +45,47 @@ def test_second_process_is_refused_by_a_lock_that_a_dead_one_does_not_keep(
     assert not RunDir(tmp_path / "run").in_use()
     with open_store(tmp_path / "run"):
         pass
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_lock_that_was_removed_is_missed_and_the_next_holder_kept(
+    tmp_path: Path, is_replaced: bool
+) -> None:
+    folder, other = RunDir(tmp_path), RunDir(tmp_path)
+    with open_store(tmp_path):
+        pass
+    holder = tmp_path / ".lock-holder.json"
+    with folder.locked():
+        folder.require_in_place()
+        (tmp_path / ".lock").unlink()
+        if is_replaced:
+            (tmp_path / ".lock").touch()
+        holder.write_text("another's")
+        with pytest.raises(StorageError, match=r"\.lock: expected the lock of this run"):
+            folder.require_in_place()
+        other.require_in_place()
+    assert holder.read_text() == "another's"
+    with folder.locked():
+        folder.require_in_place()
+
+
+def test_lock_whose_identity_cannot_be_told_stops_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: int) -> os.stat_result:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with open_store(tmp_path):
+        pass
+    folder = RunDir(tmp_path)
+    with folder.locked(), monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", fail)
+        folder.require_in_place()
+    # Some file systems number a file that is opened otherwise than its path.
+    with monkeypatch.context() as patch:
+        patch.setattr(os.path, "samestat", lambda *_: False)
+        with folder.locked():
+            folder.require_in_place()
 
 
 def test_images_without_a_state_are_not_written_over(tmp_path: Path) -> None:
