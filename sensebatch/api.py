@@ -185,7 +185,8 @@ def plan_summary(plan: Plan, *, config: RunConfig | None = None) -> dict[str, An
 
     Raises:
         CheckpointError: The model's files cannot be read.
-        ConfigError: The budget is too small.
+        ConfigError: The budget is too small, or no device has the precision with the other
+            settings.
     """
     memory = summary.memory_summary(plan, config or default_config(), None)
     return summary.plan_summary(plan) | {"memory": memory}

@@ -30,6 +30,7 @@ from sensebatch.plan.load import Load, group_load, plan_loads
 from sensebatch.plan.long_prompts import LongPrompts
 from sensebatch.plan.passes import RING
 from sensebatch.plan.placement import Placement, Refusal
+from sensebatch.plan.precision import check_settings
 from sensebatch.plan.seconds import Clock, GroupSeconds, new_clock
 from sensebatch.plan.weight_bytes import WeightBytes, weight_bytes
 from sensebatch.plan.work import Machine
@@ -109,8 +110,10 @@ def memory_summary(
 
     Raises:
         CheckpointError: A run would refuse the model's files or the LoRA.
-        ConfigError: The budget or the GPU is too small.
+        ConfigError: The budget or the GPU is too small, or no device has the precision with the
+            other settings.
     """
+    check_settings(config.model)
     model = config.model.model
     if not is_local(model):
         return None

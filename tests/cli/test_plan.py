@@ -235,6 +235,33 @@ def test_8_bits_take_less_memory_and_the_seconds_that_were_measured(
     assert 0.5 < images / plain["seconds"]["images"] < 0.8
 
 
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ("fp8 --dtype float32", "fp8 needs dtype bfloat16, found float32"),
+        ("fp8-all --dtype float16", "fp8-all needs dtype bfloat16, found float16"),
+        ("fp8 --device cpu", "fp8 needs a CUDA device of compute capability 8.9 or newer"),
+    ],
+)
+@pytest.mark.parametrize("model", [MODEL, ("--model", "someone/release")])
+def test_a_precision_that_no_run_would_take_is_refused(
+    invoke: Invoke, large: Path, model: tuple[str, ...], words: str, why: str
+) -> None:
+    ended = invoke("plan", large, *model, "--precision", *words.split())
+    assert ended.code == 2
+    assert f"precision: {why}" in " ".join(ended.err.split())
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["fp8", "fp8 --dtype bfloat16", "fp8 --device cuda", "int8 --device cpu --dtype float16"],
+)
+def test_a_precision_that_depends_on_the_gpu_is_planned(
+    invoke: Invoke, large: Path, words: str
+) -> None:
+    assert invoke("plan", large, *MODEL, "--precision", *words.split()).code == 0
+
+
 @pytest.mark.usefixtures("measured")
 def test_a_plan_for_the_cpu_has_nothing_of_the_gpu(invoke: Invoke, large: Path) -> None:
     plan = invoke("plan", large, *MODEL, "--device", "cpu", "--json").json

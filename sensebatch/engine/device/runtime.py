@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -20,45 +19,16 @@ from sensebatch.engine.model.attention import (
     torch_runs,
 )
 from sensebatch.errors import ConfigError
-from sensebatch.jobs import Precision, Stored
+from sensebatch.jobs import Precision
 from sensebatch.plan.attention import AttentionSpeeds
 from sensebatch.plan.computation import is_tileable
 from sensebatch.plan.load import Load
+from sensebatch.plan.precision import check_device, check_dtype
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float32": torch.float32,
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Needed:
-    """What products of 8-bit numbers need."""
-
-    capability: tuple[int, int]
-    """The compute capability of the first CUDA devices that have them."""
-    generations: str
-    """The names of these and of newer ones."""
-    on_cpu: bool
-    """Whether a CPU computes them as well."""
-    dtypes: Sequence[str]
-    """Dtypes of activations."""
-
-
-NEEDED = {
-    Stored.FLOAT8: Needed(
-        capability=(8, 9),
-        generations="Ada, Hopper, Blackwell",
-        on_cpu=False,
-        dtypes=("bfloat16",),
-    ),
-    Stored.INT8: Needed(
-        capability=(8, 0),
-        generations="Ampere, Ada, Hopper, Blackwell",
-        on_cpu=True,
-        dtypes=tuple(DTYPES),
-    ),
 }
 BACKENDS: dict[str, Attention] = {"cudnn": cudnn, "flash": flash, "sdpa": sdpa}
 CUDNN_LEAST_CAPABILITY = (9, 0)
@@ -79,32 +49,13 @@ def check_precision(precision: Precision | None, device: str, dtype: str) -> Non
     """
     if precision is None or precision.stored is None:
         return
-    needed = NEEDED[precision.stored]
-    found = device
+    capability: tuple[int, int] | None = None
+    name = device
     if device == "cuda":
-        capability = ".".join(map(str, torch.cuda.get_device_capability()))
-        found = f"{torch.cuda.get_device_name()} of {capability}"
-    if not _multiplies(precision, device):
-        others = [p for p in Precision if _multiplies(p, device)]
-        raise ConfigError(
-            f"precision: {precision} needs a CUDA device of compute capability "
-            f"{'.'.join(map(str, needed.capability))} or newer ({needed.generations}), found "
-            f"{found}; usable there: {', '.join(others)}"
-        )
-    if dtype not in needed.dtypes:
-        raise ConfigError(
-            f"precision: {precision} needs dtype {' or '.join(needed.dtypes)}, found {dtype}"
-        )
-
-
-def _multiplies(precision: Precision, device: str) -> bool:
-    """Returns whether a device has the products of a precision."""
-    if precision.stored is None:
-        return True
-    needed = NEEDED[precision.stored]
-    if device != "cuda":
-        return needed.on_cpu
-    return torch.cuda.get_device_capability() >= needed.capability
+        capability = torch.cuda.get_device_capability()
+        name = f"{torch.cuda.get_device_name()} of {'.'.join(map(str, capability))}"
+    check_device(precision, capability, name)
+    check_dtype(precision, dtype)
 
 
 def resolve_attention(backend: str, device: str, dtype: str, ranking: Sequence[str] = ()) -> str:
