@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -126,7 +127,8 @@ def plan_placements(
 
     Args:
         computation: The network, and how it is computed.
-        memory: Mode and budgets.
+        memory: Mode and budgets. That of the host is for what lies beside a device's own memory, so
+            it does not count on a CPU.
         device: Where the network computes. What torch holds of its memory counts as free.
         loads: One for every group of the run.
         num_workers: Processes that share the host and its copy of the weights.
@@ -135,6 +137,8 @@ def plan_placements(
     device_free = None
     if device.type == "cuda":
         device_free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    else:
+        memory = replace(memory, host_budget_bytes=None)
     return place(
         computation,
         memory=memory,
