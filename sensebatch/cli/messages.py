@@ -8,7 +8,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from typing import Any, TextIO
 
 from sensebatch.errors import Problem
@@ -16,6 +16,8 @@ from sensebatch.units import counted
 
 FILE_WIDTH = 80
 """The width of what is not printed to a terminal."""
+_STDOUT, _STDERR = 1, 2
+"""Their descriptors."""
 
 
 class OutputError(Exception):
@@ -126,6 +128,23 @@ class ClosedOutput(io.StringIO):
     def write(self, text: str) -> int:
         """Fails, as to write to any other output that is closed."""
         raise OSError(errno.EBADF, "it is closed", text)
+
+
+@contextmanager
+def output_apart() -> Iterator[None]:
+    """Has stderr take what is written to stdout during the block.
+
+    That is also what native code writes, and what processes do that are started meanwhile.
+    """
+    with ExitStack() as stack:
+        # Where one of the two was closed, another file may have its descriptor.
+        if sys.__stdout__ is not None and sys.__stderr__ is not None:
+            kept = os.dup(_STDOUT)
+            stack.callback(os.close, kept)
+            stack.callback(os.dup2, kept, _STDOUT)
+            os.dup2(_STDERR, _STDOUT)
+        stack.enter_context(redirect_stdout(sys.stderr))
+        yield
 
 
 def _output_error(error: OSError) -> OutputError:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import secrets
 import sys
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 from sensebatch import loading, session
+from sensebatch.cli.messages import output_apart
 from sensebatch.cli.progress import watch
 from sensebatch.cli.signals import Interrupt, StopSignals
 from sensebatch.cli.speed_cache import read_speeds
@@ -52,7 +53,7 @@ def run_session(
     stop = StopSignals() if stop is None else stop
     # What the user's functions print is for people; stdout is for the result of the command. The
     # display replaces stdout as well while it lasts, so it has to begin later and to end earlier.
-    apart = redirect_stdout(sys.stderr) if request.config.accept else nullcontext()
+    apart = output_apart() if request.config.accept else nullcontext()
     try:
         with apart, stop.installed(interrupts=True), voice.logging(), watch(stop, voice) as display:
             voice.info(f"reading {', '.join(request.sources)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -115,6 +116,38 @@ def test_what_a_function_prints_is_not_on_stdout(
     out, err = sys.stdout, sys.stderr
     invoke("run", manifest, "--config", tmp_path / "own/c.yaml", "--output-dir", "again")
     assert (sys.stdout, sys.stderr) == (out, err)
+
+
+def test_what_a_function_has_others_write_is_not_on_stdout(
+    invoke: Invoke, manifest: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own/judges_of_cli.py").write_text(
+        "import os, subprocess, sys\n"
+        "os.write(1, b'imported\\n')\n"
+        "def second(image, job):\n"
+        "    os.write(1, b'judging\\n')\n"
+        "    subprocess.run([sys.executable, '-c', 'print(\"started\")'], check=True)\n"
+        "    return True\n"
+    )
+    ended = invoke("run", manifest, "--config", tmp_path / "own/c.yaml", "--json")
+    assert ended.json["this_run"]["images"] == 1
+    for line in ("imported\n", "judging\n", "started\n"):
+        assert line in ended.err
+    os.write(1, b"afterwards")
+    assert capfd.readouterr() == ("afterwards", "")
+
+
+@pytest.mark.parametrize("closed", ["__stdout__", "__stderr__"])
+def test_a_file_in_the_place_of_a_closed_output_is_left_alone(
+    invoke: Invoke, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closed: str
+) -> None:
+    (tmp_path / "own/judges_of_cli.py").write_text(
+        "import os\ndef second(image, job):\n    os.write(1, b'in it')\n    return True\n"
+    )
+    monkeypatch.setattr(sys, closed, None)
+    ended = invoke("run", manifest, "--config", tmp_path / "own/c.yaml")
+    assert ended.code == 0
+    assert "in it" in ended.out
 
 
 def test_a_function_that_is_missing_ends_a_run_before_it_begins(
