@@ -33,13 +33,13 @@ def test_split_of_a_group_never_changes() -> None:
         ("train=0.9,test=0.2", "a sum of 1.1"),
         ("train=1,test=0", "a share of 0"),
         ("train=1.5,test=-0.5", "a share of 1.5"),
-        ("train=x", "found 'x'"),
-        ("train", "found ''"),
+        ("train=x", "found 'train=x'"),
+        ("train", "found 'train'"),
         ("", "the name ''"),
         ("all=1", "the name 'all'"),
         ("a/b=1", "the name 'a/b'"),
         ("a=0.5,a=0.5", "a name twice"),
-        ("a=1/0", "found '1/0'"),
+        ("a=1/0", "found 'a=1/0'"),
     ],
 )
 def test_mistakes_in_splits_are_named(text: str, found: str) -> None:
