@@ -206,3 +206,16 @@ def test_weights_leave_a_large_job_its_part_of_what_the_host_has_free() -> None:
     small = place_all([make_load(1)], vram_mode="balanced", host_free=free).leanest
     assert small.host_block_bytes is not None
     assert large.host_block_bytes < small.host_block_bytes
+
+
+def test_more_host_memory_is_never_refused_where_less_would_do() -> None:
+    """Larger batches would leave no room for all weights, and those that stream want more yet."""
+    memory: dict[str, Any] = {"vram_budget_bytes": 34 * GIB}
+    modes = []
+    for tenths in range(23, 46):
+        budget = tenths * GIB // 10
+        chosen = place_all([make_load(16, text=1024)], host_budget_bytes=budget, **memory)
+        assert chosen.host_bytes <= budget
+        modes.append(chosen.leanest.mode)
+    assert modes[0] == "full"
+    assert modes[-1] == "fast"
