@@ -1,7 +1,8 @@
 """A card that a person changed: the `configs` of its header follow the set, the rest stays theirs.
 
 `load_dataset` and the Hub find subsets and splits there alone. A `data_files` entry belongs to the
-export if its path is one that the export writes; all others belong to the person.
+export if its path is one that the export writes; all others belong to the person. huggingface_hub
+would write the whole header anew, without the comments in it.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ class Exported:
     """Jobs left out because of their files, and why."""
     empty_splits: list[str] = field(default_factory=list)
     license: str = UNKNOWN
-    """Of the set, in the Hub's words."""
+    """The set's licence, in the Hub's words."""
     card: CardState = CardState.WRITTEN
 
 

@@ -65,7 +65,7 @@ def file_system(path: Path) -> FileSystem | None:
     found = None
     for one in _mounted():
         mount = one.mount.rstrip("/")
-        # Of two on the same place, the one that was mounted later is seen.
+        # Where two have the same place, the one that was mounted later is seen.
         is_above = place == mount or place.startswith(f"{mount}/")
         if is_above and (found is None or len(mount) >= len(found.mount.rstrip("/"))):
             found = one

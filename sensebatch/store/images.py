@@ -199,8 +199,9 @@ def with_xmp(packet: bytes | None) -> PngInfo:
 def _png(pixels: np.ndarray, metadata: dict[str, Any] | None) -> bytes:
     """Returns an image as a PNG with one filter, and only runs of bytes compressed.
 
-    Of a photograph, nearly all rows get this filter where each is tried with all five, which takes
-    longer than everything else. In grain, a search for repeats finds next to nothing.
+    An encoder that tries all five filters on each row, which takes longer than everything else,
+    chooses this one for nearly all rows of a photograph. In grain, a search for repeats finds next
+    to nothing.
     """
     png = imagecodecs.png_encode(
         pixels,

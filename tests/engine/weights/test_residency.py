@@ -349,7 +349,6 @@ def test_what_packing_took_goes_back_before_blocks_get_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two blocks of a sparse model do not fit where one of them was unpacked."""
-    case = load_case("dense_fm", "t2i_think_end")
     done: list[str] = []
 
     def noting(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -365,12 +364,5 @@ def test_what_packing_took_goes_back_before_blocks_get_memory(
         (residency_module, "Pool"),
     ):
         monkeypatch.setattr(owner, name, noting(name, getattr(owner, name)))
-    source = RuleWeights(rule_weights(case.config, case.weight_edits))
-    loader = NetworkLoader(
-        arch=golden_architecture(case.config),
-        source=source,
-        device=torch.device("cpu"),
-        dtype=torch.bfloat16,
-    )
-    Residency(loader.new_network(), source, make_placement(2), loader.device, packs=True)
+    moving_runner(load_case("dense_fm", "t2i_think_end"), 2, None)
     assert done == ["keep", "empty_cache", "Pool"]
